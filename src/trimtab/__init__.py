@@ -1,0 +1,72 @@
+"""trimtab: fine-tune a pretrained model by training a few small tensors beside its frozen weights.
+
+LoRA, DoRA and MoRA, in any mix over the layers of one model; merged back, inference costs nothing extra.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Name -> module that defines it. Read at first use, so that `trimtab --help` and the reports never import torch.
+_PUBLIC = {
+    "AdapterError": "errors",
+    "AttachReport": "surgery.attach",
+    "ConfigError": "errors",
+    "DataError": "errors",
+    "Interrupted": "errors",
+    "MergeReport": "surgery.merge",
+    "ModelError": "errors",
+    "Plan": "surgery.plan",
+    "PlanError": "errors",
+    "Rule": "surgery.plan",
+    "RunError": "errors",
+    "SurgeryError": "errors",
+    "TrimtabError": "errors",
+    "WeightChange": "ops.decomposition",
+    "attach": "surgery.attach",
+    "decompose": "ops.decomposition",
+    "detach": "surgery.attach",
+    "effective_weight": "surgery.attach",
+    "load_adapter": "formats.adapter",
+    "merge": "surgery.merge",
+    "save_adapter": "formats.adapter",
+    "trainable_parameters": "surgery.attach",
+    "weight_change": "ops.decomposition",
+}
+
+__all__ = [*_PUBLIC, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'trimtab' has no attribute '{name}'")
+    import importlib
+
+    value = getattr(importlib.import_module(f"trimtab.{_PUBLIC[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+if TYPE_CHECKING:  # what the lazy names are, for type checkers and editors
+    from trimtab.errors import (
+        AdapterError,
+        ConfigError,
+        DataError,
+        Interrupted,
+        ModelError,
+        PlanError,
+        RunError,
+        SurgeryError,
+        TrimtabError,
+    )
+    from trimtab.formats.adapter import load_adapter, save_adapter
+    from trimtab.ops.decomposition import WeightChange, decompose, weight_change
+    from trimtab.surgery.attach import AttachReport, attach, detach, effective_weight, trainable_parameters
+    from trimtab.surgery.merge import MergeReport, merge
+    from trimtab.surgery.plan import Plan, Rule

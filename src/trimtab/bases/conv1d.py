@@ -1,0 +1,34 @@
+"""transformers' ``Conv1D``, the linear layer of GPT-2: the weight is stored transposed, as ``[in, out]``."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from trimtab.bases import _base
+from trimtab.bases.linear import DENSE
+
+
+class Base(_base.Base):
+    """A dense linear layer stored the other way round."""
+
+    @staticmethod
+    def knows(module: nn.Module) -> bool:
+        # Asked by name: a model without such a layer need not import transformers.
+        kind = type(module)
+        return (
+            (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D")
+            and type(module.weight) is nn.Parameter
+            and type(module.weight.data) is Tensor
+            and module.weight.dtype in DENSE
+        )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        in_features, out_features = self.parameter.shape
+        return out_features, in_features
+
+    def weight(self) -> Tensor:
+        return self.parameter.t()
+
+    def as_stored(self, weight: Tensor) -> Tensor:
+        return weight.t()

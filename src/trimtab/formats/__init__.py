@@ -1,0 +1,1 @@
+"""What lies on disk. One file is one format."""

@@ -1,0 +1,203 @@
+"""What every method shares: its options, its magnitude, and the way from an update to an output.
+
+A method is an update ``dV``, with or without a magnitude (``W' = m * (W + dV) / ||W + dV||``; without: ``W' = W +
+dV``). A method file says what ``dV`` is; this file does the rest, so that the magnitude is a switch that any update
+can take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from trimtab.bases import Base
+from trimtab.ops.decomposition import Axis, magnitude_over_norm, recompose
+from trimtab.ops.frozen_linear import Update, frozen_linear
+
+
+class Options(BaseModel):
+    """What any method can be told."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    magnitude: bool = Field(False, description="Train a magnitude per output (or input) beside the update.")
+    magnitude_axis: Axis = Field(
+        "output", description="output: one magnitude per output row (the standard); input: one per input column."
+    )
+    detach_norm: bool = Field(
+        True,
+        description="Treat the norm as a constant in the backward pass (DoRA, section 4.3); false: exact gradient.",
+    )
+    dropout: float = Field(0.0, ge=0.0, lt=1.0, description="Dropout on the input of the update, in training only.")
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = Field(
+        None, description="Dtype of the trained tensors. Default: float32, or float64 on a float64 base."
+    )
+    keep_product: bool = Field(
+        False,
+        description=(
+            "Keep one more activation for the magnitude's gradient: for models that change a layer's output in place."
+        ),
+    )
+
+
+class Method(nn.Module):
+    """The trained tensors of one method on one frozen weight, and what they do. Complete when constructed.
+
+    Args:
+        base: the frozen weight ``[out, in]``; read here for its shape, its dtype and its norms, and not kept.
+        options: the method's options.
+    """
+
+    magnitude: nn.Parameter | None
+    square_norms: Tensor | None
+    options_type: type[Options] = Options
+
+    def __init__(self, base: Base, options: Options) -> None:
+        super().__init__()
+        self.options = options
+        self.out_features, self.in_features = base.shape
+        default = torch.float64 if base.dtype == torch.float64 else torch.float32
+        self.dtype: torch.dtype = getattr(torch, options.dtype) if options.dtype else default
+        self.zero_rows = 0
+        self._cached_norm: tuple[tuple[Tensor, ...], Tensor] | None = None
+        if options.magnitude:
+            squares = base.squared_norms(options.magnitude_axis).to(default)
+            # Kept beside the weight it was read from; never saved, since the base gives it again.
+            self.register_buffer("square_norms", squares, persistent=False)
+            self.magnitude = nn.Parameter(squares.sqrt().to(self.dtype))
+            self.zero_rows = 0 if squares.is_meta else int((squares == 0).sum())
+        else:
+            self.square_norms = None
+            self.register_parameter("magnitude", None)
+
+    # What a method file says -------------------------------------------------------------------------------------
+
+    def delta(self, dtype: torch.dtype) -> Tensor | None:
+        """``dV [out, in]`` built in full in ``dtype``, by the plain formula, differentiable; None where there is no
+        update."""
+        raise NotImplementedError
+
+    def factors(self) -> tuple[Update | None, tuple[Tensor, ...]]:
+        """The update in factored form and its trained tensors."""
+        raise NotImplementedError
+
+    def total(self, weight: Tensor) -> Tensor:
+        """``W + dV [out, in]`` in the dtype of ``weight``, which is W."""
+        delta = self.delta(weight.dtype)
+        return weight if delta is None else weight + delta
+
+    def squared_norms(self, weight: Tensor) -> Tensor:
+        """``||W + dV||^2`` along the magnitude's axis, differentiable in the trained tensors; ``weight`` is W in its
+        own dtype."""
+        assert self.square_norms is not None
+        total = self.total(weight.to(self.square_norms.dtype))
+        return total.square().sum(1 if self.options.magnitude_axis == "output" else 0)
+
+    # What follows from it ----------------------------------------------------------------------------------------
+
+    def norm(self, weight: Tensor) -> Tensor:
+        """``n = ||W + dV||``, a constant for autograd unless ``detach_norm`` is off.
+
+        Without gradients (inference) the norm is kept, beside a copy of the trained tensors, and used again as long as
+        these hold the same values. Their version counters would not do: fused optimisers and ``parameter.data`` go
+        round them.
+        """
+        with _no_autocast(weight):
+            return self._norm(weight)
+
+    def _norm(self, weight: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            self._cached_norm = None
+            if self.options.detach_norm:
+                with torch.no_grad():
+                    return self.squared_norms(weight).sqrt()
+            squares = self.squared_norms(weight)
+            # The square root has no derivative at 0; a row whose norm is 0 takes no part.
+            return torch.where(squares > 0, squares.clamp_min(torch.finfo(squares.dtype).tiny).sqrt(), 0.0)
+        if torch.compiler.is_compiling():
+            return self.squared_norms(weight).sqrt()
+        tensors = [tensor for name, tensor in self.named_parameters() if name != "magnitude"]
+        if sum(tensor.numel() for tensor in tensors) >= weight.numel():
+            return self.squared_norms(weight).sqrt()  # comparing would cost as much as computing
+        if self._cached_norm is None or not _same(self._cached_norm[0], tensors):
+            copies = tuple(tensor.detach().clone() for tensor in tensors)
+            self._cached_norm = (copies, self.squared_norms(weight).sqrt())
+        return self._cached_norm[1]
+
+    def ratio(self, weight: Tensor) -> Tensor | None:
+        """``m / n`` along the magnitude's axis; None without a magnitude."""
+        if self.magnitude is None:
+            return None
+        norm = self.norm(weight)
+        return magnitude_over_norm(self.magnitude.to(norm.dtype), norm)
+
+    def forward(self, x: Tensor, base: Base) -> Tensor:
+        """The output ``[..., out]`` for ``x [..., in]`` on the frozen weight of ``base``."""
+        weight = base.weight()
+        ratio = self.ratio(weight)
+        if ratio is not None and self.options.magnitude_axis == "input":
+            # Columns of the weight scaled are inputs scaled; in half precision the product is taken in full digits.
+            x, ratio = (x * ratio).to(x.dtype), None
+        update, tensors = self.factors()
+        dropped = None
+        if self.options.dropout and self.training and update is not None:
+            dropped = F.dropout(x, self.options.dropout)
+        return frozen_linear(
+            x,
+            weight,
+            base.bias,
+            update=update,
+            tensors=tensors,
+            dropped=dropped,
+            scale=ratio,
+            keep_product=self.options.keep_product,
+        )
+
+    @torch.no_grad()
+    def effective_weight(self, base: Base, dtype: torch.dtype | None = None) -> Tensor:
+        """``W' [out, in]`` by the plain formula, in ``dtype`` (default: the dtype of the norms, float32 or float64)."""
+        work = dtype or (torch.float64 if base.dtype == torch.float64 else torch.float32)
+        magnitude = None if self.magnitude is None else self.magnitude.to(work)
+        with _no_autocast(base.parameter):
+            return recompose(self.total(base.weight().to(work)), None, magnitude, self.options.magnitude_axis)
+
+    def train(self, mode: bool = True) -> Method:
+        self._cached_norm = None
+        super().train(mode)
+        return self
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Method:
+        self._cached_norm = None
+        squares = self.square_norms
+        super()._apply(*args, **kwargs)
+        if squares is not None and self.square_norms is not None and self.square_norms.dtype.itemsize < 4:
+            # model.half(): squares overflow float16, and bfloat16 would lose what a small update adds to them.
+            self.square_norms = squares.to(self.square_norms.device)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cached_norm": None}
+
+    def extra_repr(self) -> str:
+        said = self.options.model_dump(exclude_defaults=True)
+        return ", ".join([f"{self.in_features} -> {self.out_features}", *(f"{k}={v}" for k, v in said.items())])
+
+
+def _same(copies: Sequence[Tensor], tensors: Sequence[Tensor]) -> bool:
+    """Whether ``tensors`` still hold the values that were copied (NaN is never the same)."""
+    return all(
+        copy.dtype == tensor.dtype and copy.device == tensor.device and torch.equal(copy, tensor)
+        for copy, tensor in zip(copies, tensors, strict=True)
+    )
+
+
+def _no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Norms and merged weights keep their digits where the model around them runs in half precision."""
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()

@@ -1,0 +1,48 @@
+"""Full fine-tuning: the base itself is trained. The yardstick that every method is held against.
+
+    W' = V        V [out, in] starts at W
+
+The trained copy has its own dtype (float32 unless told otherwise), so that a bfloat16 base is trained with float32
+master weights and small steps are not lost; the base stays as it was until the merge. With ``magnitude``, ``W' = m *
+V / ||V||``: weight normalisation of the trained weight.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from trimtab.bases import Base
+from trimtab.methods import _method
+
+
+class Options(_method.Options):
+    """What full fine-tuning can be told."""
+
+    dropout: float = Field(0.0, ge=0.0, le=0.0, description="None: there is no update whose input could be dropped.")
+
+
+class Method(_method.Method):
+    """``weight [out, in]``: the trained copy."""
+
+    options_type = Options
+    options: Options
+
+    def __init__(self, base: Base, options: Options) -> None:
+        super().__init__(base, options)
+        self.weight = nn.Parameter(base.weight().detach().to(self.dtype, copy=True))
+
+    def total(self, weight: Tensor) -> Tensor:
+        return self.weight.to(weight.dtype)
+
+    def forward(self, x: Tensor, base: Base) -> Tensor:
+        weight = self.weight.to(base.dtype)
+        ratio = self.ratio(weight)
+        if ratio is None:
+            return F.linear(x, weight, base.bias)
+        if self.options.magnitude_axis == "input":
+            return F.linear((x * ratio).to(x.dtype), weight, base.bias)
+        product = F.linear(x, weight)
+        scaled = (product * ratio).to(product.dtype)
+        return scaled if base.bias is None else scaled + base.bias.to(product.dtype)

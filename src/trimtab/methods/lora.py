@@ -1,0 +1,96 @@
+"""LoRA: a low-rank product beside the frozen weight (Hu et al. 2021, arXiv 2106.09685, section 4.1).
+
+    W' = W + s B A        A [rank, in] drawn at random, B [out, rank] zero, s = alpha / rank
+
+With ``rank_stabilised`` the scale is ``s = alpha / sqrt(rank)`` (arXiv 2312.03732). With ``magnitude`` the sum is
+normalised row by row and multiplied by a trained magnitude: that is DoRA. ``rank: 0`` with a magnitude trains the
+magnitude alone (DoRA, Table 6).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from trimtab.bases import Base
+from trimtab.errors import PlanError
+from trimtab.methods import _method
+from trimtab.ops import low_rank
+from trimtab.ops.frozen_linear import Update
+
+
+class Options(_method.Options):
+    """What LoRA can be told."""
+
+    rank: int = Field(8, ge=0, description="Rank of the update: higher learns more and costs more. 0: magnitude alone.")
+    alpha: float | None = Field(None, gt=0, description="Numerator of the scale. Default: twice the rank.")
+    rank_stabilised: bool = Field(False, description="Scale by alpha / sqrt(rank) in place of alpha / rank.")
+    init: Literal["kaiming", "gaussian"] = Field(
+        "kaiming",
+        description="How A is drawn: Kaiming-uniform with a = sqrt(5) (the ecosystem's), or normal (the paper's).",
+    )
+    init_std: float | None = Field(
+        None, gt=0, description="Standard deviation of the gaussian draw. Default: 1 / rank. 1: standard normal."
+    )
+
+    @model_validator(mode="after")
+    def _something_to_train(self) -> Options:
+        if self.rank == 0 and not self.magnitude:
+            raise ValueError("rank: 0 leaves nothing to train; give a rank of at least 1, or set magnitude: true")
+        if self.init_std is not None and self.init != "gaussian":
+            raise ValueError("init_std belongs to init: gaussian")
+        return self
+
+    @property
+    def scale(self) -> float:
+        """``s``: what ``B A`` is multiplied by."""
+        if self.rank == 0:
+            return 0.0
+        alpha = 2.0 * self.rank if self.alpha is None else self.alpha
+        return alpha / math.sqrt(self.rank) if self.rank_stabilised else alpha / self.rank
+
+
+class Method(_method.Method):
+    """``A [rank, in]`` and ``B [out, rank]``. Raises PlanError if the rank is larger than the matrix."""
+
+    options_type = Options
+    options: Options
+
+    def __init__(self, base: Base, options: Options) -> None:
+        if options.rank > min(base.shape):
+            raise PlanError(
+                f"rank {options.rank} is larger than the matrix: a weight of {base.shape[0]} x {base.shape[1]} "
+                "has rank "
+                f"at most {min(base.shape)}; lower the rank for this module"
+            )
+        super().__init__(base, options)
+        a = torch.empty(options.rank, self.in_features, dtype=self.dtype, device=base.device)
+        if options.rank:
+            if options.init == "gaussian":
+                nn.init.normal_(a, std=options.init_std or 1 / options.rank)
+            else:
+                nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+            self.A = nn.Parameter(a)
+            self.B = nn.Parameter(torch.zeros(self.out_features, options.rank, dtype=self.dtype, device=base.device))
+
+    def delta(self, dtype: torch.dtype) -> Tensor | None:
+        if not self.options.rank:
+            return None
+        return self.options.scale * self.B.to(dtype).matmul(self.A.to(dtype))
+
+    def factors(self) -> tuple[Update | None, tuple[Tensor, ...]]:
+        if not self.options.rank:
+            return None, ()
+        return low_rank.LowRank(self.options.scale), (self.A, self.B)
+
+    def squared_norms(self, weight: Tensor) -> Tensor:
+        assert self.square_norms is not None
+        if not self.options.rank:
+            return self.square_norms
+        return low_rank.squared_norms(
+            weight, self.square_norms, self.A, self.B, self.options.scale, self.options.magnitude_axis
+        )

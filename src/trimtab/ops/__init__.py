@@ -1,0 +1,1 @@
+"""Pure tensor functions and autograd functions: no ``nn.Module``, no configuration."""

@@ -1,0 +1,107 @@
+"""A weight as magnitude and direction, and how far two weights lie apart in each (DoRA, arXiv 2402.09353, section 3.2).
+
+A weight has the shape ``[out, in]``. ``axis="output"`` gives one magnitude per output row (the norm runs over the
+inputs, as in the authors' code and in every checkpoint in the wild); ``axis="input"`` one per input column.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Axis = Literal["output", "input"]
+
+# Rows are reduced in blocks of about this many elements, so that no float64 copy of a whole weight ever exists.
+_BLOCK_ELEMENTS = 1 << 22
+
+
+class WeightChange(NamedTuple):
+    """How far a weight moved: the paper's dM and dD, averaged over its magnitudes."""
+
+    delta_magnitude: float
+    delta_direction: float
+
+
+def row_blocks(rows: int, columns: int) -> list[slice]:
+    """Slices that cut ``rows`` rows of ``columns`` elements into blocks of bounded size."""
+    step = max(1, _BLOCK_ELEMENTS // max(1, columns))
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def squared_norms(weight: Tensor, axis: Axis = "output") -> Tensor:
+    """Squared norm of every row (``[out]``) or column (``[in]``) of ``weight [out, in]``, summed in float64."""
+    out_features, in_features = weight.shape
+    blocks = row_blocks(out_features, in_features)
+    if axis == "output":
+        return torch.cat([weight[block].double().square().sum(1) for block in blocks])
+    total = torch.zeros(in_features, dtype=torch.float64, device=weight.device)
+    for block in blocks:
+        total = total + weight[block].double().square().sum(0)
+    return total
+
+
+def across(vector: Tensor, axis: Axis) -> Tensor:
+    """``vector`` shaped to multiply a ``[out, in]`` weight row by row or column by column."""
+    return vector.unsqueeze(1) if axis == "output" else vector.unsqueeze(0)
+
+
+def magnitude_over_norm(magnitude: Tensor, norm: Tensor) -> Tensor:
+    """``m / n``, and 0 where the norm is 0: such a row gives 0, and no gradient reaches its magnitude."""
+    alive = norm > 0
+    return torch.where(alive, magnitude / torch.where(alive, norm, torch.ones_like(norm)), torch.zeros_like(norm))
+
+
+def decompose(weight: Tensor, axis: Axis = "output") -> tuple[Tensor, Tensor]:
+    """Split ``weight [out, in]`` into its magnitude (``[out]``, or ``[in]`` for ``axis="input"``) and its direction
+    ``[out, in]``.
+
+    ``magnitude * direction`` along the axis gives the weight back. A row of zeros has magnitude 0 and direction 0.
+    Source: DoRA (arXiv 2402.09353), equation 2. Raises ``ValueError`` if the weight has not two dimensions.
+    """
+    if weight.dim() != 2:
+        raise ValueError(f"decompose: expected a weight of shape [out, in], got {list(weight.shape)}")
+    work = weight if weight.dtype == torch.float64 else weight.float()
+    magnitude = squared_norms(weight, axis).sqrt().to(work.dtype)
+    return magnitude, work * across(magnitude_over_norm(torch.ones_like(magnitude), magnitude), axis)
+
+
+def recompose(weight: Tensor, delta: Tensor | None, magnitude: Tensor | None, axis: Axis = "output") -> Tensor:
+    """The effective weight by the plain formula: ``m * (W + dV) / ||W + dV||``, or ``W + dV`` without a magnitude.
+
+    Works in the dtype of its arguments (promote them first for more digits), is differentiable in all of them, and is
+    what every faster path is tested against. Source: DoRA, equation 5.
+    """
+    total = weight if delta is None else weight + delta
+    if magnitude is None:
+        return total
+    norm = torch.linalg.vector_norm(total, dim=1 if axis == "output" else 0)
+    return total * across(magnitude_over_norm(magnitude, norm), axis)
+
+
+def weight_change(before: Tensor, after: Tensor, axis: Axis = "output") -> WeightChange:
+    """``dM = mean |m_t - m_0|`` and ``dD = mean (1 - cos(V_t, W_0))`` over the rows (DoRA, section 3.2), in float64.
+
+    ``before`` and ``after`` are weights of one shape ``[out, in]``. A row that is zero in both has not changed; one
+    that is zero in only one of them counts as turned by a right angle (cosine 0). Raises ``ValueError`` if the shapes
+    differ.
+    """
+    if before.shape != after.shape or before.dim() != 2:
+        raise ValueError(
+            f"weight_change: expected two weights of one shape [out, in], got {list(before.shape)} and "
+            f"{list(after.shape)}"
+        )
+    square_before, square_after = squared_norms(before, axis), squared_norms(after, axis)
+    out_features, in_features = before.shape
+    dots = []
+    for block in row_blocks(out_features, in_features):
+        products = before[block].double() * after[block].double()
+        dots.append(products.sum(1 if axis == "output" else 0))
+    dot = torch.cat(dots) if axis == "output" else torch.stack(dots).sum(0)
+    length = (square_before * square_after).sqrt()
+    cosine = torch.where(length > 0, dot / length.clamp_min(torch.finfo(torch.float64).tiny), torch.zeros_like(dot))
+    still = (square_before == 0) & (square_after == 0)
+    direction = torch.where(still, torch.zeros_like(cosine), 1 - cosine.clamp(-1, 1))
+    magnitude = (square_after.sqrt() - square_before.sqrt()).abs()
+    return WeightChange(magnitude.mean().item(), direction.mean().item())

@@ -1,0 +1,253 @@
+"""Put a plan's adapters onto a model, take them off again, and look at what they do."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trimtab import bases, methods
+from trimtab.errors import PlanError, SurgeryError, nearest
+from trimtab.surgery.adapted import Adapted, adapted_modules, owners
+from trimtab.surgery.plan import Plan, Rule, Target, resolve
+
+# Where a model remembers which of its parameters were trainable before the attachment, so that detach can give that
+# back.
+_TRAINABLE_BEFORE = "_trimtab_trainable_before"
+
+
+@dataclass(frozen=True)
+class ModuleReport:
+    """One adapted module."""
+
+    name: str
+    method: str
+    rule: int
+    out_features: int
+    in_features: int
+    parameters: int
+    zero_rows: int
+    aliases: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class AttachReport:
+    """What an attachment did.
+
+    ``modules``: one entry per adapted module. ``trainable_parameters`` and ``total_parameters`` count numbers, shared
+    ones once; the total is that of the bare model. ``zero_rows``: module name -> how many of its magnitudes belong to
+    a row of zeros and stay untrained.
+    """
+
+    modules: tuple[ModuleReport, ...]
+    rules: tuple[Rule, ...]
+    trainable_parameters: int
+    total_parameters: int
+
+    @property
+    def zero_rows(self) -> dict[str, int]:
+        return {module.name: module.zero_rows for module in self.modules if module.zero_rows}
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return {
+            "modules": len(self.modules),
+            "trainable": self.trainable_parameters,
+            "total": self.total_parameters,
+            "zero_rows": sum(self.zero_rows.values()),
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain values: what ``plan.json`` of a run folder holds."""
+        rules = []
+        for number, rule in enumerate(self.rules, 1):
+            mine = [module for module in self.modules if module.rule == number]
+            said = rule.describe()
+            match, layers, method = said.pop("match"), said.pop("layers"), said.pop("method")
+            rules.append(
+                {
+                    "rule": number,
+                    "method": method,
+                    "match": match if isinstance(match, str) else ", ".join(match),
+                    "layers": layers,
+                    "options": said,
+                    "modules": len(mine),
+                    "parameters": sum(module.parameters for module in mine),
+                }
+            )
+        return {
+            "total_parameters": self.total_parameters,
+            "trainable_parameters": self.trainable_parameters,
+            "zero_rows": self.zero_rows,
+            "rules": rules,
+            "modules": [
+                {
+                    "module": module.name,
+                    "method": module.method,
+                    "rule": module.rule,
+                    "out": module.out_features,
+                    "in": module.in_features,
+                    "parameters": module.parameters,
+                }
+                for module in self.modules
+            ],
+        }
+
+
+def attach(model: nn.Module, plan: Plan | Rule | list[Rule]) -> AttachReport:
+    """Attach adapters to ``model`` in place, as ``plan`` says, and freeze everything else.
+
+    Every adapter starts at the identity: the model's outputs stay as they are. Modules shared by several names and
+    modules that share one weight get one adapter between them. If anything is wrong the model is left unchanged.
+
+    Raises:
+        PlanError: a rule that ends with no module, or options that do not suit a module it matches.
+        SurgeryError: the model has adapters already, or is itself the layer to replace.
+    """
+    if isinstance(plan, Rule):
+        plan = Plan([plan])
+    elif isinstance(plan, list):
+        plan = Plan(plan)
+    if not isinstance(plan, Plan):
+        raise PlanError(f"attach: expected a Plan, a Rule or a list of rules, got {type(plan).__name__}")
+    if not isinstance(model, nn.Module):
+        raise SurgeryError(f"attach: expected a torch.nn.Module, got {type(model).__name__}")
+    refuse_adapted(model, "attach")
+    if bases.find(model) is not None:
+        raise SurgeryError(
+            f"attach: the model is a bare {type(model).__name__}, which cannot be replaced inside itself; wrap "
+            "it, for instance "
+            "torch.nn.Sequential(layer)"
+        )
+    return install(model, resolve(model, plan), plan.rules)
+
+
+def install(model: nn.Module, targets: list[Target], rules: tuple[Rule, ...]) -> AttachReport:
+    """Build every adapter, then swap all modules in; nothing is changed before everything is built."""
+    adapters: dict[int, methods.Method] = {}
+    replacement: dict[int, Adapted] = {}
+    for target in targets:
+        weight = id(target.base.parameter)
+        if weight not in adapters:
+            try:
+                adapters[weight] = methods.method_class(target.method)(target.base, target.options)
+            except PlanError as error:
+                raise PlanError(f"{target.name} (rule {target.rule}): {error}") from None
+        replacement[id(target.module)] = Adapted(target.base, adapters[weight], target.method, target.rule)
+
+    # Under all its names: a merge may untie a shared parameter, and both halves are then what the whole was.
+    every = model.named_parameters(remove_duplicate=False)
+    setattr(model, _TRAINABLE_BEFORE, tuple(name for name, parameter in every if parameter.requires_grad))
+    model.requires_grad_(False)
+    for _, parent, attribute, child in list(owners(model)):
+        if id(child) in replacement:
+            parent._modules[attribute] = replacement[id(child)]
+    return describe(model, rules)
+
+
+def describe(model: nn.Module, rules: tuple[Rule, ...]) -> AttachReport:
+    """The report of a model that carries adapters; ``rules`` are those of its plan."""
+    names: dict[int, list[str]] = defaultdict(list)
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, Adapted):
+            names[id(module)].append(name)
+    reports = []
+    counted: set[int] = set()
+    for name, module in adapted_modules(model):
+        adapter = module.adapter
+        fresh = id(adapter) not in counted  # modules that share a weight share an adapter, which counts once
+        counted.add(id(adapter))
+        reports.append(
+            ModuleReport(
+                name,
+                module.method,
+                module.rule,
+                *module.handle.shape,
+                sum(parameter.numel() for parameter in adapter.parameters()) if fresh else 0,
+                adapter.zero_rows if fresh else 0,
+                tuple(names[id(module)][1:]),
+            )
+        )
+    trainable = sum(report.parameters for report in reports)
+    total = sum(parameter.numel() for parameter in model.parameters()) - trainable
+    return AttachReport(tuple(reports), rules, trainable, total)
+
+
+def detach(model: nn.Module) -> int:
+    """Remove every adapter from ``model`` in place and return how many modules were restored.
+
+    The base is what it was, bit for bit, and parameters that were trainable before the attachment are trainable again.
+    Raises SurgeryError if the model has no adapters.
+    """
+    count = len({id(module) for _, module in require_adapted(model, "detach")})
+    remove_adapters(model)
+    return count
+
+
+def remove_adapters(model: nn.Module) -> None:
+    """Put every base back in its adapted module's place, and give the parameters their old ``requires_grad``."""
+    for _, parent, attribute, child in list(owners(model)):
+        if isinstance(child, Adapted):
+            child.base.train(child.training)
+            parent._modules[attribute] = child.base
+    before = set(getattr(model, _TRAINABLE_BEFORE, ()))
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        parameter.requires_grad_(name in before)
+    if hasattr(model, _TRAINABLE_BEFORE):
+        delattr(model, _TRAINABLE_BEFORE)
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """``name -> parameter`` for everything that training would change; a shared parameter comes once, under its first
+    name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def effective_weight(model: nn.Module, name: str) -> Tensor:
+    """The weight ``[out, in]`` with which the module called ``name`` acts: ``m * (W + dV) / ||W + dV||`` or ``W + dV``.
+
+    Computed by the plain formula, in float32 (float64 on a float64 base). A module without an adapter gives its own
+    weight. Raises SurgeryError if there is no such module, or none of a kind that a base knows.
+    """
+    found = dict(model.named_modules(remove_duplicate=False))
+    module = found.get(name)
+    if isinstance(module, Adapted):
+        return module.adapter.effective_weight(module.handle)
+    handle = bases.find(module) if module is not None else None
+    if handle is None:
+        known = [other for other, inner in found.items() if isinstance(inner, Adapted)] or [
+            other for other, inner in found.items() if bases.find(inner) is not None
+        ]
+        near = [other for other in known if other.endswith(name)] or nearest(name, known)
+        what = f"is a {type(module).__name__}, which no base knows" if module is not None else "is not in the model"
+        hint = f" Did you mean {', '.join(repr(other) for other in near[:3])}?" if near else ""
+        raise SurgeryError(f"effective_weight: '{name}' {what}.{hint}")
+    weight = handle.weight().detach()
+    return weight.clone() if weight.dtype in (torch.float32, torch.float64) else weight.float()
+
+
+def refuse_adapted(model: nn.Module, verb: str) -> None:
+    """Raise SurgeryError if ``model`` carries adapters of ours."""
+    found = [name for name, _ in adapted_modules(model)]
+    if found:
+        raise SurgeryError(
+            f"{verb}: the model already has adapters on {len(found)} modules, such as "
+            f"{found[0] or 'the model itself'}; "
+            "call trimtab.merge(model) or trimtab.detach(model) first"
+        )
+
+
+def require_adapted(model: nn.Module, verb: str) -> list[tuple[str, Adapted]]:
+    """Every adapted module of ``model`` by name. Raises SurgeryError if there is none, or if ``model`` itself is one
+    (nothing could be put in its place)."""
+    if isinstance(model, Adapted):
+        raise SurgeryError(f"{verb}: this is one adapted layer; give the model that holds it")
+    found = list(adapted_modules(model))
+    if not found:
+        raise SurgeryError(
+            f"{verb}: the model has no adapters; attach some first (trimtab.attach or trimtab.load_adapter)"
+        )
+    return found
