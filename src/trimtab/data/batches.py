@@ -1,0 +1,99 @@
+"""Encoded rows become padded batches, and rows of like lengths come together so that little is padded."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.utils.data import Sampler
+
+from trimtab.data.tokens import IGNORED
+
+MEGA = 50
+"""Batches whose rows are sorted by length together: enough to waste little padding, few enough to keep chance in it."""
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Pads rows on the right to the longest of the batch.
+
+    Calling it with rows ``{"input_ids", "labels"}`` gives int64 tensors of the same names, ``[rows, tokens]``. There
+    is no attention mask: in a causal model no token looks right, so padding there reaches no token that carries loss.
+
+    Attributes:
+        pad_id: the token that fills ``input_ids``; labels are filled with -100.
+        multiple_of: round the width up to a multiple of this.
+        mask: add ``attention_mask`` (1 where there is a token), for models that are not causal and for generation.
+    """
+
+    pad_id: int
+    multiple_of: int = 1
+    mask: bool = False
+
+    def __call__(self, rows: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, torch.Tensor]:
+        lengths = [len(row["input_ids"]) for row in rows]
+        width = -(-max(lengths) // self.multiple_of) * self.multiple_of
+        ids = torch.full((len(rows), width), self.pad_id, dtype=torch.int64)
+        labels = torch.full((len(rows), width), IGNORED, dtype=torch.int64)
+        for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+            ids[index, :length] = torch.as_tensor(row["input_ids"])
+            labels[index, :length] = torch.as_tensor(row["labels"])
+        batch = {"input_ids": ids, "labels": labels}
+        if self.mask:
+            batch["attention_mask"] = (torch.arange(width) < torch.tensor(lengths)[:, None]).long()
+        return batch
+
+
+class LengthGroupedBatches(Sampler[list[int]]):
+    """Batches of row indices of like lengths, shuffled anew each epoch, for ``DataLoader(batch_sampler=...)``.
+
+    Every row comes once an epoch. Rows are shuffled, sorted by length within groups of ``MEGA`` batches, cut into
+    batches, and the batches are shuffled. In epoch 0 the batch that pads to the most tokens comes first, so that a lack
+    of memory shows at once. The order is a function of ``seed`` and the epoch alone, so a run resumes by setting the
+    epoch and skipping the batches that are done (as transformers' Trainer does).
+
+    Args:
+        lengths: tokens of each row.
+        batch_size: rows in a batch; the last group may leave one smaller batch.
+        seed: any integer.
+        drop_last: leave that smaller batch out.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int = 0, *, drop_last: bool = False) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, but is {batch_size}")
+        self.lengths = list(lengths)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.drop_last = drop_last
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch (from 0) whose order the next iteration has."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        whole, rest = divmod(len(self.lengths), self.batch_size)
+        return whole + (1 if rest and not self.drop_last else 0)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        chance = random.Random(f"{self.seed} {self.epoch}")
+        order = list(range(len(self.lengths)))
+        chance.shuffle(order)
+        batches: list[list[int]] = []
+        group = MEGA * self.batch_size
+        for start in range(0, len(order), group):
+            rows = sorted(order[start : start + group], key=lambda row: self.lengths[row], reverse=True)
+            batches += [rows[at : at + self.batch_size] for at in range(0, len(rows), self.batch_size)]
+        if self.drop_last and batches and len(batches[-1]) < self.batch_size:
+            batches.pop()
+        chance.shuffle(batches)
+        if self.epoch == 0 and batches:
+            heaviest = max(range(len(batches)), key=lambda at: self._padded(batches[at]))
+            batches.insert(0, batches.pop(heaviest))
+        return iter(batches)
+
+    def _padded(self, batch: list[int]) -> int:
+        return len(batch) * max(self.lengths[row] for row in batch)

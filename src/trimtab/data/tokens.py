@@ -1,0 +1,263 @@
+"""Examples become token ids and labels.
+
+Prompt and answer are tokenised as one text, and the boundary is found by character offsets: a token belongs to the
+answer if it ends after the boundary. Tokenised apart, the space before an answer would become a token of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from trimtab.data.cache import FlatRows, cache_file, load, save
+from trimtab.data.rows import Example
+from trimtab.errors import DataError
+
+IGNORED = -100
+"""The label of a position that carries no loss, as in Hugging Face's models."""
+
+CHUNK = 1000
+"""Texts handed to the tokenizer at once: enough to keep all its threads busy."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids of one example and its labels, lists of the same length.
+
+    ``labels[t] == input_ids[t]`` where position ``t`` is to be predicted, ``IGNORED`` elsewhere; not shifted.
+    ``labels[0]`` is always ``IGNORED``, since nothing comes before it to predict it from.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    cut: bool = False
+    """Whether tokens were left out to keep to the limit of length."""
+
+
+class EncodedRows(Dataset[dict[str, list[int]]]):
+    """A map-style dataset of ``{"input_ids": [...], "labels": [...]}``, as ``encode_all`` makes it.
+
+    Attributes:
+        lengths: tokens of each row.
+        origins: ``(source, number)`` of each row, as its example has them.
+        cut: how many rows were shortened to the limit of length.
+        dropped: ``(source, number, reason)`` of each example that was left out.
+    """
+
+    def __init__(self, flat: FlatRows, examples: Sequence[Example]) -> None:
+        self._ids, self._trained = flat.ids, flat.trained
+        self._starts: list[int] = (flat.lengths.cumsum(0) - flat.lengths).tolist()
+        self.lengths: list[int] = flat.lengths.tolist()
+        self.origins = [(examples[at].source, examples[at].number) for at in flat.kept.tolist()]
+        self.cut = int(flat.cut.sum())
+        self.dropped = [(examples[at].source, examples[at].number, reason) for at, reason in flat.dropped]
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        row = slice(self._starts[index], self._starts[index] + self.lengths[index])
+        ids = self._ids[row]
+        return {"input_ids": ids.tolist(), "labels": torch.where(self._trained[row], ids, IGNORED).tolist()}
+
+    def __iter__(self) -> Iterator[dict[str, list[int]]]:
+        return (self[index] for index in range(len(self)))
+
+
+def encode(example: Example, tokenizer: Any, max_length: int | None) -> Encoded:
+    """Token ids and labels of one example.
+
+    A text longer than ``max_length`` tokens is cut: from the left of the prompt where there is an answer (the last
+    answer is kept whole, with at least one token before it), from the right where there is none (and then no
+    end-of-sequence token follows). Special tokens that the tokenizer itself puts before a text are never cut; those
+    that it puts after one are left out, since ``example.ends`` decides about the end.
+
+    Raises:
+        DataError: no token is left to train on, or the tokenizer gives no offsets or has no end-of-sequence token.
+    """
+    result = next(_encode_each([example], tokenizer, max_length))
+    if isinstance(result, str):
+        raise DataError(f"{example.source}, row {example.number}: {result}.")
+    return result
+
+
+def encode_pair(prompt: str, answer: str, tokenizer: Any, *, end: bool) -> tuple[list[int], int]:
+    """Token ids of ``prompt + answer`` as one text, and the index of the answer's first token.
+
+    The two are joined as they are; ``Example.prompt`` has the white space that belongs between them. Spaces that end
+    the prompt count as the answer's. With ``end``, the end-of-sequence token is the last id.
+    """
+    prefix = _prefix(tokenizer)
+    ids, offsets = _with_prefix(*_tokenise([prompt + answer], tokenizer)[0], prefix)
+    first = _first_after(offsets, len(prompt.rstrip(" ")))
+    return ([*ids, _end_id(tokenizer)] if end else ids), first
+
+
+def encode_prompt(prompt: str, tokenizer: Any) -> list[int]:
+    """What comes before the answer's first token, to generate from: the ids of ``encode_pair`` up to its index.
+
+    Spaces that end the prompt are left out: the answer's first token brings its own. Empty, where the prompt is empty
+    and the tokenizer puts nothing before a text.
+    """
+    # White space at the end of a text is tokenised otherwise than before a word ("\n\n" is one token or two), so a
+    # letter stands in for the answer. After anything else it might merge with the prompt, which is taken as it is.
+    ids, first = encode_pair(prompt, "x" if prompt[-1:].isspace() else "", tokenizer, end=False)
+    return ids[:first]
+
+
+def encode_all(
+    examples: Sequence[Example], tokenizer: Any, max_length: int | None, cache: Path | None = None
+) -> EncodedRows:
+    """Encode every example as ``encode`` does, in batches.
+
+    Args:
+        examples: the rows; those that keep no trained token are left out and listed in ``.dropped``.
+        tokenizer: a fast transformers tokenizer.
+        max_length: tokens that a row may have, or None for no limit.
+        cache: a folder to keep the result in. It is found again by the texts, their trained spans, the tokenizer's
+            content and ``max_length``; a damaged file is made anew. None: nothing is kept.
+
+    Raises:
+        DataError: no example is left, or the tokenizer gives no offsets or has no end-of-sequence token.
+    """
+    _require_fast(tokenizer)
+    path = cache_file(cache, examples, tokenizer, max_length) if cache is not None else None
+    flat = load(path) if path is not None else None
+    if flat is None:
+        flat = _flatten(_encode_each(examples, tokenizer, max_length))
+        if path is not None:
+            save(flat, path)
+    rows = EncodedRows(flat, examples)
+    if not len(rows):
+        listed = "; ".join(f"{source}, row {number}: {reason}" for source, number, reason in rows.dropped[:3])
+        raise DataError(f"None of the {len(examples)} rows has a token to train on ({listed or 'there are no rows'}).")
+    return rows
+
+
+def _encode_each(examples: Sequence[Example], tokenizer: Any, max_length: int | None) -> Iterator[Encoded | str]:
+    """Each example's encoding, or why it has none."""
+    prefix = _prefix(tokenizer)
+    end = _end_id(tokenizer) if any(example.ends for example in examples) else -1
+    for start in range(0, len(examples), CHUNK):
+        chunk = examples[start : start + CHUNK]
+        tokens = _tokenise([example.text for example in chunk], tokenizer)
+        for example, (ids, offsets) in zip(chunk, tokens, strict=True):
+            yield _encode_one(example, *_with_prefix(ids, offsets, prefix), len(prefix), end, max_length)
+
+
+def _encode_one(
+    example: Example,
+    ids: list[int],
+    offsets: list[tuple[int, int]],
+    head: int,
+    end: int,
+    max_length: int | None,
+) -> Encoded | str:
+    """Label, end and cut the tokens of one text, of which the first ``head`` are the tokenizer's own."""
+    # A token that straddles a span's edge counts as inside. One whose offsets were trimmed to nothing (a lone space)
+    # is placed by where it ends.
+    labels = [
+        token if any(last > a and (first < b or last <= b) for a, b in example.trained) else IGNORED
+        for token, (first, last) in zip(ids, offsets, strict=True)
+    ]
+    if all(label == IGNORED for label in labels):
+        return "it has no token to train on" if example.text else "it is empty"
+    if example.ends:
+        ids, labels = [*ids, end], [*labels, end]
+    excess = len(ids) - max_length if max_length is not None else 0
+    if excess > 0 and example.answer is None:
+        ids, labels = ids[:-excess], labels[:-excess]
+    elif excess > 0:
+        answer = _first_after(offsets, example.trained[-1][0])
+        if head + excess > answer - (0 if head else 1):
+            return (
+                f"max_length {max_length} leaves no room for a prompt before its answer of {len(ids) - answer} tokens"
+            )
+        ids, labels = ids[:head] + ids[head + excess :], labels[:head] + labels[head + excess :]
+    labels[:1] = [IGNORED] * len(labels[:1])
+    if all(label == IGNORED for label in labels):
+        return f"max_length {max_length} leaves it no token to train on" if excess > 0 else "it is a single token"
+    return Encoded(ids, labels, excess > 0)
+
+
+def _flatten(results: Iterator[Encoded | str]) -> FlatRows:
+    ids: list[torch.Tensor] = [torch.zeros(0, dtype=torch.int32)]
+    trained: list[torch.Tensor] = [torch.zeros(0, dtype=torch.bool)]
+    kept: list[int] = []
+    cut: list[bool] = []
+    dropped: list[tuple[int, str]] = []
+    for index, result in enumerate(results):
+        if isinstance(result, str):
+            dropped.append((index, result))
+            continue
+        ids.append(torch.tensor(result.input_ids, dtype=torch.int32))
+        trained.append(torch.tensor(result.labels) != IGNORED)
+        kept.append(index)
+        cut.append(result.cut)
+    return FlatRows(
+        ids=torch.cat(ids),
+        trained=torch.cat(trained),
+        lengths=torch.tensor([len(row) for row in ids[1:]], dtype=torch.int64),
+        kept=torch.tensor(kept, dtype=torch.int64),
+        cut=torch.tensor(cut, dtype=torch.bool),
+        dropped=dropped,
+    )
+
+
+def _tokenise(texts: list[str], tokenizer: Any) -> list[tuple[list[int], list[tuple[int, int]]]]:
+    """Ids and character offsets of each text, without the special tokens that the tokenizer adds."""
+    out = tokenizer(
+        texts,
+        add_special_tokens=False,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        padding=False,
+        truncation=False,
+        verbose=False,
+    )
+    return list(zip(out["input_ids"], out["offset_mapping"], strict=True))
+
+
+def _require_fast(tokenizer: Any) -> None:
+    if not getattr(tokenizer, "is_fast", False):
+        raise DataError(
+            f"{type(tokenizer).__name__} is a slow tokenizer and gives no character offsets, which are needed to find "
+            "where an answer begins; use the model's fast tokenizer (the one in its tokenizer.json)."
+        )
+
+
+def _prefix(tokenizer: Any) -> list[int]:
+    """The special tokens that the tokenizer itself puts before a text, such as a BOS."""
+    _require_fast(tokenizer)
+    out = tokenizer("a", return_special_tokens_mask=True, verbose=False)
+    mask = out["special_tokens_mask"]
+    return list(out["input_ids"][: mask.index(0) if 0 in mask else 0])
+
+
+def _with_prefix(
+    ids: list[int], offsets: list[tuple[int, int]], prefix: list[int]
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Put ``prefix`` before the ids unless they begin with it already, as a chat template's text may."""
+    if not prefix or ids[: len(prefix)] == prefix:
+        return ids, offsets
+    return prefix + ids, [(0, 0)] * len(prefix) + offsets
+
+
+def _first_after(offsets: list[tuple[int, int]], boundary: int) -> int:
+    """Index of the first token that ends after ``boundary``; the number of tokens if none does."""
+    return next((index for index, (_, last) in enumerate(offsets) if last > boundary), len(offsets))
+
+
+def _end_id(tokenizer: Any) -> int:
+    if tokenizer.eos_token_id is None:
+        raise DataError(
+            f"The tokenizer {tokenizer.name_or_path or type(tokenizer).__name__} has no end-of-sequence token, so a "
+            "model could not learn where an answer ends; set tokenizer.eos_token."
+        )
+    return int(tokenizer.eos_token_id)
