@@ -1,0 +1,106 @@
+"""Rows of a test set before and after training: how many moved, and which few are worth showing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from trimtab.reports.folder import Prediction, TestSet
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One row with what was answered before and after; either may be missing, not both."""
+
+    before: Prediction | None
+    after: Prediction | None
+
+    @property
+    def shown(self) -> Prediction:
+        """The side that tells the prompt and the true answer."""
+        side = self.after or self.before
+        assert side is not None, "a pair has at least one side"
+        return side
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows that went the same way. ``before`` and ``after`` say whether they were right; None: not measured."""
+
+    before: bool | None
+    after: bool | None
+    pairs: list[Pair]
+
+    @property
+    def title(self) -> str:
+        """The group in words."""
+        return _TITLES[self.before, self.after]
+
+
+_TITLES: dict[tuple[bool | None, bool | None], str] = {
+    (False, True): "Wrong before, right now",
+    (True, False): "Right before, wrong now",
+    (False, False): "Wrong before and still wrong",
+    (True, True): "Right before and still right",
+    (None, False): "Wrong",
+    (None, True): "Right",
+    (False, None): "Wrong before training",
+    (True, None): "Right before training",
+}
+
+
+def pairs(tests: TestSet) -> list[Pair]:
+    """The rows of a test set in order. With both sides, only rows that both have can be compared."""
+    before = {row.row: row for row in tests.rows_before}
+    after = {row.row: row for row in tests.rows_after}
+    known = before.keys() & after.keys() or before.keys() | after.keys()
+    return [Pair(before.get(row), after.get(row)) for row in sorted(known)]
+
+
+def groups(tests: TestSet) -> list[Group]:
+    """The groups that have rows, in the order of the titles: what was won, what was lost, what stays wrong or right."""
+    found: dict[tuple[bool | None, bool | None], list[Pair]] = {key: [] for key in _TITLES}
+    for pair in pairs(tests):
+        key = (pair.before.correct if pair.before else None, pair.after.correct if pair.after else None)
+        found[key].append(pair)
+    return [Group(*key, rows) for key, rows in found.items() if rows]
+
+
+def sample(rows: list[Pair], count: int) -> list[Pair]:
+    """``count`` of ``rows``: every true answer in turn, and for each of them spread over the whole file."""
+    by_answer: dict[str, list[Pair]] = {}
+    for pair in rows:
+        by_answer.setdefault(pair.shown.answer, []).append(pair)
+    # Answers that are all different tell nothing about variety, and then the spread over the file decides.
+    if len(by_answer) > count:
+        return _spread(rows, count)
+    shares = dict.fromkeys(by_answer, 0)
+    while sum(shares.values()) < min(count, len(rows)):
+        for answer, members in by_answer.items():
+            if shares[answer] < len(members) and sum(shares.values()) < count:
+                shares[answer] += 1
+    chosen = [pair for answer, members in by_answer.items() for pair in _spread(members, shares[answer])]
+    return sorted(chosen, key=lambda pair: pair.shown.row)
+
+
+def mixed(tests: TestSet, count: int) -> list[Pair]:
+    """``count`` rows over all groups, most of them rows that changed: for a reader who sees these alone."""
+    # Taken in turn, so that one group with few rows leaves its places to the others.
+    queues = [list(sample(group.pairs, count)) for group in groups(tests)]
+    weights = [2 if group.before is False and group.after is True else 1 for group in groups(tests)]
+    chosen: list[Pair] = []
+    while len(chosen) < count and any(queues):
+        for queue, weight in zip(queues, weights, strict=True):
+            chosen += queue[:weight]
+            del queue[:weight]
+    return chosen[:count]
+
+
+def _spread(rows: list[Pair], count: int) -> list[Pair]:
+    count = min(count, len(rows))
+    return [rows[(2 * place + 1) * len(rows) // (2 * count)] for place in range(count)]
+
+
+def shown_prompts(sets: Iterable[TestSet]) -> list[str]:
+    """Every prompt of ``sets``, to find out what they have in common."""
+    return [pair.shown.prompt for tests in sets for pair in pairs(tests)]

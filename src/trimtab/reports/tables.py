@@ -1,0 +1,179 @@
+"""The closing tables of the terminal, from the same files as the page: results, some answers, the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from trimtab.reports import answers, prompts, words
+from trimtab.reports.folder import Choice, Generation, Plan, Prediction, TestSet, read_run
+
+# Letters of a prompt and of an answer in a terminal's row. The narrow columns leave the prompt room in 80 letters.
+_PROMPT_LETTERS, _ANSWER_LETTERS, _ANSWER_WIDTH = 120, 40, 17
+
+
+def results_table(run: Path) -> Table:
+    """One line per test set and measure: before, after, the change, and what the commonest answer alone would give.
+
+    Raises RunError where the folder is no run or a file of it is damaged.
+    """
+    table = _table()
+    for title in ("test set", "measure"):
+        table.add_column(title)
+    for title in ("rows", "before", "after", "change", "commonest answer"):
+        table.add_column(title, justify="right")
+    for tests in read_run(run).sets:
+        if tests.result is None:
+            continue
+        for place, (measure, before, after, change, baseline) in enumerate(_measures(tests)):
+            name = _text(tests.name) if place == 0 else Text()
+            rows = words.count(tests.result.rows) if place == 0 else ""
+            table.add_row(name, measure, rows, before, Text(after, style="bold"), change, _text(baseline))
+        table.add_section()
+    return table
+
+
+def _measures(tests: TestSet) -> list[tuple[str, str, str, str, str]]:
+    """Measure, before, after, change and baseline, of the few measures that a terminal should show."""
+    sides = (tests.before, tests.after)
+    if isinstance(tests.result, Choice):
+        majority = tests.result.majority
+        baseline = f"{words.percent(majority.accuracy)} ({majority.answer})" if majority else ""
+        return [_share("accuracy", sides, baseline), _share("macro F1", sides, "", key="macro_f1")]
+    perplexity = _perplexity(sides)
+    if isinstance(tests.result, Generation):
+        found = [_share("exact match", sides, "", key="exact_match"), _share("unusable", sides, "")]
+        return [*found, perplexity] if tests.result.perplexity is not None else found
+    return [perplexity]
+
+
+def _share(name: str, sides: Sequence[Any], baseline: str, key: str | None = None) -> tuple[str, str, str, str, str]:
+    before, after = (getattr(side, key or name) if side else None for side in sides)
+    return name, words.percent(before), words.percent(after), words.points(before, after), baseline
+
+
+def _perplexity(sides: Sequence[Any]) -> tuple[str, str, str, str, str]:
+    before, after = (side.perplexity if side else None for side in sides)
+    change = f"{words.signed(100 * (after / before - 1), 1)} %" if before and after else words.DASH
+    return "perplexity", words.number(before), words.number(after), change, ""
+
+
+def answers_table(run: Path, count: int = 5) -> Table:
+    """About ``count`` rows with the true answer and those given before and after, most of them rows that changed.
+
+    Several test sets share the rows, at least one each. Raises RunError as ``results_table`` does.
+    """
+    sets = [tests for tests in read_run(run).sets if answers.pairs(tests)]
+    several = len(sets) > 1
+    compared = any(tests.rows_before for tests in sets)
+    table = _table(expand=True)
+    if several:
+        table.add_column("test set")
+    table.add_column("row", justify="right")
+    table.add_column("prompt", ratio=1)
+    for title in ("true answer", "before", "after") if compared else ("true answer", "after"):
+        table.add_column(title, max_width=_ANSWER_WIDTH, overflow="fold")
+    for place, tests in enumerate(sets):
+        share = max(1, count // len(sets) + (place < count % len(sets)))
+        template = prompts.template(answers.shown_prompts([tests]))
+        for pair in answers.mixed(tests, share):
+            cells = [_text(tests.name)] if several else []
+            cells += [Text(words.count(pair.shown.row)), _short(template.own_words(pair.shown.prompt), _PROMPT_LETTERS)]
+            cells.append(_short(pair.shown.answer, _ANSWER_LETTERS))
+            if compared:
+                cells.append(_answer(pair.before))
+            cells.append(_answer(pair.after))
+            table.add_row(*cells)
+        table.add_section()
+    return table
+
+
+def _answer(prediction: Prediction | None) -> Text:
+    if prediction is None:
+        return Text(words.DASH)
+    sign, style = ("✓ ", "green") if prediction.correct else ("✗ ", "red")
+    text = Text(sign, style=style)
+    if prediction.predicted.strip():
+        return text.append(_short(prediction.predicted, _ANSWER_LETTERS))
+    return text.append("nothing", style="italic")
+
+
+def evaluation_table(result: Mapping[str, Any]) -> Table:
+    """The figures of one evaluation result (``evaluation/NAME.STAGE.json``), a line each."""
+    table = _table()
+    for title in (str(result["dataset"]), "value"):
+        table.add_column(_text(title), justify="right" if title == "value" else "left")
+    lines = [("rows", words.count(result["rows"]))]
+    for key, name in (
+        ("accuracy", "accuracy"),
+        ("macro_f1", "macro F1"),
+        ("weighted_f1", "weighted F1"),
+        ("exact_match", "exact match"),
+        ("unusable", "unusable"),
+    ):
+        if key in result:
+            lines.append((name, words.percent(result[key])))
+    if majority := result.get("majority"):
+        lines.append((f"commonest answer ({majority['answer']})", words.percent(majority["accuracy"])))
+    lines += [("perplexity", words.number(result["perplexity"])), ("seconds", words.number(result["seconds"]))]
+    for name, value in lines:
+        table.add_row(_text(name), value)
+    return table
+
+
+def confusion_table(result: Mapping[str, Any]) -> Table:
+    """How often each true answer was taken for which, of a result with a closed set of answers."""
+    table = _table(title=_text("true answer down, predicted across"), title_justify="left")
+    table.add_column("")
+    for choice in result["choices"]:
+        table.add_column(_text(choice), justify="right")
+    for place, (choice, row) in enumerate(zip(result["choices"], result["confusion"], strict=True)):
+        cells = [Text(words.count(number), style="bold" if at == place else "") for at, number in enumerate(row)]
+        table.add_row(_text(choice), *cells)
+    return table
+
+
+def plan_table(plan: Mapping[str, Any]) -> Table:
+    """One line per rule of a ``plan.json`` that is already read, and a line for all of them."""
+    known = Plan.model_validate(plan)
+    table = _table(show_footer=True)
+    of_all = words.small_percent(known.trainable_parameters, known.total_parameters)
+    table.add_column("rule", justify="right")
+    table.add_column("method", footer="in all")
+    table.add_column("match", overflow="fold")
+    table.add_column("layers")
+    table.add_column("options", overflow="fold")
+    figures: dict[str, Any] = {"justify": "right", "no_wrap": True}
+    table.add_column("modules", footer=words.count(sum(rule.modules for rule in known.rules)), **figures)
+    table.add_column("parameters", footer=words.count(known.trainable_parameters), **figures)
+    table.add_column("percent", footer=of_all, **figures)
+    for rule in known.rules:
+        table.add_row(
+            str(rule.rule),
+            _text(rule.method),
+            _text("\n".join(words.listing(rule.match))),
+            _text(str(rule.layers)),
+            _text(", ".join(words.options(rule.options)) or words.DASH),
+            words.count(rule.modules),
+            words.count(rule.parameters),
+            words.small_percent(rule.parameters, known.total_parameters),
+        )
+    return table
+
+
+def _table(**settings: Any) -> Table:
+    return Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, **settings)
+
+
+def _text(text: str) -> Text:
+    """Text from data: never markup, never a control character."""
+    return Text(words.clean(text))
+
+
+def _short(text: str, limit: int) -> Text:
+    return _text(" ".join(words.shorten(text, limit).split()))

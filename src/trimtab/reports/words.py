@@ -1,0 +1,133 @@
+"""Numbers and foreign text in the form in which a person reads them; shared by the page and the terminal."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+DASH = "–"
+
+# Control characters (they can drive a terminal) and halves of surrogate pairs (they cannot be written as UTF-8).
+_UNPRINTABLE = {
+    code: "\ufffd" for code in (*range(32), *range(127, 160), *range(0xD800, 0xE000)) if chr(code) not in "\t\n"
+}
+_UNPRINTABLE[ord("\r")] = ""
+
+
+def percent(share: float | None, digits: int = 1) -> str:
+    """``0.8534`` as ``85.3 %``."""
+    return DASH if share is None else f"{100 * share:.{digits}f} %"
+
+
+def points(before: float | None, after: float | None) -> str:
+    """The change between two shares, in points: ``+72.9``."""
+    return DASH if before is None or after is None else signed(100 * (after - before), 1)
+
+
+def signed(value: float, digits: int) -> str:
+    """With its sign, and a true minus: ``+72.9``, ``−3.1``, ``0.0`` where nothing is left after rounding."""
+    text = f"{abs(value):.{digits}f}"
+    if not float(text):
+        return text
+    return ("+" if value > 0 else "−") + text
+
+
+def small_percent(part: int, whole: int) -> str:
+    """A share that may be tiny, with three figures or so: ``3.50 %``, ``0.0123 %``."""
+    share = 100 * part / whole if whole else 0.0
+    digits = 2 if share >= 0.1 or share == 0 else 1 - math.floor(math.log10(share)) + 1
+    return f"{share:.{digits}f} %"
+
+
+def count(value: int | None) -> str:
+    """``4884480`` as ``4,884,480``."""
+    return DASH if value is None else f"{value:,}"
+
+
+def number(value: float | None) -> str:
+    """A positive figure such as a loss or a perplexity, with three or four significant figures."""
+    if value is None or not math.isfinite(value):
+        return DASH if value is None else str(value)
+    if abs(value) >= 1e6:
+        return f"{value:.2e}"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    if abs(value) >= 100:
+        return f"{value:.1f}"
+    if abs(value) >= 10:
+        return f"{value:.2f}"
+    return f"{value:.3f}" if abs(value) >= 0.01 or value == 0 else f"{value:.2e}"
+
+
+def duration(seconds: float | None) -> str:
+    """``822`` as ``13 min 42 s``."""
+    if seconds is None:
+        return DASH
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def size(count_of_bytes: int | None) -> str:
+    """``9790000`` as ``9.8 MB`` (decimal, as file managers count)."""
+    if count_of_bytes is None:
+        return DASH
+    value, unit = float(count_of_bytes), "bytes"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 999.5:
+            break
+        value, unit = value / 1000, larger
+    return f"{value:,.0f} {unit}" if unit == "bytes" or value >= 99.95 else f"{value:.1f} {unit}"
+
+
+def listing(value: str | Sequence[str]) -> list[str]:
+    """A glob, or several, as a list."""
+    return [value] if isinstance(value, str) else list(value)
+
+
+def options(values: Mapping[str, Any]) -> list[str]:
+    """The options of a rule, each as ``rank 16``; a switch that is off as ``magnitude off``."""
+    return [f"{name} {_option(value)}" for name, value in values.items()]
+
+
+def _option(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def clean(text: str) -> str:
+    """``text`` without characters that would act on a terminal or could not be written at all."""
+    return text.translate(_UNPRINTABLE)
+
+
+def shorten(text: str, limit: int) -> str:
+    """At most ``limit`` characters in whole words: the beginning and, as questions often come last, some of the end."""
+    text = text.strip()
+    if len(text) <= limit:
+        return text
+    tail = limit // 3
+    start, end = text[: limit - tail - 3], text[-tail:]
+    # A word cut in two is dropped, unless little would be left without it (a web address, a script without spaces).
+    whole_start, whole_end = re.sub(r"\S+$", "", start), re.sub(r"^\S+", "", end)
+    start = whole_start if len(whole_start) > len(start) // 2 else start
+    end = whole_end if len(whole_end) > len(end) // 2 else end
+    return f"{start.rstrip()} … {end.lstrip()}"
+
+
+def interval(share: float, rows: int) -> tuple[float, float]:
+    """The 95 % interval of a share that was counted on ``rows`` rows (Wilson's; it stays within 0 and 1)."""
+    if rows <= 0:
+        return 0.0, 1.0
+    z = 1.959964
+    centre = (share + z * z / (2 * rows)) / (1 + z * z / rows)
+    half = z / (1 + z * z / rows) * math.sqrt(share * (1 - share) / rows + z * z / (4 * rows * rows))
+    return max(0.0, centre - half), min(1.0, centre + half)

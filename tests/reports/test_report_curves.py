@@ -1,0 +1,74 @@
+"""The points of the learning curves."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from trimtab.reports.curves import curves, describe, draw, smoothed, thinned
+from trimtab.reports.folder import Measure
+
+
+def _train(losses: list[float], **more: float) -> list[Measure]:
+    return [Measure(kind="train", step=step, loss=loss, **more) for step, loss in enumerate(losses, start=1)]
+
+
+def test_smoothing_is_a_mean_and_not_shifted() -> None:
+    values = np.random.default_rng(0).normal(size=50)
+    points = list(enumerate(values.tolist()))
+    result = [y for _, y in smoothed(points, 9)]
+    for place in range(4, 46):
+        # Both are means of nine doubles; they differ by the order of summation alone.
+        assert result[place] == pytest.approx(values[place - 4 : place + 5].mean(), abs=1e-14)
+    assert result[0] == values[0]
+    assert result[2] == pytest.approx(values[:5].mean(), abs=1e-14)
+    assert result[-1] == pytest.approx(values[-5:].mean(), abs=1e-14)
+
+
+def test_a_straight_line_stays_itself_but_for_its_end() -> None:
+    points = [(step, 5.0 - step) for step in range(30)]
+    assert np.allclose(smoothed(points, 7)[:27], points[:27], rtol=1e-14)
+
+
+def test_thinning_keeps_spikes() -> None:
+    points = [(step, 1.0) for step in range(10_000)]
+    points[7_777] = (7_777, 50.0)
+    points[3_333] = (3_333, -50.0)
+    kept = thinned(points, 200)
+    assert len(kept) <= 200
+    assert {(7_777, 50.0), (3_333, -50.0)} <= set(kept)
+    assert kept == sorted(kept)
+
+
+def test_a_loss_that_is_no_number_is_left_out_and_counted() -> None:
+    data = curves(_train([1.0, float("nan"), 2.0, float("inf")]), None)
+    assert data.train == [(1, 1.0), (3, 2.0)]
+    assert data.lost == 2
+    assert "nan" not in str(draw("x", data, 358)).lower()
+
+
+def test_epochs_end_where_they_end() -> None:
+    measures = [Measure(kind="train", step=step, loss=1.0, epoch=step / 16) for step in range(10, 41, 10)]
+    assert curves(measures, None).epochs == [(1, pytest.approx(16.0)), (2, pytest.approx(32.0))]
+
+
+def test_one_spike_does_not_flatten_the_rest() -> None:
+    data = curves(_train([2.0 + 0.001 * step for step in range(200)] + [500.0] + [2.0] * 99), None)
+    assert data.limits[1] < 60
+    assert data.outside == 1
+
+
+@pytest.mark.parametrize("losses", [[1.0], [1.0, 1.0], [0.0, 0.0], [5.0] * 30, [1e-9, 1e9]])
+@pytest.mark.parametrize("width", [358, 880])
+def test_odd_runs_can_be_drawn(losses: list[float], width: int) -> None:
+    data = curves(_train(losses, learning_rate=0.0), 1)
+    assert "<path" in draw("x", data, width)
+
+
+def test_validation_alone_can_be_drawn() -> None:
+    data = curves([Measure(kind="validation", step=9, loss=0.7, accuracy=1.0)], 9)
+    assert "best: 0.700 at step 9" in draw("x", data, 880)
+    assert (
+        describe(data)
+        == "The lowest validation loss is 0.700, at step 9. The highest validation accuracy is 100.0 %, at step 9."
+    )
