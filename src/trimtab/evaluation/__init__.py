@@ -1,0 +1,4 @@
+"""What a model is worth on labelled rows: scored choices, generated answers, perplexity, and the metrics of each.
+
+`evaluate` is the entrance; `logits` is also what training takes its loss from.
+"""

@@ -1,0 +1,280 @@
+"""Rows with a closed set of answers: which of them does the model find likeliest?
+
+The score of an answer is its log-likelihood given the prompt: the sum of its tokens' log-probabilities, with prompt and
+answer tokenised as one text. Where one answer's tokens begin another's ("answer1", "answer10") the shorter one could
+never lose, so then the end-of-sequence token is scored too, for every answer of every row. Otherwise it is left out:
+answers that begin differently are different events as they stand, and three answers of one token cost one forward pass.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise, zip_longest
+from typing import Any
+
+import torch
+
+from trimtab.data.rows import Example
+from trimtab.data.tokens import IGNORED, encode_all, encode_prompt
+from trimtab.errors import DataError, ModelError
+from trimtab.evaluation.batching import by_length, padded_right
+from trimtab.evaluation.logits import Head
+from trimtab.evaluation.modes import evaluating
+from trimtab.evaluation.rounding import tie_margin
+
+MOST_CHOICES, MOST_WORDS, FEWEST_REPEATS = 20, 5, 5
+
+
+@dataclass(frozen=True)
+class ChoiceScores:
+    """Scores of rows by choices.
+
+    Attributes:
+        scores: ``scores[row][choice]``, log-likelihoods in nats.
+        loss: summed token loss of the true answers, in nats.
+        tokens: how many tokens that sum is over.
+    """
+
+    scores: list[list[float]]
+    loss: float
+    tokens: int
+
+    def best(self) -> list[int]:
+        """The index of the likeliest choice of each row."""
+        return [max(range(len(row)), key=row.__getitem__) for row in self.scores]
+
+
+def infer_choices(examples: Sequence[Example]) -> list[str] | None:
+    """The closed set that the answers come from, sorted; None if it does not look like one.
+
+    It does with 2 to 20 different answers of at most five words each, repeated five times on average.
+    """
+    answers = [example.answer for example in examples]
+    found = {answer for answer in answers if answer is not None}
+    closed = (
+        None not in answers
+        and 2 <= len(found) <= MOST_CHOICES
+        and all(len(answer.split()) <= MOST_WORDS for answer in found)
+        and len(answers) >= FEWEST_REPEATS * len(found)
+    )
+    return sorted(found) if closed else None
+
+
+def check_choices(choices: Sequence[str], examples: Sequence[Example]) -> list[str]:
+    """The choices without outer white space.
+
+    Raises:
+        DataError: fewer than two choices, one that is empty or named twice, or a row whose answer is not among them.
+    """
+    clean = [choice.strip() for choice in choices]
+    if len(clean) < 2 or "" in clean:
+        raise DataError(f"choices: expected at least two answers, none of them empty, but got {list(choices)}.")
+    twice = [choice for choice, count in Counter(clean).items() if count > 1]
+    if twice:
+        raise DataError(f"choices: '{twice[0]}' is named {clean.count(twice[0])} times; name each answer once.")
+    for example in examples:
+        if example.answer not in clean:
+            what = "has no answer" if example.answer is None else f"has the answer '{example.answer}'"
+            raise DataError(
+                f"{example.source}, row {example.number}: {what}, which is not among the choices "
+                f"({', '.join(clean)}); add it to the choices, or repair the row (upper and lower case differ)."
+            )
+    return clean
+
+
+def score_choices(
+    head: Head,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    choices: Sequence[str],
+    *,
+    batch_size: int = 16,
+    max_length: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> ChoiceScores:
+    """Score every choice for every row.
+
+    ``batch_size`` decides nothing but speed. In another batch the same row is rounded otherwise, so a row whose best
+    two choices are closer than that (``rounding.tie_margin``) is scored again by itself, without padding.
+
+    Args:
+        head: the model.
+        tokenizer: its fast tokenizer.
+        examples: rows with an answer each.
+        choices: as ``check_choices`` returns them.
+        batch_size: most sequences in a forward pass.
+        max_length: most tokens of a prompt with its longest choice; longer prompts lose their beginning.
+        progress: called with the number of rows done and of all rows.
+
+    Raises:
+        DataError: a row has no token before its answer, or no room for one, or two choices have the same tokens.
+        ModelError: the model's scores are not numbers.
+    """
+    rows = _prepare(tokenizer, examples, choices, max_length)
+    sequences = [(row, sequence) for row in rows for sequence in row.sequences]
+    waiting = [len(row.sequences) for row in rows]
+    margin = tie_margin(head.model)
+    with evaluating(head.model):
+        for batch in by_length([len(sequence.ids) for _, sequence in sequences], batch_size):
+            _run(head, [sequences[index][1] for index in batch])
+            for index in batch:
+                waiting[sequences[index][0].index] -= 1
+            if progress is not None:
+                progress(sum(left == 0 for left in waiting), len(rows))
+        if batch_size > 1:
+            for row in rows:
+                if row.is_close(margin):
+                    for sequence in row.sequences:
+                        _run(head, [sequence])
+    scores = [row.scores() for row in rows]
+    for example, found in zip(examples, scores, strict=True):
+        if not all(map(math.isfinite, found)):
+            raise ModelError(
+                f"{example.source}, row {example.number}: the model's score of an answer is {found[0]}, not a number. "
+                "Its weights are damaged or its training diverged; train with a lower learning rate."
+            )
+    true = [row.loss_of(choices.index(str(example.answer))) for row, example in zip(rows, examples, strict=True)]
+    return ChoiceScores(scores, sum(loss for loss, _ in true), sum(tokens for _, tokens in true))
+
+
+@dataclass
+class _Sequence:
+    """Token ids to run, and the log-probabilities to read from the run: position -> next token -> nats."""
+
+    ids: list[int]
+    asked: dict[int, dict[int, float]] = field(default_factory=dict)
+
+
+@dataclass
+class _Row:
+    """The sequences that one row needs, and where in them each choice's tokens are."""
+
+    index: int
+    sequences: list[_Sequence]
+    places: list[list[tuple[_Sequence, int, int]]]
+    """For each choice, of each of its scored tokens: the sequence, the position before it, and the token."""
+    unscored: list[int]
+    """For each choice: how many of its places are before its own first token, shared by all choices."""
+
+    def scores(self) -> list[float]:
+        return [sum(sequence.asked[at][token] for sequence, at, token in places) for places in self.places]
+
+    def loss_of(self, choice: int) -> tuple[float, int]:
+        """Summed loss and number of one choice's own tokens."""
+        own = self.places[choice][self.unscored[choice] :]
+        return -sum(sequence.asked[at][token] for sequence, at, token in own), len(own)
+
+    def is_close(self, margin: float) -> bool:
+        """Whether the best two are apart by less than ``margin``; roundings of several tokens add up like chances."""
+        scores = self.scores()
+        first, second = sorted(range(len(scores)), key=lambda choice: -scores[choice])[:2]
+        tokens = max(len(self.places[first]), len(self.places[second]))
+        return scores[first] - scores[second] < margin * math.sqrt(tokens)
+
+
+def _prepare(tokenizer: Any, examples: Sequence[Example], choices: Sequence[str], max_length: int | None) -> list[_Row]:
+    prefix = len(encode_prompt("", tokenizer))
+    for example in examples:
+        if not prefix and not example.prompt.rstrip(" "):
+            raise _no_prompt(example)
+    encoded = _encode(tokenizer, examples, choices, end=False)
+    if any(_one_begins_another([ids for ids, _ in answers]) for answers in encoded):
+        encoded = _encode(tokenizer, examples, choices, end=True)
+    rows = []
+    for index, (example, answers) in enumerate(zip(examples, encoded, strict=True)):
+        excess = max(len(ids) for ids, _ in answers) - max_length if max_length is not None else 0
+        if excess > 0:
+            if min(start for _, start in answers) - excess <= prefix:
+                raise DataError(
+                    f"{example.source}, row {example.number}: in {max_length} tokens its choices leave no room for a "
+                    "prompt; allow more tokens, or shorten the choices."
+                )
+            answers = [(ids[:prefix] + ids[prefix + excess :], start - excess) for ids, start in answers]
+        rows.append(_row(index, example, answers, choices))
+    return rows
+
+
+def _encode(
+    tokenizer: Any, examples: Sequence[Example], choices: Sequence[str], *, end: bool
+) -> list[list[tuple[list[int], int]]]:
+    """Of each row and choice: the token ids of prompt and answer, and the index of the answer's first token."""
+    texts = [
+        Example(
+            source=example.source,
+            number=example.number,
+            text=example.prompt + choice,
+            trained=((len(example.prompt.rstrip(" ")), len(example.prompt + choice)),),
+            prompt=example.prompt,
+            answer=choice,
+            ends=end,
+        )
+        for example in examples
+        for choice in choices
+    ]
+    encoded = encode_all(texts, tokenizer, None)
+    if encoded.dropped:
+        source, number, _ = encoded.dropped[0]
+        raise _no_prompt(next(text for text in texts if (text.source, text.number) == (source, number)))
+    pairs = [
+        (row["input_ids"], next(at for at, label in enumerate(row["labels"]) if label != IGNORED)) for row in encoded
+    ]
+    return [pairs[at : at + len(choices)] for at in range(0, len(pairs), len(choices))]
+
+
+def _one_begins_another(answers: list[list[int]]) -> bool:
+    """Whether some list is a beginning of another. Sorted, it would stand right before one that it begins."""
+    ordered = sorted(answers)
+    return any(after[: len(before)] == before for before, after in pairwise(ordered))
+
+
+def _row(index: int, example: Example, answers: list[tuple[list[int], int]], choices: Sequence[str]) -> _Row:
+    ordered = sorted(ids for ids, _ in answers)
+    for before, after in pairwise(ordered):
+        if before == after:
+            same = [f"'{choice}'" for choice, (ids, _) in zip(choices, answers, strict=True) if ids == before]
+            raise DataError(
+                f"{example.source}, row {example.number}: the choices {' and '.join(same)} are the same tokens to this "
+                "tokenizer, so the model cannot tell them apart; leave one out or spell it otherwise."
+            )
+    # All are scored from the same token on, or some would have to predict a token that others are given: an answer
+    # may merge with the end of the prompt, and then its own first token comes earlier than another's.
+    shared = next(at for at, (a, b) in enumerate(zip_longest(ordered[0], ordered[-1])) if a != b)
+    start = min(shared, *(first for _, first in answers))
+    if start < 1:
+        raise _no_prompt(example)
+    sequences: list[_Sequence] = []
+    places: list[list[tuple[_Sequence, int, int]]] = [[] for _ in answers]
+    for choice in sorted(range(len(answers)), key=lambda choice: -len(answers[choice][0])):
+        ids = answers[choice][0]
+        inputs = ids[:-1]
+        home = next((kept for kept in sequences if kept.ids[: len(inputs)] == inputs), None)
+        if home is None:
+            home = _Sequence(inputs)
+            sequences.append(home)
+        for at in range(start, len(ids)):
+            home.asked.setdefault(at - 1, {})[ids[at]] = math.nan
+            places[choice].append((home, at - 1, ids[at]))
+    return _Row(index, sequences, places, [first - start for _, first in answers])
+
+
+def _run(head: Head, sequences: Sequence[_Sequence]) -> None:
+    """One forward pass; fills in what is asked of each sequence."""
+    device = head.model.get_input_embeddings().weight.device
+    ids = padded_right([sequence.ids for sequence in sequences], device)
+    asked = [(row, at, list(found)) for row, sequence in enumerate(sequences) for at, found in sequence.asked.items()]
+    most = max(len(tokens) for _, _, tokens in asked)
+    positions = torch.tensor([row * ids.shape[1] + at for row, at, _ in asked], device=device)
+    tokens = torch.tensor([wanted + wanted[:1] * (most - len(wanted)) for _, _, wanted in asked], device=device)
+    values = head.log_probabilities(ids, positions, tokens).tolist()
+    for (row, at, wanted), line in zip(asked, values, strict=True):
+        sequences[row].asked[at] = dict(zip(wanted, line[: len(wanted)], strict=True))
+
+
+def _no_prompt(example: Example) -> DataError:
+    return DataError(
+        f"{example.source}, row {example.number}: no token comes before the answer, so there is nothing to predict it "
+        "from; give the row a prompt."
+    )

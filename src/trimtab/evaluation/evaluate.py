@@ -1,0 +1,196 @@
+"""Measure a model on labelled rows, and write down what came out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from trimtab.data.rows import Example
+from trimtab.errors import DataError
+from trimtab.evaluation.choice import check_choices, infer_choices, score_choices
+from trimtab.evaluation.generation import generate_answers, same_answer
+from trimtab.evaluation.logits import Head
+from trimtab.evaluation.metrics import choice_metrics
+from trimtab.evaluation.perplexity import perplexity, token_loss
+from trimtab.files import write_json, write_jsonl
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One model on one set of rows.
+
+    Attributes:
+        name: of the data set.
+        result: the figures, ready for JSON; ``kind`` says which there are: choice, generation or perplexity.
+        predictions: one row each, in the order of the examples; none for perplexity alone.
+    """
+
+    name: str
+    result: dict[str, Any]
+    predictions: list[dict[str, Any]]
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    *,
+    name: str,
+    choices: Sequence[str] | Literal["infer"] | None = None,
+    batch_size: int = 16,
+    max_new_tokens: int = 32,
+    max_length: int | None = None,
+    head: Head | None = None,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Measure ``model`` on ``examples``.
+
+    With choices, each is scored by its log-likelihood (`choice.py`). Without, answers are generated and compared
+    (`generation.py`). Rows without an answer, plain texts, have a perplexity only; one such row among others suffices.
+    The perplexity of choices is that of the true answers' tokens, with the end token where it is scored.
+
+    Args:
+        model: a transformers causal language model; its modules' training modes stay as they are.
+        tokenizer: its fast tokenizer.
+        examples: at least one row.
+        name: of the data set.
+        choices: the closed set of answers; ``"infer"`` to look for one in the rows; None for open answers.
+        batch_size: most sequences in a forward pass. No prediction and no metric of them depends on it; scores and
+            perplexity move by their rounding (a few hundredths of a nat in bfloat16).
+        max_new_tokens: limit of a generated answer.
+        max_length: most tokens of a row; None, or more than the model has positions for: what the model has.
+        head: made of this model before, to spare the probe.
+        progress: called with the number of rows done and of all rows.
+
+    Raises:
+        DataError: there are no rows, or a row or the choices cannot be used; the message names the row.
+        ModelError: the model's output is not a number.
+    """
+    if not examples:
+        raise DataError(f"{name}: there are no rows to evaluate.")
+    started = time.perf_counter()
+    head = head if head is not None else Head(model)
+    limit = _limit(model, max_length)
+    closed = infer_choices(examples) if choices == "infer" else choices
+    if closed is not None:
+        result, predictions = _choice(head, tokenizer, examples, closed, batch_size, limit, progress)
+    elif any(example.answer is None for example in examples):
+        result, predictions = _perplexity(head, tokenizer, examples, batch_size, limit, progress)
+    else:
+        result, predictions = _generation(head, tokenizer, examples, batch_size, limit, max_new_tokens, progress)
+    kind = {"kind": result.pop("kind"), "dataset": name, "rows": len(examples)}
+    return Evaluation(name, {**kind, **result, "seconds": round(time.perf_counter() - started, 3)}, predictions)
+
+
+def write(evaluation: Evaluation, folder: Path | str, stage: str) -> None:
+    """Write ``evaluation/NAME.STAGE.json`` and, if there are any, ``predictions/NAME.STAGE.jsonl`` into a run folder.
+
+    Args:
+        evaluation: what `evaluate` returned.
+        folder: the run folder; made if missing.
+        stage: ``"before"`` or ``"after"``.
+    """
+    write_json(Path(folder) / "evaluation" / f"{evaluation.name}.{stage}.json", evaluation.result)
+    if evaluation.predictions:
+        write_jsonl(Path(folder) / "predictions" / f"{evaluation.name}.{stage}.jsonl", evaluation.predictions)
+
+
+_Outcome = tuple[dict[str, Any], list[dict[str, Any]]]
+"""A result without what all results have, and its predictions."""
+
+
+def _choice(
+    head: Head,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    choices: Sequence[str],
+    batch_size: int,
+    limit: int | None,
+    progress: Progress | None,
+) -> _Outcome:
+    clean = check_choices(choices, examples)
+    found = score_choices(head, tokenizer, examples, clean, batch_size=batch_size, max_length=limit, progress=progress)
+    truth = [str(example.answer) for example in examples]
+    predicted = [clean[best] for best in found.best()]
+    predictions = [
+        {
+            **_prediction(index, example, answer, answer == example.answer),
+            "scores": {choice: round(score, 6) for choice, score in zip(clean, scores, strict=True)},
+        }
+        for index, (example, answer, scores) in enumerate(zip(examples, predicted, found.scores, strict=True))
+    ]
+    metrics = choice_metrics(truth, predicted, clean)
+    return {
+        "kind": "choice",
+        "choices": clean,
+        **metrics,
+        "perplexity": perplexity(found.loss, found.tokens),
+    }, predictions
+
+
+def _perplexity(
+    head: Head,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    batch_size: int,
+    limit: int | None,
+    progress: Progress | None,
+) -> _Outcome:
+    loss, tokens = token_loss(head, tokenizer, examples, batch_size=batch_size, max_length=limit, progress=progress)
+    return {"kind": "perplexity", "perplexity": perplexity(loss, tokens), "tokens": tokens}, []
+
+
+def _generation(
+    head: Head,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    batch_size: int,
+    limit: int | None,
+    max_new_tokens: int,
+    progress: Progress | None,
+) -> _Outcome:
+    answers = generate_answers(
+        head,
+        tokenizer,
+        examples,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        max_length=limit,
+        progress=progress,
+    )
+    predictions = [
+        {
+            **_prediction(index, example, answer.text, same_answer(answer.text, str(example.answer))),
+            "usable": answer.usable,
+        }
+        for index, (example, answer) in enumerate(zip(examples, answers, strict=True))
+    ]
+    loss, tokens = token_loss(head, tokenizer, examples, batch_size=batch_size, max_length=limit)
+    return {
+        "kind": "generation",
+        "exact_match": sum(row["correct"] for row in predictions) / len(predictions),
+        "unusable": sum(not row["usable"] for row in predictions) / len(predictions),
+        "perplexity": perplexity(loss, tokens),
+    }, predictions
+
+
+def _prediction(index: int, example: Example, predicted: str, correct: bool) -> dict[str, Any]:
+    return {
+        "row": index + 1,
+        "prompt": example.prompt,
+        "answer": example.answer,
+        "predicted": predicted,
+        "correct": correct,
+    }
+
+
+def _limit(model: Any, max_length: int | None) -> int | None:
+    """The smaller of what the caller allows and how many positions the model has; None if neither is known."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    known = [limit for limit in (max_length, positions) if limit is not None and limit > 0]
+    return min(known, default=None)

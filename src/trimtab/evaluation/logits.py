@@ -1,0 +1,167 @@
+"""Logits only where somebody reads them.
+
+The loss of an answer of two tokens after a prompt of sixty needs logits at two positions, and the product with the
+vocabulary is a fifth of a small model's work. `Head` runs a causal language model's decoder over the whole batch and
+its output head at the chosen positions only. Some models do more than that around the head: Gemma 2 squashes its
+logits, Granite and Cohere scale them. `Head` finds out by a probe and takes the model's own full logits for those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trimtab.data.tokens import IGNORED
+from trimtab.evaluation.loss import head_loss, wide
+from trimtab.evaluation.modes import evaluating
+
+SCORED_AT_ONCE = 128
+"""Positions whose logits exist at once while tokens are scored: 26 MB in float32 for a vocabulary of 49,152."""
+
+
+class Head:
+    """A causal language model, asked only for what is needed of its output.
+
+    Batches are padded on the right and carry no attention mask: in a causal model padding there reaches nothing that is
+    read. The output head is looked up at each call, so an adapter may come onto it later.
+
+    Args:
+        model: a transformers causal language model. It is run twice on 18 tokens; its mode and state stay as they are.
+
+    Attributes:
+        sparse: whether the head is applied to chosen positions only; False: the model's full logits are computed.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self._body = _separable_body(model)
+        self.sparse = self._body is not None
+
+    def loss_at_labels(self, input_ids: Tensor, labels: Tensor, *, num_items: int | Tensor | None = None) -> Tensor:
+        """Token cross-entropy, as ``model(input_ids, labels=labels).loss``; a scalar in float32 (or float64).
+
+        Args:
+            input_ids: ``[rows, tokens]``, padded on the right.
+            labels: ``[rows, tokens]``, not shifted: position ``t`` is scored on predicting ``labels[:, t + 1]``;
+                -100 carries no loss.
+            num_items: what the sum over positions is divided by; None: their number, so the loss is the mean. A batch
+                without labels has the loss 0.
+        """
+        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
+        positions = (targets != IGNORED).nonzero().squeeze(1)
+        if self._body is None:
+            return self._own_loss(input_ids, labels, positions.numel(), num_items)
+        states = self._hidden(self._body, input_ids, positions)
+        denominator = max(positions.numel(), 1) if num_items is None else num_items
+        return head_loss(self.model.get_output_embeddings(), states, targets.index_select(0, positions), denominator)
+
+    def logits_at(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        """Logits ``[n, vocabulary]`` at ``positions`` ``[n]``, which count through the flattened ``input_ids``."""
+        states, apply = self._states(input_ids, positions)
+        return apply(states)
+
+    def log_probabilities(self, input_ids: Tensor, positions: Tensor, tokens: Tensor) -> Tensor:
+        """Log-probability of each of ``tokens`` as the next one after each position. Not differentiable.
+
+        The logits of ``tokens`` themselves are computed in float32 where that is possible. In bfloat16 the logits of a
+        real model are multiples of 1/8, and of two answers that the model tells apart one in a hundred pairs would tie.
+
+        Args:
+            input_ids: ``[rows, tokens]``, padded on the right.
+            positions: ``[n]``, int64, through the flattened ``input_ids``.
+            tokens: ``[n, k]``, int64.
+
+        Returns:
+            ``[n, k]``, float32 (float64 for a float64 model), in nats.
+        """
+        with torch.no_grad():
+            states, apply = self._states(input_ids, positions)
+            found = []
+            for chunk, wanted in zip(states.split(SCORED_AT_ONCE), tokens.split(SCORED_AT_ONCE), strict=True):
+                raw = apply(chunk)
+                logits = wide(raw)
+                linear = self.model.get_output_embeddings()
+                if logits is not raw and self.sparse and _is_plain(linear):
+                    weight = linear.weight[wanted].float()
+                    exact = torch.bmm(weight, chunk.float().unsqueeze(2)).squeeze(2)
+                    if linear.bias is not None:
+                        exact += linear.bias[wanted]
+                    logits.scatter_(1, wanted, exact)
+                found.append(logits.gather(1, wanted) - logits.logsumexp(1, keepdim=True))
+        return torch.cat(found)
+
+    def _states(self, input_ids: Tensor, positions: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """Something per position, and the function that makes logits of it."""
+        if self._body is None:
+            logits = self.model(input_ids=input_ids, use_cache=False).logits
+            return logits.flatten(0, 1).index_select(0, positions), lambda picked: picked
+        return self._hidden(self._body, input_ids, positions), self.model.get_output_embeddings()
+
+    @staticmethod
+    def _hidden(body: nn.Module, input_ids: Tensor, positions: Tensor) -> Tensor:
+        states: Tensor = body(input_ids=input_ids, use_cache=False).last_hidden_state
+        return states.flatten(0, 1).index_select(0, positions)
+
+    def _own_loss(self, input_ids: Tensor, labels: Tensor, count: int, num_items: int | Tensor | None) -> Tensor:
+        output = self.model(input_ids=input_ids, labels=labels, use_cache=False)
+        if count == 0:  # the mean of nothing is NaN
+            return output.logits.sum() * 0.0
+        loss: Tensor = output.loss
+        if isinstance(num_items, Tensor):
+            num_items = num_items.to(loss.device)
+        return loss if num_items is None else loss * (count / num_items)
+
+
+def _separable_body(model: Any) -> nn.Module | None:
+    """The decoder, if ``model`` is that and then the output head on each position, and nothing else; or None.
+
+    Comparing logits would not do: the squashing of Gemma 2 is below rounding while logits are small, as in a model that
+    is not trained yet. So the probe looks at both sides of the head: what goes in must be what the decoder gives, and
+    what comes out, replaced by large known numbers on the way, must arrive unchanged as the model's logits.
+    """
+    head = model.get_output_embeddings()
+    body = model.get_decoder() if hasattr(model, "get_decoder") else None
+    if head is None or body is None or body is model:
+        return None
+    if getattr(model.config, "output_router_logits", False):  # a mixture of experts with a loss of its own
+        return None
+    embeddings = model.get_input_embeddings()
+    ids = (torch.arange(18, device=embeddings.weight.device).reshape(2, 9) * 7919 + 13) % embeddings.num_embeddings
+    inputs: list[tuple[Any, ...]] = []
+    marks: list[Tensor] = []
+
+    def replace(module: nn.Module, given: tuple[Any, ...], output: Tensor) -> Tensor:
+        inputs.append(given)
+        marks.append(torch.linspace(-100, 100, output.numel(), device=output.device).to(output.dtype).view_as(output))
+        return marks[-1]
+
+    with evaluating(model):
+        handle = head.register_forward_hook(replace)
+        try:
+            logits = model(input_ids=ids, use_cache=False).logits
+        finally:
+            handle.remove()
+        if len(inputs) != 1 or len(inputs[0]) != 1:
+            return None
+        if logits.shape != marks[0].shape or not torch.equal(logits.to(marks[0].dtype), marks[0]):
+            return None
+        try:
+            hidden = body(input_ids=ids, use_cache=False).last_hidden_state
+        except (AttributeError, TypeError, ValueError):  # a decoder that does not run by itself
+            return None
+    expected = inputs[0][0]
+    if hidden.shape != expected.shape:
+        return None
+    slack = 16 * torch.finfo(hidden.dtype).eps * float(expected.nan_to_num().abs().max())
+    # A broken model, all NaN, passes: whoever reads its scores says so better than an error here.
+    return body if torch.allclose(hidden, expected.to(hidden.dtype), rtol=0, atol=slack, equal_nan=True) else None
+
+
+def _is_plain(head: nn.Module) -> bool:
+    """Whether ``head`` is a linear layer that nobody has changed, so that rows of its weight can be used alone."""
+    hooks = len(head._forward_hooks) + len(head._forward_pre_hooks)
+    return type(head) is nn.Linear and not hooks and "forward" not in vars(head) and head.weight.is_floating_point()

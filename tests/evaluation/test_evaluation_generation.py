@@ -1,0 +1,165 @@
+"""Greedy answers: a chain whose every step is known, and random models against a plain loop."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from evaluation_cases import example, gpt2, llama, markov_chain
+from torch import Tensor
+from transformers import GenerationConfig
+
+from trimtab.data.rows import Example
+from trimtab.errors import DataError
+from trimtab.evaluation import generation as module
+from trimtab.evaluation.generation import Generated, generate_answers, same_answer
+from trimtab.evaluation.logits import Head
+
+Make = Callable[..., list[Example]]
+
+
+def token(tokenizer: Any, text: str) -> int:
+    (found,) = tokenizer(text)["input_ids"]
+    return int(found)
+
+
+def test_stops_at_an_end_token_and_tells_what_is_unusable(tokenizer: Any) -> None:
+    """A row that ends, one that says nothing, one that goes on for ever, one that the chat's own token ends."""
+    t = {text: token(tokenizer, text) for text in (":", "?", "!", ".", " good", " bad", " plain", "\n")}
+    end, stop = tokenizer.eos_token_id, token(tokenizer, "<|stop|>")
+    chain = {
+        t[":"]: t[" good"],
+        t[" good"]: t["\n"],
+        t["\n"]: end,
+        t["?"]: end,
+        t["!"]: t[" bad"],
+        t[" bad"]: t[" bad"],
+        t["."]: t[" plain"],
+        t[" plain"]: stop,
+    }
+    model = markov_chain(tokenizer, chain)
+    model.generation_config.eos_token_id = [stop]
+    prompts = ["the first one:", "the second and the longest?", "third!", "four."]
+    rows = [example(prompt + " ", "good", number + 1) for number, prompt in enumerate(prompts)]
+    found = generate_answers(Head(model), tokenizer, rows, max_new_tokens=4)
+    assert found == [
+        Generated("good", True),
+        Generated("", False),
+        Generated("bad bad bad bad", False),
+        Generated("plain", True),
+    ]
+    # An answer whose end token is the last one allowed has come to its end.
+    assert generate_answers(Head(model), tokenizer, rows[:1], max_new_tokens=3) == [Generated("good", True)]
+    assert generate_answers(Head(model), tokenizer, rows[:1], max_new_tokens=2) == [Generated("good", False)]
+
+
+def test_the_models_own_sampling_and_penalties_are_put_aside(tokenizer: Any) -> None:
+    good, bad, colon = (token(tokenizer, text) for text in (" good", " bad", ":"))
+    model = markov_chain(tokenizer, {colon: good, good: good})
+    with torch.no_grad():  # the second best, which a penalty on what was said would make the best
+        model.lm_head.weight[bad, good] = 0.5
+    own = GenerationConfig(
+        do_sample=True, temperature=5.0, repetition_penalty=9.0, min_new_tokens=9, eos_token_id=0, num_beams=3
+    )
+    model.generation_config = own
+    rows = [example("so: ", "good")]
+    assert generate_answers(Head(model), tokenizer, rows, max_new_tokens=3)[0].text == "good good good"
+    assert model.generation_config is own
+
+
+def slowly(model: Any, tokenizer: Any, row: Example, limit: int) -> str:
+    """Greedy decoding without cache or padding."""
+    ids = tokenizer(row.prompt.rstrip(" "))["input_ids"]
+    written: list[int] = []
+    with torch.no_grad():
+        while len(written) < limit:
+            best = int(model(torch.tensor([ids + written])).logits[0, -1].argmax())
+            if best == tokenizer.eos_token_id:
+                break
+            written.append(best)
+    return str(tokenizer.decode(written, skip_special_tokens=True)).strip()
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_equals_a_plain_loop_at_any_batch_size(
+    monkeypatch: pytest.MonkeyPatch, make: Any, tokenizer: Any, questions: Make
+) -> None:
+    """Also with ties left alone: padding on the left, its mask and the positions must be right by themselves."""
+    monkeypatch.setattr(module, "tie_margin", lambda model: 0.0)
+    model, rows = make(), questions(["good"], 9)
+    exact = copy.deepcopy(model).double()
+    expected = [slowly(exact, tokenizer, row, 8) for row in rows]
+    assert len(set(expected)) > 5, "a test where all rows say the same shows nothing"
+    for size in (1, 3, 16):
+        found = generate_answers(Head(model), tokenizer, rows, max_new_tokens=8, batch_size=size)
+        assert [answer.text for answer in found] == expected
+
+
+def test_near_ties_do_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch, tokenizer: Any, questions: Make) -> None:
+    """A head that is off by up to 0.3 in a batch, as in bfloat16, must not change a single answer."""
+    model, rows = llama(initializer_range=0.07), questions(["good"], 12)
+    exact = [slowly(model, tokenizer, row, 8) for row in rows]
+
+    def disturb(_: Any, inputs: Any, output: Tensor) -> Tensor | None:
+        if output.dim() != 3 or inputs[0].shape[0] == 1:
+            return None
+        return output + 0.6 * torch.rand(output.shape, generator=torch.Generator().manual_seed(output.shape[0])) - 0.3
+
+    model.lm_head.register_forward_hook(disturb)
+    head = Head(model)
+    assert head.sparse
+    monkeypatch.setattr(module, "tie_margin", lambda model: 0.0)
+    assert [answer.text for answer in generate_answers(head, tokenizer, rows, max_new_tokens=8)] != exact
+    monkeypatch.setattr(module, "tie_margin", lambda model: 0.625)
+    for size in (3, 16):
+        found = generate_answers(head, tokenizer, rows, max_new_tokens=8, batch_size=size)
+        assert [answer.text for answer in found] == exact
+
+
+def test_bfloat16_is_the_same_at_any_batch_size(tokenizer: Any, questions: Make) -> None:
+    head, rows = Head(llama().bfloat16()), questions(["good"], 12)
+    alone, three, sixteen = (
+        generate_answers(head, tokenizer, rows, max_new_tokens=8, batch_size=size) for size in (1, 3, 16)
+    )
+    assert alone == three == sixteen
+
+
+def test_long_prompts_lose_their_beginning(tokenizer: Any) -> None:
+    model = llama()
+    row = example("News: " + "the profit rose and the firm fell " * 9 + "\nAnswer: ", "good")
+    kept = tokenizer(row.prompt.rstrip(" "))["input_ids"][-22:]
+    cut = tokenizer.decode(kept)
+    assert tokenizer(cut)["input_ids"] == kept
+    found = generate_answers(Head(model), tokenizer, [row], max_new_tokens=8, max_length=30)
+    assert found[0].text == slowly(model, tokenizer, example(cut, "good"), 8)
+    with pytest.raises(DataError, match=r"row 1: 30 new tokens leave no room"):
+        generate_answers(Head(model), tokenizer, [row], max_new_tokens=30, max_length=30)
+
+
+def test_an_empty_prompt_is_an_error(tokenizer: Any) -> None:
+    with pytest.raises(DataError, match=r"rows\.jsonl, row 4: the prompt is empty"):
+        generate_answers(Head(llama()), tokenizer, [example("", "good", 4)])
+
+
+def test_progress_counts_rows(tokenizer: Any, questions: Make) -> None:
+    steps: list[tuple[int, int]] = []
+    generate_answers(
+        Head(llama()),
+        tokenizer,
+        questions(["good"], 7),
+        max_new_tokens=2,
+        batch_size=4,
+        progress=lambda done, of: steps.append((done, of)),
+    )
+    assert steps == [(4, 7), (7, 7)]
+
+
+def test_a_match_is_exact_but_for_space_and_case() -> None:
+    assert same_answer(" The  answer\n is 4 ", "the answer is 4")
+    assert same_answer("STRASSE", "Straße")
+    assert not same_answer("the answer is 4.", "the answer is 4")
+    assert not same_answer("theanswer", "the answer")
+    assert not same_answer("", "4")
