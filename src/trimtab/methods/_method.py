@@ -12,12 +12,12 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from trimtab.bases import Base
 from trimtab.ops.decomposition import Axis, magnitude_over_norm, recompose
+from trimtab.ops.dropout import dropout
 from trimtab.ops.frozen_linear import Update, frozen_linear
 
 
@@ -147,7 +147,7 @@ class Method(nn.Module):
         update, tensors = self.factors()
         dropped = None
         if self.options.dropout and self.training and update is not None:
-            dropped = F.dropout(x, self.options.dropout)
+            dropped = dropout(x, self.options.dropout)
         return frozen_linear(
             x,
             weight,
@@ -200,4 +200,5 @@ def _same(copies: Sequence[Tensor], tensors: Sequence[Tensor]) -> bool:
 def _no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     """Norms and merged weights keep their digits where the model around them runs in half precision."""
     kind = tensor.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    on = kind != "meta" and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if on else nullcontext()

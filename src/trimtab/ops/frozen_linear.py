@@ -10,7 +10,7 @@ is kept that a plain linear layer followed by a nonlinearity would not keep.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +51,51 @@ def scale_outputs(values: Tensor, scale: Tensor, near_one: bool, in_place: bool 
     return values.mul_(scale) if in_place else values * scale
 
 
+class _Computed(NamedTuple):
+    output: Tensor
+    fed: Tensor  # what the update saw, [tokens, in]
+    kept: tuple[Tensor, ...]  # what the update wants to see again
+    witness: tuple[Tensor, ...]  # from which the gradient of the scale is read
+    near_one: bool
+    reuse_output: bool
+
+
+def _compute(
+    x: Tensor,
+    dropped: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    keep_product: bool,
+    update: Update | None,
+    tensors: tuple[Tensor, ...],
+) -> _Computed:
+    # Without a scale the bias goes into the product, exactly as the bare layer does it: step 0 is then bit for bit.
+    whole = F.linear(x, weight, bias if scale is None else None)
+    product = whole.reshape(-1, whole.shape[-1])
+    fed = (x if dropped is None else dropped).reshape(-1, x.shape[-1])
+    kept = () if update is None else update.add_product(product, fed, tensors)
+
+    near_one = reuse_output = False
+    if scale is not None:
+        # A look at the values would make an accelerator wait, and a compiler break its graph: there the product is
+        # kept.
+        if scale.device.type == "cpu" and not torch.compiler.is_compiling():
+            near_one = bool(((scale - 1).abs() <= _NEAR_ONE).all())
+        # In half precision a bias larger than the product swallows the product's digits: the output is no way back.
+        readable = bias is None or product.dtype not in _HALF
+        reuse_output = near_one and readable and not keep_product
+        output = scale_outputs(product, scale, near_one, in_place=reuse_output)
+        if bias is not None:
+            output = output.add_(bias)
+    else:
+        output = product
+    # Not a view: autograd refuses to change a view that a custom function returned in place, and models do that.
+    result = torch.ops.aten._unsafe_view(output, [*x.shape[:-1], weight.shape[0]])
+    witness = () if scale is None else (result if reuse_output else product,)
+    return _Computed(result, fed, kept, witness, near_one, reuse_output)
+
+
 class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -64,38 +109,14 @@ class _FrozenLinear(torch.autograd.Function):
         update: Update | None,
         *tensors: Tensor,
     ) -> Tensor:
-        # Without a scale the bias goes into the product, exactly as the bare layer does it: step 0 is then bit for bit.
-        whole = F.linear(x, weight, bias if scale is None else None)
-        product = whole.reshape(-1, whole.shape[-1])
-        fed = (x if dropped is None else dropped).reshape(-1, x.shape[-1])
-        kept = () if update is None else update.add_product(product, fed, tensors)
-
-        near_one = reuse_output = False
-        if scale is not None:
-            # A look at the values would make an accelerator wait, and a compiler break its graph: there the product
-            # is kept.
-            if scale.device.type == "cpu" and not torch.compiler.is_compiling():
-                near_one = bool(((scale - 1).abs() <= _NEAR_ONE).all())
-            # In half precision a bias larger than the product swallows the product's digits: the output is no way back.
-            readable = bias is None or product.dtype not in _HALF
-            reuse_output = near_one and readable and not keep_product
-            output = scale_outputs(product, scale, near_one, in_place=reuse_output)
-            if bias is not None:
-                output = output.add_(bias)
-        else:
-            output = product
-
-        witness = () if scale is None else (output if reuse_output else product,)
-        ctx.update, ctx.near_one, ctx.reuse_output = update, near_one, reuse_output
+        done = _compute(x, dropped, weight, bias, scale, keep_product, update, tensors)
+        ctx.update, ctx.near_one, ctx.reuse_output = update, done.near_one, done.reuse_output
         ctx.has = (dropped is not None, bias is not None, scale is not None)
-        ctx.counts = (len(tensors), len(kept))
+        ctx.counts = (len(tensors), len(done.kept))
         ctx.shape = x.shape
-        result = output.reshape(*x.shape[:-1], weight.shape[0])
-        if reuse_output:
-            witness = (result,)
         optional = [t for t in (bias, scale) if t is not None]
-        ctx.save_for_backward(weight, fed, *optional, *tensors, *kept, *witness)
-        return result
+        ctx.save_for_backward(weight, done.fed, *optional, *tensors, *done.kept, *done.witness)
+        return done.output
 
     @staticmethod
     @once_differentiable
@@ -130,7 +151,7 @@ class _FrozenLinear(torch.autograd.Function):
         if scale is not None:
             if wants_scale:
                 seen = witness[0].reshape(upstream.shape)
-                grad_scale = (upstream * seen).sum(0, dtype=scale.dtype)
+                grad_scale = (upstream * seen).sum(0).to(scale.dtype)
                 if ctx.reuse_output:
                     if bias is not None and grad_bias is not None:
                         grad_scale = grad_scale - bias.to(scale.dtype) * grad_bias.to(scale.dtype)
@@ -183,11 +204,30 @@ def frozen_linear(
     Differentiable once: a second derivative is refused by autograd, and ``torch.func`` transforms are not supported.
     """
     # Autocast leaves float64 alone, for a plain linear layer too.
-    if torch.is_autocast_enabled(x.device.type) and weight.dtype != torch.float64:
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type) and weight.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
         dropped = None if dropped is None else dropped.to(dtype)
         with torch.autocast(x.device.type, enabled=False):
-            return _FrozenLinear.apply(x, dropped, weight, bias, scale, keep_product, update, *tensors)
-    return _FrozenLinear.apply(x, dropped, weight, bias, scale, keep_product, update, *tensors)
+            return _apply(x, dropped, weight, bias, scale, keep_product, update, tensors)
+    return _apply(x, dropped, weight, bias, scale, keep_product, update, tensors)
+
+
+def _apply(
+    x: Tensor,
+    dropped: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    keep_product: bool,
+    update: Update | None,
+    tensors: tuple[Tensor, ...],
+) -> Tensor:
+    given = (x, dropped, bias, scale, *tensors)
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in given):
+        return _FrozenLinear.apply(x, dropped, weight, bias, scale, keep_product, update, *tensors)
+    # Nobody will ask for a gradient. (And torch.compile, outside of training, calls a function with exactly two
+    # trailing tensors without its context.)
+    with torch.no_grad():
+        return _compute(x, dropped, weight, bias, scale, keep_product, update, tensors).output

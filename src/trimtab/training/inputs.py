@@ -1,0 +1,92 @@
+"""The rows of a run: read, recognised, split, tokenised."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trimtab.config import RunConfig
+from trimtab.data.rows import Example, read_examples
+from trimtab.data.split import split_off
+from trimtab.data.tokens import EncodedRows, encode_all
+from trimtab.errors import ConfigError
+from trimtab.evaluation.choice import check_choices, infer_choices
+from trimtab.formats.gguf import cache_folder
+from trimtab.training.listener import Listener
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run trains, validates and is tested on.
+
+    ``choices``: the closed set of answers, or None where answers are open or there are none.
+    """
+
+    training: list[Example]
+    rows: EncodedRows
+    validation: list[Example]
+    tests: dict[str, list[Example]]
+    form: str
+    choices: list[str] | None
+
+
+def read_inputs(config: RunConfig, tokenizer: Any, listener: Listener) -> Inputs:
+    """Read every file that ``config`` names. Raises DataError for a missing file, a bad row, or rows with nothing to
+    train on; ConfigError for a metric that these rows do not have."""
+    data = config.data
+    found = _read(data.train, tokenizer, data.form)
+    listener.note(f"{len(found)} training rows of the form '{found.form}'")
+    training = list(found)
+    tests = {name: list(_read((path,), tokenizer, data.form)) for name, path in data.test.items()}
+    choices = _choices(config, training)
+    if choices is None:
+        listener.note("answers are open" if any(row.answer is not None for row in training) else "rows without answers")
+    else:
+        listener.note(f"answers are a closed set of {len(choices)}: {', '.join(choices)}")
+        if unseen := sorted(set(choices) - {str(row.answer) for row in training}):
+            listener.note(f"no training row has the answer {', '.join(unseen)}, which cannot be learned then")
+
+    validation: list[Example] = []
+    if isinstance(data.validation, float):
+        training, validation = split_off(training, data.validation, config.train.seed, choices)
+        listener.note(f"{len(validation)} rows split off for validation, {len(training)} left to train on")
+    elif data.validation is not None:
+        validation = list(_read(data.validation, tokenizer, data.form))
+        listener.note(f"{len(validation)} validation rows")
+    if choices is not None:
+        for measured in (validation, *tests.values()):
+            check_choices(choices, measured)
+    if config.evaluation.limit is not None:
+        tests = {name: tested[: config.evaluation.limit] for name, tested in tests.items()}
+    if validation and choices is None and config.train.metric in ("accuracy", "macro_f1"):
+        raise ConfigError(
+            f"train.metric: {config.train.metric} is for a closed set of answers, and these are open; choose loss, or "
+            "name the answers in data.choices"
+        )
+    for name, tested in tests.items():
+        listener.note(f"{len(tested)} test rows in '{name}'")
+
+    rows = encode_all(training, tokenizer, data.max_length, cache_folder().with_name("tokens"))
+    for source, number, reason in rows.dropped[:5]:
+        listener.note(f"left out: {source}, row {number}: {reason}")
+    if len(rows.dropped) > 5:
+        listener.note(f"left out: {len(rows.dropped) - 5} more rows")
+    if rows.cut:
+        listener.note(f"{rows.cut} rows were cut to data.max_length = {data.max_length} tokens")
+    return Inputs(training, rows, validation, tests, found.form, choices)
+
+
+def _read(sources: tuple[str, ...], tokenizer: Any, form: str) -> Any:
+    return read_examples(list(sources), tokenizer, root=Path.cwd(), form=form)
+
+
+def _choices(config: RunConfig, training: list[Example]) -> list[str] | None:
+    said = config.data.choices
+    if said is None:
+        return None
+    if said == "auto":
+        return infer_choices(training)
+    if any(row.answer is None for row in training):
+        raise ConfigError("data.choices: these rows are plain text and have no answers; set it to null")
+    return check_choices(said, training)

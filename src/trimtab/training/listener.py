@@ -1,0 +1,36 @@
+"""What a run tells whoever started it. The command line draws it; a program may listen or not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class Listener:
+    """Receives what happens in a run. Every method does nothing here; override those of interest."""
+
+    def stage(self, text: str) -> None:
+        """A new part of the run begins, such as loading the model."""
+
+    def note(self, text: str) -> None:
+        """A fact worth a line: what was recognised, what was left out."""
+
+    def show(self, renderable: Any) -> None:
+        """Something to look at: a rich renderable."""
+
+    def training_began(self, step: int, steps: int) -> None:
+        """Training starts at ``step`` (not 0 after a resume) of ``steps``."""
+
+    def step(self, step: int, steps: int) -> None:
+        """An optimiser step was made."""
+
+    def metrics(self, row: dict[str, Any]) -> None:
+        """A line was added to ``metrics.jsonl``."""
+
+    def training_ended(self) -> None:
+        """Training is over, finished or interrupted."""
+
+    def evaluated(self, result: dict[str, Any]) -> None:
+        """A test set is evaluated; ``result`` is what its file in the run folder holds."""
+
+    def evaluating(self, name: str, done: int, total: int) -> None:
+        """``done`` of ``total`` rows of the set called ``name`` are evaluated."""

@@ -1,0 +1,68 @@
+"""A finished run, or a model by itself, loaded to be used."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trimtab.config import RunConfig, load_config
+from trimtab.errors import RunError
+from trimtab.formats.adapter import load_adapter
+from trimtab.formats.memory import check_fits, estimate_memory
+from trimtab.formats.model_folder import empty_model, load_model, load_tokenizer
+from trimtab.formats.sources import Source
+from trimtab.training.folder import RunFolder
+from trimtab.training.machine import device
+from trimtab.training.run import precision_of, source_of
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """The model of a run with its adapter, in eval mode, and what belongs to it."""
+
+    folder: RunFolder
+    config: RunConfig
+    model: Any
+    tokenizer: Any
+
+
+def is_run(path: Path) -> bool:
+    """Whether ``path`` is the folder of a run."""
+    return RunFolder(path).config.is_file()
+
+
+def load_fitting(source: Source, dtype: str, attention: str = "auto") -> Any:
+    """The model of ``source`` in ``dtype``. Raises ModelError if its weights cannot fit into memory, before any is
+    read."""
+    kind: torch.dtype = getattr(torch, dtype)
+    check_fits(estimate_memory(empty_model(source), kind), f"Loading {source.name} in {dtype}", device())
+    return load_model(source, kind, attention)
+
+
+def load_run(path: Path, *, adapter: bool = True, dtype: str | None = None) -> LoadedRun:
+    """Load the model of the run at ``path`` in the dtype it was trained in, with its adapter unless ``adapter`` is off.
+
+    ``dtype``: widen (or narrow) the frozen weights to this one afterwards; their values are those that were trained on.
+
+    Raises RunError if there is no run, or none that has an adapter yet.
+    """
+    folder = RunFolder(path)
+    if not is_run(path):
+        raise RunError(f"{path}: not a run folder (it has no config.yaml); name the output of trimtab finetune")
+    config = load_config(folder.config)
+    if adapter and not folder.has_adapter:
+        raise RunError(f"{path}: this run has no adapter yet. Let it finish first: {folder.resume_command}")
+    # What the run computed in is on record: this machine may prefer another precision.
+    said = folder.read_summary().get("precision") or precision_of(config)
+    trained = said if config.model.dtype == "auto" else config.model.dtype
+    source = source_of(config)
+    tokenizer = load_tokenizer(source)
+    model = load_fitting(source, trained, config.model.attention)
+    if dtype is not None:
+        model = model.to(getattr(torch, dtype))
+    if adapter:
+        load_adapter(model, folder.adapter)
+    return LoadedRun(folder, config, model.to(device()).eval(), tokenizer)

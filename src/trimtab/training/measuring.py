@@ -1,0 +1,116 @@
+"""Evaluation outside a run: of a finished run's adapter, or of any model, on any rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from trimtab.config import EvaluationConfig, RunConfig, load_config
+from trimtab.data.rows import Example, read_examples
+from trimtab.errors import ConfigError
+from trimtab.evaluation.evaluate import evaluate, write
+from trimtab.evaluation.logits import Head
+from trimtab.formats.adapter import load_adapter
+from trimtab.formats.model_folder import load_tokenizer
+from trimtab.formats.sources import resolve
+from trimtab.reports import run_page
+from trimtab.training.folder import RunFolder
+from trimtab.training.listener import Listener
+from trimtab.training.loading import is_run, load_fitting, load_run
+from trimtab.training.machine import best_precision, device
+from trimtab.training.run import source_of
+
+ELSEWHERE = Path("runs/evaluate")
+"""Where results go by default that are not those of a run on its own test sets."""
+
+
+def measure(
+    target: str,
+    data: Sequence[str],
+    *,
+    adapter: Path | None = None,
+    base: bool = False,
+    choices: list[str] | None = None,
+    batch_size: int | None = None,
+    max_new_tokens: int | None = None,
+    limit: int | None = None,
+    out: Path | None = None,
+    listener: Listener | None = None,
+) -> tuple[Path, list[dict[str, Any]]]:
+    """Evaluate ``target``, a run folder or the name of a model, on the files ``data`` (default: the run's test sets).
+
+    What is None is as in the run. Choices on other rows than its test sets: the run's, if these rows are answered so,
+    else a closed set is looked for in the rows. For a model: the defaults of a run.
+
+    Results and predictions go into ``out`` under the stage ``after``, or ``before`` for a model without an adapter. By
+    default that is ``runs/evaluate``; but the run's own folder, whose page is made anew, where its own test sets are
+    measured as they were in the run. Gives the folder and the results.
+
+    Raises ConfigError if there is nothing to evaluate on or if the arguments contradict each other, and what loading
+    and evaluating raise.
+    """
+    listener = listener or Listener()
+    run = RunFolder(Path(target)) if is_run(Path(target)) else None
+    if run is not None and adapter is not None:
+        raise ConfigError("--adapter goes with the name of a model; a run has its own adapter")
+    if run is None and base:
+        raise ConfigError("--base goes with a run; a model named as it is has no adapter")
+    config = load_config(run.config) if run is not None else None
+    sets = {Path(name).stem: name for name in data} or (dict(config.data.test) if config is not None else {})
+    if len(sets) < len(data):
+        raise ConfigError("two of the files have one name, and would overwrite each other's results; rename one")
+    if not sets:
+        raise ConfigError(f"{target}: nothing to evaluate on; name the rows with --data FILE")
+    said = config.evaluation if config is not None else EvaluationConfig()
+    own_sets = run is not None and not data
+    as_in_run = own_sets and choices is None and limit is None
+    if own_sets and limit is None:
+        limit = said.limit
+
+    source = source_of(config) if config is not None else resolve(target)
+    tokenizer = load_tokenizer(source)
+    rows = {name: _read(path, config, tokenizer)[:limit] for name, path in sets.items()}
+    listener.stage(f"Loading {target}")
+    if run is not None:
+        model: Any = load_run(run.path, adapter=not base).model
+    else:
+        model = load_fitting(source, best_precision())
+        if adapter is not None:
+            load_adapter(model, adapter)
+        model = model.to(device()).eval()
+
+    folder = out or (run.path if run is not None and as_in_run else ELSEWHERE)
+    stage = "after" if (run is not None and not base) or adapter is not None else "before"
+    known = run.read_summary().get("choices") if run is not None else None
+    head = Head(model)
+    results = []
+    for name, examples in rows.items():
+        listener.stage(f"Evaluating {name}")
+        found = evaluate(
+            model,
+            tokenizer,
+            examples,
+            name=name,
+            choices=choices or (known if own_sets else _fitting_choices(examples, known)),
+            batch_size=batch_size or said.batch_size,
+            max_new_tokens=max_new_tokens or said.max_new_tokens,
+            head=head,
+            progress=partial(listener.evaluating, name),
+        )
+        write(found, folder, stage)
+        results.append(found.result)
+    if run is not None and folder == run.path:
+        run_page(folder)
+    return folder, results
+
+
+def _read(path: str, config: RunConfig | None, tokenizer: Any) -> Sequence[Example]:
+    form = config.data.form if config is not None else "auto"
+    return list(read_examples(path, tokenizer, root=Path.cwd(), form=form))
+
+
+def _fitting_choices(examples: Sequence[Example], known: list[str] | None) -> list[str] | Literal["infer"]:
+    """``known``, if all of ``examples`` have one of these answers; else what is found in them."""
+    return known if known and all(example.answer in known for example in examples) else "infer"

@@ -1,0 +1,318 @@
+"""One run, from its configuration to its report.
+
+folder = finetune(load_config(Path("run.yaml")))
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import EarlyStoppingCallback, set_seed
+
+from trimtab.config import RunConfig
+from trimtab.data.batches import Collator
+from trimtab.data.preview import preview
+from trimtab.data.rows import Example
+from trimtab.errors import Interrupted, PlanError, TrimtabError
+from trimtab.evaluation.evaluate import Evaluation, evaluate, write
+from trimtab.evaluation.logits import Head
+from trimtab.evaluation.loss import CHUNK
+from trimtab.evaluation.perplexity import perplexity, token_loss
+from trimtab.files import write_json
+from trimtab.formats.adapter import load_adapter, save_adapter
+from trimtab.formats.memory import check_fits, estimate_memory
+from trimtab.formats.model_folder import empty_model, load_model, load_tokenizer
+from trimtab.formats.sources import Source, resolve
+from trimtab.reports import run_page
+from trimtab.surgery.attach import AttachReport, attach
+from trimtab.surgery.plan import Plan, Rule
+from trimtab.training.arguments import metric, training_arguments
+from trimtab.training.averaging import Averaging
+from trimtab.training.callbacks import Interrupting, Telling
+from trimtab.training.folder import RunFolder, find_run, start_run
+from trimtab.training.inputs import Inputs, read_inputs
+from trimtab.training.listener import Listener
+from trimtab.training.machine import best_precision, describe_machine, device, peak_memory_gib, versions
+from trimtab.training.recorder import Recorder, require_tensorboard
+from trimtab.training.trainer import AdapterTrainer, parameter_groups
+
+
+def source_of(config: RunConfig) -> Source:
+    """Where the model of ``config`` comes from."""
+    said = config.model
+    return resolve(said.name, revision=said.revision, trust_remote_code=said.trust_remote_code)
+
+
+def plan_of(config: RunConfig) -> Plan:
+    """The plan of ``config``. Raises PlanError, which names the rule, for one that cannot be."""
+    rules = []
+    for number, said in enumerate(config.plan):
+        try:
+            rules.append(Rule(**said))
+        except PlanError as error:
+            raise PlanError(f"plan.{number}: {error}") from None
+    return Plan(rules)
+
+
+def precision_of(config: RunConfig) -> str:
+    """``bfloat16`` or ``float32``: what a run of ``config`` computes in on this machine."""
+    return best_precision() if config.train.precision == "auto" else config.train.precision
+
+
+def model_dtype_of(config: RunConfig) -> str:
+    """The type of the frozen weights of a run of ``config`` on this machine."""
+    return precision_of(config) if config.model.dtype == "auto" else config.model.dtype
+
+
+def finetune(
+    config: RunConfig, *, resume: bool = False, overwrite: bool = False, listener: Listener | None = None
+) -> RunFolder:
+    """Do the whole run: read, attach, evaluate, train, evaluate again, write the report.
+
+    Args:
+        config: what to do; its ``output`` is the run folder.
+        resume: go on with the run in that folder from its newest checkpoint.
+        overwrite: replace a run that is there.
+        listener: is told what happens.
+
+    Raises:
+        TrimtabError: any mistake in the configuration, the data or the model, before training starts wherever it can
+            be known then.
+        Interrupted: the user stopped the run; what was done is kept, and the message says how to go on.
+    """
+    listener = listener or Listener()
+    began = time.perf_counter()
+    plan = plan_of(config)
+    if config.train.tensorboard:
+        require_tensorboard()
+    folder, checkpoint = find_run(config, resume=resume, overwrite=overwrite)
+    source = source_of(config)
+    tokenizer = load_tokenizer(source)
+    listener.stage("Reading the rows")
+    inputs = read_inputs(config, tokenizer, listener)
+    _check_memory(config, source, plan, inputs)
+
+    _quiet_libraries()
+    listener.show(preview(inputs.rows, tokenizer))
+    listener.stage(f"Loading {config.model.name}")
+    model: Any = load_model(source, getattr(torch, model_dtype_of(config)), config.model.attention)
+    model = model.to(device())
+
+    if not resume:
+        start_run(config, folder)
+    run = _Run(config, folder, inputs, listener, began)
+    run.summarise("interrupted")
+    try:
+        run.evaluate(model, tokenizer, "before")
+        set_seed(config.train.seed)
+        run.attached(attach(model, plan))
+        if folder.has_adapter:  # interrupted after training
+            load_adapter(model, folder.adapter)
+        else:
+            run.train(model, tokenizer, checkpoint)
+            save_adapter(model, folder.adapter)
+            run.summarise("interrupted")
+        run.evaluate(model, tokenizer, "after")
+    except (KeyboardInterrupt, TrimtabError) as stopped:
+        run.summarise("interrupted")
+        run_page(folder.path)
+        if isinstance(stopped, TrimtabError):
+            raise
+        raise Interrupted(
+            f"interrupted; everything so far is in {folder.path}\nGo on with: {folder.resume_command}"
+        ) from None
+    run.summarise("finished")
+    run_page(folder.path)
+    return folder
+
+
+class _Run:
+    """One run in progress, and what is known of it for its summary."""
+
+    def __init__(self, config: RunConfig, folder: RunFolder, inputs: Inputs, listener: Listener, began: float) -> None:
+        self.config = config
+        self.folder = folder
+        self.inputs = inputs
+        self.listener = listener
+        self._began = began
+        before = folder.read_summary()
+        self._earlier_seconds = float(before.get("training_seconds", 0.0)), float(before.get("total_seconds", 0.0))
+        self._facts: dict[str, Any] = {
+            "model": config.model.name,
+            "created": before.get("created") or datetime.now(UTC).isoformat(timespec="seconds"),
+            "steps": before.get("steps", 0),
+            "epochs": before.get("epochs", 0.0),
+            "training_seconds": self._earlier_seconds[0],
+            "precision": precision_of(config),
+            "best_step": before.get("best_step"),
+            "form": inputs.form,
+            "choices": inputs.choices,
+            "train_rows": len(inputs.rows),
+            "validation_rows": len(inputs.validation),
+            "train_tokens": sum(inputs.rows.lengths),
+            "versions": versions(),
+            "machine": describe_machine(),
+        }
+
+    def summarise(self, status: str) -> None:
+        """Write ``summary.json``."""
+        adapter = (
+            sum(file.stat().st_size for file in self.folder.adapter.glob("*")) if self.folder.adapter.is_dir() else 0
+        )
+        total = self._earlier_seconds[1] + time.perf_counter() - self._began
+        write_json(
+            self.folder.summary,
+            {
+                "status": status,
+                **self._facts,
+                "total_seconds": round(total, 2),
+                "peak_memory_gib": round(peak_memory_gib(), 3),
+                "adapter_bytes": adapter,
+            },
+        )
+
+    def attached(self, report: AttachReport) -> None:
+        """Note what the plan did to the model."""
+        write_json(self.folder.plan, report.to_dict())
+        self._facts["total_parameters"] = report.total_parameters
+        self._facts["trainable_parameters"] = report.trainable_parameters
+        share = 100 * report.trainable_parameters / max(1, report.total_parameters)
+        self.listener.note(
+            f"{len(report.modules)} modules adapted: {report.trainable_parameters:,} of {report.total_parameters:,} "
+            f"parameters trained ({share:.2f} %)"
+        )
+        if report.zero_rows:
+            rows = sum(report.zero_rows.values())
+            self.listener.note(f"{rows} rows of zeros in {len(report.zero_rows)} modules keep their output at zero")
+
+    def evaluate(self, model: nn.Module, tokenizer: Any, stage: str) -> None:
+        """Evaluate every test set, unless a resumed run has done so already."""
+        if stage == "before" and not self.config.evaluation.before:
+            return
+        for name, rows in self.inputs.tests.items():
+            if stage == "before" and self.folder.evaluation(name, stage).is_file():
+                continue
+            self.listener.stage(f"Evaluating {name} {stage} training")
+            found = self._evaluation(model, tokenizer, rows, name)
+            write(found, self.folder.path, stage)
+            self.listener.evaluated(found.result)
+
+    def _evaluation(self, model: nn.Module, tokenizer: Any, rows: list[Example], name: str) -> Evaluation:
+        return evaluate(
+            model,
+            tokenizer,
+            rows,
+            name=name,
+            choices=self.inputs.choices,
+            batch_size=self.config.evaluation.batch_size,
+            max_new_tokens=self.config.evaluation.max_new_tokens,
+            progress=lambda done, total: self.listener.evaluating(name, done, total),
+        )
+
+    def _validation(self, model: nn.Module, tokenizer: Any) -> Mapping[str, float]:
+        """Loss on the validation rows, and accuracy where answers are a closed set."""
+        rows = self.inputs.validation
+        if self.inputs.choices is None:
+            size, length = self.config.evaluation.batch_size, self.config.data.max_length
+            loss, tokens = token_loss(Head(model), tokenizer, rows, batch_size=size, max_length=length)
+            return {"loss": math.log(perplexity(loss, tokens))}
+        result = self._evaluation(model, tokenizer, rows, "validation").result
+        return {
+            "loss": math.log(result["perplexity"]),
+            "accuracy": result["accuracy"],
+            "macro_f1": result["macro_f1"],
+        }
+
+    def train(self, model: nn.Module, tokenizer: Any, checkpoint: Path | None) -> None:
+        """Train, and leave the model with the adapter that the run ends with."""
+        config, train = self.config, self.config.train
+        validates, closed = bool(self.inputs.validation), self.inputs.choices is not None
+        rows = len(self.inputs.rows)
+        arguments = training_arguments(config, rows, self.folder.checkpoints, validates=validates, closed=closed)
+        interrupting = Interrupting()
+        averaging = Averaging(model, train.average or 0.0)
+        callbacks = [Telling(self.listener), interrupting]
+        if train.early_stopping is not None:
+            callbacks.append(EarlyStoppingCallback(train.early_stopping))
+        step = int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint is not None else 0
+        self.folder.cut_metrics(step)
+        if checkpoint is not None:
+            self.listener.note(f"resuming at step {step}")
+        events = self.folder.tensorboard if train.tensorboard else None
+        began = time.perf_counter()
+        self.listener.stage("Training")
+        with Recorder(self.folder.metrics, self.listener, events, self._earlier_seconds[0]) as recorder:
+            trainer = AdapterTrainer(
+                model,
+                arguments,
+                self.inputs.rows,
+                Collator(tokenizer.pad_token_id),
+                parameter_groups(
+                    model,
+                    train.learning_rate,
+                    train.magnitude_learning_rate,
+                    train.b_learning_rate_ratio,
+                    train.weight_decay,
+                ),
+                Head(model),
+                (lambda: self._validation(model, tokenizer)) if validates else None,
+                recorder.record,
+                train.group_by_length,
+                averaging,
+                callbacks,
+                _best_loss(self.folder.read_metrics(), metric(config, closed)),
+            )
+            try:
+                with interrupting.on_signal(self.listener):
+                    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+            finally:
+                self.listener.training_ended()
+                self._facts["steps"] = trainer.state.global_step
+                self._facts["epochs"] = round(trainer.state.epoch or 0.0, 4)
+                self._facts["training_seconds"] = round(self._earlier_seconds[0] + time.perf_counter() - began, 2)
+        if interrupting.asked:
+            raise KeyboardInterrupt
+        averaging.keep()
+        if validates and train.keep_best:
+            self._facts["best_step"] = trainer.load_best()
+            self.listener.note(f"kept the adapter of step {self._facts['best_step']}, the best in validation")
+
+
+def _best_loss(rows: Sequence[Mapping[str, Any]], metric: str) -> float:
+    """The loss of the best validation among lines of ``metrics.jsonl``; infinity if there was none."""
+    sign = 1 if metric == "loss" else -1
+    found = [(sign * row[metric], row["loss"]) for row in rows if row["kind"] == "validation"]
+    return min(found)[1] if found else math.inf
+
+
+def _check_memory(config: RunConfig, source: Source, plan: Plan, inputs: Inputs) -> None:
+    """Raise ModelError if the run cannot fit into the machine's memory, before any weight is read."""
+    model = empty_model(source)
+    report = attach(model, plan)
+    size, length = config.train.batch_size, max(inputs.rows.lengths)
+    estimate = estimate_memory(
+        model,
+        getattr(torch, model_dtype_of(config)),
+        adapter_parameters=report.trainable_parameters,
+        batch_size=size,
+        length=length,
+        # Answers of a closed set are a token or two each; of longer ones, the loss takes so many positions at once.
+        labels=size if inputs.choices is not None else min(CHUNK, size * length),
+        gradient_checkpointing=config.train.gradient_checkpointing,
+        eager_attention=config.model.attention == "eager",
+    )
+    check_fits(estimate, f"Training {config.model.name}", device())
+
+
+def _quiet_libraries() -> None:
+    """Keep the libraries' own chatter out of a run's output; their errors stay."""
+    for name in ("transformers", "accelerate", "datasets"):
+        logging.getLogger(name).setLevel(logging.ERROR)

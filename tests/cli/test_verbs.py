@@ -1,0 +1,357 @@
+"""Every verb from outside, as a user meets it."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import trimtab
+from tiny_runs import rows, write_rows
+from trimtab.config import load_config
+from trimtab.files import read_json, read_jsonl
+from trimtab.training.loading import load_run
+from trimtab.training.machine import memory_gib
+from trimtab.training.run import finetune
+
+VERBS = ("finetune", "plan", "evaluate", "generate", "merge")
+IDS = torch.tensor([[5, 40, 60, 7, 80, 33], [9, 12, 300, 200, 4, 50]])
+PROGRAM = (sys.executable, "-c", "from trimtab.cli import main; main()")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path:
+    """A finished run with two test sets; each test that changes it works on a copy."""
+    from tiny_runs import write_config
+
+    root = tmp_path_factory.mktemp("runs")
+    test = {name: str(write_rows(root / f"{name}.jsonl", rows(count))) for name, count in (("one", 9), ("two", 6))}
+    train = write_rows(root / "train.jsonl", rows(24))
+    yaml = write_config(root / "run.yaml", model_folder, train, data={"test": test}, train={"epochs": 3})
+    return finetune(load_config(yaml)).path
+
+
+# --- help and version
+
+
+def test_help_imports_no_torch() -> None:
+    code = """
+import sys
+from trimtab.cli import main
+for words in ([], *([verb] for verb in sys.argv[1:])):
+    sys.argv = ["trimtab", *words, "--help"]
+    try:
+        main()
+    except SystemExit as end:
+        assert end.code == 0, words
+heavy = {"torch", "transformers", "datasets", "matplotlib", "sklearn"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    done = subprocess.run([sys.executable, "-c", code, *VERBS], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for verb in VERBS:
+        assert f"trimtab {verb} [OPTIONS]" in done.stdout
+    assert "..." not in done.stdout.split("Commands:")[1].split("Usage:")[0]  # no summary is cut off
+
+
+def test_version(cli: Any) -> None:
+    assert cli("--version").out == f"trimtab {trimtab.__version__}\n"
+
+
+# --- finetune
+
+
+def test_finetune_when_piped(cli: Any, make_yaml: Callable[..., Path], tmp_path: Path) -> None:
+    test = write_rows(tmp_path / "harbour.jsonl", rows(9))
+    yaml = make_yaml(data={"test": str(test), "validation": 0.25})
+    result = cli("finetune", yaml, "train.log_every=2", "plan.0.rank=2", "output=there")
+    assert result.code == 0, result.err
+    assert "\x1b" not in result.out + result.err
+    assert "\r" not in result.out + result.err
+    for line in (
+        r"24 training rows of the form 'completion'",
+        r"answers are a closed set of 3: calm, storm, watch",
+        r"6 rows split off for validation, 18 left to train on",
+        r"completion\.jsonl, row \d+: \d+ tokens, \d+ trained",
+        r"Answer:\[\[ \w+<\|eos\|>\]\]",
+        r"14 modules adapted: [\d,]+ of [\d,]+ parameters trained",
+        r"step 2/5  loss \d+\.\d{4}  [\d,]+ tokens/s  \d:\d\d left  \d\.\d\d GiB",
+        r"step 5: validation loss \d\.\d{4}, accuracy \d+\.\d %, macro F1 \d+\.\d %",
+        r"accuracy +9 +\d+\.\d % +\d+\.\d %",
+        r"adapter \(\d+ kB\): there/adapter",
+        r"report: there/report\.html",
+        r'try it: trimtab generate there "\.\.\."',
+    ):
+        assert re.search(line, result.out), line
+    assert read_json(tmp_path / "there" / "plan.json")["rules"][0]["options"]["rank"] == 2
+
+
+def test_interrupted_by_ctrl_c_and_resumed(cli: Any, make_yaml: Callable[..., Path], tmp_path: Path) -> None:
+    yaml = make_yaml(train={"epochs": 2000, "learning_rate": 1e-4, "max_steps": 12000})
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    process = subprocess.Popen([*PROGRAM, "finetune", str(yaml)], stdout=-1, stderr=-1, text=True)
+    for _ in range(1200):
+        if process.poll() is not None or (metrics.is_file() and metrics.read_text().count("\n") > 2):
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "interrupted: finishing this step and saving a checkpoint" in out
+    assert f"Go on with: trimtab finetune {tmp_path / 'run' / 'config.yaml'} --resume" in err
+    assert "Traceback" not in err
+    done = read_json(tmp_path / "run" / "summary.json")
+    assert done["status"] == "interrupted"
+    assert (tmp_path / "run" / "report.html").is_file()
+    assert [row["step"] for row in read_jsonl(metrics)] == list(range(1, done["steps"] + 1))
+
+    # As the message says, but for the number of steps, which may not change: that is refused.
+    result = cli("finetune", tmp_path / "run" / "config.yaml", "train.max_steps=10", "--resume")
+    assert result.code == 1
+    assert result.matches(r"other settings \(train\.max_steps\)")
+    result = cli("generate", tmp_path / "run", "hello")
+    assert result.code == 1
+    assert result.matches(r"has no adapter yet\. Let it finish first: trimtab finetune .* --resume")
+
+
+@pytest.mark.parametrize("width", [80, 150])
+def test_finetune_on_a_terminal(
+    cli: Any, make_yaml: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    """What is left on the screen of a terminal: the live line neither wraps nor stays behind twice."""
+    for name, value in {"FORCE_COLOR": "1", "COLUMNS": str(width), "TERM": "xterm-256color"}.items():
+        monkeypatch.setenv(name, value)
+    result = cli("finetune", make_yaml(count=60, data={"validation": 0.3}, train={"epochs": 2}))
+    assert result.code == 0, result.err
+    assert "\x1b[2K" in result.out  # it was live
+    screen = _screen(result.out)
+    live = [line for line in screen if line.startswith("  training ")]
+    assert len(live) == 1, "\n".join(screen)
+    assert len(live[0]) <= width
+    assert re.search(r"━ 22/22 loss \d\.\d{4}  [\d,]+ tokens/s  0:00 left  \d\.\d\d GiB$", live[0])
+    assert sum("validation loss" in line for line in screen) == 2
+
+
+def _screen(text: str) -> list[str]:
+    """The few escape codes that rich writes, obeyed: up, erase line, carriage return; colours are left out."""
+    lines, row, column = [""], 0, 0
+    for part in re.findall(r"\x1b\[[?\d;]*[A-Za-z]|\r|\n|[^\x1b\r\n]+", text):
+        if part == "\r":
+            column = 0
+        elif part == "\n":
+            row += 1
+            lines += [""] * (row + 1 - len(lines))
+        elif part.startswith("\x1b["):
+            if part[-1] == "A":
+                row -= int(part[2:-1] or 1)
+            elif part == "\x1b[2K":
+                lines[row] = ""
+        else:
+            lines[row] = lines[row][:column].ljust(column) + part + lines[row][column + len(part) :]
+            column += len(part)
+    return [line.rstrip() for line in lines]
+
+
+# --- evaluate
+
+
+def test_evaluate_a_run_again(cli: Any, run: Path) -> None:
+    (run / "report.html").unlink()
+    before = {name: read_json(run / "evaluation" / f"{name}.after.json") for name in ("one", "two")}
+    result = cli("evaluate", run, "--batch-size", "1")
+    assert result.code == 0, result.err
+    assert "\x1b" not in result.out
+    assert result.out.count("predicted") == 2  # two confusion tables
+    assert (run / "report.html").is_file()
+    for name, old in before.items():
+        new = read_json(run / "evaluation" / f"{name}.after.json")
+        assert {key: new[key] for key in ("rows", "confusion", "accuracy")} == {
+            key: old[key] for key in ("rows", "confusion", "accuracy")
+        }
+        assert new["perplexity"] == pytest.approx(old["perplexity"], rel=1e-5)
+
+
+def test_evaluate_other_rows(cli: Any, run: Path, tmp_path: Path) -> None:
+    one = write_rows(tmp_path / "a.jsonl", rows(9))
+    two = write_rows(tmp_path / "b.jsonl", rows(5, answers=("calm", "storm")))  # too few to look like a closed set
+    kept = (run / "evaluation" / "one.after.json").read_text()
+    result = cli("evaluate", run, "--data", one, "--data", two, "--limit", "4")
+    assert result.code == 0, result.err
+    folder = tmp_path / "runs" / "evaluate"
+    found = read_json(folder / "evaluation" / "b.after.json")
+    assert (found["kind"], found["rows"], found["choices"]) == ("choice", 4, ["calm", "storm", "watch"])
+    predictions = list(read_jsonl(folder / "predictions" / "a.after.jsonl"))
+    assert [row["row"] for row in predictions] == [1, 2, 3, 4]
+    assert predictions[0].keys() == {"row", "prompt", "answer", "predicted", "correct", "scores"}
+    assert result.out.rstrip().endswith("results and predictions: runs/evaluate")
+
+    result = cli("evaluate", run, "--limit", "2", "--out", "here")
+    assert read_json(tmp_path / "here" / "evaluation" / "one.after.json")["rows"] == 2
+    assert (run / "evaluation" / "one.after.json").read_text() == kept
+
+
+def test_evaluate_the_base_and_a_model(cli: Any, run: Path, model_folder: Path, tmp_path: Path) -> None:
+    data = run.parent / "one.jsonl"
+    for words, stage, like in (
+        ([run, "--base"], "before", "before"),
+        ([model_folder], "before", "before"),
+        ([model_folder, "--adapter", run / "adapter"], "after", "after"),
+    ):
+        result = cli("evaluate", *words, "--data", data, "--choices", "calm, storm,watch", "--out", "here")
+        assert result.code == 0, result.err
+        found = read_json(tmp_path / "here" / "evaluation" / f"one.{stage}.json")
+        # A model by its name is measured in this machine's own precision; the run was in float32.
+        wanted = read_json(run / "evaluation" / f"one.{like}.json")
+        assert found["choices"] == ["calm", "storm", "watch"]
+        assert found["perplexity"] == pytest.approx(wanted["perplexity"], rel=0.05)
+
+
+# --- generate
+
+
+def test_generate(cli: Any, run: Path) -> None:
+    prompt = rows(1)[0]["prompt"]
+    model = load_run(run)
+    ids = model.tokenizer(prompt.rstrip(" "), return_tensors="pt").input_ids
+    with torch.no_grad():
+        wanted = model.model.generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :]
+    text = model.tokenizer.decode(wanted, skip_special_tokens=True).strip()
+
+    result = cli("generate", run, prompt, "--max-new-tokens", "6")
+    assert (result.code, result.out.strip()) == (0, text)
+    assert cli("generate", run, "-", "--max-new-tokens", "6", stdin=prompt + "\n").out == result.out
+    assert cli("generate", run, prompt, "--base", "--max-new-tokens", "6").out != result.out
+    drawn = [
+        cli("generate", run, prompt, "--temperature", "3", "--seed", seed, "--max-new-tokens", "6").out
+        for seed in "112"
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_generate_streams(run: Path, cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import TextStreamer
+
+    pieces: list[str] = []
+    original = TextStreamer.on_finalized_text
+
+    def spy(self: Any, text: str, stream_end: bool = False) -> None:
+        pieces.append(text)
+        original(self, text, stream_end)
+
+    monkeypatch.setattr(TextStreamer, "on_finalized_text", spy)
+    result = cli("generate", run, "Message: fog over berth", "--base", "--max-new-tokens", "40", "--temperature", "5")
+    assert len([piece for piece in pieces if piece]) > 1
+    assert "".join(pieces) == result.out.removesuffix("\n")
+
+
+def test_generate_with_the_templates_of_training(
+    cli: Any, make_yaml: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import trimtab.data.tokens as tokens
+
+    seen: list[str] = []
+    original = tokens.encode_prompt
+
+    def spy(prompt: str, tokenizer: Any) -> list[int]:
+        seen.append(prompt)
+        return original(prompt, tokenizer)
+
+    monkeypatch.setattr(tokens, "encode_prompt", spy)
+    for form, begins in (
+        ("chat", "<|im_start|>user\nfog<|im_end|>\n<|im_start|>assistant\n"),
+        ("alpaca", "Below is an"),
+    ):
+        folder = finetune(load_config(make_yaml(form, form=form, train={"max_steps": 1}))).path
+        assert cli("generate", folder, "fog", "--max-new-tokens", "2").code == 0
+        assert seen[-1].startswith(begins)
+        assert "fog" in seen[-1]
+        assert cli("generate", folder, "fog", "--plain", "--max-new-tokens", "2").code == 0
+        assert seen[-1] == "fog"
+        assert cli("generate", folder, "fog", "--chat", "--max-new-tokens", "2").code == 0
+        assert seen[-1].startswith("<|im_start|>user\nfog")
+
+
+@pytest.mark.parametrize("prompt", ["", " \n", "-"])
+def test_generate_from_nothing(cli: Any, run: Path, prompt: str) -> None:
+    result = cli("generate", run, prompt)
+    assert result.code == 1
+    assert result.matches("the prompt is empty")
+
+
+def test_a_prompt_beyond_the_model(cli: Any, run: Path) -> None:
+    result = cli("generate", run, "fog " * 300)
+    assert result.code == 1
+    assert result.matches(r"the prompt has \d+ tokens, and the model has 256 positions; shorten it")
+
+
+# --- merge
+
+
+def test_merge(cli: Any, run: Path, tmp_path: Path) -> None:
+    result = cli("merge", run, "merged")
+    assert result.code == 0, result.err
+    assert "merged 14 modules into merged" in result.out
+    assert "trimtab" not in (tmp_path / "merged" / "config.json").read_text()  # an ordinary folder
+    ours, plain = load_run(run).model, AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    with torch.no_grad():
+        torch.testing.assert_close(plain(IDS).logits, ours(IDS).logits, rtol=1e-4, atol=1e-4)
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "merged")) == len(load_run(run).tokenizer)
+
+    assert cli("merge", run, "merged").code == 1
+    result = cli("merge", run, "merged", "--dtype", "bfloat16", "--overwrite")
+    assert result.code == 0, result.err
+    assert re.search(r"to bfloat16: \d\.\de-0\d of its norm", result.out)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").dtype == torch.bfloat16
+    assert cli("merge", run, run, "--overwrite").code == 1  # no model, so never replaced
+    assert (run / "adapter").is_dir()
+
+
+# --- plan
+
+LLAMA_8B = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
+    "max_position_embeddings": 131072, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def test_plan_of_an_8b_model_needs_its_config_alone(cli: Any, tmp_path: Path) -> None:
+    model = tmp_path / "llama-8b"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(LLAMA_8B))
+    rule = "{match: all-linear, method: dora, rank: 16}"
+    (tmp_path / "run.yaml").write_text(f"model: llama-8b\ndata: {{train: nowhere.jsonl}}\nplan: [{rule}]\n")
+    began, before = time.perf_counter(), memory_gib()
+    result = cli("plan", "run.yaml", "--json")
+    assert result.code == 0, result.err
+    assert time.perf_counter() - began < 30  # a second on an idle machine
+    assert memory_gib() - before < 0.5  # the weights are 16 GB
+    plan = json.loads(result.out)
+    assert plan["total_parameters"] == 8_030_261_248  # as published
+    out_in = ((4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (14336, 4096), (14336, 4096), (4096, 14336))
+    assert plan["trainable_parameters"] == 32 * sum(16 * (out + inner) + out for out, inner in out_in)
+
+
+def test_plan_in_tables(cli: Any, make_yaml: Callable[..., Path]) -> None:
+    yaml = make_yaml(
+        plan=[{"match": "*.q_proj", "method": "lora"}, {"match": "*.v_proj", "method": "mora", "layers": 0}]
+    )
+    result = cli("plan", yaml, "--modules", "plan.0.rank=4")
+    assert result.code == 0, result.err
+    assert re.search(r"1 +lora +\*\.q_proj +all +rank 4 +2 +512", result.out)
+    assert re.search(r"model\.layers\.0\.self_attn\.v_proj +mora +2 +16 x 32", result.out)
+    assert "model.layers.1.self_attn.v_proj" not in result.out
+    assert "\x1b" not in result.out
+    assert not list(yaml.parent.glob("run/*"))
+    without = cli("plan", yaml)
+    assert "self_attn" not in without.out

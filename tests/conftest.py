@@ -1,0 +1,68 @@
+"""Shared fixtures: a fixed seed before every test, and tiny random models. Helper modules beside this file
+(``plain_formula``, ``contract_cases``, ...) can be imported by any test."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    random.seed(0)
+    if "torch" in sys.modules:  # the tests of reports need no torch, and should not have to wait for it
+        # Not torch.manual_seed: it also notes a traceback for devices that are not there, which costs milliseconds.
+        sys.modules["torch"].default_generator.manual_seed(0)
+
+
+@pytest.fixture
+def tiny_llama() -> Callable[..., nn.Module]:
+    """Make a random Llama of two blocks (hidden 16, MLP 24, 2 heads, 1 key head, 40 tokens); keywords go to its
+    config."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def make(**changes: Any) -> nn.Module:
+        sizes = {
+            "vocab_size": 40,
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "max_position_embeddings": 64,
+            "tie_word_embeddings": False,
+        }
+        return LlamaForCausalLM(LlamaConfig(**{**sizes, **changes})).eval()
+
+    return make
+
+
+@pytest.fixture
+def tiny_gpt2() -> Callable[..., nn.Module]:
+    """Make a random GPT-2 of two blocks (width 16, 2 heads, 40 tokens), without dropout; keywords go to its config."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    def make(**changes: Any) -> nn.Module:
+        sizes = {
+            "vocab_size": 40,
+            "n_embd": 16,
+            "n_layer": 2,
+            "n_head": 2,
+            "n_positions": 64,
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+        }
+        quiet = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+        return GPT2LMHeadModel(GPT2Config(**{**sizes, **quiet, **changes})).eval()
+
+    return make

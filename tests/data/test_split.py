@@ -1,0 +1,56 @@
+"""Validation rows split off the training rows."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from trimtab.data.rows import Example
+from trimtab.data.split import split_off
+from trimtab.errors import DataError
+
+
+def examples(source: str, *answers: str | None) -> list[Example]:
+    return [
+        Example(source, number, f"p {number}", ((0, 1),), "p", answer, True) for number, answer in enumerate(answers, 1)
+    ]
+
+
+def test_every_answer_of_every_file_gives_its_share() -> None:
+    rows = examples("a", *(["yes"] * 60 + ["no"] * 20)) + examples("b", *(["yes"] * 10 + ["no"] * 30))
+    training, validation = split_off(rows, 0.1, 0, ["no", "yes"])
+    assert Counter((row.source, row.answer) for row in validation) == {
+        ("a", "yes"): 6,
+        ("a", "no"): 2,
+        ("b", "yes"): 1,
+        ("b", "no"): 3,
+    }
+    assert sorted((row.source, row.number) for row in training + validation) == [(r.source, r.number) for r in rows]
+
+
+def test_both_parts_keep_their_order() -> None:
+    rows = examples("a", *("xyz"[number % 3] for number in range(50)))
+    for part in split_off(rows, 0.3, 1, ["x", "y", "z"]):
+        assert [row.number for row in part] == sorted(row.number for row in part)
+
+
+@pytest.mark.parametrize("choices", [None, [str(number) for number in range(10)]])
+def test_the_size_is_the_one_asked_for_whatever_the_groups(choices: list[str] | None) -> None:
+    # Ten groups of three rows each: a tenth of a group is less than a row.
+    rows = examples("a", *(str(number % 10) for number in range(30)))
+    assert len(split_off(rows, 0.1, 0, choices)[1]) == 3
+    assert len(split_off(rows, 0.5, 0, choices)[1]) == 15
+
+
+def test_the_seed_decides() -> None:
+    rows = examples("a", *[None] * 100)
+    first = split_off(rows, 0.2, 0, None)
+    assert split_off(rows, 0.2, 0, None) == first
+    assert split_off(rows, 0.2, 1, None) != first
+
+
+@pytest.mark.parametrize(("count", "fraction"), [(3, 0.1), (2, 0.9)])
+def test_a_part_without_rows_is_refused(count: int, fraction: float) -> None:
+    with pytest.raises(DataError, match=rf"data\.validation: {fraction} of {count} rows leaves . to train on and"):
+        split_off(examples("a", *["x"] * count), fraction, 0, None)

@@ -1,0 +1,195 @@
+"""Runs that are interrupted and go on: the same adapter, the same lines of metrics, and clear refusals."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tiny_runs import rows, write_rows
+from trimtab.config import RunConfig
+from trimtab.errors import Interrupted, RunError
+from trimtab.files import read_json, read_jsonl
+from trimtab.training.folder import RunFolder, find_run
+from trimtab.training.listener import Listener
+from trimtab.training.run import _Run, finetune
+
+TIMED = {"seconds", "tokens_per_second", "memory_gib"}
+
+
+class StopAt(Listener):
+    """Sends SIGINT, as Ctrl-C does, after the training step ``step``, or when a stage of the run begins."""
+
+    def __init__(self, step: int | None = None, stage: str | None = None, times: int = 1) -> None:
+        self.at, self.name, self.times = step, stage, times
+
+    def step(self, step: int, steps: int) -> None:
+        if step == self.at:
+            for _ in range(self.times):
+                signal.raise_signal(signal.SIGINT)
+
+    def stage(self, text: str) -> None:
+        if self.name is not None and text.startswith(self.name):
+            signal.raise_signal(signal.SIGINT)
+
+
+def adapter_of(config: RunConfig) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for file in sorted((config.output / "adapter").glob("*.safetensors")):
+        found |= load_file(file)
+    assert found
+    return found
+
+
+def metrics_of(config: RunConfig) -> list[dict[str, Any]]:
+    return [{key: row[key] for key in row if key not in TIMED} for row in read_jsonl(config.output / "metrics.jsonl")]
+
+
+def interrupt(config: RunConfig, resume: bool = False, **where: Any) -> None:
+    with pytest.raises(Interrupted, match=r"everything so far is in (.|\n)*trimtab finetune .*config\.yaml --resume"):
+        finetune(config, resume=resume, listener=StopAt(**where))
+    assert read_json(config.output / "summary.json")["status"] == "interrupted"
+    assert (config.output / "report.html").is_file()
+
+
+DROPOUT = [{"match": "all-linear", "method": "dora", "rank": 4, "alpha": 8, "dropout": 0.2}]
+
+
+@pytest.mark.parametrize(
+    "train",
+    [
+        {},
+        {"group_by_length": False, "gradient_accumulation": 2, "batch_size": 2},
+        {"average": 0.5, "save_every": 4},
+    ],
+    ids=["plain", "accumulated", "averaged"],
+)
+def test_a_resumed_run_ends_as_one_that_was_not_interrupted(make_config: Callable[..., Any], train: Any) -> None:
+    # Interrupted in the middle of an epoch, at the end of one (where a validation is due), and right before the end.
+    settings = {"count": 30, "plan": DROPOUT, "data": {"validation": 0.2}, "train": {"epochs": 3, **train}}
+    whole, parts = make_config("whole", **settings), make_config("parts", **settings)
+    finetune(whole)
+    interrupt(parts, step=4)
+    assert RunFolder(parts.output).latest_checkpoint() == parts.output / "checkpoints" / "checkpoint-4"
+    interrupt(parts, resume=True, step=12)
+    interrupt(parts, resume=True, step=18)
+    finetune(parts, resume=True)
+
+    # Bit for bit: one core or several, the same kernels see the same numbers in the same order.
+    wanted, found = adapter_of(whole), adapter_of(parts)
+    assert wanted.keys() == found.keys()
+    assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+    assert metrics_of(parts) == metrics_of(whole)
+    one, other = read_json(whole.output / "summary.json"), read_json(parts.output / "summary.json")
+    for key in ("status", "steps", "epochs", "best_step", "train_rows", "trainable_parameters"):
+        assert one[key] == other[key]
+    seconds = [row["seconds"] for row in read_jsonl(parts.output / "metrics.jsonl")]
+    assert seconds == sorted(seconds)
+
+
+def test_a_second_signal_is_obeyed_at_once(make_config: Callable[..., Any]) -> None:
+    config = make_config(train={"epochs": 2, "save_every": 2})
+    interrupt(config, step=5, times=2)
+    folder = RunFolder(config.output)
+    assert folder.latest_checkpoint() == folder.checkpoints / "checkpoint-4"  # step 5 was not saved
+    finetune(config, resume=True)
+    assert [row["step"] for row in metrics_of(config)] == list(range(1, 13))
+
+
+def test_interrupted_before_and_after_training(make_config: Callable[..., Any], tmp_path: Path) -> None:
+    test = write_rows(tmp_path / "test.jsonl", rows(6))
+    config = make_config(data={"test": str(test)})
+    with pytest.raises(KeyboardInterrupt):  # nothing is done yet, so there is nothing to go on with
+        finetune(config, listener=StopAt(stage="Loading"))
+    assert not config.output.exists()
+    interrupt(config, stage="Evaluating test before")
+    assert RunFolder(config.output).latest_checkpoint() is None
+    interrupt(config, resume=True, stage="Evaluating test after")
+    before = (config.output / "evaluation" / "test.before.json").read_text()
+    trained, lines = adapter_of(config), metrics_of(config)
+
+    class Quiet(Listener):
+        def training_began(self, step: int, steps: int) -> None:
+            pytest.fail("training was over")
+
+    finetune(config, resume=True, listener=Quiet())
+    assert (config.output / "evaluation" / "test.before.json").read_text() == before
+    assert (config.output / "evaluation" / "test.after.json").is_file()
+    assert metrics_of(config) == lines
+    assert all(torch.equal(value, trained[name]) for name, value in adapter_of(config).items())
+    assert read_json(config.output / "summary.json")["steps"] == 6
+
+
+def test_ties_and_patience_are_remembered(make_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    found = iter([(0.5, 0.8), (0.9, 0.8), (0.8, 0.7), (0.1, 0.9)])
+    monkeypatch.setattr(_Run, "_validation", lambda *_: dict(zip(("loss", "accuracy"), next(found), strict=True)))
+    config = make_config(count=30, data={"validation": 0.2}, train={"epochs": 5, "early_stopping": 2})
+    interrupt(config, step=8)  # after the first validation
+    interrupt(config, resume=True, step=14)  # a tie with a higher loss: not the best, and one without improvement
+    finetune(config, resume=True)
+    summary = read_json(config.output / "summary.json")
+    assert (summary["steps"], summary["best_step"]) == (18, 6)
+
+
+def test_a_run_that_was_killed_while_it_wrote(make_config: Callable[..., Any]) -> None:
+    config = make_config(train={"epochs": 2})
+    interrupt(config, step=3)
+    folder = RunFolder(config.output)
+    with folder.metrics.open("a") as file:
+        file.write('{"kind": "train", "st')
+    (folder.checkpoints / "checkpoint-9").mkdir()  # begun, and without its state
+    finetune(config, resume=True)
+    assert [row["step"] for row in metrics_of(config)] == list(range(1, 13))
+
+
+def test_resuming_is_refused(make_config: Callable[..., Any]) -> None:
+    config = make_config()
+    with pytest.raises(RunError, match="there is no run to resume; start it without --resume"):
+        finetune(config, resume=True)
+    interrupt(config, step=2)
+    changed = make_config(train={"learning_rate": 1e-3, "seed": 4})
+    with pytest.raises(RunError, match=r"other settings \(train\.learning_rate, train\.seed\); resume it with its own"):
+        finetune(changed, resume=True)
+    with pytest.raises(RunError, match=r"holds a run already \(interrupted\).*--resume; or to replace it, add --ov"):
+        finetune(config)
+    finetune(config, resume=True)
+    with pytest.raises(RunError, match="this run is finished; there is nothing to resume"):
+        finetune(config, resume=True)
+    with pytest.raises(RunError, match=r"holds a run already \(finished\)\. To keep both, choose another output; to r"):
+        finetune(config)
+
+
+def test_what_is_no_run_is_never_replaced(make_config: Callable[..., Any], tmp_path: Path) -> None:
+    config = make_config()
+    config.output.mkdir()
+    (config.output / "config.yaml").write_text("mine: true\n")
+    with pytest.raises(RunError, match="not empty and holds no run"):
+        finetune(config, overwrite=True)
+    assert (config.output / "config.yaml").read_text() == "mine: true\n"
+    (config.output / "config.yaml").unlink()
+
+    finetune(config)
+    (config.output / "thesis.txt").write_text("mine")
+    (config.output / "adapter" / "old").mkdir()
+    finetune(config, overwrite=True)
+    assert (config.output / "thesis.txt").read_text() == "mine"
+    assert not (config.output / "adapter" / "old").exists()
+
+
+def test_an_output_that_cannot_be(make_config: Callable[..., Any], tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(RunError, match="a file is in the way"):
+        finetune(make_config(output=str(file)))
+    with pytest.raises(RunError, match=r"the run folder cannot be written \(.+\); choose another output"):
+        finetune(make_config(output="/proc/trimtab"))
+    folder = tmp_path / "damaged"
+    folder.mkdir()
+    (folder / "summary.json").write_text("{")
+    with pytest.raises(RunError, match=r"summary\.json: a damaged file"):
+        find_run(make_config(output=str(folder)), resume=False, overwrite=False)

@@ -1,0 +1,289 @@
+"""The trainer's shortcuts against the plain computation, and what the loop keeps."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+import trimtab
+from adapter_tools import trained
+from tiny_runs import tiny_model, tiny_tokenizer, write_rows
+from trimtab.data.batches import Collator
+from trimtab.data.rows import read_examples
+from trimtab.data.tokens import EncodedRows, encode_all
+from trimtab.evaluation.logits import Head
+from trimtab.training.arguments import training_arguments
+from trimtab.training.averaging import Averaging
+from trimtab.training.listener import Listener
+from trimtab.training.run import _Run, finetune
+from trimtab.training.trainer import AdapterTrainer, parameter_groups
+
+RULES = (
+    trimtab.Rule(match="*_proj", method="dora", rank=4, alpha=8),
+    trimtab.Rule(match="*.v_proj", method="mora", rank=4),
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return tiny_tokenizer()
+
+
+@pytest.fixture
+def encoded(tmp_path: Path, tokenizer: Any) -> EncodedRows:
+    """16 rows whose answers have 2 to 30 labels: a mean of means would be another number than the mean."""
+    found = [
+        {
+            "prompt": f"{'the pilot asks for a tug ' * (1 + number % 3)}: ",
+            "completion": "fog over berth " * (number + 1),
+        }
+        for number in range(16)
+    ]
+    return encode_all(
+        read_examples(str(write_rows(tmp_path / "r.jsonl", found)), tokenizer, root=tmp_path), tokenizer, 64
+    )
+
+
+@pytest.fixture
+def adapted(tokenizer: Any) -> Any:
+    return trained(tiny_model(len(tokenizer)), *RULES).float()
+
+
+def gradients(model: Any) -> dict[str, torch.Tensor]:
+    return {name: value.grad.clone() for name, value in trimtab.trainable_parameters(model).items()}
+
+
+class Catching(TrainerCallback):
+    """Keeps the gradients of the first step."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.found = model, {}
+
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        self.found = self.found or gradients(self.model)
+
+
+def make_trainer(
+    config: Any, model: Any, encoded: EncodedRows, folder: Path, callbacks: Sequence[TrainerCallback] = ()
+) -> AdapterTrainer:
+    said = config.train
+    groups = parameter_groups(model, said.learning_rate, None, 1.0, 0.0)
+    arguments = training_arguments(config, len(encoded), folder, validates=False, closed=False)
+    quiet: Callable[..., None] = lambda row: None  # noqa: E731
+    return AdapterTrainer(
+        model, arguments, encoded, Collator(1), groups, Head(model), None, quiet, said.group_by_length,
+        Averaging(model, 0.0), callbacks,
+    )  # fmt: skip
+
+
+def test_loss_and_gradients_are_those_of_the_model_itself(
+    adapted: Any, encoded: EncodedRows, make_config: Callable[..., Any], tmp_path: Path
+) -> None:
+    trainer = make_trainer(make_config(), adapted, encoded, tmp_path / "t")
+    plain = copy.deepcopy(adapted)
+    batch = Collator(1, mask=True)([encoded[index] for index in (0, 5, 11, 15)])
+    labels = int((batch["labels"] != -100).sum())
+
+    expected = plain(**batch).loss  # attention mask, all logits, transformers' own loss
+    expected.backward()
+    inputs = {"input_ids": batch["input_ids"], "labels": batch["labels"]}
+    assert trainer._head.sparse
+    loss = trainer.compute_loss(adapted, inputs, num_items_in_batch=torch.tensor(labels))
+    loss.backward()
+
+    # float32: sums over 64 tokens and 400 logits in another order.
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    wanted = gradients(plain)
+    for name, found in gradients(adapted).items():
+        torch.testing.assert_close(found, wanted[name], rtol=1e-4, atol=1e-6 * float(wanted[name].abs().max() + 1))
+
+
+def test_accumulated_gradients_are_those_of_one_large_batch(
+    adapted: Any, encoded: EncodedRows, make_config: Callable[..., Any], tmp_path: Path
+) -> None:
+    found = []
+    for size, times in ((16, 1), (4, 4)):
+        model = copy.deepcopy(adapted)
+        catching = Catching(model)
+        config = make_config(
+            train={"batch_size": size, "gradient_accumulation": times, "max_steps": 1, "max_grad_norm": 1e9}
+        )
+        make_trainer(config, model, encoded, tmp_path / f"{size}", [catching]).train()
+        found.append(catching.found)
+    for name, whole in found[0].items():
+        torch.testing.assert_close(found[1][name], whole, rtol=1e-4, atol=1e-6 * float(whole.abs().max() + 1))
+
+
+def test_grouping_by_length_changes_only_the_order(
+    adapted: Any, encoded: EncodedRows, make_config: Callable[..., Any], tmp_path: Path
+) -> None:
+    seen = []
+    for grouped in (True, False):
+        config = make_config(train={"group_by_length": grouped})
+        trainer = make_trainer(config, copy.deepcopy(adapted), encoded, tmp_path / f"{grouped}")
+        loader = trainer.get_train_dataloader()
+        epochs = []
+        for epoch in (0, 1):
+            loader.set_epoch(epoch)
+            if hasattr(loader.batch_sampler, "set_epoch"):
+                loader.batch_sampler.set_epoch(epoch)
+            epochs.append([tuple(row[row != 1].tolist()) for batch in loader for row in batch["input_ids"]])
+        assert sorted(epochs[0]) == sorted(epochs[1])
+        assert epochs[0] != epochs[1]  # shuffled anew
+        seen.append(sorted(epochs[0]))
+    assert seen[0] == seen[1] == sorted(tuple(row["input_ids"]) for row in encoded)
+
+
+def test_parameter_groups(adapted: Any) -> None:
+    groups = parameter_groups(adapted, 1e-3, 5e-3, 16.0, 0.1)
+    names = {id(value): name for name, value in trimtab.trainable_parameters(adapted).items()}
+    by_rate = {
+        group["lr"]: ({names[id(value)].rsplit(".", 1)[-1] for value in group["params"]}, group["weight_decay"])
+        for group in groups
+    }
+    assert by_rate == {1e-3: ({"A", "M"}, 0.1), 16e-3: ({"B"}, 0.1), 5e-3: ({"magnitude"}, 0.0)}
+    assert sum(len(group["params"]) for group in groups) == len(names)
+    assert groups[0]["lr"] == 1e-3  # the one that is logged
+    plain = parameter_groups(adapted, 1e-3, None, 1.0, 0.1)
+    assert {group["lr"] for group in plain} == {1e-3}
+
+
+class Steps(Listener):
+    """Keeps the lines of metrics and the notes."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self.notes: list[str] = []
+
+    def metrics(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def column(self, name: str, kind: str = "train") -> list[Any]:
+        return [row[name] for row in self.rows if row["kind"] == kind]
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+def test_schedules_and_warmup(make_config: Callable[..., Any], schedule: str) -> None:
+    steps, warmup, peak = 10, 3, 1e-2
+    listener = Steps()
+    train = {"max_steps": steps, "epochs": 9, "warmup": warmup, "schedule": schedule, "learning_rate": peak}
+    finetune(make_config(train=train), listener=listener)
+
+    def rate(done: int) -> float:
+        if done < warmup:
+            return peak * done / warmup
+        share = (done - warmup) / (steps - warmup)
+        return {
+            "linear": peak * (1 - share),
+            "cosine": peak * (1 + math.cos(math.pi * share)) / 2,
+            "constant": peak,
+        }[schedule]
+
+    assert listener.column("learning_rate") == pytest.approx([rate(done) for done in range(steps)])
+
+
+def test_a_warmup_that_is_a_fraction_is_one_of_all_steps(make_config: Callable[..., Any]) -> None:
+    listener = Steps()
+    finetune(make_config(train={"epochs": 2, "warmup": 0.5, "learning_rate": 0.6}), listener=listener)  # 12 steps
+    assert listener.column("learning_rate")[:7] == pytest.approx([0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
+
+
+def test_the_average_is_the_mean_over_the_last_steps(
+    make_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[dict[str, torch.Tensor]] = []
+    original = Averaging.on_step_end
+
+    def spy(self: Averaging, *said: Any, **named: Any) -> None:
+        steps.append({name: value.detach().clone() for name, value in self._parameters.items()})
+        original(self, *said, **named)
+
+    monkeypatch.setattr(Averaging, "on_step_end", spy)
+    config = make_config(train={"max_steps": 10, "epochs": 9, "average": 0.3})
+    folder = finetune(config)
+    assert len(steps) == 10
+    kept = load_file(folder.adapter / "adapter_model.safetensors")
+    last = [torch.stack([step[name] for step in steps[-3:]]).mean(0) for name in steps[0]]
+    for wanted in last:  # names differ on disk: every mean must be there
+        assert any(
+            value.numel() == wanted.numel() and torch.allclose(value.flatten(), wanted.flatten(), rtol=1e-5, atol=1e-7)
+            for value in kept.values()
+        )
+
+
+def _validations(monkeypatch: pytest.MonkeyPatch, *found: tuple[float, float]) -> None:
+    """Let validations give these pairs of loss and accuracy, one after the other."""
+    results = iter(found)
+    monkeypatch.setattr(_Run, "_validation", lambda *_: dict(zip(("loss", "accuracy"), next(results), strict=True)))
+
+
+@pytest.mark.parametrize(
+    ("found", "best"),
+    [
+        ([(1.0, 0.5), (0.9, 0.8), (0.1, 0.7)], 12),  # the last one is worse
+        ([(1.0, 0.5), (0.9, 0.8), (0.8, 0.8)], 18),  # a tie goes to the lower loss,
+        ([(1.0, 0.5), (0.9, 0.8), (0.95, 0.8)], 12),  # wherever that is
+    ],
+)
+def test_the_best_adapter_is_kept(
+    make_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, found: list[tuple[float, float]], best: int
+) -> None:
+    _validations(monkeypatch, *found)
+    listener = Steps()
+    folder = finetune(
+        make_config(count=30, data={"validation": 0.2}, train={"epochs": 3, "keep_checkpoints": 9}), listener=listener
+    )
+    assert folder.read_summary()["best_step"] == best
+    assert listener.column("step", "validation") == [6, 12, 18]
+    assert any(f"step {best}" in note for note in listener.notes)
+    kept = load_file(folder.adapter / "adapter_model.safetensors")
+    at_best = load_file(folder.checkpoints / f"checkpoint-{best}" / "adapter_model.safetensors")
+    other = load_file(folder.checkpoints / "checkpoint-6" / "adapter_model.safetensors")
+    assert all(torch.equal(kept[name], at_best[name]) for name in kept)
+    assert not all(torch.equal(kept[name], other[name]) for name in kept)
+
+
+def test_the_last_adapter_is_kept_where_the_best_is_not_wanted(
+    make_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _validations(monkeypatch, (1.0, 0.9), (2.0, 0.1))
+    folder = finetune(make_config(count=30, data={"validation": 0.2}, train={"epochs": 2, "keep_best": False}))
+    kept = load_file(folder.adapter / "adapter_model.safetensors")
+    last = load_file(folder.checkpoints / "checkpoint-12" / "adapter_model.safetensors")
+    assert all(torch.equal(kept[name], last[name]) for name in kept)
+    assert folder.read_summary()["best_step"] is None
+
+
+def test_early_stopping(make_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    _validations(monkeypatch, (1.0, 0.5), (0.9, 0.9), (1.1, 0.8), (1.2, 0.7), (0.1, 1.0))
+    config = make_config(count=30, data={"validation": 0.2}, train={"epochs": 5, "early_stopping": 2})
+    folder = finetune(config)
+    summary = folder.read_summary()
+    assert (summary["status"], summary["steps"], summary["best_step"]) == ("finished", 24, 12)
+
+
+def test_validation_by_steps_includes_the_last_step(make_config: Callable[..., Any]) -> None:
+    listener = Steps()
+    config = make_config(count=30, data={"validation": 0.2}, train={"epochs": 2, "validate_every": 5})
+    finetune(config, listener=listener)
+    assert listener.column("step", "validation") == [5, 10, 12]
+
+
+def test_checkpointing_of_activations_changes_no_loss(make_config: Callable[..., Any]) -> None:
+    losses = []
+    for number, checkpointing in enumerate((False, True)):
+        listener = Steps()
+        finetune(make_config(f"run{number}", train={"gradient_checkpointing": checkpointing}), listener=listener)
+        losses.append(listener.column("loss"))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
