@@ -1,0 +1,187 @@
+"""The finance run, ours against PEFT with transformers' Trainer: seconds and peak memory on the same rows and steps.
+
+    python benchmarks/finance.py --steps 40 --repeats 2
+
+Each arm is a process of its own, in the order A B A B; the table gives medians and the ratio of medians, and the JSON
+(benchmarks/results/finance.json) every figure. Both train SmolLM2-135M in bfloat16 with one rank on all seven
+projections, on the same rows, batch size, steps and schedule, and with the same attention ("eager": for rows this short
+it is faster on a processor than the fused kernel, for both). PEFT runs with transformers' Trainer at its documented
+best: batches grouped by length, dynamic padding, fused AdamW, labels on the answer alone.
+The rows are those of ../shared/data, which the repository does not hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = ROOT.parent / "shared" / "data" / "finance"
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def prepare(rank: int) -> tuple[Any, Any, Any]:
+    """Tokenizer, bare model in bfloat16, and the encoded training rows: the same for every arm."""
+    import torch
+
+    from trimtab.data.rows import read_examples
+    from trimtab.data.tokens import encode_all
+    from trimtab.formats.model_folder import load_model, load_tokenizer
+    from trimtab.formats.sources import resolve
+
+    torch.manual_seed(0)
+    source = resolve("smollm2-135m")
+    tokenizer = load_tokenizer(source)
+    examples = list(read_examples(["fpb_train.jsonl", "fiqa_train.jsonl"], tokenizer, root=DATA))
+    return tokenizer, load_model(source, torch.bfloat16, "eager"), encode_all(examples, tokenizer, 1024)
+
+
+def arguments(steps: int, folder: str) -> dict[str, Any]:
+    """What both Trainers are told."""
+    return {
+        "output_dir": folder,
+        "per_device_train_batch_size": 16,
+        "max_steps": steps,
+        "learning_rate": 5e-4,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": 10,
+        "max_grad_norm": 1.0,
+        "logging_steps": 10,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "seed": 0,
+        "dataloader_pin_memory": False,
+        "remove_unused_columns": False,
+    }
+
+
+def run_ours(method: str, rank: int, steps: int, folder: str) -> dict[str, float]:
+    """Our trainer, as ``trimtab finetune`` sets it up."""
+    from transformers import TrainingArguments
+
+    import trimtab
+    from trimtab.data.batches import Collator
+    from trimtab.evaluation.logits import Head
+    from trimtab.training.averaging import Averaging
+    from trimtab.training.trainer import AdapterTrainer, parameter_groups
+
+    tokenizer, model, rows = prepare(rank)
+    trimtab.attach(model, trimtab.Plan([trimtab.Rule(match="all-linear", method=method, rank=rank, alpha=2 * rank)]))
+    losses: list[float] = []
+    trainer = AdapterTrainer(
+        model,
+        TrainingArguments(**arguments(steps, folder)),
+        rows,
+        Collator(tokenizer.pad_token_id),
+        parameter_groups(model, 5e-4, None, 1.0, 0.0),
+        Head(model),
+        None,
+        lambda row: losses.append(row["loss"]),
+        True,
+        Averaging(model, 0.0),
+    )
+    began = time.perf_counter()
+    trainer.train()
+    return {"seconds": time.perf_counter() - began, "loss": losses[-1]}
+
+
+def run_peft(method: str, rank: int, steps: int, folder: str) -> dict[str, float]:
+    """PEFT with transformers' Trainer."""
+    import datasets
+    from peft import LoraConfig, get_peft_model
+    from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+
+    tokenizer, model, rows = prepare(rank)
+    config = LoraConfig(
+        r=rank, lora_alpha=2 * rank, use_dora=method == "dora", target_modules=TARGETS, task_type="CAUSAL_LM"
+    )
+    trainer = Trainer(
+        get_peft_model(model, config),
+        TrainingArguments(
+            **arguments(steps, folder),
+            bf16=True,
+            optim="adamw_torch_fused",
+            train_sampling_strategy="group_by_length",
+            label_names=["labels"],
+        ),
+        train_dataset=datasets.Dataset.from_list([{**row, "length": len(row["input_ids"])} for row in rows]),
+        data_collator=_without_length(DataCollatorForSeq2Seq(tokenizer)),
+    )
+    began = time.perf_counter()
+    trainer.train()
+    return {"seconds": time.perf_counter() - began, "loss": trainer.state.log_history[-2]["loss"]}
+
+
+def _without_length(collator: Any) -> Any:
+    return lambda rows: collator([{key: value for key, value in row.items() if key != "length"} for row in rows])
+
+
+def child(arm: str, method: str, rank: int, steps: int) -> None:
+    """Run one arm and print its figures as the last line."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        found = (run_ours if arm == "trimtab" else run_peft)(method, rank, steps, folder)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
+    print(json.dumps({**found, "peak_gib": peak}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--method", default="dora", choices=["dora", "lora"])
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "finance.json")
+    parser.add_argument("--arm", choices=["trimtab", "peft"], help=argparse.SUPPRESS)
+    said = parser.parse_args()
+    if said.arm:
+        child(said.arm, said.method, said.rank, said.steps)
+        return
+    if not DATA.is_dir():
+        sys.exit("the finance rows are not here: expected the folder ../shared/data/finance beside the repository")
+
+    from trimtab.files import write_json
+    from trimtab.training.machine import describe_machine, versions
+
+    figures: dict[str, list[dict[str, float]]] = {"trimtab": [], "peft": []}
+    for repeat in range(said.repeats):
+        for arm, found in figures.items():
+            command = [sys.executable, __file__, "--arm", arm, "--method", said.method, "--rank", str(said.rank)]
+            out = subprocess.run([*command, "--steps", str(said.steps)], check=True, capture_output=True, text=True)
+            found.append(json.loads(out.stdout.splitlines()[-1]))
+            print(f"run {repeat + 1}, {arm}: {found[-1]}", flush=True)
+
+    medians = {
+        arm: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for arm, runs in figures.items()
+    }
+    ratio = {key: medians["trimtab"][key] / medians["peft"][key] for key in ("seconds", "peak_gib")}
+    print(f"\n{said.method}, rank {said.rank}, {said.steps} steps of 16 rows, medians of {said.repeats} runs")
+    print(f"{'':10}{'seconds':>10}{'peak GiB':>10}{'last loss':>11}")
+    for arm, median in medians.items():
+        print(f"{arm:10}{median['seconds']:10.1f}{median['peak_gib']:10.2f}{median['loss']:11.4f}")
+    print(f"{'ratio':10}{ratio['seconds']:10.3f}{ratio['peak_gib']:10.3f}")
+    what = {"method": said.method, "rank": said.rank, "steps": said.steps, "batch_size": 16, "dtype": "bfloat16"}
+    write_json(
+        said.out,
+        {
+            "what": what,
+            "runs": figures,
+            "medians": medians,
+            "ratio": ratio,
+            "machine": describe_machine(),
+            "versions": versions(),
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

