@@ -117,7 +117,7 @@ def check_target(out: Path | str, *, overwrite: bool = False) -> Path:
         raise ModelError(f"{target}: expected a folder to write the model to, found a file.")
     if target.is_dir() and any(target.iterdir()):
         if not overwrite:
-            raise ModelError(f"{target}: not empty. Name a new folder, or allow it to be overwritten.")
+            raise ModelError(f"{target}: not empty. Name a new folder, or allow it to be replaced (--overwrite).")
         if not (target / "config.json").is_file():
             raise ModelError(f"{target}: holds something other than a model, so it is not overwritten.")
     return target

@@ -221,7 +221,7 @@ def resolve(model: nn.Module, plan: Plan) -> list[Target]:
                     decided[key] = number
                     touched[number].append(name)
                     break
-    _check_rules(plan, decided, touched, names, modules, handles)
+    _check_rules(plan, decided, touched, names, modules, handles, heads)
 
     targets = []
     for key, number in decided.items():
@@ -249,6 +249,7 @@ def _check_rules(
     names: dict[int, list[str]],
     modules: dict[int, nn.Module],
     handles: dict[int, bases.Base | None],
+    heads: set[int],
 ) -> None:
     """Raise PlanError for the first rule that no module was left to."""
     used = set(decided.values())
@@ -264,7 +265,14 @@ def _check_rules(
                 "decided by "
                 f"a later rule (rule {decided[key]}). Remove it, or move it to the end"
             )
-        matched = [(name, key) for key, all_names in names.items() for name in all_names if rule.matches(name)]
+        linear = (
+            {key for key, handle in handles.items() if handle is not None} - heads
+            if ALL_LINEAR in rule.match
+            else set()
+        )
+        matched = [
+            (name, key) for key, all_names in names.items() for name in all_names if key in linear or rule.matches(name)
+        ]
         kinds = sorted({type(modules[key]).__name__ for _, key in matched if handles.get(key) is None})
         if any(handles.get(key) is not None for _, key in matched):
             raise PlanError(f"{said} ends with no module: its names match, but in no block that 'layers' selects")

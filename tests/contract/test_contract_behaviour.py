@@ -1,0 +1,425 @@
+"""Every method on every kind of base: how it behaves in use. Modes, dropout, copies, inputs of all shapes, gradients
+that add up, checkpointing, autocast, optimisers and their traces in caches.
+
+Where two runs must do the same arithmetic the results are compared bit for bit. Where the order of sums may differ, a
+few float32 units are allowed; half precision has the tolerances of ``test_contract``.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import plain_formula
+import trimtab
+from contract_cases import SHAPES, Case, Holder, Reference, assert_close, cases, stir
+from trimtab import methods
+from trimtab.ops.dropout import dropout
+
+EPS = torch.finfo(torch.float32).eps
+FULL = cases([torch.float32], SHAPES[2:])
+HALF = cases([torch.bfloat16], SHAPES[2:], dropout=False)
+# Every configuration on one kind of base is enough for what only autograd and Python can get wrong.
+ONE_BASE = [case for case in FULL if case.base == "linear" and case.bias]
+DECOMPOSED = [case for case in ONE_BASE if case.magnitude]
+DROPPED = cases([torch.float32], SHAPES[:2], dropout=True)
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    found = {}
+    for name, parameter in trimtab.trainable_parameters(model).items():
+        assert parameter.grad is not None, name
+        found[name] = parameter.grad.clone()
+    return found
+
+
+def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+# Modes -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", FULL + HALF, ids=str)
+def test_eval_equals_train_without_dropout(case: Case) -> None:
+    model = case.trained()
+    x = case.input()
+    evaluated = model.eval()(x)
+    with torch.no_grad():
+        quiet = model(x)
+        again = model(x)  # from what the first look kept
+    with torch.inference_mode():
+        inferred = model(x)
+    assert torch.equal(evaluated, quiet)
+    assert torch.equal(evaluated, again)
+    assert torch.equal(evaluated, inferred)
+    if not case.said.get("dropout"):
+        assert torch.equal(evaluated, model.train()(x))
+
+
+@pytest.mark.parametrize("case", FULL + HALF, ids=str)
+def test_a_step_after_an_evaluation_is_unchanged(case: Case) -> None:
+    x = case.input()
+    ends = []
+    for look in (False, True):
+        model = case.trained().train()
+        optimiser = torch.optim.AdamW(trimtab.trainable_parameters(model).values(), lr=1e-2)
+        for _ in range(2):
+            if look:
+                model.eval()
+                with torch.no_grad():
+                    model(x)
+                with torch.inference_mode():
+                    model(x)
+                model.train()
+            torch.default_generator.manual_seed(5)
+            model(x).float().square().sum().backward()
+            optimiser.step()
+            optimiser.zero_grad()
+        ends.append({name: value.detach().clone() for name, value in model.named_parameters()})
+    assert_same(*ends)
+
+
+@pytest.mark.parametrize("case", DROPPED, ids=str)
+def test_dropout_acts_on_the_input_of_the_update_only(case: Case) -> None:
+    model = case.trained().train()
+    plain = Reference(model.adapted, case)
+    x = case.input().requires_grad_()
+    x64 = x.detach().double().requires_grad_()
+    torch.default_generator.manual_seed(3)
+    output = model(x)
+    torch.default_generator.manual_seed(3)
+    mask = dropout(torch.ones_like(x), case.said["dropout"]).detach().double()
+    assert 0 < (mask == 0).sum() < mask.numel()
+
+    update = plain.update()
+    ratios = plain_formula.ratios(plain.weight + update, plain.magnitude, case.axis, case.said.get("detach_norm", True))
+    if case.axis == "input":
+        assert ratios is not None
+        seen = x64 * ratios
+        expected = seen @ plain.weight.t() + (seen * mask) @ update.t()
+    else:
+        expected = x64 @ plain.weight.t() + (x64 * mask) @ update.t()
+        expected = expected if ratios is None else expected * ratios
+    expected = expected if plain.bias is None else expected + plain.bias
+    assert_close(output, expected, 4 * EPS, "output")
+
+    upstream = torch.randn_like(output)
+    output.backward(upstream)
+    expected.backward(upstream.double())
+    assert x.grad is not None
+    assert x64.grad is not None
+    assert_close(x.grad, x64.grad, 6 * EPS, "gradient of the input")
+    for name, parameter in model.adapted.adapter.named_parameters():
+        assert parameter.grad is not None
+        want = plain.tensors[name].grad
+        assert want is not None
+        assert_close(parameter.grad, want, 6 * EPS, f"gradient of {name}")
+
+
+@pytest.mark.parametrize("case", DROPPED, ids=str)
+def test_with_nearly_all_dropped_the_base_remains(case: Case) -> None:
+    options = {**case.said, "dropout": 0.9999}
+    case = Case(case.method, tuple(options.items()), case.base, case.bias, case.dtype, case.shape)
+    model = case.trained().train()
+    plain = Reference(model.adapted, case)
+    ratios = plain_formula.ratios(plain.weight + plain.update(), plain.magnitude, case.axis)
+    weight = plain.weight
+    if ratios is not None:
+        weight = weight * (ratios.unsqueeze(1) if case.axis == "output" else ratios)
+    x = case.input()
+    assert_close(model(x), plain_formula.product(x.double(), weight, plain.bias).detach(), 4 * EPS)
+
+
+# Copies ------------------------------------------------------------------------------------------------------------
+
+
+def _pickled(model: Holder) -> Holder:
+    return pickle.loads(pickle.dumps(model))
+
+
+def _saved_whole(model: Holder) -> Holder:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, _pickled, _saved_whole])
+@pytest.mark.parametrize("case", [case for case in FULL if case.bias], ids=str)
+def test_a_copy_is_whole_and_its_own(case: Case, duplicate: Callable[[Holder], Holder]) -> None:
+    model = case.trained().eval()
+    x = case.input()
+    with torch.no_grad():
+        before = model(x)  # a copy must not carry what an inference kept
+        other = duplicate(model)
+        assert torch.equal(other(x), before)
+        stir(other)
+        assert not torch.equal(other(x), before)
+        other.adapted.base.weight.zero_()
+        other.adapted.base.weight += 1
+    assert torch.equal(model(x), before)
+    trimtab.detach(other)
+    assert bool((other.layer.weight == 1).all()), "the copy reads and gives back its own base"
+
+
+@pytest.mark.parametrize("case", FULL + HALF, ids=str)
+def test_state_dict_round_trip(case: Case) -> None:
+    model, other = case.trained().eval(), case.fresh().eval()
+    x = case.input()
+    with torch.no_grad():
+        other(x)
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    with torch.no_grad():
+        assert torch.equal(other(x), model(x))
+
+
+# Inputs ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", FULL, ids=str)
+def test_any_number_of_dimensions(case: Case) -> None:
+    model = case.trained()
+    plain = Reference(model.adapted, case)
+    for tokens in [(), (3,), (2, 3), (2, 3, 2), (0,), (2, 0)]:
+        x = torch.randn(*tokens, case.shape[1], requires_grad=True)
+        model.zero_grad()
+        output = model(x)
+        assert output.shape == (*tokens, case.shape[0])
+        assert_close(output, plain(x.detach()), 4 * EPS)
+        output.square().sum().backward()
+        assert x.grad is not None
+        assert x.grad.shape == x.shape
+        for name, value in gradients(model).items():
+            assert bool(value.isfinite().all()), name
+            assert bool(x.numel()) == bool(value.any()), f"{name}: a gradient where there are tokens"
+
+
+@pytest.mark.parametrize("case", FULL, ids=str)
+def test_inputs_and_gradients_that_are_not_contiguous(case: Case) -> None:
+    wide = torch.randn(4, 3, 2 * case.shape[1])
+    views = {
+        "transposed": wide.transpose(0, 1)[..., : case.shape[1]],
+        "every second": wide[..., ::2],
+        "expanded": wide[:1, :1, : case.shape[1]].expand(2, 3, -1),
+    }
+    for name, view in views.items():
+        assert not view.is_contiguous()
+        seen = []
+        for x in (view, view.contiguous()):
+            model = case.trained()
+            leaf = x.detach().requires_grad_()
+            output = model(leaf)
+            upstream = torch.linspace(-1, 1, output.numel()).reshape(output.shape)
+            if x is view:  # the same values, in another order in memory
+                upstream = upstream.transpose(0, 1).contiguous().transpose(0, 1)
+            output.backward(upstream)
+            assert leaf.grad is not None
+            seen.append({"output": output.detach(), "input": leaf.grad, **gradients(model)})
+        for key, value in seen[0].items():
+            assert_close(value, seen[1][key], 4 * EPS, f"{name}: {key}")
+
+
+# Gradients ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ONE_BASE, ids=str)
+def test_gradients_accumulate(case: Case) -> None:
+    model = case.trained()
+    first, second = case.input(), case.input()
+    alone = []
+    for x in (first, second):
+        model(x).square().sum().backward()
+        alone.append(gradients(model))
+        model.zero_grad()
+    for x in (first, second):
+        model(x).square().sum().backward()
+    for name, value in gradients(model).items():
+        assert torch.equal(value, alone[0][name] + alone[1][name]), name
+
+
+@pytest.mark.parametrize("case", ONE_BASE, ids=str)
+def test_one_graph_walked_twice_gives_the_same_gradients(case: Case) -> None:
+    model = case.trained()
+    loss = model(case.input()).square().sum()
+    loss.backward(retain_graph=True)
+    once = gradients(model)
+    loss.backward()
+    for name, value in gradients(model).items():
+        assert torch.equal(value, 2 * once[name]), name
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("case", ONE_BASE, ids=str)
+def test_a_second_derivative_is_right_or_refused(case: Case) -> None:
+    model = case.trained()
+    plain = Reference(model.adapted, case)
+    x = case.input()
+
+    def penalty(output: Tensor, tensors: list[Tensor]) -> Tensor:
+        found = torch.autograd.grad(output.square().sum(), tensors, create_graph=True)
+        return torch.stack([one.square().sum() for one in found]).sum()
+
+    named = dict(model.adapted.adapter.named_parameters())
+    loss = penalty(model(x), list(named.values()))
+    try:
+        loss.backward()
+    except RuntimeError as error:
+        assert "once_differentiable" in str(error)  # noqa: PT017 (the other outcome is allowed as well)
+        return
+    penalty(plain(x), list(plain.tensors.values())).backward()
+    for name, parameter in named.items():
+        assert parameter.grad is not None
+        want = plain.tensors[name].grad
+        assert want is not None
+        assert_close(parameter.grad, want, 8 * EPS, name)
+
+
+@pytest.mark.parametrize("case", FULL, ids=str)
+def test_gradient_checkpointing_changes_nothing(case: Case) -> None:
+    seen = []
+    for again in (False, True):
+        model = case.trained().train()
+        x = case.input().requires_grad_()
+        torch.default_generator.manual_seed(7)
+        output = checkpoint(model, x, use_reentrant=False) if again else model(x)
+        output.square().sum().backward()
+        assert x.grad is not None
+        seen.append({"output": output.detach(), "input": x.grad, **gradients(model)})
+    assert_same(*seen)
+
+
+@pytest.mark.parametrize("case", FULL, ids=str)
+def test_autocast(case: Case) -> None:
+    """bfloat16 products on a float32 base: within the tolerances of a bfloat16 base."""
+    eps = torch.finfo(torch.bfloat16).eps
+    model = case.trained()
+    plain = Reference(model.adapted, case)
+    x = case.input()
+    upstream = torch.randn(len(x), case.shape[0]).bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model(x)
+        weight = trimtab.effective_weight(model, "layer")
+    assert output.dtype == torch.bfloat16
+    assert weight.dtype == torch.float32
+    expected = plain(x)
+    assert_close(output, expected, 2 * eps)
+    assert_close(weight, plain.effective().detach(), 2 * EPS, "what is merged keeps its digits")
+    output.backward(upstream)
+    expected.backward(upstream.double())
+    for name, value in gradients(model).items():
+        want = plain.tensors[name.removeprefix("layer.adapter.")].grad
+        assert want is not None
+        assert value.dtype == torch.float32
+        assert_close(value, want, 3 * eps, name)
+
+
+@pytest.mark.parametrize("method", methods.names())
+def test_autocast_leaves_float64_alone(method: str) -> None:
+    case = next(case for case in cases([torch.float64], SHAPES[:1]) if case.method == method)
+    bare, model = case.bare(), case.fresh()
+    x = case.input()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(model(x), bare(x)) or case.magnitude
+        assert model(x).dtype == bare(x).dtype == torch.float64
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_torch_compile(training: bool) -> None:
+    """Every method with a magnitude, traced by the compiler in one graph: the same outputs and gradients."""
+    first = {case.method: case for case in reversed(DECOMPOSED)}
+    models = [case.trained().train(training) for case in first.values()]
+    x = DECOMPOSED[0].input().requires_grad_()
+
+    def run(x: Tensor) -> Tensor:
+        return torch.stack([model(x) for model in models])
+
+    torch._dynamo.reset()
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    if not training:
+        with torch.no_grad():
+            want, got = run(x), compiled(x)
+        assert_close(got, want, 4 * EPS)
+        return
+    parameters = [x, *(p for model in models for p in trimtab.trainable_parameters(model).values())]
+    want, got = run(x), compiled(x)
+    assert_close(got, want, 4 * EPS)
+    expected = torch.autograd.grad(want.square().sum(), parameters)
+    for value, exact in zip(torch.autograd.grad(got.square().sum(), parameters), expected, strict=True):
+        assert_close(value, exact, 8 * EPS)
+
+
+# Optimisers and the norm that inference keeps -----------------------------------------------------------------------
+
+Change = Callable[[Holder], None]
+
+
+def _step(**settings: bool) -> Change:
+    def change(model: Holder) -> None:
+        parameters = list(trimtab.trainable_parameters(model).values())
+        for parameter in parameters:
+            parameter.grad = torch.randn_like(parameter)
+        torch.optim.AdamW(parameters, lr=0.05, **settings).step()
+
+    return change
+
+
+def _load(model: Holder) -> None:
+    other = copy.deepcopy(model)
+    stir(other)
+    model.load_state_dict(other.state_dict())
+
+
+def _assign(model: Holder) -> None:
+    other = copy.deepcopy(model)
+    stir(other)
+    model.load_state_dict(other.state_dict(), assign=True)
+
+
+def _swap_data(model: Holder) -> None:
+    for parameter in trimtab.trainable_parameters(model).values():
+        parameter.data = parameter.data + 0.05 * torch.randn_like(parameter)
+
+
+def _write_data(model: Holder) -> None:
+    for parameter in trimtab.trainable_parameters(model).values():
+        parameter.data.add_(0.05 * torch.randn_like(parameter))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(_step(foreach=False), id="plain"),
+        pytest.param(_step(foreach=True), id="foreach"),
+        pytest.param(_step(fused=True), id="fused"),
+        pytest.param(_load, id="load_state_dict"),
+        pytest.param(_assign, id="assign"),
+        pytest.param(_swap_data, id="swap_data"),
+        pytest.param(_write_data, id="write_data"),
+    ],
+)
+@pytest.mark.parametrize("case", DECOMPOSED, ids=str)
+@pytest.mark.parametrize("look", [torch.no_grad, torch.inference_mode])
+def test_inference_sees_new_values(case: Case, change: Change, look: Callable[[], torch.no_grad]) -> None:
+    model = case.trained().eval()
+    x = case.input()
+    with look():
+        old = model(x)
+    change(model)
+    with look():
+        new = model(x)
+    assert not torch.allclose(new, old)
+    assert_close(new, Reference(model.adapted, case)(x).detach(), 4 * EPS)

@@ -1,0 +1,172 @@
+"""The one autograd function of the product: finite differences, what it keeps for the backward pass, and digits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trimtab.ops.frozen_linear import Update, frozen_linear, scale_outputs
+from trimtab.ops.low_rank import LowRank
+from trimtab.ops.square import Square
+
+OUT, IN = 5, 7
+UPDATES: dict[str, tuple[Update | None, list[tuple[int, int]]]] = {
+    "none": (None, []),
+    "low rank": (LowRank(1.7), [(2, IN), (OUT, 2)]),
+    "rotation": (Square(IN, OUT, 4, turn=True), [(4, 4)]),
+    "sharing": (Square(IN, OUT, 3, turn=False), [(3, 3)]),
+}
+
+
+def draw(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("scale", [None, "near one", "far from one"])
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("drop", [False, True])
+def test_finite_differences(update: str, bias: bool, scale: str | None, keep: bool, drop: bool) -> None:
+    """Every gradient, the bias's and the dropped input's included, in float64."""
+    kind, shapes = UPDATES[update]
+    weight = draw(OUT, IN).detach()
+    optional = {
+        "bias": draw(OUT) if bias else None,
+        "dropped": draw(2, 3, IN) if drop else None,
+        "scale": None if scale is None else (1 + (0.1 if scale == "near one" else 2.0) * draw(OUT)).detach(),
+    }
+    given = {name: value.requires_grad_() for name, value in optional.items() if value is not None}
+    tensors = [draw(*shape) for shape in shapes]
+
+    def run(x: Tensor, *rest: Tensor) -> Tensor:
+        named = dict(zip(given, rest, strict=False))
+        return frozen_linear(x, weight, update=kind, tensors=rest[len(given) :], keep_product=keep, **named)
+
+    assert torch.autograd.gradcheck(run, (draw(2, 3, IN), *given.values(), *tensors), check_batched_grad=False)
+
+
+def test_the_weight_gets_no_gradient() -> None:
+    weight, x = draw(OUT, IN), draw(3, IN)
+    frozen_linear(x, weight).sum().backward()
+    assert weight.grad is None
+    assert x.grad is not None
+
+
+def test_a_frozen_input_still_trains_the_update() -> None:
+    a, b, scale = draw(2, IN), draw(OUT, 2), draw(OUT)
+    x = draw(3, IN).detach()
+    frozen_linear(x, draw(OUT, IN).detach(), update=LowRank(1.0), tensors=(a, b), scale=scale).sum().backward()
+    assert a.grad is not None
+    assert b.grad is not None
+    assert scale.grad is not None
+
+
+def test_frozen_tensors_still_pass_the_gradient_on() -> None:
+    a, b = draw(2, IN).detach(), draw(OUT, 2).detach()
+    weight, x = draw(OUT, IN).detach(), draw(3, IN)
+    frozen_linear(x, weight, update=LowRank(3.0), tensors=(a, b)).sum().backward()
+    assert x.grad is not None
+    assert torch.allclose(x.grad, (weight + 3 * b @ a).sum(0).expand(3, -1))
+
+
+@pytest.mark.parametrize(
+    ("change", "read_off"),
+    [
+        pytest.param({}, True, id="ordinary"),
+        pytest.param({"bias": torch.ones(OUT)}, True, id="bias"),
+        pytest.param({"bias": torch.ones(OUT), "dtype": torch.bfloat16}, False, id="bias in bfloat16"),
+        pytest.param({"dtype": torch.bfloat16}, True, id="bfloat16"),
+        pytest.param({"keep_product": True}, False, id="keep_product"),
+        pytest.param({"scale": torch.tensor([1.0, 1.0, 1.0, 1.0, 1.6])}, False, id="one far scale"),
+        pytest.param({"scale": torch.tensor([1.0, 0.0, 1.0, 1.0, 1.0])}, False, id="one zero scale"),
+        pytest.param({"scale": torch.tensor([1.0, float("nan"), 1.0, 1.0, 1.0])}, False, id="one NaN"),
+    ],
+)
+def test_when_the_gradient_of_the_scale_is_read_off_the_output(change: dict[str, object], read_off: bool) -> None:
+    """Reading it off the output saves keeping the product: true in the ordinary case, and nowhere else."""
+    dtype = change.pop("dtype", torch.float32)
+    assert isinstance(dtype, torch.dtype)
+    bias, scale = change.pop("bias", None), change.pop("scale", torch.full((OUT,), 1.1))
+    assert isinstance(scale, Tensor)
+    x, weight = torch.randn(4, IN, dtype=dtype), torch.randn(OUT, IN, dtype=dtype)
+    given = bias.to(dtype) if isinstance(bias, Tensor) else None
+    output = frozen_linear(x, weight, given, scale=scale.clone().requires_grad_(), **change)  # type: ignore[arg-type]
+    kept = {tensor.data_ptr() for tensor in output.grad_fn.saved_tensors}  # type: ignore[union-attr]
+    assert (output.data_ptr() in kept) is read_off
+
+
+@pytest.mark.parametrize("shape", [(IN,), (4, IN), (2, 2, IN)], ids=str)
+@pytest.mark.parametrize("scale", [False, True])
+def test_an_operation_in_place_may_follow(shape: tuple[int, ...], scale: bool) -> None:
+    x, weight, bias = draw(*shape), draw(OUT, IN).detach(), draw(OUT).detach()
+    ratio = torch.full((OUT,), 1.1, dtype=torch.float64, requires_grad=True)
+    output = frozen_linear(x, weight, bias, scale=ratio if scale else None, keep_product=True)
+    output.mul_(2).relu_().sum().backward()
+    got = x.grad
+    x.grad = None
+    product = F.linear(x, weight)
+    (2 * ((product * 1.1 if scale else product) + bias)).relu().sum().backward()
+    assert got is not None
+    assert x.grad is not None
+    assert torch.allclose(got, x.grad)
+
+
+def test_an_operation_in_place_is_refused_where_the_output_is_needed() -> None:
+    scale = torch.full((OUT,), 1.1, requires_grad=True)
+    output = frozen_linear(torch.randn(4, IN), torch.randn(OUT, IN), scale=scale)
+    output.relu_()
+    with pytest.raises(RuntimeError, match="keep_product=True") as caught:
+        output.sum().backward()
+    assert "modified by an inplace operation" in str(caught.value.__cause__)
+
+
+def test_another_change_in_place_keeps_torchs_word() -> None:
+    """Where the output is not needed, torch's own message is the right one."""
+    a, b = draw(2, IN), draw(OUT, 2)
+    output = frozen_linear(draw(3, IN), draw(OUT, IN).detach(), update=LowRank(1.0), tensors=(a, b))
+    with torch.no_grad():
+        a.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation") as caught:
+        output.sum().backward()
+    assert "keep_product" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("spread", "in_place"), [(0.4, False), (0.4, True), (3.0, False)])
+def test_scales_keep_their_digits_in_half_precision(dtype: torch.dtype, spread: float, in_place: bool) -> None:
+    """The product is exact to a rounding, and the excess over 1 costs at most half a rounding of its own (0.4 times
+    half a unit)."""
+    values = torch.randn(64, 33).to(dtype)
+    scale = 1 + spread * (2 * torch.rand(33) - 1)
+    near = spread < 0.5
+    exact = values.double() * scale.double()
+    got = scale_outputs(values.clone(), scale, near, in_place)
+    unit = torch.finfo(dtype).eps
+    assert got.dtype == dtype
+    assert bool(((got.double() - exact).abs() <= 0.5 * unit * exact.abs() + 0.25 * unit * values.double().abs()).all())
+
+
+@pytest.mark.parametrize("update", list(UPDATES))
+def test_torch_compile(update: str) -> None:
+    """Traced by the compiler, the function gives the same output and gradients (to the order of sums)."""
+    kind, shapes = UPDATES[update]
+    tensors = tuple(torch.randn(*shape, requires_grad=True) for shape in shapes)
+    weight, bias = torch.randn(OUT, IN), torch.randn(OUT)
+    scale = torch.full((OUT,), 1.1, requires_grad=True)
+    x = torch.randn(3, IN, requires_grad=True)
+
+    def run(x: Tensor, scale: Tensor, *tensors: Tensor) -> Tensor:
+        return frozen_linear(x, weight, bias, update=kind, tensors=tensors, scale=scale).tanh()
+
+    def walk(function: Callable[..., Tensor]) -> list[Tensor]:
+        output = function(x, scale, *tensors)
+        return [output.detach(), *torch.autograd.grad(output.square().sum(), (x, scale, *tensors))]
+
+    torch._dynamo.reset()
+    for got, want in zip(walk(torch.compile(run, backend="aot_eager")), walk(run), strict=True):
+        assert torch.allclose(got, want, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,81 @@
+"""MoRA's fixed maps: each against its meaning, and against the plain formula."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import plain_formula
+from trimtab.ops.square import Square
+
+# (out, in, k): fewer, as many and more chunks than blocks; k dividing both, one or neither side; k above either side.
+SIZES = [(8, 24, 4), (8, 8, 4), (24, 8, 4), (7, 19, 4), (19, 7, 4), (10, 13, 6), (3, 13, 6), (13, 3, 6), (5, 5, 2)]
+
+
+def squares() -> list[Square]:
+    return [Square(i, o, k, turn) for o, i, k in SIZES for turn in (False, True)]
+
+
+@pytest.mark.parametrize("square", squares(), ids=str)
+def test_delta_equals_the_plain_formula(square: Square) -> None:
+    matrix = torch.randn(square.side, square.side, dtype=torch.float64)
+    shape = (square.out_features, square.in_features)
+    formula = plain_formula.square_rotation if square.turn else plain_formula.square_sharing
+    want = formula(matrix, shape)
+    assert torch.allclose(square.delta(matrix), want, rtol=1e-13, atol=1e-13)
+    product = torch.zeros(4, square.out_features, dtype=torch.float64)
+    x = torch.randn(4, square.in_features, dtype=torch.float64)
+    square.add_product(product, x, (matrix,))
+    assert torch.allclose(product, x @ want.t(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("square", squares(), ids=str)
+def test_each_map_and_its_transpose(square: Square) -> None:
+    """``<compress(x), g> == <x, expand(g)>`` and ``<spread(g), y> == <g, gather(y)>``."""
+    x = torch.randn(3, square.in_features, dtype=torch.float64)
+    y = torch.randn(3, square.out_features, dtype=torch.float64)
+    groups = torch.randn(3, square.groups, square.side, dtype=torch.float64)
+    assert square.compress(x).shape == groups.shape
+    assert square.expand(groups).shape == x.shape
+    assert square.spread(groups).shape == y.shape
+    assert square.gather(y).shape == groups.shape
+    assert (square.compress(x) * groups).sum() == pytest.approx((x * square.expand(groups)).sum().item(), rel=1e-12)
+    assert (square.spread(groups) * y).sum() == pytest.approx((groups * square.gather(y)).sum().item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("square", squares(), ids=str)
+def test_every_input_and_every_output_takes_part(square: Square) -> None:
+    """4096 -> 1024 in small: more chunks than blocks, where the authors' code drops the surplus inputs."""
+    delta = square.delta(torch.randn(square.side, square.side, dtype=torch.float64))
+    assert bool(delta.ne(0).any(0).all()), "an input that nothing reads"
+    assert bool(delta.ne(0).any(1).all()), "an output that nothing reaches"
+
+
+def test_rotation_turns_pairs_by_the_angles_of_the_chunk() -> None:
+    """Side 4: feature 0 pairs with 2 at frequency 1, feature 1 with 3 at frequency 10000^(-1/2) = 1/100."""
+    square = Square(12, 12, 4, turn=True)
+    x = torch.eye(12, dtype=torch.float64)
+    turned = square.compress(x)  # as many blocks as chunks: every chunk is a group of its own
+    for chunk in range(3):
+        first, second = turned[4 * chunk, chunk], turned[4 * chunk + 1, chunk]
+        assert first.tolist() == pytest.approx([math.cos(chunk), 0, math.sin(chunk), 0], abs=1e-15)
+        assert second.tolist() == pytest.approx([0, math.cos(chunk / 100), 0, math.sin(chunk / 100)], abs=1e-15)
+        third = turned[4 * chunk + 2, chunk]
+        assert third.tolist() == pytest.approx([-math.sin(chunk), 0, math.cos(chunk), 0], abs=1e-15)
+
+
+def test_rotation_in_float32_is_good_to_float32() -> None:
+    """Angles up to the number of chunks (200 here) are computed in float32: its rounding times the angle."""
+    square = Square(1600, 8, 8, turn=True)
+    matrix = torch.randn(8, 8)
+    want = plain_formula.square_rotation(matrix.double(), (8, 1600))
+    error = (square.delta(matrix).double() - want).abs().max() / want.abs().max()
+    assert error < 200 * torch.finfo(torch.float32).eps
+
+
+def test_sharing_by_hand() -> None:
+    square = Square(5, 3, 2, turn=False)
+    delta = square.delta(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    assert delta.tolist() == [[1, 2, 1, 2, 1], [3, 4, 3, 4, 3], [1, 2, 1, 2, 1]]

@@ -1,0 +1,97 @@
+"""The public names, their signatures, and what importing them costs."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+
+import pytest
+
+import trimtab
+
+PUBLIC = {
+    "AdapterError",
+    "AttachReport",
+    "ConfigError",
+    "DataError",
+    "MergeReport",
+    "ModelError",
+    "Plan",
+    "PlanError",
+    "Rule",
+    "RunError",
+    "SurgeryError",
+    "TrimtabError",
+    "WeightChange",
+    "attach",
+    "decompose",
+    "detach",
+    "effective_weight",
+    "load_adapter",
+    "merge",
+    "save_adapter",
+    "trainable_parameters",
+    "weight_change",
+}
+
+
+def test_every_public_name_is_there() -> None:
+    assert set(trimtab.__all__) >= PUBLIC
+    assert len(trimtab.__all__) == len(set(trimtab.__all__))
+    for name in trimtab.__all__:
+        assert getattr(trimtab, name) is not None
+    assert set(dir(trimtab)) >= PUBLIC
+    with pytest.raises(AttributeError, match="'trimtab' has no attribute 'atach'"):
+        _ = trimtab.atach
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("attach", ["model", "plan"]),
+        ("detach", ["model"]),
+        ("merge", ["model"]),
+        ("trainable_parameters", ["model"]),
+        ("save_adapter", ["model", "folder"]),
+        ("load_adapter", ["model", "folder"]),
+        ("effective_weight", ["model", "name"]),
+        ("decompose", ["weight"]),
+        ("weight_change", ["before", "after"]),
+    ],
+)
+def test_signatures(name: str, parameters: list[str]) -> None:
+    function = getattr(trimtab, name)
+    signature = inspect.signature(function).parameters
+    assert list(signature)[: len(parameters)] == parameters
+    assert all(
+        parameter.default is not inspect.Parameter.empty for parameter in list(signature.values())[len(parameters) :]
+    )
+    assert function.__doc__
+
+
+def test_errors_form_one_tree() -> None:
+    errors = [getattr(trimtab, name) for name in PUBLIC if name.endswith("Error")]
+    assert all(issubclass(error, trimtab.TrimtabError) for error in errors)
+    assert issubclass(trimtab.TrimtabError, Exception)
+
+
+def test_importing_is_quick() -> None:
+    """The command line and the reports import the package and its errors, and must not wait for torch."""
+    code = (
+        "import sys, trimtab; from trimtab import PlanError; dir(trimtab); trimtab.__version__\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'pydantic', 'safetensors'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_using_the_core_imports_no_optional_package() -> None:
+    code = (
+        "import sys, trimtab; trimtab.attach, trimtab.load_adapter, trimtab.decompose\n"
+        "heavy = {'transformers', 'datasets', 'peft', 'sklearn', 'matplotlib', 'bitsandbytes'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
