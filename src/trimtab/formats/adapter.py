@@ -15,7 +15,7 @@ from torch import nn
 from trimtab import bases, methods
 from trimtab.errors import AdapterError, PlanError, nearest
 from trimtab.formats import native, peft
-from trimtab.formats.stored import Stored
+from trimtab.formats.stored import Stored, name_on_disk
 from trimtab.formats.untrusted import shown
 from trimtab.surgery.adapted import Adapted, adapted_modules
 from trimtab.surgery.attach import AttachReport, describe, install, remove_adapters, require_adapted
@@ -47,7 +47,7 @@ def save_adapter(model: nn.Module, folder: Path | str) -> Path:
         SurgeryError: the model has no adapters.
         AdapterError: the folder cannot be written.
     """
-    adapted = dict(require_adapted(model, "save_adapter"))
+    adapted = {name_on_disk(name): module for name, module in require_adapted(model, "save_adapter")}
     target = Path(folder)
     writer, other = (peft, native) if peft.can_express(model, adapted) else (native, peft)
     try:
@@ -79,19 +79,20 @@ def load_adapter(model: nn.Module, folder: Path | str) -> AttachReport:
     stored: dict[str, Stored] = _reader(place).load(place)
     if not stored:
         raise AdapterError(f"{place}: the adapter is empty")
-    known = dict(model.named_modules(remove_duplicate=False))
-    rules, number = _rules(stored)
+    known = _modules(model)
     carried = bool(dict(adapted_modules(model)))
     if carried:
         _check_same(place, model, stored)
     else:
         _check_modules(place, known, stored)
+    rules, number = _rules(stored)
+    if not carried:
         try:
             install(model, _targets(known, stored, number), rules)
         except PlanError as error:
             raise AdapterError(f"{place}: this adapter does not fit the model: {error}") from None
     try:
-        present: dict[str, Adapted] = {name: model.get_submodule(name) for name in stored}  # type: ignore[misc]
+        present = {name: module for name, module in _modules(model).items() if isinstance(module, Adapted)}
         _check_tensors(place, present, stored)
         with torch.no_grad():
             for name, entry in stored.items():
@@ -105,12 +106,20 @@ def load_adapter(model: nn.Module, folder: Path | str) -> AttachReport:
     return describe(model, rules)
 
 
+def _modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module under each of its names, as they are on disk."""
+    return {name_on_disk(name): module for name, module in model.named_modules(remove_duplicate=False)}
+
+
 def _reader(place: Path) -> Any:
     """The module that reads the layout of the adapter in ``place``."""
-    if not place.is_dir():
-        what = "a file" if place.exists() else "no such folder"
-        raise AdapterError(f"{place}: {what}; expected a folder with {peft.FILES[0]} or {native.FILES[0]}")
-    readers = [reader for reader in (native, peft) if (place / reader.FILES[0]).is_file()]
+    try:
+        if not place.is_dir():
+            what = "a file" if place.exists() else "no such folder"
+            raise AdapterError(f"{place}: {what}; expected a folder with {peft.FILES[0]} or {native.FILES[0]}")
+        readers = [reader for reader in (native, peft) if (place / reader.FILES[0]).is_file()]
+    except OSError as error:
+        raise AdapterError(f"{place}: cannot be looked into ({error})") from None
     if len(readers) > 1:
         raise AdapterError(
             f"{place}: two adapters in one folder ({native.FILES[0]} and {peft.FILES[0]}); remove the files of one"
@@ -175,7 +184,7 @@ def _check_same(place: Path, model: nn.Module, stored: dict[str, Stored]) -> Non
     def outputs(options: methods.Options) -> Any:
         return options.model_dump(exclude=_TRAINING_ONLY), getattr(options, "scale", None)
 
-    present = dict(adapted_modules(model))
+    present = {name_on_disk(name): module for name, module in adapted_modules(model)}
     wrong = sorted(set(present) ^ set(stored)) or [
         name for name, module in present.items() if outputs(module.adapter.options) != outputs(stored[name].options)
     ]
@@ -202,6 +211,9 @@ def _check_tensors(place: Path, present: dict[str, Adapted], stored: dict[str, S
         shape = present[name].handle.shape
         if entry.shape is not None and entry.shape != shape:
             problems.append(f"{name}: made for a weight of {list(entry.shape)}, the model's is {list(shape)}")
+        frozen = present[name].handle.parameter
+        if entry.base is not None and not torch.equal(entry.base.to(frozen.dtype), frozen.cpu()):
+            problems.append(f"{name}: trained on another weight than the model's")
         # Modules that share a weight share an adapter, too.
         twin = first.setdefault(id(present[name].adapter), name)
         if twin != name and not _equal(entry, stored[twin]):

@@ -64,7 +64,7 @@ def load(folder: Path) -> dict[str, Stored]:
             "Update trimtab"
         )
     tensors, header = read_tensors(folder / FILES[1])
-    modules = described.get("modules")
+    modules: Any = described.get("modules")
     if header.get(_HEADER) != _digest(modules):
         raise AdapterError(
             f"{folder}: {FILES[0]} and {FILES[1]} do not belong together: a save was interrupted, or one of them was "
@@ -73,7 +73,7 @@ def load(folder: Path) -> dict[str, Stored]:
     found: dict[str, Stored] = {}
     expected: dict[str, list[int]] = {}
     try:
-        for name, entry in dict(modules or {}).items():
+        for name, entry in modules.items():
             options = methods.options_class(entry["method"])(**entry["options"])
             shapes = {key: list(shape) for key, shape in entry["tensors"].items()}
             expected |= {f"{name}.{key}": shape for key, shape in shapes.items()}

@@ -3,6 +3,7 @@
     base_model.model.MODULE.lora_A.weight             [rank, in]
     base_model.model.MODULE.lora_B.weight             [out, rank]
     base_model.model.MODULE.lora_magnitude_vector     [out], DoRA only
+    base_model.model.MODULE.base_layer.weight         a copy of the base, which PEFT adds for an output head; read only
 
 What only matters for further training and has no place in PEFT's configuration (dropout per module, ``detach_norm``)
 stands in the header of the safetensors file, where PEFT does not look: ``"trimtab"``, the method and options of every
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from trimtab import methods
 from trimtab.errors import AdapterError, PlanError
 from trimtab.files import write_json
-from trimtab.formats.stored import Stored
+from trimtab.formats.stored import Stored, name_on_disk
 from trimtab.formats.untrusted import parse_description, read_description, read_tensors, shown
 from trimtab.methods import lora
 from trimtab.surgery.adapted import Adapted, owners
@@ -34,6 +35,7 @@ from trimtab.surgery.adapted import Adapted, owners
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 _PREFIX = "base_model.model."
 _TENSORS = {"A": "lora_A.weight", "B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
+_BASE = "base_layer.weight"
 _HEADER = "trimtab"
 # Seconds that the patterns of one configuration may take, and characters of one; honest ones take none of either.
 _PATIENCE = 10.0
@@ -100,10 +102,10 @@ def _configuration(model: nn.Module, adapted: dict[str, Adapted]) -> dict[str, A
     alpha = Counter(alphas.values()).most_common(1)[0][0]
     first = next(iter(options.values()))
     # The class decides: a bare LlamaModel, too, has a configuration whose "architectures" name a causal model.
-    causal = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+    kind = type(getattr(model, "_orig_mod", model)).__name__
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if causal else None,
+        "task_type": "CAUSAL_LM" if kind.endswith(("ForCausalLM", "LMHeadModel")) else None,
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
         "inference_mode": True,
         "r": rank,
@@ -132,14 +134,20 @@ def _exactly(name: str) -> str:
 
 def _targets(model: nn.Module, adapted: dict[str, Adapted]) -> list[str] | str:
     """The shortest description that PEFT, which matches names by their ends, reads as exactly these modules."""
-    bare = {name for name, _ in model.named_modules() if not any(name.startswith(f"{outer}.") for outer in adapted)}
     wanted = set(adapted)
-    tails = sorted({name.rsplit(".", 1)[-1] for name in wanted})
-    for candidate in (tails, sorted(wanted)):
-        chosen = {name for name in bare if any(name == end or name.endswith(f".{end}") for end in candidate)}
-        if chosen == wanted:
-            return candidate
+    inside = {id(inner) for module in adapted.values() for inner in module.modules()}  # the module itself, too
+    others = [name_on_disk(name) for name, module in model.named_modules() if id(module) not in inside]
+    tails = {name.rsplit(".", 1)[-1] for name in wanted}
+    for candidate in (tails, wanted):
+        if not any(end in candidate for name in others for end in _ends(name)):
+            return sorted(candidate)
     return "|".join(re.escape(name) for name in sorted(wanted))
+
+
+def _ends(name: str) -> list[str]:
+    """``a.b.c`` -> ``a.b.c``, ``b.c``, ``c``."""
+    parts = name.split(".")
+    return [".".join(parts[place:]) for place in range(len(parts))]
 
 
 def load(folder: Path) -> dict[str, Stored]:
@@ -173,7 +181,7 @@ def load(folder: Path) -> dict[str, Stored]:
             f"such as {shown(odd[0])}: a save was interrupted, or one of the two was changed. Save the adapter again, "
             "or, to take both as they stand, load and save them once with PEFT"
         )
-    return {name: Stored(*ours[name], found) for name, found in modules.items()}
+    return {name: Stored(*ours[name], found, base=found.pop(_BASE, None)) for name, found in modules.items()}
 
 
 def _modules(weights: Path, tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -181,7 +189,7 @@ def _modules(weights: Path, tensors: dict[str, Tensor]) -> dict[str, dict[str, T
     modules: dict[str, dict[str, Tensor]] = {}
     own = {theirs: own for own, theirs in _TENSORS.items()}
     # Older PEFT releases called the magnitude's tensor ".weight", and some gave it a second axis.
-    own |= {f"{theirs}.weight": name for theirs, name in own.items() if name == "magnitude"}
+    own |= {f"{_TENSORS['magnitude']}.weight": "magnitude", _BASE: _BASE}
     kinds = re.compile(rf"{re.escape(_PREFIX)}(.+)\.({'|'.join(map(re.escape, own))})", re.DOTALL)
     for key, tensor in tensors.items():
         found = kinds.fullmatch(key)

@@ -1,4 +1,4 @@
-"""What an adapter on disk says of one module; what every layout is read into."""
+"""What an adapter on disk says of one module, and how it names it; what every layout is read into."""
 
 from __future__ import annotations
 
@@ -11,10 +11,16 @@ from trimtab.methods import Options
 
 @dataclass(frozen=True)
 class Stored:
-    """The adapter of one module. ``shape``: ``(out, in)`` of the weight that it was made for, where the layout says
-    so."""
+    """The adapter of one module. Where the layout says so: ``shape``, ``(out, in)`` of the weight that it was made
+    for, and ``base``, that weight itself."""
 
     method: str
     options: Options
     tensors: dict[str, Tensor]
     shape: tuple[int, ...] | None = None
+    base: Tensor | None = None
+
+
+def name_on_disk(name: str) -> str:
+    """The name of a module without what ``torch.compile`` put around it or around a block above it."""
+    return name.replace("_orig_mod.", "")

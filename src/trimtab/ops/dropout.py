@@ -20,7 +20,7 @@ def dropout(x: Tensor, probability: float) -> Tensor:
 
     Reproducible from ``torch.manual_seed``; differentiable. Accelerators, which draw in parallel, use PyTorch's own.
     """
-    threshold = round(probability * _LEVELS)
+    threshold = min(round(probability * _LEVELS), _LEVELS - 1)
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(x, probability)
     if threshold == 0:
