@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,14 @@ class StopAt(Listener):
     def stage(self, text: str) -> None:
         if self.name is not None and text.startswith(self.name):
             signal.raise_signal(signal.SIGINT)
+
+
+@pytest.fixture(autouse=True)
+def _signals_are_heard() -> Iterator[None]:
+    """A process that a script starts in the background has SIGINT ignored; here it interrupts, as at a terminal."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def adapter_of(config: RunConfig) -> dict[str, torch.Tensor]:
