@@ -21,6 +21,55 @@ PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
 OUR_FILES = ("trimtab.json", "trimtab_adapter.safetensors")
 
 
+# What can be saved, by the layout that it is saved in.
+PEFT_PLANS: dict[str, list[trimtab.Rule]] = {
+    "lora": [trimtab.Rule(match="all-linear", method="lora", rank=4)],
+    "lora-scaled": [trimtab.Rule(match="all-linear", method="lora", rank=4, alpha=0.7, rank_stabilised=True)],
+    "dora": [trimtab.Rule(match="all-linear", method="dora", rank=3, alpha=5)],
+    "lora-with-magnitude": [trimtab.Rule(match="*_proj", method="lora", rank=3, magnitude=True)],
+    "dora-in-many-ranks": [
+        trimtab.Rule(match="all-linear", method="dora", rank=4, alpha=8),
+        trimtab.Rule(match="*.q_proj", method="dora", rank=2, alpha=16),
+        trimtab.Rule(match="*.down_proj", layers="1", method="dora", rank=1, alpha=3),
+    ],
+    "training-options": [
+        trimtab.Rule(match="*.q_proj", method="dora", rank=2, detach_norm=False, dropout=0.25),
+        trimtab.Rule(match="*.v_proj", method="dora", rank=2, init="gaussian", init_std=0.5, keep_product=True),
+    ],
+    "bfloat16": [trimtab.Rule(match="*.q_proj", method="lora", rank=2, dtype="bfloat16")],
+    "head": [trimtab.Rule(match="lm_head", method="lora", rank=2)],
+}
+OUR_PLANS: dict[str, list[trimtab.Rule]] = {
+    "mora": [trimtab.Rule(match="all-linear", method="mora", rank=4)],
+    "mora-sharing": [trimtab.Rule(match="all-linear", method="mora", rank=4, form="sharing")],
+    "mora-magnitude": [trimtab.Rule(match="all-linear", method="mora", rank=4, magnitude=True)],
+    "lora-and-dora": [
+        trimtab.Rule(match="*.q_proj", method="lora", rank=4),
+        trimtab.Rule(match="*.v_proj", method="dora", rank=4),
+    ],
+    "lora-and-mora": [
+        trimtab.Rule(match="*.q_proj", method="lora", rank=4),
+        trimtab.Rule(match="*.v_proj", method="mora", rank=4),
+    ],
+    "input-axis": [trimtab.Rule(match="*.q_proj", method="dora", rank=4, magnitude_axis="input")],
+    "magnitude-alone": [trimtab.Rule(match="*.q_proj", method="dora", rank=0)],
+    "full": [trimtab.Rule(match="*.q_proj", method="full")],
+    "full-magnitude": [trimtab.Rule(match="*.q_proj", method="full", magnitude=True, dtype="float64")],
+    "two-scalings": [
+        trimtab.Rule(match="*.q_proj", method="lora", rank=4),
+        trimtab.Rule(match="*.v_proj", method="lora", rank=4, rank_stabilised=True),
+    ],
+    "everything": [
+        trimtab.Rule(match="all-linear", method="lora", rank=2),
+        trimtab.Rule(match="*.k_proj", method="dora", rank=2, magnitude_axis="input"),
+        trimtab.Rule(match="*.o_proj", method="mora", rank=3, form="sharing", magnitude=True),
+        trimtab.Rule(match="*.down_proj", layers="0", method="full"),
+        trimtab.Rule(match="*.down_proj", layers="1", method="dora", rank=0),
+    ],
+}
+PLANS = PEFT_PLANS | OUR_PLANS
+
+
 def trained(model: nn.Module, *rules: trimtab.Rule, seed: int = 5) -> nn.Module:
     """``model`` with the adapters of ``rules``, every trained tensor moved away from its start."""
     trimtab.attach(model, trimtab.Plan(rules))
@@ -72,9 +121,9 @@ def read_json(path: Path) -> Any:
 
 
 def edit_json(path: Path, **changes: Any) -> None:
-    """Set keys of a JSON object; a value of None removes the key."""
+    """Set keys of a JSON object; ``...`` removes the key."""
     value = {**read_json(path), **changes}
-    path.write_text(json.dumps({key: one for key, one in value.items() if one is not None}), encoding="utf-8")
+    path.write_text(json.dumps({key: one for key, one in value.items() if one is not ...}), encoding="utf-8")
 
 
 def edit_tensors(

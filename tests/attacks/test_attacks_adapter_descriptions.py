@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
@@ -179,26 +180,33 @@ def test_patience_is_shared_by_all_names(theirs: Path, tiny_llama: Make, monkeyp
     refused(tiny_llama(), theirs)
 
 
-HEADERS: dict[str, Any] = {
-    "no JSON": "{",
-    "a list": "[]",
-    "NaN": '{"x": NaN}',
-    "deep": "[" * 100_000,
-    "a key twice": '{"x": 1, "x": 2}',
-    "nothing": "{}",
-    "a text for a module": json.dumps({Q0: "lora"}),
-    "no options": json.dumps({Q0: {"method": "dora"}}),
-    "another method": json.dumps({Q0: {"method": "full", "options": {}}}),
-    "no method of ours": json.dumps({Q0: {"method": "../evil", "options": {}}}),
-    "another axis": json.dumps({Q0: {"method": "dora", "options": {"rank": 2, "magnitude_axis": "input"}}}),
-    "another module": json.dumps({"lm_head": {"method": "dora", "options": {"rank": 2}}}),
+HEADERS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "no JSON": lambda said: "{",
+    "a list": lambda said: [said],
+    "nothing": lambda said: {},
+    "NaN": lambda said: json.dumps(said).replace("null", "NaN", 1),
+    "deep": lambda said: "[" * 100_000,
+    "a module twice": lambda said: json.dumps(said).replace("{", '{"' + Q0 + '": {},', 1),
+    "a text for a module": lambda said: said | {Q0: "dora"},
+    "no options": lambda said: said | {Q0: {"method": "dora"}},
+    "unknown options": lambda said: said | {Q0: {"method": "dora", "options": {"rank": 2, "evil": 1}}},
+    "another method": lambda said: said | {Q0: {"method": "full", "options": {}}},
+    "no method of ours": lambda said: said | {Q0: {"method": "../evil", "options": {}}},
+    "another axis": lambda said: said | {Q0: {"method": "dora", "options": {"rank": 2, "magnitude_axis": "input"}}},
+    "another scale": lambda said: said | {Q0: {"method": "dora", "options": {"rank": 2, "alpha": 5}}},
+    "one module more": lambda said: said | {"lm_head": said[Q0]},
+    "one module less": lambda said: {name: one for name, one in said.items() if name != Q0},
 }
 
 
 @pytest.mark.parametrize("header", HEADERS)
-def test_hostile_headers_in_peft_s_layout(header: str, theirs: Path, tiny_llama: Make) -> None:
-    edit_tensors(theirs / PEFT_FILES[1], header={"format": "pt", "trimtab": HEADERS[header]})
-    refused(tiny_llama(), theirs)
+def test_hostile_headers_in_peft_s_layout(header: str, tiny_llama: Make, tmp_path: Path) -> None:
+    trimtab.save_adapter(trained(tiny_llama(), Rule(match="*.q_proj", method="dora", rank=2)), tmp_path)
+    with safe_open(tmp_path / PEFT_FILES[1], framework="pt") as file:
+        said = HEADERS[header](json.loads(file.metadata()["trimtab"]))
+    text = said if isinstance(said, str) else json.dumps(said)
+    edit_tensors(tmp_path / PEFT_FILES[1], header={"format": "pt", "trimtab": text})
+    refused(tiny_llama(), tmp_path)
 
 
 # Our configuration, forged with the right hash ----------------------------------------------------------------------
@@ -323,6 +331,16 @@ def test_modules_that_are_not_there(name: str, ours: Path, tiny_llama: Make) -> 
         rename={f"{Q0}.{key}": f"{name}.{key}" for key in ("A", "B", "magnitude")},
     )
     refused(tiny_llama(), ours)
+
+
+def test_a_model_that_is_itself_the_layer(tmp_path: Path) -> None:
+    """The name of the model as a module of its own is empty; a layer cannot be replaced inside itself."""
+    trimtab.save_adapter(
+        trained(nn.ModuleDict({"q": nn.Linear(4, 4)}), Rule(match="q", method="mora", rank=1)), tmp_path
+    )
+    refused(nn.Linear(4, 4), tmp_path)
+    forge(tmp_path, lambda modules: {"": modules["q"]}, rename={"q.M": ".M"})
+    refused(nn.Linear(4, 4), tmp_path)
 
 
 @pytest.mark.parametrize("exists", [False, True])

@@ -254,6 +254,12 @@ def test_the_same_without_the_checks_of_belonging(mutation: str, good: tuple[Pat
     refused(tiny_llama(), good[0].parent)
 
 
+@pytest.mark.parametrize("length", [513, 10_000_000])
+def test_names_without_end_are_not_looked_at(length: int, good: tuple[Path, Path], tiny_llama: Make) -> None:
+    edit_tensors(good[1], {"a" * length: torch.zeros(1)})
+    refused(tiny_llama(), good[0].parent, rf"name is {length} characters long: a{{120}}\.\.\.$")
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_numbers_that_are_none_do_not_reach_the_base(value: float, good: tuple[Path, Path], tiny_llama: Make) -> None:
     """They can be loaded, to be looked at; merging them is refused, and taking them off gives the base back."""

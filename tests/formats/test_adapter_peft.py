@@ -122,7 +122,7 @@ def test_pickled_weights_are_refused(saved: tuple[nn.Module, Path], tiny_llama: 
 
 @pytest.mark.parametrize("key", ["r", "lora_alpha"])
 def test_a_configuration_without_its_numbers(key: str, saved: tuple[nn.Module, Path], tiny_llama: Make) -> None:
-    edit_json(saved[1] / PEFT_FILES[0], **{key: None})
+    edit_json(saved[1] / PEFT_FILES[0], **{key: ...})
     with pytest.raises(AdapterError, match=rf"damaged configuration \(KeyError: '{key}'\)"):
         trimtab.load_adapter(tiny_llama(), saved[1])
 
@@ -147,6 +147,8 @@ def test_a_configuration_without_its_numbers(key: str, saved: tuple[nn.Module, P
         {"alpha_pattern": {"q_proj[": 3}},
         {"alpha_pattern": {"q_(proj": 3}},
         {"alpha_pattern": {"(?P<n>q)(?P<n>_)": 3}},
+        {"alpha_pattern": {"(?|q|v)_proj": 3}},  # of the module regex, not of re, which is what PEFT reads
+        {"alpha_pattern": {"(?R)": 3}},
     ],
     ids=str,
 )
@@ -165,6 +167,7 @@ def test_settings_of_the_wrong_kind(changes: dict[str, Any], saved: tuple[nn.Mod
         {"target_modules": r"model\.layers\.\d+\.self_attn\.(q|v)_proj"},
         {"target_modules": "all-linear", "exclude_modules": ["k_proj"]},
         {"target_modules": None},
+        {"target_modules": ..., "bias": ..., "rank_pattern": ..., "alpha_pattern": None, "lora_dropout": None},
         {"layers_to_transform": [0, 1], "layers_pattern": "layers"},
         {"init_lora_weights": "gaussian"},
         {"init_lora_weights": "eva", "eva_config": {"rho": 2.0}},
@@ -311,6 +314,7 @@ def test_patterns_of_many_whole_names_are_quick() -> None:
         {"use_rslora": True},
         {"alpha_pattern": {"q_proj": 4}},
         {"r": 3},
+        {"r": 4, "lora_alpha": 6},  # the same scale
         {"rank_pattern": {"q_proj": 1}},
         {"use_dora": False},
     ],

@@ -107,6 +107,17 @@ def test_peft_adapts_exactly_our_modules(plan: str, tiny_llama: Make, tmp_path: 
     assert torch.allclose(run(theirs), run(model), **CLOSE)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_peft_has_nothing_to_say(transposed: bool, tiny_llama: Make, tiny_gpt2: Make, tmp_path: Path) -> None:
+    """Not of keys that it does not know, nor of weights that are stored the other way round."""
+    base = tiny_gpt2() if transposed else tiny_llama()
+    trimtab.save_adapter(trained(copy.deepcopy(base), Rule(match="all-linear", method="dora", rank=2)), tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        PeftModel.from_pretrained(base, tmp_path)
+    assert read_json(tmp_path / PEFT_FILES[0])["fan_in_fan_out"] == transposed
+
+
 @pytest.mark.parametrize(("plan", "short"), [("all", True), ("two", True), ("head", True), ("first-block", False)])
 def test_short_names_where_they_say_it_all(plan: str, short: bool, tiny_llama: Make, tmp_path: Path) -> None:
     trimtab.save_adapter(trained(tiny_llama(), *PLANS[plan]), tmp_path)

@@ -190,7 +190,7 @@ def _modules(weights: Path, tensors: dict[str, Tensor]) -> dict[str, dict[str, T
     own = {theirs: own for own, theirs in _TENSORS.items()}
     # Older PEFT releases called the magnitude's tensor ".weight", and some gave it a second axis.
     own |= {f"{_TENSORS['magnitude']}.weight": "magnitude", _BASE: _BASE}
-    kinds = re.compile(rf"{re.escape(_PREFIX)}(.+)\.({'|'.join(map(re.escape, own))})", re.DOTALL)
+    kinds = re.compile(rf"{re.escape(_PREFIX)}(.+)\.({'|'.join(map(re.escape, own))})")
     for key, tensor in tensors.items():
         found = kinds.fullmatch(key)
         if found is None or own[found[2]] in modules.setdefault(found[1], {}):
