@@ -107,7 +107,8 @@ def run_peft(method: str, rank: int, steps: int, folder: str) -> dict[str, float
         get_peft_model(model, config),
         TrainingArguments(
             **arguments(steps, folder),
-            bf16=True,
+            bf16=True,  # autocast, so that the float32 adapters multiply in bfloat16, too
+            use_cpu=True,
             optim="adamw_torch_fused",
             train_sampling_strategy="group_by_length",
             label_names=["labels"],

@@ -194,3 +194,17 @@ def test_small_updates_survive_the_merge_of_a_full_precision_base() -> None:
     want = exact - weight.double()
     # Half a float32 unit of each element is what storing costs; the magnitude's own rounding is of that size too.
     assert (got - want).abs().max() <= torch.finfo(torch.float32).eps * weight.abs().max()
+
+
+def test_a_product_that_overflows_changes_nothing() -> None:
+    """Each tensor is finite, their product is not in float16; the layer before it must not be merged either."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)).half()
+    trimtab.attach(model, trimtab.Plan([trimtab.Rule(match="*", method="lora", rank=2)]))
+    with torch.no_grad():
+        model[0].adapter.B.fill_(0.5)
+        model[1].adapter.A.fill_(300.0)
+        model[1].adapter.B.fill_(300.0)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(trimtab.SurgeryError, match="merged weight of 1 does not fit"):
+        trimtab.merge(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -24,7 +24,7 @@ from trimtab.ops.frozen_linear import Update, frozen_linear
 class Options(BaseModel):
     """What any method can be told."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     magnitude: bool = Field(False, description="Train a magnitude per output (or input) beside the update.")
     magnitude_axis: Axis = Field(

@@ -44,6 +44,15 @@ def merge(model: nn.Module) -> MergeReport:
                 f"merge: the adapter of {name} holds NaN or infinity, and would destroy the weight it is folded into. "
                 "Nothing was changed; load an earlier checkpoint"
             )
+    # Finite tensors can have a product that is not, or one beyond what the base's dtype holds. All are looked at before
+    # the first is written; computing each twice is the price of never leaving half a merge.
+    for name, module in adapted:
+        stored = module.adapter.effective_weight(module.handle, torch.float64).to(module.handle.dtype)
+        if not torch.isfinite(stored).all():
+            raise SurgeryError(
+                f"merge: the merged weight of {name} does not fit into {module.handle.dtype} or is not a number. "
+                "Nothing was changed; merge in a wider dtype, or load an earlier checkpoint"
+            )
     bases = {id(module.base) for _, module in adapted}
     untied = []
     merged: dict[int, float] = {}
