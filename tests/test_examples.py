@@ -53,7 +53,7 @@ def test_the_harbour_set_is_what_its_readme_says() -> None:
 
 @needs_wheel
 def test_the_quickstart_learns_and_leaves_a_whole_run(tmp_path: Path) -> None:
-    """A short real fine-tune: 24 of the quickstart's 90 steps, 30 of its 120 test rows."""
+    """A short real fine-tune: 24 of the quickstart's 60 steps, 30 of its 120 test rows."""
     settings = ["train.max_steps=24", "train.log_every=4", "evaluation.limit=30", f"output={tmp_path / 'run'}"]
     out = trimtab("finetune", str(ROOT / "examples" / "quickstart.yaml"), *settings, folder=tmp_path).stdout
     run = tmp_path / "run"
