@@ -220,3 +220,17 @@ def assert_close(got: Tensor, want: Tensor, tolerance: float, what: str = "") ->
     error = (got.detach().double() - want.detach().double()).abs().max().item()
     scale = want.detach().abs().max().item()
     assert error <= tolerance * scale, f"{what}: off by {error:.3g} where the largest is {scale:.3g} ({tolerance=:.3g})"
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    found = {}
+    for name, parameter in trimtab.trainable_parameters(model).items():
+        assert parameter.grad is not None, name
+        found[name] = parameter.grad.clone()
+    return found
+
+
+def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name

@@ -76,6 +76,7 @@ def test_the_update_can_have_full_rank() -> None:
     ("shape", "options", "words"),
     [
         ((6, 10), {"rank": 7}, "rank 7 is larger than the matrix"),
+        ((2, 100), {"rank": 5}, "rank 5 is larger than the matrix"),  # though its square of 22 would fit
         ((8, 8), {"rank": 8}, "a square of 11 x 11 on a weight of 8 x 8"),  # sqrt(128) = 11.3, down
         ((1, 1), {"rank": 1}, "leaves a square of side"),
     ],

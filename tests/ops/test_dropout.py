@@ -48,3 +48,14 @@ def test_any_shape(shape: tuple[int, ...]) -> None:
 def test_next_to_nothing_drops_nothing() -> None:
     x = torch.randn(8, 8)
     assert dropout(x, 1e-9) is x
+
+
+def test_next_to_everything_drops_it() -> None:
+    assert not dropout(torch.randn(8, 8), 1 - 1e-9).any()
+
+
+@pytest.mark.parametrize("lag", [2, 3, 4, 7])
+def test_elements_further_apart_are_independent_too(lag: int) -> None:
+    dropped = (dropout(torch.ones(1 << 18), 0.3) == 0).double() - 0.3
+    together = float((dropped[lag:] * dropped[:-lag]).mean()) / 0.21
+    assert together == pytest.approx(0.0, abs=5 / 2**9)  # five standard deviations

@@ -191,7 +191,6 @@ def remove_adapters(model: nn.Module) -> None:
     """Put every base back in its adapted module's place, and give the parameters their old ``requires_grad``."""
     for _, parent, attribute, child in list(owners(model)):
         if isinstance(child, Adapted):
-            child.base.train(child.training)
             parent._modules[attribute] = child.base
     before = set(getattr(model, _TRAINABLE_BEFORE, ()))
     for name, parameter in model.named_parameters(remove_duplicate=False):

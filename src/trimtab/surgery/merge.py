@@ -35,7 +35,8 @@ def merge(model: nn.Module) -> MergeReport:
     head tied to the embedding) is copied first, so that the other module keeps what it had;
     ``model.config.tie_word_embeddings`` is then turned off.
 
-    Raises SurgeryError if the model has no adapters, or if one holds NaN or infinity; the model is then unchanged.
+    Raises SurgeryError if the model has no adapters, if one holds NaN or infinity, or if a merged weight does not fit
+    into its base's dtype; the model is then unchanged.
     """
     adapted = require_adapted(model, "merge")
     for name, module in adapted:
