@@ -12,6 +12,8 @@ from typing import Any
 
 import yaml
 
+from trimtab.training.listener import Listener
+
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -127,3 +129,21 @@ def write_config(path: Path, model_folder: Path, train_file: Path, **sections: A
         said[name] = {**said[name], **value} if isinstance(value, dict) and name in said else value
     path.write_text(yaml.safe_dump(said, sort_keys=False), encoding="utf-8")
     return path
+
+
+class Kept(Listener):
+    """Keeps the lines of metrics and the notes."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self.notes: list[str] = []
+
+    def metrics(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def column(self, name: str, kind: str = "train") -> list[Any]:
+        """What each line of ``kind`` says under ``name``."""
+        return [row[name] for row in self.rows if row["kind"] == kind]

@@ -1,4 +1,4 @@
-"""A tiny model folder, made once, and a maker of configurations that train it."""
+"""The fixtures of tests that train."""
 
 from __future__ import annotations
 
@@ -8,28 +8,9 @@ from typing import Any
 
 import pytest
 
-from tiny_runs import rows, write_config, write_model, write_rows
+from run_fixtures import make_yaml, model_folder, own_cache
 
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture(scope="session")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model") / "tiny")
-
-
-@pytest.fixture
-def make_yaml(tmp_path: Path, model_folder: Path) -> Callable[..., Path]:
-    """Write ``NAME.yaml`` for a run over ``count`` rows of ``form``; keywords are sections of it."""
-
-    def make(name: str = "run", *, count: int = 24, form: str = "completion", **sections: Any) -> Path:
-        train = write_rows(tmp_path / f"{form}.jsonl", rows(count, form))
-        return write_config(tmp_path / f"{name}.yaml", model_folder, train, **sections)
-
-    return make
+__all__ = ["make_config", "make_yaml", "model_folder", "own_cache"]
 
 
 @pytest.fixture

@@ -11,12 +11,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tiny_runs import rows, tiny_tokenizer, write_rows
+from tiny_runs import Kept, rows, tiny_tokenizer, write_rows
 from trimtab.config import load_config
 from trimtab.errors import ConfigError, DataError, ModelError, RunError
 from trimtab.evaluation.logits import Head
 from trimtab.files import read_json, read_jsonl
-from trimtab.training.listener import Listener
 from trimtab.training.loading import load_run
 from trimtab.training.measuring import measure
 from trimtab.training.run import finetune
@@ -36,24 +35,6 @@ METHODS: dict[str, list[dict[str, Any]]] = {
     ],
 }
 IDS = torch.tensor([[5, 40, 60, 7, 80, 33], [9, 12, 300, 200, 4, 50]])
-
-
-class Rows(Listener):
-    """Keeps the lines of metrics and the notes."""
-
-    def __init__(self) -> None:
-        self.rows: list[dict[str, Any]] = []
-        self.notes: list[str] = []
-
-    def metrics(self, row: dict[str, Any]) -> None:
-        self.rows.append(row)
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    @property
-    def losses(self) -> list[float]:
-        return [row["loss"] for row in self.rows if row["kind"] == "train"]
 
 
 def test_the_run_folder(make_config: Callable[..., Any], tmp_path: Path, model_folder: Path) -> None:
@@ -140,12 +121,12 @@ def test_validation_from_a_file(make_config: Callable[..., Any], tmp_path: Path)
 def test_every_form_of_rows(make_config: Callable[..., Any], tmp_path: Path, form: str) -> None:
     test = write_rows(tmp_path / "test.jsonl", rows(6, form))
     config = make_config(form=form, data={"test": str(test), "validation": 0.25}, train={"max_steps": 2})
-    listener = Rows()
+    listener = Kept()
     folder = finetune(config, listener=listener)
     kind = read_json(folder.evaluation("test", "after"))["kind"]
     assert kind == ("perplexity" if form == "text" else "choice")
     assert any(f"'{form}'" in note for note in listener.notes)
-    assert len(listener.losses) == 2
+    assert len(listener.column("loss")) == 2
     assert folder.read_summary()["status"] == "finished"
 
 
@@ -182,14 +163,14 @@ def test_the_validation_loss_is_that_of_the_rows(make_config: Callable[..., Any]
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_learns(make_config: Callable[..., Any], method: str) -> None:
-    listener = Rows()
+    listener = Kept()
     # One and the same batch four times: its loss must fall at every step after the first, whose rate is the peak.
     config = make_config(
         count=4, plan=METHODS[method], train={"epochs": 4, "warmup": 0, "schedule": "constant", "learning_rate": 5e-3}
     )
     folder = finetune(config, listener=listener)
-    assert listener.losses == sorted(listener.losses, reverse=True)
-    assert listener.losses[-1] < 0.95 * listener.losses[0]
+    assert listener.column("loss") == sorted(listener.column("loss"), reverse=True)
+    assert listener.column("loss")[-1] < 0.95 * listener.column("loss")[0]
     with torch.no_grad():
         assert load_run(folder.path).model(IDS).logits.isfinite().all()
 
@@ -197,11 +178,11 @@ def test_every_method_learns(make_config: Callable[..., Any], method: str) -> No
 def test_bfloat16_and_float32(make_config: Callable[..., Any]) -> None:
     losses = {}
     for precision in ("bfloat16", "float32"):
-        listener = Rows()
+        listener = Kept()
         folder = finetune(make_config(precision, train={"precision": precision, "max_steps": 3}), listener=listener)
         assert folder.read_summary()["precision"] == precision
         assert load_run(folder.path).model.dtype == getattr(torch, precision)
-        losses[precision] = listener.losses
+        losses[precision] = listener.column("loss")
     # bfloat16 has 8 bits of mantissa: losses agree to a few percent, and never to the last digit.
     assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.05)
     assert losses["bfloat16"] != losses["float32"]
@@ -245,7 +226,7 @@ def test_answers_outside_the_choices_are_found_before_anything_is_loaded(
 
 
 def test_choices_that_no_training_row_has_are_noted(make_config: Callable[..., Any]) -> None:
-    listener = Rows()
+    listener = Kept()
     config = make_config(data={"choices": ["calm", "watch", "storm", "gale"]}, train={"max_steps": 1})
     finetune(config, listener=listener)
     assert any("no training row has the answer gale" in note for note in listener.notes)
@@ -258,7 +239,7 @@ def test_a_metric_that_the_rows_do_not_have(make_config: Callable[..., Any]) -> 
 
 def test_rows_that_are_left_out_are_named(make_config: Callable[..., Any]) -> None:
     length = sorted(len(tiny_tokenizer()(row["text"]).input_ids) for row in rows(24, "text"))[12]
-    listener = Rows()
+    listener = Kept()
     finetune(make_config(form="text", data={"max_length": length}, train={"max_steps": 1}), listener=listener)
     assert any(f"rows were cut to data.max_length = {length}" in note for note in listener.notes)
     with pytest.raises(DataError, match=r"None of the 24 rows has a token to train on .*row 1"):

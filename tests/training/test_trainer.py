@@ -15,14 +15,13 @@ from transformers import TrainerCallback
 
 import trimtab
 from adapter_tools import trained
-from tiny_runs import tiny_model, tiny_tokenizer, write_rows
+from tiny_runs import Kept, tiny_model, tiny_tokenizer, write_rows
 from trimtab.data.batches import Collator
 from trimtab.data.rows import read_examples
 from trimtab.data.tokens import EncodedRows, encode_all
 from trimtab.evaluation.logits import Head
 from trimtab.training.arguments import training_arguments
 from trimtab.training.averaging import Averaging
-from trimtab.training.listener import Listener
 from trimtab.training.run import _Run, finetune
 from trimtab.training.trainer import AdapterTrainer, parameter_groups
 
@@ -156,27 +155,10 @@ def test_parameter_groups(adapted: Any) -> None:
     assert {group["lr"] for group in plain} == {1e-3}
 
 
-class Steps(Listener):
-    """Keeps the lines of metrics and the notes."""
-
-    def __init__(self) -> None:
-        self.rows: list[dict[str, Any]] = []
-        self.notes: list[str] = []
-
-    def metrics(self, row: dict[str, Any]) -> None:
-        self.rows.append(row)
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    def column(self, name: str, kind: str = "train") -> list[Any]:
-        return [row[name] for row in self.rows if row["kind"] == kind]
-
-
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
 def test_schedules_and_warmup(make_config: Callable[..., Any], schedule: str) -> None:
     steps, warmup, peak = 10, 3, 1e-2
-    listener = Steps()
+    listener = Kept()
     train = {"max_steps": steps, "epochs": 9, "warmup": warmup, "schedule": schedule, "learning_rate": peak}
     finetune(make_config(train=train), listener=listener)
 
@@ -194,7 +176,7 @@ def test_schedules_and_warmup(make_config: Callable[..., Any], schedule: str) ->
 
 
 def test_a_warmup_that_is_a_fraction_is_one_of_all_steps(make_config: Callable[..., Any]) -> None:
-    listener = Steps()
+    listener = Kept()
     finetune(make_config(train={"epochs": 2, "warmup": 0.5, "learning_rate": 0.6}), listener=listener)  # 12 steps
     assert listener.column("learning_rate")[:7] == pytest.approx([0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
 
@@ -240,7 +222,7 @@ def test_the_best_adapter_is_kept(
     make_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, found: list[tuple[float, float]], best: int
 ) -> None:
     _validations(monkeypatch, *found)
-    listener = Steps()
+    listener = Kept()
     folder = finetune(
         make_config(count=30, data={"validation": 0.2}, train={"epochs": 3, "keep_checkpoints": 9}), listener=listener
     )
@@ -274,7 +256,7 @@ def test_early_stopping(make_config: Callable[..., Any], monkeypatch: pytest.Mon
 
 
 def test_validation_by_steps_includes_the_last_step(make_config: Callable[..., Any]) -> None:
-    listener = Steps()
+    listener = Kept()
     config = make_config(count=30, data={"validation": 0.2}, train={"epochs": 2, "validate_every": 5})
     finetune(config, listener=listener)
     assert listener.column("step", "validation") == [5, 10, 12]
@@ -283,7 +265,7 @@ def test_validation_by_steps_includes_the_last_step(make_config: Callable[..., A
 def test_checkpointing_of_activations_changes_no_loss(make_config: Callable[..., Any]) -> None:
     losses = []
     for number, checkpointing in enumerate((False, True)):
-        listener = Steps()
+        listener = Kept()
         finetune(make_config(f"run{number}", train={"gradient_checkpointing": checkpointing}), listener=listener)
         losses.append(listener.column("loss"))
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)

@@ -41,6 +41,7 @@ def command(
     from trimtab.data.rows import ALPACA_WITHOUT_INPUT
     from trimtab.data.tokens import encode_prompt
     from trimtab.errors import DataError
+    from trimtab.evaluation.generation import end_tokens
 
     if not text.strip():
         raise DataError("the prompt is empty: there is nothing to go on from")
@@ -57,9 +58,6 @@ def command(
     room = (getattr(config, "max_position_embeddings", None) or sys.maxsize) - len(ids)
     if room < 1:
         raise DataError(f"the prompt has {len(ids)} tokens, and the model has {len(ids) + room} positions; shorten it")
-    # The end that was trained, and the model's own, such as a chat's.
-    own = loaded.model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
     batch = torch.tensor([ids], device=loaded.model.device)
     torch.manual_seed(seed)
     drawn = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
@@ -68,7 +66,7 @@ def command(
             batch,
             attention_mask=torch.ones_like(batch),
             max_new_tokens=min(max_new_tokens, room),
-            eos_token_id=sorted(ends) or None,
+            eos_token_id=end_tokens(loaded.model, tokenizer) or None,
             pad_token_id=tokenizer.pad_token_id,
             streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
             **drawn,

@@ -71,7 +71,7 @@ def generate_answers(
     """
     prefix = len(encode_prompt("", tokenizer))
     prompts = [_prompt(example, tokenizer, prefix, max_length, max_new_tokens) for example in examples]
-    ends = _end_tokens(head.model, tokenizer)
+    ends = end_tokens(head.model, tokenizer)
     found: list[Generated | None] = [None] * len(prompts)
     done = 0
     with evaluating(head.model):
@@ -103,7 +103,7 @@ def _prompt(example: Example, tokenizer: Any, prefix: int, max_length: int | Non
     return ids[:prefix] + ids[prefix + excess :]
 
 
-def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
     """The tokenizer's end token, which training puts after an answer, and the model's own, such as a chat's."""
     own = model.generation_config.eos_token_id
     own = own if isinstance(own, list) else [own]

@@ -8,7 +8,6 @@ can take.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -16,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from trimtab.bases import Base
+from trimtab.ops.autocast import without_autocast
 from trimtab.ops.decomposition import Axis, magnitude_over_norm, recompose
 from trimtab.ops.dropout import dropout
 from trimtab.ops.frozen_linear import Update, frozen_linear
@@ -108,12 +108,11 @@ class Method(nn.Module):
         these hold the same values. Their version counters would not do: fused optimisers and ``parameter.data`` go
         round them.
         """
-        with _no_autocast(weight):
+        with without_autocast(weight):
             return self._norm(weight)
 
     def _norm(self, weight: Tensor) -> Tensor:
         if torch.is_grad_enabled():
-            self._cached_norm = None
             if self.options.detach_norm:
                 with torch.no_grad():
                     return self.squared_norms(weight).sqrt()
@@ -164,13 +163,8 @@ class Method(nn.Module):
         """``W' [out, in]`` by the plain formula, in ``dtype`` (default: the dtype of the norms, float32 or float64)."""
         work = dtype or (torch.float64 if base.dtype == torch.float64 else torch.float32)
         magnitude = None if self.magnitude is None else self.magnitude.to(work)
-        with _no_autocast(base.parameter):
+        with without_autocast(base.parameter):
             return recompose(self.total(base.weight().to(work)), None, magnitude, self.options.magnitude_axis)
-
-    def train(self, mode: bool = True) -> Method:
-        self._cached_norm = None
-        super().train(mode)
-        return self
 
     def _apply(self, *args: Any, **kwargs: Any) -> Method:
         self._cached_norm = None
@@ -195,10 +189,3 @@ def _same(copies: Sequence[Tensor], tensors: Sequence[Tensor]) -> bool:
         copy.dtype == tensor.dtype and copy.device == tensor.device and torch.equal(copy, tensor)
         for copy, tensor in zip(copies, tensors, strict=True)
     )
-
-
-def _no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Norms and merged weights keep their digits where the model around them runs in half precision."""
-    kind = tensor.device.type
-    on = kind != "meta" and torch.is_autocast_enabled(kind)
-    return torch.autocast(kind, enabled=False) if on else nullcontext()

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from trimtab.ops.autocast import autocast_dtype, without_autocast
+
 # Within this distance of 1, ``c - 1`` in half precision is a more exact multiplier than ``c`` itself, and ``y / c``
 # is a safe way back to the product. Magnitudes stay near the norms they start from, so this is the ordinary case.
 _NEAR_ONE = 0.5
@@ -203,31 +205,16 @@ def frozen_linear(
 
     Differentiable once: a second derivative is refused by autograd, and ``torch.func`` transforms are not supported.
     """
-    # Autocast leaves float64 alone, for a plain linear layer too.
-    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type) and weight.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
+    dtype = autocast_dtype(x)
+    if dtype is not None and weight.dtype != torch.float64:  # which it leaves alone, for a plain linear layer too
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
         dropped = None if dropped is None else dropped.to(dtype)
-        with torch.autocast(x.device.type, enabled=False):
-            return _apply(x, dropped, weight, bias, scale, keep_product, update, tensors)
-    return _apply(x, dropped, weight, bias, scale, keep_product, update, tensors)
-
-
-def _apply(
-    x: Tensor,
-    dropped: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    keep_product: bool,
-    update: Update | None,
-    tensors: tuple[Tensor, ...],
-) -> Tensor:
     given = (x, dropped, bias, scale, *tensors)
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in given):
-        return _FrozenLinear.apply(x, dropped, weight, bias, scale, keep_product, update, *tensors)
-    # Nobody will ask for a gradient. (And torch.compile, outside of training, calls a function with exactly two
-    # trailing tensors without its context.)
-    with torch.no_grad():
-        return _compute(x, dropped, weight, bias, scale, keep_product, update, tensors).output
+    with without_autocast(x):
+        if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in given):
+            return _FrozenLinear.apply(x, dropped, weight, bias, scale, keep_product, update, *tensors)
+        # Nobody will ask for a gradient. (And torch.compile, outside of training, calls a function with exactly two
+        # trailing tensors without its context.)
+        with torch.no_grad():
+            return _compute(x, dropped, weight, bias, scale, keep_product, update, tensors).output

@@ -118,9 +118,8 @@ def attach(model: nn.Module, plan: Plan | Rule | list[Rule]) -> AttachReport:
     refuse_adapted(model, "attach")
     if bases.find(model) is not None:
         raise SurgeryError(
-            f"attach: the model is a bare {type(model).__name__}, which cannot be replaced inside itself; wrap "
-            "it, for instance "
-            "torch.nn.Sequential(layer)"
+            f"attach: the model is a bare {type(model).__name__}, which cannot be replaced inside itself; wrap it, "
+            "for instance torch.nn.Sequential(layer)"
         )
     return install(model, resolve(model, plan), plan.rules)
 
@@ -234,8 +233,7 @@ def refuse_adapted(model: nn.Module, verb: str) -> None:
     if found:
         raise SurgeryError(
             f"{verb}: the model already has adapters on {len(found)} modules, such as "
-            f"{found[0] or 'the model itself'}; "
-            "call trimtab.merge(model) or trimtab.detach(model) first"
+            f"{found[0] or 'the model itself'}; call trimtab.merge(model) or trimtab.detach(model) first"
         )
 
 

@@ -23,7 +23,6 @@ class Inputs:
     ``choices``: the closed set of answers, or None where answers are open or there are none.
     """
 
-    training: list[Example]
     rows: EncodedRows
     validation: list[Example]
     tests: dict[str, list[Example]]
@@ -74,7 +73,7 @@ def read_inputs(config: RunConfig, tokenizer: Any, listener: Listener) -> Inputs
         listener.note(f"left out: {len(rows.dropped) - 5} more rows")
     if rows.cut:
         listener.note(f"{rows.cut} rows were cut to data.max_length = {data.max_length} tokens")
-    return Inputs(training, rows, validation, tests, found.form, choices)
+    return Inputs(rows, validation, tests, found.form, choices)
 
 
 def _read(sources: tuple[str, ...], tokenizer: Any, form: str) -> Any:

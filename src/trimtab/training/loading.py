@@ -53,16 +53,20 @@ def load_run(path: Path, *, adapter: bool = True, dtype: str | None = None) -> L
     if not is_run(path):
         raise RunError(f"{path}: not a run folder (it has no config.yaml); name the output of trimtab finetune")
     config = load_config(folder.config)
+    model = load_run_model(folder, config, adapter=adapter, dtype=dtype)
+    return LoadedRun(folder, config, model, load_tokenizer(source_of(config)))
+
+
+def load_run_model(folder: RunFolder, config: RunConfig, *, adapter: bool, dtype: str | None = None) -> Any:
+    """The model of ``load_run`` alone, for a caller that has read the rest. Raises as that does."""
     if adapter and not folder.has_adapter:
-        raise RunError(f"{path}: this run has no adapter yet. Let it finish first: {folder.resume_command}")
+        raise RunError(f"{folder.path}: this run has no adapter yet. Let it finish first: {folder.resume_command}")
     # What the run computed in is on record: this machine may prefer another precision.
     said = folder.read_summary().get("precision") or precision_of(config)
     trained = said if config.model.dtype == "auto" else config.model.dtype
-    source = source_of(config)
-    tokenizer = load_tokenizer(source)
-    model = load_fitting(source, trained, config.model.attention)
+    model = load_fitting(source_of(config), trained, config.model.attention)
     if dtype is not None:
         model = model.to(getattr(torch, dtype))
     if adapter:
         load_adapter(model, folder.adapter)
-    return LoadedRun(folder, config, model.to(device()).eval(), tokenizer)
+    return model.to(device()).eval()

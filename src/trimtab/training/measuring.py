@@ -18,7 +18,7 @@ from trimtab.formats.sources import resolve
 from trimtab.reports import run_page
 from trimtab.training.folder import RunFolder
 from trimtab.training.listener import Listener
-from trimtab.training.loading import is_run, load_fitting, load_run
+from trimtab.training.loading import is_run, load_fitting, load_run_model
 from trimtab.training.machine import best_precision, device
 from trimtab.training.run import source_of
 
@@ -73,8 +73,8 @@ def measure(
     tokenizer = load_tokenizer(source)
     rows = {name: _read(path, config, tokenizer)[:limit] for name, path in sets.items()}
     listener.stage(f"Loading {target}")
-    if run is not None:
-        model: Any = load_run(run.path, adapter=not base).model
+    if run is not None and config is not None:
+        model: Any = load_run_model(run, config, adapter=not base)
     else:
         model = load_fitting(source, best_precision())
         if adapter is not None:

@@ -108,19 +108,19 @@ def finetune(
 
     if not resume:
         start_run(config, folder)
-    run = _Run(config, folder, inputs, listener, began)
+    run = _Run(config, folder, inputs, model, tokenizer, listener, began)
     run.summarise("interrupted")
     try:
-        run.evaluate(model, tokenizer, "before")
+        run.evaluate("before")
         set_seed(config.train.seed)
         run.attached(attach(model, plan))
         if folder.has_adapter:  # interrupted after training
             load_adapter(model, folder.adapter)
         else:
-            run.train(model, tokenizer, checkpoint)
+            run.train(checkpoint)
             save_adapter(model, folder.adapter)
             run.summarise("interrupted")
-        run.evaluate(model, tokenizer, "after")
+        run.evaluate("after")
     except (KeyboardInterrupt, TrimtabError) as stopped:
         run.summarise("interrupted")
         run_page(folder.path)
@@ -137,11 +137,23 @@ def finetune(
 class _Run:
     """One run in progress, and what is known of it for its summary."""
 
-    def __init__(self, config: RunConfig, folder: RunFolder, inputs: Inputs, listener: Listener, began: float) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: RunFolder,
+        inputs: Inputs,
+        model: nn.Module,
+        tokenizer: Any,
+        listener: Listener,
+        began: float,
+    ) -> None:
         self.config = config
         self.folder = folder
         self.inputs = inputs
+        self.model = model
+        self.tokenizer = tokenizer
         self.listener = listener
+        self._head = Head(model)  # probed once; adapters may come onto the model later
         self._began = began
         before = folder.read_summary()
         self._earlier_seconds = float(before.get("training_seconds", 0.0)), float(before.get("total_seconds", 0.0))
@@ -193,7 +205,7 @@ class _Run:
             rows = sum(report.zero_rows.values())
             self.listener.note(f"{rows} rows of zeros in {len(report.zero_rows)} modules keep their output at zero")
 
-    def evaluate(self, model: nn.Module, tokenizer: Any, stage: str) -> None:
+    def evaluate(self, stage: str) -> None:
         """Evaluate every test set, unless a resumed run has done so already."""
         if stage == "before" and not self.config.evaluation.before:
             return
@@ -201,44 +213,45 @@ class _Run:
             if stage == "before" and self.folder.evaluation(name, stage).is_file():
                 continue
             self.listener.stage(f"Evaluating {name} {stage} training")
-            found = self._evaluation(model, tokenizer, rows, name)
+            found = self._evaluation(rows, name)
             write(found, self.folder.path, stage)
             self.listener.evaluated(found.result)
 
-    def _evaluation(self, model: nn.Module, tokenizer: Any, rows: list[Example], name: str) -> Evaluation:
+    def _evaluation(self, rows: list[Example], name: str) -> Evaluation:
         return evaluate(
-            model,
-            tokenizer,
+            self.model,
+            self.tokenizer,
             rows,
             name=name,
             choices=self.inputs.choices,
             batch_size=self.config.evaluation.batch_size,
             max_new_tokens=self.config.evaluation.max_new_tokens,
+            head=self._head,
             progress=lambda done, total: self.listener.evaluating(name, done, total),
         )
 
-    def _validation(self, model: nn.Module, tokenizer: Any) -> Mapping[str, float]:
+    def _validation(self) -> Mapping[str, float]:
         """Loss on the validation rows, and accuracy where answers are a closed set."""
         rows = self.inputs.validation
         if self.inputs.choices is None:
             size, length = self.config.evaluation.batch_size, self.config.data.max_length
-            loss, tokens = token_loss(Head(model), tokenizer, rows, batch_size=size, max_length=length)
+            loss, tokens = token_loss(self._head, self.tokenizer, rows, batch_size=size, max_length=length)
             return {"loss": math.log(perplexity(loss, tokens))}
-        result = self._evaluation(model, tokenizer, rows, "validation").result
+        result = self._evaluation(rows, "validation").result
         return {
             "loss": math.log(result["perplexity"]),
             "accuracy": result["accuracy"],
             "macro_f1": result["macro_f1"],
         }
 
-    def train(self, model: nn.Module, tokenizer: Any, checkpoint: Path | None) -> None:
+    def train(self, checkpoint: Path | None) -> None:
         """Train, and leave the model with the adapter that the run ends with."""
         config, train = self.config, self.config.train
         validates, closed = bool(self.inputs.validation), self.inputs.choices is not None
         rows = len(self.inputs.rows)
         arguments = training_arguments(config, rows, self.folder.checkpoints, validates=validates, closed=closed)
         interrupting = Interrupting()
-        averaging = Averaging(model, train.average or 0.0)
+        averaging = Averaging(self.model, train.average or 0.0)
         callbacks = [Telling(self.listener), interrupting]
         if train.early_stopping is not None:
             callbacks.append(EarlyStoppingCallback(train.early_stopping))
@@ -251,19 +264,19 @@ class _Run:
         self.listener.stage("Training")
         with Recorder(self.folder.metrics, self.listener, events, self._earlier_seconds[0]) as recorder:
             trainer = AdapterTrainer(
-                model,
+                self.model,
                 arguments,
                 self.inputs.rows,
-                Collator(tokenizer.pad_token_id),
+                Collator(self.tokenizer.pad_token_id),
                 parameter_groups(
-                    model,
+                    self.model,
                     train.learning_rate,
                     train.magnitude_learning_rate,
                     train.b_learning_rate_ratio,
                     train.weight_decay,
                 ),
-                Head(model),
-                (lambda: self._validation(model, tokenizer)) if validates else None,
+                self._head,
+                self._validation if validates else None,
                 recorder.record,
                 train.group_by_length,
                 averaging,

@@ -1,0 +1,20 @@
+"""Autocast: what it would make of a tensor, and how to keep it out."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """The dtype in which autocast would multiply on the device of ``tensor``; None where it is off."""
+    kind = tensor.device.type
+    return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    """A context in which autocast is off on the device of ``tensor``."""
+    return nullcontext() if autocast_dtype(tensor) is None else torch.autocast(tensor.device.type, enabled=False)

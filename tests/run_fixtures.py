@@ -1,0 +1,35 @@
+"""Fixtures that the tests of training and of the command line share; their conftest files import them.
+
+A cache of their own, a tiny model folder made once, and a maker of configurations that train it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tiny_runs import rows, write_config, write_model, write_rows
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture
+def make_yaml(tmp_path: Path, model_folder: Path) -> Callable[..., Path]:
+    """Write ``NAME.yaml`` for a run over ``count`` rows of ``form``; keywords are sections of it."""
+
+    def make(name: str = "run", *, count: int = 24, form: str = "completion", **sections: Any) -> Path:
+        train = write_rows(tmp_path / f"{form}.jsonl", rows(count, form))
+        return write_config(tmp_path / f"{name}.yaml", model_folder, train, **sections)
+
+    return make
