@@ -62,6 +62,7 @@ def configurations(method: str) -> list[dict[str, Any]]:
     ]
     if method != "full":  # there is no update beside the base whose input could be dropped
         found += [{**plain, "dropout": 0.5}, {**decomposed, "dropout": 0.5}]
+        found += [{**said, "compute": form} for said in (plain, decomposed) for form in ("folded", "factored")]
     found += SPECIAL.get(method, [])
     return [one for place, one in enumerate(found) if one not in found[:place]]
 

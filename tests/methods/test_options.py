@@ -24,6 +24,7 @@ from pydantic import Field
 from torch import nn
 
 from trimtab.methods import _method
+from trimtab.ops.forms import Work
 
 
 class Options(_method.Options):
@@ -31,11 +32,20 @@ class Options(_method.Options):
 
 
 class Update:
+    takes_ratio = False
+
+    def work(self, tokens, tensors, dtype):
+        return Work(tokens, tokens, len(tensors[0]))
+
+    def fold(self, weight, ratio, tensors):
+        total = weight + tensors[0].to(weight.dtype).unsqueeze(1)
+        return total if ratio is None else total * ratio.unsqueeze(1).to(weight.dtype)
+
     def add_product(self, product, x, tensors):
         product.add_(x.sum(1, keepdim=True) * tensors[0].to(x.dtype))
         return ()
 
-    def add_gradient(self, grad_x, grad, x, kept, tensors):
+    def add_gradient(self, grad_x, grad, ratio, x, kept, tensors):
         if grad_x is not None:
             grad_x.add_((grad * tensors[0].to(grad.dtype)).sum(1, keepdim=True))
         return ((grad * x.sum(1, keepdim=True)).sum(0).to(tensors[0].dtype),)

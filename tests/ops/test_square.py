@@ -79,3 +79,23 @@ def test_sharing_by_hand() -> None:
     square = Square(5, 3, 2, turn=False)
     delta = square.delta(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
     assert delta.tolist() == [[1, 2, 1, 2, 1], [3, 4, 3, 4, 3], [1, 2, 1, 2, 1]]
+
+
+@pytest.mark.parametrize("square", squares(), ids=str)
+def test_norms_without_the_sum_built(square: Square) -> None:
+    """Also those of one row by itself: every block of rows, the shorter last one included."""
+    weight = torch.randn(square.out_features, square.in_features, dtype=torch.float64)
+    matrix = torch.randn(square.side, square.side, dtype=torch.float64)
+    want = (weight + square.delta(matrix)).square().sum(1)
+    got = square.squared_norms(weight, weight.square().sum(1), matrix)
+    assert torch.allclose(got, want, rtol=1e-12)
+    assert torch.equal(square.squared_norms(weight, want, torch.zeros_like(matrix)), want)
+
+
+@pytest.mark.parametrize("square", squares(), ids=str)
+def test_an_update_that_cancels_a_row_never_gives_a_negative_square(square: Square) -> None:
+    matrix = torch.randn(square.side, square.side)
+    weight = -square.delta(matrix)
+    got = square.squared_norms(weight, weight.square().sum(1), matrix)
+    assert bool((got >= 0).all())
+    assert bool((got <= 1e-5 * weight.square().sum(1)).all())

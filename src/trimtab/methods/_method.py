@@ -18,6 +18,7 @@ from trimtab.bases import Base
 from trimtab.ops.autocast import without_autocast
 from trimtab.ops.decomposition import Axis, magnitude_over_norm, recompose
 from trimtab.ops.dropout import dropout
+from trimtab.ops.forms import Compute
 from trimtab.ops.frozen_linear import Update, frozen_linear
 
 
@@ -37,6 +38,13 @@ class Options(BaseModel):
     dropout: float = Field(0.0, ge=0.0, lt=1.0, description="Dropout on the input of the update, in training only.")
     dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = Field(
         None, description="Dtype of the trained tensors. Default: float32, or float64 on a float64 base."
+    )
+    compute: Compute = Field(
+        "auto",
+        description=(
+            "folded: form the effective weight, then multiply once; factored: multiply by the update apart; auto: "
+            "what costs less on the shapes at hand, and never a rounded weight in the forward pass."
+        ),
     )
     keep_product: bool = Field(
         False,
@@ -130,19 +138,22 @@ class Method(nn.Module):
         return self._cached_norm[1]
 
     def ratio(self, weight: Tensor) -> Tensor | None:
-        """``m / n`` along the magnitude's axis; None without a magnitude."""
-        if self.magnitude is None:
-            return None
-        norm = self.norm(weight)
+        """``m / n`` along the magnitude's axis, differentiable; None without a magnitude."""
+        return None if self.magnitude is None else self._over(self.norm(weight))
+
+    def _over(self, norm: Tensor) -> Tensor:
+        assert self.magnitude is not None
         return magnitude_over_norm(self.magnitude.to(norm.dtype), norm)
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
         """The output ``[..., out]`` for ``x [..., in]`` on the frozen weight of ``base``."""
         weight = base.weight()
-        ratio = self.ratio(weight)
-        if ratio is not None and self.options.magnitude_axis == "input":
-            # Columns of the weight scaled are inputs scaled; in half precision the product is taken in full digits.
-            x, ratio = (x * ratio).to(x.dtype), None
+        magnitude, norm = self.magnitude, None
+        if magnitude is not None:
+            norm = self.norm(weight)
+            if self.options.magnitude_axis == "input":
+                # Columns of the weight scaled are inputs scaled; in half precision the product is taken in full digits.
+                x, magnitude, norm = (x * self._over(norm)).to(x.dtype), None, None
         update, tensors = self.factors()
         dropped = None
         if self.options.dropout and self.training and update is not None:
@@ -154,8 +165,10 @@ class Method(nn.Module):
             update=update,
             tensors=tensors,
             dropped=dropped,
-            scale=ratio,
+            magnitude=magnitude,
+            norm=norm,
             keep_product=self.options.keep_product,
+            compute=self.options.compute,
         )
 
     @torch.no_grad()

@@ -9,6 +9,8 @@ V / ||V||``: weight normalisation of the trained weight.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
@@ -21,6 +23,7 @@ class Options(_method.Options):
     """What full fine-tuning can be told."""
 
     dropout: float = Field(0.0, ge=0.0, le=0.0, description="None: there is no update whose input could be dropped.")
+    compute: Literal["auto"] = Field("auto", description="There is one form only: the trained weight itself.")
 
 
 class Method(_method.Method):

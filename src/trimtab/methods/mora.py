@@ -70,3 +70,9 @@ class Method(_method.Method):
 
     def factors(self) -> tuple[Update | None, tuple[Tensor, ...]]:
         return self.square, (self.M,)
+
+    def squared_norms(self, weight: Tensor) -> Tensor:
+        if not self.options.detach_norm or self.options.magnitude_axis == "input":
+            return super().squared_norms(weight)
+        assert self.square_norms is not None
+        return self.square.squared_norms(weight, self.square_norms, self.M)

@@ -1,16 +1,18 @@
-"""The product of a batch with a frozen weight, an update beside it, and a scale per output: one autograd function.
+"""The product of a batch with a frozen weight, an update beside it, and a magnitude per output: one autograd function.
 
-``y = c * (x W^T + d dV^T) + bias``: ``x [..., in]`` the input, ``d`` the same or after dropout, ``W [out, in]``
-frozen, ``dV`` an update that knows how to multiply without being built, ``c [out]`` the ratio of magnitude to norm.
+``y = c * (x W^T + d dV^T) + bias`` with ``c = m / n``: ``x [..., in]`` the input, ``d`` the same or after dropout,
+``W [out, in]`` frozen, ``dV`` an update that knows how to multiply without being built, ``m [out]`` the magnitude and
+``n [out]`` the norm.
 
 Why one function: the update is added in place to the product (no second ``[tokens, out]`` tensor), the gradient of the
 input likewise, and the gradient of ``c`` is read off the output, ``dc = sum_t dy (y - bias) / c``, so no activation
-is kept that a plain linear layer followed by a nonlinearity would not keep.
+is kept that a plain linear layer followed by a nonlinearity would not keep. Forward and backward each take the form
+(``trimtab.ops.forms``) that costs less on their shapes.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,47 +20,47 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from trimtab.ops.autocast import autocast_dtype, without_autocast
-
-# Within this distance of 1, ``c - 1`` in half precision is a more exact multiplier than ``c`` itself, and ``y / c``
-# is a safe way back to the product. Magnitudes stay near the norms they start from, so this is the ordinary case.
-_NEAR_ONE = 0.5
-_HALF = (torch.bfloat16, torch.float16)
+from trimtab.ops.forms import Compute, Work, folds_gradient, folds_output
+from trimtab.ops.ratio import HALF, Ratio, ratio_of
 
 
 class Update(Protocol):
-    """An update ``dV [out, in]`` in factored form. ``tensors`` are its trained tensors, in their own dtype."""
+    """An update ``dV [out, in]``. ``tensors`` are its trained tensors, in their own dtype."""
+
+    takes_ratio: ClassVar[bool]
+    """Whether ``add_gradient`` can be given the ratio apart from the gradient."""
+
+    def work(self, tokens: int, tensors: tuple[Tensor, ...], dtype: torch.dtype) -> Work:
+        """What multiplying with the update costs on so many tokens."""
+
+    def fold(self, weight: Tensor, ratio: Tensor | None, tensors: tuple[Tensor, ...]) -> Tensor:
+        """``c (W + dV) [out, in]`` with ``ratio = c [out]``, None for 1: a new tensor in the dtype of ``weight``."""
 
     def add_product(self, product: Tensor, x: Tensor, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Add ``x dV^T`` to ``product [tokens, out]`` in place; return what the backward pass needs besides ``x``."""
+        """Add ``x dV^T`` to ``product [tokens, out]`` in place; return what the backward pass may want besides
+        ``x``."""
 
     def add_gradient(
-        self, grad_x: Tensor | None, grad: Tensor, x: Tensor, kept: tuple[Tensor, ...], tensors: tuple[Tensor, ...]
+        self,
+        grad_x: Tensor | None,
+        grad: Tensor,
+        ratio: Tensor | None,
+        x: Tensor,
+        kept: tuple[Tensor, ...],
+        tensors: tuple[Tensor, ...],
     ) -> tuple[Tensor, ...]:
-        """Add ``grad dV`` to ``grad_x [tokens, in]`` in place where it is wanted; return the gradients of
-        ``tensors``."""
+        """Add ``grad dV`` to ``grad_x [tokens, in]`` in place where it is wanted; return the gradients of ``tensors``.
 
-
-def scale_outputs(values: Tensor, scale: Tensor, near_one: bool, in_place: bool = False) -> Tensor:
-    """``values [tokens, out] * scale [out]`` in the dtype of ``values``, with the digits of a float32 ``scale``.
-
-    A half-precision copy of ``c = 1 + e`` would lose ``e`` below 2^-9; ``v + v * e`` computed inside one kernel does
-    not.
-    """
-    if values.dtype in _HALF:
-        if near_one:
-            excess = (scale - 1).to(values.dtype)
-            return values.addcmul_(values, excess) if in_place else torch.addcmul(values, values, excess)
-        return (values * scale).to(values.dtype)
-    scale = scale.to(values.dtype)
-    return values.mul_(scale) if in_place else values * scale
+        ``grad [tokens, out]`` is still to be multiplied by ``ratio [out]`` unless that is None. ``kept`` is what
+        ``add_product`` returned, or empty.
+        """
 
 
 class _Computed(NamedTuple):
     output: Tensor
     fed: Tensor  # what the update saw, [tokens, in]
-    kept: tuple[Tensor, ...]  # what the update wants to see again
-    witness: tuple[Tensor, ...]  # from which the gradient of the scale is read
-    near_one: bool
+    kept: tuple[Tensor, ...]  # what the update may want to see again
+    witness: tuple[Tensor, ...]  # from which the gradient of the ratio is read
     reuse_output: bool
 
 
@@ -67,35 +69,40 @@ def _compute(
     dropped: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
-    scale: Tensor | None,
+    ratio: Ratio | None,
     keep_product: bool,
+    compute: Compute,
     update: Update | None,
     tensors: tuple[Tensor, ...],
 ) -> _Computed:
-    # Without a scale the bias goes into the product, exactly as the bare layer does it: step 0 is then bit for bit.
-    whole = F.linear(x, weight, bias if scale is None else None)
-    product = whole.reshape(-1, whole.shape[-1])
-    fed = (x if dropped is None else dropped).reshape(-1, x.shape[-1])
-    kept = () if update is None else update.add_product(product, fed, tensors)
-
-    near_one = reuse_output = False
-    if scale is not None:
-        # A look at the values would make an accelerator wait, and a compiler break its graph: there the product is
-        # kept.
-        if scale.device.type == "cpu" and not torch.compiler.is_compiling():
-            near_one = bool(((scale - 1).abs() <= _NEAR_ONE).all())
-        # In half precision a bias larger than the product swallows the product's digits: the output is no way back.
-        readable = bias is None or product.dtype not in _HALF
-        reuse_output = near_one and readable and not keep_product
-        output = scale_outputs(product, scale, near_one, in_place=reuse_output)
-        if bias is not None:
-            output = output.add_(bias)
+    rows = x.reshape(-1, x.shape[-1])
+    fed = rows if dropped is None else dropped.reshape(-1, x.shape[-1])
+    # In half precision a bias larger than the product swallows the product's digits: the output is no way back.
+    readable = ratio is not None and ratio.near_one and not keep_product and (bias is None or weight.dtype not in HALF)
+    kept: tuple[Tensor, ...] = ()
+    if (
+        update is not None
+        and dropped is None
+        and (ratio is None or readable)
+        and folds_output(compute, update.work(len(fed), tensors, x.dtype), len(fed), weight.shape, readable, x.dtype)
+    ):
+        output = F.linear(rows, update.fold(weight, None if ratio is None else ratio.values, tensors), bias)
+        product = output
     else:
+        # Without a ratio the bias goes into the product, exactly as the bare layer does it: step 0 is then bit for bit.
+        product = F.linear(rows, weight, bias if ratio is None else None)
+        if update is not None:
+            kept = update.add_product(product, fed, tensors)
         output = product
-    # Not a view: autograd refuses to change a view that a custom function returned in place, and models do that.
-    result = torch.ops.aten._unsafe_view(output, [*x.shape[:-1], weight.shape[0]])
-    witness = () if scale is None else (result if reuse_output else product,)
-    return _Computed(result, fed, kept, witness, near_one, reuse_output)
+        if ratio is not None:
+            output = ratio.times(product, in_place=readable)
+            if bias is not None:
+                output = output.add_(bias)
+    if x.dim() != 2:
+        # Not a view: autograd refuses to change a view that a custom function returned in place, and models do that.
+        output = torch.ops.aten._unsafe_view(output, [*x.shape[:-1], weight.shape[0]])
+    witness = () if ratio is None else (output if readable else product,)
+    return _Computed(output, fed, kept, witness, readable)
 
 
 class _FrozenLinear(torch.autograd.Function):
@@ -106,25 +113,27 @@ class _FrozenLinear(torch.autograd.Function):
         dropped: Tensor | None,
         weight: Tensor,
         bias: Tensor | None,
-        scale: Tensor | None,
+        magnitude: Tensor | None,
+        norm: Tensor | None,
+        ratio: Ratio | None,
         keep_product: bool,
+        compute: Compute,
         update: Update | None,
         *tensors: Tensor,
     ) -> Tensor:
-        done = _compute(x, dropped, weight, bias, scale, keep_product, update, tensors)
-        ctx.update, ctx.near_one, ctx.reuse_output = update, done.near_one, done.reuse_output
-        ctx.has = (dropped is not None, bias is not None, scale is not None)
-        ctx.counts = (len(tensors), len(done.kept))
-        ctx.shape = x.shape
-        optional = [t for t in (bias, scale) if t is not None]
-        ctx.save_for_backward(weight, done.fed, *optional, *tensors, *done.kept, *done.witness)
+        done = _compute(x, dropped, weight, bias, ratio, keep_product, compute, update, tensors)
+        ctx.update, ctx.compute, ctx.reuse_output = update, compute, done.reuse_output
+        ctx.has_dropped, ctx.shape, ctx.counts = dropped is not None, x.shape, (len(tensors), len(done.kept))
+        ctx.near_one = ratio is not None and ratio.near_one
+        parts = (None, None) if ratio is None else (ratio.values, ratio.excess)
+        ctx.save_for_backward(weight, done.fed, bias, magnitude, norm, *parts, *tensors, *done.kept, *done.witness)
         return done.output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         try:
-            saved = list(ctx.saved_tensors)
+            saved = ctx.saved_tensors
         except RuntimeError as error:
             if ctx.reuse_output and "inplace" in str(error):
                 raise RuntimeError(
@@ -134,46 +143,66 @@ class _FrozenLinear(torch.autograd.Function):
                     "make the operation that follows the layer out of place."
                 ) from error
             raise
-        has_dropped, has_bias, has_scale = ctx.has
-        weight, fed = saved[:2]
-        rest = saved[2:]
-        bias = rest.pop(0) if has_bias else None
-        scale = rest.pop(0) if has_scale else None
+        weight, fed, bias, magnitude, norm, values, excess = saved[:7]
         n_tensors, n_kept = ctx.counts
-        tensors, kept, witness = rest[:n_tensors], rest[n_tensors : n_tensors + n_kept], rest[n_tensors + n_kept :]
+        tensors, kept = saved[7 : 7 + n_tensors], saved[7 + n_tensors : 7 + n_tensors + n_kept]
+        wants_x, wants_dropped, _, wants_bias, wants_magnitude, wants_norm = ctx.needs_input_grad[:6]
+        wants_ratio = wants_magnitude or wants_norm
+        wants_tensors = any(ctx.needs_input_grad[10:])
+        ratio = None if values is None else Ratio(values, ctx.near_one, excess)
+        upstream = grad_output.reshape(-1, weight.shape[0])
+        update: Update | None = ctx.update
 
-        wants_x, wants_dropped, _, wants_bias, wants_scale = ctx.needs_input_grad[:5]
-        wants_tensors = any(ctx.needs_input_grad[7:])
-        upstream = grad_output.reshape(-1, grad_output.shape[-1])
-
-        grad_bias = grad_scale = None
-        if wants_bias or (wants_scale and bias is not None and ctx.reuse_output):
+        grad_bias = grad_magnitude = grad_norm = None
+        if wants_bias or (wants_ratio and bias is not None and ctx.reuse_output):
             grad_bias = upstream.sum(0)
-        grad = upstream
-        if scale is not None:
-            if wants_scale:
-                seen = witness[0].reshape(upstream.shape)
-                grad_scale = (upstream * seen).sum(0).to(scale.dtype)
-                if ctx.reuse_output:
-                    if bias is not None and grad_bias is not None:
-                        grad_scale = grad_scale - bias.to(scale.dtype) * grad_bias.to(scale.dtype)
-                    grad_scale = grad_scale / scale
-            grad = scale_outputs(upstream, scale, ctx.near_one)
+        if wants_ratio:
+            total = (upstream * saved[-1].reshape(upstream.shape)).sum(0)
+            if ctx.reuse_output:
+                if bias is not None and grad_bias is not None:
+                    total = total.to(norm.dtype) - bias.to(norm.dtype) * grad_bias.to(norm.dtype)
+                grad_magnitude = total / (values * norm)
+            elif ctx.near_one:
+                grad_magnitude = total / norm
+            else:
+                grad_magnitude = torch.where(norm > 0, total / norm, 0.0)
+            if wants_norm:
+                grad_norm = -grad_magnitude * values
+            grad_magnitude = grad_magnitude.to(magnitude.dtype)
 
-        grad_x = grad.matmul(weight) if wants_x else None
-        grad_dropped = torch.zeros_like(fed) if has_dropped and wants_dropped else None
+        grad, factor = upstream, ratio  # factor: what grad is still to be multiplied by
+        walks = update is not None and (wants_tensors or wants_dropped or wants_x)
+        if update is not None and walks and factor is not None and not update.takes_ratio:
+            grad, factor = factor.times(grad), None
+
+        grad_x, folds = None, False
+        if wants_x:
+            if update is not None and not ctx.has_dropped:
+                work = update.work(len(fed), tensors, fed.dtype)
+                folds = folds_gradient(ctx.compute, work, len(fed), weight.shape, factor is not None)
+            if update is not None and folds:
+                multiplier = update.fold(weight, None if factor is None else factor.values, tensors)
+            elif factor is not None and weight.shape[1] < len(fed):
+                multiplier = factor.times_rows(weight)
+            else:
+                multiplier = weight
+                if factor is not None:
+                    grad, factor = factor.times(grad), None
+            grad_x = grad.mm(multiplier)
+
+        grad_dropped = torch.zeros_like(fed) if wants_dropped else None
         grads: tuple[Tensor | None, ...] = (None,) * n_tensors
-        if ctx.update is not None and (wants_tensors or wants_x or wants_dropped):
-            target = grad_dropped if has_dropped else grad_x
-            grads = ctx.update.add_gradient(target, grad, fed, tuple(kept), tuple(tensors))
+        if update is not None and walks:
+            target = grad_dropped if ctx.has_dropped else None if folds else grad_x
+            grads = update.add_gradient(target, grad, None if factor is None else factor.values, fed, kept, tensors)
         return (
             None if grad_x is None else grad_x.reshape(ctx.shape),
             None if grad_dropped is None else grad_dropped.reshape(ctx.shape),
             None,
             grad_bias if wants_bias else None,
-            grad_scale,
-            None,
-            None,
+            grad_magnitude if wants_magnitude else None,
+            grad_norm,
+            *(None,) * 4,
             *grads,
         )
 
@@ -186,22 +215,28 @@ def frozen_linear(
     update: Update | None = None,
     tensors: tuple[Tensor, ...] = (),
     dropped: Tensor | None = None,
-    scale: Tensor | None = None,
+    magnitude: Tensor | None = None,
+    norm: Tensor | None = None,
     keep_product: bool = False,
+    compute: Compute = "auto",
 ) -> Tensor:
-    """``scale * (x W^T + dropped dV^T) + bias`` with gradients for ``x``, ``dropped``, ``bias``, ``scale`` and
-    ``tensors``.
+    """``m / n * (x W^T + dropped dV^T) + bias`` with gradients for ``x``, ``dropped``, ``bias``, ``magnitude``,
+    ``norm`` and ``tensors``.
 
     Args:
         x: input ``[..., in]``, in the dtype of ``weight``.
         weight: frozen ``[out, in]``; gets no gradient.
-        bias: ``[out]``, added after the scale.
+        bias: ``[out]``, added after the ratio.
         update: how to multiply with ``dV``; None for none.
         tensors: the trained tensors of ``update``.
         dropped: what the update sees instead of ``x`` (dropout), same shape.
-        scale: ``[out]``, normally float32: magnitude over norm; None for 1.
-        keep_product: keep the product itself for the gradient of ``scale`` instead of reading it off the output. Needed
-            where the output is changed in place afterwards.
+        magnitude: ``m [out]``; None for no ratio.
+        norm: ``n [out]``, normally float32; given together with ``magnitude``. Where it is 0 the output is 0 and the
+            magnitude gets no gradient.
+        keep_product: keep the product itself for the gradient of ``magnitude`` instead of reading it off the output.
+            Needed where the output is changed in place afterwards.
+        compute: ``auto`` chooses between the two forms by their cost; ``folded`` and ``factored`` overrule it. Folding
+            is left out where it cannot be exact: with dropout, with ``keep_product``, or with a ratio far from 1.
 
     Differentiable once: a second derivative is refused by autograd, and ``torch.func`` transforms are not supported.
     """
@@ -210,11 +245,14 @@ def frozen_linear(
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
         dropped = None if dropped is None else dropped.to(dtype)
-    given = (x, dropped, bias, scale, *tensors)
+    given = (x, dropped, bias, magnitude, norm, *tensors)
     with without_autocast(x):
+        ratio = None if magnitude is None or norm is None else ratio_of(magnitude, norm, x.dtype)
         if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in given):
-            return _FrozenLinear.apply(x, dropped, weight, bias, scale, keep_product, update, *tensors)
+            return _FrozenLinear.apply(
+                x, dropped, weight, bias, magnitude, norm, ratio, keep_product, compute, update, *tensors
+            )
         # Nobody will ask for a gradient. (And torch.compile, outside of training, calls a function with exactly two
         # trailing tensors without its context.)
         with torch.no_grad():
-            return _compute(x, dropped, weight, bias, scale, keep_product, update, tensors).output
+            return _compute(x, dropped, weight, bias, ratio, keep_product, compute, update, tensors).output

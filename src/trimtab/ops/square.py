@@ -15,11 +15,15 @@ so every input is used and every output is reached.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from trimtab.ops.forms import Work
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class Square:
     out_features: int
     side: int
     turn: bool
+    takes_ratio: ClassVar[bool] = False  # what is added up here has been scaled apart
 
     @property
     def chunks(self) -> int:
@@ -79,6 +84,8 @@ class Square:
         width = self.groups * self.side
         times = math.ceil(self.out_features / width)
         padded = F.pad(grad, (0, times * width - self.out_features))
+        if times == 1:
+            return padded.unflatten(-1, (self.groups, self.side))
         return padded.unflatten(-1, (times, self.groups, self.side)).sum(-3)
 
     def delta(self, matrix: Tensor) -> Tensor:
@@ -93,17 +100,81 @@ class Square:
         rows = placed.flatten(2).flatten(0, 1)[:, : self.in_features]
         return rows.repeat(math.ceil(self.out_features / rows.shape[0]), 1)[: self.out_features]
 
+    def work(self, tokens: int, tensors: tuple[Tensor, ...], dtype: torch.dtype) -> Work:
+        """What multiplying with the update costs: the maps pass several times over what they turn, lay out or sum."""
+        maps = tokens * ((8 if self.turn else 2) * self.in_features + 3 * self.out_features)
+        elements = self.out_features * self.in_features
+        return Work(maps, maps, elements * (1 + 2 / self.groups))
+
+    def _parts(self, matrix: Tensor) -> Iterator[tuple[slice, int, Tensor]]:
+        """``dV`` without its zeros: ``(columns, group, rows [k, columns])`` for the chunks that feed each group."""
+        if not self.turn:
+            times = math.ceil(self.in_features / self.side)
+            yield slice(0, self.in_features), 0, matrix.repeat(1, times)[:, : self.in_features]
+            return
+        pieces = self._rotate(matrix.unsqueeze(1).expand(self.side, self.chunks, self.side), -1)
+        for chunk in range(self.chunks):
+            columns = slice(chunk * self.side, min((chunk + 1) * self.side, self.in_features))
+            yield columns, chunk % self.groups, pieces[:, chunk, : columns.stop - columns.start]
+
+    def _rows(self, weight: Tensor, group: int) -> Iterator[Tensor]:
+        """The rows of ``weight [out, ...]`` that ``group`` feeds: ``[times, k, ...]`` and what is left over."""
+        width = self.groups * self.side
+        times = self.out_features // width
+        if times:
+            whole = weight[: times * width].unflatten(0, (times, self.groups, self.side))
+            yield whole[:, group]
+        rest = weight[times * width + group * self.side : times * width + (group + 1) * self.side]
+        if len(rest):
+            yield rest
+
+    def fold(self, weight: Tensor, ratio: Tensor | None, tensors: tuple[Tensor, ...]) -> Tensor:
+        """``c (W + dV)``, a new tensor ``[out, in]``, rounded once."""
+        work = torch.promote_types(weight.dtype, torch.float32)
+        total = weight.to(work, memory_format=torch.contiguous_format, copy=True)
+        for columns, group, part in self._parts(tensors[0].to(work)):
+            for rows in self._rows(total[:, columns], group):
+                rows.add_(part[: rows.shape[-2]])
+        if ratio is not None:
+            total.mul_(ratio.unsqueeze(1))
+        return total.to(weight.dtype)
+
+    def squared_norms(self, weight: Tensor, squares: Tensor, matrix: Tensor) -> Tensor:
+        """``||W + dV||^2`` per row ``[out]``: ``||W||^2 + <2 W + dV, dV>`` over those columns where dV is not zero.
+
+        In the dtype of ``squares``, which is ``||W||^2`` computed once; never below zero, where rounding might take it.
+        """
+        total = squares.clone()
+        for columns, group, part in self._parts(matrix.to(squares.dtype)):
+            for rows, sums in zip(self._rows(weight[:, columns], group), self._rows(total, group), strict=True):
+                added = part[: rows.shape[-2]]
+                sums.add_((added * (2 * rows + added)).sum(-1))
+        return total.clamp_min_(0)
+
     def add_product(self, product: Tensor, x: Tensor, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         (matrix,) = tensors
         product.add_(self.spread(self.compress(x).matmul(matrix.to(x.dtype).t())))
         return ()
 
     def add_gradient(
-        self, grad_x: Tensor | None, grad: Tensor, x: Tensor, kept: tuple[Tensor, ...], tensors: tuple[Tensor, ...]
+        self,
+        grad_x: Tensor | None,
+        grad: Tensor,
+        ratio: Tensor | None,
+        x: Tensor,
+        kept: tuple[Tensor, ...],
+        tensors: tuple[Tensor, ...],
     ) -> tuple[Tensor, ...]:
         (matrix,) = tensors
         gathered = self.gather(grad)
         if grad_x is not None:
             grad_x.add_(self.expand(gathered.matmul(matrix.to(grad.dtype))))
-        outer = gathered.flatten(0, -2).t().matmul(self.compress(x).flatten(0, -2))
-        return (outer.to(matrix.dtype),)
+        if not self.turn:
+            return (gathered.flatten(0, -2).t().matmul(self.compress(x).flatten(0, -2)).to(matrix.dtype),)
+        # The products first, k x k each, and then the turning: it is the products that are small.
+        work = torch.promote_types(grad.dtype, torch.float32)
+        pieces = torch.zeros(self.side, self.chunks, self.side, dtype=work, device=grad.device)
+        for chunk in range(self.chunks):
+            columns = x[:, chunk * self.side : (chunk + 1) * self.side]
+            pieces[:, chunk, : columns.shape[1]] = gathered[:, chunk % self.groups].t().matmul(columns)
+        return (self._rotate(pieces, 1).sum(1).to(matrix.dtype),)

@@ -1,0 +1,37 @@
+"""The ratio of magnitude to norm: digits in half precision, rows, and norms of zero."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from trimtab.ops.ratio import ratio_of
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("spread", "in_place"), [(0.4, False), (0.4, True), (3.0, False)])
+def test_ratios_keep_their_digits_in_half_precision(dtype: torch.dtype, spread: float, in_place: bool) -> None:
+    """The product is exact to a rounding, and the excess over 1 costs at most half a rounding of its own (0.4 times
+    half a unit)."""
+    values = torch.randn(64, 33).to(dtype)
+    scale = 1 + spread * (2 * torch.rand(33) - 1)
+    ratio = ratio_of(scale, torch.ones(33), dtype)
+    assert ratio.near_one is (spread < 0.5)
+    exact = values.double() * scale.double()
+    got = ratio.times(values.clone(), in_place)
+    unit = torch.finfo(dtype).eps
+    assert got.dtype == dtype
+    assert bool(((got.double() - exact).abs() <= 0.5 * unit * exact.abs() + 0.25 * unit * values.double().abs()).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_are_multiplied_like_outputs(dtype: torch.dtype) -> None:
+    weight = torch.randn(6, 4).to(dtype)
+    ratio = ratio_of(1 + torch.rand(6) / 4, torch.ones(6), dtype)
+    assert torch.equal(ratio.times_rows(weight), ratio.times(weight.t()).t())
+
+
+def test_a_norm_of_zero_gives_a_ratio_of_zero() -> None:
+    ratio = ratio_of(torch.tensor([2.0, 2.0]), torch.tensor([0.0, 2.0]), torch.float32)
+    assert ratio.values.tolist() == [0.0, 1.0]
+    assert not ratio.near_one
