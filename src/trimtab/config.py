@@ -203,6 +203,11 @@ class TrainConfig(_Section):
     gradient_checkpointing: bool = Field(
         False, description="Recompute each block in the backward pass: about a third slower, much less memory."
     )
+    compile: Literal["auto"] | bool = Field(
+        False,
+        description="Run the blocks under torch.compile: faster steps after a minute or more of compiling. auto: where "
+        "the run is long enough to win that time back.",
+    )
     group_by_length: bool = Field(True, description="Put rows of like length in one batch, which wastes no padding.")
     average: float | None = Field(
         None,

@@ -37,6 +37,7 @@ from trimtab.surgery.plan import Plan, Rule
 from trimtab.training.arguments import metric, training_arguments
 from trimtab.training.averaging import Averaging
 from trimtab.training.callbacks import Interrupting, Telling
+from trimtab.training.compiling import Compiling
 from trimtab.training.folder import RunFolder, find_run, start_run
 from trimtab.training.inputs import Inputs, read_inputs
 from trimtab.training.listener import Listener
@@ -252,7 +253,7 @@ class _Run:
         arguments = training_arguments(config, rows, self.folder.checkpoints, validates=validates, closed=closed)
         interrupting = Interrupting()
         averaging = Averaging(self.model, train.average or 0.0)
-        callbacks = [Telling(self.listener), interrupting]
+        callbacks = [Telling(self.listener), interrupting, Compiling(self.model, train.compile, self.listener)]
         if train.early_stopping is not None:
             callbacks.append(EarlyStoppingCallback(train.early_stopping))
         step = int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint is not None else 0

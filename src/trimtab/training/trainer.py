@@ -21,6 +21,7 @@ from trimtab.evaluation.logits import Head
 from trimtab.formats.adapter import load_adapter, save_adapter
 from trimtab.surgery.attach import trainable_parameters
 from trimtab.training.averaging import Averaging
+from trimtab.training.compiling import plainly
 
 BEST = "best"
 """Folder, beside the checkpoints, of the adapter of the best validation."""
@@ -145,7 +146,7 @@ class AdapterTrainer(Trainer):
         """Validate, write the line, and hand the metrics on under the prefix that the Trainer expects."""
         assert self._validate_rows is not None
         began = time.perf_counter()
-        with self._averaging.in_place():
+        with self._averaging.in_place(), plainly():
             found = dict(self._validate_rows())
         paused = time.perf_counter() - began
         self._last_log = (self._last_log[0] + paused, self._last_log[1])

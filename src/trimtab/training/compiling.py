@@ -1,0 +1,106 @@
+"""Blocks under ``torch.compile`` while training, where that pays.
+
+Compiling fuses what lies between the matrix products, and costs a minute or more before the first step is faster. So
+``auto`` takes a few plain steps first and compiles if the rest of the run is long enough to win the time back. A block
+that the compiler cannot take runs as it is; validation and evaluation always do, since the compiler would have to start
+again for them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from trimtab.surgery.adapted import Adapted
+from trimtab.training.listener import Listener
+
+COMPILE_SECONDS = 120.0
+"""What compiling is counted as. One kind of block took some 40 s on one core for one shape; batches of other lengths
+come on top."""
+GAIN = 0.15
+"""The share of a plain step that it is counted on to save. ``benchmarks/step.py --compile`` gave 0.16 (LoRA) and 0.23
+(DoRA) for SmolLM2's blocks in bfloat16, 1,024 tokens of one shape."""
+WARM_UP, TIMED = 2, 4
+"""Steps that are not timed, and those that are."""
+BACKEND = "inductor"
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The repeated blocks of ``model`` that hold adapters: children of one kind in an ``nn.ModuleList``, the outermost
+    such list of each place."""
+    found: list[nn.Module] = []
+    for module in model.children():
+        like = isinstance(module, nn.ModuleList) and len({type(child) for child in module}) == 1
+        if like and any(isinstance(inner, Adapted) for inner in module.modules()):
+            found += list(module.children())
+        else:
+            found += blocks_of(module)
+    return found
+
+
+def pays(seconds_per_step: float, steps_left: int) -> bool:
+    """Whether the time that compiling saves in the rest of a run is more than it costs."""
+    return GAIN * seconds_per_step * steps_left > COMPILE_SECONDS
+
+
+class Compiling(TrainerCallback):
+    """Compiles the blocks of ``model``: at once (True), once it pays (``auto``), or not at all (False)."""
+
+    def __init__(self, model: nn.Module, setting: Literal["auto"] | bool, listener: Listener) -> None:
+        self._model = model
+        self._setting = setting
+        self._listener = listener
+        self._began: float | None = None
+        self._first = 0
+        self._suppressed = False
+        self.compiled: list[nn.Module] = []
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._first = state.global_step
+        if self._setting is True:
+            self._compile("compiling the blocks: the first steps take a minute or more")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self._setting != "auto":
+            return
+        done = state.global_step - self._first
+        if done == WARM_UP:
+            self._began = time.perf_counter()
+        elif done == WARM_UP + TIMED and self._began is not None:
+            seconds, left = (time.perf_counter() - self._began) / TIMED, state.max_steps - state.global_step
+            if pays(seconds, left):
+                minutes = seconds * left / 60
+                self._compile(f"compiling the blocks, since {minutes:.0f} minutes of training are left")
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.compiled:
+            torch._dynamo.config.suppress_errors = self._suppressed
+        for block in self.compiled:
+            block._compiled_call_impl = None
+        self.compiled = []
+
+    def _compile(self, word: str) -> None:
+        blocks = blocks_of(self._model)
+        if not blocks:
+            if self._setting is True:
+                self._listener.note("train.compile: the model has no repeated blocks; it runs as it is")
+            return
+        self._listener.note(word)
+        self._suppressed = torch._dynamo.config.suppress_errors
+        torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs plainly
+        for block in blocks:
+            block.compile(dynamic=True, backend=BACKEND)
+        self.compiled = blocks
+
+
+@contextmanager
+def plainly() -> Iterator[None]:
+    """A context in which compiled blocks run as they are."""
+    with torch.compiler.set_stance("force_eager"):
+        yield

@@ -1,0 +1,87 @@
+"""Compiled blocks: the same numbers, only where it pays, and never the end of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import trimtab
+from tiny_runs import Kept, tiny_model
+from trimtab.config import load_config
+from trimtab.training import compiling
+from trimtab.training.compiling import blocks_of, pays
+from trimtab.training.run import finetune
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traces and differentiates as the compiler does, and leaves out the C++ compiler's minute."""
+    monkeypatch.setattr(compiling, "BACKEND", "aot_eager")
+    torch._dynamo.reset()
+
+
+def run(make_yaml: Callable[..., Path], name: str, steps: int = 4, **train: Any) -> Kept:
+    listener = Kept()
+    file = make_yaml(name, train={"max_steps": steps, **train}, data={"validation": 0.25})
+    finetune(load_config(file), listener=listener)
+    return listener
+
+
+def test_compiled_blocks_train_to_the_same_numbers(make_yaml: Callable[..., Path]) -> None:
+    plain = run(make_yaml, "plain", compile=False)
+    compiled = run(make_yaml, "compiled", compile=True)
+    assert not any("compiling" in note for note in plain.notes)
+    assert any("compiling the blocks" in note for note in compiled.notes)
+    # float32; the ratio is applied in another order where the compiler looks on.
+    assert compiled.column("loss") == pytest.approx(plain.column("loss"), rel=1e-4)
+    assert compiled.column("loss", "validation") == pytest.approx(plain.column("loss", "validation"), rel=1e-4)
+
+
+def test_what_cannot_be_compiled_runs_as_it_is(make_yaml: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(graph: Any, inputs: Any) -> Any:
+        raise RuntimeError("no compiler on this machine")
+
+    plain = run(make_yaml, "plain", compile=False)
+    monkeypatch.setattr(compiling, "BACKEND", broken)
+    before = torch._dynamo.config.suppress_errors
+    assert run(make_yaml, "broken", compile=True).column("loss") == plain.column("loss")
+    assert torch._dynamo.config.suppress_errors is before
+
+
+@pytest.mark.parametrize("worth", [True, False])
+def test_auto_waits_a_few_steps_and_then_compiles_where_it_pays(
+    make_yaml: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, worth: bool
+) -> None:
+    asked = []
+
+    def decide(seconds_per_step: float, steps_left: int) -> bool:
+        asked.append((seconds_per_step, steps_left))
+        return worth
+
+    monkeypatch.setattr(compiling, "pays", decide)
+    listener = run(make_yaml, "auto", steps=7, epochs=10, compile="auto")
+    assert [left for _, left in asked] == [1]
+    assert 0 < asked[0][0] < 60
+    assert any("compiling the blocks" in note for note in listener.notes) is worth
+
+
+def test_a_run_pays_if_it_is_long_enough() -> None:
+    steps = compiling.COMPILE_SECONDS / compiling.GAIN
+    assert pays(1.0, int(1.1 * steps))
+    assert not pays(1.0, int(0.9 * steps))
+    assert not pays(0.5, int(1.1 * steps))
+
+
+def test_blocks_are_the_repeated_ones_that_hold_adapters() -> None:
+    model = tiny_model()
+    assert blocks_of(model) == []
+    trimtab.attach(model, trimtab.Rule(match="*.q_proj", layers="0", method="lora", rank=2))
+    assert blocks_of(model) == list(model.model.layers)
+    plain = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    trimtab.attach(plain, trimtab.Rule(match="0", method="lora", rank=2))
+    assert blocks_of(plain) == []
