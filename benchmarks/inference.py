@@ -1,0 +1,122 @@
+"""SmolLM2-135M at work after training: bare, with its adapter beside it, and merged.
+
+    python benchmarks/inference.py                        bfloat16 and float32, a minute or two each
+    python benchmarks/inference.py --new-tokens 128
+
+decode: one row, token by token with a cache, seconds per token. prefill: 512 tokens of one row at once, logits of the
+last one. All arms live in one process and take turns; the table gives medians and the ratio of each to the bare model
+in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from common import alternate, ratio, show, write_results
+from step import TARGETS, disturb
+
+ARMS = ("bare", "lora", "dora", "mora", "dora merged", "peft lora", "peft dora")
+
+
+def adapted(model: Any, arm: str, rank: int) -> Any:
+    """A copy of ``model`` as ``arm`` serves it."""
+    import trimtab
+
+    model = copy.deepcopy(model)
+    method = arm.removesuffix(" merged")
+    if arm.startswith("peft"):
+        from peft import LoraConfig, inject_adapter_in_model
+
+        config = LoraConfig(r=rank, lora_alpha=2 * rank, use_dora=arm == "peft dora", target_modules=list(TARGETS))
+        model = inject_adapter_in_model(config, model).to(model.dtype)
+    elif method != "bare":
+        trimtab.attach(model, trimtab.Plan([trimtab.Rule(match="all-linear", method=method, rank=rank)]))
+    if arm != "bare":
+        disturb(model)
+    if arm.endswith("merged"):
+        trimtab.merge(model)
+    return model.eval()
+
+
+@torch.inference_mode()
+def decoder(model: Any, new_tokens: int) -> Callable[[], None]:
+    """A function that writes ``new_tokens`` tokens after a prompt of 16."""
+    prompt = torch.arange(100, 116).unsqueeze(0)
+
+    @torch.inference_mode()
+    def run() -> None:
+        cache = model(input_ids=prompt, use_cache=True).past_key_values
+        token = prompt[:, -1:]
+        for _ in range(new_tokens):
+            out = model(input_ids=token, past_key_values=cache, use_cache=True)
+            cache, token = out.past_key_values, out.logits[:, -1:].argmax(-1)
+
+    return run
+
+
+def prefill(model: Any, tokens: int) -> Callable[[], None]:
+    """A function that reads ``tokens`` tokens at once."""
+    prompt = torch.arange(tokens).unsqueeze(0)
+
+    @torch.inference_mode()
+    def run() -> None:
+        model(input_ids=prompt, use_cache=False, logits_to_keep=1)
+
+    return run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"], choices=["bfloat16", "float32"])
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument("--repeats", type=int, default=7)
+    said = parser.parse_args()
+
+    from trimtab.formats.model_folder import load_model
+    from trimtab.formats.sources import resolve
+
+    found = []
+    for dtype in said.dtypes:
+        bare = load_model(resolve("smollm2-135m"), getattr(torch, dtype)).requires_grad_(False)
+        models = {arm: adapted(bare, arm, said.rank) for arm in ARMS}
+        works = {
+            "decode": {arm: decoder(model, said.new_tokens) for arm, model in models.items()},
+            "prefill": {arm: prefill(model, said.prompt) for arm, model in models.items()},
+        }
+        seconds = {work: alternate(steps, said.repeats) for work, steps in works.items()}
+        per = {"decode": said.new_tokens, "prefill": 1}
+        show(
+            f"{dtype}, rank {said.rank}, medians of {said.repeats}; ms for one token of decoding and for a prefill of "
+            f"{said.prompt}",
+            ["arm", *(text for work in works for text in (f"{work} ms", "/ bare"))],
+            [
+                [
+                    arm,
+                    *(
+                        text
+                        for work in works
+                        for text in (
+                            f"{statistics.median(seconds[work][arm]) / per[work] * 1e3:.1f}",
+                            f"{ratio(seconds[work], arm, 'bare'):.3f}",
+                        )
+                    ),
+                ]
+                for arm in ARMS
+            ],
+        )
+        ratios = {work: {arm: ratio(seconds[work], arm, "bare") for arm in ARMS} for work in works}
+        found.append({"dtype": dtype, "seconds": seconds, "ratio": ratios})
+    what = {"rank": said.rank, "new_tokens": said.new_tokens, "prompt": said.prompt, "repeats": said.repeats}
+    write_results("inference", what, found)
+
+
+if __name__ == "__main__":
+    main()
