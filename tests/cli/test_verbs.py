@@ -24,7 +24,7 @@ from trimtab.training.loading import load_run
 from trimtab.training.machine import memory_gib
 from trimtab.training.run import finetune
 
-VERBS = ("finetune", "plan", "evaluate", "generate", "merge")
+VERBS = ("finetune", "plan", "evaluate", "generate", "merge", "analyze")
 IDS = torch.tensor([[5, 40, 60, 7, 80, 33], [9, 12, 300, 200, 4, 50]])
 PROGRAM = (sys.executable, "-c", "from trimtab.cli import main; main()")
 
@@ -355,3 +355,18 @@ def test_plan_in_tables(cli: Any, make_yaml: Callable[..., Path]) -> None:
     assert not list(yaml.parent.glob("run/*"))
     without = cli("plan", yaml)
     assert "self_attn" not in without.out
+
+
+# --- analyze
+
+
+def test_analyze(cli: Any, run: Path, model_folder: Path, tmp_path: Path) -> None:
+    result = cli("analyze", model_folder, run, "--out", tmp_path / "moved", "--match", "*.down_proj", "--no-spectra")
+    assert result.code == 0, result.err
+    assert "correlation of dM and dD" in result.out
+    assert re.search(r"adapter\s+dora\s+down_proj\s+2\s", result.out)
+    names = {file.name for file in (tmp_path / "moved").iterdir()}
+    assert names == {"changes.csv", "changes.json", "changes.html", "changes.png", "changes.svg"}
+    wrong = cli("analyze", model_folder, tmp_path)
+    assert wrong.code == 1
+    assert "expected a model folder" in wrong.err

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from trimtab import __version__
-from trimtab.cli import evaluate, finetune, generate, merge, plan
+from trimtab.cli import analyze, evaluate, finetune, generate, merge, plan
 from trimtab.errors import Interrupted, TrimtabError
 
 app = typer.Typer(
@@ -27,6 +27,9 @@ app.command("plan", short_help="Show which modules get what; loads no weights.")
 app.command("evaluate", short_help="Measure a run, or any model, on rows.")(evaluate.command)
 app.command("generate", short_help="Ask the model of a run.")(generate.command)
 app.command("merge", short_help="Write a model folder that loads without trimtab.")(merge.command)
+app.command("analyze", short_help="How far each weight of a tuned model moved, in magnitude and direction.")(
+    analyze.command
+)
 
 
 def _version(asked: bool) -> None:

@@ -76,9 +76,7 @@ def load_adapter(model: nn.Module, folder: Path | str) -> AttachReport:
             model is then unchanged.
     """
     place = Path(folder)
-    stored: dict[str, Stored] = _reader(place).load(place)
-    if not stored:
-        raise AdapterError(f"{place}: the adapter is empty")
+    stored = read_adapter(place)
     known = _modules(model)
     carried = bool(dict(adapted_modules(model)))
     if carried:
@@ -104,6 +102,19 @@ def load_adapter(model: nn.Module, folder: Path | str) -> AttachReport:
             remove_adapters(model)
         raise
     return describe(model, rules)
+
+
+def read_adapter(folder: Path | str) -> dict[str, Stored]:
+    """What the adapter in ``folder``, ours or PEFT's own, holds of each module.
+
+    Raises:
+        AdapterError: no adapter there, or a damaged, unsupported or empty one.
+    """
+    place = Path(folder)
+    stored: dict[str, Stored] = _reader(place).load(place)
+    if not stored:
+        raise AdapterError(f"{place}: the adapter is empty")
+    return stored
 
 
 def _modules(model: nn.Module) -> dict[str, nn.Module]:

@@ -106,6 +106,24 @@ def empty_model(source: Source) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)
 
 
+def weights_folder(source: Source) -> Path:
+    """The folder with the model's ``*.safetensors``; fetched from the hub or made of a GGUF file if need be.
+
+    Raises:
+        ModelError: it cannot be had, or has no weights in safetensors.
+    """
+    with _loading(source, "weights"):
+        if source.kind == "hub":
+            from huggingface_hub import snapshot_download
+
+            patterns = ["*.safetensors", "*.json"]
+            folder = Path(snapshot_download(source.location, revision=source.revision, allow_patterns=patterns))
+        else:
+            folder = Path(_location(source))
+    _check_weights(folder)
+    return folder
+
+
 def check_target(out: Path | str, *, overwrite: bool = False) -> Path:
     """The absolute path of ``out``, if a model folder may be written there; asked before a long computation, too.
 

@@ -1,0 +1,1 @@
+"""What tuning did to a model: weights of a tuned model against those of its base."""

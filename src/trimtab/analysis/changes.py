@@ -1,0 +1,187 @@
+"""How far each weight of a tuned model moved from its base, in magnitude and in direction.
+
+    dM = mean |m_t - m_0|        dD = mean (1 - cos(V_t, W_0))        over the rows of a weight
+
+Source: DoRA (arXiv 2402.09353, section 3.2), where the correlation of the two tells full fine-tuning (they trade
+against each other) from LoRA (they move together). Beside them stand how large the update is, how many directions it
+has, and which rows moved most. Weights are read one at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from trimtab import bases
+from trimtab.analysis.tuned import Tuned, find_tuned
+from trimtab.errors import ModelError, did_you_mean
+from trimtab.formats.model_folder import empty_model, weights_folder
+from trimtab.formats.sources import Source
+from trimtab.formats.weights import Weights
+from trimtab.ops.decomposition import row_blocks, weight_change
+from trimtab.surgery.plan import block_number
+
+KEPT_SINGULAR_VALUES = 16
+
+
+@dataclass(frozen=True)
+class Extreme:
+    """The row of a weight in which something is largest."""
+
+    row: int
+    value: float
+
+
+@dataclass(frozen=True)
+class Change:
+    """One weight in one tuned state against the base."""
+
+    tuned: str
+    """The folder that the user named."""
+    state: str
+    """The checkpoint in it, or its own name."""
+    step: int | None
+    method: str
+    module: str
+    kind: str
+    """The last part of the module's name, such as q_proj."""
+    block: int | None
+    delta_magnitude: float
+    """dM."""
+    delta_direction: float
+    """dD."""
+    relative: float
+    """``||W_t - W_0|| / ||W_0||``, Frobenius."""
+    most_grown: Extreme
+    """The largest ``|m_t - m_0|``."""
+    most_turned: Extreme
+    """The largest ``1 - cos``."""
+    effective_rank: float | None
+    """``exp`` of the entropy of the update's normalised singular values (Roy and Vetterli 2007); None: not asked."""
+    singular_values: tuple[float, ...]
+    """The largest of the update, in falling order."""
+
+
+def analyse(
+    base: Source,
+    tuned: Sequence[Path],
+    *,
+    match: str = "*",
+    spectra: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[Change]:
+    """Every changed weight of every state in ``tuned``, in order.
+
+    Args:
+        base: the model that was tuned.
+        tuned: model folders, adapters or runs.
+        match: glob over module names.
+        spectra: compute singular values, too; of a large weight that takes longer than all else.
+        progress: called with the number of weights done and of all.
+
+    Raises:
+        ModelError: a folder is no tuned form of the base, or no weight matches.
+        AdapterError: an adapter cannot be read.
+    """
+    layers = _layers(base)
+    weights = Weights(weights_folder(base))
+    states = [(str(place), state) for place in tuned for state in find_tuned(place, layers)]
+    work = [(place, state, name) for place, state in states for name in state.methods if fnmatchcase(name, match)]
+    if not work:
+        known = {name for _, state in states for name in state.methods}
+        raise ModelError(f"no tuned weight matches '{match}'.{did_you_mean(match, known)}")
+    for done, (place, state, name) in enumerate(work, 1):
+        if f"{name}.weight" not in weights:
+            raise ModelError(f"{weights.folder}: the base has no weight {name}.weight.")
+        before = layers[name].as_stored(weights[f"{name}.weight"])
+        yield _change(place, state, name, before if state.dtype is None else before.to(state.dtype), spectra)
+        if progress is not None:
+            progress(done, len(work))
+
+
+def _layers(base: Source) -> dict[str, bases.Base]:
+    """Every layer that a base knows, but the output head, by name."""
+    model = empty_model(base)
+    head = model.get_output_embeddings()
+    found = {name: bases.find(module) for name, module in model.named_modules() if module is not head}
+    return {name: handle for name, handle in found.items() if handle is not None}
+
+
+@torch.no_grad()
+def _change(place: str, state: Tuned, name: str, before: Tensor, spectra: bool) -> Change:
+    after = state.weight(name, before)
+    moved = weight_change(before, after)
+    grown, turned = _row_changes(before, after)
+    update = after.double() - before.double()
+    values = _singular_values(update) if spectra else None
+    numbered = block_number(name)
+    return Change(
+        tuned=place,
+        state=state.label,
+        step=state.step,
+        method=state.methods[name],
+        module=name,
+        kind=name.rsplit(".", 1)[-1],
+        block=None if numbered is None else numbered[1],
+        delta_magnitude=moved.delta_magnitude,
+        delta_direction=moved.delta_direction,
+        relative=float(update.norm() / before.double().norm().clamp_min(torch.finfo(torch.float64).tiny)),
+        most_grown=_extreme(grown),
+        most_turned=_extreme(turned),
+        effective_rank=None if values is None else effective_rank(values),
+        singular_values=() if values is None else tuple(values[:KEPT_SINGULAR_VALUES].tolist()),
+    )
+
+
+def _row_changes(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
+    """``|m_t - m_0| [out]`` and ``1 - cos [out]``; a row of zeros has not turned."""
+    grown, turned = [], []
+    for block in row_blocks(*before.shape):
+        old, new = before[block].double(), after[block].double()
+        lengths = old.norm(dim=1), new.norm(dim=1)
+        grown.append((lengths[1] - lengths[0]).abs())
+        length = lengths[0] * lengths[1]
+        cosine = (old * new).sum(1) / length.clamp_min(torch.finfo(torch.float64).tiny)
+        turned.append(torch.where(length > 0, 1 - cosine.clamp(-1, 1), 0.0))
+    return torch.cat(grown), torch.cat(turned)
+
+
+def _extreme(values: Tensor) -> Extreme:
+    row = int(values.argmax())
+    return Extreme(row, float(values[row]))
+
+
+def _singular_values(update: Tensor) -> Tensor:
+    """All singular values of ``update [out, in]``, falling: from the smaller Gram matrix, whose eigenvalues are their
+    squares. What lies below 1e-8 of the largest is rounding there and comes out as 0."""
+    gram = update @ update.t() if update.shape[0] <= update.shape[1] else update.t() @ update
+    squares = torch.linalg.eigvalsh(gram).flip(0)
+    return torch.where(squares > 1e-16 * squares[0], squares, 0.0).clamp_min(0).sqrt()
+
+
+def effective_rank(singular_values: Tensor) -> float:
+    """``exp(-sum p log p)`` with ``p`` the singular values over their sum; 0 for no update.
+
+    Source: Roy and Vetterli, "The effective rank", EUSIPCO 2007.
+    """
+    total = float(singular_values.sum())
+    if total == 0:
+        return 0.0
+    shares = singular_values[singular_values > 0] / total
+    return math.exp(-float((shares * shares.log()).sum()))
+
+
+def correlation(changes: Sequence[Change]) -> float | None:
+    """Pearson's correlation of dM and dD over ``changes``; None for fewer than three, or where one does not vary."""
+    if len(changes) < 3:
+        return None
+    both = torch.tensor([[one.delta_magnitude, one.delta_direction] for one in changes], dtype=torch.float64)
+    if bool((both.std(0) == 0).any()):
+        return None
+    return float(torch.corrcoef(both.t())[0, 1])

@@ -1,0 +1,48 @@
+"""The weights of a model folder, one tensor at a time: whatever the size of the model, one weight is in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from trimtab.errors import ModelError
+
+
+class Weights:
+    """The tensors in the ``*.safetensors`` of ``folder`` by name; reading one maps its file and copies nothing else.
+
+    Raises:
+        ModelError: there are none, or a file is damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._files: dict[str, Path] = {}
+        for file in sorted(folder.glob("*.safetensors")):
+            with _open(file) as reader:
+                self._files |= dict.fromkeys(reader.keys(), file)
+        if not self._files:
+            raise ModelError(f"{folder}: no weights here; expected *.safetensors.")
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._files
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __getitem__(self, name: str) -> Tensor:
+        with _open(self._files[name]) as reader:
+            return reader.get_tensor(name)
+
+
+@contextmanager
+def _open(file: Path) -> Iterator[safe_open]:
+    try:
+        with safe_open(file, framework="pt") as reader:
+            yield reader
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{file}: a damaged file ({error}).") from None

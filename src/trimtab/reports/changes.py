@@ -1,0 +1,158 @@
+"""An analysis as a table for the terminal, and as the paper's picture: dD across, dM up (DoRA, Figure 2)."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from trimtab.files import read_json, write_atomically, write_text
+
+_MARKS = "osD^vP*X<>"
+# Dark to light on white, and no hue that grey would not keep apart.
+_DEPTH = matplotlib.colormaps["viridis"].with_extremes()
+_INK, _MUTED = "#16202c", "#56637a"
+
+
+def changes_table(analysis: Mapping[str, Any]) -> Table:
+    """One line for each folder (where there are several), state and kind of projection: means over its weights."""
+    groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = defaultdict(list)
+    for row in analysis["changes"]:
+        groups[Path(row["tuned"]).name, row["state"], row["method"], row["kind"]].append(row)
+    first = 0 if len({key[0] for key in groups}) > 1 else 1
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("tuned", "state", "method", "kind")[first:]:
+        table.add_column(name, no_wrap=True)
+    for name in ("weights", "dM", "dD", "|dW|/|W|", "eff. rank"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for key, rows in groups.items():
+        ranks = [row["effective_rank"] for row in rows]
+        table.add_row(
+            *key[first:],
+            str(len(rows)),
+            f"{_mean(rows, 'delta_magnitude'):.3g}",
+            f"{_mean(rows, 'delta_direction'):.3g}",
+            f"{_mean(rows, 'relative'):.3g}",
+            "" if None in ranks else f"{sum(ranks) / len(ranks):.1f}",
+        )
+    return table
+
+
+def correlations_table(analysis: Mapping[str, Any]) -> Table:
+    """The correlation of dM and dD of each folder and method, over all weights and states."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("tuned", "method", "points", "correlation of dM and dD"):
+        table.add_column(name, justify="left" if name in ("tuned", "method") else "right")
+    for row in analysis["correlations"]:
+        if row["kind"] is None:
+            table.add_row(Path(row["tuned"]).name, row["method"], str(row["points"]), _signed(row["correlation"]))
+    return table
+
+
+def _mean(rows: Sequence[Mapping[str, Any]], key: str) -> float:
+    return float(sum(row[key] for row in rows) / len(rows))
+
+
+def _signed(value: float | None) -> str:
+    return "-" if value is None else f"{value:+.2f}"
+
+
+def draw(analysis: Mapping[str, Any]) -> Figure:
+    """A panel for each folder and method; a mark for each state, a colour for the depth of the block."""
+    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = defaultdict(list)
+    for row in analysis["changes"]:
+        groups[row["tuned"], row["method"]].append(row)
+    said = {(row["tuned"], row["method"]): row for row in analysis["correlations"] if row["kind"] is None}
+    blocks = [row["block"] for row in analysis["changes"] if row["block"] is not None]
+    depth = Normalize(min(blocks, default=0), max(blocks, default=1))
+    figure = Figure(figsize=(4.4 * len(groups) + 0.9, 4.4), dpi=150, layout="constrained", facecolor="white")
+    panels = figure.subplots(1, len(groups), squeeze=False)[0]
+    for axes, (key, rows) in zip(panels, groups.items(), strict=True):
+        states = list(dict.fromkeys(row["state"] for row in rows))
+        for place, state in enumerate(states):
+            mine = [row for row in rows if row["state"] == state]
+            axes.scatter(
+                [row["delta_direction"] for row in mine],
+                [row["delta_magnitude"] for row in mine],
+                c=[depth(row["block"] or 0) for row in mine],
+                cmap=_DEPTH,
+                vmin=0,
+                vmax=1,
+                marker=_MARKS[place % len(_MARKS)],
+                s=26,
+                linewidths=0.4,
+                edgecolors="white",
+                label=state,
+            )
+        title = f"{Path(key[0]).name}, {key[1]}: correlation {_signed(said[key]['correlation'])}"
+        axes.set_title(title, fontsize=10, color=_INK, loc="left")
+        axes.set_xlabel("dD: mean of 1 - cosine over the rows", fontsize=9, color=_MUTED)
+        axes.set_ylabel("dM: mean change of magnitude", fontsize=9, color=_MUTED)
+        axes.tick_params(labelsize=8, colors=_MUTED)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.ticklabel_format(style="sci", scilimits=(-3, 3))
+        if len(states) > 1:
+            axes.legend(fontsize=7, frameon=False, loc="best")
+    if blocks:
+        bar = figure.colorbar(ScalarMappable(depth, _DEPTH), ax=list(panels), pad=0.01, aspect=30)
+        bar.set_label("block, first to last", fontsize=9, color=_MUTED)
+        bar.ax.tick_params(labelsize=8, colors=_MUTED)
+    return figure
+
+
+def write_changes_page(folder: Path) -> Path:
+    """Write ``changes.png``, ``changes.svg`` and ``changes.html`` beside the ``changes.json`` in ``folder``."""
+    analysis = read_json(folder / "changes.json")
+    figure = draw(analysis)
+    png, svg = io.BytesIO(), io.BytesIO()
+    FigureCanvasAgg(figure).print_png(png)
+    with matplotlib.rc_context({"svg.hashsalt": "trimtab"}):
+        FigureCanvasSVG(figure).print_svg(svg)
+    for name, data in (("changes.png", png.getvalue()), ("changes.svg", svg.getvalue())):
+        write_atomically(folder / name, lambda path, data=data: path.write_bytes(data))  # type: ignore[misc]
+    write_text(folder / "changes.html", _page(analysis, png.getvalue()))
+    return folder / "changes.html"
+
+
+def _page(analysis: Mapping[str, Any], png: bytes) -> str:
+    style = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
+    picture = base64.b64encode(png).decode("ascii")
+    lines = "".join(
+        f"<tr><td>{html.escape(Path(row['tuned']).name)}</td><td>{html.escape(row['method'])}</td>"
+        f"<td>{html.escape(row['kind'] or 'all')}</td><td class=n>{row['points']}</td>"
+        f"<td class=n>{_signed(row['correlation'])}</td></tr>"
+        for row in analysis["correlations"]
+    )
+    return f"""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Magnitude and direction</title>
+<style>{style}
+.picture {{ background: #fff; border-radius: 8px; padding: .6rem; }}
+.picture img {{ max-width: 100%; height: auto; display: block; margin: 0 auto; }}</style>
+<body>
+<h1>How the weights moved: magnitude and direction</h1>
+<p class="about">Against {html.escape(str(analysis["base"]))}. One mark is one weight in one saved state.</p>
+<figure class="picture"><img alt="dM over dD of every weight" src="data:image/png;base64,{picture}"></figure>
+<h2>Correlation of dM and dD</h2>
+<p class="fine">dM = mean |m<sub>t</sub> - m<sub>0</sub>|, dD = mean (1 - cos(V<sub>t</sub>, W<sub>0</sub>)), over the
+rows of a weight (DoRA, arXiv 2402.09353, section 3.2). Points of one run are not independent: neighbouring blocks and
+checkpoints resemble each other.</p>
+<div class="scroll"><table class="figures"><thead><tr><th>tuned</th><th>method</th><th>projection</th>
+<th class=n>points</th><th class=n>correlation</th></tr></thead><tbody>{lines}</tbody></table></div>
+</body>
+</html>
+"""
