@@ -21,6 +21,8 @@ Compute = Literal["auto", "folded", "factored"]
 RATIO_OUTPUT = 1.0
 RATIO_GRADIENT = 1.5
 RATIO_WEIGHT = 0.6
+# A product over so many features costs as much as one more pass over the elements that it adds to; by bytes of one.
+RANKS_PER_PASS = {2: 120.0, 4: 20.0, 8: 10.0}
 
 
 class Work(NamedTuple):

@@ -11,10 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trimtab.ops.decomposition import Axis
-from trimtab.ops.forms import Work
+from trimtab.ops.forms import RANKS_PER_PASS, Work
 
-# A thin product costs one pass over the elements it adds to, and one more for every so many ranks.
-_RANKS_PER_PASS = {4: 20.0, 8: 10.0, 2: 120.0}  # by bytes of an element
 _BLOCK = 1 << 18  # elements: what a processor's second cache holds in float32
 
 
@@ -29,8 +27,10 @@ class LowRank:
         """What multiplying with the update costs."""
         a, b = tensors
         rank, in_features, out_features = a.shape[0], a.shape[1], b.shape[0]
-        thin = 1 + rank / _RANKS_PER_PASS[dtype.itemsize]
-        return Work(thin * tokens * out_features, thin * tokens * in_features, thin * out_features * in_features)
+        thin = 1 + rank / RANKS_PER_PASS[dtype.itemsize]
+        # In half precision a weight is formed in float32 and rounded after that.
+        fold = thin if dtype.itemsize >= 4 else 1.7 + rank / RANKS_PER_PASS[4]
+        return Work(thin * tokens * out_features, thin * tokens * in_features, fold * out_features * in_features)
 
     def fold(self, weight: Tensor, ratio: Tensor | None, tensors: tuple[Tensor, ...]) -> Tensor:
         """``c (W + s B A)``, a new tensor ``[out, in]``, rounded once."""

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trimtab.ops.forms import Work
+from trimtab.ops.forms import RANKS_PER_PASS, Work
 
 
 @dataclass(frozen=True)
@@ -101,10 +101,14 @@ class Square:
         return rows.repeat(math.ceil(self.out_features / rows.shape[0]), 1)[: self.out_features]
 
     def work(self, tokens: int, tensors: tuple[Tensor, ...], dtype: torch.dtype) -> Work:
-        """What multiplying with the update costs: the maps pass several times over what they turn, lay out or sum."""
-        maps = tokens * ((8 if self.turn else 2) * self.in_features + 3 * self.out_features)
+        """What multiplying with the update costs: its maps pass over the batch more than once, and its products with k
+        rows are no longer thin."""
+        maps = tokens * (2 * self.in_features + 3 * self.out_features)
+        products = tokens * self.side * (self.in_features if self.turn else self.side) / RANKS_PER_PASS[dtype.itemsize]
         elements = self.out_features * self.in_features
-        return Work(maps, maps, elements * (1 + 2 / self.groups))
+        return Work(
+            maps + products, maps + products, elements * ((1.0 if dtype.itemsize >= 4 else 2.0) + 2 / self.groups)
+        )
 
     def _parts(self, matrix: Tensor) -> Iterator[tuple[slice, int, Tensor]]:
         """``dV`` without its zeros: ``(columns, group, rows [k, columns])`` for the chunks that feed each group."""
@@ -153,8 +157,26 @@ class Square:
 
     def add_product(self, product: Tensor, x: Tensor, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         (matrix,) = tensors
-        product.add_(self.spread(self.compress(x).matmul(matrix.to(x.dtype).t())))
+        if not self.turn:
+            product.add_(self.spread(self.compress(x).matmul(matrix.to(x.dtype).t())))
+            return ()
+        # M is turned, and not the batch: chunk by chunk, each group's products laid on all the rows that it feeds.
+        inner: dict[int, Tensor] = {}
+        for columns, group, part in self._low_parts(matrix, x.dtype):
+            if group in inner:
+                inner[group].addmm_(x[:, columns], part.t())
+            else:
+                inner[group] = x[:, columns].mm(part.t())
+        for group, values in inner.items():
+            for start in range(group * self.side, self.out_features, self.groups * self.side):
+                rows = product[:, start : start + self.side]
+                rows.add_(values[:, : rows.shape[1]])
         return ()
+
+    def _low_parts(self, matrix: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, int, Tensor]]:
+        """The parts, turned in full digits and then rounded to ``dtype``."""
+        for columns, group, part in self._parts(matrix.to(torch.promote_types(dtype, torch.float32))):
+            yield columns, group, part.to(dtype)
 
     def add_gradient(
         self,
@@ -167,14 +189,17 @@ class Square:
     ) -> tuple[Tensor, ...]:
         (matrix,) = tensors
         gathered = self.gather(grad)
-        if grad_x is not None:
-            grad_x.add_(self.expand(gathered.matmul(matrix.to(grad.dtype))))
         if not self.turn:
+            if grad_x is not None:
+                grad_x.add_(self.expand(gathered.matmul(matrix.to(grad.dtype))))
             return (gathered.flatten(0, -2).t().matmul(self.compress(x).flatten(0, -2)).to(matrix.dtype),)
+        if grad_x is not None:
+            for columns, group, part in self._low_parts(matrix, grad.dtype):
+                grad_x[:, columns].addmm_(gathered[:, group], part)
         # The products first, k x k each, and then the turning: it is the products that are small.
         work = torch.promote_types(grad.dtype, torch.float32)
         pieces = torch.zeros(self.side, self.chunks, self.side, dtype=work, device=grad.device)
         for chunk in range(self.chunks):
-            columns = x[:, chunk * self.side : (chunk + 1) * self.side]
-            pieces[:, chunk, : columns.shape[1]] = gathered[:, chunk % self.groups].t().matmul(columns)
+            fed = x[:, chunk * self.side : (chunk + 1) * self.side]
+            pieces[:, chunk, : fed.shape[1]] = gathered[:, chunk % self.groups].t().matmul(fed)
         return (self._rotate(pieces, 1).sum(1).to(matrix.dtype),)
