@@ -22,19 +22,18 @@ def alternate(
     steps: Mapping[str, Callable[[], object]],
     repeats: int,
     between: Callable[[str], object] = lambda arm: None,
-    warm_up: int = WARM_UP,
 ) -> dict[str, list[float]]:
-    """Seconds of every call, the arms taking turns (A B C A B C ...), after ``warm_up`` rounds that do not count.
+    """Seconds of every call, the arms taking turns (A B C A B C ...), after ``WARM_UP`` rounds that do not count.
 
     ``between`` is called before each step with the arm's name, outside the clock.
     """
     seconds: dict[str, list[float]] = {arm: [] for arm in steps}
-    for number in range(warm_up + repeats):
+    for number in range(WARM_UP + repeats):
         for arm, step in steps.items():
             between(arm)
             began = time.perf_counter()
             step()
-            if number >= warm_up:
+            if number >= WARM_UP:
                 seconds[arm].append(time.perf_counter() - began)
     return seconds
 
@@ -91,11 +90,10 @@ def show(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> N
     console.print(table)
 
 
-def write_results(name: str, what: Mapping[str, Any], found: Any, out: Path | None = None) -> Path:
+def write_results(name: str, what: Mapping[str, Any], found: Any) -> None:
     """Write ``found`` with the machine and the versions to ``results/NAME.json``."""
     from trimtab.files import write_json
     from trimtab.training.machine import describe_machine, versions
 
-    path = out or RESULTS / f"{name}.json"
-    write_json(path, {"what": dict(what), "found": found, "machine": describe_machine(), "versions": versions()})
-    return path
+    result = {"what": dict(what), "found": found, "machine": describe_machine(), "versions": versions()}
+    write_json(RESULTS / f"{name}.json", result)

@@ -16,11 +16,12 @@ import argparse
 import json
 import resource
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from common import child
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data" / "finance"
@@ -125,7 +126,7 @@ def _without_length(collator: Any) -> Any:
     return lambda rows: collator([{key: value for key, value in row.items() if key != "length"} for row in rows])
 
 
-def child(arm: str, method: str, rank: int, steps: int) -> None:
+def run_arm(arm: str, method: str, rank: int, steps: int) -> None:
     """Run one arm and print its figures as the last line."""
     import tempfile
 
@@ -145,7 +146,7 @@ def main() -> None:
     parser.add_argument("--arm", choices=["trimtab", "peft"], help=argparse.SUPPRESS)
     said = parser.parse_args()
     if said.arm:
-        child(said.arm, said.method, said.rank, said.steps)
+        run_arm(said.arm, said.method, said.rank, said.steps)
         return
     if not DATA.is_dir():
         sys.exit("the finance rows are not here: expected the folder ../shared/data/finance beside the repository")
@@ -156,9 +157,8 @@ def main() -> None:
     figures: dict[str, list[dict[str, float]]] = {"trimtab": [], "peft": []}
     for repeat in range(said.repeats):
         for arm, found in figures.items():
-            command = [sys.executable, __file__, "--arm", arm, "--method", said.method, "--rank", str(said.rank)]
-            out = subprocess.run([*command, "--steps", str(said.steps)], check=True, capture_output=True, text=True)
-            found.append(json.loads(out.stdout.splitlines()[-1]))
+            options = ["--method", said.method, "--rank", str(said.rank), "--steps", str(said.steps)]
+            found.append(child(__file__, "--arm", arm, *options))
             print(f"run {repeat + 1}, {arm}: {found[-1]}", flush=True)
 
     medians = {

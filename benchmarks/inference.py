@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from common import alternate, ratio, show, write_results
-from step import TARGETS, disturb
+from step import adapt, disturb
 
 ARMS = ("bare", "lora", "dora", "mora", "dora merged", "peft lora", "peft dora")
 
@@ -29,22 +29,14 @@ def adapted(model: Any, arm: str, rank: int) -> Any:
     import trimtab
 
     model = copy.deepcopy(model)
-    method = arm.removesuffix(" merged")
-    if arm.startswith("peft"):
-        from peft import LoraConfig, inject_adapter_in_model
-
-        config = LoraConfig(r=rank, lora_alpha=2 * rank, use_dora=arm == "peft dora", target_modules=list(TARGETS))
-        model = inject_adapter_in_model(config, model).to(model.dtype)
-    elif method != "bare":
-        trimtab.attach(model, trimtab.Plan([trimtab.Rule(match="all-linear", method=method, rank=rank)]))
     if arm != "bare":
+        model = adapt(model, arm.removesuffix(" merged"), rank)
         disturb(model)
     if arm.endswith("merged"):
         trimtab.merge(model)
     return model.eval()
 
 
-@torch.inference_mode()
 def decoder(model: Any, new_tokens: int) -> Callable[[], None]:
     """A function that writes ``new_tokens`` tokens after a prompt of 16."""
     prompt = torch.arange(100, 116).unsqueeze(0)

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from common import alternate, peak_allocation, ratio, show, write_results
-from step import DenseDora
+from step import DenseDora, with_peft
 
 SHAPES = ["512x512", "192x576", "576x576", "1536x576", "576x1536", "2048x2048", "1024x4096", "4096x4096", "8192x8192"]
 RANKS = [4, 16, 64, 512]
@@ -40,15 +40,12 @@ def layer(arm: str, bare: nn.Linear, rank: int) -> nn.Module:
     """``bare`` as ``arm`` adapts it, its trained tensors away from their start."""
     import trimtab
 
-    holder = nn.Sequential(bare)
+    holder: Any = nn.Sequential(bare)
     options: dict[str, Any] = {"rank": rank}
     if arm == "dense":
         holder[0] = DenseDora(bare, rank)
     elif arm.startswith("peft"):
-        from peft import LoraConfig, inject_adapter_in_model
-
-        config = LoraConfig(r=rank, lora_alpha=2 * rank, use_dora=arm == "peft dora", target_modules=["0"])
-        holder = inject_adapter_in_model(config, holder).to(bare.weight.dtype)
+        holder = with_peft(holder, arm, rank, ["0"], bare.weight.dtype)
     elif arm != "bare":
         if arm in ("folded", "factored"):
             options["compute"] = arm
@@ -140,7 +137,6 @@ def main() -> None:
             continue
         one = measure(shape, rank, tokens, getattr(torch, dtype), arms, said.repeats)
         seconds = one["seconds"]
-        against = {arm: ratio(seconds, arm, "dense") for arm in arms}
         forms = [statistics.median(seconds[form]) for form in ("folded", "factored") if form in seconds]
         regret = statistics.median(seconds["dora"]) / min(forms) if forms else None
         found.append({"dtype": dtype, "shape": shape, "rank": rank, "tokens": tokens, **one, "regret": regret})
@@ -149,7 +145,7 @@ def main() -> None:
                 f"{dtype[:4]} {text} r{rank} t{tokens}",
                 f"{statistics.median(seconds['bare']) * 1e3:.2f}",
                 *(f"{ratio(seconds, arm, 'bare'):.2f}" for arm in arms[1:]),
-                f"{against['dora']:.2f}",
+                f"{ratio(seconds, 'dora', 'dense'):.2f}",
                 "" if regret is None else f"{regret:.2f}",
                 *(f"{one['peak'][arm]:.1f}" for arm in ("dense", "dora")),
             ]

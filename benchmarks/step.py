@@ -25,7 +25,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -68,6 +68,15 @@ def blocks(dtype: torch.dtype, attention: str, layers: int) -> nn.Module:
     return model.model.requires_grad_(False).train()
 
 
+def with_peft(model: nn.Module, arm: str, rank: int, targets: Sequence[str], dtype: torch.dtype) -> nn.Module:
+    """``model``, whose weights are ``dtype``, with PEFT's LoRA or DoRA on ``targets``."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, use_dora=arm == "peft dora", target_modules=list(targets))
+    # PEFT's tensors take the base's dtype here, which is its fastest way: in float32 it would cast every input.
+    return inject_adapter_in_model(config, model).to(dtype)
+
+
 def adapt(model: nn.Module, arm: str, rank: int) -> nn.Module:
     """``model`` as ``arm`` trains it. Raises KeyError for an unknown arm."""
     import trimtab
@@ -82,11 +91,7 @@ def adapt(model: nn.Module, arm: str, rank: int) -> nn.Module:
                 if hasattr(module, name):
                     setattr(module, name, DenseDora(getattr(module, name), rank))
     elif method.startswith("peft"):
-        from peft import LoraConfig, inject_adapter_in_model
-
-        # PEFT's tensors take the base's dtype here, which is its fastest way: in float32 it would cast every input.
-        config = LoraConfig(r=rank, lora_alpha=2 * rank, use_dora=method == "peft dora", target_modules=list(TARGETS))
-        model = inject_adapter_in_model(config, model).to(model.dtype)  # type: ignore[arg-type]
+        model = with_peft(model, method, rank, TARGETS, model.dtype)  # type: ignore[arg-type]
     elif method == "full":
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.split(".")[-2] in TARGETS)

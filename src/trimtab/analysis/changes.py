@@ -24,7 +24,7 @@ from trimtab.errors import ModelError, did_you_mean
 from trimtab.formats.model_folder import empty_model, weights_folder
 from trimtab.formats.sources import Source
 from trimtab.formats.weights import Weights
-from trimtab.ops.decomposition import row_blocks, weight_change
+from trimtab.ops.decomposition import row_changes
 from trimtab.surgery.plan import block_number
 
 KEPT_SINGULAR_VALUES = 16
@@ -116,8 +116,7 @@ def _layers(base: Source) -> dict[str, bases.Base]:
 @torch.no_grad()
 def _change(place: str, state: Tuned, name: str, before: Tensor, spectra: bool) -> Change:
     after = state.weight(name, before)
-    moved = weight_change(before, after)
-    grown, turned = _row_changes(before, after)
+    grown, turned = row_changes(before, after)
     update = after.double() - before.double()
     values = _singular_values(update) if spectra else None
     numbered = block_number(name)
@@ -129,27 +128,14 @@ def _change(place: str, state: Tuned, name: str, before: Tensor, spectra: bool) 
         module=name,
         kind=name.rsplit(".", 1)[-1],
         block=None if numbered is None else numbered[1],
-        delta_magnitude=moved.delta_magnitude,
-        delta_direction=moved.delta_direction,
+        delta_magnitude=float(grown.mean()),
+        delta_direction=float(turned.mean()),
         relative=float(update.norm() / before.double().norm().clamp_min(torch.finfo(torch.float64).tiny)),
         most_grown=_extreme(grown),
         most_turned=_extreme(turned),
         effective_rank=None if values is None else effective_rank(values),
         singular_values=() if values is None else tuple(values[:KEPT_SINGULAR_VALUES].tolist()),
     )
-
-
-def _row_changes(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
-    """``|m_t - m_0| [out]`` and ``1 - cos [out]``; a row of zeros has not turned."""
-    grown, turned = [], []
-    for block in row_blocks(*before.shape):
-        old, new = before[block].double(), after[block].double()
-        lengths = old.norm(dim=1), new.norm(dim=1)
-        grown.append((lengths[1] - lengths[0]).abs())
-        length = lengths[0] * lengths[1]
-        cosine = (old * new).sum(1) / length.clamp_min(torch.finfo(torch.float64).tiny)
-        turned.append(torch.where(length > 0, 1 - cosine.clamp(-1, 1), 0.0))
-    return torch.cat(grown), torch.cat(turned)
 
 
 def _extreme(values: Tensor) -> Extreme:

@@ -58,11 +58,11 @@ def find_tuned(place: Path, layers: dict[str, bases.Base]) -> list[Tuned]:
 
 
 def _of_run(run: RunFolder, layers: dict[str, bases.Base]) -> list[Tuned]:
-    dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(run.read_summary().get("precision", ""))
-    steps = sorted((int(folder.name.rsplit("-", 1)[1]), folder) for folder in run.checkpoints.glob("checkpoint-*"))
-    found = [_of_adapter(folder, folder.name, step, dtype, layers) for step, folder in steps]
+    summary = run.read_summary()
+    dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(summary.get("precision", ""))
+    found = [_of_adapter(folder, folder.name, step, dtype, layers) for step, folder in run.complete_checkpoints()]
     if run.has_adapter:
-        found.append(_of_adapter(run.adapter, "adapter", run.read_summary().get("steps"), dtype, layers))
+        found.append(_of_adapter(run.adapter, "adapter", summary.get("steps"), dtype, layers))
     if not found:
         raise ModelError(f"{run.path}: this run has neither checkpoints nor an adapter yet.")
     return found

@@ -41,10 +41,11 @@ def correlations(changes: Sequence[Change]) -> list[dict[str, Any]]:
     ]
 
 
-def write_changes(out: Path, base: str, changes: Sequence[Change]) -> None:
-    """Write both files into ``out``."""
+def write_changes(out: Path, base: str, changes: Sequence[Change]) -> dict[str, Any]:
+    """Write both files into ``out``; return what ``changes.json`` holds."""
     rows = [asdict(one) for one in changes]
-    write_json(out / "changes.json", {"base": base, "correlations": correlations(changes), "changes": rows})
+    analysis = {"base": base, "correlations": correlations(changes), "changes": rows}
+    write_json(out / "changes.json", analysis)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([*_COLUMNS, "most_grown_row", "most_grown", "most_turned_row", "most_turned", "singular_values"])
@@ -53,3 +54,4 @@ def write_changes(out: Path, base: str, changes: Sequence[Change]) -> None:
         values = " ".join(f"{value:.6g}" for value in one.singular_values)
         writer.writerow([*(getattr(one, column) for column in _COLUMNS), *extremes, values])
     write_text(out / "changes.csv", text.getvalue())
+    return analysis

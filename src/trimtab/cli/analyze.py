@@ -30,7 +30,6 @@ def command(
 
     from trimtab.analysis.changes import analyse
     from trimtab.analysis.write import write_changes
-    from trimtab.files import read_json
     from trimtab.formats.sources import resolve
     from trimtab.reports.changes import changes_table, correlations_table, write_changes_page
 
@@ -46,9 +45,8 @@ def command(
                 progress=lambda done, total: progress.update(task, completed=done, total=total),
             )
         )
-    write_changes(out, base, found)
+    analysis = write_changes(out, base, found)
     page = write_changes_page(out)
-    analysis = read_json(out / "changes.json")
     console.print(changes_table(analysis))
     console.print()
     console.print(correlations_table(analysis))

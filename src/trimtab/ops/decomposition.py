@@ -24,9 +24,9 @@ class WeightChange(NamedTuple):
     delta_direction: float
 
 
-def row_blocks(rows: int, columns: int) -> list[slice]:
-    """Slices that cut ``rows`` rows of ``columns`` elements into blocks of bounded size."""
-    step = max(1, _BLOCK_ELEMENTS // max(1, columns))
+def row_blocks(rows: int, columns: int, elements: int | None = None) -> list[slice]:
+    """Slices that cut ``rows`` rows of ``columns`` elements into blocks of at most about ``elements`` elements."""
+    step = max(1, (elements or _BLOCK_ELEMENTS) // max(1, columns))
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
@@ -80,22 +80,17 @@ def recompose(weight: Tensor, delta: Tensor | None, magnitude: Tensor | None, ax
     return total * across(magnitude_over_norm(magnitude, norm), axis)
 
 
-def weight_change(before: Tensor, after: Tensor, axis: Axis = "output") -> WeightChange:
-    """``dM = mean |m_t - m_0|`` and ``dD = mean (1 - cos(V_t, W_0))`` over the rows (DoRA, section 3.2), in float64.
-
-    ``before`` and ``after`` are weights of one shape ``[out, in]``. A row that is zero in both has not changed; one
-    that is zero in only one of them counts as turned by a right angle (cosine 0). Raises ``ValueError`` if the shapes
-    differ.
-    """
+def row_changes(before: Tensor, after: Tensor, axis: Axis = "output") -> tuple[Tensor, Tensor]:
+    """``|m_t - m_0|`` and ``1 - cos(V_t, W_0)`` of every row (or column), in float64: what ``weight_change`` is the
+    mean of."""
     if before.shape != after.shape or before.dim() != 2:
         raise ValueError(
             f"weight_change: expected two weights of one shape [out, in], got {list(before.shape)} and "
             f"{list(after.shape)}"
         )
     square_before, square_after = squared_norms(before, axis), squared_norms(after, axis)
-    out_features, in_features = before.shape
     dots = []
-    for block in row_blocks(out_features, in_features):
+    for block in row_blocks(*before.shape):
         products = before[block].double() * after[block].double()
         dots.append(products.sum(1 if axis == "output" else 0))
     dot = torch.cat(dots) if axis == "output" else torch.stack(dots).sum(0)
@@ -103,5 +98,15 @@ def weight_change(before: Tensor, after: Tensor, axis: Axis = "output") -> Weigh
     cosine = torch.where(length > 0, dot / length.clamp_min(torch.finfo(torch.float64).tiny), torch.zeros_like(dot))
     still = (square_before == 0) & (square_after == 0)
     direction = torch.where(still, torch.zeros_like(cosine), 1 - cosine.clamp(-1, 1))
-    magnitude = (square_after.sqrt() - square_before.sqrt()).abs()
+    return (square_after.sqrt() - square_before.sqrt()).abs(), direction
+
+
+def weight_change(before: Tensor, after: Tensor, axis: Axis = "output") -> WeightChange:
+    """``dM = mean |m_t - m_0|`` and ``dD = mean (1 - cos(V_t, W_0))`` over the rows (DoRA, section 3.2), in float64.
+
+    ``before`` and ``after`` are weights of one shape ``[out, in]``. A row that is zero in both has not changed; one
+    that is zero in only one of them counts as turned by a right angle (cosine 0). Raises ``ValueError`` if the shapes
+    differ.
+    """
+    magnitude, direction = row_changes(before, after, axis)
     return WeightChange(magnitude.mean().item(), direction.mean().item())

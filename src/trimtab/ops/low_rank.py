@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trimtab.ops.decomposition import Axis
+from trimtab.ops.decomposition import Axis, row_blocks
 from trimtab.ops.forms import RANKS_PER_PASS, Work
 
 _BLOCK = 1 << 18  # elements: what a processor's second cache holds in float32
@@ -41,9 +41,7 @@ class LowRank:
             total = torch.addmm(weight, b, a)
             return total if rows is None else total.mul_(rows)
         total = torch.empty_like(weight, memory_format=torch.contiguous_format)
-        step = max(1, _BLOCK // weight.shape[1])
-        for start in range(0, weight.shape[0], step):  # the full digits of a few rows at a time
-            block = slice(start, start + step)
+        for block in row_blocks(weight.shape[0], weight.shape[1], _BLOCK):  # the full digits of a few rows at a time
             full = weight[block].to(work).addmm_(b[block], a)
             total[block] = full if rows is None else full.mul_(rows[block])
         return total

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from trimtab.ops.decomposition import magnitude_over_norm
+
 # Within this distance of 1, ``c - 1`` in half precision is a more exact multiplier than ``c`` itself, and ``y / c``
 # is a safe way back to the product. Magnitudes stay near the norms they start from, so this is the ordinary case.
 _NEAR_ONE = 0.5
@@ -50,10 +52,10 @@ def ratio_of(magnitude: Tensor, norm: Tensor, dtype: torch.dtype) -> Ratio:
     """``m / n`` for ``magnitude [out]`` and ``norm [out]``, to multiply tensors of ``dtype`` with; not
     differentiable."""
     with torch.no_grad():
-        values = magnitude.to(norm.dtype) / norm
         # A look at the values would make an accelerator wait, and a compiler break its graph: there it is not known.
         if norm.device.type == "cpu" and not torch.compiler.is_compiling():
+            values = magnitude.to(norm.dtype) / norm
             excess = values - 1
             if float(torch.linalg.vector_norm(excess, float("inf"))) <= _NEAR_ONE:
                 return Ratio(values, True, excess.to(dtype) if dtype in HALF else None)
-        return Ratio(torch.where(norm > 0, values, 0.0), False, None)
+        return Ratio(magnitude_over_norm(magnitude.to(norm.dtype), norm), False, None)

@@ -67,14 +67,18 @@ class RunFolder:
         """The result of one test set; ``stage`` is ``before`` or ``after``."""
         return self.path / "evaluation" / f"{name}.{stage}.json"
 
-    def latest_checkpoint(self) -> Path | None:
-        """The newest complete checkpoint, or None."""
-        found = [
+    def complete_checkpoints(self) -> list[tuple[int, Path]]:
+        """Step and folder of every complete checkpoint, the earliest first."""
+        return sorted(
             (int(folder.name.rsplit("-", 1)[1]), folder)
             for folder in self.checkpoints.glob("checkpoint-*")
             if folder.name.rsplit("-", 1)[1].isdigit() and (folder / "trainer_state.json").is_file()
-        ]
-        return max(found)[1] if found else None
+        )
+
+    def latest_checkpoint(self) -> Path | None:
+        """The newest complete checkpoint, or None."""
+        found = self.complete_checkpoints()
+        return found[-1][1] if found else None
 
     def read_summary(self) -> dict[str, Any]:
         """The run's summary; empty where there is none yet. Raises RunError if it is damaged."""
