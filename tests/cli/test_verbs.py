@@ -68,6 +68,12 @@ def test_version(cli: Any) -> None:
     assert cli("--version").out == f"trimtab {trimtab.__version__}\n"
 
 
+def test_libraries_keep_their_chatter_to_themselves(make_yaml: Callable[..., Path]) -> None:
+    # torchao and bitsandbytes, which transformers imports where they are installed, tell what kernels they have not.
+    done = subprocess.run([*PROGRAM, "plan", str(make_yaml())], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 # --- finetune
 
 

@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 an error of ours (said in words, without a traceback), 2 w
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import Annotated
 
@@ -31,6 +32,9 @@ app.command("analyze", short_help="How far each weight of a tuned model moved, i
     analyze.command
 )
 
+# transformers imports these where they are installed, needed or not, and they tell what kernels they have not.
+_CHATTY = ("torchao", "bitsandbytes", "torch.utils._pytree")
+
 
 def _version(asked: bool) -> None:
     if asked:
@@ -49,6 +53,8 @@ def _options(
 
 def main() -> None:
     """Run the command line and exit with its code."""
+    for name in _CHATTY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         app()
     except Interrupted as stopped:
