@@ -25,10 +25,11 @@ def test_delta_equals_the_plain_formula(square: Square) -> None:
     formula = plain_formula.square_rotation if square.turn else plain_formula.square_sharing
     want = formula(matrix, shape)
     assert torch.allclose(square.delta(matrix), want, rtol=1e-13, atol=1e-13)
-    product = torch.zeros(4, square.out_features, dtype=torch.float64)
-    x = torch.randn(4, square.in_features, dtype=torch.float64)
-    square.add_product(product, x, (matrix,))
-    assert torch.allclose(product, x @ want.t(), rtol=1e-12, atol=1e-12)
+    for tokens in (1, square.side):  # few tokens are turned themselves, for many M is
+        product = torch.zeros(tokens, square.out_features, dtype=torch.float64)
+        x = torch.randn(tokens, square.in_features, dtype=torch.float64)
+        square.add_product(product, x, (matrix,))
+        assert torch.allclose(product, x @ want.t(), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("square", squares(), ids=str)

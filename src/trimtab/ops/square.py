@@ -157,10 +157,12 @@ class Square:
 
     def add_product(self, product: Tensor, x: Tensor, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         (matrix,) = tensors
-        if not self.turn:
-            product.add_(self.spread(self.compress(x).matmul(matrix.to(x.dtype).t())))
+        if not self.turn or len(x) < self.side:
+            compressed = self.compress(x.to(torch.promote_types(x.dtype, torch.float32)) if self.turn else x)
+            product.add_(self.spread(compressed.to(x.dtype).matmul(matrix.to(x.dtype).t())))
             return ()
-        # M is turned, and not the batch: chunk by chunk, each group's products laid on all the rows that it feeds.
+        # M has fewer rows than the batch, so M is turned: chunk by chunk, each group's products laid on all the rows
+        # that it feeds.
         inner: dict[int, Tensor] = {}
         for columns, group, part in self._low_parts(matrix, x.dtype):
             if group in inner:
