@@ -29,8 +29,9 @@ lint: setup
 types: setup
 	$(BIN)/mypy
 
+# Two processes of one thread each: two of two threads would stand in each other's way.
 test: lint types
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
 clean:
 	rm -rf $(VENV) build dist runs .pytest_cache .mypy_cache .ruff_cache

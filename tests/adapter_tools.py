@@ -59,6 +59,13 @@ OUR_PLANS: dict[str, list[trimtab.Rule]] = {
         trimtab.Rule(match="*.q_proj", method="lora", rank=4),
         trimtab.Rule(match="*.v_proj", method="lora", rank=4, rank_stabilised=True),
     ],
+    "serial": [trimtab.Rule(match=["*.mlp", "*.self_attn"], method="serial", bottleneck=3)],
+    "parallel": [trimtab.Rule(match="*.mlp", method="parallel", bottleneck=3, scale=2, activation="silu")],
+    "blocks-and-lora-inside": [
+        trimtab.Rule(match="all-linear", method="lora", rank=2),
+        trimtab.Rule(match="*.[01]", method="serial", bottleneck=3),
+        trimtab.Rule(match="*.mlp", method="parallel", bottleneck=3),
+    ],
     "everything": [
         trimtab.Rule(match="all-linear", method="lora", rank=2),
         trimtab.Rule(match="*.k_proj", method="dora", rank=2, magnitude_axis="input"),

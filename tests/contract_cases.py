@@ -1,8 +1,8 @@
-"""What the contract suite runs on: every method in several configurations, every kind of base, dtypes and shapes.
+"""What the contract suite runs on: every method in several configurations, every base that it takes, dtypes, shapes.
 
 Both lists are read from the library's folders. A new method file is picked up with its defaults and its switches; a
 method may have more configurations in ``SPECIAL``. A new base file needs one line in ``BUILDERS``: how to make a layer
-of that kind.
+(or a block) of that kind.
 """
 
 from __future__ import annotations
@@ -36,12 +36,34 @@ SPECIAL: dict[str, list[dict[str, Any]]] = {
         {"rank": 2, "form": "sharing", "magnitude": True},
         {"rank": 2, "form": "sharing", "magnitude": True, "magnitude_axis": "input", "dropout": 0.5},
     ],
+    "serial": [{"bottleneck": 4, "activation": name} for name in ("relu", "gelu", "silu")],
+    "parallel": [{"bottleneck": 4, "scale": 0.5, "activation": name} for name in ("relu", "gelu", "silu")],
 }
+# Made of a linear layer, once its weight has its values. None of them knows float64.
+QUANTISED = {"int8", "nf4", "torchao_int8"}
+ALWAYS_BIASED = {"conv1d", *QUANTISED}
+# torchao's own layer multiplies by the scales after the product, all of it rounded to the dtype: in half precision
+# single roundings of the product, the scale, their product and the sum with the bias, of a unit at most each.
+OWN_PRODUCT = {"torchao_int8": 4.0}
+
+
+class Block(nn.Module):
+    """The smallest block: one layer inside."""
+
+    def __init__(self, out_features: int, in_features: int, bias: bool) -> None:
+        super().__init__()
+        self.inner = nn.Linear(in_features, out_features, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
 BUILDERS: dict[str, Callable[[int, int, bool], nn.Module]] = {
     "linear": lambda out_features, in_features, bias: nn.Linear(in_features, out_features, bias=bias),
     "conv1d": lambda out_features, in_features, bias: Conv1D(out_features, in_features),
+    "block": Block,
+    **dict.fromkeys(QUANTISED, lambda out_features, in_features, bias: nn.Linear(in_features, out_features, bias=bias)),
 }
-ALWAYS_BIASED = {"conv1d"}
 # (out, in): more inputs, more outputs, and neither side a multiple of MoRA's k (8 at rank 2 for all three).
 SHAPES = [(12, 20), (24, 9), (13, 17)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -50,6 +72,9 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 def configurations(method: str) -> list[dict[str, Any]]:
     """The options that a method is tried with: a small rank, then one switch more at a time."""
     fields = methods.options_class(method).model_fields
+    if methods.method_class(method).sits_on == "block":
+        small = {"bottleneck": 4}
+        return [small, {**small, "dropout": 0.5}, *SPECIAL.get(method, [])]
     plain: dict[str, Any] = {"rank": 2} if "rank" in fields else {}
     always_on = fields["magnitude"].default is True
     decomposed = plain if always_on else {**plain, "magnitude": True}
@@ -83,6 +108,10 @@ class Case:
         return dict(self.options)
 
     @property
+    def sits_on(self) -> str:
+        return methods.method_class(self.method).sits_on
+
+    @property
     def magnitude(self) -> bool:
         return bool(self.said.get("magnitude", self.method == "dora"))
 
@@ -104,14 +133,17 @@ class Case:
         bias = "" if self.bias else "-nobias"
         return f"{self.method}({options})-{self.base}{bias}-{dtype}-{self.shape[0]}x{self.shape[1]}"
 
-    def bare(self) -> Holder:
-        """The layer alone, random, its weight not touched by any method."""
+    def bare(self, change: Callable[[Tensor], object] | None = None) -> Holder:
+        """The layer alone, random, its weight not touched by any method; but by ``change``, before it is quantised."""
         torch.default_generator.manual_seed(1)
         layer = BUILDERS[self.base](*self.shape, self.bias)
         with torch.no_grad():
             for parameter in layer.parameters():
                 parameter.copy_(torch.randn_like(parameter) / 4)
-        return Holder(layer.to(self.dtype))
+            if change is not None:
+                change(layer.weight.t() if self.base == "conv1d" else layer.weight)
+        layer = layer.to(self.dtype)
+        return Holder(quantise(layer, self.base) if self.base in QUANTISED else layer)
 
     def fresh(self) -> Holder:
         """The layer with an adapter at its start."""
@@ -127,6 +159,13 @@ class Case:
 
     def input(self, *tokens: int) -> Tensor:
         return torch.randn(*(tokens or (7,)), self.shape[1]).to(self.dtype)
+
+
+def quantise(layer: nn.Module, kind: str) -> nn.Module:
+    """A layer of ``kind`` with the weight of a dense one."""
+    dense = bases.find(layer)
+    assert dense is not None
+    return bases.quantise(dense, kind)
 
 
 class Holder(nn.Module):
@@ -155,14 +194,21 @@ def stir(model: nn.Module, size: float = 0.06) -> None:
                 parameter.add_(size * torch.randn_like(parameter))
 
 
+def frozen(module: nn.Module) -> bases.Base:
+    """A handle on the weight in a layer, or in the block around it."""
+    handle = bases.find(module.inner if isinstance(module, Block) else module)
+    assert handle is not None
+    return handle
+
+
 class Reference:
-    """The plain formula in float64 for one adapted layer, on tensors of its own that collect gradients."""
+    """The plain formula in float64 for one adapted layer or block, on tensors of its own that collect gradients."""
 
     def __init__(self, adapted: Adapted, case: Case) -> None:
         self.case = case
-        self.weight = adapted.handle.weight().detach().double()
-        bias = adapted.handle.bias
-        self.bias = None if bias is None else bias.detach().double()
+        handle = frozen(adapted.base)
+        self.weight = handle.weight().detach().double()
+        self.bias = None if handle.bias is None else handle.bias.detach().double()
         # A method that the formulas do not know yet is held against its own plain formula, in float64.
         self.own = None if case.method in plain_formula.KNOWN else copy.deepcopy(adapted.adapter).double()
         if self.own is None:
@@ -185,6 +231,11 @@ class Reference:
         return plain_formula.effective(self.weight + self.update(), self.magnitude, self.case.axis, detach)
 
     def __call__(self, x: Tensor) -> Tensor:
+        if self.case.sits_on == "block":
+            h = plain_formula.product(x.double(), self.weight, self.bias)
+            if self.own is not None:
+                return self.own(x.double(), h)
+            return plain_formula.block(self.case.method, self.case.said, self.tensors, x.double(), h)
         return plain_formula.product(x.double(), self.effective(), self.bias)
 
 
@@ -194,16 +245,18 @@ def cases(
     *,
     magnitude: bool | None = None,
     dropout: bool | None = None,
+    sits_on: str | None = None,
 ) -> list[Case]:
-    """Every configuration of every method on every kind of base, with and without bias; ``magnitude`` and ``dropout``
-    pick those that have one (or not). Without ``shapes`` they take turns: every configuration meets every shape in
-    every dtype."""
-    layers = [(base, bias) for base in bases.names() for bias in ((True,) if base in ALWAYS_BIASED else (True, False))]
+    """Every configuration of every method on every base of its kind, with and without bias; ``magnitude``, ``dropout``
+    and ``sits_on`` pick those that have one (or not) and those on one kind of base. Without ``shapes`` they take turns:
+    every configuration meets every shape in every dtype, and dtypes take turns as well on the quantised kinds."""
     found: list[Case] = []
-    for method in methods.names():
-        for options in configurations(method):
+    for method in methods.names(sits_on):
+        known = bases.names(methods.method_class(method).sits_on)
+        layers = [(base, bias) for base in known for bias in ((True,) if base in ALWAYS_BIASED else (True, False))]
+        for number, options in enumerate(configurations(method)):
             for place, (base, bias) in enumerate(layers):
-                for turn, dtype in enumerate(dtypes, place):
+                for turn, dtype in enumerate(_dtypes(base, dtypes, number + place), place):
                     for shape in shapes or [SHAPES[turn % len(SHAPES)]]:
                         found.append(Case(method, tuple(options.items()), base, bias, dtype, shape))
     return [
@@ -211,6 +264,14 @@ def cases(
         for case in found
         if magnitude in (None, case.magnitude) and dropout in (None, bool(case.said.get("dropout")))
     ]
+
+
+def _dtypes(base: str, dtypes: list[torch.dtype], turn: int) -> list[torch.dtype]:
+    """All of ``dtypes`` for a dense base, one of them in turn for a quantised one; the latter know no float64."""
+    if base not in QUANTISED:
+        return dtypes
+    known = [dtype for dtype in dtypes if dtype != torch.float64]
+    return known[turn % len(known) :][:1] if known else []
 
 
 def assert_close(got: Tensor, want: Tensor, tolerance: float, what: str = "") -> None:
@@ -234,4 +295,9 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
     assert first.keys() == second.keys()
     for name, value in first.items():
-        assert torch.equal(value, second[name]), name
+        assert torch.equal(plain(value), plain(second[name])), name
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """``tensor`` itself, or the numbers that one of a class of its own (torchao's) holds."""
+    return getattr(tensor, "qdata", tensor)

@@ -1,7 +1,8 @@
 """The formulas once more, in float64 and in plain steps: what the tests hold the library against.
 
-Written from the papers' formulas (LoRA 2106.09685, rsLoRA 2312.03732, DoRA 2402.09353, MoRA 2405.12130) and not from
-the library, of which nothing is imported here. Slow on purpose: rows one by one, rotations as whole matrices.
+Written from the papers' formulas (LoRA 2106.09685, rsLoRA 2312.03732, DoRA 2402.09353, MoRA 2405.12130, the adapter
+blocks 1902.00751 and 2110.04366) and not from the library, of which nothing is imported here. Slow on purpose: rows
+one by one, rotations as whole matrices.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-KNOWN = ("lora", "dora", "mora", "full")
+KNOWN = ("lora", "dora", "mora", "full", "serial", "parallel")
 
 
 def low_rank(a: Tensor, b: Tensor, options: Mapping[str, Any]) -> Tensor:
@@ -100,3 +101,25 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``x W^T + bias``, all float64."""
     y = x @ weight.t()
     return y if bias is None else y + bias
+
+
+def activation(kind: str, z: Tensor) -> Tensor:
+    """max(z, 0), z times the normal distribution function, or z times the logistic function."""
+    if kind == "relu":
+        return z * (z > 0)
+    return z * (0.5 * (1 + torch.erf(z / math.sqrt(2))) if kind == "gelu" else 1 / (1 + torch.exp(-z)))
+
+
+def bottleneck(kind: str, tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """``up act(down x + down_bias) + up_bias``, all float64."""
+    narrow = x @ tensors["down"].t() + tensors["down_bias"]
+    return activation(kind, narrow) @ tensors["up"].t() + tensors["up_bias"]
+
+
+def block(method: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor], x: Tensor, h: Tensor) -> Tensor:
+    """What an adapter block makes of the output ``h`` of a block with the input ``x``, all float64."""
+    if method == "serial":
+        return h + bottleneck(options.get("activation", "gelu"), tensors, h)
+    if method == "parallel":
+        return h + options.get("scale", 4.0) * bottleneck(options.get("activation", "relu"), tensors, x)
+    raise KeyError(method)

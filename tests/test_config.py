@@ -172,7 +172,7 @@ def test_a_wrong_override_is_told_as_one(tmp_path: Path, override: str, message:
         ("train: 3", "train: expected a mapping, got 3."),
         ("train: null", "train: expected a mapping, got null."),
         ("train: {epochs: true}", "train.epochs: expected a number, got true."),
-        ("train: {epochs: 0}", "train.epochs: expected more than 0, got 0."),
+        ("train: {epochs: -1}", "train.epochs: expected at least 0, got -1."),
         ("train: {learning_rate: .nan}", "train.learning_rate: expected a finite number, got NaN."),
         ("train: {max_steps: '3'}", 'train.max_steps: expected a whole number, got "3".'),
         ("train: {batch_size: 1.5}", "train.batch_size: expected a whole number, got 1.5."),
@@ -262,7 +262,7 @@ def test_text_that_yaml_takes_for_a_number(tmp_path: Path) -> None:
 
 
 def test_every_problem_is_listed(tmp_path: Path) -> None:
-    lines = refused(tmp_path, "model: {}\ndata: {tran: x}\ntrain: {seed: -1}", "train.epochs=0")
+    lines = refused(tmp_path, "model: {}\ndata: {tran: x}\ntrain: {seed: -1}", "train.epochs=-1")
     assert [line.split(" ", 3)[:3] for line in lines] == [
         ["run.yaml:", "model.name:", "missing."],
         ["run.yaml:", "data.train:", "missing."],

@@ -18,7 +18,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -35,6 +35,8 @@ from trimtab.errors import ConfigError, did_you_mean, nearest
 from trimtab.yaml_text import parse_override, parse_yaml, set_dotted, show, write_yaml
 
 DEFAULT_PLAN = ({"match": "all-linear", "layers": "all", "method": "dora", "rank": 16, "alpha": 32},)
+
+Schema = TypeVar("Schema", bound=BaseModel)
 
 _DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 _HUB_DATA = re.compile(r"\w[\w.-]*/[\w.-]+(/[\w.-]+)?(:.+)?")  # owner/name/config:split
@@ -120,11 +122,13 @@ def _rule(rule: dict[str, Any]) -> dict[str, Any]:
     return rule
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """Part of a configuration: fixed once made, and strict."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """The pretrained model."""
 
     name: str = Field(
@@ -144,11 +148,17 @@ class ModelConfig(_Section):
     )
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """The rows. Paths are relative to the YAML's folder; on the command line, to the working directory."""
 
     train: Annotated[tuple[str, ...], BeforeValidator(_paths)] = Field(
         description="Rows to train on: one or more files (jsonl, json, csv, tsv, parquet) or hub ids (owner/name)."
+    )
+    train_limit: int | None = Field(
+        None,
+        ge=1,
+        description="Only so many of these rows, validation rows split off them included: the same ones in every run, "
+        "drawn evenly over files, and over answers where they are a closed set. null: all of them.",
     )
     validation: Annotated[float | tuple[str, ...] | None, BeforeValidator(_validation)] = Field(
         0.1,
@@ -173,10 +183,12 @@ class DataConfig(_Section):
     )
 
 
-class TrainConfig(_Section):
+class TrainConfig(Section):
     """How to train."""
 
-    epochs: float = Field(3.0, gt=0, description="Passes over the training rows.")
+    epochs: float = Field(
+        3.0, ge=0, description="Passes over the training rows; 0: nothing is trained, the model is measured as it is."
+    )
     max_steps: int | None = Field(None, ge=1, description="Stop after so many steps, whatever epochs says.")
     batch_size: int = Field(16, ge=1, description="Rows in one forward pass. Higher: faster, more memory.")
     gradient_accumulation: int = Field(
@@ -234,7 +246,7 @@ class TrainConfig(_Section):
     tensorboard: bool = Field(False, description="Write TensorBoard events, too.")
 
 
-class EvaluationConfig(_Section):
+class EvaluationConfig(Section):
     """How the test rows are evaluated."""
 
     before: bool = Field(True, description="Evaluate the untuned model, too.")
@@ -259,11 +271,17 @@ def _path(value: object) -> Path:
     raise ValueError("expected a path")
 
 
-class RunConfig(_Section):
+class RunConfig(Section):
     """Everything that decides a run."""
 
     model: Annotated[ModelConfig, BeforeValidator(_named)] = Field(
         description="The pretrained model: its name, or a mapping."
+    )
+    quantisation: Literal["none", "int8", "nf4"] = Field(
+        "none",
+        description="What becomes of the frozen linear layers while the model is loaded. int8: half of bfloat16's "
+        "memory; nf4: about a quarter of it (4 bits a weight, doubly quantised scales). The output head and the "
+        "embedding stay as they are. Needs bitsandbytes.",
     )
     data: DataConfig = Field(description="The rows.")
     plan: Annotated[tuple[Annotated[dict[str, Any], AfterValidator(_rule)], ...], BeforeValidator(_rules)] = Field(
@@ -295,6 +313,42 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
             for each problem.
     """
     file = Path(path)
+    raw = read_mapping(file)
+    raw.setdefault("output", f"runs/{file.stem}")
+    return build_config(raw, file.parent, str(file), overrides)
+
+
+def build_config(
+    raw: dict[str, Any], root: Path, place: str, overrides: Sequence[str] = (), within: str = ""
+) -> RunConfig:
+    """A run's configuration from what its YAML says, ``raw`` (which is changed), with ``overrides`` applied in order.
+
+    Args:
+        root: the folder that the paths in ``raw`` are relative to.
+        place: where ``raw`` comes from, for errors.
+        overrides: ``key.sub=value``; their paths are relative to the working directory.
+        within: what goes before a key in errors, such as ``base.``.
+
+    Raises:
+        ConfigError: a key is unknown, or a value is not what it should be. One line for each problem.
+    """
+    spell_out(raw)
+    raw.setdefault("plan", deepcopy(list(DEFAULT_PLAN)))
+    _resolve_paths(raw, root)
+    overridden = [override(raw, text) for text in overrides]
+    return validated(RunConfig, raw, place, overridden, within)
+
+
+def spell_out(raw: dict[str, Any]) -> None:
+    """Write the short forms in ``raw`` out, so that overrides can reach into them."""
+    if isinstance(raw.get("model"), str):
+        raw["model"] = {"name": raw["model"]}
+    if isinstance(data := raw.get("data"), dict) and isinstance(data.get("train"), str):
+        data["train"] = [data["train"]]
+
+
+def read_mapping(file: Path, keys: str = "'model:' and 'data:'") -> dict[str, Any]:
+    """What a YAML file says. Raises ConfigError if it is missing, not YAML, or something other than ``keys``."""
     if not file.is_file():
         others = [other.name for other in file.parent.glob("*.y*ml")] if file.parent.is_dir() else []
         raise ConfigError(f"{file}: no such file.{did_you_mean(file.name, others)}")
@@ -303,27 +357,24 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{file}: expected text in UTF-8 ({error})") from error
     if not isinstance(raw, dict):
-        raise ConfigError(f"{file}: expected keys such as 'model:' and 'data:', got {show(raw)}")
-    # Written out, so that overrides can reach into them.
-    if isinstance(raw.get("model"), str):
-        raw["model"] = {"name": raw["model"]}
-    if isinstance(data := raw.get("data"), dict) and isinstance(data.get("train"), str):
-        data["train"] = [data["train"]]
-    raw.setdefault("plan", deepcopy(list(DEFAULT_PLAN)))
-    raw.setdefault("output", f"runs/{file.stem}")
-    _resolve_paths(raw, file.parent)
-    overridden = [_override(raw, text) for text in overrides]
+        raise ConfigError(f"{file}: expected keys such as {keys}, got {show(raw)}")
+    return raw
 
+
+def validated(
+    schema: type[Schema], raw: dict[str, Any], place: str, overridden: Sequence[tuple[str, ...]], within: str = ""
+) -> Schema:
+    """``raw`` as a ``schema``. Raises ConfigError with a line for each problem; ``overridden`` are the keys that the
+    command line set."""
     try:
-        return RunConfig.model_validate(raw)
+        return schema.model_validate(raw)
     except ValidationError as error:
         lines = []
         for problem in error.errors():
             keys = tuple(str(key) for key in problem["loc"])
             # The problem may be within what was set, or, for an unknown section, above it.
             is_ours = any(keys and keys[: len(key)] == key[: len(keys)] for key in overridden)
-            place = "command line" if is_ours else str(file)
-            lines.append(f"{place}: {explain(RunConfig, keys, problem)}")
+            lines.append(f"{'command line' if is_ours else place}: {within}{explain(schema, keys, problem)}")
         raise ConfigError("\n".join(lines)) from None
 
 
@@ -332,8 +383,8 @@ def to_yaml(config: RunConfig) -> str:
     return write_yaml(config.model_dump(mode="json"))
 
 
-def _override(raw: dict[str, Any], text: str) -> tuple[str, ...]:
-    """Set one ``key.sub=value`` in ``raw``; gives the key's parts."""
+def override(raw: dict[str, Any], text: str) -> tuple[str, ...]:
+    """Set one ``key.sub=value`` in ``raw``, a path in it relative to the working directory; gives the key's parts."""
     keys, value = parse_override(text)
     wrapped: dict[str, Any] = {keys[-1]: value}
     for key in reversed(keys[:-1]):

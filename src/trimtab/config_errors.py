@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel
 
@@ -52,16 +52,24 @@ def explain(schema: type[BaseModel], keys: tuple[str, ...], problem: Any) -> str
 
 def _section(schema: type[BaseModel], keys: tuple[str, ...]) -> type[BaseModel]:
     for key in keys:
-        schema = schema.model_fields[key].annotation  # type: ignore[assignment]
+        found = _model(schema.model_fields[key].annotation)
+        assert found is not None
+        schema = found
     return schema
+
+
+def _model(annotation: Any) -> type[BaseModel] | None:
+    """The model of a field, also of one that may be null; None for a plain value."""
+    models = (kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type))
+    return next((kind for kind in models if issubclass(kind, BaseModel)), None)
 
 
 def _sections(schema: type[BaseModel]) -> dict[str, list[str]]:
     """Dotted name of each section ("" for the whole) -> its keys."""
     found = {"": list(schema.model_fields)}
     for name, field in schema.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            found[name] = list(field.annotation.model_fields)
+        if (model := _model(field.annotation)) is not None:
+            found[name] = list(model.model_fields)
     return found
 
 

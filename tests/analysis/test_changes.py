@@ -61,6 +61,7 @@ def test_an_adapter_moves_what_its_effective_weights_say(model_folder: Path, tmp
         change = trimtab.weight_change(old, new)
         assert one.delta_magnitude == pytest.approx(change.delta_magnitude, rel=1e-5)
         assert one.delta_direction == pytest.approx(change.delta_direction, rel=1e-4)
+        assert one.norm == pytest.approx(float(old.norm(dim=1).square().mean().sqrt()), rel=1e-5)
         update = new.double() - old.double()
         assert one.relative == pytest.approx(float(update.norm() / old.double().norm()), rel=1e-5)
         want = torch.linalg.svdvals(update)[:16]
@@ -149,6 +150,24 @@ def test_wrong_folders_are_named(model_folder: Path, tmp_path: Path) -> None:
         found(model_folder, model_folder, match="*.z_proj")
 
 
+def test_adapters_on_blocks_are_left_out_and_named(model_folder: Path, tmp_path: Path) -> None:
+    model = load(model_folder)
+    blocks = trimtab.Rule(match="*.mlp", method="serial", bottleneck=2)
+    trimtab.attach(model, trimtab.Plan([blocks, trimtab.Rule(match="*.down_proj", method="lora", rank=2)]))
+    trimtab.save_adapter(model, tmp_path / "both")
+    notes: list[str] = []
+    changes = found(model_folder, tmp_path / "both", note=notes.append)
+    assert [one.module for one in changes] == [f"model.layers.{block}.mlp.down_proj" for block in (0, 1)]
+    (note,) = notes
+    assert "2 adapters on blocks, such as model.layers.0.mlp, change no weight and are left out" in note
+
+    trimtab.detach(model)
+    trimtab.attach(model, blocks)
+    trimtab.save_adapter(model, tmp_path / "blocks")
+    with pytest.raises(ModelError, match=r"all of its 2 adapters \(serial\) sit on blocks and change no weight"):
+        found(model_folder, tmp_path / "blocks")
+
+
 def test_a_larger_model_of_the_same_names_is_refused(model_folder: Path, tmp_path: Path) -> None:
     model = load(model_folder)
     model.model.layers[0].mlp.up_proj = torch.nn.Linear(32, 49, bias=False)
@@ -170,7 +189,7 @@ def test_correlation_by_hand() -> None:
     def change(magnitude: float, direction: float) -> Change:
         extreme = Extreme(0, 0.0)
         return Change(
-            "t", "s", 1, "lora", "m", "q", 0, magnitude, direction, 0.1, extreme, extreme, None, ()
+            "t", "s", 1, "lora", "m", "q", 0, 1.0, magnitude, direction, 0.1, extreme, extreme, None, ()
         )  # fmt: skip
 
     assert correlation([change(1, 2), change(2, 4), change(3, 6)]) == pytest.approx(1)

@@ -17,16 +17,16 @@ import torch
 
 import plain_formula
 import trimtab
-from contract_cases import SHAPES, Case, Holder, Reference, assert_close, assert_same, cases, gradients, stir
+from contract_cases import SHAPES, Case, Holder, Reference, assert_close, assert_same, cases, frozen, gradients, stir
 from trimtab.ops.dropout import dropout
 
 EPS = torch.finfo(torch.float32).eps
 FULL = cases([torch.float32], SHAPES[2:])
 HALF = cases([torch.bfloat16], SHAPES[2:], dropout=False)
 # Every configuration on one kind of base is enough for what only autograd and Python can get wrong.
-ONE_BASE = [case for case in FULL if case.base == "linear" and case.bias]
+ONE_BASE = [case for case in FULL if case.base in ("linear", "block") and case.bias]
 DECOMPOSED = [case for case in ONE_BASE if case.magnitude]
-DROPPED = cases([torch.float32], SHAPES[:2], dropout=True)
+DROPPED = cases([torch.float32], SHAPES[:2], dropout=True, sits_on="weight")
 
 
 # Modes -------------------------------------------------------------------------------------------------------------
@@ -148,11 +148,13 @@ def test_a_copy_is_whole_and_its_own(case: Case, duplicate: Callable[[Holder], H
         assert torch.equal(other(x), before)
         stir(other)
         assert not torch.equal(other(x), before)
-        other.adapted.base.weight.zero_()
-        other.adapted.base.weight += 1
+        frozen(other.adapted.base).write(torch.ones(case.shape))
     assert torch.equal(model(x), before)
     trimtab.detach(other)
-    assert bool((other.layer.weight == 1).all()), "the copy reads and gives back its own base"
+    # torchao stores 1 as 127 steps of 1 / 127.5.
+    assert_close(
+        frozen(other.layer).weight(), torch.ones(case.shape), 1 / 127, "the copy reads and gives back its own base"
+    )
 
 
 @pytest.mark.parametrize("case", FULL + HALF, ids=str)
@@ -164,7 +166,8 @@ def test_state_dict_round_trip(case: Case) -> None:
     file = io.BytesIO()
     torch.save(model.state_dict(), file)
     file.seek(0)
-    other.load_state_dict(torch.load(file, weights_only=True))
+    # bitsandbytes' 4-bit layer writes what it does not read again: more about its weight, which is there already.
+    other.load_state_dict(torch.load(file, weights_only=True), strict=case.base != "nf4")
     with torch.no_grad():
         assert torch.equal(other(x), model(x))
 

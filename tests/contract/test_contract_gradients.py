@@ -18,7 +18,7 @@ from trimtab import methods
 EPS = torch.finfo(torch.float32).eps
 FULL = cases([torch.float32], SHAPES[2:])
 # Every configuration on one kind of base is enough for what only autograd and Python can get wrong.
-ONE_BASE = [case for case in FULL if case.base == "linear" and case.bias]
+ONE_BASE = [case for case in FULL if case.base in ("linear", "block") and case.bias]
 DECOMPOSED = [case for case in ONE_BASE if case.magnitude]
 
 
@@ -99,12 +99,13 @@ def test_autocast(case: Case) -> None:
     upstream = torch.randn(len(x), case.shape[0]).bfloat16()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = model(x)
-        weight = trimtab.effective_weight(model, "layer")
+        weight = trimtab.effective_weight(model, "layer") if case.sits_on == "weight" else None
     assert output.dtype == torch.bfloat16
-    assert weight.dtype == torch.float32
     expected = plain(x)
     assert_close(output, expected, 2 * eps)
-    assert_close(weight, plain.effective().detach(), 2 * EPS, "what is merged keeps its digits")
+    if weight is not None:
+        assert weight.dtype == torch.float32
+        assert_close(weight, plain.effective().detach(), 2 * EPS, "what is merged keeps its digits")
     output.backward(upstream)
     expected.backward(upstream.double())
     for name, value in gradients(model).items():
@@ -126,8 +127,10 @@ def test_autocast_leaves_float64_alone(method: str) -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 def test_torch_compile(training: bool) -> None:
-    """Every method with a magnitude, traced by the compiler in one graph: the same outputs and gradients."""
-    first = {case.method: case for case in reversed(DECOMPOSED)}
+    """Every method, with a magnitude where it can have one, traced by the compiler in one graph: the same outputs and
+    gradients."""
+    blocks = [case for case in ONE_BASE if case.sits_on == "block"]
+    first = {case.method: case for case in reversed(DECOMPOSED + blocks)}
     models = [case.trained().train(training) for case in first.values()]
     x = DECOMPOSED[0].input().requires_grad_()
 

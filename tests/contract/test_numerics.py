@@ -43,17 +43,17 @@ def compare(model: Holder, case: Case, tolerance: float, x: Tensor, upstream: Te
 
 def holed(case: Case, everything: bool = False) -> tuple[Holder, list[int], trimtab.AttachReport]:
     """A layer in which some rows (or columns, for magnitudes per input) are zero, freshly attached."""
-    model = case.bare()
     holes = [0, 4, 5]
-    with torch.no_grad():
-        stored = model.layer.weight  # [out, in], and transposed in a Conv1D
-        dense = stored.t() if case.base == "conv1d" else stored
+
+    def dig(weight: Tensor) -> None:
         if everything:
-            dense.zero_()
+            weight.zero_()
         elif case.axis == "output":
-            dense[holes] = 0
+            weight[holes] = 0
         else:
-            dense[:, holes] = 0
+            weight[:, holes] = 0
+
+    model = case.bare(dig)
     report = trimtab.attach(model, trimtab.Rule(match="layer", method=case.method, **case.said))
     return model, holes, report
 
@@ -189,7 +189,7 @@ def test_a_bias_larger_than_the_product(dtype: torch.dtype, size: float) -> None
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("method", methods.names())
+@pytest.mark.parametrize("method", methods.names("weight"))
 def test_an_activation_in_place(method: str, bias: bool, dtype: torch.dtype) -> None:
     """Where the magnitude's gradient is read off the output, changing that output is refused with advice; with
     ``keep_product`` it is right. It is never silently wrong."""
@@ -359,7 +359,7 @@ def test_a_model_cast_after_attaching(base: str, dtype: torch.dtype, options: di
     )
 
 
-@pytest.mark.parametrize("method", methods.names())
+@pytest.mark.parametrize("method", methods.names("weight"))
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_adapters_in_half_precision(method: str, dtype: str) -> None:
     """``dtype`` stores the trained tensors in half precision; the effective weight is still computed in full digits

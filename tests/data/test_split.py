@@ -1,4 +1,4 @@
-"""Validation rows split off the training rows."""
+"""Rows drawn from the training rows, and validation rows split off them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from trimtab.data.rows import Example
-from trimtab.data.split import split_off
+from trimtab.data.split import draw, split_off
 from trimtab.errors import DataError
 
 
@@ -54,3 +54,20 @@ def test_the_seed_decides() -> None:
 def test_a_part_without_rows_is_refused(count: int, fraction: float) -> None:
     with pytest.raises(DataError, match=rf"data\.validation: {fraction} of {count} rows leaves . to train on and"):
         split_off(examples("a", *["x"] * count), fraction, 0, None)
+
+
+def test_fewer_rows_are_mixed_as_all_are() -> None:
+    rows = examples("a", *(["yes"] * 60 + ["no"] * 20)) + examples("b", *(["yes"] * 10 + ["no"] * 30))
+    drawn = draw(rows, 12, 0, ["no", "yes"])
+    assert Counter((row.source, row.answer) for row in drawn) == {
+        ("a", "yes"): 6,
+        ("a", "no"): 2,
+        ("b", "yes"): 1,
+        ("b", "no"): 3,
+    }
+    places = [rows.index(row) for row in drawn]
+    assert places == sorted(places)
+    assert draw(rows, 12, 0, ["no", "yes"]) == drawn != draw(rows, 12, 1, ["no", "yes"])
+    for count in (1, 7, 119):  # exactly so many, whatever the groups
+        assert len(draw(rows, count, 0, ["no", "yes"])) == count
+    assert draw(rows, 120, 0, None) == draw(rows, 5000, 0, None) == rows

@@ -105,8 +105,8 @@ def test_batch_size_changes_nothing(make: Any, dtype: torch.dtype, tokenizer: An
 class Noisy(Head):
     """Scores in a batch are off by up to 0.3 nats, as rounding in bfloat16 makes them; alone they are right."""
 
-    def log_probabilities(self, input_ids: Tensor, positions: Tensor, tokens: Tensor) -> Tensor:
-        found = super().log_probabilities(input_ids, positions, tokens)
+    def log_probabilities(self, input_ids: Tensor, positions: Tensor, tokens: Tensor, past: Any = None) -> Tensor:
+        found = super().log_probabilities(input_ids, positions, tokens, past)
         if input_ids.shape[0] == 1:
             return found
         noise = torch.Generator().manual_seed(input_ids.shape[0])
@@ -128,6 +128,57 @@ def test_near_ties_are_decided_alone(monkeypatch: pytest.MonkeyPatch, tokenizer:
     for found, batch, alone in zip(settled.scores, noisy.scores, exact.scores, strict=True):
         best, second = sorted(batch)[:-3:-1]
         assert found == (alone if best - second < 0.625 else batch)
+
+
+TAGS = [f"{who} {what}" for who in ("profit", "sales", "shop", "firm") for what in ("of a third", "rose", "fell")]
+
+
+@pytest.mark.parametrize("make", [llama, gpt2, gemma2])
+@pytest.mark.parametrize("batch_size", [1, 5, 64])
+def test_many_choices_share_one_pass_of_the_prompt(make: Any, batch_size: int, tokenizer: Any, questions: Make) -> None:
+    model, rows = make(), questions(TAGS, 5)
+    found = score_choices(Head(model), tokenizer, rows, TAGS, batch_size=batch_size)
+    check(found, model, tokenizer, rows, TAGS, end=False)
+
+
+def test_the_prompt_is_run_once_for_many_choices(tokenizer: Any, questions: Make) -> None:
+    model, row = llama(), questions(TAGS, 1)
+    head, seen = Head(model), [0]
+
+    def count(_: Any, inputs: Any, output: Any) -> None:
+        seen[0] += inputs[0].numel()
+
+    model.model.embed_tokens.register_forward_hook(count)
+    score_choices(head, tokenizer, row, TAGS, batch_size=64)
+    prompt = len(tokenizer(row[0].prompt)["input_ids"])
+    answers = [len(tokenizer(" " + tag)["input_ids"]) for tag in TAGS]
+    # Each answer is run on with the prompt's last token, and padded to the longest.
+    assert seen[0] <= prompt + len(TAGS) * (1 + max(answers))
+
+
+def test_a_model_without_keys_and_values_reads_many_choices_whole(
+    monkeypatch: pytest.MonkeyPatch, tokenizer: Any, questions: Make
+) -> None:
+    monkeypatch.setattr(Head, "remember", lambda self, ids: None)
+    model, rows = llama(), questions(TAGS, 3)
+    check(score_choices(Head(model), tokenizer, rows, TAGS), model, tokenizer, rows, TAGS, end=False)
+
+
+def test_rows_in_blocks_are_scored_as_all_at_once(
+    monkeypatch: pytest.MonkeyPatch, tokenizer: Any, questions: Make
+) -> None:
+    choices, steps = ["a good one", "bad", "plain"], []
+    head, rows = Head(llama()), questions(choices, 20)
+    whole = score_choices(head, tokenizer, rows, choices)
+    monkeypatch.setattr(module, "BLOCK", 600)
+    found = score_choices(head, tokenizer, rows, choices, progress=lambda done, of: steps.append((done, of)))
+    assert len(steps) > 5
+    assert steps == sorted(steps)
+    assert steps[-1] == (20, 20)
+    assert found.best() == whole.best()
+    assert (found.loss, found.tokens) == (pytest.approx(whole.loss, rel=1e-5), whole.tokens)
+    for one, other in zip(found.scores, whole.scores, strict=True):
+        assert one == pytest.approx(other, abs=1e-4)
 
 
 def test_equal_scores_go_to_the_first(tokenizer: Any) -> None:

@@ -116,6 +116,32 @@ def test_the_wrong_model(plan: str, changes: dict[str, Any], says: str, tiny_lla
     assert_unchanged(model, before)
 
 
+@pytest.mark.parametrize(
+    ("match", "changes", "says"),
+    [
+        ("*.mlp", {"num_hidden_layers": 1}, r"not in this one, such as model\.layers\.1\.mlp\."),
+        ("*.mlp", {"hidden_size": 32}, r"mlp\.(down|up).*expected \[.*\], got \["),
+    ],
+)
+def test_blocks_of_the_wrong_model(
+    match: str, changes: dict[str, Any], says: str, tiny_llama: Make, tmp_path: Path
+) -> None:
+    trimtab.save_adapter(trained(tiny_llama(), Rule(match=match, method="serial", bottleneck=2)), tmp_path)
+    model = tiny_llama(**changes)
+    before = state_of(model)
+    with pytest.raises(AdapterError, match=says):
+        trimtab.load_adapter(model, tmp_path)
+    assert_unchanged(model, before)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_an_adapter_of_a_block_on_a_layer(tmp_path: Path) -> None:
+    blocks, layers = nn.ModuleDict({"a": nn.Sequential(nn.Linear(4, 4))}), nn.ModuleDict({"a": nn.Linear(4, 4)})
+    trimtab.save_adapter(trained(blocks, Rule(match="a", method="serial", bottleneck=2)), tmp_path)
+    with pytest.raises(AdapterError, match=r"1 of the adapter's modules are no blocks .* such as a, a Linear\."):
+        trimtab.load_adapter(layers, tmp_path)
+
+
 def test_a_smaller_matrix_than_the_rank(tiny_llama: Make, tmp_path: Path) -> None:
     trimtab.save_adapter(trained(tiny_llama(), Rule(match="*.v_proj", method="lora", rank=8)), tmp_path)
     model = tiny_llama(num_attention_heads=4)  # v_proj: 4 x 16

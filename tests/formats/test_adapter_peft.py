@@ -262,7 +262,7 @@ def test_a_switch_that_does_not_fit_the_tensors(
         ({"q": 5, "": 5}, set()),
         ({"k_proj": 5}, set()),
     ],
-    ids=str,
+    ids=lambda value: str(sorted(value)) if isinstance(value, set) else str(value),
 )
 def test_which_modules_a_pattern_means(
     pattern: dict[str, Any], matched: set[str], saved: tuple[nn.Module, Path], tiny_llama: Make

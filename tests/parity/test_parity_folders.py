@@ -107,6 +107,21 @@ def test_peft_adapts_exactly_our_modules(plan: str, tiny_llama: Make, tmp_path: 
     assert torch.allclose(run(theirs), run(model), **CLOSE)
 
 
+@pytest.mark.parametrize(
+    "rules",
+    [
+        [Rule(match="*.mlp", method="serial", bottleneck=2)],
+        [Rule(match="*.mlp", method="parallel", bottleneck=2), Rule(match="*.q_proj", method="lora", rank=2)],
+    ],
+    ids=["alone", "beside LoRA"],
+)
+def test_peft_refuses_adapter_blocks(rules: list[Rule], tiny_llama: Make, tmp_path: Path) -> None:
+    base = tiny_llama()
+    trimtab.save_adapter(trained(copy.deepcopy(base), *rules), tmp_path)
+    with pytest.raises(ValueError, match=r"adapter_config\.json"):
+        PeftModel.from_pretrained(base, tmp_path)
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 def test_peft_has_nothing_to_say(transposed: bool, tiny_llama: Make, tiny_gpt2: Make, tmp_path: Path) -> None:
     """Not of keys that it does not know, nor of weights that are stored the other way round."""

@@ -18,7 +18,8 @@ PLANS = {
     "lora": [trimtab.Rule(match="*", method="lora", rank=2)],
     "dora": [trimtab.Rule(match="*", method="dora", rank=2)],
     "mora with magnitude": [trimtab.Rule(match="*", method="mora", rank=2, magnitude=True)],
-    "a mix": [trimtab.Rule(match="*", method="dora", rank=2), trimtab.Rule(match="2", method="mora", rank=2)],
+    "a mix": [trimtab.Rule(match="*", method="dora", rank=2), trimtab.Rule(match="1", method="mora", rank=2)],
+    "blocks": [trimtab.Rule(match="*", method="lora", rank=2), trimtab.Rule(match="0", method="serial", bottleneck=3)],
 }
 
 
@@ -33,7 +34,7 @@ def group() -> Iterator[None]:
 @pytest.fixture(params=PLANS, ids=str)
 def model(request: pytest.FixtureRequest) -> nn.Module:
     torch.manual_seed(0)
-    layers = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 8))
+    layers = nn.Sequential(nn.Sequential(nn.Linear(12, 16), nn.Tanh()), nn.Linear(16, 8))
     trimtab.attach(layers, trimtab.Plan(PLANS[request.param]))
     with torch.no_grad():
         for parameter in trimtab.trainable_parameters(layers).values():
@@ -64,10 +65,10 @@ def test_data_parallel_training_is_the_same(model: nn.Module) -> None:
 
 
 def test_fully_sharded_training_is_the_same(model: nn.Module) -> None:
-    """Each layer gathered before its call and sharded again after it, as FSDP2's hooks do."""
+    """Each part gathered before its call and sharded again after it, as FSDP2's hooks do."""
     plain = copy.deepcopy(model)
-    for layer in (model[0], model[2]):  # type: ignore[index]
-        fully_shard(layer, mesh=dist.device_mesh.init_device_mesh("cpu", (1,)))
+    for part in (model[0], model[1]):  # type: ignore[index]
+        fully_shard(part, mesh=dist.device_mesh.init_device_mesh("cpu", (1,)))
     fully_shard(model, mesh=dist.device_mesh.init_device_mesh("cpu", (1,)))
     assert steps(model) == steps(plain)
     for name, parameter in model.named_parameters():

@@ -82,6 +82,9 @@ def test_blocks_are_the_repeated_ones_that_hold_adapters() -> None:
     assert blocks_of(model) == []
     trimtab.attach(model, trimtab.Rule(match="*.q_proj", layers="0", method="lora", rank=2))
     assert blocks_of(model) == list(model.model.layers)
+    trimtab.detach(model)
+    trimtab.attach(model, trimtab.Rule(match="model.layers.*", layers="0", method="serial", bottleneck=2))
+    assert blocks_of(model) == list(model.model.layers), "an adapter around one of them does not hide the others"
     plain = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
     trimtab.attach(plain, trimtab.Rule(match="0", method="lora", rank=2))
     assert blocks_of(plain) == []

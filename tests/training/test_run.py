@@ -16,6 +16,7 @@ from trimtab.config import load_config
 from trimtab.errors import ConfigError, DataError, ModelError, RunError
 from trimtab.evaluation.logits import Head
 from trimtab.files import read_json, read_jsonl
+from trimtab.training.inputs import read_inputs
 from trimtab.training.loading import load_run
 from trimtab.training.measuring import measure
 from trimtab.training.run import finetune
@@ -115,6 +116,22 @@ def test_validation_from_a_file(make_config: Callable[..., Any], tmp_path: Path)
     folder = finetune(make_config(data={"validation": str(held)}))
     summary = folder.read_summary()
     assert (summary["train_rows"], summary["validation_rows"], summary["best_step"]) == (24, 7, 6)
+
+
+def test_fewer_rows_are_the_same_ones_whatever_the_seed(make_config: Callable[..., Any]) -> None:
+    tokenizer, told = tiny_tokenizer(), Kept()
+    data = {"train_limit": 9, "validation": 0.34}
+    found = [read_inputs(make_config(data=data, train={"seed": seed}), tokenizer, told) for seed in (0, 1)]
+    held = [[row.number for row in one.validation] for one in found]
+    drawn = [
+        sorted([*(number for _, number in one.rows.origins), *part]) for one, part in zip(found, held, strict=True)
+    ]
+    assert drawn[0] == drawn[1]
+    assert len(drawn[0]) == len(set(drawn[0])) == 9
+    assert {number % 3 for number in drawn[0]} == {0, 1, 2}  # of every answer
+    assert len(found[0].validation) == 3
+    assert "9 of them drawn: data.train_limit" in told.notes
+    assert len(read_inputs(make_config(data={"train_limit": 99}), tokenizer, told).rows) == 24
 
 
 @pytest.mark.parametrize("form", ["finlora", "completion", "alpaca", "chat", "text"])

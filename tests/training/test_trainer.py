@@ -155,6 +155,16 @@ def test_parameter_groups(adapted: Any) -> None:
     assert {group["lr"] for group in plain} == {1e-3}
 
 
+def test_biases_of_adapter_blocks_do_not_decay() -> None:
+    model = tiny_model()
+    trimtab.attach(model, trimtab.Rule(match="*.mlp", method="serial", bottleneck=3))
+    matrices, biases = parameter_groups(model, 1e-3, None, 16.0, 0.1)
+    assert {parameter.dim() for parameter in matrices["params"]} == {2}
+    assert {parameter.dim() for parameter in biases["params"]} == {1}
+    assert (matrices["lr"], matrices["weight_decay"]) == (1e-3, 0.1)
+    assert (biases["lr"], biases["weight_decay"]) == (1e-3, 0.0)
+
+
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
 def test_schedules_and_warmup(make_config: Callable[..., Any], schedule: str) -> None:
     steps, warmup, peak = 10, 3, 1e-2

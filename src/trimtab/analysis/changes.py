@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from trimtab import bases
+from trimtab.analysis.correlation import pearson
 from trimtab.analysis.tuned import Tuned, find_tuned
 from trimtab.errors import ModelError, did_you_mean
 from trimtab.formats.model_folder import empty_model, weights_folder
@@ -52,6 +53,8 @@ class Change:
     kind: str
     """The last part of the module's name, such as q_proj."""
     block: int | None
+    norm: float
+    """Root mean square of the norms of the base's rows: ``||W_0|| / sqrt(out)``, Frobenius."""
     delta_magnitude: float
     """dM."""
     delta_direction: float
@@ -75,6 +78,7 @@ def analyse(
     match: str = "*",
     spectra: bool = True,
     progress: Callable[[int, int], None] | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> Iterator[Change]:
     """Every changed weight of every state in ``tuned``, in order.
 
@@ -84,6 +88,7 @@ def analyse(
         match: glob over module names.
         spectra: compute singular values, too; of a large weight that takes longer than all else.
         progress: called with the number of weights done and of all.
+        note: is told, once for each of ``tuned``, what of it is left out.
 
     Raises:
         ModelError: a folder is no tuned form of the base, or no weight matches.
@@ -92,6 +97,10 @@ def analyse(
     layers = _layers(base)
     weights = Weights(weights_folder(base))
     states = [(str(place), state) for place in tuned for state in find_tuned(place, layers)]
+    left_out = {place: state.left_out for place, state in states if state.left_out}
+    for place, names in left_out.items():
+        if note is not None:
+            note(f"{place}: {len(names)} adapters on blocks, such as {names[0]}, change no weight and are left out")
     work = [(place, state, name) for place, state in states for name in state.methods if fnmatchcase(name, match)]
     if not work:
         known = {name for _, state in states for name in state.methods}
@@ -120,6 +129,7 @@ def _change(place: str, state: Tuned, name: str, before: Tensor, spectra: bool) 
     update = after.double() - before.double()
     values = _singular_values(update) if spectra else None
     numbered = block_number(name)
+    whole = float(before.double().norm())
     return Change(
         tuned=place,
         state=state.label,
@@ -128,9 +138,10 @@ def _change(place: str, state: Tuned, name: str, before: Tensor, spectra: bool) 
         module=name,
         kind=name.rsplit(".", 1)[-1],
         block=None if numbered is None else numbered[1],
+        norm=whole / math.sqrt(before.shape[0]),
         delta_magnitude=float(grown.mean()),
         delta_direction=float(turned.mean()),
-        relative=float(update.norm() / before.double().norm().clamp_min(torch.finfo(torch.float64).tiny)),
+        relative=float(update.norm()) / max(whole, torch.finfo(torch.float64).tiny),
         most_grown=_extreme(grown),
         most_turned=_extreme(turned),
         effective_rank=None if values is None else effective_rank(values),
@@ -165,9 +176,4 @@ def effective_rank(singular_values: Tensor) -> float:
 
 def correlation(changes: Sequence[Change]) -> float | None:
     """Pearson's correlation of dM and dD over ``changes``; None for fewer than three, or where one does not vary."""
-    if len(changes) < 3:
-        return None
-    both = torch.tensor([[one.delta_magnitude, one.delta_direction] for one in changes], dtype=torch.float64)
-    if bool((both.std(0) == 0).any()):
-        return None
-    return float(torch.corrcoef(both.t())[0, 1])
+    return pearson([one.delta_magnitude for one in changes], [one.delta_direction for one in changes])

@@ -27,6 +27,7 @@ class Tuned:
         methods: of each module that it may have changed, the method.
         dtype: what the base weights were rounded to before they were tuned; None: as stored.
         weight: the tuned weight ``[out, in]`` of a module, given its name and the base's weight ``[out, in]``.
+        left_out: modules whose adapter changes no weight.
     """
 
     label: str
@@ -34,13 +35,14 @@ class Tuned:
     methods: dict[str, str]
     dtype: torch.dtype | None
     weight: Callable[[str, Tensor], Tensor]
+    left_out: tuple[str, ...] = ()
 
 
 def find_tuned(place: Path, layers: dict[str, bases.Base]) -> list[Tuned]:
     """The states in ``place``, the earliest first; ``layers`` are the modules of the base that hold weights.
 
     Raises:
-        ModelError: it is none of the three forms, or has a module that the base has not.
+        ModelError: it is none of the three forms, has a module that the base has not, or changes no weight.
         AdapterError: an adapter in it cannot be read.
     """
     run = RunFolder(place)
@@ -86,7 +88,11 @@ def _of_folder(place: Path, layers: dict[str, bases.Base]) -> Tuned:
 def _of_adapter(
     place: Path, label: str, step: int | None, dtype: torch.dtype | None, layers: dict[str, bases.Base]
 ) -> Tuned:
-    stored = read_adapter(place)
+    whole = read_adapter(place)
+    stored = {name: one for name, one in whole.items() if methods.method_class(one.method).sits_on == "weight"}
+    if not stored:
+        said = ", ".join(sorted({entry.method for entry in whole.values()}))
+        raise ModelError(f"{place}: all of its {len(whole)} adapters ({said}) sit on blocks and change no weight.")
     missing = [name for name in stored if name not in layers]
     if missing:
         raise ModelError(
@@ -97,7 +103,8 @@ def _of_adapter(
     def weight(name: str, base: Tensor) -> Tensor:
         return _effective(place, name, stored[name], base)
 
-    return Tuned(label, step, {name: entry.method for name, entry in stored.items()}, dtype, weight)
+    kinds = {name: entry.method for name, entry in stored.items()}
+    return Tuned(label, step, kinds, dtype, weight, tuple(name for name in whole if name not in stored))
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ _COLUMNS = (
     "module",
     "kind",
     "block",
+    "norm",
     "delta_magnitude",
     "delta_direction",
     "relative",

@@ -1,15 +1,31 @@
-"""What every kind of frozen weight can do."""
+"""What every kind of frozen module can do."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from trimtab.ops.decomposition import Axis, squared_norms
 
+Kind = Literal["weight", "block"]
+"""What a method can sit on: a layer that is one matrix product, or a block of several modules around which one hidden
+state comes in and goes out."""
+
 
 class Base:
-    """A handle on one frozen module. It owns no tensor: what the module holds is read through it each time."""
+    """A handle on one frozen module. It owns no tensor: what the module holds is read through it each time.
+
+    A block has ``shape``, ``identity``, ``dtype``, ``device``, ``input`` and ``changed``; a weight has all but the last
+    two.
+    """
+
+    kind: ClassVar[Kind] = "weight"
+
+    stored_dense: ClassVar[bool] = True
+    """Whether the weight lies in memory as it multiplies. Else it is computed at every look, and never kept."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -25,13 +41,31 @@ class Base:
         return self.module.weight  # type: ignore[return-value]
 
     @property
+    def identity(self) -> object:
+        """What an adapter belongs to: modules with the same one share an adapter."""
+        return self.parameter
+
+    @property
     def shape(self) -> tuple[int, int]:
         """``(out, in)``."""
         raise NotImplementedError
 
-    def weight(self) -> Tensor:
-        """The dense weight ``[out, in]`` in the base's dtype; a view, not a copy, where it is stored dense."""
+    def weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The dense weight ``[out, in]``: a view in the base's own dtype where it is stored dense; else a new tensor
+        in ``dtype`` (None: the base's)."""
         raise NotImplementedError
+
+    def again(self, dtype: torch.dtype) -> Callable[[], Tensor] | None:
+        """How the backward pass gets ``weight(dtype)`` once more; None where the tensor itself may be kept for it."""
+        return None
+
+    def dtype_for(self, x: Tensor) -> torch.dtype:
+        """The dtype in which ``x`` is multiplied."""
+        return self.dtype
+
+    def as_dense(self, dtype: torch.dtype) -> nn.Module:
+        """A module with a dense weight that does what this one does: this one, if its weight is stored dense."""
+        return self.module
 
     def as_stored(self, weight: Tensor) -> Tensor:
         """``weight [out, in]`` laid out as the module stores its own."""
@@ -39,7 +73,7 @@ class Base:
 
     @torch.no_grad()
     def write(self, weight: Tensor) -> None:
-        """Replace the stored weight by ``weight [out, in]``, rounded to the base's dtype, in place."""
+        """Replace the stored weight by ``weight [out, in]``, rounded to what the base stores, in place."""
         self.parameter.copy_(self.as_stored(weight))
 
     def untie(self) -> None:
@@ -65,3 +99,12 @@ class Base:
         """Squared norms of the rows ``[out]`` or columns ``[in]``, in float64."""
         with torch.no_grad():
             return squared_norms(self.weight(), axis)
+
+    def input(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+        """The hidden state ``[..., in]`` among the arguments of a call of the block; None if there is none."""
+        raise NotImplementedError
+
+    def changed(self, output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+        """The block's ``output`` with ``change`` applied to the hidden state ``[..., out]`` in it. Raises SurgeryError
+        if there is none."""
+        raise NotImplementedError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from trimtab.bases import _base
@@ -27,7 +28,7 @@ class Base(_base.Base):
         in_features, out_features = self.parameter.shape
         return out_features, in_features
 
-    def weight(self) -> Tensor:
+    def weight(self, dtype: torch.dtype | None = None) -> Tensor:
         return self.parameter.t()
 
     def as_stored(self, weight: Tensor) -> Tensor:

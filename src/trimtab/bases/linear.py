@@ -30,7 +30,7 @@ class Base(_base.Base):
         out_features, in_features = self.parameter.shape
         return out_features, in_features
 
-    def weight(self) -> Tensor:
+    def weight(self, dtype: torch.dtype | None = None) -> Tensor:
         return self.parameter
 
     def as_stored(self, weight: Tensor) -> Tensor:

@@ -43,6 +43,7 @@ def command(
                 match=match,
                 spectra=spectra,
                 progress=lambda done, total: progress.update(task, completed=done, total=total),
+                note=lambda text: console.print(text, highlight=False, soft_wrap=True),
             )
         )
     analysis = write_changes(out, base, found)

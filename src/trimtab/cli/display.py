@@ -18,7 +18,8 @@ def _shares(row: dict[str, Any]) -> list[str]:
     return [f"{words} {100 * row[key]:.1f} %" for key, words in _SHARES if key in row]
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Such as ``4:05`` or ``1:00:09``."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
@@ -100,7 +101,7 @@ class Display(Listener):
 
     def _left(self, done: int, total: int) -> str:
         began, first = self._began
-        return f"{_duration((time.perf_counter() - began) / max(1, done - first) * (total - done))} left"
+        return f"{duration((time.perf_counter() - began) / max(1, done - first) * (total - done))} left"
 
     def _start(self, what: str, done: int, total: int) -> None:
         self._stop()

@@ -14,14 +14,24 @@ def command(
     ],
     data: Annotated[
         list[str] | None,
-        typer.Option(help="Rows to evaluate on; may be given several times. Default: the run's test sets."),
+        typer.Option(
+            help="Rows to evaluate on, or with --task the folder that holds them; may be given several times. Default: "
+            "the run's test sets."
+        ),
     ] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help="A benchmark's task, such as finlora/fpb; may be given several times.", show_default=False),
+    ] = None,
+    generate: Annotated[
+        bool, typer.Option("--generate", help="Let the model write its answer where a closed set would be scored.")
+    ] = False,
     adapter: Annotated[Path | None, typer.Option(help="An adapter to put onto a model named by TARGET.")] = None,
     base: Annotated[bool, typer.Option("--base", help="Leave the run's adapter off.")] = False,
     choices: Annotated[
         str | None,
         typer.Option(
-            help="The closed set of answers, separated by commas. Default: the run's, or found from the rows.",
+            help="The closed set of answers, separated by commas. Default: the task's, the run's, or from the rows.",
             show_default=False,
         ),
     ] = None,
@@ -30,7 +40,8 @@ def command(
         typer.Option(min=1, help="Rows in one forward pass; results do not depend on it. Default: the run's, or 32."),
     ] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Longest generated answer, in tokens. Default: the run's, or 32.")
+        int | None,
+        typer.Option(min=1, help="Longest generated answer, in tokens. Default: the task's, the run's, or 32."),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows of each set.")] = None,
     out: Annotated[
@@ -54,6 +65,8 @@ def command(
             data or [],
             adapter=adapter,
             base=base,
+            tasks=task or [],
+            generate=generate,
             choices=[choice.strip() for choice in choices.split(",")] if choices else None,
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,
@@ -66,6 +79,8 @@ def command(
 
     for result in written:
         console.print(tables.evaluation_table(result))
-        if result["kind"] == "choice":
+        if result["kind"] == "choice" and len(result["choices"]) <= tables.MOST_CLASSES:
             console.print(tables.confusion_table(result))
+        if "questions" in result:
+            console.print(tables.questions_table(result))
     console.print(f"results and predictions: {folder}", highlight=False, soft_wrap=True)

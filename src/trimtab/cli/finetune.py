@@ -2,28 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trimtab.cli.arguments import ConfigPath, Overrides
+from trimtab.cli.arguments import Overrides
+
+if TYPE_CHECKING:
+    from trimtab.config import RunConfig
 
 
 def command(
-    config: ConfigPath,
+    config: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="CONFIG", help="The run's YAML file; with --finlora, the name of a run in that.", show_default=False
+        ),
+    ] = None,
     overrides: Overrides = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an interrupted run from its last checkpoint.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run that is in the output folder.")] = False,
+    finlora: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Take the run CONFIG from FinLoRA's finetune_configs.json; it goes into lora_adapters/.../CONFIG.",
+            show_default=False,
+        ),
+    ] = None,
+    list_runs: Annotated[bool, typer.Option("--list", help="Only list the runs of the --finlora file.")] = False,
 ) -> None:
     """Fine-tune a model on rows of data, evaluate it before and after, and write a report."""
     if resume and overwrite:
         raise typer.BadParameter("--resume goes on with the run that --overwrite would replace; choose one")
-    from trimtab.config import load_config
-
-    loaded = load_config(config, overrides or [])
+    if list_runs:
+        if finlora is None:
+            raise typer.BadParameter("--list lists the runs of a FinLoRA file; name it with --finlora FILE")
+        _print_runs(finlora)
+        return
+    if config is None:
+        raise typer.BadParameter(
+            "name the run's YAML file" if finlora is None else "name a run of the file; see --list"
+        )
+    loaded = _load(config, finlora, overrides or [])
 
     from rich.console import Console
 
@@ -60,3 +85,35 @@ def command(
 def _short(path: Path) -> Path:
     """``path`` as seen from the working directory, where it lies below that."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def _load(config: str, finlora: Path | None, overrides: Sequence[str]) -> RunConfig:
+    """The run of a YAML file, or of a FinLoRA file."""
+    from trimtab.config import load_config
+    from trimtab.formats.finlora import load_finlora
+
+    return load_config(config, overrides) if finlora is None else load_finlora(finlora, config, overrides)
+
+
+def _print_runs(path: Path) -> None:
+    """One line for each run of a FinLoRA file."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from trimtab.formats.finlora import check_entry, read_entries
+
+    table = Table(box=None, header_style="bold")
+    for title in ("run", "adapter", "base model", "rows"):
+        table.add_column(title, overflow="fold")
+    for title in ("epochs", "batch", "rate"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for name, said in read_entries(path).items():
+        entry = check_entry(path, name, said)
+        batch = f"{entry.batch_size} x {entry.gradient_accumulation_steps}"
+        cells = (name, entry.variant, entry.base_model, entry.dataset_path, f"{entry.num_epochs:g}", batch)
+        table.add_row(*map(Text, cells), f"{entry.learning_rate:g}")
+    console = Console()
+    if not console.is_terminal:  # a pipe has no width to keep to, and names are there to be copied
+        console.width = 160
+    console.print(table)

@@ -10,22 +10,27 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise, zip_longest
 from typing import Any
-
-import torch
 
 from trimtab.data.rows import Example
 from trimtab.data.tokens import IGNORED, encode_all, encode_prompt
 from trimtab.errors import DataError, ModelError
-from trimtab.evaluation.batching import by_length, padded_right
+from trimtab.evaluation.batching import by_length
 from trimtab.evaluation.logits import Head
 from trimtab.evaluation.modes import evaluating
 from trimtab.evaluation.rounding import tie_margin
+from trimtab.evaluation.sequences import TokenSequence, run, run_sharing
 
 MOST_CHOICES, MOST_WORDS, FEWEST_REPEATS = 20, 5, 5
+
+MANY = 8
+"""Sequences of a row from which on its prompt is run once for all of them, and no longer together with other rows."""
+
+BLOCK = 16_000_000
+"""Characters of prompts, each counted once for every choice, that are held as tokens at a time: about 200 MB."""
 
 
 @dataclass(frozen=True)
@@ -113,48 +118,76 @@ def score_choices(
         DataError: a row has no token before its answer, or no room for one, or two choices have the same tokens.
         ModelError: the model's scores are not numbers.
     """
-    rows = _prepare(tokenizer, examples, choices, max_length)
-    sequences = [(row, sequence) for row in rows for sequence in row.sequences]
-    waiting = [len(row.sequences) for row in rows]
+    prefix = len(encode_prompt("", tokenizer))
+    for example in examples:
+        if not prefix and not example.prompt.rstrip(" "):
+            raise _no_prompt(example)
+    scores: list[list[float]] = [[] for _ in examples]
+    loss, tokens, done = 0.0, 0, 0
+    for block in _blocks(examples, len(choices)):
+        chosen = [examples[index] for index in block]
+        rows = _prepare(tokenizer, chosen, choices, max_length, prefix)
+        for finished in _run_rows(head, rows, batch_size):
+            if progress is not None:
+                progress(done + finished, len(examples))
+        done += len(block)
+        for index, example, row in zip(block, chosen, rows, strict=True):
+            scores[index] = row.scores()
+            if not all(map(math.isfinite, scores[index])):
+                raise ModelError(
+                    f"{example.source}, row {example.number}: the model's score of an answer is {scores[index][0]}, "
+                    "not a number. Its weights are damaged or its training diverged; train with a lower learning rate."
+                )
+            own, count = row.loss_of(choices.index(str(example.answer)))
+            loss, tokens = loss + own, tokens + count
+    return ChoiceScores(scores, loss, tokens)
+
+
+def _blocks(examples: Sequence[Example], choices: int) -> list[list[int]]:
+    """Indices of rows that are tokenised and scored together: all, unless a hundred choices make too much text.
+
+    Those with the longest prompts come first, so that a lack of memory or of room shows at once.
+    """
+    order = sorted(range(len(examples)), key=lambda index: -len(examples[index].prompt))
+    blocks: list[list[int]] = []
+    while order:
+        rows = max(1, BLOCK // (choices * (len(examples[order[0]].prompt) + 1)))
+        blocks.append(sorted(order[:rows]))
+        order = order[rows:]
+    return blocks
+
+
+def _run_rows(head: Head, rows: Sequence[_Row], batch_size: int) -> Iterator[int]:
+    """Fill in the scores of ``rows``; yields, again and again, how many of them are done."""
     margin = tie_margin(head.model)
+    many = [row for row in rows if len(row.sequences) >= MANY]
+    few = [row for row in rows if len(row.sequences) < MANY]
+    sequences = [(place, sequence) for place, row in enumerate(few) for sequence in row.sequences]
+    waiting = [len(row.sequences) for row in few]
     with evaluating(head.model):
         for batch in by_length([len(sequence.ids) for _, sequence in sequences], batch_size):
-            _run(head, [sequences[index][1] for index in batch])
+            run(head, [sequences[index][1] for index in batch])
             for index in batch:
-                waiting[sequences[index][0].index] -= 1
-            if progress is not None:
-                progress(sum(left == 0 for left in waiting), len(rows))
+                waiting[sequences[index][0]] -= 1
+            yield sum(left == 0 for left in waiting)
+        for done, row in enumerate(many, start=len(few) + 1):
+            run_sharing(head, row.sequences, batch_size)
+            yield done
         if batch_size > 1:
-            for row in rows:
-                if row.is_close(margin):
-                    for sequence in row.sequences:
-                        _run(head, [sequence])
-    scores = [row.scores() for row in rows]
-    for example, found in zip(examples, scores, strict=True):
-        if not all(map(math.isfinite, found)):
-            raise ModelError(
-                f"{example.source}, row {example.number}: the model's score of an answer is {found[0]}, not a number. "
-                "Its weights are damaged or its training diverged; train with a lower learning rate."
-            )
-    true = [row.loss_of(choices.index(str(example.answer))) for row, example in zip(rows, examples, strict=True)]
-    return ChoiceScores(scores, sum(loss for loss, _ in true), sum(tokens for _, tokens in true))
-
-
-@dataclass
-class _Sequence:
-    """Token ids to run, and the log-probabilities to read from the run: position -> next token -> nats."""
-
-    ids: list[int]
-    asked: dict[int, dict[int, float]] = field(default_factory=dict)
+            for row in few:
+                for sequence in row.undecided(margin):
+                    run(head, [sequence])
+            for row in many:
+                if again := row.undecided(margin):
+                    run_sharing(head, again, 1)
 
 
 @dataclass
 class _Row:
     """The sequences that one row needs, and where in them each choice's tokens are."""
 
-    index: int
-    sequences: list[_Sequence]
-    places: list[list[tuple[_Sequence, int, int]]]
+    sequences: list[TokenSequence]
+    places: list[list[tuple[TokenSequence, int, int]]]
     """For each choice, of each of its scored tokens: the sequence, the position before it, and the token."""
     unscored: list[int]
     """For each choice: how many of its places are before its own first token, shared by all choices."""
@@ -167,24 +200,31 @@ class _Row:
         own = self.places[choice][self.unscored[choice] :]
         return -sum(sequence.asked[at][token] for sequence, at, token in own), len(own)
 
-    def is_close(self, margin: float) -> bool:
-        """Whether the best two are apart by less than ``margin``; roundings of several tokens add up like chances."""
+    def undecided(self, margin: float) -> list[TokenSequence]:
+        """The sequences of the choices that come within ``margin`` of the best one; none, if it is alone there.
+
+        Roundings of several tokens add up like chances.
+        """
         scores = self.scores()
-        first, second = sorted(range(len(scores)), key=lambda choice: -scores[choice])[:2]
-        tokens = max(len(self.places[first]), len(self.places[second]))
-        return scores[first] - scores[second] < margin * math.sqrt(tokens)
+        best = scores.index(max(scores))
+        sizes = [max(len(places), len(self.places[best])) for places in self.places]
+        near = [
+            places[0][0]
+            for places, score, tokens in zip(self.places, scores, sizes, strict=True)
+            if scores[best] - score < margin * math.sqrt(tokens)
+        ]
+        return list({id(sequence): sequence for sequence in near}.values()) if len(near) > 1 else []
 
 
-def _prepare(tokenizer: Any, examples: Sequence[Example], choices: Sequence[str], max_length: int | None) -> list[_Row]:
-    prefix = len(encode_prompt("", tokenizer))
-    for example in examples:
-        if not prefix and not example.prompt.rstrip(" "):
-            raise _no_prompt(example)
+def _prepare(
+    tokenizer: Any, examples: Sequence[Example], choices: Sequence[str], max_length: int | None, prefix: int
+) -> list[_Row]:
+    """The rows to run; ``prefix`` is the number of tokens that a text begins with by itself."""
     encoded = _encode(tokenizer, examples, choices, end=False)
     if any(_one_begins_another([ids for ids, _ in answers]) for answers in encoded):
         encoded = _encode(tokenizer, examples, choices, end=True)
     rows = []
-    for index, (example, answers) in enumerate(zip(examples, encoded, strict=True)):
+    for example, answers in zip(examples, encoded, strict=True):
         excess = max(len(ids) for ids, _ in answers) - max_length if max_length is not None else 0
         if excess > 0:
             if min(start for _, start in answers) - excess <= prefix:
@@ -193,7 +233,7 @@ def _prepare(tokenizer: Any, examples: Sequence[Example], choices: Sequence[str]
                     "prompt; allow more tokens, or shorten the choices."
                 )
             answers = [(ids[:prefix] + ids[prefix + excess :], start - excess) for ids, start in answers]
-        rows.append(_row(index, example, answers, choices))
+        rows.append(_row(example, answers, choices))
     return rows
 
 
@@ -230,7 +270,7 @@ def _one_begins_another(answers: list[list[int]]) -> bool:
     return any(after[: len(before)] == before for before, after in pairwise(ordered))
 
 
-def _row(index: int, example: Example, answers: list[tuple[list[int], int]], choices: Sequence[str]) -> _Row:
+def _row(example: Example, answers: list[tuple[list[int], int]], choices: Sequence[str]) -> _Row:
     ordered = sorted(ids for ids, _ in answers)
     for before, after in pairwise(ordered):
         if before == after:
@@ -245,32 +285,19 @@ def _row(index: int, example: Example, answers: list[tuple[list[int], int]], cho
     start = min(shared, *(first for _, first in answers))
     if start < 1:
         raise _no_prompt(example)
-    sequences: list[_Sequence] = []
-    places: list[list[tuple[_Sequence, int, int]]] = [[] for _ in answers]
+    sequences: list[TokenSequence] = []
+    places: list[list[tuple[TokenSequence, int, int]]] = [[] for _ in answers]
     for choice in sorted(range(len(answers)), key=lambda choice: -len(answers[choice][0])):
         ids = answers[choice][0]
         inputs = ids[:-1]
         home = next((kept for kept in sequences if kept.ids[: len(inputs)] == inputs), None)
         if home is None:
-            home = _Sequence(inputs)
+            home = TokenSequence(inputs)
             sequences.append(home)
         for at in range(start, len(ids)):
-            home.asked.setdefault(at - 1, {})[ids[at]] = math.nan
+            home.ask(at - 1, ids[at])
             places[choice].append((home, at - 1, ids[at]))
-    return _Row(index, sequences, places, [first - start for _, first in answers])
-
-
-def _run(head: Head, sequences: Sequence[_Sequence]) -> None:
-    """One forward pass; fills in what is asked of each sequence."""
-    device = head.model.get_input_embeddings().weight.device
-    ids = padded_right([sequence.ids for sequence in sequences], device)
-    asked = [(row, at, list(found)) for row, sequence in enumerate(sequences) for at, found in sequence.asked.items()]
-    most = max(len(tokens) for _, _, tokens in asked)
-    positions = torch.tensor([row * ids.shape[1] + at for row, at, _ in asked], device=device)
-    tokens = torch.tensor([wanted + wanted[:1] * (most - len(wanted)) for _, _, wanted in asked], device=device)
-    values = head.log_probabilities(ids, positions, tokens).tolist()
-    for (row, at, wanted), line in zip(asked, values, strict=True):
-        sequences[row].asked[at] = dict(zip(wanted, line[: len(wanted)], strict=True))
+    return _Row(sequences, places, [first - start for _, first in answers])
 
 
 def _no_prompt(example: Example) -> DataError:

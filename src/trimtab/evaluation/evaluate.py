@@ -5,19 +5,25 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from trimtab.data.rows import Example
 from trimtab.errors import DataError
+from trimtab.evaluation import answers
+from trimtab.evaluation.answers import Judge, Outcome, prediction
 from trimtab.evaluation.choice import check_choices, infer_choices, score_choices
-from trimtab.evaluation.generation import generate_answers, same_answer
+from trimtab.evaluation.generation import generate_answers
 from trimtab.evaluation.logits import Head
 from trimtab.evaluation.metrics import choice_metrics
 from trimtab.evaluation.perplexity import perplexity, token_loss
 from trimtab.files import write_json, write_jsonl
 
 Progress = Callable[[int, int], None]
+
+KEPT_SCORES = 20
+"""Scores of a row that its prediction keeps."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,8 @@ def evaluate(
     *,
     name: str,
     choices: Sequence[str] | Literal["infer"] | None = None,
+    generate: bool = False,
+    judge: Judge = answers.exact,
     batch_size: int = 16,
     max_new_tokens: int = 32,
     max_length: int | None = None,
@@ -50,9 +58,10 @@ def evaluate(
 ) -> Evaluation:
     """Measure ``model`` on ``examples``.
 
-    With choices, each is scored by its log-likelihood (`choice.py`). Without, answers are generated and compared
-    (`generation.py`). Rows without an answer, plain texts, have a perplexity only; one such row among others suffices.
-    The perplexity of choices is that of the true answers' tokens, with the end token where it is scored.
+    With choices, each is scored by its log-likelihood (`choice.py`), or, if asked to, the model writes and the choice
+    that it names is read (`answers.py`). Without, answers are generated and compared (`generation.py`). Rows without an
+    answer, plain texts, have a perplexity only; one such row among others suffices. The perplexity of choices is that
+    of the true answers' tokens, with the end token where it is scored.
 
     Args:
         model: a transformers causal language model; its modules' training modes stay as they are.
@@ -60,6 +69,8 @@ def evaluate(
         examples: at least one row.
         name: of the data set.
         choices: the closed set of answers; ``"infer"`` to look for one in the rows; None for open answers.
+        generate: let the model write its answer also where there are choices.
+        judge: what makes figures of open answers; by default, exact match.
         batch_size: most sequences in a forward pass. No prediction and no metric of them depends on it; scores and
             perplexity move by their rounding (a few hundredths of a nat in bfloat16).
         max_new_tokens: limit of a generated answer.
@@ -77,12 +88,14 @@ def evaluate(
     head = head if head is not None else Head(model)
     limit = _limit(model, max_length)
     closed = infer_choices(examples) if choices == "infer" else choices
-    if closed is not None:
+    if closed is not None and not generate:
         result, predictions = _choice(head, tokenizer, examples, closed, batch_size, limit, progress)
     elif any(example.answer is None for example in examples):
         result, predictions = _perplexity(head, tokenizer, examples, batch_size, limit, progress)
     else:
-        result, predictions = _generation(head, tokenizer, examples, batch_size, limit, max_new_tokens, progress)
+        if closed is not None:
+            judge = partial(answers.labels, known=check_choices(closed, examples))
+        result, predictions = _written(head, tokenizer, examples, judge, batch_size, limit, max_new_tokens, progress)
     kind = {"kind": result.pop("kind"), "dataset": name, "rows": len(examples)}
     return Evaluation(name, {**kind, **result, "seconds": round(time.perf_counter() - started, 3)}, predictions)
 
@@ -100,10 +113,6 @@ def write(evaluation: Evaluation, folder: Path | str, stage: str) -> None:
         write_jsonl(Path(folder) / "predictions" / f"{evaluation.name}.{stage}.jsonl", evaluation.predictions)
 
 
-_Outcome = tuple[dict[str, Any], list[dict[str, Any]]]
-"""A result without what all results have, and its predictions."""
-
-
 def _choice(
     head: Head,
     tokenizer: Any,
@@ -112,15 +121,15 @@ def _choice(
     batch_size: int,
     limit: int | None,
     progress: Progress | None,
-) -> _Outcome:
+) -> Outcome:
     clean = check_choices(choices, examples)
     found = score_choices(head, tokenizer, examples, clean, batch_size=batch_size, max_length=limit, progress=progress)
     truth = [str(example.answer) for example in examples]
     predicted = [clean[best] for best in found.best()]
     predictions = [
         {
-            **_prediction(index, example, answer, answer == example.answer),
-            "scores": {choice: round(score, 6) for choice, score in zip(clean, scores, strict=True)},
+            **prediction(index, example, answer, answer == example.answer),
+            "scores": _best_scores(clean, scores),
         }
         for index, (example, answer, scores) in enumerate(zip(examples, predicted, found.scores, strict=True))
     ]
@@ -133,6 +142,13 @@ def _choice(
     }, predictions
 
 
+def _best_scores(choices: Sequence[str], scores: Sequence[float]) -> dict[str, float]:
+    """The scores of all choices, in their order; of more than ``KEPT_SCORES``, of the best so many."""
+    found = {choice: round(score, 6) for choice, score in zip(choices, scores, strict=True)}
+    best = sorted(found, key=found.__getitem__, reverse=True)[:KEPT_SCORES]
+    return {choice: found[choice] for choice in best} if len(found) > KEPT_SCORES else found
+
+
 def _perplexity(
     head: Head,
     tokenizer: Any,
@@ -140,21 +156,22 @@ def _perplexity(
     batch_size: int,
     limit: int | None,
     progress: Progress | None,
-) -> _Outcome:
+) -> Outcome:
     loss, tokens = token_loss(head, tokenizer, examples, batch_size=batch_size, max_length=limit, progress=progress)
     return {"kind": "perplexity", "perplexity": perplexity(loss, tokens), "tokens": tokens}, []
 
 
-def _generation(
+def _written(
     head: Head,
     tokenizer: Any,
     examples: Sequence[Example],
+    judge: Judge,
     batch_size: int,
     limit: int | None,
     max_new_tokens: int,
     progress: Progress | None,
-) -> _Outcome:
-    answers = generate_answers(
+) -> Outcome:
+    written = generate_answers(
         head,
         tokenizer,
         examples,
@@ -163,30 +180,9 @@ def _generation(
         max_length=limit,
         progress=progress,
     )
-    predictions = [
-        {
-            **_prediction(index, example, answer.text, same_answer(answer.text, str(example.answer))),
-            "usable": answer.usable,
-        }
-        for index, (example, answer) in enumerate(zip(examples, answers, strict=True))
-    ]
+    result, predictions = judge(examples, written)
     loss, tokens = token_loss(head, tokenizer, examples, batch_size=batch_size, max_length=limit)
-    return {
-        "kind": "generation",
-        "exact_match": sum(row["correct"] for row in predictions) / len(predictions),
-        "unusable": sum(not row["usable"] for row in predictions) / len(predictions),
-        "perplexity": perplexity(loss, tokens),
-    }, predictions
-
-
-def _prediction(index: int, example: Example, predicted: str, correct: bool) -> dict[str, Any]:
-    return {
-        "row": index + 1,
-        "prompt": example.prompt,
-        "answer": example.answer,
-        "predicted": predicted,
-        "correct": correct,
-    }
+    return {**result, "perplexity": perplexity(loss, tokens)}, predictions
 
 
 def _limit(model: Any, max_length: int | None) -> int | None:

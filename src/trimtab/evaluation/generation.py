@@ -113,29 +113,49 @@ def end_tokens(model: Any, tokenizer: Any) -> list[int]:
 def _generate(head: Head, prompts: list[list[int]], ends: list[int], max_new_tokens: int) -> list[list[int]]:
     """The new tokens of each prompt, up to and with its first end token."""
     model = head.model
-    device = model.get_input_embeddings().weight.device
     fill = ends[0] if ends else 0
-    ids, mask = padded_left(prompts, fill, device)
+    ids, mask = padded_left(prompts, fill, model.get_input_embeddings().weight.device)
+    settled = LogitsProcessorList([_SettleTies(head, prompts, ids.shape[1], set(ends))])
+    new = greedy(model, ids, mask, max_new_tokens=max_new_tokens, ends=ends, processors=settled)
+    return [_until_end(row, set(ends)) for row in new.tolist()]
+
+
+def greedy(
+    model: Any,
+    ids: Tensor,
+    mask: Tensor,
+    *,
+    max_new_tokens: int,
+    ends: Sequence[int] = (),
+    processors: LogitsProcessorList | None = None,
+) -> Tensor:
+    """What ``model`` writes by its logits alone: ``[rows, at most max_new_tokens]``, filled up after an end token.
+
+    Args:
+        model: a transformers causal language model; its own settings of generation are put aside for the while.
+        ids: ``[rows, tokens]``, padded on the left.
+        mask: of the same shape, 1 where there is a token.
+        max_new_tokens: the limit.
+        ends: tokens that end a row; none: every row is written up to the limit.
+        processors: change the logits before the best is taken.
+    """
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
         num_beams=1,
         use_cache=True,
-        eos_token_id=ends or None,
-        pad_token_id=fill,
+        eos_token_id=list(ends) or None,
+        pad_token_id=ends[0] if ends else 0,
     )
     # What this leaves open, generate() would fill in from the model's own settings, its penalties among them.
     kept, model.generation_config = model.generation_config, config
     try:
-        output = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            generation_config=config,
-            logits_processor=LogitsProcessorList([_SettleTies(head, prompts, ids.shape[1], set(ends))]),
+        output: Tensor = model.generate(
+            input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=processors
         )
     finally:
         model.generation_config = kept
-    return [_until_end(row, set(ends)) for row in output[:, ids.shape[1] :].tolist()]
+    return output[:, ids.shape[1] :]
 
 
 def _until_end(ids: list[int], ends: set[int]) -> list[int]:

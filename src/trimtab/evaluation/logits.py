@@ -8,7 +8,7 @@ logits, Granite and Cohere scale them. `Head` finds out by a probe and takes the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -64,7 +64,18 @@ class Head:
         states, apply = self._states(input_ids, positions)
         return apply(states)
 
-    def log_probabilities(self, input_ids: Tensor, positions: Tensor, tokens: Tensor) -> Tensor:
+    def remember(self, ids: Sequence[int]) -> Any:
+        """The keys and values of tokens that several sequences begin with, as ``log_probabilities`` takes them; None
+        where the model has none that can be repeated."""
+        device = self.model.get_input_embeddings().weight.device
+        with torch.no_grad():
+            found = (self._body or self.model)(input_ids=torch.tensor([list(ids)], device=device), use_cache=True)
+        past = getattr(found, "past_key_values", None)
+        return past if hasattr(past, "batch_repeat_interleave") else None
+
+    def log_probabilities(
+        self, input_ids: Tensor, positions: Tensor, tokens: Tensor, past: Any | None = None
+    ) -> Tensor:
         """Log-probability of each of ``tokens`` as the next one after each position. Not differentiable.
 
         The logits of ``tokens`` themselves are computed in float32 where that is possible. In bfloat16 the logits of a
@@ -74,12 +85,13 @@ class Head:
             input_ids: ``[rows, tokens]``, padded on the right.
             positions: ``[n]``, int64, through the flattened ``input_ids``.
             tokens: ``[n, k]``, int64.
+            past: the keys and values of what comes before each row; the pass adds its own to them.
 
         Returns:
             ``[n, k]``, float32 (float64 for a float64 model), in nats.
         """
         with torch.no_grad():
-            states, apply = self._states(input_ids, positions)
+            states, apply = self._states(input_ids, positions, past)
             found = []
             for chunk, wanted in zip(states.split(SCORED_AT_ONCE), tokens.split(SCORED_AT_ONCE), strict=True):
                 raw = apply(chunk)
@@ -94,16 +106,18 @@ class Head:
                 found.append(logits.gather(1, wanted) - logits.logsumexp(1, keepdim=True))
         return torch.cat(found)
 
-    def _states(self, input_ids: Tensor, positions: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    def _states(
+        self, input_ids: Tensor, positions: Tensor, past: Any | None = None
+    ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """Something per position, and the function that makes logits of it."""
         if self._body is None:
-            logits = self.model(input_ids=input_ids, use_cache=False).logits
+            logits = self.model(input_ids=input_ids, past_key_values=past, use_cache=past is not None).logits
             return logits.flatten(0, 1).index_select(0, positions), lambda picked: picked
-        return self._hidden(self._body, input_ids, positions), self.model.get_output_embeddings()
+        return self._hidden(self._body, input_ids, positions, past), self.model.get_output_embeddings()
 
     @staticmethod
-    def _hidden(body: nn.Module, input_ids: Tensor, positions: Tensor) -> Tensor:
-        states: Tensor = body(input_ids=input_ids, use_cache=False).last_hidden_state
+    def _hidden(body: nn.Module, input_ids: Tensor, positions: Tensor, past: Any | None = None) -> Tensor:
+        states: Tensor = body(input_ids=input_ids, past_key_values=past, use_cache=past is not None).last_hidden_state
         return states.flatten(0, 1).index_select(0, positions)
 
     def _own_loss(self, input_ids: Tensor, labels: Tensor, count: int, num_items: int | Tensor | None) -> Tensor:

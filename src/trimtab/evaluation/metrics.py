@@ -16,7 +16,8 @@ def choice_metrics(truth: Sequence[str], predicted: Sequence[str], choices: Sequ
 
     Args:
         truth: the right answer of each row, one of ``choices``; at least one row.
-        predicted: the model's answer of each row, one of ``choices``.
+        predicted: the model's answer of each row. One that is not among ``choices`` is wrong: it lowers the recall of
+            the true class and is in no column of ``confusion``.
         choices: the classes, in the order in which ``confusion`` has them: ``confusion[true][predicted]``.
 
     Returns:

@@ -17,7 +17,7 @@ from trimtab.errors import AdapterError, PlanError, nearest
 from trimtab.formats import native, peft
 from trimtab.formats.stored import Stored, name_on_disk
 from trimtab.formats.untrusted import shown
-from trimtab.surgery.adapted import Adapted, adapted_modules
+from trimtab.surgery.adapted import Adapted, adapted_modules, bare_modules
 from trimtab.surgery.attach import AttachReport, describe, install, remove_adapters, require_adapted
 from trimtab.surgery.plan import Rule, Target
 
@@ -119,7 +119,12 @@ def read_adapter(folder: Path | str) -> dict[str, Stored]:
 
 def _modules(model: nn.Module) -> dict[str, nn.Module]:
     """Every module under each of its names, as they are on disk."""
-    return {name_on_disk(name): module for name, module in model.named_modules(remove_duplicate=False)}
+    return {name_on_disk(name): module for name, module in bare_modules(model)}
+
+
+def _find(module: nn.Module, entry: Stored) -> bases.Base | None:
+    """A handle on ``module`` of the kind that the stored method sits on."""
+    return bases.find(module, methods.method_class(entry.method).sits_on)
 
 
 def _reader(place: Path) -> Any:
@@ -162,7 +167,7 @@ def _targets(known: dict[str, nn.Module], stored: dict[str, Stored], number: dic
         names[id(module)].append(name)
     targets = []
     for name, entry in stored.items():
-        handle = bases.find(known[name])
+        handle = _find(known[name], entry)
         assert handle is not None
         targets.append(
             Target(tuple(names[id(known[name])]), known[name], handle, number[name], entry.method, entry.options)
@@ -180,12 +185,14 @@ def _check_modules(place: Path, known: dict[str, nn.Module], stored: dict[str, S
             f"{place}: this adapter was made for another model: {len(missing)} of its {len(stored)} modules are "
             f"not in this one, such as {shown(missing[0])}.{hint} The model is unchanged"
         )
-    unknown = [name for name in stored if bases.find(known[name]) is None]
+    unknown = [name for name, entry in stored.items() if _find(known[name], entry) is None]
     if unknown:
+        block = methods.method_class(stored[unknown[0]].method).sits_on == "block"
+        what = "no blocks in this model" if block else "of a kind that no base knows"
+        kinds = "" if block else f" Known kinds: {', '.join(bases.names('weight'))}."
         raise AdapterError(
-            f"{place}: {len(unknown)} of the adapter's modules are of a kind that no base knows, such as "
-            f"{unknown[0]}, a {type(known[unknown[0]]).__name__}. Known kinds: {', '.join(bases.names())}. The model "
-            "is unchanged"
+            f"{place}: {len(unknown)} of the adapter's modules are {what}, such as {unknown[0]}, a "
+            f"{type(known[unknown[0]]).__name__}.{kinds} The model is unchanged"
         )
 
 
@@ -219,11 +226,11 @@ def _check_tensors(place: Path, present: dict[str, Adapted], stored: dict[str, S
                     f"{name}.{shown(key)}: expected {expected.get(key, 'nothing')}, got {got.get(key, 'nothing')}"
                 )
         # MoRA's square says little about the weight: that of a model of nearly the same size fits.
-        shape = present[name].handle.shape
+        adapter, handle = present[name].adapter, present[name].handle
+        shape = (adapter.out_features, adapter.in_features)
         if entry.shape is not None and entry.shape != shape:
-            problems.append(f"{name}: made for a weight of {list(entry.shape)}, the model's is {list(shape)}")
-        frozen = present[name].handle.parameter
-        if entry.base is not None and not torch.equal(entry.base.to(frozen.dtype), frozen.cpu()):
+            problems.append(f"{name}: made for a {handle.kind} of {list(entry.shape)}, the model's is {list(shape)}")
+        if entry.base is not None and not torch.equal(entry.base.to(handle.dtype), handle.parameter.cpu()):
             problems.append(f"{name}: trained on another weight than the model's")
         # Modules that share a weight share an adapter, too.
         twin = first.setdefault(id(present[name].adapter), name)

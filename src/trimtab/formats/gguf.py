@@ -78,6 +78,11 @@ def dequantised_folder(file: Path) -> Path:
     return target
 
 
+def is_dequantised(file: Path) -> bool:
+    """Whether the model folder of ``file`` is in the cache."""
+    return _is_complete(_cached(file))
+
+
 def gguf_config(file: Path) -> PretrainedConfig:
     """The model's configuration from the head of the file, without a look at the weights."""
     if _is_complete(target := _cached(file)):

@@ -1,16 +1,14 @@
-"""How much memory a model will take, estimated before it is loaded, and whether the machine has that much."""
+"""How much memory a model or a run will take, and whether the machine has that much."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import psutil
 import torch
-from torch import nn
 
 from trimtab.errors import ModelError
 
@@ -19,108 +17,73 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes by what they are for."""
+    """Bytes by what they are for, at the moment when their sum is largest."""
 
     weights: int
     adapters: int = 0
     gradients: int = 0
     optimiser: int = 0
     activations: int = 0
-    advice: tuple[str, ...] = ()
-    """What would make it less."""
+    """What is kept for the backward pass, and the temporary tensors of that moment."""
+    files: int = 0
+    """Pages of weight files from which a model is being converted. They count as the process's memory, but the system
+    takes them back where it needs them."""
+    process: int = 0
+    """What the process holds besides tensors: Python, libraries, tokenizer, rows."""
+    moment: str = "loading"
+    """When that is: ``loading``, ``evaluating`` or ``training``."""
 
     @property
     def total(self) -> int:
-        """All of it, in bytes."""
+        """All of it, in bytes: the largest resident memory that the process will have."""
+        return self.needed + self.files + self.process
+
+    @property
+    def needed(self) -> int:
+        """What the process will need beyond what it holds already, in bytes."""
         return self.weights + self.adapters + self.gradients + self.optimiser + self.activations
 
+    def parts(self) -> dict[str, int]:
+        """Bytes by name, without the parts that are nothing."""
+        named = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "moment"}
+        return {name: size for name, size in named.items() if size}
+
     def __str__(self) -> str:
-        parts = ("weights", "adapters", "gradients", "optimiser", "activations")
-        named = ", ".join(f"{part} {getattr(self, part) / GIB:.2f}" for part in parts if getattr(self, part))
-        return f"{self.total / GIB:.2f} GiB ({named})"
+        named = (f"{name} {size / GIB:.2f}" for name, size in self.parts().items() if name not in ("files", "process"))
+        return f"{self.needed / GIB:.2f} GiB ({', '.join(named)})"
 
 
-def estimate_memory(
-    model: nn.Module,
-    dtype: torch.dtype,
-    *,
-    adapter_parameters: int = 0,
-    base_parameters_trained: int = 0,
-    batch_size: int = 1,
-    length: int = 1,
-    labels: int | None = None,
-    gradient_checkpointing: bool = False,
-    eager_attention: bool = False,
-) -> MemoryEstimate:
-    """What running ``model``, which may be on the meta device, will take beyond the process as it is.
+def stored_bytes(shape: Sequence[int], dtype: torch.dtype, quantisation: str = "none") -> int:
+    """Bytes of the weight of a linear layer as it is stored.
 
-    Args:
-        model: a transformers model; its parameters are counted once each, its sizes are read off its config.
-        dtype: of the weights and of the computation.
-        adapter_parameters: trained tensors that are added to the model; float32.
-        base_parameters_trained: parameters of the model itself that are trained (method ``full``).
-        batch_size: rows in a batch.
-        length: tokens in the longest row *that the data has*; the cap ``data.max_length`` may be far above it.
-        labels: positions of a batch for which logits are computed; None: all of them.
-        gradient_checkpointing: whether each block is recomputed in the backward pass.
-        eager_attention: whether the matrix of attention scores is kept.
-
-    Counted: the weights; adapters, 4 bytes a parameter; gradients, 4 bytes a trained parameter; Adam's two moments, 8
-    bytes; the activations kept for the backward pass, ``12 * hidden + 5 * intermediate`` elements for a token and
-    block, which is 1.06 to 1.47 times what LoRA, DoRA and MoRA were measured to keep in Llama and Qwen2 blocks (GPT-2,
-    with its dropout masks and the steps of its gelu, keeps 1.2 to 1.9 times it); logits in ``dtype`` and twice in
-    float32. Without anything to train: one block's activations, the cache of keys and values, and the logits.
-
-    Not counted: what the process holds already, temporary tensors within one operation, and fragmentation. So it is
-    an estimate: it finds what is far too large, not what is a tenth too large.
+    ``int8``: a byte for each weight, and a float32 scale for each row. ``nf4``: half a byte for each, a byte of scale
+    for each 64, and for each 256 of these scales a float32 (double quantisation); then its two tables and an offset.
+    Raises KeyError for another name than ``none``, ``int8`` and ``nf4``.
     """
-    config: Any = model.config
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    hidden, blocks, vocabulary = config.hidden_size, config.num_hidden_layers, config.vocab_size
-    intermediate = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden
-    size, tokens = dtype.itemsize, batch_size * length
-    trained = adapter_parameters + base_parameters_trained
-
-    block = tokens * (12 * hidden + 5 * intermediate) * size
-    if eager_attention:
-        block += tokens * length * config.num_attention_heads * (size + 4)
-    if not trained:
-        activations = block + tokens * blocks * 2 * hidden * size
-    elif gradient_checkpointing:
-        activations = block + tokens * blocks * hidden * size
-    else:
-        activations = block * blocks
-    activations += (tokens if labels is None else labels) * vocabulary * (size + 8)
-
-    wishes = [
-        (trained and batch_size > 1, "a smaller train.batch_size with more train.gradient_accumulation"),
-        (not trained and batch_size > 1, "a smaller evaluation.batch_size"),
-        (length > 1, "a smaller data.max_length"),
-        (trained and not gradient_checkpointing, "train.gradient_checkpointing=true"),
-        (size == 4, "train.precision=bfloat16" if trained else "model.dtype=bfloat16"),
-        (True, "a smaller model"),
-    ]
-    return MemoryEstimate(
-        weights=sum(parameter.numel() for parameter in model.parameters()) * size,
-        adapters=4 * adapter_parameters,
-        gradients=4 * trained,
-        optimiser=8 * trained,
-        activations=activations,
-        advice=tuple(wish for applies, wish in wishes if applies),
-    )
+    count = shape[0] * shape[1]
+    blocks = -(-count // 64)
+    return {
+        "none": count * dtype.itemsize,
+        "int8": count + 4 * shape[0],
+        "nf4": -(-count // 2) + blocks + 4 * -(-blocks // 256) + 4 * (16 + 256 + 1),
+    }[quantisation]
 
 
-def check_fits(estimate: MemoryEstimate, what: str, device: torch.device | str = "cpu") -> None:
+def check_fits(
+    estimate: MemoryEstimate, what: str, device: torch.device | str = "cpu", advice: Sequence[str] = ()
+) -> None:
     """Refuse ``what`` (such as "Training smollm2-135m") if it needs more than ``device`` has free.
 
+    ``advice``: what would make it less.
+
     Raises:
-        ModelError: with what is needed, what there is, and what would make it less.
+        ModelError: with what is needed, what there is, and the advice.
     """
     available = available_memory(device)
-    if estimate.total > available:
-        advice = f" What would help: {'; '.join(estimate.advice)}." if estimate.advice else ""
+    if estimate.needed > available:
+        told = f" What would help: {'; '.join(advice)}." if advice else ""
         raise ModelError(
-            f"{what} needs about {estimate}, and {available / GIB:.2f} GiB of memory are free.{advice} "
+            f"{what} needs about {estimate}, and {available / GIB:.2f} GiB of memory are free.{told} "
             f"(TRIMTAB_MEMORY_GIB=N overrules what is taken to be free.)"
         )
 

@@ -67,23 +67,32 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(source: Source, dtype: torch.dtype = torch.float32, attention: str = "auto") -> PreTrainedModel:
+def load_model(
+    source: Source, dtype: torch.dtype = torch.float32, attention: str = "auto", quantisation: str = "none"
+) -> PreTrainedModel:
     """The causal language model in ``dtype``, in eval mode, on the processor.
 
     Args:
         source: from ``resolve``.
         dtype: the floating point type of the weights.
         attention: ``auto`` (what transformers prefers), ``sdpa`` or ``eager``.
+        quantisation: ``none``, ``int8`` or ``nf4``: what becomes of its linear layers while they are read.
 
     Raises:
-        ModelError: it cannot be had or read, has no safetensors, lacks weights, or is not a causal language model.
+        ModelError: it cannot be had or read, has no safetensors, lacks weights, is not a causal language model, or
+            cannot be quantised.
     """
     if source.kind == "folder":
         _check_weights(Path(source.location))
     options = _options(source) | ({} if attention == "auto" else {"attn_implementation": attention})
     with _loading(source, "model"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            _location(source), dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+            _location(source),
+            # Quantised from the dtype of the files, whose weights are only mapped then.
+            dtype=dtype if quantisation == "none" else "auto",
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
         )
     model, report = loaded
     if missing := sorted(report["missing_keys"]):
@@ -92,18 +101,26 @@ def load_model(source: Source, dtype: torch.dtype = torch.float32, attention: st
             f"{source.name}: {len(missing)} weights of a {type(model).__name__} are not in its files ({shown}). "
             f"The files are incomplete, or belong to another kind of model."
         )
+    if quantisation != "none":
+        from trimtab.formats.quantising import quantise_model
+
+        with _loading(source, "model"):
+            quantise_model(model, quantisation, dtype, weights_folder(source), source.name)
     return model.eval()
 
 
-def empty_model(source: Source) -> PreTrainedModel:
-    """The model's modules and shapes on the meta device, from its configuration alone: no weights, no memory.
+def empty_model(source: Source, dtype: torch.dtype = torch.float32, attention: str = "auto") -> PreTrainedModel:
+    """What ``load_model`` would give, on the meta device, from the configuration alone: no weights, no memory.
 
     Raises:
         ModelError: as ``load_config_only``, or it is not a causal language model.
     """
     config = load_config_only(source)
+    options: dict[str, Any] = {} if attention == "auto" else {"attn_implementation": attention}
     with _loading(source, "model"), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)
+        return AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=source.trust_remote_code, **options
+        )
 
 
 def weights_folder(source: Source) -> Path:

@@ -8,7 +8,9 @@
                                      is ever read with the other of another save
 
 Tensors: ``A [rank, in]``, ``B [out, rank]`` (lora, dora), ``M [k, k]`` (mora), ``weight [out, in]`` (full),
-    ``magnitude`` (``[out]`` or ``[in]``) with any of them. Options are written in full, so that an adapter keeps its
+    ``magnitude`` (``[out]`` or ``[in]``) with any of them; ``down [bottleneck, in]``, ``down_bias [bottleneck]``, ``up
+    [out, bottleneck]``, ``up_bias [out]`` (parallel; serial, with ``down [bottleneck, out]``), where ``out`` and ``in``
+    are the widths of a block's hidden states. Options are written in full, so that an adapter keeps its
     meaning when a default changes.
 """
 
@@ -43,7 +45,7 @@ def save(model: nn.Module, adapted: dict[str, Adapted], folder: Path) -> None:
         modules[name] = {
             "method": module.method,
             "options": module.adapter.options.model_dump(),
-            "shape": list(module.handle.shape),
+            "shape": [module.adapter.out_features, module.adapter.in_features],
             "tensors": {key: list(value.shape) for key, value in mine.items()},
         }
         tensors.update({f"{name}.{key}": value for key, value in mine.items()})

@@ -63,13 +63,16 @@ _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 def can_express(model: nn.Module, adapted: dict[str, Adapted]) -> bool:
     """Whether one PEFT configuration describes all of these adapters, so that PEFT computes the same outputs."""
-    options = [module.adapter.options for module in adapted.values()]
+    options = [
+        module.adapter.options for module in adapted.values() if isinstance(module.adapter.options, lora.Options)
+    ]
     return (
-        all(isinstance(one, lora.Options) and one.rank > 0 for one in options)
+        len(options) == len(adapted)
+        and all(one.rank > 0 for one in options)
         and {module.method for module in adapted.values()} <= {"lora", "dora"}
         and len({one.magnitude for one in options}) == 1
         and not any(one.magnitude and one.magnitude_axis != "output" for one in options)
-        and len({one.rank_stabilised for one in options if isinstance(one, lora.Options)}) == 1
+        and len({one.rank_stabilised for one in options}) == 1
         # PEFT divides by the norm as it is: NaN on a row of zeros.
         and not any(module.adapter.zero_rows for module in adapted.values())
         # PEFT adapts a layer that hangs in two places in the first only, and merges into a shared weight twice.

@@ -11,16 +11,18 @@ import importlib
 import pkgutil
 from functools import cache
 
+from trimtab.bases import Kind
 from trimtab.errors import PlanError, did_you_mean
-from trimtab.methods._method import Method, Options
+from trimtab.methods._shared import Method, Options
 
 __all__ = ["Method", "Options", "method_class", "names", "options_class"]
 
 
 @cache
-def names() -> list[str]:
-    """The names of all methods, sorted."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+def names(sits_on: Kind | None = None) -> list[str]:
+    """The names of all methods, sorted; or of those that sit on one kind of base."""
+    found = sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+    return [name for name in found if sits_on is None or method_class(name).sits_on == sits_on]
 
 
 def _file(name: str) -> object:

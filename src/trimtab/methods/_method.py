@@ -1,4 +1,4 @@
-"""What every method shares: its options, its magnitude, and the way from an update to an output.
+"""What every method on a weight shares: its options, its magnitude, and the way from an update to an output.
 
 A method is an update ``dV``, with or without a magnitude (``W' = m * (W + dV) / ||W + dV||``; without: ``W' = W +
 dV``). A method file says what ``dV`` is; this file does the rest, so that the magnitude is a switch that any update
@@ -8,13 +8,14 @@ can take.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
 from trimtab.bases import Base
+from trimtab.methods import _shared
 from trimtab.ops.autocast import without_autocast
 from trimtab.ops.decomposition import Axis, magnitude_over_norm, recompose
 from trimtab.ops.dropout import dropout
@@ -22,10 +23,8 @@ from trimtab.ops.forms import Compute
 from trimtab.ops.frozen_linear import Update, frozen_linear
 
 
-class Options(BaseModel):
-    """What any method can be told."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+class Options(_shared.Options):
+    """What any method on a weight can be told."""
 
     magnitude: bool = Field(False, description="Train a magnitude per output (or input) beside the update.")
     magnitude_axis: Axis = Field(
@@ -34,10 +33,6 @@ class Options(BaseModel):
     detach_norm: bool = Field(
         True,
         description="Treat the norm as a constant in the backward pass (DoRA, section 4.3); false: exact gradient.",
-    )
-    dropout: float = Field(0.0, ge=0.0, lt=1.0, description="Dropout on the input of the update, in training only.")
-    dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = Field(
-        None, description="Dtype of the trained tensors. Default: float32, or float64 on a float64 base."
     )
     compute: Compute = Field(
         "auto",
@@ -54,8 +49,8 @@ class Options(BaseModel):
     )
 
 
-class Method(nn.Module):
-    """The trained tensors of one method on one frozen weight, and what they do. Complete when constructed.
+class Method(_shared.Method):
+    """The trained tensors of one method on one frozen weight, and what they do.
 
     Args:
         base: the frozen weight ``[out, in]``; read here for its shape, its dtype and its norms, and not kept.
@@ -64,18 +59,15 @@ class Method(nn.Module):
 
     magnitude: nn.Parameter | None
     square_norms: Tensor | None
-    options_type: type[Options] = Options
+    sits_on = "weight"
+    options_type = Options
+    options: Options
 
     def __init__(self, base: Base, options: Options) -> None:
-        super().__init__()
-        self.options = options
-        self.out_features, self.in_features = base.shape
-        default = torch.float64 if base.dtype == torch.float64 else torch.float32
-        self.dtype: torch.dtype = getattr(torch, options.dtype) if options.dtype else default
-        self.zero_rows = 0
+        super().__init__(base, options)
         self._cached_norm: tuple[tuple[Tensor, ...], Tensor] | None = None
         if options.magnitude:
-            squares = base.squared_norms(options.magnitude_axis).to(default)
+            squares = base.squared_norms(options.magnitude_axis).to(self.default_dtype)
             # Kept beside the weight it was read from; never saved, since the base gives it again.
             self.register_buffer("square_norms", squares, persistent=False)
             self.magnitude = nn.Parameter(squares.sqrt().to(self.dtype))
@@ -147,7 +139,8 @@ class Method(nn.Module):
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
         """The output ``[..., out]`` for ``x [..., in]`` on the frozen weight of ``base``."""
-        weight = base.weight()
+        dtype = base.dtype_for(x)
+        weight = base.weight(dtype)
         magnitude, norm = self.magnitude, None
         if magnitude is not None:
             norm = self.norm(weight)
@@ -169,6 +162,7 @@ class Method(nn.Module):
             norm=norm,
             keep_product=self.options.keep_product,
             compute=self.options.compute,
+            again=base.again(dtype),
         )
 
     @torch.no_grad()
@@ -190,10 +184,6 @@ class Method(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cached_norm": None}
-
-    def extra_repr(self) -> str:
-        said = self.options.model_dump(exclude_defaults=True)
-        return ", ".join([f"{self.in_features} -> {self.out_features}", *(f"{k}={v}" for k, v in said.items())])
 
 
 def _same(copies: Sequence[Tensor], tensors: Sequence[Tensor]) -> bool:

@@ -40,7 +40,7 @@ class Method(_method.Method):
         return self.weight.to(weight.dtype)
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
-        weight = self.weight.to(base.dtype)
+        weight = self.weight.to(base.dtype_for(x))
         ratio = self.ratio(weight)
         if ratio is None:
             return F.linear(x, weight, base.bias)

@@ -12,6 +12,7 @@ is kept that a plain linear layer followed by a nonlinearity would not keep. For
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
@@ -119,14 +120,17 @@ class _FrozenLinear(torch.autograd.Function):
         keep_product: bool,
         compute: Compute,
         update: Update | None,
+        again: Callable[[], Tensor] | None,
         *tensors: Tensor,
     ) -> Tensor:
         done = _compute(x, dropped, weight, bias, ratio, keep_product, compute, update, tensors)
         ctx.update, ctx.compute, ctx.reuse_output = update, compute, done.reuse_output
         ctx.has_dropped, ctx.shape, ctx.counts = dropped is not None, x.shape, (len(tensors), len(done.kept))
         ctx.near_one = ratio is not None and ratio.near_one
+        ctx.again, ctx.weight_shape = again, weight.shape
         parts = (None, None) if ratio is None else (ratio.values, ratio.excess)
-        ctx.save_for_backward(weight, done.fed, bias, magnitude, norm, *parts, *tensors, *done.kept, *done.witness)
+        kept_weight = weight if again is None else None
+        ctx.save_for_backward(kept_weight, done.fed, bias, magnitude, norm, *parts, *tensors, *done.kept, *done.witness)
         return done.output
 
     @staticmethod
@@ -148,9 +152,9 @@ class _FrozenLinear(torch.autograd.Function):
         tensors, kept = saved[7 : 7 + n_tensors], saved[7 + n_tensors : 7 + n_tensors + n_kept]
         wants_x, wants_dropped, _, wants_bias, wants_magnitude, wants_norm = ctx.needs_input_grad[:6]
         wants_ratio = wants_magnitude or wants_norm
-        wants_tensors = any(ctx.needs_input_grad[10:])
+        wants_tensors = any(ctx.needs_input_grad[11:])
         ratio = None if values is None else Ratio(values, ctx.near_one, excess)
-        upstream = grad_output.reshape(-1, weight.shape[0])
+        upstream = grad_output.reshape(-1, ctx.weight_shape[0])
         update: Update | None = ctx.update
 
         grad_bias = grad_magnitude = grad_norm = None
@@ -177,6 +181,8 @@ class _FrozenLinear(torch.autograd.Function):
 
         grad_x, folds = None, False
         if wants_x:
+            if ctx.again is not None:
+                weight = ctx.again()
             if update is not None and not ctx.has_dropped:
                 work = update.work(len(fed), tensors, fed.dtype)
                 folds = folds_gradient(ctx.compute, work, len(fed), weight.shape, factor is not None)
@@ -202,7 +208,7 @@ class _FrozenLinear(torch.autograd.Function):
             grad_bias if wants_bias else None,
             grad_magnitude if wants_magnitude else None,
             grad_norm,
-            *(None,) * 4,
+            *(None,) * 5,
             *grads,
         )
 
@@ -219,6 +225,7 @@ def frozen_linear(
     norm: Tensor | None = None,
     keep_product: bool = False,
     compute: Compute = "auto",
+    again: Callable[[], Tensor] | None = None,
 ) -> Tensor:
     """``m / n * (x W^T + dropped dV^T) + bias`` with gradients for ``x``, ``dropped``, ``bias``, ``magnitude``,
     ``norm`` and ``tensors``.
@@ -237,6 +244,8 @@ def frozen_linear(
             Needed where the output is changed in place afterwards.
         compute: ``auto`` chooses between the two forms by their cost; ``folded`` and ``factored`` overrule it. Folding
             is left out where it cannot be exact: with dropout, with ``keep_product``, or with a ratio far from 1.
+        again: gives ``weight`` once more in the backward pass, which then does not keep it: for a weight that was
+            computed for this call (a dequantised one). Called once, and only if ``x`` wants a gradient.
 
     Differentiable once: a second derivative is refused by autograd, and ``torch.func`` transforms are not supported.
     """
@@ -250,7 +259,7 @@ def frozen_linear(
         ratio = None if magnitude is None or norm is None else ratio_of(magnitude, norm, x.dtype)
         if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in given):
             return _FrozenLinear.apply(
-                x, dropped, weight, bias, magnitude, norm, ratio, keep_product, compute, update, *tensors
+                x, dropped, weight, bias, magnitude, norm, ratio, keep_product, compute, update, again, *tensors
             )
         # Nobody will ask for a gradient. (And torch.compile, outside of training, calls a function with exactly two
         # trailing tensors without its context.)

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from trimtab.files import read_json, write_atomically, write_text
+from trimtab.files import read_json, write_text
+from trimtab.reports.pictures import INK, MUTED, STYLE, blank, plain, write_picture
 
 _MARKS = "osD^vP*X<>"
 # Dark to light on white, and no hue that grey would not keep apart.
 _DEPTH = matplotlib.colormaps["viridis"].with_extremes()
-_INK, _MUTED = "#16202c", "#56637a"
 
 
 def changes_table(analysis: Mapping[str, Any]) -> Table:
@@ -77,7 +73,7 @@ def draw(analysis: Mapping[str, Any]) -> Figure:
     said = {(row["tuned"], row["method"]): row for row in analysis["correlations"] if row["kind"] is None}
     blocks = [row["block"] for row in analysis["changes"] if row["block"] is not None]
     depth = Normalize(min(blocks, default=0), max(blocks, default=1))
-    figure = Figure(figsize=(4.4 * len(groups) + 0.9, 4.4), dpi=150, layout="constrained", facecolor="white")
+    figure = blank(4.4 * len(groups) + 0.9, 4.4)
     panels = figure.subplots(1, len(groups), squeeze=False)[0]
     for axes, (key, rows) in zip(panels, groups.items(), strict=True):
         states = list(dict.fromkeys(row["state"] for row in rows))
@@ -97,38 +93,30 @@ def draw(analysis: Mapping[str, Any]) -> Figure:
                 label=state,
             )
         title = f"{Path(key[0]).name}, {key[1]}: correlation {_signed(said[key]['correlation'])}"
-        axes.set_title(title, fontsize=10, color=_INK, loc="left")
-        axes.set_xlabel("dD: mean of 1 - cosine over the rows", fontsize=9, color=_MUTED)
-        axes.set_ylabel("dM: mean change of magnitude", fontsize=9, color=_MUTED)
-        axes.tick_params(labelsize=8, colors=_MUTED)
-        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_title(title, fontsize=10, color=INK, loc="left")
+        axes.set_xlabel("dD: mean of 1 - cosine over the rows", fontsize=9, color=MUTED)
+        axes.set_ylabel("dM: mean change of magnitude", fontsize=9, color=MUTED)
+        plain(axes)
         axes.ticklabel_format(style="sci", scilimits=(-3, 3))
         if len(states) > 1:
             axes.legend(fontsize=7, frameon=False, loc="best")
     if blocks:
         bar = figure.colorbar(ScalarMappable(depth, _DEPTH), ax=list(panels), pad=0.01, aspect=30)
-        bar.set_label("block, first to last", fontsize=9, color=_MUTED)
-        bar.ax.tick_params(labelsize=8, colors=_MUTED)
+        bar.set_label("block, first to last", fontsize=9, color=MUTED)
+        bar.ax.tick_params(labelsize=8, colors=MUTED)
     return figure
 
 
 def write_changes_page(folder: Path) -> Path:
     """Write ``changes.png``, ``changes.svg`` and ``changes.html`` beside the ``changes.json`` in ``folder``."""
     analysis = read_json(folder / "changes.json")
-    figure = draw(analysis)
-    png, svg = io.BytesIO(), io.BytesIO()
-    FigureCanvasAgg(figure).print_png(png)
-    with matplotlib.rc_context({"svg.hashsalt": "trimtab"}):
-        FigureCanvasSVG(figure).print_svg(svg)
-    for name, data in (("changes.png", png.getvalue()), ("changes.svg", svg.getvalue())):
-        write_atomically(folder / name, lambda path, data=data: path.write_bytes(data))  # type: ignore[misc]
-    write_text(folder / "changes.html", _page(analysis, png.getvalue()))
+    picture = write_picture(draw(analysis), folder, "changes", "dM over dD of every weight")
+    write_text(folder / "changes.html", _page(analysis, picture))
     return folder / "changes.html"
 
 
-def _page(analysis: Mapping[str, Any], png: bytes) -> str:
+def _page(analysis: Mapping[str, Any], picture: str) -> str:
     style = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
-    picture = base64.b64encode(png).decode("ascii")
     lines = "".join(
         f"<tr><td>{html.escape(Path(row['tuned']).name)}</td><td>{html.escape(row['method'])}</td>"
         f"<td>{html.escape(row['kind'] or 'all')}</td><td class=n>{row['points']}</td>"
@@ -141,12 +129,11 @@ def _page(analysis: Mapping[str, Any], png: bytes) -> str:
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Magnitude and direction</title>
 <style>{style}
-.picture {{ background: #fff; border-radius: 8px; padding: .6rem; }}
-.picture img {{ max-width: 100%; height: auto; display: block; margin: 0 auto; }}</style>
+{STYLE}</style>
 <body>
 <h1>How the weights moved: magnitude and direction</h1>
 <p class="about">Against {html.escape(str(analysis["base"]))}. One mark is one weight in one saved state.</p>
-<figure class="picture"><img alt="dM over dD of every weight" src="data:image/png;base64,{picture}"></figure>
+{picture}
 <h2>Correlation of dM and dD</h2>
 <p class="fine">dM = mean |m<sub>t</sub> - m<sub>0</sub>|, dD = mean (1 - cos(V<sub>t</sub>, W<sub>0</sub>)), over the
 rows of a weight (DoRA, arXiv 2402.09353, section 3.2). Points of one run are not independent: neighbouring blocks and

@@ -15,6 +15,8 @@ from trimtab.reports.folder import Choice, Generation, Plan, Prediction, TestSet
 
 # Letters of a prompt and of an answer in a terminal's row. The narrow columns leave the prompt room in 80 letters.
 _PROMPT_LETTERS, _ANSWER_LETTERS, _ANSWER_WIDTH = 120, 40, 17
+MOST_CLASSES = 12
+"""Classes whose confusion a terminal has room for."""
 
 
 def results_table(run: Path) -> Table:
@@ -113,7 +115,9 @@ def evaluation_table(result: Mapping[str, Any]) -> Table:
         ("accuracy", "accuracy"),
         ("macro_f1", "macro F1"),
         ("weighted_f1", "weighted F1"),
+        ("mean_weighted_f1", "mean of weighted F1 over questions"),
         ("exact_match", "exact match"),
+        ("word_f1", "F1 over words"),
         ("unusable", "unusable"),
     ):
         if key in result:
@@ -127,14 +131,31 @@ def evaluation_table(result: Mapping[str, Any]) -> Table:
 
 
 def confusion_table(result: Mapping[str, Any]) -> Table:
-    """How often each true answer was taken for which, of a result with a closed set of answers."""
+    """How often each true answer was taken for which, of a result with a closed set of answers; and how often what was
+    written could not be used."""
     table = _table(title=_text("true answer down, predicted across"), title_justify="left")
     table.add_column("")
     for choice in result["choices"]:
         table.add_column(_text(choice), justify="right")
+    if result.get("unusable"):
+        table.add_column(Text("unusable", style="italic"), justify="right")
     for place, (choice, row) in enumerate(zip(result["choices"], result["confusion"], strict=True)):
         cells = [Text(words.count(number), style="bold" if at == place else "") for at, number in enumerate(row)]
+        if result.get("unusable"):
+            cells.append(Text(words.count(result["per_class"][choice]["rows"] - sum(row))))
         table.add_row(_text(choice), *cells)
+    return table
+
+
+def questions_table(result: Mapping[str, Any]) -> Table:
+    """The figures of each question of a result whose rows ask different things."""
+    table = _table()
+    table.add_column("question", overflow="fold")
+    for title in ("rows", "accuracy", "macro F1", "weighted F1"):
+        table.add_column(title, justify="right")
+    for asked in result["questions"]:
+        shares = (words.percent(asked[key]) for key in ("accuracy", "macro_f1", "weighted_f1"))
+        table.add_row(_text(asked["question"]), words.count(asked["rows"]), *shares)
     return table
 
 
@@ -177,3 +198,42 @@ def _text(text: str) -> Text:
 
 def _short(text: str, limit: int) -> Text:
     return _text(" ".join(words.shorten(text, limit).split()))
+
+
+_MEMORY_PARTS = {
+    "weights": "frozen weights",
+    "adapters": "trained tensors",
+    "gradients": "gradients",
+    "optimiser": "optimiser",
+    "activations": "activations",
+    "files": "weight files, while they are converted",
+    "process": "Python and libraries",
+}
+
+
+def memory_table(memory: Mapping[str, Any]) -> Table:
+    """GiB by what they are for at each moment of a run, as ``trimtab plan`` estimates them."""
+    moments = memory["moments"]
+    table = _table(show_footer=True)
+    table.add_column("memory, GiB", footer="in all")
+    for moment, parts in moments.items():
+        table.add_column(moment, footer=f"{sum(parts.values()):.2f}", justify="right", no_wrap=True)
+    for part, name in _MEMORY_PARTS.items():
+        if any(part in parts for parts in moments.values()):
+            table.add_row(name, *(f"{parts[part]:.2f}" if part in parts else "" for parts in moments.values()))
+    return table
+
+
+def memory_lines(memory: Mapping[str, Any]) -> list[str]:
+    """Whether the run fits, for which batches that is said, and what would make it fit."""
+    rows, length = memory["batch_size"], memory["length"]
+    lines = [f"for batches of {rows} rows of {length} tokens ({memory['length_from']})"]
+    if memory["uncounted"]:
+        lines.append(f"without the activations, which could not be counted: {memory['uncounted']}")
+    need = f"{memory['needed']:.2f} GiB beyond Python and libraries, {memory['free']:.2f} GiB are free"
+    if memory["fits"]:
+        return [*lines, f"it fits: {need}"]
+    lines.append(f"it does not fit: {need}")
+    if not memory["suggestions"]:
+        return [*lines, "no change of batch, length or storage would make it fit: it takes a smaller model"]
+    return [*lines, "it would fit with", *(f"  {s['change']}: {s['needed']:.2f} GiB" for s in memory["suggestions"])]

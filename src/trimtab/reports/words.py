@@ -46,6 +46,14 @@ def count(value: int | None) -> str:
     return DASH if value is None else f"{value:,}"
 
 
+def parameters(value: float) -> str:
+    """A count of parameters to three figures: ``4,884,480`` as ``4.88 M``."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= 0.9995 * size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value:.0f}"
+
+
 def number(value: float | None) -> str:
     """A positive figure such as a loss or a perplexity, with three or four significant figures."""
     if value is None or not math.isfinite(value):

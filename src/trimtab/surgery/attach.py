@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from trimtab import bases, methods
 from trimtab.errors import PlanError, SurgeryError, nearest
-from trimtab.surgery.adapted import Adapted, adapted_modules, owners
+from trimtab.surgery.adapted import Adapted, AdaptedBlock, AdaptedLayer, adapted_modules, bare_modules, owners
 from trimtab.surgery.plan import Plan, Rule, Target, resolve
 
 # Where a model remembers which of its parameters were trainable before the attachment, so that detach can give that
@@ -127,20 +128,22 @@ def attach(model: nn.Module, plan: Plan | Rule | list[Rule]) -> AttachReport:
 def install(model: nn.Module, targets: list[Target], rules: tuple[Rule, ...]) -> AttachReport:
     """Build every adapter, then swap all modules in; nothing is changed before everything is built."""
     adapters: dict[int, methods.Method] = {}
-    replacement: dict[int, Adapted] = {}
     for target in targets:
-        weight = id(target.base.parameter)
-        if weight not in adapters:
+        key = id(target.base.identity)
+        if key not in adapters:
             try:
-                adapters[weight] = methods.method_class(target.method)(target.base, target.options)
+                adapters[key] = methods.method_class(target.method)(target.base, target.options)
             except PlanError as error:
                 raise PlanError(f"{target.name} (rule {target.rule}): {error}") from None
-        replacement[id(target.module)] = Adapted(target.base, adapters[weight], target.method, target.rule)
 
     # Under all its names: a merge may untie a shared parameter, and both halves are then what the whole was.
     every = model.named_parameters(remove_duplicate=False)
     setattr(model, _TRAINABLE_BEFORE, tuple(name for name, parameter in every if parameter.requires_grad))
     model.requires_grad_(False)
+    replacement = {
+        id(target.module): Adapted.around(target.base, adapters[id(target.base.identity)], target.method, target.rule)
+        for target in targets
+    }
     for _, parent, attribute, child in list(owners(model)):
         if id(child) in replacement:
             parent._modules[attribute] = replacement[id(child)]
@@ -150,7 +153,7 @@ def install(model: nn.Module, targets: list[Target], rules: tuple[Rule, ...]) ->
 def describe(model: nn.Module, rules: tuple[Rule, ...]) -> AttachReport:
     """The report of a model that carries adapters; ``rules`` are those of its plan."""
     names: dict[int, list[str]] = defaultdict(list)
-    for name, module in model.named_modules(remove_duplicate=False):
+    for name, module in bare_modules(model):
         if isinstance(module, Adapted):
             names[id(module)].append(name)
     reports = []
@@ -164,15 +167,22 @@ def describe(model: nn.Module, rules: tuple[Rule, ...]) -> AttachReport:
                 name,
                 module.method,
                 module.rule,
-                *module.handle.shape,
+                adapter.out_features,
+                adapter.in_features,
                 sum(parameter.numel() for parameter in adapter.parameters()) if fresh else 0,
                 adapter.zero_rows if fresh else 0,
                 tuple(names[id(module)][1:]),
             )
         )
     trainable = sum(report.parameters for report in reports)
-    total = sum(parameter.numel() for parameter in model.parameters()) - trainable
+    total = _count(model) - trainable
     return AttachReport(tuple(reports), rules, trainable, total)
+
+
+def _count(model: nn.Module) -> int:
+    """How many numbers the parameters of ``model`` stand for: a quantised weight may hold several in one element."""
+    shapes = {id(base.parameter): base.shape for module in model.modules() if (base := bases.find(module)) is not None}
+    return sum(math.prod(shapes.get(id(parameter), parameter.shape)) for parameter in model.parameters())
 
 
 def detach(model: nn.Module) -> int:
@@ -190,7 +200,7 @@ def remove_adapters(model: nn.Module) -> None:
     """Put every base back in its adapted module's place, and give the parameters their old ``requires_grad``."""
     for _, parent, attribute, child in list(owners(model)):
         if isinstance(child, Adapted):
-            parent._modules[attribute] = child.base
+            parent._modules[attribute] = child.remove()
     before = set(getattr(model, _TRAINABLE_BEFORE, ()))
     for name, parameter in model.named_parameters(remove_duplicate=False):
         parameter.requires_grad_(name in before)
@@ -208,15 +218,20 @@ def effective_weight(model: nn.Module, name: str) -> Tensor:
     """The weight ``[out, in]`` with which the module called ``name`` acts: ``m * (W + dV) / ||W + dV||`` or ``W + dV``.
 
     Computed by the plain formula, in float32 (float64 on a float64 base). A module without an adapter gives its own
-    weight. Raises SurgeryError if there is no such module, or none of a kind that a base knows.
+    weight. Raises SurgeryError if there is no such module, or none of a kind that a base knows; a block has no weight.
     """
-    found = dict(model.named_modules(remove_duplicate=False))
+    found = dict(bare_modules(model))
     module = found.get(name)
-    if isinstance(module, Adapted):
+    if isinstance(module, AdaptedBlock):
+        raise SurgeryError(
+            f"effective_weight: '{name}' is a block with an adapter of method {module.method}, which changes a hidden "
+            "state and no weight. Name a layer inside it"
+        )
+    if isinstance(module, AdaptedLayer):
         return module.adapter.effective_weight(module.handle)
     handle = bases.find(module) if module is not None else None
     if handle is None:
-        known = [other for other, inner in found.items() if isinstance(inner, Adapted)] or [
+        known = [other for other, inner in found.items() if isinstance(inner, AdaptedLayer)] or [
             other for other, inner in found.items() if bases.find(inner) is not None
         ]
         near = [other for other in known if other.endswith(name)] or nearest(name, known)

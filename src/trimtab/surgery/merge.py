@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 
+from trimtab import bases, methods
 from trimtab.errors import SurgeryError
-from trimtab.surgery.adapted import is_finite, weights_elsewhere
+from trimtab.surgery.adapted import (
+    Adapted,
+    AdaptedBlock,
+    adapted_modules,
+    is_finite,
+    owners,
+    weights_elsewhere,
+)
 from trimtab.surgery.attach import remove_adapters, require_adapted
+
+Onto = Literal["dequantised", "requantised"]
 
 
 @dataclass(frozen=True)
@@ -17,17 +28,19 @@ class MergeReport:
     """What a merge did.
 
     ``modules``: names of the merged modules. ``rounding``: the largest ``||stored - exact|| / ||exact||`` over the
-    merged weights, which is what storing them in the base's dtype costs. ``untied``: modules that shared their weight
-    with a module without an adapter and now have their own.
+    merged weights, which is what storing them in the base's dtype costs, or quantising them anew. ``untied``: modules
+    that shared their weight with a module without an adapter and now have their own. ``dequantised``: quantised
+    modules, adapted or not, that are dense ones now.
     """
 
     modules: tuple[str, ...]
     rounding: float
     untied: tuple[str, ...]
+    dequantised: tuple[str, ...] = ()
 
 
 @torch.no_grad()
-def merge(model: nn.Module) -> MergeReport:
+def merge(model: nn.Module, onto: Onto = "dequantised") -> MergeReport:
     """Fold every adapter of ``model`` into its base in place, and remove it.
 
     The effective weight is computed in float64 by the plain formula and rounded once, to the base's dtype. A weight
@@ -35,10 +48,34 @@ def merge(model: nn.Module) -> MergeReport:
     head tied to the embedding) is copied first, so that the other module keeps what it had;
     ``model.config.tie_word_embeddings`` is then turned off.
 
-    Raises SurgeryError if the model has no adapters, if one holds NaN or infinity, or if a merged weight does not fit
-    into its base's dtype; the model is then unchanged.
+    ``onto`` matters where weights are quantised:
+
+    - ``dequantised``: onto the dequantised weight, which is what was trained on, so the merged model computes what the
+      adapted one did. *Every* quantised layer of the model becomes an ordinary linear layer in the dtype of the rest,
+      and ``model.config`` no longer speaks of quantisation.
+    - ``requantised``: the same, and every merged weight is then quantised again as it was. As small as before, and off
+      by a second quantisation error, which ``MergeReport.rounding`` states.
+
+    To merge onto the original weights instead, load the model unquantised, ``trimtab.load_adapter`` onto it, and merge
+    that: off by the first quantisation error, which the adapter was trained with.
+
+    Raises SurgeryError if the model has no adapters, if one sits on a block, if one holds NaN or infinity, or if a
+    merged weight does not fit into its base's dtype; the model is then unchanged.
     """
+    if onto not in get_args(Onto):
+        raise SurgeryError(
+            f"merge: onto is expected to be one of {', '.join(get_args(Onto))}, got {onto!r}. (To merge onto the "
+            "original weights: load the model unquantised, then trimtab.load_adapter and trimtab.merge)"
+        )
     adapted = require_adapted(model, "merge")
+    blocks = [(name, module) for name, module in adapted if isinstance(module, AdaptedBlock)]
+    if blocks:
+        raise SurgeryError(
+            f"merge: {len(blocks)} adapters sit on blocks, such as {blocks[0][0]} (method {blocks[0][1].method}): an "
+            "activation stands between their two products, so there is no weight to fold them into. Nothing was "
+            "changed; keep the adapter beside the model, or train with a method that changes weights "
+            f"({', '.join(methods.names('weight'))})"
+        )
     for name, module in adapted:
         if not is_finite(module.adapter):
             raise SurgeryError(
@@ -47,14 +84,18 @@ def merge(model: nn.Module) -> MergeReport:
             )
     # Finite tensors can have a product that is not, or one beyond what the base's dtype holds. All are looked at before
     # the first is written; computing each twice is the price of never leaving half a merge.
+    around = _dtype_around(model)
     for name, module in adapted:
-        stored = module.adapter.effective_weight(module.handle, torch.float64).to(module.handle.dtype)
+        handle = module.handle
+        dtype = around or handle.dtype if onto == "dequantised" and not handle.stored_dense else handle.dtype
+        stored = module.adapter.effective_weight(handle, torch.float64).to(dtype)
         if not torch.isfinite(stored).all():
             raise SurgeryError(
-                f"merge: the merged weight of {name} does not fit into {module.handle.dtype} or is not a number. "
+                f"merge: the merged weight of {name} does not fit into {dtype} or is not a number. "
                 "Nothing was changed; merge in a wider dtype, or load an earlier checkpoint"
             )
-    bases = {id(module.base) for _, module in adapted}
+    dequantised = _dequantise(model, around) if onto == "dequantised" else ()
+    frozen = {id(module.base) for _, module in adapted}
     untied = []
     merged: dict[int, float] = {}
     shared: dict[int, nn.Parameter] = {}
@@ -65,7 +106,7 @@ def merge(model: nn.Module) -> MergeReport:
         if key in shared:
             handle.module.weight = shared[key]
             continue
-        if weights_elsewhere(model, handle.parameter, bases):
+        if weights_elsewhere(model, handle.parameter, frozen):
             handle.untie()
             untied.append(name)
             shared[key] = handle.parameter
@@ -78,4 +119,41 @@ def merge(model: nn.Module) -> MergeReport:
     config = getattr(model, "config", None)
     if untied and config is not None and getattr(config, "tie_word_embeddings", False):
         config.tie_word_embeddings = False
-    return MergeReport(tuple(name for name, _ in adapted), max(merged.values()), tuple(untied))
+    return MergeReport(tuple(name for name, _ in adapted), max(merged.values()), tuple(untied), dequantised)
+
+
+def _dtype_around(model: nn.Module) -> torch.dtype | None:
+    """The dtype of the model's first parameter that is stored as a number and is no adapter's; None if there is
+    none."""
+    own = {id(parameter) for _, module in adapted_modules(model) for parameter in module.adapter.parameters()}
+    plain = (parameter for parameter in model.parameters() if id(parameter) not in own)
+    return next((parameter.dtype for parameter in plain if parameter.is_floating_point()), None)
+
+
+def _dequantise(model: nn.Module, dtype: torch.dtype | None) -> tuple[str, ...]:
+    """Put a dense layer in the place of every quantised one, under an adapter or not; give their names."""
+    made: dict[int, nn.Module] = {}
+    names = []
+    for name, parent, attribute, child in list(owners(model)):
+        if id(child) not in made:
+            handle = bases.find(child)
+            if handle is None or handle.stored_dense:
+                continue
+            made[id(child)] = handle.as_dense(dtype or handle.dtype)
+            names.append(name.removesuffix(".base") if isinstance(parent, Adapted) else name)
+        parent._modules[attribute] = made[id(child)]
+        if isinstance(parent, Adapted):
+            dense = bases.find(made[id(child)])
+            assert dense is not None
+            parent.handle = dense
+    if names:
+        _forget_quantisation(model)
+    return tuple(names)
+
+
+def _forget_quantisation(model: Any) -> None:
+    """Take away what transformers notes at a quantised model, and would write and obey."""
+    if hasattr(model, "config") and hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    for note in ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit"):
+        model.__dict__.pop(note, None)

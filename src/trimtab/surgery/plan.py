@@ -26,10 +26,12 @@ class Rule(BaseModel):
 
     Args:
         match: a glob over module names such as ``"*.q_proj"`` (``fnmatch``), a list of them, or ``"all-linear"``:
-            every linear layer but the output head.
+            every linear layer but the output head. Only modules of the kind that the method sits on are looked at;
+            of blocks inside one another the outermost is taken.
         layers: blocks by number: ``"all"``, ``"outer:K"`` (the first K and the last K), ``"inner:K"`` (all but
             those), or ranges such as ``"0-3,26-29"``.
-        method: name of a method: ``lora``, ``dora``, ``mora``, ``full``.
+        method: name of a method: ``lora``, ``dora``, ``mora``, ``full`` on linear layers, ``serial``, ``parallel`` on
+            blocks.
         **options: the method's own options (``rank=8, alpha=16``).
 
     Raises PlanError for an unknown method, option or layer selector.
@@ -81,6 +83,16 @@ class Rule(BaseModel):
         if not re.fullmatch(r"all|(outer|inner):[1-9]\d*|\d+(-\d+)?(,\d+(-\d+)?)*", text):
             raise ValueError(f"expected 'all', 'outer:K', 'inner:K' or ranges such as '0-3,26-29', got '{value}'")
         return text
+
+    @property
+    def sits_on(self) -> bases.Kind:
+        """The kind of base that the method takes."""
+        return methods.method_class(self.method).sits_on
+
+    @property
+    def all_linear(self) -> bool:
+        """Whether this rule asks for every linear layer but the output head; a block is none."""
+        return ALL_LINEAR in self.match and self.sits_on == "weight"
 
     def matches(self, name: str) -> bool:
         """Whether a glob of this rule matches ``name`` (``all-linear`` is not a glob and is handled by the plan)."""
@@ -204,28 +216,36 @@ def resolve(model: nn.Module, plan: Plan) -> list[Target]:
             if (found := block_number(name)) is not None:
                 counts[found[0]] = max(counts[found[0]], found[1] + 1)
 
-    handles = {key: bases.find(module) for key, module in modules.items() if key not in inside_adapted}
+    handles = {
+        kind: {key: bases.find(module, kind) for key, module in modules.items() if key not in inside_adapted}
+        for kind in {rule.sits_on for rule in plan.rules}
+    }
     heads = output_heads(model)
     _check_ranges(plan, counts)
     decided: dict[int, int] = {}
     touched: dict[int, list[str]] = defaultdict(list)
     for number, rule in enumerate(plan.rules, 1):
-        for key, handle in handles.items():
+        taken: dict[int, str] = {}
+        for key, handle in handles[rule.sits_on].items():
             if handle is None:
                 continue
             for name in names[key]:
                 found = block_number(name)
                 block, count = (found[1], counts[found[0]]) if found else (None, 0)
-                linear = ALL_LINEAR in rule.match and key not in heads
+                linear = rule.all_linear and key not in heads
                 if (linear or rule.matches(name)) and rule.selects(block, count):
-                    decided[key] = number
-                    touched[number].append(name)
+                    taken[key] = name
                     break
+        within = {id(inner) for key in taken for inner in list(modules[key].modules())[1:]}
+        outermost = {key: name for key, name in taken.items() if key not in within}
+        decided.update(dict.fromkeys(outermost, number))
+        touched[number] += outermost.values()
     _check_rules(plan, decided, touched, names, modules, handles, heads)
 
     targets = []
     for key, number in decided.items():
-        rule, handle = plan.rules[number - 1], handles[key]
+        rule = plan.rules[number - 1]
+        handle = handles[rule.sits_on][key]
         assert handle is not None
         targets.append(Target(tuple(names[key]), modules[key], handle, number, rule.method, rule.options))
     _check_ties(targets)
@@ -248,7 +268,7 @@ def _check_rules(
     touched: dict[int, list[str]],
     names: dict[int, list[str]],
     modules: dict[int, nn.Module],
-    handles: dict[int, bases.Base | None],
+    handles: dict[bases.Kind, dict[int, bases.Base | None]],
     heads: set[int],
 ) -> None:
     """Raise PlanError for the first rule that no module was left to."""
@@ -265,31 +285,35 @@ def _check_rules(
                 "decided by "
                 f"a later rule (rule {decided[key]}). Remove it, or move it to the end"
             )
-        linear = (
-            {key for key, handle in handles.items() if handle is not None} - heads
-            if ALL_LINEAR in rule.match
-            else set()
-        )
+        known = {key for key, handle in handles[rule.sits_on].items() if handle is not None}
+        linear = known - heads if rule.all_linear else set()
         matched = [
             (name, key) for key, all_names in names.items() for name in all_names if key in linear or rule.matches(name)
         ]
-        kinds = sorted({type(modules[key]).__name__ for _, key in matched if handles.get(key) is None})
-        if any(handles.get(key) is not None for _, key in matched):
+        if any(key in known for _, key in matched):
             raise PlanError(f"{said} ends with no module: its names match, but in no block that 'layers' selects")
-        if matched:
-            known = ", ".join(bases.names())
-            raise PlanError(
-                f"{said} ends with no module: it names {len(matched)} of kinds that no base knows "
-                f"({', '.join(kinds)}; such as {matched[0][0]}). Known kinds: {known}"
-            )
-        candidates = [name for key, handle in handles.items() if handle is not None for name in names[key]]
-        raise PlanError(f"{said} ends with no module: nothing has such a name.{_near_misses(rule, candidates)}")
+        candidates = [name for key, all_names in names.items() if key in known for name in all_names]
+        raise PlanError(f"{said} ends with no module: {_why_none(rule, matched, candidates, modules)}")
+
+
+def _why_none(rule: Rule, matched: list[tuple[str, int]], candidates: list[str], modules: dict[int, nn.Module]) -> str:
+    """What is said of a rule that matches no module of its kind: ``matched`` are those that it does match, by name and
+    id, ``candidates`` the names of those that it could."""
+    kinds = ", ".join(bases.names("weight"))
+    what, none, known = "of kinds that no base knows", f"no layer of a kind that a base knows ({kinds})", ""
+    if rule.sits_on == "block":
+        what, none = "that are no blocks", "no blocks"
+        known = f". Method {rule.method} sits on blocks, such as '*.mlp' or '*.self_attn', and not on linear layers"
+    if matched:
+        others = ", ".join(sorted({type(modules[key]).__name__ for _, key in matched}))
+        known = known or f". Known kinds: {kinds}"
+        return f"it names {len(matched)} {what} ({others}; such as {matched[0][0]}){known}"
+    near = _near_misses(rule, candidates) if candidates else f" The model has {none}"
+    return f"nothing has such a name.{near}{known}"
 
 
 def _near_misses(rule: Rule, candidates: list[str]) -> str:
     """A sentence with names or globs that would have matched."""
-    if not candidates:
-        return f" The model has no layer of a kind that a base knows ({', '.join(bases.names())})"
     shapes = sorted({re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", name) for name in candidates})
     tails = sorted({name.rsplit(".", 1)[-1] for name in candidates})
     near: list[str] = []
@@ -309,8 +333,8 @@ def _check_ties(targets: list[Target]) -> None:
     """Modules that share one weight must get one and the same treatment."""
     first: dict[int, Target] = {}
     for target in targets:
-        other = first.setdefault(id(target.base.parameter), target)
-        if other.rule != target.rule or other.base.shape != target.base.shape:
+        other = first.setdefault(id(target.base.identity), target)
+        if other is not target and (other.rule != target.rule or other.base.shape != target.base.shape):
             raise PlanError(
                 f"{other.name} and {target.name} share one weight, and the plan gives them different rules "
                 f"({other.rule} and {target.rule}). Let one rule match both"

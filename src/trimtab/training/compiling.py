@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from trimtab.surgery.adapted import Adapted
+from trimtab.surgery.adapted import Adapted, bare
 from trimtab.training.listener import Listener
 
 COMPILE_SECONDS = 120.0
@@ -31,17 +31,19 @@ WARM_UP, TIMED = 2, 4
 BACKEND = "inductor"
 
 
-def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The repeated blocks of ``model`` that hold adapters: children of one kind in an ``nn.ModuleList``, the outermost
-    such list of each place."""
-    found: list[nn.Module] = []
+def block_lists(model: nn.Module) -> Iterator[nn.ModuleList]:
+    """The lists of repeated blocks of ``model``: those of children of one kind, the outermost of each place."""
     for module in model.children():
-        like = isinstance(module, nn.ModuleList) and len({type(child) for child in module}) == 1
-        if like and any(isinstance(inner, Adapted) for inner in module.modules()):
-            found += list(module.children())
+        if isinstance(module, nn.ModuleList) and len({type(bare(child)) for child in module}) == 1:
+            yield module
         else:
-            found += blocks_of(module)
-    return found
+            yield from block_lists(module)
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The repeated blocks of ``model`` in those lists that hold adapters."""
+    adapted = (blocks for blocks in block_lists(model) if any(isinstance(inner, Adapted) for inner in blocks.modules()))
+    return [block for blocks in adapted for block in blocks]
 
 
 def pays(seconds_per_step: float, steps_left: int) -> bool:

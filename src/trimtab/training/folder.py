@@ -63,6 +63,17 @@ class RunFolder:
         """Whether training is over: the adapter is written then, its JSON file last."""
         return any(self.adapter.glob("*.json"))
 
+    def link_adapter(self) -> None:
+        """Make the run folder an adapter folder, too, for PEFT and all who look for the files there: links, or copies
+        where there are no links."""
+        for file in self.adapter.iterdir():
+            link = self.path / file.name
+            link.unlink(missing_ok=True)
+            try:
+                link.symlink_to(Path(self.adapter.name, file.name))
+            except OSError:
+                shutil.copyfile(file, link)
+
     def evaluation(self, name: str, stage: str) -> Path:
         """The result of one test set; ``stage`` is ``before`` or ``after``."""
         return self.path / "evaluation" / f"{name}.{stage}.json"
@@ -103,6 +114,8 @@ class RunFolder:
 
     def clear(self) -> None:
         """Remove what a run wrote; whatever else lies in the folder stays."""
+        for file in self.adapter.glob("*"):
+            (self.path / file.name).unlink(missing_ok=True)
         for name in ("adapter", "checkpoints", "evaluation", "predictions", "tensorboard"):
             shutil.rmtree(self.path / name, ignore_errors=True)
         for file in (self.plan, self.metrics, self.report, self.summary, self.config):
@@ -156,7 +169,7 @@ def start_run(config: RunConfig, folder: RunFolder) -> None:
 def _check_same(config: RunConfig, folder: RunFolder) -> None:
     """Raise RunError if a run would be resumed with settings other than those it began with."""
     before, now = load_config(folder.config).model_dump(mode="json"), config.model_dump(mode="json")
-    changed = sorted(_differences(before, now))
+    changed = sorted(differences(before, now))
     if changed:
         raise RunError(
             f"{folder.path}: the run began with other settings ({', '.join(changed)}); resume it with its own: "
@@ -164,11 +177,12 @@ def _check_same(config: RunConfig, folder: RunFolder) -> None:
         )
 
 
-def _differences(before: Any, now: Any, place: str = "") -> list[str]:
+def differences(before: Any, now: Any, place: str = "") -> list[str]:
+    """The dotted keys in which two nested mappings differ."""
     if isinstance(before, dict) and isinstance(now, dict):
         return [
             found
             for key in before.keys() | now.keys()
-            for found in _differences(before.get(key), now.get(key), f"{place}.{key}" if place else str(key))
+            for found in differences(before.get(key), now.get(key), f"{place}.{key}" if place else str(key))
         ]
     return [] if before == now else [place]

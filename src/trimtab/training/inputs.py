@@ -8,7 +8,7 @@ from typing import Any
 
 from trimtab.config import RunConfig
 from trimtab.data.rows import Example, read_examples
-from trimtab.data.split import split_off
+from trimtab.data.split import draw, split_off
 from trimtab.data.tokens import EncodedRows, encode_all
 from trimtab.errors import ConfigError
 from trimtab.evaluation.choice import check_choices, infer_choices
@@ -46,6 +46,9 @@ def read_inputs(config: RunConfig, tokenizer: Any, listener: Listener) -> Inputs
         if unseen := sorted(set(choices) - {str(row.answer) for row in training}):
             listener.note(f"no training row has the answer {', '.join(unseen)}, which cannot be learned then")
 
+    if data.train_limit is not None and data.train_limit < len(training):
+        training = draw(training, data.train_limit, 0, choices)
+        listener.note(f"{len(training)} of them drawn: data.train_limit")
     validation: list[Example] = []
     if isinstance(data.validation, float):
         training, validation = split_off(training, data.validation, config.train.seed, choices)

@@ -34,3 +34,25 @@ class Listener:
 
     def evaluating(self, name: str, done: int, total: int) -> None:
         """``done`` of ``total`` rows of the set called ``name`` are evaluated."""
+
+
+class Steps(Listener):
+    """Passes on to ``listener`` how training goes, and keeps the rest of what one run of many would tell."""
+
+    def __init__(self, listener: Listener) -> None:
+        self._listener = listener
+
+    def training_began(self, step: int, steps: int) -> None:
+        self._listener.training_began(step, steps)
+
+    def step(self, step: int, steps: int) -> None:
+        self._listener.step(step, steps)
+
+    def metrics(self, row: dict[str, Any]) -> None:
+        self._listener.metrics(row)
+
+    def training_ended(self) -> None:
+        self._listener.training_ended()
+
+    def evaluating(self, name: str, done: int, total: int) -> None:
+        self._listener.evaluating(name, done, total)

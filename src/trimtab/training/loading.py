@@ -11,12 +11,13 @@ import torch
 from trimtab.config import RunConfig, load_config
 from trimtab.errors import RunError
 from trimtab.formats.adapter import load_adapter
-from trimtab.formats.memory import check_fits, estimate_memory
+from trimtab.formats.memory import MemoryEstimate, check_fits
 from trimtab.formats.model_folder import empty_model, load_model, load_tokenizer
 from trimtab.formats.sources import Source
 from trimtab.training.folder import RunFolder
 from trimtab.training.machine import device
-from trimtab.training.run import precision_of, source_of
+from trimtab.training.resolving import precision_of, source_of
+from trimtab.training.tracing import Trace
 
 
 @dataclass(frozen=True)
@@ -34,18 +35,24 @@ def is_run(path: Path) -> bool:
     return RunFolder(path).config.is_file()
 
 
-def load_fitting(source: Source, dtype: str, attention: str = "auto") -> Any:
-    """The model of ``source`` in ``dtype``. Raises ModelError if its weights cannot fit into memory, before any is
-    read."""
+def load_fitting(source: Source, dtype: str, attention: str = "auto", quantisation: str = "none") -> Any:
+    """The model of ``source`` in ``dtype``, its linear layers quantised if so asked.
+
+    Raises ModelError if its weights cannot fit into memory, before any is read.
+    """
     kind: torch.dtype = getattr(torch, dtype)
-    check_fits(estimate_memory(empty_model(source), kind), f"Loading {source.name} in {dtype}", device())
-    return load_model(source, kind, attention)
+    bare = empty_model(source, kind, attention).requires_grad_(False)
+    weights = Trace(bare, quantisation=quantisation).standing["weights"]
+    check_fits(MemoryEstimate(weights), f"Loading {source.name} in {dtype}", device())
+    return load_model(source, kind, attention, quantisation)
 
 
-def load_run(path: Path, *, adapter: bool = True, dtype: str | None = None) -> LoadedRun:
-    """Load the model of the run at ``path`` in the dtype it was trained in, with its adapter unless ``adapter`` is off.
+def load_run(path: Path, *, adapter: bool = True, dtype: str | None = None, quantised: bool = True) -> LoadedRun:
+    """Load the model of the run at ``path`` as it was trained, in dtype and quantisation, with its adapter unless
+    ``adapter`` is off.
 
-    ``dtype``: widen (or narrow) the frozen weights to this one afterwards; their values are those that were trained on.
+    ``quantised``: off to load the original weights in place of quantised ones. ``dtype``: widen (or narrow) the frozen
+    weights to this one afterwards; their values are those that were trained on.
 
     Raises RunError if there is no run, or none that has an adapter yet.
     """
@@ -53,18 +60,21 @@ def load_run(path: Path, *, adapter: bool = True, dtype: str | None = None) -> L
     if not is_run(path):
         raise RunError(f"{path}: not a run folder (it has no config.yaml); name the output of trimtab finetune")
     config = load_config(folder.config)
-    model = load_run_model(folder, config, adapter=adapter, dtype=dtype)
+    model = load_run_model(folder, config, adapter=adapter, dtype=dtype, quantised=quantised)
     return LoadedRun(folder, config, model, load_tokenizer(source_of(config)))
 
 
-def load_run_model(folder: RunFolder, config: RunConfig, *, adapter: bool, dtype: str | None = None) -> Any:
+def load_run_model(
+    folder: RunFolder, config: RunConfig, *, adapter: bool, dtype: str | None = None, quantised: bool = True
+) -> Any:
     """The model of ``load_run`` alone, for a caller that has read the rest. Raises as that does."""
     if adapter and not folder.has_adapter:
         raise RunError(f"{folder.path}: this run has no adapter yet. Let it finish first: {folder.resume_command}")
     # What the run computed in is on record: this machine may prefer another precision.
     said = folder.read_summary().get("precision") or precision_of(config)
     trained = said if config.model.dtype == "auto" else config.model.dtype
-    model = load_fitting(source_of(config), trained, config.model.attention)
+    quantisation = config.quantisation if quantised else "none"
+    model = load_fitting(source_of(config), trained, config.model.attention, quantisation)
     if dtype is not None:
         model = model.to(getattr(torch, dtype))
     if adapter:

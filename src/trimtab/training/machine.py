@@ -6,6 +6,7 @@ import os
 import platform
 import resource
 import sys
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -38,6 +39,9 @@ def memory_gib() -> float:
 
 def peak_memory_gib() -> float:
     """Largest resident memory of this process so far."""
+    with suppress(FileNotFoundError, StopIteration):  # on Linux, where ru_maxrss begins at that of the parent process
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * 1024 / GIB
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / GIB if sys.platform == "darwin" else peak * 1024 / GIB
 

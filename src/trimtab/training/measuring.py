@@ -9,9 +9,10 @@ from typing import Any, Literal
 
 from trimtab.config import EvaluationConfig, RunConfig, load_config
 from trimtab.data.rows import Example, read_examples
-from trimtab.errors import ConfigError
+from trimtab.errors import ConfigError, DataError
 from trimtab.evaluation.evaluate import evaluate, write
 from trimtab.evaluation.logits import Head
+from trimtab.evaluation.tasks import Task, evaluate_task, find_task
 from trimtab.formats.adapter import load_adapter
 from trimtab.formats.model_folder import load_tokenizer
 from trimtab.formats.sources import resolve
@@ -20,7 +21,7 @@ from trimtab.training.folder import RunFolder
 from trimtab.training.listener import Listener
 from trimtab.training.loading import is_run, load_fitting, load_run_model
 from trimtab.training.machine import best_precision, device
-from trimtab.training.run import source_of
+from trimtab.training.resolving import source_of
 
 ELSEWHERE = Path("runs/evaluate")
 """Where results go by default that are not those of a run on its own test sets."""
@@ -32,6 +33,8 @@ def measure(
     *,
     adapter: Path | None = None,
     base: bool = False,
+    tasks: Sequence[str] = (),
+    generate: bool = False,
     choices: list[str] | None = None,
     batch_size: int | None = None,
     max_new_tokens: int | None = None,
@@ -42,7 +45,9 @@ def measure(
     """Evaluate ``target``, a run folder or the name of a model, on the files ``data`` (default: the run's test sets).
 
     What is None is as in the run. Choices on other rows than its test sets: the run's, if these rows are answered so,
-    else a closed set is looked for in the rows. For a model: the defaults of a run.
+    else a closed set is looked for in the rows. For a model: the defaults of a run. With ``generate`` the model writes
+    its answer also where the answers are a closed set. With ``tasks``, named as in ``trimtab.evaluation.tasks``,
+    ``data`` is the file of a single one or the folders that hold their files, and each is measured as it asks for.
 
     Results and predictions go into ``out`` under the stage ``after``, or ``before`` for a model without an adapter. By
     default that is ``runs/evaluate``; but the run's own folder, whose page is made anew, where its own test sets are
@@ -58,20 +63,26 @@ def measure(
     if run is None and base:
         raise ConfigError("--base goes with a run; a model named as it is has no adapter")
     config = load_config(run.config) if run is not None else None
-    sets = {Path(name).stem: name for name in data} or (dict(config.data.test) if config is not None else {})
-    if len(sets) < len(data):
+    own = dict(config.data.test) if config is not None else {}
+    wanted = [find_task(name) for name in dict.fromkeys(tasks)]
+    named = {task.dataset: task for task in wanted}
+    if wanted:
+        sets = {task.dataset: _rows_of(task, data or list(own.values()), alone=len(wanted) == 1) for task in wanted}
+    else:
+        sets = {Path(name).stem: name for name in data} or own
+    if len(sets) < len(wanted or data):
         raise ConfigError("two of the files have one name, and would overwrite each other's results; rename one")
     if not sets:
         raise ConfigError(f"{target}: nothing to evaluate on; name the rows with --data FILE")
     said = config.evaluation if config is not None else EvaluationConfig()
-    own_sets = run is not None and not data
-    as_in_run = own_sets and choices is None and limit is None
+    own_sets = run is not None and not data and not wanted
+    as_in_run = own_sets and choices is None and limit is None and not generate
     if own_sets and limit is None:
         limit = said.limit
 
     source = source_of(config) if config is not None else resolve(target)
     tokenizer = load_tokenizer(source)
-    rows = {name: _read(path, config, tokenizer)[:limit] for name, path in sets.items()}
+    rows = {name: _read(path, config, tokenizer) for name, path in sets.items()}
     listener.stage(f"Loading {target}")
     if run is not None and config is not None:
         model: Any = load_run_model(run, config, adapter=not base)
@@ -88,17 +99,23 @@ def measure(
     results = []
     for name, examples in rows.items():
         listener.stage(f"Evaluating {name}")
-        found = evaluate(
-            model,
-            tokenizer,
-            examples,
-            name=name,
-            choices=choices or (known if own_sets else _fitting_choices(examples, known)),
-            batch_size=batch_size or said.batch_size,
-            max_new_tokens=max_new_tokens or said.max_new_tokens,
-            head=head,
-            progress=partial(listener.evaluating, name),
-        )
+        settings: dict[str, Any] = {
+            "generate": generate,
+            "batch_size": batch_size or said.batch_size,
+            "head": head,
+            "progress": partial(listener.evaluating, name),
+        }
+        if (task := named.get(name)) is not None:
+            settings |= {"choices": choices, "limit": limit, "max_new_tokens": max_new_tokens}
+            found = evaluate_task(task, model, tokenizer, examples, **settings)
+            if swapped := found.result.get("relabelled"):
+                words = ", ".join(f"'{wrong}' is read as '{right}'" for wrong, right in swapped.items())
+                listener.note(f"the labels of {sets[name]} are permuted, as FinLoRA's script writes them: {words}")
+        else:
+            examples = examples[:limit]
+            settings["choices"] = choices or (known if own_sets else _fitting_choices(examples, known))
+            settings["max_new_tokens"] = max_new_tokens or said.max_new_tokens
+            found = evaluate(model, tokenizer, examples, name=name, **settings)
         write(found, folder, stage)
         results.append(found.result)
     if run is not None and folder == run.path:
@@ -114,3 +131,20 @@ def _read(path: str, config: RunConfig | None, tokenizer: Any) -> Sequence[Examp
 def _fitting_choices(examples: Sequence[Example], known: list[str] | None) -> list[str] | Literal["infer"]:
     """``known``, if all of ``examples`` have one of these answers; else what is found in them."""
     return known if known and all(example.answer in known for example in examples) else "infer"
+
+
+def _rows_of(task: Task, places: Sequence[str], *, alone: bool) -> str:
+    """The file with the rows of ``task`` among files and folders; where it is the only task, a file by any name.
+
+    Raises DataError, which names the file that is looked for, if it is not there.
+    """
+    if alone and len(places) == 1 and not Path(places[0]).is_dir():
+        return places[0]
+    files = [str(Path(place) / task.file) if Path(place).is_dir() else place for place in places]
+    for file in files:
+        if Path(file).name == task.file and Path(file).is_file():
+            return file
+    raise DataError(
+        f"{task.name}: its rows, {task.file}, are not among the data ({', '.join(places) or 'none was named'}); name "
+        "the file, or the folder that holds it, with --data."
+    )

@@ -21,56 +21,28 @@ from trimtab.config import RunConfig
 from trimtab.data.batches import Collator
 from trimtab.data.preview import preview
 from trimtab.data.rows import Example
-from trimtab.errors import Interrupted, PlanError, TrimtabError
+from trimtab.errors import Interrupted, TrimtabError
 from trimtab.evaluation.evaluate import Evaluation, evaluate, write
 from trimtab.evaluation.logits import Head
-from trimtab.evaluation.loss import CHUNK
 from trimtab.evaluation.perplexity import perplexity, token_loss
 from trimtab.files import write_json
 from trimtab.formats.adapter import load_adapter, save_adapter
-from trimtab.formats.memory import check_fits, estimate_memory
-from trimtab.formats.model_folder import empty_model, load_model, load_tokenizer
-from trimtab.formats.sources import Source, resolve
+from trimtab.formats.model_folder import load_model, load_tokenizer
 from trimtab.reports import run_page
-from trimtab.surgery.attach import AttachReport, attach
-from trimtab.surgery.plan import Plan, Rule
+from trimtab.surgery.attach import AttachReport, attach, describe
 from trimtab.training.arguments import metric, training_arguments
 from trimtab.training.averaging import Averaging
 from trimtab.training.callbacks import Interrupting, Telling
 from trimtab.training.compiling import Compiling
+from trimtab.training.fitting import check_run
 from trimtab.training.folder import RunFolder, find_run, start_run
 from trimtab.training.inputs import Inputs, read_inputs
 from trimtab.training.listener import Listener
-from trimtab.training.machine import best_precision, describe_machine, device, peak_memory_gib, versions
+from trimtab.training.machine import describe_machine, device, peak_memory_gib, versions
+from trimtab.training.memory import RowSizes
 from trimtab.training.recorder import Recorder, require_tensorboard
+from trimtab.training.resolving import model_dtype_of, plan_of, precision_of, source_of
 from trimtab.training.trainer import AdapterTrainer, parameter_groups
-
-
-def source_of(config: RunConfig) -> Source:
-    """Where the model of ``config`` comes from."""
-    said = config.model
-    return resolve(said.name, revision=said.revision, trust_remote_code=said.trust_remote_code)
-
-
-def plan_of(config: RunConfig) -> Plan:
-    """The plan of ``config``. Raises PlanError, which names the rule, for one that cannot be."""
-    rules = []
-    for number, said in enumerate(config.plan):
-        try:
-            rules.append(Rule(**said))
-        except PlanError as error:
-            raise PlanError(f"plan.{number}: {error}") from None
-    return Plan(rules)
-
-
-def precision_of(config: RunConfig) -> str:
-    """``bfloat16`` or ``float32``: what a run of ``config`` computes in on this machine."""
-    return best_precision() if config.train.precision == "auto" else config.train.precision
-
-
-def model_dtype_of(config: RunConfig) -> str:
-    """The type of the frozen weights of a run of ``config`` on this machine."""
-    return precision_of(config) if config.model.dtype == "auto" else config.model.dtype
 
 
 def finetune(
@@ -99,12 +71,12 @@ def finetune(
     tokenizer = load_tokenizer(source)
     listener.stage("Reading the rows")
     inputs = read_inputs(config, tokenizer, listener)
-    _check_memory(config, source, plan, inputs)
+    check_run(config, RowSizes.of(config, inputs))
 
     _quiet_libraries()
     listener.show(preview(inputs.rows, tokenizer))
     listener.stage(f"Loading {config.model.name}")
-    model: Any = load_model(source, getattr(torch, model_dtype_of(config)), config.model.attention)
+    model: Any = load_model(source, getattr(torch, model_dtype_of(config)), config.model.attention, config.quantisation)
     model = model.to(device())
 
     if not resume:
@@ -113,15 +85,19 @@ def finetune(
     run.summarise("interrupted")
     try:
         run.evaluate("before")
-        set_seed(config.train.seed)
-        run.attached(attach(model, plan))
-        if folder.has_adapter:  # interrupted after training
-            load_adapter(model, folder.adapter)
+        if config.train.epochs == 0:
+            run.attached(describe(model, ()))
         else:
-            run.train(checkpoint)
-            save_adapter(model, folder.adapter)
-            run.summarise("interrupted")
-        run.evaluate("after")
+            set_seed(config.train.seed)
+            run.attached(attach(model, plan))
+            if folder.has_adapter:  # interrupted after training
+                load_adapter(model, folder.adapter)
+            else:
+                run.train(checkpoint)
+                save_adapter(model, folder.adapter)
+                run.summarise("interrupted")
+            folder.link_adapter()
+            run.evaluate("after")
     except (KeyboardInterrupt, TrimtabError) as stopped:
         run.summarise("interrupted")
         run_page(folder.path)
@@ -165,6 +141,7 @@ class _Run:
             "epochs": before.get("epochs", 0.0),
             "training_seconds": self._earlier_seconds[0],
             "precision": precision_of(config),
+            "quantisation": config.quantisation,
             "best_step": before.get("best_step"),
             "form": inputs.form,
             "choices": inputs.choices,
@@ -208,7 +185,7 @@ class _Run:
 
     def evaluate(self, stage: str) -> None:
         """Evaluate every test set, unless a resumed run has done so already."""
-        if stage == "before" and not self.config.evaluation.before:
+        if stage == "before" and not self.config.evaluation.before and self.config.train.epochs:
             return
         for name, rows in self.inputs.tests.items():
             if stage == "before" and self.folder.evaluation(name, stage).is_file():
@@ -305,25 +282,6 @@ def _best_loss(rows: Sequence[Mapping[str, Any]], metric: str) -> float:
     sign = 1 if metric == "loss" else -1
     found = [(sign * row[metric], row["loss"]) for row in rows if row["kind"] == "validation"]
     return min(found)[1] if found else math.inf
-
-
-def _check_memory(config: RunConfig, source: Source, plan: Plan, inputs: Inputs) -> None:
-    """Raise ModelError if the run cannot fit into the machine's memory, before any weight is read."""
-    model = empty_model(source)
-    report = attach(model, plan)
-    size, length = config.train.batch_size, max(inputs.rows.lengths)
-    estimate = estimate_memory(
-        model,
-        getattr(torch, model_dtype_of(config)),
-        adapter_parameters=report.trainable_parameters,
-        batch_size=size,
-        length=length,
-        # Answers of a closed set are a token or two each; of longer ones, the loss takes so many positions at once.
-        labels=size if inputs.choices is not None else min(CHUNK, size * length),
-        gradient_checkpointing=config.train.gradient_checkpointing,
-        eager_attention=config.model.attention == "eager",
-    )
-    check_fits(estimate, f"Training {config.model.name}", device())
 
 
 def _quiet_libraries() -> None:

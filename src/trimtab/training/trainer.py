@@ -32,16 +32,17 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """The trained tensors in groups of one learning rate each.
 
-    Magnitudes have their own rate and never decay; ``B`` of a low-rank update has ``b_ratio`` times the rate (LoRA+,
-    arXiv 2402.12354). Empty groups are left out.
+    Magnitudes have their own rate and, like biases, never decay; ``B`` of a low-rank update has ``b_ratio`` times the
+    rate (LoRA+, arXiv 2402.12354). Empty groups are left out.
     """
     # The first group's rate is the one that is logged.
-    groups: dict[str, list[nn.Parameter]] = {"other": [], "B": [], "magnitude": []}
+    groups: dict[str, list[nn.Parameter]] = {"other": [], "bias": [], "B": [], "magnitude": []}
     for name, parameter in trainable_parameters(model).items():
         last = name.rsplit(".", 1)[-1]
-        groups[last if last in groups else "other"].append(parameter)
+        groups[last if last in groups else "other" if parameter.dim() > 1 else "bias"].append(parameter)
     rates = {
         "other": (learning_rate, weight_decay),
+        "bias": (learning_rate, 0.0),
         "B": (learning_rate * b_ratio, weight_decay),
         "magnitude": (learning_rate if magnitude_learning_rate is None else magnitude_learning_rate, 0.0),
     }

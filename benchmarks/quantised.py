@@ -1,0 +1,189 @@
+"""Training steps on quantised blocks, against the frozen quantised blocks, and what quantising saves in memory.
+
+    python benchmarks/quantised.py                        8 random blocks of SmolLM2-135M's shape, 1,024 tokens
+    python benchmarks/quantised.py --layers 30 --memory   as many as the model has, and peak memory
+    python benchmarks/quantised.py --primitives           what dequantising one weight costs
+
+A step is forward and backward through the blocks in bfloat16 (no embedding, no vocabulary product, no loss, no
+optimiser). For each kind (none, int8, nf4) the arms are
+
+    frozen          the bare blocks; a quantised weight is dequantised once in each pass and multiplied with: the floor
+    bitsandbytes    the same through bitsandbytes' own layers, as they train (its repacking for AVX512-BF16 is off,
+                    since it destroys the weight for training)
+    lora/dora/mora  ours on all seven projections
+
+All arms of a kind take turns in one process (A B C A B C ...). Memory is measured apart, one process for each arm: the
+rise of resident memory from before the blocks are made to the highest point of four steps. What a kind saves is given
+as a share of what its weights shrank by.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from common import alternate, child, peak_rise_gib, ratio, show, write_results
+from step import TARGETS, adapt, disturb, stepper
+
+KINDS = ("none", "int8", "nf4")
+ARMS = ("frozen", "bitsandbytes", "lora", "dora", "mora")
+GIB = 1024**3
+
+
+def blocks(kind: str, layers: int) -> Any:
+    """Random blocks of SmolLM2-135M's shape in bfloat16, quantised one weight at a time."""
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaModel, LlamaRotaryEmbedding
+
+    from trimtab import bases
+
+    config = LlamaConfig(
+        vocab_size=8,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=layers,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        use_cache=False,
+    )
+    with torch.device("meta"):
+        model = LlamaModel(config).bfloat16()
+    model.rotary_emb, model.norm = LlamaRotaryEmbedding(config), nn.Identity()
+    for module in list(model.modules()):
+        for name, inner in list(module._modules.items()):
+            if name in TARGETS and isinstance(inner, nn.Linear):
+                dense = nn.Linear(inner.in_features, inner.out_features, bias=False, dtype=torch.bfloat16)
+                base = bases.find(dense)
+                assert base is not None
+                module._modules[name] = dense if kind == "none" else bases.quantise(base, kind)
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None and parameter.is_meta:
+                module._parameters[name] = nn.Parameter(torch.ones(parameter.shape, dtype=torch.bfloat16))
+    return model.requires_grad_(False).train()
+
+
+def arm_of(arm: str, kind: str, layers: int, rank: int) -> Any:
+    """The blocks as ``arm`` runs them."""
+    model = blocks(kind, layers)
+    if arm != "bitsandbytes":
+        return adapt(model, arm, rank)
+    for module in model.modules():
+        theirs = next((base for base in type(module).__mro__ if base.__module__ == "bitsandbytes.nn.modules"), None)
+        if theirs is not None:
+            module.__class__ = theirs
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def memory(arm: str, kind: str, said: argparse.Namespace) -> dict[str, float]:
+    """GiB of the weights, and by which making the blocks and four steps raise this process's resident memory."""
+    import trimtab.formats.model_folder  # noqa: F401 -- what any run imports is not what is measured
+    from trimtab import bases
+
+    if kind != "none":  # nor is bitsandbytes itself
+        base = bases.find(nn.Linear(64, 64))
+        assert base is not None
+        bases.quantise(base, kind)
+    held: list[Any] = []
+
+    def work() -> None:
+        held.append(arm_of(arm, kind, said.layers, said.rank))
+        step = stepper(held[0], said.tokens)
+        for _ in range(4):
+            disturb(held[0])
+            step()
+
+    rise = peak_rise_gib(work)
+    frozen = [parameter for parameter in held[0].parameters() if not parameter.requires_grad]
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in frozen)
+    return {"rise": rise, "weights": weights / GIB}
+
+
+def primitives(repeats: int) -> dict[str, list[float]]:
+    """Seconds for one weight of 1,536 x 576: to dequantise it, and to multiply 1,024 tokens with it."""
+    from bitsandbytes import functional
+
+    from trimtab import bases
+
+    dense = nn.Linear(576, 1536, bias=False, dtype=torch.bfloat16)
+    base = bases.find(dense)
+    assert base is not None
+    handles = {kind: bases.find(bases.quantise(base, kind)) for kind in ("int8", "nf4", "torchao_int8")}
+    x = torch.randn(1024, 576, dtype=torch.bfloat16)
+    stored, scales = handles["int8"].module.weight.data, handles["int8"].module.weight.SCB / 127  # type: ignore[union-attr]
+    packed, state = functional.quantize_4bit(dense.weight.data, quant_type="nf4", compress_statistics=True)
+
+    def in_one_go() -> Tensor:
+        return stored.to(torch.bfloat16).mul_(scales.unsqueeze(1))
+
+    arms = {f"{kind}: ours": handle.weight for kind, handle in handles.items() if handle is not None}
+    arms["int8: as bitsandbytes does"] = in_one_go
+    arms["nf4: bitsandbytes.functional"] = lambda: functional.dequantize_4bit(packed, state)
+    arms["product with 1,024 tokens"] = lambda: dense(x)
+    with torch.no_grad():
+        return alternate(arms, repeats)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS, metavar="ARM")
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--memory", action="store_true", help="peak memory, too: one more process for each arm")
+    parser.add_argument("--primitives", action="store_true", help="only what dequantising one weight costs")
+    parser.add_argument("--child", nargs=2, metavar=("ARM", "KIND"), help=argparse.SUPPRESS)
+    said = parser.parse_args()
+    if said.child:
+        print(json.dumps(memory(*said.child, said)))
+        return
+    if said.primitives:
+        seconds = primitives(said.repeats)
+        rows = [[arm, f"{1000 * statistics.median(taken):.3f}"] for arm, taken in seconds.items()]
+        show(f"one weight of 1,536 x 576 in bfloat16, medians of {said.repeats}", ["", "milliseconds"], rows)
+        write_results("quantised_primitives", {"repeats": said.repeats}, seconds)
+        return
+
+    settings = ["--tokens", str(said.tokens), "--layers", str(said.layers), "--rank", str(said.rank)]
+    found: dict[str, Any] = {}
+    for kind in said.kinds:
+        arms = [arm for arm in dict.fromkeys(["frozen", *said.arms]) if kind != "none" or arm != "bitsandbytes"]
+        models = {arm: arm_of(arm, kind, said.layers, said.rank) for arm in arms}
+        steps = {arm: stepper(model, said.tokens) for arm, model in models.items()}
+        seconds = alternate(steps, said.repeats, lambda arm: disturb(models[arm]))  # noqa: B023
+        models.clear()
+        steps.clear()
+        peaks = {arm: child(__file__, "--child", arm, kind, *settings) for arm in arms if said.memory}
+        found[kind] = {"seconds": seconds, "memory": peaks}
+        found[kind]["ratio"] = {arm: ratio(seconds, arm, "frozen") for arm in arms}
+        rows = []
+        for arm in arms:
+            row = [arm, f"{statistics.median(seconds[arm]):.3f}", f"{ratio(seconds, arm, 'frozen'):.3f}"]
+            row.append(f"{ratio(seconds, arm, 'lora'):.3f}" if "lora" in arms else "-")
+            if said.memory:
+                row += [f"{1024 * peaks[arm]['rise']:.0f}", f"{1024 * peaks[arm]['weights']:.0f}"]
+                full = found.get("none", {}).get("memory", {}).get(arm)
+                row.append(f"{_saved(full, peaks[arm]):.2f}" if full and kind != "none" else "-")
+            rows.append(row)
+        columns = ["arm", "seconds", "/ frozen", "/ lora"]
+        columns += ["peak rise, MiB", "weights, MiB", "saved / shrunk"] if said.memory else []
+        size = f"{said.tokens} tokens, rank {said.rank}, {said.layers} blocks"
+        show(f"{kind}, bfloat16, {size}, medians of {said.repeats}", columns, rows)
+        what = {key: getattr(said, key) for key in ("tokens", "layers", "rank", "repeats")}
+        write_results("quantised", what, found)
+
+
+def _saved(full: dict[str, float], small: dict[str, float]) -> float:
+    """By how much the peak fell, as a share of what the weights shrank by."""
+    return (full["rise"] - small["rise"]) / (full["weights"] - small["weights"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""How far two states of a model agree: their logits on the same random tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROWS, LENGTH = 2, 32
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """``difference``: ``||after - before|| / ||before||`` of the logits; ``same_choice``: the share of tokens after
+    which the likeliest next token is the same."""
+
+    difference: float
+    same_choice: float
+    tokens: int
+
+    def __str__(self) -> str:
+        return (
+            f"logits differ by {self.difference:.1e} of their norm, and the likeliest next token is the same after "
+            f"{100 * self.same_choice:.0f} % of them"
+        )
+
+
+@torch.no_grad()
+def probe(model: Any) -> Tensor:
+    """The logits of ``model`` on the same few random tokens every time, ``[rows, length, vocabulary]`` in float32.
+
+    Memory: 64 x vocabulary x 4 bytes.
+    """
+    config = model.config.get_text_config()
+    length = min(LENGTH, getattr(config, "max_position_embeddings", None) or LENGTH)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(config.vocab_size, (ROWS, length), generator=generator).to(model.device)
+    return model.eval()(input_ids=ids, use_cache=False).logits.float()
+
+
+def agreement(before: Tensor, after: Tensor) -> Agreement:
+    """Compare two ``probe``s."""
+    same = before.argmax(-1) == after.argmax(-1)
+    return Agreement(float((after - before).norm() / before.norm()), float(same.float().mean()), same.numel())

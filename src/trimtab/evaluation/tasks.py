@@ -1,0 +1,197 @@
+"""Named tasks of a benchmark: which rows, which labels, how a written answer is read, which figures count.
+
+    task = find_task("finlora/headline")
+    evaluate_task(task, model, tokenizer, list(read_examples("headline_test.jsonl", tokenizer, root=Path.cwd())))
+
+The prompt is the row's context as it stands, the same for every method and for the untuned model. Labels of a closed
+set are scored by their log-likelihood, or written by the model and read if that is asked for; all else is written.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Literal
+
+from trimtab.data.rows import Example
+from trimtab.errors import ConfigError, did_you_mean
+from trimtab.evaluation import answers
+from trimtab.evaluation.evaluate import Evaluation, evaluate
+from trimtab.evaluation.metrics import choice_metrics
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one task asks for.
+
+    Attributes:
+        name: as on the command line.
+        file: what the benchmark calls the file of its test rows.
+        answers: what an answer is: one label of a closed set; several, separated by commas; a number; a formula; or an
+            explanation.
+        choices: the labels; empty: those that occur in the rows.
+        max_new_tokens: longest written answer.
+        question: a pattern whose first group, in the prompt, is what is asked, where rows ask different things.
+        permuted: how to read the labels of a file that has them permuted.
+        commonest: the label that tells such a file: in a file as it should be, this one is the commonest.
+    """
+
+    name: str
+    file: str
+    answers: Literal["label", "labels", "number", "formula", "text"] = "label"
+    choices: tuple[str, ...] = ()
+    max_new_tokens: int = 16
+    question: str | None = None
+    permuted: Mapping[str, str] = field(default_factory=dict)
+    commonest: str | None = None
+
+    @property
+    def dataset(self) -> str:
+        """The name without that of the benchmark, which results are filed under."""
+        return self.name.rpartition("/")[2]
+
+
+_SENTIMENT = ("negative", "neutral", "positive")
+
+# FinLoRA's test sets. TFNS stores 0, 1, 2 for bearish, bullish, neutral; its script reads them as negative, neutral,
+# positive. Two of three tweets are neutral, so a file where most are positive was made by it.
+FINLORA = (
+    Task("finlora/fpb", "fpb_test.jsonl", choices=_SENTIMENT),
+    Task("finlora/fiqa", "fiqa_test.jsonl", choices=_SENTIMENT),
+    Task(
+        "finlora/tfns",
+        "tfns_test.jsonl",
+        choices=_SENTIMENT,
+        permuted={"neutral": "positive", "positive": "neutral"},
+        commonest="neutral",
+    ),
+    Task("finlora/nwgi", "nwgi_test.jsonl"),
+    Task(
+        "finlora/headline",
+        "headline_test.jsonl",
+        choices=("No", "Yes"),
+        question=r"(?s)Instruction:\s*(.*?)\s*(?:Please choose|\nInput:)",
+    ),
+    Task("finlora/ner", "ner_test.jsonl", choices=("location", "organization", "person")),
+    Task("finlora/finer", "finer_test_batched.jsonl", "labels", max_new_tokens=256),
+    Task("finlora/fnxl", "fnxl_test_batched.jsonl", "labels", max_new_tokens=256),
+    Task("finlora/xbrl_tags", "xbrl_extract_tags_test.jsonl", max_new_tokens=64),
+    Task("finlora/xbrl_value", "xbrl_extract_value_test.jsonl", "number", max_new_tokens=32),
+    Task("finlora/xbrl_formula", "xbrl_extract_formula_test.jsonl", "formula", max_new_tokens=128),
+    Task("finlora/xbrl_formula_calc", "xbrl_extract_formula_calculations_test.jsonl", "formula", max_new_tokens=96),
+    Task("finlora/formula", "formula_test.jsonl", "number", max_new_tokens=32),
+    Task("finlora/xbrl_term", "xbrl_term_test.jsonl", "text", max_new_tokens=96),
+    Task("finlora/financebench", "financebench_test.jsonl", "text", max_new_tokens=96),
+    *(Task(f"finlora/{exam}", f"{exam}_test.jsonl") for exam in ("cfa_level1", "cfa_level2", "cfa_level3", "cpa_reg")),
+)
+
+TASKS = {task.name: task for task in FINLORA}
+
+
+def find_task(name: str) -> Task:
+    """The task of that name. Raises ConfigError, which names the nearest, if there is none."""
+    if name not in TASKS:
+        raise ConfigError(f"no task '{name}'.{did_you_mean(name, TASKS)} The tasks: {', '.join(TASKS)}.")
+    return TASKS[name]
+
+
+def evaluate_task(
+    task: Task,
+    model: Any,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    *,
+    generate: bool = False,
+    choices: Sequence[str] | None = None,
+    limit: int | None = None,
+    max_new_tokens: int | None = None,
+    **settings: Any,
+) -> Evaluation:
+    """Measure ``model`` on the rows of ``task``.
+
+    Args:
+        task: what they ask for.
+        model: as for ``evaluate``, and so are ``tokenizer`` and ``settings`` (``batch_size``, ``head``, ...).
+        tokenizer: the model's.
+        examples: all rows of the task's file.
+        generate: let the model write its label in place of scoring each.
+        choices: the labels, in place of the task's.
+        limit: measure on the first so many rows only; labels are found in all of them.
+        max_new_tokens: in place of the task's.
+
+    Returns:
+        What ``evaluate`` gives, and in the result: ``task``; ``answered_by``, generation or likelihood; where rows ask
+        different things, figures for each of the ``questions`` and the ``mean_weighted_f1`` over them; ``relabelled``,
+        where the labels of the file were permuted.
+
+    Raises:
+        DataError: a row's answer is not among the labels, and what ``evaluate`` raises.
+    """
+    relabelled = _relabelling(task, examples)
+    if relabelled:
+        examples = [_with_answer(row, relabelled.get(str(row.answer), str(row.answer))) for row in examples]
+    labels = list(choices or task.choices or _labels_in(task, examples))
+    judges: dict[str, answers.Judge] = {
+        "label": answers.exact,  # not asked: `evaluate` reads labels by itself
+        "labels": partial(answers.labels, known=labels, several=True),
+        "number": answers.numbers,
+        "formula": answers.formulas,
+        "text": answers.texts,
+    }
+    scored = task.answers == "label" and not generate
+    found = evaluate(
+        model,
+        tokenizer,
+        examples[:limit],
+        name=task.dataset,
+        choices=labels if task.answers == "label" else None,
+        generate=generate,
+        judge=judges[task.answers],
+        max_new_tokens=max_new_tokens or task.max_new_tokens,
+        **settings,
+    )
+    extra: dict[str, Any] = {"task": task.name, "answered_by": "likelihood" if scored else "generation"}
+    if relabelled:
+        extra["relabelled"] = relabelled
+    if task.question is not None and task.answers == "label":
+        extra |= _by_question(task.question, found.predictions, labels)
+    return replace(found, result={**found.result, **extra})
+
+
+def _labels_in(task: Task, examples: Sequence[Example]) -> list[str]:
+    """Every label that is a true answer of some row."""
+    texts = [example.answer for example in examples if example.answer is not None]
+    return sorted({label for text in texts for label in (answers.parts(text) if task.answers == "labels" else [text])})
+
+
+def _relabelling(task: Task, examples: Sequence[Example]) -> dict[str, str]:
+    """How the labels of ``examples`` must be read otherwise than they stand; empty: not at all."""
+    counts = Counter(example.answer for example in examples)
+    most = counts.most_common(1)[0][0] if counts else None
+    # Of fewer rows, the commonest label tells nothing.
+    permuted = len(examples) >= 100 and task.permuted.get(str(most)) == task.commonest
+    return dict(task.permuted) if permuted else {}
+
+
+def _with_answer(example: Example, answer: str) -> Example:
+    text = example.prompt + answer
+    return replace(example, text=text, answer=answer, trained=((len(example.prompt.rstrip(" ")), len(text)),))
+
+
+def _by_question(pattern: str, predictions: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> dict[str, Any]:
+    """Figures for each question that the prompts ask, and the plain mean of their weighted F1."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for row in predictions:
+        match = re.search(pattern, row["prompt"])
+        groups.setdefault(match[1] if match else "", []).append(row)
+    figures = []
+    for question, rows in groups.items():
+        said = [str(row.get("read", row["predicted"])) for row in rows]
+        metrics = choice_metrics([row["answer"] for row in rows], said, labels)
+        kept = {key: metrics[key] for key in ("accuracy", "macro_f1", "weighted_f1")}
+        figures.append({"question": question, "rows": len(rows), **kept})
+    mean = sum(entry["weighted_f1"] for entry in figures) / len(figures)
+    return {"questions": figures, "mean_weighted_f1": mean}

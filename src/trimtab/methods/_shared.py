@@ -1,0 +1,53 @@
+"""What every method shares, whatever it sits on."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from trimtab.bases import Base, Kind
+from trimtab.errors import SurgeryError
+
+
+class Options(BaseModel):
+    """What any method can be told."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    dropout: float = Field(0.0, ge=0.0, lt=1.0, description="Dropout on the input of the update, in training only.")
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = Field(
+        None, description="Dtype of the trained tensors. Default: float32, or float64 on a float64 base."
+    )
+
+
+class Method(nn.Module):
+    """The trained tensors of one method on one frozen module, and what they do. Complete when constructed.
+
+    Args:
+        base: the frozen module; read here for its shape, its dtype and what else the method needs, and not kept.
+        options: the method's options.
+        shape: ``(out, in)``, where it is not to be asked of the base.
+    """
+
+    sits_on: ClassVar[Kind]
+    """The kind of base that the method takes."""
+    options_type: type[Options] = Options
+
+    def __init__(self, base: Base, options: Options, shape: tuple[int, int] | None = None) -> None:
+        super().__init__()
+        self.options = options
+        self.out_features, self.in_features = shape or base.shape
+        self.default_dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
+        self.dtype: torch.dtype = getattr(torch, options.dtype) if options.dtype else self.default_dtype
+        self.zero_rows = 0
+
+    def effective_weight(self, base: Base, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight ``[out, in]`` with which the module acts. Raises SurgeryError where a method changes none."""
+        raise SurgeryError(f"{type(self).__module__.rsplit('.', 1)[-1]} changes no weight: it acts on a hidden state")
+
+    def extra_repr(self) -> str:
+        said = self.options.model_dump(exclude_defaults=True)
+        return ", ".join([f"{self.in_features} -> {self.out_features}", *(f"{k}={v}" for k, v in said.items())])

@@ -1,0 +1,108 @@
+"""What the tensors of a computation hold, counted while it runs without computing anything.
+
+    with FakeTensorMode(), Ledger() as ledger:
+        with ledger.labelled("weights"):
+            weight = torch.empty(4096, 4096)
+
+PyTorch's fake tensors have shapes and no values; every operation on them, autograd's own included, passes through the
+ledger, which notes each new storage and when it is freed. So what is kept for the backward pass, and what is there for
+a moment only, is counted as the code really makes and drops it, whatever the architecture and the method.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+Label = tuple[str, int | None]
+"""What a storage is for, and the number of the block that it belongs to, or None."""
+
+OTHER = "activations"
+
+
+class Ledger(TorchDispatchMode):
+    """Counts bytes by label from the operation that makes a storage until it is freed.
+
+    Args:
+        answers: what operations give whose result depends on values, which fake tensors do not have.
+
+    Attributes:
+        held: bytes at this moment, by label.
+        peak: the same at the moment since ``mark`` when the sum was largest.
+    """
+
+    def __init__(self, answers: Mapping[Any, Callable[..., Any]]) -> None:
+        super().__init__()
+        self.held: Counter[Label] = Counter()
+        self.peak: Counter[Label] = Counter()
+        self._answers = answers
+        self._label: Label = (OTHER, None)
+        self._sum = self._highest = 0
+        self._storages: dict[int, tuple[weakref.ref, int, Label]] = {}
+
+    def mark(self) -> None:
+        """Begin a new search for the peak."""
+        self._highest, self.peak = self._sum, self.held.copy()
+
+    @contextmanager
+    def labelled(self, kind: str, block: int | None = None) -> Iterator[None]:
+        """While open, what is made belongs to ``kind`` and ``block``."""
+        before, self._label = self._label, (kind, block)
+        try:
+            yield
+        finally:
+            self._label = before
+
+    def within(self, block: int | None) -> None:
+        """From now on, what is made belongs to ``block``."""
+        self._label = (self._label[0], block)
+
+    def relabel(self, tensor: Tensor, kind: str, block: int | None) -> None:
+        """Book the storage of ``tensor`` under another label."""
+        key = tensor.untyped_storage()._cdata
+        storage, size, before = self._storages[key]
+        self.held[before] -= size
+        self.held[kind, block] += size
+        self._storages[key] = (storage, size, (kind, block))
+
+    def resize(self, tensor: Tensor, size: int) -> None:
+        """Count the storage of ``tensor`` as ``size`` bytes, as if it were stored in another way."""
+        key = tensor.untyped_storage()._cdata
+        storage, before, label = self._storages[key]
+        self.held[label] += size - before
+        self._sum += size - before
+        self._storages[key] = (storage, size, label)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        answer = self._answers.get(func)
+        found = func(*args, **(kwargs or {})) if answer is None else answer(*args)
+        if isinstance(found, Tensor):
+            self._note(found)
+        elif isinstance(found, tuple | list):
+            for part in found:
+                if isinstance(part, Tensor):
+                    self._note(part)
+        return found
+
+    def _note(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._storages:
+            return
+        size = storage.nbytes()
+        self._storages[key] = (weakref.ref(storage, lambda _: self._drop(key)), size, self._label)
+        self.held[self._label] += size
+        self._sum += size
+        if self._sum > self._highest:
+            self._highest, self.peak = self._sum, self.held.copy()
+
+    def _drop(self, key: int) -> None:
+        _, size, label = self._storages.pop(key)
+        self.held[label] -= size
+        self._sum -= size
