@@ -1,0 +1,98 @@
+"""What a few seeds and a few hundred test rows allow to be said; no torch, no files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over ``n`` runs and its 95 % interval; None for both ends where one run says nothing of its spread."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    n: int
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A difference of two arms' shares of right answers, with its 95 % interval, over ``seeds`` by ``rows``."""
+
+    mean: float
+    low: float
+    high: float
+    p: float
+    seeds: int
+    rows: int
+
+
+def mean_interval(values: Sequence[float]) -> Mean:
+    """Student's interval of the mean of independent runs: ``mean +- t(n - 1) * s / sqrt(n)``."""
+    n, mean = len(values), float(np.mean(values))
+    if n < 2:
+        return Mean(mean, None, None, n)
+    half = float(stats.t.ppf((1 + LEVEL) / 2, n - 1) * np.std(values, ddof=1) / math.sqrt(n))
+    return Mean(mean, mean - half, mean + half, n)
+
+
+def paired_difference(arm: Sequence[str], reference: Sequence[str]) -> Difference:
+    """Compare two arms on the same test rows; each is a list of runs by seed, each run a ``1`` or a ``0`` per row.
+
+    With several seeds the differences ``d[seed, row]`` are crossed: seeds are a sample of runs, rows one of the task,
+    and both are paired. The variance of their mean is estimated by the sum of two, that of the means by row over
+    the rows and that of the means by seed over the seeds; a share of it is counted twice, which errs to the safe side.
+    The test and the interval are Student's with Satterthwaite's degrees of freedom: many where the rows decide,
+    seeds - 1 where the seeds do. Where nothing differs, p is below 0.05 in 1 to 8 % of simulated studies of three
+    seeds, by how much seeds differ. With one seed the spread of runs is unknown: the interval is Student's over rows,
+    and p is McNemar's exact test. An arm of one run, not trained, is compared with each of the others.
+
+    Raises ValueError if the rows are not as many, or are fewer than two.
+    """
+    lengths = {len(run) for run in (*arm, *reference)}
+    if len(lengths) != 1 or min(lengths) < 2:
+        raise ValueError(f"expected runs over the same rows, at least two; got {sorted(lengths)}")
+    d = _matrix(arm) - _matrix(reference)  # one run is set against each of many
+    seeds, rows = d.shape
+    mean = float(d.mean())
+    by_rows = float(d.mean(axis=0).var(ddof=1)) / rows
+    by_seeds = float(d.mean(axis=1).var(ddof=1)) / seeds if seeds > 1 else 0.0
+    variance = by_rows + by_seeds
+    if variance == 0:
+        return Difference(mean, mean, mean, 1.0 if mean == 0 else 0.0, seeds, rows)
+    freedom = variance**2 / (by_rows**2 / (rows - 1) + by_seeds**2 / max(1, seeds - 1))
+    error = math.sqrt(variance)
+    half = float(stats.t.ppf((1 + LEVEL) / 2, freedom)) * error
+    if seeds == 1:
+        p = mcnemar(int((d > 0).sum()), int((d < 0).sum()))
+    else:
+        p = float(2 * stats.t.sf(abs(mean) / error, freedom))
+    return Difference(mean, mean - half, mean + half, p, seeds, rows)
+
+
+def _matrix(runs: Sequence[str]) -> np.ndarray:
+    return np.array([[float(right) for right in run] for run in runs])
+
+
+def mcnemar(wins: int, losses: int) -> float:
+    """The exact two-sided p of ``wins`` and ``losses`` if either were as likely; other rows say nothing."""
+    return float(stats.binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """The p of each comparison, corrected for how many there are (Holm 1979).
+
+    Of all that are called a difference by ``p < 0.05``, the chance that any is none stays below 0.05.
+    """
+    adjusted, largest = [0.0] * len(ps), 0.0
+    for place, index in enumerate(sorted(range(len(ps)), key=lambda index: ps[index])):
+        largest = max(largest, min(1.0, (len(ps) - place) * ps[index]))
+        adjusted[index] = largest
+    return adjusted
