@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from tiny_runs import write_model
+from tiny_runs import rows as tiny_rows
+from tiny_runs import write_model, write_rows
 from trimtab.config import load_config
 from trimtab.files import read_json, read_jsonl
 
@@ -70,6 +71,25 @@ def test_the_quickstart_learns_and_leaves_a_whole_run(tmp_path: Path) -> None:
         assert said in out
 
 
+def test_the_mlp_example_adapts_and_merges(tmp_path: Path) -> None:
+    script = ROOT / "examples" / "mlp.py"
+    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    row = r"^(LoRA|DoRA|DoRA of the tutorials|full) +([\d,]+) +\d+ % +([\d.]+) % +([\d.]+) % +(\d)e[-+](\d+)$"
+    found = re.findall(row, done.stdout, re.MULTILINE)
+    # 4 x (in + out) for each of 64-128, 128-128, 128-10; DoRA: and a magnitude for each output, or each input.
+    assert {name: int(trained.replace(",", "")) for name, trained, *_ in found} == {
+        "LoRA": 2344,
+        "DoRA": 2344 + 266,
+        "DoRA of the tutorials": 2344 + 320,
+        "full": 64 * 128 + 128 * 128 + 128 * 10,
+    }
+    for _, _, before, after, digit, exponent in found:
+        assert float(before) < 40
+        assert float(after) > 80
+        assert digit == "0" or int(exponent) >= 6  # float32 rounding
+
+
 @needs_rows
 @needs_wheel
 def test_the_finance_example_names_its_rows_and_its_plan(tmp_path: Path) -> None:
@@ -78,6 +98,12 @@ def test_the_finance_example_names_its_rows_and_its_plan(tmp_path: Path) -> None
     assert config.train.epochs <= 3
     plan = json.loads(trimtab("plan", str(ROOT / "examples" / "finance.yaml"), "--json", folder=tmp_path).stdout)
     assert [(rule["method"], rule["options"]["rank"], rule["modules"]) for rule in plan["rules"]] == [("dora", 16, 210)]
+
+
+@needs_wheel
+def test_the_example_study_is_five_runs(tmp_path: Path) -> None:
+    out = trimtab("compare", str(ROOT / "examples" / "study.yaml"), "--plan", folder=tmp_path).stdout
+    assert [line.split()[1] for line in out.splitlines()[1:]] == ["untrained", "LoRA", "LoRA", "DoRA", "DoRA"]
 
 
 def blocks(language: str) -> list[str]:
@@ -95,21 +121,32 @@ def test_the_readme_python_runs(tmp_path: Path) -> None:
 
 def test_the_readme_commands_run(tmp_path: Path) -> None:
     """The README's YAML and commands, in their order, on a tiny model in place of SmolLM2."""
-    (yaml_text,) = blocks("yaml")
-    model = write_model(tmp_path / "tiny")
-    (tmp_path / "run.yaml").write_text(
-        yaml_text.replace("model: smollm2-135m", f"model: {model}").replace("outer:4", "outer:1"), encoding="utf-8"
-    )
+    model = write_model(tmp_path / "tiny", num_hidden_layers=4)
+    for text in blocks("yaml"):  # each begins with its name
+        name = text.split()[1]
+        text = text.replace("model: smollm2-135m", f"model: {model}").replace("outer:4", "outer:1")
+        text = (
+            text.replace("outer: 4", "outer: 1").replace("trials: 30", "trials: 4").replace("confirm: 5", "confirm: 1")
+        )
+        (tmp_path / name).write_text(text, encoding="utf-8")
     rows = (HARBOUR / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     (tmp_path / "rows.jsonl").write_text("".join(rows[:60]), encoding="utf-8")
     shutil.copy(HARBOUR / "test.jsonl", tmp_path / "test.jsonl")
+    entry = {"base_model": "tiny", "dataset_path": "news.jsonl", "quant_bits": 16, "peft_use_dora": True}
+    (tmp_path / "finetune_configs.json").write_text(json.dumps({"sentiment_16bits_r8_dora": entry}), encoding="utf-8")
+    (tmp_path / "data" / "test").mkdir(parents=True)
+    news = write_rows(tmp_path / "news.jsonl", tiny_rows(60, "finlora", ("negative", "neutral", "positive")))
+    shutil.copy(news, tmp_path / "data" / "test" / "fpb_test.jsonl")
 
     lines = [line for block in blocks("console") for line in block.splitlines() if line.startswith("$ trimtab")]
     assert {shlex.split(line)[2] for line in lines} == {
-        *("plan", "finetune", "evaluate", "generate", "merge", "analyze")
+        *("plan", "finetune", "evaluate", "generate", "merge", "analyze", "memorize", "explore")
     }
     for line in lines:
         words = [str(model) if word == "smollm2-135m" else word for word in shlex.split(line, comments=True)[2:]]
+        if words[0] == "memorize":
+            small = f"--model {model} --pairs 4 --batch-size 4 --digits 2 --steps 2 --methods lora --budgets 2"
+            words += shlex.split(f"{small} --learning-rates 1e-2 --seeds 1")
         # A run that is finished has nothing to resume, and says so.
         done = trimtab(*words, folder=tmp_path, code=1 if "--resume" in words else 0)
         assert "Traceback" not in done.stderr

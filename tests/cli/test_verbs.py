@@ -24,7 +24,7 @@ from trimtab.training.loading import load_run
 from trimtab.training.machine import memory_gib
 from trimtab.training.run import finetune
 
-VERBS = ("finetune", "plan", "evaluate", "generate", "merge", "analyze")
+VERBS = ("finetune", "plan", "evaluate", "generate", "merge", "analyze", "memorize", "compare", "explore")
 IDS = torch.tensor([[5, 40, 60, 7, 80, 33], [9, 12, 300, 200, 4, 50]])
 PROGRAM = (sys.executable, "-c", "from trimtab.cli import main; main()")
 
@@ -337,10 +337,9 @@ def test_plan_of_an_8b_model_needs_its_config_alone(cli: Any, tmp_path: Path) ->
     (model / "config.json").write_text(json.dumps(LLAMA_8B))
     rule = "{match: all-linear, method: dora, rank: 16}"
     (tmp_path / "run.yaml").write_text(f"model: llama-8b\ndata: {{train: nowhere.jsonl}}\nplan: [{rule}]\n")
-    began, before = time.perf_counter(), memory_gib()
+    before = memory_gib()
     result = cli("plan", "run.yaml", "--json")
     assert result.code == 0, result.err
-    assert time.perf_counter() - began < 30  # a second on an idle machine
     assert memory_gib() - before < 0.5  # the weights are 16 GB
     plan = json.loads(result.out)
     assert plan["total_parameters"] == 8_030_261_248  # as published

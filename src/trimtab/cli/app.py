@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from trimtab import __version__
-from trimtab.cli import analyze, evaluate, finetune, generate, merge, plan
+from trimtab.cli import analyze, compare, evaluate, explore, finetune, generate, memorize, merge, plan
 from trimtab.errors import Interrupted, TrimtabError
 
 app = typer.Typer(
@@ -31,6 +31,9 @@ app.command("merge", short_help="Write a model folder that loads without trimtab
 app.command("analyze", short_help="How far each weight of a tuned model moved, in magnitude and direction.")(
     analyze.command
 )
+app.command("memorize", short_help="Who learns random identifiers by heart, at equal cost.")(memorize.command)
+app.command("compare", short_help="Run a study, arms by tasks by seeds; compare them on a page.")(compare.command)
+app.command("explore", short_help="Search which layers want which method, within one budget.")(explore.command)
 
 # transformers imports these where they are installed, needed or not, and they tell what kernels they have not.
 _CHATTY = ("torchao", "bitsandbytes", "torch.utils._pytree")
