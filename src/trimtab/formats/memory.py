@@ -25,6 +25,8 @@ class MemoryEstimate:
     optimiser: int = 0
     activations: int = 0
     """What is kept for the backward pass, and the temporary tensors of that moment."""
+    fragmentation: int = 0
+    """What the allocator holds free between tensors, where the next one does not fit."""
     files: int = 0
     """Pages of weight files from which a model is being converted. They count as the process's memory, but the system
     takes them back where it needs them."""
@@ -41,7 +43,8 @@ class MemoryEstimate:
     @property
     def needed(self) -> int:
         """What the process will need beyond what it holds already, in bytes."""
-        return self.weights + self.adapters + self.gradients + self.optimiser + self.activations
+        tensors = self.weights + self.adapters + self.gradients + self.optimiser + self.activations
+        return tensors + self.fragmentation
 
     def parts(self) -> dict[str, int]:
         """Bytes by name, without the parts that are nothing."""

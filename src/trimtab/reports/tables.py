@@ -206,6 +206,7 @@ _MEMORY_PARTS = {
     "gradients": "gradients",
     "optimiser": "optimiser",
     "activations": "activations",
+    "fragmentation": "free between them (allocator)",
     "files": "weight files, while they are converted",
     "process": "Python and libraries",
 }
