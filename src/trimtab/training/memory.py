@@ -92,7 +92,8 @@ def estimate_run(config: RunConfig, sizes: RowSizes) -> RunMemory:
     train, source = config.train, source_of(config)
     dtype: torch.dtype = getattr(torch, model_dtype_of(config))
     model: Any = empty_model(source, dtype, config.model.attention)
-    stored = torch.float32 if source.kind == "gguf" else load_config_only(source).dtype or torch.float32
+    said = None if source.kind == "gguf" else load_config_only(source).dtype
+    stored = getattr(torch, said) if isinstance(said, str) else said or torch.float32
     parameters = sum(parameter.numel() for parameter in model.parameters())
     files = parameters * stored.itemsize
     attach(model, plan_of(config))
