@@ -24,7 +24,9 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command("finetune", short_help="Train a model on rows of data, measure it before and after.")(finetune.command)
-app.command("plan", short_help="Show which modules get what; loads no weights.")(plan.command)
+app.command("plan", short_help="Show which modules get what, and the memory that takes; loads no weights.")(
+    plan.command
+)
 app.command("evaluate", short_help="Measure a run, or any model, on rows.")(evaluate.command)
 app.command("generate", short_help="Ask the model of a run.")(generate.command)
 app.command("merge", short_help="Write a model folder that loads without trimtab.")(merge.command)
