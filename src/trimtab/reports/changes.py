@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from trimtab.files import read_json, write_text
-from trimtab.reports.pictures import INK, MUTED, STYLE, blank, plain, write_picture
+from trimtab.reports.pictures import INK, MUTED, blank, page, plain, write_picture
 
 _MARKS = "osD^vP*X<>"
 # Dark to light on white, and no hue that grey would not keep apart.
@@ -116,22 +116,13 @@ def write_changes_page(folder: Path) -> Path:
 
 
 def _page(analysis: Mapping[str, Any], picture: str) -> str:
-    style = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
     lines = "".join(
         f"<tr><td>{html.escape(Path(row['tuned']).name)}</td><td>{html.escape(row['method'])}</td>"
         f"<td>{html.escape(row['kind'] or 'all')}</td><td class=n>{row['points']}</td>"
         f"<td class=n>{_signed(row['correlation'])}</td></tr>"
         for row in analysis["correlations"]
     )
-    return f"""<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Magnitude and direction</title>
-<style>{style}
-{STYLE}</style>
-<body>
-<h1>How the weights moved: magnitude and direction</h1>
+    body = f"""<h1>How the weights moved: magnitude and direction</h1>
 <p class="about">Against {html.escape(str(analysis["base"]))}. One mark is one weight in one saved state.</p>
 {picture}
 <h2>Correlation of dM and dD</h2>
@@ -140,6 +131,5 @@ rows of a weight (DoRA, arXiv 2402.09353, section 3.2). Points of one run are no
 checkpoints resemble each other.</p>
 <div class="scroll"><table class="figures"><thead><tr><th>tuned</th><th>method</th><th>projection</th>
 <th class=n>points</th><th class=n>correlation</th></tr></thead><tbody>{lines}</tbody></table></div>
-</body>
-</html>
 """
+    return page("Magnitude and direction", body)

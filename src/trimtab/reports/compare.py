@@ -12,7 +12,7 @@ from rich.table import Table
 from trimtab.files import read_json, write_text
 from trimtab.reports import words
 from trimtab.reports.compare_plots import draw_costs, draw_differences, draw_scores, panel_name, panels
-from trimtab.reports.pictures import STYLE, write_picture
+from trimtab.reports.pictures import page, write_picture
 from trimtab.yaml_text import write_yaml
 
 
@@ -88,22 +88,15 @@ def write_study_page(folder: Path) -> Path:
 
 
 def _page(results: Mapping[str, Any], folder: Path) -> str:
-    style = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
     title = html.escape(results["title"])
-    return f"""<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>{style}
-{STYLE}
-.picture {{ margin: 1rem 0; }} li {{ margin-bottom: .4rem; }} section p + p {{ margin-top: .6rem; }}</style>
-<body>
-<h1>{title}</h1>
+    body = f"""<h1>{title}</h1>
 <p class="about">{html.escape(results["question"])}</p>
-{"".join(_sections(results, folder))}</body>
-</html>
-"""
+{"".join(_sections(results, folder))}"""
+    return page(
+        results["title"],
+        body,
+        "\n.picture { margin: 1rem 0; } li { margin-bottom: .4rem; } section p + p { margin-top: .6rem; }",
+    )
 
 
 def _sections(results: Mapping[str, Any], folder: Path) -> Iterable[str]:

@@ -22,7 +22,7 @@ from trimtab.reports.explore_words import (
     plan_words,
     score_words,
 )
-from trimtab.reports.pictures import STYLE, write_picture
+from trimtab.reports.pictures import page, write_picture
 
 Row = Mapping[str, Any]
 
@@ -76,7 +76,6 @@ def _lines(found: Row) -> list[tuple[Row, list[str]]]:
 
 
 def _page(found: Row, pictures: Mapping[str, str]) -> str:
-    style = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
     states = [row["state"] for row in own_runs(found)]
     heads = ["run", *(group["name"] for group in found["groups"]), "parameters"]
     heads += ["rate"] * (len(found["learning_rates"]) > 1) + [found["metric"], "state"]
@@ -120,21 +119,11 @@ def _page(found: Row, pictures: Mapping[str, str]) -> str:
             "<p class=fine>Dark: many of the best plans. <i>all</i>: the share of every mixed plan that was run. The "
             "sampler proposes more of what has scored well: these counts describe the search, they test nothing.</p>",
         ]
-    return f"""<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Search over plans</title>
-<style>{style}
-{STYLE}
-h2 {{ margin-top: 2.4rem; }} p, .picture {{ margin-bottom: .7rem; }}</style>
-<body>
-<h1>Which layer wants which method</h1>
+    body = f"""<h1>Which layer wants which method</h1>
 <p class="about">{html.escape(found["model"])}, {words.count(found["budget"])} trained parameters at most, of which each
 proposal uses at least {100 * found["at_least"]:.0f} %.</p>
 {chr(10).join(sections)}
 <h2>Runs</h2>
 <div class="scroll"><table class="figures"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>
-</body>
-</html>
 """
+    return page("Search over plans", body, "\nh2 { margin-top: 2.4rem; } p, .picture { margin-bottom: .7rem; }")

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from trimtab.files import read_json, write_text
-from trimtab.reports.pictures import INK, LINE, MUTED, STYLE, blank, plain, write_picture
+from trimtab.reports.pictures import INK, LINE, MUTED, blank, page, plain, write_picture
 
 _GUESS = 100 / 16
 # A colour, a mark and a dash each; the marks and the direct labels carry the picture where there is no colour.
@@ -193,7 +193,6 @@ def write_memorize_page(folder: Path) -> Path:
 
 
 def _page(found: Mapping[str, Any], picture: str) -> str:
-    style = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
     study = found["study"]
     seeds = study["seeds"]
     tried = max(len(arm["candidates"]) for arm in found["arms"])
@@ -205,15 +204,7 @@ def _page(found: Mapping[str, Any], picture: str) -> str:
     ]
     rates = ["", *[f"rate {number}" for number in range(1, tried + 1)]]
     machine = found["machine"]
-    return f"""<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Memory study</title>
-<style>{style}
-{STYLE}</style>
-<body>
-<h1>Who learns random identifiers by heart, at equal cost</h1>
+    body = f"""<h1>Who learns random identifiers by heart, at equal cost</h1>
 <p class="about">{study["pairs"]:,} pairs of {study["digits"]} hexadecimal digits, {blocks} of
 {html.escape(study["model"])}, {study["batch_size"]} pairs a step. A line is the mean of {seeds} seeds, its band goes
 from the lowest to the highest.</p>
@@ -234,9 +225,8 @@ stays.</p>
 <p class="fine">{found["cells"]} cells, {found["seconds"] / 60:.0f} minutes of training and evaluation on
 {machine["cores"]} cores ({html.escape(str(machine["processor"]))}), frozen weights in {study["precision"]}; torch
 {found["versions"]["torch"]}, transformers {found["versions"]["transformers"]}.</p></section>
-</body>
-</html>
 """
+    return page("Memory study", body)
 
 
 def _name(arm: Mapping[str, Any]) -> str:

@@ -25,7 +25,7 @@ from trimtab.reports.pattern_pictures import (
     signed,
     with_interval,
 )
-from trimtab.reports.pictures import STYLE, write_picture
+from trimtab.reports.pictures import page, write_picture
 from trimtab.yaml_text import write_yaml
 
 _SHORT = ("all", "layers", "time")
@@ -95,7 +95,6 @@ def write_pattern_page(folder: Path) -> Path:
 
 
 def _page(study: Mapping[str, Any], points: Sequence[Mapping[str, str]], pictures: Mapping[str, str]) -> str:
-    style = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
     level, seed = points[0]["level"], points[0]["seed"]
     seeds = sorted({row["seed"] for row in study["cells"]})
     hours = sum(row["total_seconds"] for row in study["cells"]) / 3600
@@ -106,16 +105,7 @@ def _page(study: Mapping[str, Any], points: Sequence[Mapping[str, str]], picture
         dependence = f"""<section><h2>What the correlation depends on</h2>
 <p>One setting changed at a time. Over layers and checkpoints:</p>{pictures["levels-all"]}
 <p>Between layers:</p>{pictures["levels-layers"]}</section>"""
-    return f"""<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Pattern: magnitude and direction</title>
-<style>{style}
-{STYLE}
-.picture {{ margin: 1rem 0; }}</style>
-<body>
-<h1>Do magnitude and direction of a weight change together?</h1>
+    body = f"""<h1>Do magnitude and direction of a weight change together?</h1>
 <p class="about"><span>{html.escape(str(model))}</span><span>{len(study["cells"])} runs</span><span>seeds
 {", ".join(map(str, seeds))}</span><span>{hours:.1f} hours of running</span></p>
 <section><h2>One mark is one weight at one checkpoint</h2>
@@ -141,9 +131,8 @@ each other.</p></section>
 <section><h2>What was run</h2>{_cells(study)}
 <details><summary>The study's settings, as its YAML says them</summary>
 <pre class="wrapped">{html.escape(write_yaml(study["study"]))}</pre></details></section>
-</body>
-</html>
 """
+    return page("Pattern: magnitude and direction", body, "\n.picture { margin: 1rem 0; }")
 
 
 def _sizes(study: Mapping[str, Any], level: str) -> str:

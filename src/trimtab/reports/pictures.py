@@ -24,6 +24,22 @@ STYLE = """.picture { background: #fff; border-radius: 8px; padding: .6rem; }
 .picture img { max-width: 100%; height: auto; display: block; margin: 0 auto; }"""
 
 
+def page(title: str, body: str, style: str = "") -> str:
+    """A page that stands alone: ``body`` is HTML, ``title`` plain text, ``style`` what the page adds to ours."""
+    css = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
+    return f"""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{html.escape(title)}</title>
+<style>{css}
+{STYLE}{style}</style>
+<body>
+{body}</body>
+</html>
+"""
+
+
 def blank(width: float, height: float) -> Figure:
     """An empty white figure of so many inches."""
     return Figure(figsize=(width, height), dpi=150, layout="constrained", facecolor="white")
