@@ -90,6 +90,28 @@ def show(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> N
     console.print(table)
 
 
+def show_over(
+    title: str,
+    seconds: Mapping[str, Mapping[str, list[float]]],
+    floor: str,
+    *,
+    per: Mapping[str, int] | None = None,
+    digits: int = 2,
+) -> dict[str, dict[str, float]]:
+    """Print milliseconds of each work and arm (of one of ``per`` parts) and their ratio to the arm ``floor``; give the
+    ratios."""
+    ratios = {work: {arm: ratio(times, arm, floor) for arm in times} for work, times in seconds.items()}
+    rows = []
+    for arm in next(iter(seconds.values())):
+        cells = [arm]
+        for work, times in seconds.items():
+            one = statistics.median(times[arm]) / (per or {}).get(work, 1)
+            cells += [f"{one * 1e3:.{digits}f}", f"{ratios[work][arm]:.3f}"]
+        rows.append(cells)
+    show(title, ["arm", *(text for work in seconds for text in (f"{work} ms", f"/ {floor}"))], rows)
+    return ratios
+
+
 def write_results(name: str, what: Mapping[str, Any], found: Any) -> None:
     """Write ``found`` with the machine and the versions to ``results/NAME.json``."""
     from trimtab.files import write_json

@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import argparse
 import copy
-import statistics
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from common import alternate, ratio, show, write_results
+from common import alternate, show_over, write_results
 from step import adapt, disturb
 
 ARMS = ("bare", "lora", "dora", "mora", "dora merged", "peft lora", "peft dora")
@@ -84,27 +83,14 @@ def main() -> None:
             "prefill": {arm: prefill(model, said.prompt) for arm, model in models.items()},
         }
         seconds = {work: alternate(steps, said.repeats) for work, steps in works.items()}
-        per = {"decode": said.new_tokens, "prefill": 1}
-        show(
+        ratios = show_over(
             f"{dtype}, rank {said.rank}, medians of {said.repeats}; ms for one token of decoding and for a prefill of "
             f"{said.prompt}",
-            ["arm", *(text for work in works for text in (f"{work} ms", "/ bare"))],
-            [
-                [
-                    arm,
-                    *(
-                        text
-                        for work in works
-                        for text in (
-                            f"{statistics.median(seconds[work][arm]) / per[work] * 1e3:.1f}",
-                            f"{ratio(seconds[work], arm, 'bare'):.3f}",
-                        )
-                    ),
-                ]
-                for arm in ARMS
-            ],
+            seconds,
+            "bare",
+            per={"decode": said.new_tokens},
+            digits=1,
         )
-        ratios = {work: {arm: ratio(seconds[work], arm, "bare") for arm in ARMS} for work in works}
         found.append({"dtype": dtype, "seconds": seconds, "ratio": ratios})
     what = {"rank": said.rank, "new_tokens": said.new_tokens, "prompt": said.prompt, "repeats": said.repeats}
     write_results("inference", what, found)

@@ -22,14 +22,13 @@ from __future__ import annotations
 
 import argparse
 import copy
-import statistics
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 
-from common import alternate, ratio, show, write_results
+from common import alternate, show_over, write_results
 from step import blocks, disturb
 
 CACHED = 64
@@ -106,25 +105,11 @@ def main() -> None:
         bare = blocks(getattr(torch, dtype), "sdpa", said.layers)
         models = {arm: served(bare, arm, rule) for arm, rule in rules.items()}
         seconds = {kind: alternate(calls, said.repeats) for kind, calls in works(models).items()}
-        show(
+        ratios = show_over(
             f"{dtype}, {said.layers} blocks, one row, medians of {said.repeats}; milliseconds, and over the base",
-            ["arm", *(text for kind in seconds for text in (f"{kind} ms", "/ base"))],
-            [
-                [
-                    arm,
-                    *(
-                        text
-                        for kind in seconds
-                        for text in (
-                            f"{statistics.median(seconds[kind][arm]) * 1e3:.2f}",
-                            f"{ratio(seconds[kind], arm, 'base'):.3f}",
-                        )
-                    ),
-                ]
-                for arm in rules
-            ],
+            seconds,
+            "base",
         )
-        ratios = {kind: {arm: ratio(seconds[kind], arm, "base") for arm in rules} for kind in seconds}
         found.append({"dtype": dtype, "seconds": seconds, "ratio": ratios})
     what = {"layers": said.layers, "rank": said.rank, "cached": CACHED, "repeats": said.repeats}
     write_results("latency", what, found)

@@ -19,10 +19,10 @@ from typing import Any, NamedTuple, Self
 from pydantic import Field, model_validator
 
 from trimtab.analysis.changes import analyse
-from trimtab.config import RunConfig, Section, build_config, override, read_mapping, spell_out, validated
+from trimtab.config import RunConfig, Section, build_config
 from trimtab.errors import RunError
 from trimtab.experiments.cell import digest, run_cell
-from trimtab.experiments.study import merge_settings
+from trimtab.experiments.study import merge_settings, read_study
 from trimtab.training.folder import RunFolder
 from trimtab.training.listener import Listener
 from trimtab.training.resolving import plan_of, source_of
@@ -108,12 +108,7 @@ def load_study(path: Path | str, overrides: Sequence[str] = (), *, out: Path | N
         RunError: the rows cannot be read.
     """
     file = Path(path)
-    raw = read_mapping(file, "'base:' and 'arms:'")
-    if isinstance(raw.get("base"), dict):
-        spell_out(raw["base"])
-        for text in overrides:
-            override(raw["base"], text)
-    said = validated(PatternStudy, raw, str(file), ())
+    said = read_study(PatternStudy, file, overrides)
     folder = (out or file.parent / (said.output or file.stem)).absolute()
     return Study(said, folder, tuple(_cells(said, file, folder)))
 

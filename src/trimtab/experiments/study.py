@@ -31,7 +31,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from trimtab.config import RunConfig, Section, build_config, override, read_mapping, spell_out, validated
+from trimtab.config import RunConfig, Schema, Section, build_config, override, read_mapping, spell_out, validated
 from trimtab.errors import ConfigError, did_you_mean
 from trimtab.experiments.cell import digest
 from trimtab.yaml_text import show
@@ -201,6 +201,16 @@ class Study:
         return Cell(task, arm, seed, searching, config.model_copy(update={"output": folder}))
 
 
+def read_study(schema: type[Schema], file: Path, overrides: Sequence[str]) -> Schema:
+    """What the YAML of a study says, with ``key.sub=value`` put into its ``base`` in order. Raises ConfigError."""
+    raw = read_mapping(file, "'base:' and 'arms:'")
+    if isinstance(raw.get("base"), dict):
+        spell_out(raw["base"])
+        for text in overrides:
+            override(raw["base"], text)
+    return validated(schema, raw, str(file), ())
+
+
 def load_study(path: Path | str, overrides: Sequence[str] = (), *, out: Path | None = None) -> Study:
     """Read a study's YAML and make the configuration of each of its runs.
 
@@ -214,12 +224,7 @@ def load_study(path: Path | str, overrides: Sequence[str] = (), *, out: Path | N
             or in the run of one of its arms; names the arm.
     """
     file = Path(path)
-    raw = read_mapping(file, "'base:' and 'arms:'")
-    if isinstance(raw.get("base"), dict):
-        spell_out(raw["base"])
-        for text in overrides:
-            override(raw["base"], text)
-    said = validated(StudyConfig, raw, str(file), ())
+    said = read_study(StudyConfig, file, overrides)
     configs: dict[tuple[str, str], RunConfig] = {}
     search_configs: dict[tuple[str, str], RunConfig] = {}
     for task, arm, place, settings in _merged(said, file):
