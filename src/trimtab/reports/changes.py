@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
@@ -17,7 +18,7 @@ from rich.table import Table
 from trimtab.files import read_json, write_text
 from trimtab.reports.pictures import INK, MUTED, blank, page, plain, write_picture
 
-_MARKS = "osD^vP*X<>"
+MARKS = "osD^vP*X<>"
 # Dark to light on white, and no hue that grey would not keep apart.
 _DEPTH = matplotlib.colormaps["viridis"].with_extremes()
 
@@ -53,7 +54,7 @@ def correlations_table(analysis: Mapping[str, Any]) -> Table:
         table.add_column(name, justify="left" if name in ("tuned", "method") else "right")
     for row in analysis["correlations"]:
         if row["kind"] is None:
-            table.add_row(Path(row["tuned"]).name, row["method"], str(row["points"]), _signed(row["correlation"]))
+            table.add_row(Path(row["tuned"]).name, row["method"], str(row["points"]), signed(row["correlation"]))
     return table
 
 
@@ -61,8 +62,34 @@ def _mean(rows: Sequence[Mapping[str, Any]], key: str) -> float:
     return float(sum(row[key] for row in rows) / len(rows))
 
 
-def _signed(value: float | None) -> str:
+def signed(value: float | None) -> str:
     return "-" if value is None else f"{value:+.2f}"
+
+
+def scatter_changes(
+    axes: Axes, rows: Sequence[Mapping[str, Any]], depth: Normalize, mark: str, size: float, label: str
+) -> None:
+    """dM over dD of ``rows``, whose numbers may be text as a CSV has them, in the colours of ``depth``."""
+    axes.scatter(
+        [float(row["delta_direction"]) for row in rows],
+        [float(row["delta_magnitude"]) for row in rows],
+        c=[depth(int(row["block"] or 0)) for row in rows],
+        cmap=_DEPTH,
+        vmin=0,
+        vmax=1,
+        marker=mark,
+        s=size,
+        linewidths=0.4,
+        edgecolors="white",
+        label=label,
+    )
+
+
+def depth_bar(figure: Figure, depth: Normalize, panels: Any, aspect: float) -> None:
+    """What the colours of ``scatter_changes`` mean, beside ``panels``."""
+    bar = figure.colorbar(ScalarMappable(depth, _DEPTH), ax=panels, pad=0.01, aspect=aspect)
+    bar.set_label("block, first to last", fontsize=9, color=MUTED)
+    bar.ax.tick_params(labelsize=8, colors=MUTED)
 
 
 def draw(analysis: Mapping[str, Any]) -> Figure:
@@ -79,20 +106,8 @@ def draw(analysis: Mapping[str, Any]) -> Figure:
         states = list(dict.fromkeys(row["state"] for row in rows))
         for place, state in enumerate(states):
             mine = [row for row in rows if row["state"] == state]
-            axes.scatter(
-                [row["delta_direction"] for row in mine],
-                [row["delta_magnitude"] for row in mine],
-                c=[depth(row["block"] or 0) for row in mine],
-                cmap=_DEPTH,
-                vmin=0,
-                vmax=1,
-                marker=_MARKS[place % len(_MARKS)],
-                s=26,
-                linewidths=0.4,
-                edgecolors="white",
-                label=state,
-            )
-        title = f"{Path(key[0]).name}, {key[1]}: correlation {_signed(said[key]['correlation'])}"
+            scatter_changes(axes, mine, depth, MARKS[place % len(MARKS)], 26, state)
+        title = f"{Path(key[0]).name}, {key[1]}: correlation {signed(said[key]['correlation'])}"
         axes.set_title(title, fontsize=10, color=INK, loc="left")
         axes.set_xlabel("dD: mean of 1 - cosine over the rows", fontsize=9, color=MUTED)
         axes.set_ylabel("dM: mean change of magnitude", fontsize=9, color=MUTED)
@@ -101,9 +116,7 @@ def draw(analysis: Mapping[str, Any]) -> Figure:
         if len(states) > 1:
             axes.legend(fontsize=7, frameon=False, loc="best")
     if blocks:
-        bar = figure.colorbar(ScalarMappable(depth, _DEPTH), ax=list(panels), pad=0.01, aspect=30)
-        bar.set_label("block, first to last", fontsize=9, color=MUTED)
-        bar.ax.tick_params(labelsize=8, colors=MUTED)
+        depth_bar(figure, depth, panels, aspect=30)
     return figure
 
 
@@ -119,7 +132,7 @@ def _page(analysis: Mapping[str, Any], picture: str) -> str:
     lines = "".join(
         f"<tr><td>{html.escape(Path(row['tuned']).name)}</td><td>{html.escape(row['method'])}</td>"
         f"<td>{html.escape(row['kind'] or 'all')}</td><td class=n>{row['points']}</td>"
-        f"<td class=n>{_signed(row['correlation'])}</td></tr>"
+        f"<td class=n>{signed(row['correlation'])}</td></tr>"
         for row in analysis["correlations"]
     )
     body = f"""<h1>How the weights moved: magnitude and direction</h1>

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
+from trimtab.reports.changes import MARKS, depth_bar, scatter_changes, signed
 from trimtab.reports.pictures import INK, LINE, MUTED, blank, plain
 
 PAPER = {"full": -0.62, "lora": 0.83, "dora": -0.31}
@@ -25,12 +24,7 @@ VIEW_WORDS = {
     "time": "over time",
 }
 
-_MARKS = "osD^vP*X"
-_DEPTH = matplotlib.colormaps["viridis"]
-
-
-def signed(value: float | None) -> str:
-    return "-" if value is None else f"{value:+.2f}"
+_MARKS = MARKS[:8]
 
 
 def with_interval(row: Mapping[str, Any]) -> str:
@@ -70,19 +64,7 @@ def draw_changes(study: Mapping[str, Any], points: Sequence[Mapping[str, str]]) 
         for axes, arm in zip(line, arms, strict=True):
             for place, step in enumerate(steps):
                 rows = [row for row in mine if (row["arm"], row["kind"], int(row["step"])) == (arm, kind, step)]
-                axes.scatter(
-                    [float(row["delta_direction"]) for row in rows],
-                    [float(row["delta_magnitude"]) for row in rows],
-                    c=[depth(int(row["block"] or 0)) for row in rows],
-                    cmap=_DEPTH,
-                    vmin=0,
-                    vmax=1,
-                    marker=_MARKS[place % len(_MARKS)],
-                    s=22,
-                    linewidths=0.4,
-                    edgecolors="white",
-                    label=f"step {step}",
-                )
+                scatter_changes(axes, rows, depth, _MARKS[place % len(_MARKS)], 22, f"step {step}")
             (said,) = lines_of(study, level=level, arm=arm, kind=kind, view="all")
             axes.set_title(f"{arm}, {kind}: {with_interval(said)}", fontsize=10, color=INK, loc="left")
             axes.ticklabel_format(style="sci", scilimits=(-3, 3))
@@ -93,9 +75,7 @@ def draw_changes(study: Mapping[str, Any], points: Sequence[Mapping[str, str]]) 
         line[0].set_ylabel("dM: mean change of magnitude", fontsize=9, color=MUTED)
     panels[0][0].legend(fontsize=7, frameon=False, loc="best", labelcolor=INK)
     if blocks:
-        bar = figure.colorbar(ScalarMappable(depth, _DEPTH), ax=panels, pad=0.01, aspect=40)
-        bar.set_label("block, first to last", fontsize=9, color=MUTED)
-        bar.ax.tick_params(labelsize=8, colors=MUTED)
+        depth_bar(figure, depth, panels, aspect=40)
     return figure
 
 
