@@ -255,6 +255,12 @@ def _write_data(model: Holder) -> None:
         parameter.data.add_(0.05 * torch.randn_like(parameter))
 
 
+def _write_magnitude(model: Holder) -> None:
+    for name, parameter in trimtab.trainable_parameters(model).items():
+        if name.endswith("magnitude"):
+            parameter.data.mul_(1.1)
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -265,6 +271,7 @@ def _write_data(model: Holder) -> None:
         pytest.param(_assign, id="assign"),
         pytest.param(_swap_data, id="swap_data"),
         pytest.param(_write_data, id="write_data"),
+        pytest.param(_write_magnitude, id="magnitude"),
     ],
 )
 @pytest.mark.parametrize("case", DECOMPOSED, ids=str)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from trimtab.ops import decomposition
-from trimtab.ops.low_rank import squared_norms
+from trimtab.ops.forms import FEW
+from trimtab.ops.low_rank import LowRank, squared_norms
 
 AXES: list[decomposition.Axis] = ["output", "input"]
 
@@ -69,3 +70,13 @@ def test_an_update_of_zero_leaves_the_squares_bit_for_bit(axis: decomposition.Ax
     weight, a, b = draw(torch.bfloat16)
     squares = squares_of(weight, axis, torch.float32)
     assert torch.equal(squared_norms(weight, squares, a, torch.zeros_like(b), 2.0, axis), squares)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_few_tokens_in_half_precision_are_rounded_once(dtype: torch.dtype) -> None:
+    """A few tokens are multiplied with the update in float32, so only the sum is rounded."""
+    _, a, b = draw(dtype)
+    x, product = (torch.randn(FEW[dtype.itemsize], width).to(dtype) for width in (60, 40))
+    want = product.double() + 0.7 * x.double() @ a.double().t() @ b.double().t()
+    LowRank(0.7).add_product(product, x, (a, b))
+    assert bool(((product.double() - want).abs() <= 0.51 * torch.finfo(dtype).eps * want.abs() + 1e-5).all())

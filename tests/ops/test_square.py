@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import plain_formula
+from trimtab.ops.forms import FEW
 from trimtab.ops.square import Square
 
 # (out, in, k): fewer, as many and more chunks than blocks; k dividing both, one or neither side; k above either side.
@@ -30,6 +31,17 @@ def test_delta_equals_the_plain_formula(square: Square) -> None:
         x = torch.randn(tokens, square.in_features, dtype=torch.float64)
         square.add_product(product, x, (matrix,))
         assert torch.allclose(product, x @ want.t(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("square", squares(), ids=str)
+def test_few_tokens_in_half_precision_are_rounded_once_before_they_are_added(square: Square) -> None:
+    matrix, dtype = torch.randn(square.side, square.side), torch.bfloat16
+    x = torch.randn(square.side - 1, square.in_features).to(dtype)  # of more tokens, it is M that is turned
+    assert len(x) <= FEW[dtype.itemsize]
+    product = torch.zeros(len(x), square.out_features, dtype=dtype)
+    square.add_product(product, x, (matrix,))
+    want = x.double() @ square.delta(matrix.double()).t()
+    assert bool(((product.double() - want).abs() <= 0.51 * torch.finfo(dtype).eps * want.abs() + 1e-5).all())
 
 
 @pytest.mark.parametrize("square", squares(), ids=str)

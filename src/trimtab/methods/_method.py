@@ -8,7 +8,7 @@ can take.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import Field
@@ -21,6 +21,7 @@ from trimtab.ops.decomposition import Axis, magnitude_over_norm, recompose
 from trimtab.ops.dropout import dropout
 from trimtab.ops.forms import Compute
 from trimtab.ops.frozen_linear import Update, frozen_linear
+from trimtab.ops.ratio import Ratio
 
 
 class Options(_shared.Options):
@@ -49,6 +50,12 @@ class Options(_shared.Options):
     )
 
 
+class _Kept(NamedTuple):
+    copies: tuple[Tensor, ...]
+    norm: Tensor
+    ratios: dict[torch.dtype, Ratio]
+
+
 class Method(_shared.Method):
     """The trained tensors of one method on one frozen weight, and what they do.
 
@@ -65,7 +72,7 @@ class Method(_shared.Method):
 
     def __init__(self, base: Base, options: Options) -> None:
         super().__init__(base, options)
-        self._cached_norm: tuple[tuple[Tensor, ...], Tensor] | None = None
+        self._kept: _Kept | None = None
         if options.magnitude:
             squares = base.squared_norms(options.magnitude_axis).to(self.default_dtype)
             # Kept beside the weight it was read from; never saved, since the base gives it again.
@@ -104,9 +111,8 @@ class Method(_shared.Method):
     def norm(self, weight: Tensor) -> Tensor:
         """``n = ||W + dV||``, a constant for autograd unless ``detach_norm`` is off.
 
-        Without gradients (inference) the norm is kept, beside a copy of the trained tensors, and used again as long as
-        these hold the same values. Their version counters would not do: fused optimisers and ``parameter.data`` go
-        round them.
+        Without gradients (inference) the norm is kept, and used again as long as the trained tensors hold the same
+        values.
         """
         with without_autocast(weight):
             return self._norm(weight)
@@ -119,15 +125,22 @@ class Method(_shared.Method):
             squares = self.squared_norms(weight)
             # The square root has no derivative at 0; a row whose norm is 0 takes no part.
             return torch.where(squares > 0, squares.clamp_min(torch.finfo(squares.dtype).tiny).sqrt(), 0.0)
-        if torch.compiler.is_compiling():
-            return self.squared_norms(weight).sqrt()
-        tensors = [tensor for name, tensor in self.named_parameters() if name != "magnitude"]
-        if sum(tensor.numel() for tensor in tensors) >= weight.numel():
-            return self.squared_norms(weight).sqrt()  # comparing would cost as much as computing
-        if self._cached_norm is None or not _same(self._cached_norm[0], tensors):
+        kept = self._what_is_kept(weight)
+        return self.squared_norms(weight).sqrt() if kept is None else kept.norm
+
+    def _what_is_kept(self, weight: Tensor) -> _Kept | None:
+        """The norm and what else passes without gradients have in common, beside a copy of the trained tensors: made
+        anew if these do not hold the same values any more. None where comparing would cost as much as computing.
+
+        Version counters of the tensors would not do: fused optimisers and ``parameter.data`` go round them.
+        """
+        tensors = [tensor for tensor in self._parameters.values() if tensor is not None]
+        if torch.compiler.is_compiling() or sum(tensor.numel() for tensor in tensors) >= weight.numel():
+            return None
+        if self._kept is None or not _same(self._kept.copies, tensors):
             copies = tuple(tensor.detach().clone() for tensor in tensors)
-            self._cached_norm = (copies, self.squared_norms(weight).sqrt())
-        return self._cached_norm[1]
+            self._kept = _Kept(copies, self.squared_norms(weight).sqrt(), {})
+        return self._kept
 
     def ratio(self, weight: Tensor) -> Tensor | None:
         """``m / n`` along the magnitude's axis, differentiable; None without a magnitude."""
@@ -141,9 +154,11 @@ class Method(_shared.Method):
         """The output ``[..., out]`` for ``x [..., in]`` on the frozen weight of ``base``."""
         dtype = base.dtype_for(x)
         weight = base.weight(dtype)
-        magnitude, norm = self.magnitude, None
+        magnitude, norm, ratios = self.magnitude, None, None
         if magnitude is not None:
             norm = self.norm(weight)
+            if self._kept is not None and norm is self._kept.norm:
+                ratios = self._kept.ratios
             if self.options.magnitude_axis == "input":
                 # Columns of the weight scaled are inputs scaled; in half precision the product is taken in full digits.
                 x, magnitude, norm = (x * self._over(norm)).to(x.dtype), None, None
@@ -163,6 +178,7 @@ class Method(_shared.Method):
             keep_product=self.options.keep_product,
             compute=self.options.compute,
             again=base.again(dtype),
+            ratios=ratios,
         )
 
     @torch.no_grad()
@@ -174,7 +190,7 @@ class Method(_shared.Method):
             return recompose(self.total(base.weight().to(work)), None, magnitude, self.options.magnitude_axis)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Method:
-        self._cached_norm = None
+        self._kept = None
         squares = self.square_norms
         super()._apply(*args, **kwargs)
         if squares is not None and self.square_norms is not None and self.square_norms.dtype.itemsize < 4:
@@ -183,7 +199,7 @@ class Method(_shared.Method):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cached_norm": None}
+        return {**self.__dict__, "_kept": None}
 
 
 def _same(copies: Sequence[Tensor], tensors: Sequence[Tensor]) -> bool:

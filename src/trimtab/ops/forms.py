@@ -24,6 +24,10 @@ RATIO_WEIGHT = 0.6
 # A product over so many features costs as much as one more pass over the elements that it adds to; by bytes of one.
 RANKS_PER_PASS = {2: 120.0, 4: 20.0, 8: 10.0}
 
+# So few tokens are multiplied with an update in float32: a thin product in half precision costs some 20 us before it
+# begins, ten times as much as one in float32. By bytes of one element.
+FEW = {2: 16, 4: 0, 8: 0}
+
 
 class Work(NamedTuple):
     """What an update costs, in passes over one element."""

@@ -58,11 +58,10 @@ class Update(Protocol):
 
 
 class _Computed(NamedTuple):
-    output: Tensor
+    output: Tensor  # [tokens, out]
     fed: Tensor  # what the update saw, [tokens, in]
     kept: tuple[Tensor, ...]  # what the update may want to see again
-    witness: tuple[Tensor, ...]  # from which the gradient of the ratio is read
-    reuse_output: bool
+    product: Tensor | None  # from which the gradient of the ratio is read; None: from the output
 
 
 def _compute(
@@ -99,11 +98,7 @@ def _compute(
             output = ratio.times(product, in_place=readable)
             if bias is not None:
                 output = output.add_(bias)
-    if x.dim() != 2:
-        # Not a view: autograd refuses to change a view that a custom function returned in place, and models do that.
-        output = torch.ops.aten._unsafe_view(output, [*x.shape[:-1], weight.shape[0]])
-    witness = () if ratio is None else (output if readable else product,)
-    return _Computed(output, fed, kept, witness, readable)
+    return _Computed(output, fed, kept, None if readable else product)
 
 
 class _FrozenLinear(torch.autograd.Function):
@@ -124,14 +119,19 @@ class _FrozenLinear(torch.autograd.Function):
         *tensors: Tensor,
     ) -> Tensor:
         done = _compute(x, dropped, weight, bias, ratio, keep_product, compute, update, tensors)
-        ctx.update, ctx.compute, ctx.reuse_output = update, compute, done.reuse_output
+        output = done.output
+        if x.dim() != 2:
+            # Not a view: autograd refuses to change a view that a custom function returned in place, and models do.
+            output = torch.ops.aten._unsafe_view(output, [*x.shape[:-1], weight.shape[0]])
+        ctx.update, ctx.compute, ctx.reuse_output = update, compute, done.product is None
         ctx.has_dropped, ctx.shape, ctx.counts = dropped is not None, x.shape, (len(tensors), len(done.kept))
         ctx.near_one = ratio is not None and ratio.near_one
         ctx.again, ctx.weight_shape = again, weight.shape
         parts = (None, None) if ratio is None else (ratio.values, ratio.excess)
         kept_weight = weight if again is None else None
-        ctx.save_for_backward(kept_weight, done.fed, bias, magnitude, norm, *parts, *tensors, *done.kept, *done.witness)
-        return done.output
+        witness = () if ratio is None else (output if done.product is None else done.product,)
+        ctx.save_for_backward(kept_weight, done.fed, bias, magnitude, norm, *parts, *tensors, *done.kept, *witness)
+        return output
 
     @staticmethod
     @once_differentiable
@@ -226,6 +226,7 @@ def frozen_linear(
     keep_product: bool = False,
     compute: Compute = "auto",
     again: Callable[[], Tensor] | None = None,
+    ratios: dict[torch.dtype, Ratio] | None = None,
 ) -> Tensor:
     """``m / n * (x W^T + dropped dV^T) + bias`` with gradients for ``x``, ``dropped``, ``bias``, ``magnitude``,
     ``norm`` and ``tensors``.
@@ -246,6 +247,8 @@ def frozen_linear(
             is left out where it cannot be exact: with dropout, with ``keep_product``, or with a ratio far from 1.
         again: gives ``weight`` once more in the backward pass, which then does not keep it: for a weight that was
             computed for this call (a dequantised one). Called once, and only if ``x`` wants a gradient.
+        ratios: where a pass without gradients looks for ``m / n``, and leaves it if it is not there, by the dtype of
+            the computation; the caller empties it when ``magnitude`` or ``norm`` change.
 
     Differentiable once: a second derivative is refused by autograd, and ``torch.func`` transforms are not supported.
     """
@@ -256,12 +259,18 @@ def frozen_linear(
         dropped = None if dropped is None else dropped.to(dtype)
     given = (x, dropped, bias, magnitude, norm, *tensors)
     with without_autocast(x):
-        ratio = None if magnitude is None or norm is None else ratio_of(magnitude, norm, x.dtype)
         if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in given):
+            ratio = None if magnitude is None or norm is None else ratio_of(magnitude, norm, x.dtype)
             return _FrozenLinear.apply(
                 x, dropped, weight, bias, magnitude, norm, ratio, keep_product, compute, update, again, *tensors
             )
         # Nobody will ask for a gradient. (And torch.compile, outside of training, calls a function with exactly two
         # trailing tensors without its context.)
         with torch.no_grad():
-            return _compute(x, dropped, weight, bias, ratio, keep_product, compute, update, tensors).output
+            ratio = None if ratios is None else ratios.get(x.dtype)
+            if ratio is None and magnitude is not None and norm is not None:
+                ratio = ratio_of(magnitude, norm, x.dtype)
+                if ratios is not None:
+                    ratios[x.dtype] = ratio
+            done = _compute(x, dropped, weight, bias, ratio, keep_product, compute, update, tensors)
+            return done.output.view(*x.shape[:-1], weight.shape[0])

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trimtab.ops.decomposition import Axis, row_blocks
-from trimtab.ops.forms import RANKS_PER_PASS, Work
+from trimtab.ops.forms import FEW, RANKS_PER_PASS, Work
 
 _BLOCK = 1 << 18  # elements: what a processor's second cache holds in float32
 
@@ -47,6 +47,10 @@ class LowRank:
         return total
 
     def add_product(self, product: Tensor, x: Tensor, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if len(x) <= FEW[x.dtype.itemsize]:
+            a, b, x = (values.to(torch.promote_types(x.dtype, torch.float32)) for values in (*tensors, x))
+            product.add_(x.mm(a.t()).mm(b.t()), alpha=self.scale)
+            return ()
         a, b = tensors[0].to(x.dtype), (tensors[1] * self.scale).to(x.dtype)
         inner = x.mm(a.t())
         product.addmm_(inner, b.t())

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trimtab.ops.forms import RANKS_PER_PASS, Work
+from trimtab.ops.forms import FEW, RANKS_PER_PASS, Work
 
 
 @dataclass(frozen=True)
@@ -158,8 +158,10 @@ class Square:
     def add_product(self, product: Tensor, x: Tensor, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         (matrix,) = tensors
         if not self.turn or len(x) < self.side:
-            compressed = self.compress(x.to(torch.promote_types(x.dtype, torch.float32)) if self.turn else x)
-            product.add_(self.spread(compressed.to(x.dtype).matmul(matrix.to(x.dtype).t())))
+            full = torch.promote_types(x.dtype, torch.float32)
+            work = full if len(x) <= FEW[x.dtype.itemsize] else x.dtype
+            compressed = self.compress(x.to(full if self.turn else work))
+            product.add_(self.spread(compressed.to(work).matmul(matrix.to(work).t())))
             return ()
         # M has fewer rows than the batch, so M is turned: chunk by chunk, each group's products laid on all the rows
         # that it feeds.
