@@ -208,6 +208,13 @@ class TrainConfig(Section):
     warmup: Annotated[float | int, BeforeValidator(_warmup)] = Field(
         0.03, description="The learning rate rises over these steps: a fraction of all steps below 1, or a number."
     )
+    prompt_loss_weight: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="What a token of the prompt counts in the training loss, beside 1 for one of the answer. Where "
+        "answers are a word or two, a little (0.01 to 0.1) lets the texts themselves teach, too.",
+    )
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are scaled down to this norm.")
     precision: Literal["auto", "bfloat16", "float32"] = Field(
         "auto", description="Type of the computation. auto: bfloat16 where the processor has it."

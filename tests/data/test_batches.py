@@ -42,6 +42,13 @@ def test_width_and_mask() -> None:
     assert Collator(pad_id=3, multiple_of=5)(ROWS)["input_ids"].shape == (3, 5)
 
 
+def test_tokens_of_the_prompt_as_labels() -> None:
+    """All that carry no loss, but the first of a row, which nothing comes before, and the padding."""
+    batch = Collator(pad_id=0, prompts=True)(ROWS)
+    assert batch["labels"].tolist() == Collator(pad_id=0)(ROWS)["labels"].tolist()
+    assert batch["prompt_labels"].tolist() == [[-100] * 5, [-100] * 5, [-100, 0, 11, -100, -100]]
+
+
 def test_a_causal_model_needs_no_mask() -> None:
     torch.manual_seed(0)
     config = LlamaConfig(

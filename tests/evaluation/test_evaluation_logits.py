@@ -139,6 +139,29 @@ def test_special_heads_fall_back_and_agree(make: Callable[[], Any]) -> None:
     torch.testing.assert_close(summed.double(), expected * count / 40, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("make", [llama, phi, gemma2, granite])
+@pytest.mark.parametrize("num_items", [None, 17])
+@pytest.mark.parametrize("labelled", [True, False])
+def test_labels_that_count_less(make: Callable[[], Any], num_items: int | None, labelled: bool) -> None:
+    model = make().train()
+    ids, labels = padded(50)
+    lesser = torch.where((labels == -100) & (ids != 0), ids, -100)
+    lesser[:, 0] = -100
+    if not labelled:
+        labels = torch.full_like(labels, -100)
+    exact = copy.deepcopy(model).double()
+    logits = exact(input_ids=ids).logits[:, :-1].flatten(0, 1)
+    sums = [F.cross_entropy(logits, those[:, 1:].flatten(), reduction="sum") for those in (labels, lesser)]
+    expected = (sums[0] + 0.3 * sums[1]) / (num_items or max(1, int((labels[:, 1:] != -100).sum())))
+    loss = Head(model).loss_at_labels(ids, labels, num_items=num_items, lesser=lesser, weight=0.3)
+    expected.backward()
+    loss.backward()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+    for ours, theirs in zip(model.parameters(), exact.parameters(), strict=True):
+        atol = 2e-5 * float(theirs.grad.abs().max() + 1)
+        torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-4, atol=atol)
+
+
 def test_a_mixture_of_experts_keeps_its_balancing_loss() -> None:
     model = MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4, output_router_logits=True)).eval()
     ids, labels = padded(50)

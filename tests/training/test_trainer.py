@@ -105,6 +105,20 @@ def test_loss_and_gradients_are_those_of_the_model_itself(
         torch.testing.assert_close(found, wanted[name], rtol=1e-4, atol=1e-6 * float(wanted[name].abs().max() + 1))
 
 
+def test_a_run_trains_on_its_prompts_as_far_as_they_count(make_config: Callable[..., Any]) -> None:
+    """The first loss is that of the answers and the weighted one of the prompts; validation is of answers alone."""
+    losses, validated = {}, {}
+    for weight in (0.0, 0.5, 1.0):
+        listener = Kept()
+        said = {"prompt_loss_weight": weight, "max_steps": 1, "log_every": 1, "learning_rate": 1e-12}
+        finetune(make_config(f"w{weight}", data={"validation": 0.2}, train=said), listener=listener)
+        losses[weight], validated[weight] = listener.column("loss")[0], listener.column("loss", "validation")[0]
+        assert any("a token of the prompt counts" in note for note in listener.notes) == (weight > 0)
+    assert losses[1.0] > losses[0.0] * 1.5  # the prompts are longer than the answers
+    assert losses[0.5] - losses[0.0] == pytest.approx((losses[1.0] - losses[0.0]) / 2, rel=1e-3)
+    assert validated[0.5] == pytest.approx(validated[0.0], rel=1e-5)
+
+
 def test_accumulated_gradients_are_those_of_one_large_batch(
     adapted: Any, encoded: EncodedRows, make_config: Callable[..., Any], tmp_path: Path
 ) -> None:

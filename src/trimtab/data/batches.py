@@ -26,11 +26,13 @@ class Collator:
         pad_id: the token that fills ``input_ids``; labels are filled with -100.
         multiple_of: round the width up to a multiple of this.
         mask: add ``attention_mask`` (1 where there is a token), for models that are not causal and for generation.
+        prompts: add ``prompt_labels``: the tokens that carry no loss, but the first of each row, as labels.
     """
 
     pad_id: int
     multiple_of: int = 1
     mask: bool = False
+    prompts: bool = False
 
     def __call__(self, rows: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, torch.Tensor]:
         lengths = [len(row["input_ids"]) for row in rows]
@@ -41,8 +43,12 @@ class Collator:
             ids[index, :length] = torch.as_tensor(row["input_ids"])
             labels[index, :length] = torch.as_tensor(row["labels"])
         batch = {"input_ids": ids, "labels": labels}
+        place, length_of = torch.arange(width), torch.tensor(lengths)[:, None]
         if self.mask:
-            batch["attention_mask"] = (torch.arange(width) < torch.tensor(lengths)[:, None]).long()
+            batch["attention_mask"] = (place < length_of).long()
+        if self.prompts:
+            prompt = (labels == IGNORED) & (place > 0) & (place < length_of)
+            batch["prompt_labels"] = torch.where(prompt, ids, IGNORED)
         return batch
 
 

@@ -41,7 +41,15 @@ class Head:
         self._body = _separable_body(model)
         self.sparse = self._body is not None
 
-    def loss_at_labels(self, input_ids: Tensor, labels: Tensor, *, num_items: int | Tensor | None = None) -> Tensor:
+    def loss_at_labels(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        *,
+        num_items: int | Tensor | None = None,
+        lesser: Tensor | None = None,
+        weight: float = 1.0,
+    ) -> Tensor:
         """Token cross-entropy, as ``model(input_ids, labels=labels).loss``; a scalar in float32 (or float64).
 
         Args:
@@ -50,14 +58,20 @@ class Head:
                 -100 carries no loss.
             num_items: what the sum over positions is divided by; None: their number, so the loss is the mean. A batch
                 without labels has the loss 0.
+            lesser: more labels, laid out as ``labels``. Each counts ``weight``, and none among ``num_items``.
+            weight: see ``lesser``.
         """
-        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
-        positions = (targets != IGNORED).nonzero().squeeze(1)
-        if self._body is None:
-            return self._own_loss(input_ids, labels, positions.numel(), num_items)
-        states = self._hidden(self._body, input_ids, positions)
+        positions, targets = _labelled(labels)
         denominator = max(positions.numel(), 1) if num_items is None else num_items
-        return head_loss(self.model.get_output_embeddings(), states, targets.index_select(0, positions), denominator)
+        others = None if lesser is None else _labelled(lesser)
+        if self._body is None:
+            return self._own_loss(input_ids, labels, positions.numel(), denominator, others, weight)
+        head = self.model.get_output_embeddings()
+        if others is None:
+            return head_loss(head, self._hidden(self._body, input_ids, positions), targets, denominator)
+        states = self._hidden(self._body, input_ids, torch.cat([positions, others[0]]))
+        loss = head_loss(head, states[: positions.numel()], targets, denominator)
+        return loss + weight * head_loss(head, states[positions.numel() :], others[1], denominator)
 
     def logits_at(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         """Logits ``[n, vocabulary]`` at ``positions`` ``[n]``, which count through the flattened ``input_ids``."""
@@ -120,14 +134,32 @@ class Head:
         states: Tensor = body(input_ids=input_ids, past_key_values=past, use_cache=past is not None).last_hidden_state
         return states.flatten(0, 1).index_select(0, positions)
 
-    def _own_loss(self, input_ids: Tensor, labels: Tensor, count: int, num_items: int | Tensor | None) -> Tensor:
+    def _own_loss(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        count: int,
+        denominator: int | Tensor,
+        others: tuple[Tensor, Tensor] | None,
+        weight: float,
+    ) -> Tensor:
         output = self.model(input_ids=input_ids, labels=labels, use_cache=False)
-        if count == 0:  # the mean of nothing is NaN
-            return output.logits.sum() * 0.0
-        loss: Tensor = output.loss
-        if isinstance(num_items, Tensor):
-            num_items = num_items.to(loss.device)
-        return loss if num_items is None else loss * (count / num_items)
+        loss: Tensor = output.loss if count else output.logits.sum() * 0.0  # the mean of nothing is NaN
+        if isinstance(denominator, Tensor):
+            denominator = denominator.to(loss.device)
+        if count:
+            loss = loss * (count / denominator)
+        if others is not None:
+            logits = output.logits.flatten(0, 1).index_select(0, others[0])
+            loss = loss + weight * F.cross_entropy(wide(logits), others[1], reduction="sum") / denominator
+        return loss
+
+
+def _labelled(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions, through the flattened batch, that are scored on their next token, and these tokens."""
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
+    positions = (targets != IGNORED).nonzero().squeeze(1)
+    return positions, targets.index_select(0, positions)
 
 
 def _separable_body(model: Any) -> nn.Module | None:

@@ -99,9 +99,10 @@ def estimate_run(config: RunConfig, sizes: RowSizes) -> RunMemory:
     attach(model, plan_of(config))
     trace = Trace(model, quantisation=config.quantisation)
     standing, uncounted = trace.standing, None
+    labels = sizes.length - 1 if train.prompt_loss_weight else sizes.labels
     try:
         peaks = trace.run(
-            Batch(train.batch_size, sizes.length, train.batch_size * sizes.labels),
+            Batch(train.batch_size, sizes.length, train.batch_size * labels),
             gradient_checkpointing=train.gradient_checkpointing,
             accumulates=train.gradient_accumulation > 1,
             averages=train.average is not None,

@@ -75,6 +75,8 @@ def finetune(
 
     _quiet_libraries()
     listener.show(preview(inputs.rows, tokenizer))
+    if config.train.prompt_loss_weight:
+        listener.note(f"in training, a token of the prompt counts {config.train.prompt_loss_weight:g} of a marked one")
     listener.stage(f"Loading {config.model.name}")
     model: Any = load_model(source, getattr(torch, model_dtype_of(config)), config.model.attention, config.quantisation)
     model = model.to(device())
@@ -245,7 +247,7 @@ class _Run:
                 self.model,
                 arguments,
                 self.inputs.rows,
-                Collator(self.tokenizer.pad_token_id),
+                Collator(self.tokenizer.pad_token_id, prompts=train.prompt_loss_weight > 0),
                 parameter_groups(
                     self.model,
                     train.learning_rate,
@@ -260,6 +262,7 @@ class _Run:
                 averaging,
                 callbacks,
                 _best_loss(self.folder.read_metrics(), metric(config, closed)),
+                train.prompt_loss_weight,
             )
             try:
                 with interrupting.on_signal(self.listener):

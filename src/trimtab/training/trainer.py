@@ -68,6 +68,8 @@ class AdapterTrainer(Trainer):
         group_by_length: batches of like lengths.
         averaging: what is validated and kept, where the adapter is averaged over the last part of training.
         best_loss: validation loss of the best step of a run that is resumed.
+        prompt_loss_weight: what a token of ``prompt_labels`` counts beside one of ``labels``; the loss is the sum over
+            the number of ``labels`` (arXiv 2405.14394 trains on both alike).
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class AdapterTrainer(Trainer):
         averaging: Averaging,
         callbacks: Sequence[TrainerCallback] = (),
         best_loss: float = math.inf,
+        prompt_loss_weight: float = 0.0,
     ) -> None:
         self._tokens = 0
         self._adapted = model
@@ -100,6 +103,7 @@ class AdapterTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self._averaging = averaging
         self._best_loss = best_loss
+        self._prompt_loss_weight = prompt_loss_weight
         self._groups = groups
         self._head = head
         self._validate_rows = validate
@@ -137,10 +141,19 @@ class AdapterTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
+        prompts = inputs.pop("prompt_labels", None)
         if model is not self.model:
+            if prompts is not None:
+                raise RunError("train.prompt_loss_weight is for one process; set it to 0 where several train one model")
             # Wrapped for several processes: its hooks run in the model's own forward only.
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        loss = self._head.loss_at_labels(inputs["input_ids"], inputs["labels"], num_items=num_items_in_batch)
+        loss = self._head.loss_at_labels(
+            inputs["input_ids"],
+            inputs["labels"],
+            num_items=num_items_in_batch,
+            lesser=prompts,
+            weight=self._prompt_loss_weight,
+        )
         return (loss, None) if return_outputs else loss
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
