@@ -9,7 +9,7 @@ from trimtab.ops.dropout import dropout
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("probability", [0.05, 0.5, 0.9])
+@pytest.mark.parametrize("probability", [0.05, 0.25, 0.5, 0.9])
 def test_drops_its_share_and_keeps_the_mean(probability: float, dtype: torch.dtype) -> None:
     x = torch.ones(1000, 999, dtype=dtype)
     y = dropout(x, probability)
@@ -54,8 +54,17 @@ def test_next_to_everything_drops_it() -> None:
     assert not dropout(torch.randn(8, 8), 1 - 1e-9).any()
 
 
-@pytest.mark.parametrize("lag", [2, 3, 4, 7])
-def test_elements_further_apart_are_independent_too(lag: int) -> None:
-    dropped = (dropout(torch.ones(1 << 18), 0.3) == 0).double() - 0.3
-    together = float((dropped[lag:] * dropped[:-lag]).mean()) / 0.21
+@pytest.mark.parametrize("probability", [0.25, 0.3])  # of 8 and of 16 bits
+@pytest.mark.parametrize("lag", [2, 3, 4, 7, 8])
+def test_elements_further_apart_are_independent_too(lag: int, probability: float) -> None:
+    dropped = (dropout(torch.ones(1 << 18), probability) == 0).double() - probability
+    together = float((dropped[lag:] * dropped[:-lag]).mean()) / (probability * (1 - probability))
     assert together == pytest.approx(0.0, abs=5 / 2**9)  # five standard deviations
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_rounds_once(dtype: torch.dtype) -> None:
+    """1 / 0.75 is no number of half precision; what is kept is multiplied by it all the same."""
+    x = torch.randn(1000).to(dtype)
+    y = dropout(x, 0.25)
+    assert torch.equal(y[y != 0], (x.double() / 0.75).to(dtype)[y != 0])

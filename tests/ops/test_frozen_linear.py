@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trimtab.ops.dropout import Keep
 from trimtab.ops.forms import Compute
 from trimtab.ops.frozen_linear import Update, frozen_linear
 from trimtab.ops.low_rank import LowRank
@@ -36,22 +37,29 @@ def draw(*shape: int) -> Tensor:
 def test_finite_differences(
     update: str, bias: bool, scale: str | None, keep: bool, drop: bool, compute: Compute
 ) -> None:
-    """Every gradient, those of the bias, the norm and the dropped input included, in float64."""
+    """Every gradient, those of the bias and the norm included, in float64, with and without dropout."""
     kind, shapes = UPDATES[update]
     weight = draw(OUT, IN).detach()
     optional = {
         "bias": draw(OUT) if bias else None,
-        "dropped": draw(2, 3, IN) if drop else None,
         "magnitude": None if scale is None else (2 + (0.2 if scale == "near one" else 4.0) * draw(OUT)).detach(),
         "norm": None if scale is None else torch.full((OUT,), 2.0, dtype=torch.float64),
     }
     given = {name: value.requires_grad_() for name, value in optional.items() if value is not None}
     tensors = [draw(*shape) for shape in shapes]
+    dropping = Keep((draw(2, 3, IN) > 0).double(), 1.7) if drop else None
 
     def run(x: Tensor, *rest: Tensor) -> Tensor:
         named = dict(zip(given, rest, strict=False))
         return frozen_linear(
-            x, weight, update=kind, tensors=rest[len(given) :], keep_product=keep, compute=compute, **named
+            x,
+            weight,
+            update=kind,
+            tensors=rest[len(given) :],
+            keep=dropping,
+            keep_product=keep,
+            compute=compute,
+            **named,
         )
 
     assert torch.autograd.gradcheck(run, (draw(2, 3, IN), *given.values(), *tensors), check_batched_grad=False)

@@ -18,7 +18,7 @@ from trimtab.bases import Base
 from trimtab.methods import _shared
 from trimtab.ops.autocast import without_autocast
 from trimtab.ops.decomposition import Axis, magnitude_over_norm, recompose
-from trimtab.ops.dropout import dropout
+from trimtab.ops.dropout import draw_keep
 from trimtab.ops.forms import Compute
 from trimtab.ops.frozen_linear import Update, frozen_linear
 from trimtab.ops.ratio import Ratio
@@ -163,16 +163,14 @@ class Method(_shared.Method):
                 # Columns of the weight scaled are inputs scaled; in half precision the product is taken in full digits.
                 x, magnitude, norm = (x * self._over(norm)).to(x.dtype), None, None
         update, tensors = self.factors()
-        dropped = None
-        if self.options.dropout and self.training and update is not None:
-            dropped = dropout(x, self.options.dropout)
+        drops = self.options.dropout and self.training and update is not None
         return frozen_linear(
             x,
             weight,
             base.bias,
             update=update,
             tensors=tensors,
-            dropped=dropped,
+            keep=draw_keep(x, self.options.dropout) if drops else None,
             magnitude=magnitude,
             norm=norm,
             keep_product=self.options.keep_product,

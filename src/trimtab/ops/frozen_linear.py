@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from trimtab.ops.autocast import autocast_dtype, without_autocast
+from trimtab.ops.dropout import Keep
 from trimtab.ops.forms import Compute, Work, folds_gradient, folds_output
 from trimtab.ops.ratio import HALF, Ratio, ratio_of
 
@@ -66,7 +67,7 @@ class _Computed(NamedTuple):
 
 def _compute(
     x: Tensor,
-    dropped: Tensor | None,
+    keep: Keep | None,
     weight: Tensor,
     bias: Tensor | None,
     ratio: Ratio | None,
@@ -76,13 +77,13 @@ def _compute(
     tensors: tuple[Tensor, ...],
 ) -> _Computed:
     rows = x.reshape(-1, x.shape[-1])
-    fed = rows if dropped is None else dropped.reshape(-1, x.shape[-1])
+    fed = rows if keep is None else keep.of(x).reshape(-1, x.shape[-1])
     # In half precision a bias larger than the product swallows the product's digits: the output is no way back.
     readable = ratio is not None and ratio.near_one and not keep_product and (bias is None or weight.dtype not in HALF)
     kept: tuple[Tensor, ...] = ()
     if (
         update is not None
-        and dropped is None
+        and keep is None
         and (ratio is None or readable)
         and folds_output(compute, update.work(len(fed), tensors, x.dtype), len(fed), weight.shape, readable, x.dtype)
     ):
@@ -106,7 +107,7 @@ class _FrozenLinear(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        dropped: Tensor | None,
+        keep: Keep | None,
         weight: Tensor,
         bias: Tensor | None,
         magnitude: Tensor | None,
@@ -118,19 +119,22 @@ class _FrozenLinear(torch.autograd.Function):
         again: Callable[[], Tensor] | None,
         *tensors: Tensor,
     ) -> Tensor:
-        done = _compute(x, dropped, weight, bias, ratio, keep_product, compute, update, tensors)
+        done = _compute(x, keep, weight, bias, ratio, keep_product, compute, update, tensors)
         output = done.output
         if x.dim() != 2:
             # Not a view: autograd refuses to change a view that a custom function returned in place, and models do.
             output = torch.ops.aten._unsafe_view(output, [*x.shape[:-1], weight.shape[0]])
         ctx.update, ctx.compute, ctx.reuse_output = update, compute, done.product is None
-        ctx.has_dropped, ctx.shape, ctx.counts = dropped is not None, x.shape, (len(tensors), len(done.kept))
+        ctx.keep_scale, ctx.shape, ctx.counts = keep and keep.scale, x.shape, (len(tensors), len(done.kept))
         ctx.near_one = ratio is not None and ratio.near_one
         ctx.again, ctx.weight_shape = again, weight.shape
         parts = (None, None) if ratio is None else (ratio.values, ratio.excess)
         kept_weight = weight if again is None else None
         witness = () if ratio is None else (output if done.product is None else done.product,)
-        ctx.save_for_backward(kept_weight, done.fed, bias, magnitude, norm, *parts, *tensors, *done.kept, *witness)
+        mask = None if keep is None else keep.mask
+        ctx.save_for_backward(
+            kept_weight, done.fed, mask, bias, magnitude, norm, *parts, *tensors, *done.kept, *witness
+        )
         return output
 
     @staticmethod
@@ -147,10 +151,10 @@ class _FrozenLinear(torch.autograd.Function):
                     "make the operation that follows the layer out of place."
                 ) from error
             raise
-        weight, fed, bias, magnitude, norm, values, excess = saved[:7]
+        weight, fed, mask, bias, magnitude, norm, values, excess = saved[:8]
         n_tensors, n_kept = ctx.counts
-        tensors, kept = saved[7 : 7 + n_tensors], saved[7 + n_tensors : 7 + n_tensors + n_kept]
-        wants_x, wants_dropped, _, wants_bias, wants_magnitude, wants_norm = ctx.needs_input_grad[:6]
+        tensors, kept = saved[8 : 8 + n_tensors], saved[8 + n_tensors : 8 + n_tensors + n_kept]
+        wants_x, _, _, wants_bias, wants_magnitude, wants_norm = ctx.needs_input_grad[:6]
         wants_ratio = wants_magnitude or wants_norm
         wants_tensors = any(ctx.needs_input_grad[11:])
         ratio = None if values is None else Ratio(values, ctx.near_one, excess)
@@ -175,7 +179,7 @@ class _FrozenLinear(torch.autograd.Function):
             grad_magnitude = grad_magnitude.to(magnitude.dtype)
 
         grad, factor = upstream, ratio  # factor: what grad is still to be multiplied by
-        walks = update is not None and (wants_tensors or wants_dropped or wants_x)
+        walks = update is not None and (wants_tensors or wants_x)
         if update is not None and walks and factor is not None and not update.takes_ratio:
             grad, factor = factor.times(grad), None
 
@@ -183,7 +187,7 @@ class _FrozenLinear(torch.autograd.Function):
         if wants_x:
             if ctx.again is not None:
                 weight = ctx.again()
-            if update is not None and not ctx.has_dropped:
+            if update is not None and mask is None:
                 work = update.work(len(fed), tensors, fed.dtype)
                 folds = folds_gradient(ctx.compute, work, len(fed), weight.shape, factor is not None)
             if update is not None and folds:
@@ -196,14 +200,16 @@ class _FrozenLinear(torch.autograd.Function):
                     grad, factor = factor.times(grad), None
             grad_x = grad.mm(multiplier)
 
-        grad_dropped = torch.zeros_like(fed) if wants_dropped else None
         grads: tuple[Tensor | None, ...] = (None,) * n_tensors
         if update is not None and walks:
-            target = grad_dropped if ctx.has_dropped else None if folds else grad_x
+            # What came through dropout goes back through it, and so is gathered apart.
+            target = None if folds or grad_x is None else grad_x if mask is None else torch.zeros_like(grad_x)
             grads = update.add_gradient(target, grad, None if factor is None else factor.values, fed, kept, tensors)
+            if grad_x is not None and target is not None and mask is not None:
+                grad_x.addcmul_(target, mask.reshape(grad_x.shape), value=ctx.keep_scale)
         return (
             None if grad_x is None else grad_x.reshape(ctx.shape),
-            None if grad_dropped is None else grad_dropped.reshape(ctx.shape),
+            None,
             None,
             grad_bias if wants_bias else None,
             grad_magnitude if wants_magnitude else None,
@@ -220,7 +226,7 @@ def frozen_linear(
     *,
     update: Update | None = None,
     tensors: tuple[Tensor, ...] = (),
-    dropped: Tensor | None = None,
+    keep: Keep | None = None,
     magnitude: Tensor | None = None,
     norm: Tensor | None = None,
     keep_product: bool = False,
@@ -228,8 +234,7 @@ def frozen_linear(
     again: Callable[[], Tensor] | None = None,
     ratios: dict[torch.dtype, Ratio] | None = None,
 ) -> Tensor:
-    """``m / n * (x W^T + dropped dV^T) + bias`` with gradients for ``x``, ``dropped``, ``bias``, ``magnitude``,
-    ``norm`` and ``tensors``.
+    """``m / n * (x W^T + d dV^T) + bias`` with gradients for ``x``, ``bias``, ``magnitude``, ``norm`` and ``tensors``.
 
     Args:
         x: input ``[..., in]``, in the dtype of ``weight``.
@@ -237,7 +242,7 @@ def frozen_linear(
         bias: ``[out]``, added after the ratio.
         update: how to multiply with ``dV``; None for none.
         tensors: the trained tensors of ``update``.
-        dropped: what the update sees instead of ``x`` (dropout), same shape.
+        keep: what the update sees of ``x`` (dropout): ``d = keep.of(x)``; None for all of it.
         magnitude: ``m [out]``; None for no ratio.
         norm: ``n [out]``, normally float32; given together with ``magnitude``. Where it is 0 the output is 0 and the
             magnitude gets no gradient.
@@ -256,13 +261,13 @@ def frozen_linear(
     if dtype is not None and weight.dtype != torch.float64:  # which it leaves alone, for a plain linear layer too
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-        dropped = None if dropped is None else dropped.to(dtype)
-    given = (x, dropped, bias, magnitude, norm, *tensors)
+        keep = None if keep is None else Keep(keep.mask.to(dtype), keep.scale)
+    given = (x, bias, magnitude, norm, *tensors)
     with without_autocast(x):
         if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in given):
             ratio = None if magnitude is None or norm is None else ratio_of(magnitude, norm, x.dtype)
             return _FrozenLinear.apply(
-                x, dropped, weight, bias, magnitude, norm, ratio, keep_product, compute, update, again, *tensors
+                x, keep, weight, bias, magnitude, norm, ratio, keep_product, compute, update, again, *tensors
             )
         # Nobody will ask for a gradient. (And torch.compile, outside of training, calls a function with exactly two
         # trailing tensors without its context.)
@@ -272,5 +277,5 @@ def frozen_linear(
                 ratio = ratio_of(magnitude, norm, x.dtype)
                 if ratios is not None:
                     ratios[x.dtype] = ratio
-            done = _compute(x, dropped, weight, bias, ratio, keep_product, compute, update, tensors)
+            done = _compute(x, keep, weight, bias, ratio, keep_product, compute, update, tensors)
             return done.output.view(*x.shape[:-1], weight.shape[0])
