@@ -225,7 +225,7 @@ class TrainConfig(Section):
     compile: Literal["auto"] | bool = Field(
         False,
         description="Run the blocks under torch.compile: faster steps after a minute or more of compiling. auto: where "
-        "the run is long enough to win that time back.",
+        "the run is long enough to win that time back, and as long as it proves faster.",
     )
     group_by_length: bool = Field(True, description="Put rows of like length in one batch, which wastes no padding.")
     average: float | None = Field(

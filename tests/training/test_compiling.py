@@ -70,6 +70,32 @@ def test_auto_waits_a_few_steps_and_then_compiles_where_it_pays(
     assert any("compiling the blocks" in note for note in listener.notes) is worth
 
 
+@pytest.mark.parametrize("faster", [True, False])
+def test_auto_goes_back_to_plain_blocks_where_compiled_ones_are_no_faster(
+    make_yaml: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, faster: bool
+) -> None:
+    monkeypatch.setattr(compiling, "pays", lambda *_: True)
+    monkeypatch.setattr(compiling, "SETTLING", 2)
+    monkeypatch.setattr(compiling, "COMPARED", 2)
+    read, plain = compiling.Meter.read, []
+
+    def paced(meter: compiling.Meter) -> tuple[int, float]:
+        """What was counted, at 100 tokens a second at first and at another pace after that."""
+        tokens, _ = read(meter)
+        plain.append(tokens)
+        return tokens, tokens / (100 if len(plain) <= 2 else 110 if faster else 90)
+
+    monkeypatch.setattr(compiling.Meter, "read", paced)
+    listener = run(make_yaml, "auto", steps=12, epochs=10, compile="auto")
+    assert all(tokens > 0 for tokens in plain)
+    assert len(plain) == 4
+    said = [note for note in listener.notes if "no faster" in note]
+    assert said == (
+        [] if faster else ["compiled blocks are no faster here (90 tokens/s, plain ones 100): going on with plain ones"]
+    )
+    assert len(listener.column("loss")) == 12
+
+
 def test_a_run_pays_if_it_is_long_enough() -> None:
     steps = compiling.COMPILE_SECONDS / compiling.GAIN
     assert pays(1.0, int(1.1 * steps))

@@ -1,8 +1,9 @@
 """Blocks under ``torch.compile`` while training, where that pays.
 
 Compiling fuses what lies between the matrix products, and costs a minute or more before the first step is faster. So
-``auto`` takes a few plain steps first and compiles if the rest of the run is long enough to win the time back. A block
-that the compiler cannot take runs as it is; validation and evaluation always do, since the compiler would have to start
+``auto`` takes a few plain steps first, compiles if the rest of the run is long enough to win the time back, and goes on
+plainly if the compiled blocks then prove no faster: with batches of many lengths they are not. A block that the
+compiler cannot take runs as it is; validation and evaluation always do, since the compiler would have to start
 again for them.
 """
 
@@ -27,7 +28,9 @@ GAIN = 0.15
 """The share of a plain step that it is counted on to save. ``benchmarks/step.py --compile`` gave 0.16 (LoRA) and 0.23
 (DoRA) for SmolLM2's blocks in bfloat16, 1,024 tokens of one shape."""
 WARM_UP, TIMED = 2, 4
-"""Steps that are not timed, and those that are."""
+"""Plain steps that are not timed, and those that are."""
+SETTLING, COMPARED = 12, 12
+"""The same of compiled steps: the first ones compile, and compile again for other lengths."""
 BACKEND = "inductor"
 
 
@@ -51,15 +54,40 @@ def pays(seconds_per_step: float, steps_left: int) -> bool:
     return GAIN * seconds_per_step * steps_left > COMPILE_SECONDS
 
 
+class Meter:
+    """Tokens that went into ``model``, and seconds, since it was last read."""
+
+    def __init__(self, model: nn.Module) -> None:
+        embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+        self._tokens, self._since = 0, time.perf_counter()
+        self._handle = embeddings.register_forward_pre_hook(self._count)
+
+    def _count(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        self._tokens += args[0].numel()
+
+    def read(self) -> tuple[int, float]:
+        """What it counted; it begins anew."""
+        now = time.perf_counter()
+        found = self._tokens, now - self._since
+        self._tokens, self._since = 0, now
+        return found
+
+    def remove(self) -> None:
+        """Take it off the model."""
+        self._handle.remove()
+
+
 class Compiling(TrainerCallback):
-    """Compiles the blocks of ``model``: at once (True), once it pays (``auto``), or not at all (False)."""
+    """Compiles the blocks of ``model``: at once (True), once it pays and as long as it is faster (``auto``), or not at
+    all (False)."""
 
     def __init__(self, model: nn.Module, setting: Literal["auto"] | bool, listener: Listener) -> None:
         self._model = model
         self._setting = setting
         self._listener = listener
-        self._began: float | None = None
+        self._meter: Meter | None = None
         self._first = 0
+        self._plain = 0.0  # tokens a second
         self._suppressed = False
         self.compiled: list[nn.Module] = []
 
@@ -67,25 +95,48 @@ class Compiling(TrainerCallback):
         self._first = state.global_step
         if self._setting is True:
             self._compile("compiling the blocks: the first steps take a minute or more")
+        elif self._setting == "auto":
+            self._meter = Meter(self._model)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self._setting != "auto":
+        if self._meter is None:
             return
         done = state.global_step - self._first
-        if done == WARM_UP:
-            self._began = time.perf_counter()
-        elif done == WARM_UP + TIMED and self._began is not None:
-            seconds, left = (time.perf_counter() - self._began) / TIMED, state.max_steps - state.global_step
-            if pays(seconds, left):
-                minutes = seconds * left / 60
+        if done in (WARM_UP, WARM_UP + TIMED + SETTLING):
+            self._meter.read()
+        elif done == WARM_UP + TIMED:
+            (tokens, seconds), left = self._meter.read(), state.max_steps - state.global_step
+            self._plain = tokens / seconds
+            if pays(seconds / TIMED, left):
+                minutes = seconds / TIMED * left / 60
                 self._compile(f"compiling the blocks, since {minutes:.0f} minutes of training are left")
+            if not self.compiled:
+                self._stop_measuring()
+        elif done == WARM_UP + TIMED + SETTLING + COMPARED:
+            tokens, seconds = self._meter.read()
+            if tokens / seconds <= self._plain:
+                self._listener.note(
+                    f"compiled blocks are no faster here ({tokens / seconds:.0f} tokens/s, plain ones "
+                    f"{self._plain:.0f}): going on with plain ones"
+                )
+                self._undo()
+            self._stop_measuring()
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._undo()
+        self._stop_measuring()
+
+    def _undo(self) -> None:
         if self.compiled:
             torch._dynamo.config.suppress_errors = self._suppressed
         for block in self.compiled:
             block._compiled_call_impl = None
         self.compiled = []
+
+    def _stop_measuring(self) -> None:
+        if self._meter is not None:
+            self._meter.remove()
+            self._meter = None
 
     def _compile(self, word: str) -> None:
         blocks = blocks_of(self._model)
