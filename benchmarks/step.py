@@ -151,6 +151,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--attention", default="sdpa", choices=["sdpa", "eager"])
+    parser.add_argument("--save", default="step", metavar="NAME", help="results go to results/NAME.json")
     parser.add_argument("--child", nargs=3, metavar=("ARM", "DTYPE", "TOKENS"), help=argparse.SUPPRESS)
     said = parser.parse_args()
     settings = ["--rank", str(said.rank), "--layers", str(said.layers), "--attention", said.attention]
@@ -194,7 +195,7 @@ def main() -> None:
                 }
             )
             what = {key: getattr(said, key) for key in ("rank", "layers", "repeats", "attention")}
-            write_results("step", what, found)
+            write_results(said.save, what, found)
 
 
 if __name__ == "__main__":
