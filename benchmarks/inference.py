@@ -4,13 +4,14 @@
     python benchmarks/inference.py --new-tokens 128
 
 decode: one row, token by token with a cache, seconds per token. prefill: 512 tokens of one row at once, logits of the
-last one. All arms live in one process and take turns; the table gives medians and the ratio of each to the bare model
-in the same run.
+last one. "serving" is inside ``trimtab.serving``, which takes the caller's word that nothing trains. All arms live in
+one process and take turns; the table gives medians and the ratio of each to the bare model in the same run.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +21,8 @@ import torch
 from common import alternate, show_over, write_results
 from step import adapt, disturb
 
-ARMS = ("bare", "lora", "dora", "mora", "dora merged", "peft lora", "peft dora")
+ARMS = ("bare", "lora", "dora", "dora serving", "mora", "dora merged", "peft lora", "peft dora")
+UNTIL_THE_END = contextlib.ExitStack()
 
 
 def adapted(model: Any, arm: str, rank: int) -> Any:
@@ -29,10 +31,12 @@ def adapted(model: Any, arm: str, rank: int) -> Any:
 
     model = copy.deepcopy(model)
     if arm != "bare":
-        model = adapt(model, arm.removesuffix(" merged"), rank)
+        model = adapt(model, arm.removesuffix(" merged").removesuffix(" serving"), rank)
         disturb(model)
     if arm.endswith("merged"):
         trimtab.merge(model)
+    if arm.endswith("serving"):
+        UNTIL_THE_END.enter_context(trimtab.serving(model))
     return model.eval()
 
 

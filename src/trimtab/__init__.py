@@ -32,6 +32,7 @@ _PUBLIC = {
     "load_adapter": "formats.adapter",
     "merge": "surgery.merge",
     "save_adapter": "formats.adapter",
+    "serving": "surgery.serving",
     "trainable_parameters": "surgery.attach",
     "weight_change": "ops.decomposition",
 }
@@ -70,3 +71,4 @@ if TYPE_CHECKING:  # what the lazy names are, for type checkers and editors
     from trimtab.surgery.attach import AttachReport, attach, detach, effective_weight, trainable_parameters
     from trimtab.surgery.merge import MergeReport, merge
     from trimtab.surgery.plan import Plan, Rule
+    from trimtab.surgery.serving import serving

@@ -42,6 +42,7 @@ def command(
     from trimtab.data.tokens import encode_prompt
     from trimtab.errors import DataError
     from trimtab.evaluation.generation import end_tokens
+    from trimtab.surgery.serving import serving
 
     if not text.strip():
         raise DataError("the prompt is empty: there is nothing to go on from")
@@ -61,7 +62,7 @@ def command(
     batch = torch.tensor([ids], device=loaded.model.device)
     torch.manual_seed(seed)
     drawn = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    with torch.inference_mode():
+    with torch.inference_mode(), serving(loaded.model):
         loaded.model.generate(
             batch,
             attention_mask=torch.ones_like(batch),

@@ -51,7 +51,7 @@ class Options(_shared.Options):
 
 
 class _Kept(NamedTuple):
-    copies: tuple[Tensor, ...]
+    copies: tuple[Tensor, ...] | None  # None: good for as long as the trained tensors are held
     norm: Tensor
     ratios: dict[torch.dtype, Ratio]
 
@@ -134,13 +134,25 @@ class Method(_shared.Method):
 
         Version counters of the tensors would not do: fused optimisers and ``parameter.data`` go round them.
         """
-        tensors = [tensor for tensor in self._parameters.values() if tensor is not None]
-        if torch.compiler.is_compiling() or sum(tensor.numel() for tensor in tensors) >= weight.numel():
+        if torch.compiler.is_compiling():
             return None
-        if self._kept is None or not _same(self._kept.copies, tensors):
+        kept = self._kept
+        if self._holds:
+            if kept is None or kept.copies is not None:
+                self._kept = kept = _Kept(None, self.squared_norms(weight).sqrt(), {})
+            return kept
+        tensors = [tensor for tensor in self._parameters.values() if tensor is not None]
+        if sum(tensor.numel() for tensor in tensors) >= weight.numel():
+            return None
+        if kept is None or kept.copies is None or not _same(kept.copies, tensors):
             copies = tuple(tensor.detach().clone() for tensor in tensors)
-            self._kept = _Kept(copies, self.squared_norms(weight).sqrt(), {})
-        return self._kept
+            self._kept = kept = _Kept(copies, self.squared_norms(weight).sqrt(), {})
+        return kept
+
+    def hold(self) -> None:
+        if not self._holds:
+            self._kept = None
+        super().hold()
 
     def ratio(self, weight: Tensor) -> Tensor | None:
         """``m / n`` along the magnitude's axis, differentiable; None without a magnitude."""
@@ -197,7 +209,7 @@ class Method(_shared.Method):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": None}
+        return {**super().__getstate__(), "_kept": None}
 
 
 def _same(copies: Sequence[Tensor], tensors: Sequence[Tensor]) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -43,6 +43,18 @@ class Method(nn.Module):
         self.default_dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
         self.dtype: torch.dtype = getattr(torch, options.dtype) if options.dtype else self.default_dtype
         self.zero_rows = 0
+        self._holds = 0
+
+    def hold(self) -> None:
+        """From here to ``release`` the trained tensors keep their values: the caller's word for it."""
+        self._holds += 1
+
+    def release(self) -> None:
+        """The end of ``hold``."""
+        self._holds -= 1
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_holds": 0}  # a copy is not what was promised for
 
     def effective_weight(self, base: Base, dtype: torch.dtype | None = None) -> Tensor:
         """The weight ``[out, in]`` with which the module acts. Raises SurgeryError where a method changes none."""

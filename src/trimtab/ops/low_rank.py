@@ -47,9 +47,10 @@ class LowRank:
         return total
 
     def add_product(self, product: Tensor, x: Tensor, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        if len(x) <= FEW[x.dtype.itemsize]:
-            a, b, x = (values.to(torch.promote_types(x.dtype, torch.float32)) for values in (*tensors, x))
-            product.add_(x.mm(a.t()).mm(b.t()), alpha=self.scale)
+        if x.shape[0] <= FEW[x.dtype.itemsize]:
+            work = torch.promote_types(x.dtype, torch.float32)
+            a, b = tensors
+            product.add_(x.to(work).mm(a.to(work).t()).mm(b.to(work).t()), alpha=self.scale)
             return ()
         a, b = tensors[0].to(x.dtype), (tensors[1] * self.scale).to(x.dtype)
         inner = x.mm(a.t())

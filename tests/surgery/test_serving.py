@@ -1,0 +1,126 @@
+"""The promise that nothing trains: what it saves, what it means, and when it ends."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import trimtab
+from trimtab.evaluation.modes import evaluating
+from trimtab.methods import _method
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    model = nn.Sequential(nn.Linear(20, 20), nn.GELU(), nn.Linear(20, 20))
+    trimtab.attach(
+        model,
+        trimtab.Plan(
+            [
+                trimtab.Rule(match="0", method="dora", rank=2),
+                trimtab.Rule(match="2", method="mora", rank=2, magnitude=True),
+            ]
+        ),
+    )
+    change(model)
+    return model.eval()
+
+
+def change(model: nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in trimtab.trainable_parameters(model).values():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+
+
+@pytest.fixture
+def compared(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Grows with every comparison of trained tensors."""
+    seen: list[object] = []
+    same = _method._same
+
+    def watched(*given: object) -> bool:
+        seen.append(given)
+        return same(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(_method, "_same", watched)
+    return seen
+
+
+@torch.no_grad()
+def output(model: nn.Module) -> Tensor:
+    return model(torch.linspace(-1, 1, 40).reshape(2, 20))
+
+
+@pytest.mark.parametrize("context", [trimtab.serving, evaluating])
+def test_nothing_is_compared_and_nothing_changes(
+    model: nn.Module, compared: list[object], context: Callable[[nn.Module], trimtab.serving]
+) -> None:
+    outside = [output(model), output(model)]
+    assert len(compared) == 2  # the second pass, once for each layer
+    with context(model):
+        inside = [output(model), output(model)]
+    assert len(compared) == 2
+    assert all(torch.equal(found, outside[0]) for found in (*outside, *inside))
+
+
+def test_values_that_changed_before_it_are_seen(model: nn.Module) -> None:
+    for _ in range(2):
+        change(model)
+        fresh = output(copy.deepcopy(model))
+        with trimtab.serving(model):
+            assert torch.equal(output(model), fresh)
+
+
+def test_values_that_change_in_it_are_seen_after_it(model: nn.Module) -> None:
+    with trimtab.serving(model), trimtab.serving(model):
+        output(model)
+        change(model)
+        held = output(model)
+    fresh = output(copy.deepcopy(model))
+    assert torch.equal(output(model), fresh)
+    assert not torch.allclose(held, fresh)
+
+
+def test_the_outer_of_two_lasts(model: nn.Module, compared: list[object]) -> None:
+    with trimtab.serving(model):
+        with trimtab.serving(model):
+            output(model)
+        output(model)
+    assert not compared
+    output(model)
+    output(model)
+    assert compared
+
+
+def test_it_ends_with_an_error_too(model: nn.Module, compared: list[object]) -> None:
+    with pytest.raises(KeyError), trimtab.serving(model):
+        raise KeyError
+    output(model)
+    output(model)
+    assert compared
+
+
+def test_a_copy_is_under_no_promise(model: nn.Module, compared: list[object]) -> None:
+    with trimtab.serving(model):
+        copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    for other in copies:
+        output(other)
+        output(other)
+    assert len(compared) == 4
+
+
+def test_training_goes_on_as_ever(model: nn.Module) -> None:
+    x = torch.randn(3, 20)
+    expected = copy.deepcopy(model)
+    expected(x).square().sum().backward()
+    with trimtab.serving(model):
+        output(model)
+    model(x).square().sum().backward()
+    wanted = trimtab.trainable_parameters(expected)
+    for name, parameter in trimtab.trainable_parameters(model).items():
+        assert torch.equal(parameter.grad, wanted[name].grad), name  # type: ignore[arg-type]
