@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from trimtab.files import read_json, write_text
+from trimtab.reports.html_table import html_table
 from trimtab.reports.pictures import INK, MUTED, blank, page, plain, write_picture
 
 MARKS = "osD^vP*X<>"
@@ -129,12 +130,10 @@ def write_changes_page(folder: Path) -> Path:
 
 
 def _page(analysis: Mapping[str, Any], picture: str) -> str:
-    lines = "".join(
-        f"<tr><td>{html.escape(Path(row['tuned']).name)}</td><td>{html.escape(row['method'])}</td>"
-        f"<td>{html.escape(row['kind'] or 'all')}</td><td class=n>{row['points']}</td>"
-        f"<td class=n>{signed(row['correlation'])}</td></tr>"
+    lines = [
+        [Path(row["tuned"]).name, row["method"], row["kind"] or "all", str(row["points"]), signed(row["correlation"])]
         for row in analysis["correlations"]
-    )
+    ]
     body = f"""<h1>How the weights moved: magnitude and direction</h1>
 <p class="about">Against {html.escape(str(analysis["base"]))}. One mark is one weight in one saved state.</p>
 {picture}
@@ -142,7 +141,6 @@ def _page(analysis: Mapping[str, Any], picture: str) -> str:
 <p class="fine">dM = mean |m<sub>t</sub> - m<sub>0</sub>|, dD = mean (1 - cos(V<sub>t</sub>, W<sub>0</sub>)), over the
 rows of a weight (DoRA, arXiv 2402.09353, section 3.2). Points of one run are not independent: neighbouring blocks and
 checkpoints resemble each other.</p>
-<div class="scroll"><table class="figures"><thead><tr><th>tuned</th><th>method</th><th>projection</th>
-<th class=n>points</th><th class=n>correlation</th></tr></thead><tbody>{lines}</tbody></table></div>
+{html_table(["tuned", "method", "projection", "points", "correlation"], lines, words=range(3))}
 """
     return page("Magnitude and direction", body)

@@ -12,6 +12,7 @@ from rich.table import Table
 from trimtab.files import read_json, write_text
 from trimtab.reports import words
 from trimtab.reports.compare_plots import draw_costs, draw_differences, draw_scores, panel_name, panels
+from trimtab.reports.html_table import html_table
 from trimtab.reports.pictures import page, write_picture
 from trimtab.yaml_text import write_yaml
 
@@ -133,7 +134,7 @@ def _sections(results: Mapping[str, Any], folder: Path) -> Iterable[str]:
             told = "" if majority is None else f" The commonest answer alone gives {words.percent(majority)}."
             yield _section(
                 panel_name(task, test),
-                _table(list(columns), list(zip(*columns.values(), strict=True))),
+                html_table(list(columns), list(zip(*columns.values(), strict=True))),
                 _fine(f"{words.count(lines[0]['rows'])} test rows.{told} Intervals of 95 %; p after correction."),
             )
     if results["searches"]:
@@ -224,7 +225,7 @@ def _searches(results: Mapping[str, Any]) -> str:
     )
     return _section(
         "Learning rates tried",
-        _table(["arm", "rate: result on validation rows"], rows, figures=False),
+        html_table(["arm", "rate: result on validation rows"], rows, words=range(2)),
         _fine(
             f"As many for every arm, by runs of seed {results['search']['seed']} that saw no test row; → is the one "
             f"taken. {told}"
@@ -253,13 +254,3 @@ def _method(results: Mapping[str, Any]) -> str:
         f"Made by: trimtab compare {results['file']}",
     )
     return _section("How it was done", *(f"<p>{html.escape(one)}</p>" for one in sentences))
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, figures: bool = True) -> str:
-    def line(tag: str, cells: Sequence[str]) -> str:
-        first, *rest = map(html.escape, cells)
-        return f"<tr><th>{first}</th>{''.join(f'<{tag}>{cell}</{tag}>' for cell in rest)}</tr>"
-
-    body = "".join(line("td", row) for row in rows)
-    kind = ' class="figures"' if figures else ""
-    return f'<div class="scroll"><table{kind}><thead>{line("th", heads)}</thead><tbody>{body}</tbody></table></div>'

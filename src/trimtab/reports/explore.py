@@ -22,6 +22,7 @@ from trimtab.reports.explore_words import (
     plan_words,
     score_words,
 )
+from trimtab.reports.html_table import html_table
 from trimtab.reports.pictures import page, write_picture
 
 Row = Mapping[str, Any]
@@ -79,13 +80,9 @@ def _page(found: Row, pictures: Mapping[str, str]) -> str:
     states = [row["state"] for row in own_runs(found)]
     heads = ["run", *(group["name"] for group in found["groups"]), "parameters"]
     heads += ["rate"] * (len(found["learning_rates"]) > 1) + [found["metric"], "state"]
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in heads)
-    body = "".join(
-        f"<tr{' class=best' if row['number'] == found['best'] else ''}>"
-        + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
-        + "</tr>"
-        for row, cells in _lines(found)
-    )
+    lines = _lines(found)
+    best_rows = [place for place, (row, _) in enumerate(lines) if row["number"] == found["best"]]
+    table = html_table(heads, [cells for _, cells in lines], words=range(len(found["groups"]) + 1), marked=best_rows)
     best, uniform = (numbered(found, found[f"best_{kind}"]) for kind in ("mixed", "uniform"))
     facts = [
         f"{found['runs']} runs: {states.count('complete')} to the end, {states.count('pruned')} pruned, "
@@ -124,6 +121,6 @@ def _page(found: Row, pictures: Mapping[str, str]) -> str:
 proposal uses at least {100 * found["at_least"]:.0f} %.</p>
 {chr(10).join(sections)}
 <h2>Runs</h2>
-<div class="scroll"><table class="figures"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>
+{table}
 """
     return page("Search over plans", body, "\nh2 { margin-top: 2.4rem; } p, .picture { margin-bottom: .7rem; }")

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from trimtab.files import read_json, write_text
+from trimtab.reports.html_table import html_table
 from trimtab.reports.pictures import INK, LINE, MUTED, blank, page, plain, write_picture
 
 _GUESS = 100 / 16
@@ -210,7 +211,7 @@ def _page(found: Mapping[str, Any], picture: str) -> str:
 from the lowest to the highest.</p>
 {picture}
 <section><h2>In numbers</h2>
-<div class="scroll">{_table(_TITLES, [_cells(arm) for arm in found["arms"]])}</div>
+{html_table(_TITLES, [_cells(arm) for arm in found["arms"]])}
 <p class="fine">Accuracy is that of the value that the model writes by itself, greedily, after the key. Area: the mean
 over all points of the curve. Learnt by: the step at which {100 * found["learnt"]:g} % of the characters are right, from
 the first seed to the last. Over LoRA: the difference in area at the same budget, seed by seed on the same pairs in the
@@ -218,7 +219,7 @@ same order. ±: half of the mean's 95 % interval over seeds (Student); where it 
 Rank: where two are named, some matrices have the one and some the other, so that magnitudes, too, are paid from the
 budget.</p></section>
 <section><h2>The search for a learning rate</h2>
-<div class="scroll">{_table(rates, search)}</div>
+{html_table(rates, search)}
 <p class="fine">Each rate and the area under its curve, in %, on the pairs of a seed of its own, which is in no curve
 above. Every method tries as many; the largest area is taken. {notes} The rate rises over {study["warmup"]} steps and
 stays.</p>
@@ -231,12 +232,3 @@ stays.</p>
 
 def _name(arm: Mapping[str, Any]) -> str:
     return str(arm["label"]) if arm["budget"] is None else f"{arm['label']}, budget of rank {arm['budget']}"
-
-
-def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    def line(tag: str, cells: Sequence[str]) -> str:
-        first, *others = (html.escape(one) for one in cells)
-        return f"<tr><th>{first}</th>{''.join(f'<{tag} class=n>{one}</{tag}>' for one in others)}</tr>"
-
-    head, body = line("th", titles), "".join(line("td", row) for row in rows)
-    return f'<table class="figures"><thead>{head}</thead><tbody>{body}</tbody></table>'

@@ -13,6 +13,7 @@ from typing import Any
 from rich.table import Table
 
 from trimtab.files import read_json, write_text
+from trimtab.reports.html_table import html_table
 from trimtab.reports.pattern_pictures import (
     PAPER,
     VIEW_WORDS,
@@ -141,32 +142,27 @@ def _sizes(study: Mapping[str, Any], level: str) -> str:
 
 
 def _verdicts(study: Mapping[str, Any], level: str) -> str:
-    lines = "".join(
-        f"<tr><td>{html.escape(row['arm'])}</td><td>{html.escape(row['kind'] or 'together')}</td>"
-        f"<td class=n>{signed(PAPER.get(row['arm']))}</td><td class=n>{with_interval(row)}</td>"
-        f"<td>{verdict(row)}</td><td class=n>{with_interval(between)}</td><td>{verdict(between)}</td></tr>"
+    heads = ["method", "projection", "paper", "layers and checkpoints", "sign", "between layers", "sign"]
+    lines = [
+        [
+            *(row["arm"], row["kind"] or "together", signed(PAPER.get(row["arm"]))),
+            *(with_interval(row), verdict(row), with_interval(between), verdict(between)),
+        ]
         for row in lines_of(study, level=level, view="all")
         for between in lines_of(study, level=level, view="layers", arm=row["arm"], kind=row["kind"])
-    )
-    return (
-        '<div class="scroll"><table><thead><tr><th>method</th><th>projection</th><th class=n>paper</th>'
-        "<th class=n>layers and checkpoints</th><th>sign</th><th class=n>between layers</th><th>sign</th></tr></thead>"
-        f"<tbody>{lines}</tbody></table></div>"
-    )
+    ]
+    return html_table(heads, lines, words=(0, 1, 4, 6))
 
 
 def _numbers(study: Mapping[str, Any]) -> str:
-    lines = "".join(
-        f"<tr><td>{html.escape(level)}</td><td>{html.escape(arm)}</td><td>{html.escape(kind or 'together')}</td>"
-        + "".join(f"<td class=n>{with_interval(rows[view])}</td>" for view in VIEW_WORDS)
-        + f"<td class=n>{len(rows['all']['per_seed'])}</td></tr>"
+    lines = [
+        [level, arm, kind or "together"]
+        + [with_interval(rows[view]) for view in VIEW_WORDS]
+        + [str(len(rows["all"]["per_seed"]))]
         for level, arm, kind, rows in _grouped(study)
-    )
-    heads = "".join(f"<th class=n>{words}</th>" for words in (*VIEW_WORDS.values(), "seeds"))
-    return (
-        '<div class="scroll tall" tabindex="0"><table><thead><tr><th>level</th><th>method</th><th>projection</th>'
-        f"{heads}</tr></thead><tbody>{lines}</tbody></table></div>"
-    )
+    ]
+    heads = ["level", "method", "projection", *VIEW_WORDS.values(), "seeds"]
+    return html_table(heads, lines, words=range(3), tall=True)
 
 
 def _cells(study: Mapping[str, Any]) -> str:
@@ -175,27 +171,23 @@ def _cells(study: Mapping[str, Any]) -> str:
         groups[row["level"], row["arm"]].append(row)
     last = {(row["level"], row["arm"], row["kind"]): row for row in study["changes"]}
     kinds = kinds_of(study)
-    lines = ""
+    lines = []
     for (level, arm), rows in groups.items():
-        moved = "".join(
-            f"<td class=n>{last[level, arm, kind][key]:.2g}</td>" if (level, arm, kind) in last else "<td></td>"
+        moved = [
+            f"{last[level, arm, kind][key]:.2g}" if (level, arm, kind) in last else ""
             for kind in kinds
             for key in ("delta_magnitude", "delta_direction")
-        )
-        lines += (
-            f"<tr><td>{html.escape(level)}</td><td>{html.escape(arm)}</td>"
-            f"<td class=n>{rows[0]['trainable_parameters']:,}</td><td class=n>{rows[0]['steps']}</td>"
-            f"<td class=n>{_mean(rows, 'first_loss'):.3f}</td><td class=n>{_mean(rows, 'last_loss'):.3f}</td>{moved}"
-            f"<td class=n>{_mean(rows, 'total_seconds'):.0f}</td></tr>"
-        )
-    moved = "".join(f"<th class=n>dM, {kind}</th><th class=n>dD, {kind}</th>" for kind in map(html.escape, kinds))
-    return (
+        ]
+        trained = [f"{rows[0]['trainable_parameters']:,}", str(rows[0]["steps"])]
+        losses = [f"{_mean(rows, key):.3f}" for key in ("first_loss", "last_loss")]
+        lines.append([level, arm, *trained, *losses, *moved, f"{_mean(rows, 'total_seconds'):.0f}"])
+    moves = [f"{what}, {kind}" for kind in kinds for what in ("dM", "dD")]
+    heads = ["level", "method", "trained", "steps", "loss, first", "last", *moves, "seconds"]
+    about = (
         '<p class="fine">Means over the seeds. Loss: of the first line of metrics, and over the last quarter of them. '
         "dM and dD: means over the layers at the last checkpoint.</p>"
-        '<div class="scroll tall" tabindex="0"><table><thead><tr><th>level</th><th>method</th><th class=n>trained</th>'
-        f"<th class=n>steps</th><th class=n>loss, first</th><th class=n>last</th>{moved}<th class=n>seconds</th></tr>"
-        f"</thead><tbody>{lines}</tbody></table></div>"
     )
+    return about + html_table(heads, lines, words=(0, 1), tall=True)
 
 
 def _mean(rows: Sequence[Mapping[str, Any]], key: str) -> float:
