@@ -139,7 +139,9 @@ def main() -> None:
         seconds = one["seconds"]
         forms = [statistics.median(seconds[form]) for form in ("folded", "factored") if form in seconds]
         regret = statistics.median(seconds["dora"]) / min(forms) if forms else None
-        found.append({"dtype": dtype, "shape": shape, "rank": rank, "tokens": tokens, **one, "regret": regret})
+        where = {"dtype": dtype, "shape": shape, "rank": rank, "tokens": tokens}
+        medians = {arm: statistics.median(times) for arm, times in seconds.items()}
+        found.append({**where, "seconds": medians, "peak": one["peak"], "regret": regret})
         rows.append(
             [
                 f"{dtype[:4]} {text} r{rank} t{tokens}",
@@ -151,17 +153,21 @@ def main() -> None:
             ]
         )
         print("  ".join(rows[-1]), flush=True)
+        write_results("layer", {"repeats": said.repeats, "threads": torch.get_num_threads()}, found)
     show(
         f"times over the bare layer's, medians of {said.repeats}; peaks in outputs",
         ["", "bare ms", *arms[1:], "dora/dense", "regret", "peak dense", "peak dora"],
         rows,
     )
-    ratios = sorted(ratio(one["seconds"], "dora", "dense") for one in found)
-    print(
-        f"dora / dense over {len(ratios)} shapes: worst {ratios[-1]:.3f}, median {statistics.median(ratios):.3f}, "
-        f"below 0.8 in {sum(one < 0.8 for one in ratios)}"
-    )
-    write_results("layer", {"repeats": said.repeats}, found)
+    summary = []
+    for dtype, tokens in itertools.product(said.dtypes, said.tokens):
+        there = [one["seconds"] for one in found if (one["dtype"], one["tokens"]) == (dtype, tokens)]
+        ratios = sorted(one["dora"] / one["dense"] for one in there)
+        if ratios:
+            low = sum(each < 0.8 for each in ratios) / len(ratios)
+            numbers = (f"{each:.2f}" for each in (ratios[0], statistics.median(ratios), ratios[-1], low))
+            summary.append([f"{dtype}, {tokens} tokens", str(len(ratios)), *numbers])
+    show("DoRA over the dense formula", ["", "shapes", "best", "median", "worst", "share below 0.8"], summary)
 
 
 if __name__ == "__main__":
