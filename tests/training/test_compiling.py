@@ -77,15 +77,15 @@ def test_auto_goes_back_to_plain_blocks_where_compiled_ones_are_no_faster(
     monkeypatch.setattr(compiling, "pays", lambda *_: True)
     monkeypatch.setattr(compiling, "SETTLING", 2)
     monkeypatch.setattr(compiling, "COMPARED", 2)
-    read, plain = compiling.Meter.read, []
+    read, plain = compiling.Compiling._since_last, []
 
-    def paced(meter: compiling.Meter) -> tuple[int, float]:
+    def paced(callback: compiling.Compiling) -> tuple[int, float]:
         """What was counted, at 100 tokens a second at first and at another pace after that."""
-        tokens, _ = read(meter)
+        tokens, _ = read(callback)
         plain.append(tokens)
         return tokens, tokens / (100 if len(plain) <= 2 else 110 if faster else 90)
 
-    monkeypatch.setattr(compiling.Meter, "read", paced)
+    monkeypatch.setattr(compiling.Compiling, "_since_last", paced)
     listener = run(make_yaml, "auto", steps=12, epochs=10, compile="auto")
     assert all(tokens > 0 for tokens in plain)
     assert len(plain) == 4

@@ -43,12 +43,13 @@ class Collator:
             ids[index, :length] = torch.as_tensor(row["input_ids"])
             labels[index, :length] = torch.as_tensor(row["labels"])
         batch = {"input_ids": ids, "labels": labels}
-        place, length_of = torch.arange(width), torch.tensor(lengths)[:, None]
+        if self.mask or self.prompts:
+            filled = torch.arange(width) < torch.tensor(lengths)[:, None]
         if self.mask:
-            batch["attention_mask"] = (place < length_of).long()
+            batch["attention_mask"] = filled.long()
         if self.prompts:
-            prompt = (labels == IGNORED) & (place > 0) & (place < length_of)
-            batch["prompt_labels"] = torch.where(prompt, ids, IGNORED)
+            batch["prompt_labels"] = torch.where(filled & (labels == IGNORED), ids, IGNORED)
+            batch["prompt_labels"][:, 0] = IGNORED
         return batch
 
 

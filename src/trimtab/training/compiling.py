@@ -9,7 +9,6 @@ again for them.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -20,6 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from trimtab.surgery.adapted import Adapted, bare
 from trimtab.training.listener import Listener
+from trimtab.training.pace import Pace
 
 COMPILE_SECONDS = 120.0
 """What compiling is counted as. One kind of block took some 40 s on one core for one shape; batches of other lengths
@@ -54,38 +54,17 @@ def pays(seconds_per_step: float, steps_left: int) -> bool:
     return GAIN * seconds_per_step * steps_left > COMPILE_SECONDS
 
 
-class Meter:
-    """Tokens that went into ``model``, and seconds, since it was last read."""
-
-    def __init__(self, model: nn.Module) -> None:
-        embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
-        self._tokens, self._since = 0, time.perf_counter()
-        self._handle = embeddings.register_forward_pre_hook(self._count)
-
-    def _count(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        self._tokens += args[0].numel()
-
-    def read(self) -> tuple[int, float]:
-        """What it counted; it begins anew."""
-        now = time.perf_counter()
-        found = self._tokens, now - self._since
-        self._tokens, self._since = 0, now
-        return found
-
-    def remove(self) -> None:
-        """Take it off the model."""
-        self._handle.remove()
-
-
 class Compiling(TrainerCallback):
     """Compiles the blocks of ``model``: at once (True), once it pays and as long as it is faster (``auto``), or not at
     all (False)."""
 
-    def __init__(self, model: nn.Module, setting: Literal["auto"] | bool, listener: Listener) -> None:
+    def __init__(self, model: nn.Module, setting: Literal["auto"] | bool, listener: Listener, pace: Pace) -> None:
         self._model = model
         self._setting = setting
         self._listener = listener
-        self._meter: Meter | None = None
+        self._pace = pace
+        self._measuring = False
+        self._last = (0, 0.0)
         self._first = 0
         self._plain = 0.0  # tokens a second
         self._suppressed = False
@@ -95,36 +74,39 @@ class Compiling(TrainerCallback):
         self._first = state.global_step
         if self._setting is True:
             self._compile("compiling the blocks: the first steps take a minute or more")
-        elif self._setting == "auto":
-            self._meter = Meter(self._model)
+        self._measuring = self._setting == "auto"
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self._meter is None:
+        if not self._measuring:
             return
         done = state.global_step - self._first
         if done in (WARM_UP, WARM_UP + TIMED + SETTLING):
-            self._meter.read()
+            self._since_last()
         elif done == WARM_UP + TIMED:
-            (tokens, seconds), left = self._meter.read(), state.max_steps - state.global_step
+            (tokens, seconds), left = self._since_last(), state.max_steps - state.global_step
             self._plain = tokens / seconds
             if pays(seconds / TIMED, left):
                 minutes = seconds / TIMED * left / 60
                 self._compile(f"compiling the blocks, since {minutes:.0f} minutes of training are left")
-            if not self.compiled:
-                self._stop_measuring()
+            self._measuring = bool(self.compiled)
         elif done == WARM_UP + TIMED + SETTLING + COMPARED:
-            tokens, seconds = self._meter.read()
+            tokens, seconds = self._since_last()
             if tokens / seconds <= self._plain:
                 self._listener.note(
                     f"compiled blocks are no faster here ({tokens / seconds:.0f} tokens/s, plain ones "
                     f"{self._plain:.0f}): going on with plain ones"
                 )
                 self._undo()
-            self._stop_measuring()
+            self._measuring = False
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._undo()
-        self._stop_measuring()
+
+    def _since_last(self) -> tuple[int, float]:
+        """Tokens and seconds since it was last asked."""
+        (tokens, seconds), last = self._pace.so_far(), self._last
+        self._last = tokens, seconds
+        return tokens - last[0], seconds - last[1]
 
     def _undo(self) -> None:
         if self.compiled:
@@ -132,11 +114,6 @@ class Compiling(TrainerCallback):
         for block in self.compiled:
             block._compiled_call_impl = None
         self.compiled = []
-
-    def _stop_measuring(self) -> None:
-        if self._meter is not None:
-            self._meter.remove()
-            self._meter = None
 
     def _compile(self, word: str) -> None:
         blocks = blocks_of(self._model)

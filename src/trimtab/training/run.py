@@ -40,6 +40,7 @@ from trimtab.training.inputs import Inputs, read_inputs
 from trimtab.training.listener import Listener
 from trimtab.training.machine import describe_machine, device, peak_memory_gib, versions
 from trimtab.training.memory import RowSizes
+from trimtab.training.pace import Pace
 from trimtab.training.recorder import Recorder, require_tensorboard
 from trimtab.training.resolving import model_dtype_of, plan_of, precision_of, source_of
 from trimtab.training.trainer import AdapterTrainer, parameter_groups
@@ -232,7 +233,8 @@ class _Run:
         arguments = training_arguments(config, rows, self.folder.checkpoints, validates=validates, closed=closed)
         interrupting = Interrupting()
         averaging = Averaging(self.model, train.average or 0.0)
-        callbacks = [Telling(self.listener), interrupting, Compiling(self.model, train.compile, self.listener)]
+        pace = Pace()
+        callbacks = [Telling(self.listener), interrupting, Compiling(self.model, train.compile, self.listener, pace)]
         if train.early_stopping is not None:
             callbacks.append(EarlyStoppingCallback(train.early_stopping))
         step = int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint is not None else 0
@@ -263,6 +265,7 @@ class _Run:
                 callbacks,
                 _best_loss(self.folder.read_metrics(), metric(config, closed)),
                 train.prompt_loss_weight,
+                pace,
             )
             try:
                 with interrupting.on_signal(self.listener):

@@ -4,7 +4,6 @@ schedules and resume are its own."""
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from trimtab.formats.adapter import load_adapter, save_adapter
 from trimtab.surgery.attach import trainable_parameters
 from trimtab.training.averaging import Averaging
 from trimtab.training.compiling import plainly
+from trimtab.training.pace import Pace
 
 BEST = "best"
 """Folder, beside the checkpoints, of the adapter of the best validation."""
@@ -70,6 +70,7 @@ class AdapterTrainer(Trainer):
         best_loss: validation loss of the best step of a run that is resumed.
         prompt_loss_weight: what a token of ``prompt_labels`` counts beside one of ``labels``; the loss is the sum over
             the number of ``labels`` (arXiv 2405.14394 trains on both alike).
+        pace: counts tokens and seconds here; None: one of its own.
     """
 
     def __init__(
@@ -87,8 +88,9 @@ class AdapterTrainer(Trainer):
         callbacks: Sequence[TrainerCallback] = (),
         best_loss: float = math.inf,
         prompt_loss_weight: float = 0.0,
+        pace: Pace | None = None,
     ) -> None:
-        self._tokens = 0
+        self._pace = pace or Pace()
         self._adapted = model
         self._collator = collator
         super().__init__(
@@ -109,13 +111,13 @@ class AdapterTrainer(Trainer):
         self._validate_rows = validate
         self._record = record
         self._group_by_length = group_by_length
-        self._last_log = (time.perf_counter(), 0)
+        self._last_log = self._pace.so_far()
         # The loss below is a sum over labels divided by the labels of the whole accumulated batch.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
 
     def _collate(self, rows: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Tensor]:
-        self._tokens += sum(len(row["input_ids"]) for row in rows)
+        self._pace.add(sum(len(row["input_ids"]) for row in rows))
         return self._collator(rows)
 
     def get_train_dataloader(self) -> DataLoader:
@@ -159,11 +161,8 @@ class AdapterTrainer(Trainer):
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Validate, write the line, and hand the metrics on under the prefix that the Trainer expects."""
         assert self._validate_rows is not None
-        began = time.perf_counter()
-        with self._averaging.in_place(), plainly():
+        with self._pace.paused(), self._averaging.in_place(), plainly():
             found = dict(self._validate_rows())
-        paused = time.perf_counter() - began
-        self._last_log = (self._last_log[0] + paused, self._last_log[1])
         self._record(
             {
                 "kind": "validation",
@@ -195,9 +194,8 @@ class AdapterTrainer(Trainer):
             return
         if not (math.isfinite(logs["loss"]) and math.isfinite(logs.get("grad_norm", 0.0))):
             raise self._diverged()
-        now = time.perf_counter()
-        since, tokens = self._last_log
-        self._last_log = (now, self._tokens)
+        (tokens, seconds), last = self._pace.so_far(), self._last_log
+        self._last_log = tokens, seconds
         row = {
             "kind": "train",
             "step": self.state.global_step,
@@ -205,7 +203,7 @@ class AdapterTrainer(Trainer):
             "loss": logs["loss"],
             "learning_rate": logs.get("learning_rate"),
             "grad_norm": logs.get("grad_norm"),
-            "tokens_per_second": round((self._tokens - tokens) / max(now - since, 1e-9), 1),
+            "tokens_per_second": round((tokens - last[0]) / max(seconds - last[1], 1e-9), 1),
         }
         self._record(row)
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
