@@ -156,12 +156,44 @@ def test_the_prompt_is_run_once_for_many_choices(tokenizer: Any, questions: Make
     assert seen[0] <= prompt + len(TAGS) * (1 + max(answers))
 
 
-def test_a_model_without_keys_and_values_reads_many_choices_whole(
-    monkeypatch: pytest.MonkeyPatch, tokenizer: Any, questions: Make
+INSTRUCTION = "Answer what the news is for the profit of the firm, and answer with one word. "
+
+
+def instructed(rows: list[Example]) -> list[Example]:
+    return [example(INSTRUCTION + row.prompt, str(row.answer)) for row in rows]
+
+
+@pytest.mark.parametrize("make", [llama, gpt2, gemma2])
+@pytest.mark.parametrize("batch_size", [1, 5, 64])
+def test_rows_share_one_pass_of_the_instruction(make: Any, batch_size: int, tokenizer: Any, questions: Make) -> None:
+    choices = ["good firm", "bad firm", "a shop is closed"]
+    model, rows = make(), instructed(questions(choices))
+    found = score_choices(Head(model), tokenizer, rows, choices, batch_size=batch_size)
+    check(found, model, tokenizer, rows, choices, end=False)
+
+
+def test_the_instruction_is_run_once_for_all_rows(tokenizer: Any, questions: Make) -> None:
+    choices = ["good", "bad", "plain"]
+    model, rows = llama(), questions(choices, 8)
+    head, seen = Head(model), [0]
+
+    def count(_: Any, inputs: Any, output: Any) -> None:
+        seen[0] += inputs[0].numel()
+
+    model.model.embed_tokens.register_forward_hook(count)
+    score_choices(head, tokenizer, instructed(rows), choices, batch_size=1)
+    with_it, seen[0] = seen[0], 0
+    score_choices(head, tokenizer, rows, choices, batch_size=1)
+    assert with_it <= seen[0] + len(tokenizer(INSTRUCTION)["input_ids"])
+
+
+@pytest.mark.parametrize("choices", [TAGS, ["good firm", "bad firm", "a shop is closed"]])
+def test_a_model_without_keys_and_values_reads_rows_whole(
+    choices: list[str], monkeypatch: pytest.MonkeyPatch, tokenizer: Any, questions: Make
 ) -> None:
     monkeypatch.setattr(Head, "remember", lambda self, ids: None)
-    model, rows = llama(), questions(TAGS, 3)
-    check(score_choices(Head(model), tokenizer, rows, TAGS), model, tokenizer, rows, TAGS, end=False)
+    model, rows = llama(), instructed(questions(choices, 9))
+    check(score_choices(Head(model), tokenizer, rows, choices), model, tokenizer, rows, choices, end=False)
 
 
 def test_rows_in_blocks_are_scored_as_all_at_once(

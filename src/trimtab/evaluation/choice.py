@@ -22,12 +22,12 @@ from trimtab.evaluation.batching import by_length
 from trimtab.evaluation.logits import Head
 from trimtab.evaluation.modes import evaluating
 from trimtab.evaluation.rounding import tie_margin
-from trimtab.evaluation.sequences import TokenSequence, run, run_sharing
+from trimtab.evaluation.sequences import Beginning, TokenSequence
 
 MOST_CHOICES, MOST_WORDS, FEWEST_REPEATS = 20, 5, 5
 
 MANY = 8
-"""Sequences of a row from which on its prompt is run once for all of them, and no longer together with other rows."""
+"""Sequences of a row from which on its whole prompt is run once for them, and no longer together with other rows."""
 
 BLOCK = 16_000_000
 """Characters of prompts, each counted once for every choice, that are held as tokens at a time: about 200 MB."""
@@ -165,21 +165,24 @@ def _run_rows(head: Head, rows: Sequence[_Row], batch_size: int) -> Iterator[int
     sequences = [(place, sequence) for place, row in enumerate(few) for sequence in row.sequences]
     waiting = [len(row.sequences) for row in few]
     with evaluating(head.model):
+        instruction = Beginning(head, [sequence for _, sequence in sequences])
         for batch in by_length([len(sequence.ids) for _, sequence in sequences], batch_size):
-            run(head, [sequences[index][1] for index in batch])
+            instruction.run([sequences[index][1] for index in batch])
             for index in batch:
                 waiting[sequences[index][0]] -= 1
             yield sum(left == 0 for left in waiting)
-        for done, row in enumerate(many, start=len(few) + 1):
-            run_sharing(head, row.sequences, batch_size)
-            yield done
         if batch_size > 1:
             for row in few:
                 for sequence in row.undecided(margin):
-                    run(head, [sequence])
-            for row in many:
-                if again := row.undecided(margin):
-                    run_sharing(head, again, 1)
+                    instruction.run([sequence])
+        for done, row in enumerate(many, start=len(few) + 1):
+            prompt = Beginning(head, row.sequences)
+            for batch in by_length([len(sequence.ids) for sequence in row.sequences], batch_size):
+                prompt.run([row.sequences[index] for index in batch])
+            if batch_size > 1:
+                for sequence in row.undecided(margin):
+                    prompt.run([sequence])
+            yield done
 
 
 @dataclass

@@ -6,12 +6,16 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 import torch
 
-from trimtab.evaluation.batching import by_length, padded_right
+from trimtab.evaluation.batching import padded_right
 from trimtab.evaluation.logits import Head
+
+WORTHWHILE = 8
+"""Tokens from which on a common beginning is kept: fewer cost less than the copies of their keys and values."""
 
 
 @dataclass
@@ -42,19 +46,38 @@ def run(head: Head, sequences: Sequence[TokenSequence], start: int = 0, past: An
         sequences[row].asked[at] = dict(zip(wanted, line[: len(wanted)], strict=True))
 
 
-def run_sharing(head: Head, sequences: Sequence[TokenSequence], batch_size: int) -> None:
-    """The same, with one pass for the tokens that all sequences begin with and then only for what follows on them.
+class Beginning:
+    """The tokens that all of some sequences begin with: run once, and then on them only what follows in each.
 
-    For a hundred answers to one prompt, which would otherwise be read a hundred times. A model that keeps no keys and
-    values, or cannot repeat them, runs the whole sequences.
+    The instruction before every row of a task, or one prompt before a hundred answers, which would otherwise be read
+    once for each of them. Where that is shorter than ``WORTHWHILE``, or the model keeps no keys and values or cannot
+    repeat them, whole sequences are run. The weights must stay as they are meanwhile.
+
+    Args:
+        head: the model.
+        sequences: of nothing within their beginning is anything asked.
     """
-    start = min(min(sequence.asked) for sequence in sequences)
-    past = head.remember(sequences[0].ids[:start]) if start else None
-    for batch in by_length([len(sequence.ids) for sequence in sequences], batch_size):
-        chosen = [sequences[index] for index in batch]
-        if past is None:
-            run(head, chosen)
+
+    def __init__(self, head: Head, sequences: Sequence[TokenSequence]) -> None:
+        self.head = head
+        self.start = _shared(sequences) if len(sequences) > 1 else 0
+        self._past = head.remember(sequences[0].ids[: self.start]) if self.start >= WORTHWHILE else None
+
+    def run(self, sequences: Sequence[TokenSequence]) -> None:
+        """One forward pass for some of the sequences; fills in what is asked of them."""
+        if self._past is None:
+            run(self.head, sequences)
         else:
-            repeated = copy.deepcopy(past)  # a pass adds its own tokens to what it is given
-            repeated.batch_repeat_interleave(len(chosen))
-            run(head, chosen, start, repeated)
+            past = copy.deepcopy(self._past)  # a pass adds its own tokens to what it is given
+            past.batch_repeat_interleave(len(sequences))
+            run(self.head, sequences, self.start, past)
+
+
+def _shared(sequences: Sequence[TokenSequence]) -> int:
+    """How many tokens all sequences begin with, before the first position that is asked about.
+
+    What the first and the last have in common in the order of a dictionary, all between them have, too.
+    """
+    ordered = sorted(sequence.ids for sequence in sequences)
+    common = takewhile(lambda pair: pair[0] == pair[1], zip(ordered[0], ordered[-1], strict=False))
+    return min(sum(1 for _ in common), *(min(sequence.asked) for sequence in sequences))
