@@ -124,3 +124,64 @@ def test_training_goes_on_as_ever(model: nn.Module) -> None:
     wanted = trimtab.trainable_parameters(expected)
     for name, parameter in trimtab.trainable_parameters(model).items():
         assert torch.equal(parameter.grad, wanted[name].grad), name  # type: ignore[arg-type]
+
+
+LAYERS = {
+    "lora": {"method": "lora", "rank": 2},
+    "dora": {"method": "dora", "rank": 2},
+    "dora, columns": {"method": "dora", "rank": 2, "magnitude_axis": "input"},
+    "magnitude alone": {"method": "lora", "rank": 0, "magnitude": True},
+    "rotation": {"method": "mora", "rank": 2, "magnitude": True},
+    "sharing": {"method": "mora", "rank": 2, "form": "sharing"},
+}
+
+
+def layer(options: dict[str, object], dtype: torch.dtype, bias: bool) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 12, bias=bias, dtype=dtype))
+    trimtab.attach(model, trimtab.Rule(match="0", **options))
+    change(model)
+    return model.eval()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_few_tokens_give_the_same_bits(name: str, dtype: torch.dtype, bias: bool) -> None:
+    model = layer({**LAYERS[name], "compute": "factored"}, dtype, bias)
+    with torch.no_grad():
+        for shape in ((20,), (1, 1, 20), (3, 20), (2, 8, 20), (17, 20)):
+            x = torch.randn(shape, dtype=dtype)
+            outside = model(x)
+            with trimtab.serving(model):
+                assert all(torch.equal(model(x), outside) for _ in range(2))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_few_tokens_give_the_formula(name: str) -> None:
+    model = layer(LAYERS[name], torch.float32, True)
+    x = torch.randn(3, 20)
+    exact = x @ trimtab.effective_weight(model, "0").t() + model[0].bias
+    with trimtab.serving(model), torch.no_grad():
+        torch.testing.assert_close(model(x), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_what_served_makes_way(model: nn.Module) -> None:
+    """For gradients, for autocast, for dropout, and for another dtype, in the middle of it."""
+    x = torch.randn(2, 20)
+    with trimtab.serving(model):
+        output(model)
+        model(x).sum().backward()
+        assert all(parameter.grad is not None for parameter in trimtab.trainable_parameters(model).values())
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            assert model(x).dtype == torch.bfloat16
+        with torch.no_grad():
+            assert model.double()(x.double()).dtype == torch.float64
+    trimtab.detach(model)
+    model.float()
+    trimtab.attach(model, trimtab.Rule(match="0", method="lora", rank=2, dropout=0.5))
+    change(model)
+    with trimtab.serving(model), torch.no_grad():
+        assert torch.equal(model(x), model(x))
+        model.train()
+        assert not torch.equal(model(x), model(x))

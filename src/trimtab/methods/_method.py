@@ -21,7 +21,8 @@ from trimtab.ops.decomposition import Axis, magnitude_over_norm, recompose
 from trimtab.ops.dropout import draw_keep
 from trimtab.ops.forms import Compute
 from trimtab.ops.frozen_linear import Update, frozen_linear
-from trimtab.ops.ratio import Ratio
+from trimtab.ops.ratio import Ratio, ratio_of
+from trimtab.ops.served import Served
 
 
 class Options(_shared.Options):
@@ -73,6 +74,7 @@ class Method(_shared.Method):
     def __init__(self, base: Base, options: Options) -> None:
         super().__init__(base, options)
         self._kept: _Kept | None = None
+        self._served: Served | None = None
         if options.magnitude:
             squares = base.squared_norms(options.magnitude_axis).to(self.default_dtype)
             # Kept beside the weight it was read from; never saved, since the base gives it again.
@@ -151,8 +153,24 @@ class Method(_shared.Method):
 
     def hold(self) -> None:
         if not self._holds:
-            self._kept = None
+            self._kept = self._served = None
         super().hold()
+
+    def release(self) -> None:
+        super().release()
+        if not self._holds:
+            self._served = None
+
+    def _as_served(self, base: Base) -> Served | None:
+        """The layer as passes over a few tokens run it while its tensors are held; None where they need the general
+        way: a weight that is not stored as it multiplies, scaled columns, a form that the user chose."""
+        options = self.options
+        if options.compute == "folded" or options.magnitude_axis == "input" or not base.stored_dense:
+            return None
+        weight, ratio = base.weight(), None
+        if self.magnitude is not None:
+            ratio = ratio_of(self.magnitude, self.norm(weight), weight.dtype)
+        return Served(weight, base.bias, ratio, *self.factors())
 
     def ratio(self, weight: Tensor) -> Tensor | None:
         """``m / n`` along the magnitude's axis, differentiable; None without a magnitude."""
@@ -164,6 +182,12 @@ class Method(_shared.Method):
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
         """The output ``[..., out]`` for ``x [..., in]`` on the frozen weight of ``base``."""
+        drops = self.training and bool(self.options.dropout)
+        if self._holds and not (drops or torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            if self._served is None:
+                self._served = self._as_served(base)
+            if self._served is not None and self._served.takes(x):
+                return self._served(x)
         dtype = base.dtype_for(x)
         weight = base.weight(dtype)
         magnitude, norm, ratios = self.magnitude, None, None
@@ -175,14 +199,13 @@ class Method(_shared.Method):
                 # Columns of the weight scaled are inputs scaled; in half precision the product is taken in full digits.
                 x, magnitude, norm = (x * self._over(norm)).to(x.dtype), None, None
         update, tensors = self.factors()
-        drops = self.options.dropout and self.training and update is not None
         return frozen_linear(
             x,
             weight,
             base.bias,
             update=update,
             tensors=tensors,
-            keep=draw_keep(x, self.options.dropout) if drops else None,
+            keep=draw_keep(x, self.options.dropout) if drops and update is not None else None,
             magnitude=magnitude,
             norm=norm,
             keep_product=self.options.keep_product,
@@ -200,7 +223,7 @@ class Method(_shared.Method):
             return recompose(self.total(base.weight().to(work)), None, magnitude, self.options.magnitude_axis)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Method:
-        self._kept = None
+        self._kept = self._served = None
         squares = self.square_norms
         super()._apply(*args, **kwargs)
         if squares is not None and self.square_norms is not None and self.square_norms.dtype.itemsize < 4:
@@ -209,7 +232,7 @@ class Method(_shared.Method):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_kept": None}
+        return {**super().__getstate__(), "_kept": None, "_served": None}
 
 
 def _same(copies: Sequence[Tensor], tensors: Sequence[Tensor]) -> bool:

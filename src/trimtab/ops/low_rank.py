@@ -50,7 +50,7 @@ class LowRank:
         if x.shape[0] <= FEW[x.dtype.itemsize]:
             work = torch.promote_types(x.dtype, torch.float32)
             a, b = tensors
-            product.add_(x.to(work).mm(a.to(work).t()).mm(b.to(work).t()), alpha=self.scale)
+            product.add_(F.linear(F.linear(x.to(work), a.to(work)), b.to(work)), alpha=self.scale)
             return ()
         a, b = tensors[0].to(x.dtype), (tensors[1] * self.scale).to(x.dtype)
         inner = x.mm(a.t())

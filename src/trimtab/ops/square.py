@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,7 @@ class Square:
     side: int
     turn: bool
     takes_ratio: ClassVar[bool] = False  # what is added up here has been scaled apart
+    _known: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def chunks(self) -> int:
@@ -46,14 +47,31 @@ class Square:
 
     def _rotate(self, pieces: Tensor, sign: int) -> Tensor:
         """Turn ``pieces [..., chunks, k]`` by ``sign`` times the rotary angles of their chunk's position."""
-        half = self.side // 2
-        work = torch.float64 if pieces.dtype == torch.float64 else torch.float32
-        position = torch.arange(self.chunks, device=pieces.device, dtype=work)
-        frequency = 10000.0 ** (-2.0 * torch.arange(half, device=pieces.device, dtype=work) / self.side)
+        cosine, sine = self._turns(pieces.dtype, pieces.device)
+        first, second = pieces.chunk(2, dim=-1)
+        return torch.cat(
+            [
+                torch.addcmul(first * cosine, second, sine, value=-sign),
+                torch.addcmul(second * cosine, first, sine, value=sign),
+            ],
+            dim=-1,
+        )
+
+    def _turns(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Cosine and sine ``[chunks, k / 2]`` of the rotary angles; outside of a compiled graph kept."""
+        if torch.compiler.is_compiling():
+            return self._cosine_and_sine(dtype, device)
+        key = (dtype, device, torch.is_inference_mode_enabled())  # what is made in that mode is no good for training
+        if key not in self._known:
+            self._known[key] = self._cosine_and_sine(dtype, device)
+        return self._known[key]
+
+    def _cosine_and_sine(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+        work = torch.float64 if dtype == torch.float64 else torch.float32
+        position = torch.arange(self.chunks, device=device, dtype=work)
+        frequency = 10000.0 ** (-2.0 * torch.arange(self.side // 2, device=device, dtype=work) / self.side)
         angle = torch.outer(position, frequency)
-        cosine, sine = angle.cos().to(pieces.dtype), (sign * angle.sin()).to(pieces.dtype)
-        first, second = pieces[..., :half], pieces[..., half:]
-        return torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
+        return angle.cos().to(dtype), angle.sin().to(dtype)
 
     def compress(self, x: Tensor) -> Tensor:
         """``[..., in] -> [..., groups, k]``."""
