@@ -1,12 +1,16 @@
-"""The finance run, ours against PEFT with transformers' Trainer: seconds and peak memory on the same rows and steps.
+"""The finance run, ours against PEFT with transformers' Trainer: seconds, peak memory and accuracy on the same rows and
+steps.
 
-    python benchmarks/finance.py --steps 40 --repeats 2
+    python benchmarks/finance.py --steps 40 --repeats 2               and the test rows, scored after training
+    python benchmarks/finance.py --steps 10 --repeats 2 --no-test     seconds and memory alone
+    python benchmarks/finance.py --steps 846 --repeats 1              three epochs over all rows; hours
 
 Each arm is a process of its own, in the order A B A B; the table gives medians and the ratio of medians, and the JSON
 (benchmarks/results/finance.json) every figure. Both train SmolLM2-135M in bfloat16 with one rank on all seven
 projections, on the same rows, batch size, steps and schedule, and with the same attention ("eager": for rows this short
 it is faster on a processor than the fused kernel, for both). PEFT runs with transformers' Trainer at its documented
-best: batches grouped by length, dynamic padding, fused AdamW, labels on the answer alone.
+best: batches grouped by length, dynamic padding, fused AdamW, labels on the answer alone. The clock runs while they
+train. Afterwards both adapters are merged, and the same code scores the same test rows on either model.
 The rows are those of ../shared/data, which the repository does not hold.
 """
 
@@ -25,6 +29,7 @@ from common import child
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data" / "finance"
+TESTS = ("fpb", "fiqa")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -64,8 +69,8 @@ def arguments(steps: int, folder: str) -> dict[str, Any]:
     }
 
 
-def run_ours(method: str, rank: int, steps: int, folder: str) -> dict[str, float]:
-    """Our trainer, as ``trimtab finetune`` sets it up."""
+def run_ours(method: str, rank: int, steps: int, folder: str) -> tuple[Any, Any, dict[str, float]]:
+    """Our trainer, as ``trimtab finetune`` sets it up; gives tokenizer, merged model and figures."""
     from transformers import TrainingArguments
 
     import trimtab
@@ -91,11 +96,13 @@ def run_ours(method: str, rank: int, steps: int, folder: str) -> dict[str, float
     )
     began = time.perf_counter()
     trainer.train()
-    return {"seconds": time.perf_counter() - began, "loss": losses[-1]}
+    figures = {"seconds": time.perf_counter() - began, "loss": losses[-1], "peak_gib": peak_gib()}
+    trimtab.merge(model)
+    return tokenizer, model, figures
 
 
-def run_peft(method: str, rank: int, steps: int, folder: str) -> dict[str, float]:
-    """PEFT with transformers' Trainer."""
+def run_peft(method: str, rank: int, steps: int, folder: str) -> tuple[Any, Any, dict[str, float]]:
+    """PEFT with transformers' Trainer; gives tokenizer, merged model and figures."""
     import datasets
     from peft import LoraConfig, get_peft_model
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
@@ -119,21 +126,44 @@ def run_peft(method: str, rank: int, steps: int, folder: str) -> dict[str, float
     )
     began = time.perf_counter()
     trainer.train()
-    return {"seconds": time.perf_counter() - began, "loss": trainer.state.log_history[-2]["loss"]}
+    seconds, loss = time.perf_counter() - began, trainer.state.log_history[-2]["loss"]
+    figures = {"seconds": seconds, "loss": loss, "peak_gib": peak_gib()}
+    return tokenizer, trainer.model.merge_and_unload(), figures
+
+
+def peak_gib() -> float:
+    """The most resident memory of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
+
+
+def score(tokenizer: Any, model: Any) -> dict[str, float]:
+    """Accuracy on each test set, in percent."""
+    from trimtab.data.rows import read_examples
+    from trimtab.evaluation.choice import infer_choices, score_choices
+    from trimtab.evaluation.logits import Head
+
+    found = {}
+    for name in TESTS:
+        rows = list(read_examples([f"{name}_test.jsonl"], tokenizer, root=DATA))
+        choices = infer_choices(rows)
+        assert choices is not None
+        best = score_choices(Head(model), tokenizer, rows, choices).best()
+        right = sum(choices[at] == row.answer for at, row in zip(best, rows, strict=True))
+        found[name] = 100 * right / len(rows)
+    return found
 
 
 def _without_length(collator: Any) -> Any:
     return lambda rows: collator([{key: value for key, value in row.items() if key != "length"} for row in rows])
 
 
-def run_arm(arm: str, method: str, rank: int, steps: int) -> None:
+def run_arm(arm: str, method: str, rank: int, steps: int, test: bool) -> None:
     """Run one arm and print its figures as the last line."""
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
-        found = (run_ours if arm == "trimtab" else run_peft)(method, rank, steps, folder)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
-    print(json.dumps({**found, "peak_gib": peak}))
+        tokenizer, model, found = (run_ours if arm == "trimtab" else run_peft)(method, rank, steps, folder)
+    print(json.dumps({**found, **(score(tokenizer, model) if test else {})}))
 
 
 def main() -> None:
@@ -142,11 +172,12 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--no-test", action="store_true", help="do not score the test rows")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "finance.json")
     parser.add_argument("--arm", choices=["trimtab", "peft"], help=argparse.SUPPRESS)
     said = parser.parse_args()
     if said.arm:
-        run_arm(said.arm, said.method, said.rank, said.steps)
+        run_arm(said.arm, said.method, said.rank, said.steps, not said.no_test)
         return
     if not DATA.is_dir():
         sys.exit("the finance rows are not here: expected the folder ../shared/data/finance beside the repository")
@@ -158,6 +189,7 @@ def main() -> None:
     for repeat in range(said.repeats):
         for arm, found in figures.items():
             options = ["--method", said.method, "--rank", str(said.rank), "--steps", str(said.steps)]
+            options += ["--no-test"] if said.no_test else []
             found.append(child(__file__, "--arm", arm, *options))
             print(f"run {repeat + 1}, {arm}: {found[-1]}", flush=True)
 
@@ -166,9 +198,11 @@ def main() -> None:
     }
     ratio = {key: medians["trimtab"][key] / medians["peft"][key] for key in ("seconds", "peak_gib")}
     print(f"\n{said.method}, rank {said.rank}, {said.steps} steps of 16 rows, medians of {said.repeats} runs")
-    print(f"{'':10}{'seconds':>10}{'peak GiB':>10}{'last loss':>11}")
+    tests = [] if said.no_test else [f"{name} %" for name in TESTS]
+    print(f"{'':10}{'seconds':>10}{'peak GiB':>10}{'last loss':>11}" + "".join(f"{name:>9}" for name in tests))
     for arm, median in medians.items():
-        print(f"{arm:10}{median['seconds']:10.1f}{median['peak_gib']:10.2f}{median['loss']:11.4f}")
+        scores = "".join(f"{median[name.removesuffix(' %')]:9.1f}" for name in tests)
+        print(f"{arm:10}{median['seconds']:10.1f}{median['peak_gib']:10.2f}{median['loss']:11.4f}{scores}")
     print(f"{'ratio':10}{ratio['seconds']:10.3f}{ratio['peak_gib']:10.3f}")
     what = {"method": said.method, "rank": said.rank, "steps": said.steps, "batch_size": 16, "dtype": "bfloat16"}
     write_json(

@@ -7,8 +7,11 @@ bound that their sum implies.
 Each operation of the seven projections of one block runs alone, on tensors of its own, the operations taking turns;
 the table gives the sums of medians over the seven projections and their share of a step (forward and backward) of the
 frozen block. A step of LoRA is the frozen step and the six thin products at least; DoRA adds the norm, the ratio and
-its gradient. The bound of a method is 1 and the shares of its operations: what a step over the frozen floor costs if
-everything between the operations is free. (A compiler that fuses them can go below it; operations in a row cannot.)
+its gradient. MoRA multiplies the input with its square, chunk by chunk, lays the products on the rows that they feed,
+and takes the gradient back the same way; the input's gradient goes through the square or through the weight with the
+update added, whichever costs less. The bound of a method is 1 and the shares of its operations: what a step over the
+frozen floor costs if everything between the operations is free. (A compiler that fuses them can go below it;
+operations in a row cannot.)
 """
 
 from __future__ import annotations
@@ -23,6 +26,8 @@ from torch import Tensor
 
 from common import alternate, show, write_results
 from step import blocks, stepper
+from trimtab.methods import mora
+from trimtab.ops.square import Square
 
 SHAPES = {
     "q_proj": (576, 576),
@@ -36,9 +41,55 @@ SHAPES = {
 FROZEN = ("x W'", "dy W")
 LORA = ("x A'", "y += (x A') B'", "dy B", "dx += (dy B) A", "dA", "dB")
 DORA = ("norm: W A'", "y *= c", "sum of dy y", "W *= c")
+MORA = ("x N'", "y += x N'", "dy gathered", "dM")
+MORA_BACK = ("dx += dy N", "W + dV")  # one of them
+PARTS = (*FROZEN, *LORA, *DORA, *MORA, *MORA_BACK)
 
 
-def operations(shape: tuple[int, int], tokens: int, rank: int, dtype: torch.dtype) -> dict[str, Callable[[], Tensor]]:
+def square_operations(
+    x: Tensor, y: Tensor, dx: Tensor, dy: Tensor, w: Tensor, rank: int
+) -> dict[str, Callable[[], object]]:
+    """MoRA's part of `operations`; ``N`` is the square, turned for the chunk that it meets."""
+    out_features, in_features = w.shape
+    side = mora.side(out_features, in_features, mora.Options(rank=rank))
+    square = Square(in_features, out_features, side, turn=True)
+    chunks = [(slice(at * side, (at + 1) * side), at % square.groups) for at in range(square.chunks)]
+    turned = [torch.randn(side, x[:, columns].shape[1], dtype=x.dtype) * 1e-3 for columns, _ in chunks]
+    inner = [torch.randn(len(x), side, dtype=x.dtype) for _ in range(square.groups)]
+    gathered, matrix = square.gather(dy), torch.randn(side, side) * 1e-3
+
+    def into_groups() -> None:
+        for at, (columns, group) in enumerate(chunks):
+            if at < square.groups:
+                x[:, columns].mm(turned[at].t())
+            else:
+                inner[group].addmm_(x[:, columns], turned[at].t())
+
+    def onto_rows() -> None:
+        for group, values in enumerate(inner):
+            for start in range(group * side, out_features, square.groups * side):
+                rows = y[:, start : start + side]
+                rows.add_(values[:, : rows.shape[1]])
+
+    def back() -> None:
+        for (columns, group), part in zip(chunks, turned, strict=True):
+            dx[:, columns].addmm_(gathered[:, group], part)
+
+    def gradient() -> None:
+        for columns, group in chunks:
+            gathered[:, group].t().mm(x[:, columns])
+
+    return {
+        "x N'": into_groups,
+        "y += x N'": onto_rows,
+        "dy gathered": lambda: square.gather(dy),
+        "dM": gradient,
+        "dx += dy N": back,
+        "W + dV": lambda: square.fold(w, None, (matrix,)),
+    }
+
+
+def operations(shape: tuple[int, int], tokens: int, rank: int, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     """Each operation of a step of one adapted projection ``[out, in]``, by its name."""
     out_features, in_features = shape
     draw = partial(torch.randn, dtype=dtype)
@@ -58,6 +109,7 @@ def operations(shape: tuple[int, int], tokens: int, rank: int, dtype: torch.dtyp
         "y *= c": lambda: torch.addcmul(y, y, ratio, out=y),
         "sum of dy y": lambda: (dy * y).sum(0),
         "W *= c": lambda: torch.addcmul(w, w, ratio.unsqueeze(1)),
+        **square_operations(x, y, dx, dy, w, rank),
     }
 
 
@@ -70,7 +122,7 @@ def measure(tokens: int, rank: int, dtype: torch.dtype, repeats: int) -> dict[st
         for operation, work in operations(shape, tokens, rank, dtype).items()
     }
     seconds = {work: statistics.median(times) for work, times in alternate(works, repeats).items()}
-    found = {part: sum(seconds[f"{name} {part}"] for name in SHAPES) for part in (*FROZEN, *LORA, *DORA)}
+    found = {part: sum(seconds[f"{name} {part}"] for name in SHAPES) for part in PARTS}
     with torch.enable_grad():
         step = stepper(blocks(dtype, "sdpa", 1), tokens)
         found["frozen step"] = statistics.median(alternate({"step": step}, repeats)["step"])
@@ -91,11 +143,12 @@ def main() -> None:
             seconds = measure(tokens, said.rank, getattr(torch, dtype), said.repeats)
             share = {part: time / seconds["frozen step"] for part, time in seconds.items()}
             lora = 1 + sum(share[part] for part in LORA)
-            bounds = {"lora": lora, "dora": lora + sum(share[part] for part in DORA)}
-            rows = [
-                [part, f"{seconds[part] * 1e3:.2f}", f"{share[part]:.3f}"]
-                for part in ("frozen step", *FROZEN, *LORA, *DORA)
-            ]
+            bounds = {
+                "lora": lora,
+                "dora": lora + sum(share[part] for part in DORA),
+                "mora": 1 + sum(share[part] for part in MORA) + min(share[part] for part in MORA_BACK),
+            }
+            rows = [[part, f"{seconds[part] * 1e3:.2f}", f"{share[part]:.3f}"] for part in ("frozen step", *PARTS)]
             rows += [[f"bound of {method}", "", f"{bound:.3f}"] for method, bound in bounds.items()]
             show(
                 f"{dtype}, {tokens} tokens, rank {said.rank}: one block of SmolLM2, medians of {said.repeats}",

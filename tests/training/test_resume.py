@@ -172,6 +172,15 @@ def test_resuming_is_refused(make_config: Callable[..., Any]) -> None:
         finetune(config)
 
 
+def test_a_run_goes_on_in_a_folder_that_was_moved(make_config: Callable[..., Any]) -> None:
+    config = make_config(train={"epochs": 2})
+    interrupt(config, step=3)
+    moved = config.model_copy(update={"output": config.output.with_name("moved")})
+    config.output.rename(moved.output)
+    finetune(moved, resume=True)
+    assert [row["step"] for row in metrics_of(moved)] == list(range(1, 13))
+
+
 def test_what_is_no_run_is_never_replaced(make_config: Callable[..., Any], tmp_path: Path) -> None:
     config = make_config()
     config.output.mkdir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from typing import Any
 
@@ -21,21 +22,19 @@ class StudyDisplay(StudyListener, Display):
     def __init__(self, console: Console) -> None:
         super().__init__(console)
         self._heading = ""
-        self._started = time.perf_counter()
-        self._done = 0
-        self._total = 0
+        self._seconds: list[float] = []
+        self._cell_began = 0.0
 
     def cell_began(self, cell: Cell, number: int, total: int) -> None:
-        self._total = total
+        self._cell_began = time.perf_counter()
         self._heading = f"[{number}/{total}] {cell.name}"
-        super().note(f"{self._heading}{self._time_left()}")
+        super().note(f"{self._heading}{self._time_left(total - number + 1)}")
 
     def cell_ended(self, cell: Cell, result: dict[str, Any]) -> None:
-        self._done += 1
+        self._seconds.append(time.perf_counter() - self._cell_began)
         super().note(f"{self._heading}: {told(cell, result)}")
 
     def cell_failed(self, cell: Cell, reason: str) -> None:
-        self._done += 1
         super().note(f"{self._heading}: failed: {reason}")
 
     def stage(self, text: str) -> None:
@@ -55,11 +54,9 @@ class StudyDisplay(StudyListener, Display):
         if row["kind"] == "train":
             self._last = row
 
-    def _time_left(self) -> str:
-        if not self._done:
-            return ""
-        seconds = (time.perf_counter() - self._started) / self._done * (self._total - self._done)
-        return f", about {words.duration(seconds)} left"
+    def _time_left(self, runs: int) -> str:
+        """As long as those took that came to their end."""
+        return f", about {words.duration(runs * statistics.mean(self._seconds))} left" if self._seconds else ""
 
 
 def told(cell: Cell, result: dict[str, Any]) -> str:

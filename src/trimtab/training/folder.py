@@ -167,8 +167,11 @@ def start_run(config: RunConfig, folder: RunFolder) -> None:
 
 
 def _check_same(config: RunConfig, folder: RunFolder) -> None:
-    """Raise RunError if a run would be resumed with settings other than those it began with."""
-    before, now = load_config(folder.config).model_dump(mode="json"), config.model_dump(mode="json")
+    """Raise RunError if a run would be resumed with settings other than those it began with.
+
+    Its folder may have been moved meanwhile, so ``output`` is no matter.
+    """
+    before, now = (said.model_dump(mode="json", exclude={"output"}) for said in (load_config(folder.config), config))
     changed = sorted(differences(before, now))
     if changed:
         raise RunError(
