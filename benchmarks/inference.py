@@ -21,7 +21,8 @@ import torch
 from common import alternate, show_over, write_results
 from step import adapt, disturb
 
-ARMS = ("bare", "lora", "dora", "dora serving", "mora", "dora merged", "peft lora", "peft dora")
+METHODS = ("lora", "dora", "mora")
+ARMS = ("bare", *METHODS, *(f"{method} serving" for method in METHODS), "dora merged", "peft lora", "peft dora")
 UNTIL_THE_END = contextlib.ExitStack()
 
 
