@@ -7,9 +7,9 @@ bound that their sum implies.
 Each operation of the seven projections of one block runs alone, on tensors of its own, the operations taking turns;
 the table gives the sums of medians over the seven projections and their share of a step (forward and backward) of the
 frozen block. A step of LoRA is the frozen step and the six thin products at least; DoRA adds the norm, the ratio and
-its gradient. MoRA multiplies the input with its square, chunk by chunk, lays the products on the rows that they feed,
-and takes the gradient back the same way; the input's gradient goes through the square or through the weight with the
-update added, whichever costs less. The bound of a method is 1 and the shares of its operations: what a step over the
+its gradient. MoRA multiplies the input with its square, chunk by chunk onto the outputs that each feeds, and takes the
+gradient back the same way; the input's gradient goes through the square or through the weight with the update added,
+whichever costs less. The bound of a method is 1 and the shares of its operations: what a step over the
 frozen floor costs if everything between the operations is free. (A compiler that fuses them can go below it;
 operations in a row cannot.)
 """
@@ -41,7 +41,7 @@ SHAPES = {
 FROZEN = ("x W'", "dy W")
 LORA = ("x A'", "y += (x A') B'", "dy B", "dx += (dy B) A", "dA", "dB")
 DORA = ("norm: W A'", "y *= c", "sum of dy y", "W *= c")
-MORA = ("x N'", "y += x N'", "dy gathered", "dM")
+MORA = ("y += x N'", "dM")
 MORA_BACK = ("dx += dy N", "W + dV")  # one of them
 PARTS = (*FROZEN, *LORA, *DORA, *MORA, *MORA_BACK)
 
@@ -53,36 +53,28 @@ def square_operations(
     out_features, in_features = w.shape
     side = mora.side(out_features, in_features, mora.Options(rank=rank))
     square = Square(in_features, out_features, side, turn=True)
-    chunks = [(slice(at * side, (at + 1) * side), at % square.groups) for at in range(square.chunks)]
-    turned = [torch.randn(side, x[:, columns].shape[1], dtype=x.dtype) * 1e-3 for columns, _ in chunks]
-    inner = [torch.randn(len(x), side, dtype=x.dtype) for _ in range(square.groups)]
-    gathered, matrix = square.gather(dy), torch.randn(side, side) * 1e-3
+    matrix, pairs = torch.randn(side, side) * 1e-3, []
+    for chunk in range(square.chunks):
+        columns = slice(chunk * side, min((chunk + 1) * side, in_features))
+        turned = torch.randn(side, columns.stop - columns.start, dtype=x.dtype) * 1e-3
+        for start in range(chunk % square.groups * side, out_features, square.groups * side):
+            rows = slice(start, min(start + side, out_features))
+            pairs.append((columns, rows, turned[: rows.stop - rows.start]))
 
-    def into_groups() -> None:
-        for at, (columns, group) in enumerate(chunks):
-            if at < square.groups:
-                x[:, columns].mm(turned[at].t())
-            else:
-                inner[group].addmm_(x[:, columns], turned[at].t())
-
-    def onto_rows() -> None:
-        for group, values in enumerate(inner):
-            for start in range(group * side, out_features, square.groups * side):
-                rows = y[:, start : start + side]
-                rows.add_(values[:, : rows.shape[1]])
+    def forward() -> None:
+        for columns, rows, part in pairs:
+            y[:, rows].addmm_(x[:, columns], part.t())
 
     def back() -> None:
-        for (columns, group), part in zip(chunks, turned, strict=True):
-            dx[:, columns].addmm_(gathered[:, group], part)
+        for columns, rows, part in pairs:
+            dx[:, columns].addmm_(dy[:, rows], part)
 
     def gradient() -> None:
-        for columns, group in chunks:
-            gathered[:, group].t().mm(x[:, columns])
+        for columns, rows, _ in pairs:
+            dy[:, rows].t().mm(x[:, columns])
 
     return {
-        "x N'": into_groups,
-        "y += x N'": onto_rows,
-        "dy gathered": lambda: square.gather(dy),
+        "y += x N'": forward,
         "dM": gradient,
         "dx += dy N": back,
         "W + dV": lambda: square.fold(w, None, (matrix,)),

@@ -25,6 +25,10 @@ from torch import Tensor
 
 from trimtab.ops.forms import FEW, RANKS_PER_PASS, Work
 
+# Passes over one element, in the units of trimtab.ops.forms: turning M for a chunk, repeating it, and adding a product
+# to some of the columns.
+_TURNING, _REPEATING, _STRIDED = 8.0, 2.0, 1.6
+
 
 @dataclass(frozen=True)
 class Square:
@@ -47,31 +51,30 @@ class Square:
 
     def _rotate(self, pieces: Tensor, sign: int) -> Tensor:
         """Turn ``pieces [..., chunks, k]`` by ``sign`` times the rotary angles of their chunk's position."""
-        cosine, sine = self._turns(pieces.dtype, pieces.device)
-        first, second = pieces.chunk(2, dim=-1)
-        return torch.cat(
-            [
-                torch.addcmul(first * cosine, second, sine, value=-sign),
-                torch.addcmul(second * cosine, first, sine, value=sign),
-            ],
-            dim=-1,
-        )
+        cosine, sine = self._turns(pieces)
+        return torch.addcmul(pieces * cosine, self._swapped(pieces), sine, value=-sign)
 
-    def _turns(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Cosine and sine ``[chunks, k / 2]`` of the rotary angles; outside of a compiled graph kept."""
+    def _turns(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine ``[chunks, k]`` of the rotary angles, those of the second half of the sines negative; outside
+        of a compiled graph kept. ``row * cosine + swapped(row) * sine`` turns back."""
         if torch.compiler.is_compiling():
-            return self._cosine_and_sine(dtype, device)
-        key = (dtype, device, torch.is_inference_mode_enabled())  # what is made in that mode is no good for training
+            return self._cosine_and_sine(like)
+        key = (like.dtype, like.device, torch.is_inference_mode_enabled())  # that mode's are no good for training
         if key not in self._known:
-            self._known[key] = self._cosine_and_sine(dtype, device)
+            self._known[key] = self._cosine_and_sine(like)
         return self._known[key]
 
-    def _cosine_and_sine(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-        work = torch.float64 if dtype == torch.float64 else torch.float32
-        position = torch.arange(self.chunks, device=device, dtype=work)
-        frequency = 10000.0 ** (-2.0 * torch.arange(self.side // 2, device=device, dtype=work) / self.side)
+    def _cosine_and_sine(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        work = torch.float64 if like.dtype == torch.float64 else torch.float32
+        position = torch.arange(self.chunks, device=like.device, dtype=work)
+        frequency = 10000.0 ** (-2.0 * torch.arange(self.side // 2, device=like.device, dtype=work) / self.side)
         angle = torch.outer(position, frequency)
-        return angle.cos().to(dtype), angle.sin().to(dtype)
+        cosine, sine = angle.cos().to(like.dtype), angle.sin().to(like.dtype)
+        return torch.cat([cosine, cosine], 1), torch.cat([sine, -sine], 1)
+
+    def _swapped(self, rows: Tensor) -> Tensor:
+        """``rows [..., k]`` with their halves exchanged."""
+        return rows.roll(self.side // 2, -1)
 
     def compress(self, x: Tensor) -> Tensor:
         """``[..., in] -> [..., groups, k]``."""
@@ -119,25 +122,42 @@ class Square:
         return rows.repeat(math.ceil(self.out_features / rows.shape[0]), 1)[: self.out_features]
 
     def work(self, tokens: int, tensors: tuple[Tensor, ...], dtype: torch.dtype) -> Work:
-        """What multiplying with the update costs: its maps pass over the batch more than once, and its products with k
-        rows are no longer thin."""
+        """What multiplying with the update costs; its products with k rows are no longer thin."""
+        elements, rows = self.out_features * self.in_features, self.side * self.in_features
+        fold, thickness = elements * (1 + 2 / self.groups), self.side / RANKS_PER_PASS[dtype.itemsize]
         maps = tokens * (2 * self.in_features + 3 * self.out_features)
-        products = tokens * self.side * (self.in_features if self.turn else self.side) / RANKS_PER_PASS[dtype.itemsize]
-        elements = self.out_features * self.in_features
-        return Work(
-            maps + products, maps + products, elements * ((1.0 if dtype.itemsize >= 4 else 2.0) + 2 / self.groups)
-        )
+        if not self.turn:
+            product = maps + tokens * self.side * thickness
+            return Work(product, product, fold + _REPEATING * rows)
+        turning, each = _TURNING * rows, tokens * _STRIDED * (1 + thickness)
+        rounds, times = math.ceil(self.chunks / self.groups), math.ceil(self.out_features / (self.groups * self.side))
+        product = maps + tokens * self.in_features * thickness
+        if tokens >= self.side:
+            product = turning + each * rounds * self.out_features
+        return Work(product, turning + each * times * self.in_features, turning + fold)
 
-    def _parts(self, matrix: Tensor) -> Iterator[tuple[slice, int, Tensor]]:
-        """``dV`` without its zeros: ``(columns, group, rows [k, columns])`` for the chunks that feed each group."""
+    def _parts(self, matrix: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, int, Tensor]]:
+        """``dV`` without its zeros: ``(columns, group, rows [k, columns])`` for the chunks that feed each group; turned
+        in full digits and then rounded to ``dtype``."""
+        matrix = matrix.to(torch.promote_types(dtype, torch.float32))
         if not self.turn:
             times = math.ceil(self.in_features / self.side)
-            yield slice(0, self.in_features), 0, matrix.repeat(1, times)[:, : self.in_features]
+            yield slice(0, self.in_features), 0, matrix.repeat(1, times)[:, : self.in_features].to(dtype)
             return
-        pieces = self._rotate(matrix.unsqueeze(1).expand(self.side, self.chunks, self.side), -1)
-        for chunk in range(self.chunks):
-            columns = slice(chunk * self.side, min((chunk + 1) * self.side, self.in_features))
-            yield columns, chunk % self.groups, pieces[:, chunk, : columns.stop - columns.start]
+        cosine, sine = (table.unsqueeze(1) for table in self._turns(matrix))
+        pieces = torch.addcmul(matrix * cosine, self._swapped(matrix), sine).to(dtype)  # [chunks, k, k]
+        for chunk, columns in enumerate(self._columns()):
+            yield columns, chunk % self.groups, pieces[chunk, :, : columns.stop - columns.start]
+
+    def _columns(self) -> Iterator[slice]:
+        """The input features of each chunk."""
+        for start in range(0, self.in_features, self.side):
+            yield slice(start, min(start + self.side, self.in_features))
+
+    def _spans(self, group: int) -> Iterator[slice]:
+        """The output features that ``group`` feeds: k of them, or what is left of them, each time."""
+        for start in range(group * self.side, self.out_features, self.groups * self.side):
+            yield slice(start, min(start + self.side, self.out_features))
 
     def _rows(self, weight: Tensor, group: int) -> Iterator[Tensor]:
         """The rows of ``weight [out, ...]`` that ``group`` feeds: ``[times, k, ...]`` and what is left over."""
@@ -153,8 +173,10 @@ class Square:
     def fold(self, weight: Tensor, ratio: Tensor | None, tensors: tuple[Tensor, ...]) -> Tensor:
         """``c (W + dV)``, a new tensor ``[out, in]``, rounded once."""
         work = torch.promote_types(weight.dtype, torch.float32)
-        total = weight.to(work, memory_format=torch.contiguous_format, copy=True)
-        for columns, group, part in self._parts(tensors[0].to(work)):
+        # Only a part of the rows is fed by each chunk, so rounding goes with adding, unless a ratio is still to come.
+        kept = weight.dtype if ratio is None else work
+        total = weight.to(kept, memory_format=torch.contiguous_format, copy=True)
+        for columns, group, part in self._parts(tensors[0], work):
             for rows in self._rows(total[:, columns], group):
                 rows.add_(part[: rows.shape[-2]])
         if ratio is not None:
@@ -167,7 +189,7 @@ class Square:
         In the dtype of ``squares``, which is ``||W||^2`` computed once; never below zero, where rounding might take it.
         """
         total = squares.clone()
-        for columns, group, part in self._parts(matrix.to(squares.dtype)):
+        for columns, group, part in self._parts(matrix, squares.dtype):
             for rows, sums in zip(self._rows(weight[:, columns], group), self._rows(total, group), strict=True):
                 added = part[: rows.shape[-2]]
                 sums.add_((added * (2 * rows + added)).sum(-1))
@@ -181,24 +203,11 @@ class Square:
             compressed = self.compress(x.to(full if self.turn else work))
             product.add_(self.spread(compressed.to(work).matmul(matrix.to(work).t())))
             return ()
-        # M has fewer rows than the batch, so M is turned: chunk by chunk, each group's products laid on all the rows
-        # that it feeds.
-        inner: dict[int, Tensor] = {}
-        for columns, group, part in self._low_parts(matrix, x.dtype):
-            if group in inner:
-                inner[group].addmm_(x[:, columns], part.t())
-            else:
-                inner[group] = x[:, columns].mm(part.t())
-        for group, values in inner.items():
-            for start in range(group * self.side, self.out_features, self.groups * self.side):
-                rows = product[:, start : start + self.side]
-                rows.add_(values[:, : rows.shape[1]])
+        # M has fewer rows than the batch, so M is turned, and each chunk's product goes on all the rows that it feeds.
+        for columns, group, part in self._parts(matrix, x.dtype):
+            for span in self._spans(group):
+                product[:, span].addmm_(x[:, columns], part[: span.stop - span.start].t())
         return ()
-
-    def _low_parts(self, matrix: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, int, Tensor]]:
-        """The parts, turned in full digits and then rounded to ``dtype``."""
-        for columns, group, part in self._parts(matrix.to(torch.promote_types(dtype, torch.float32))):
-            yield columns, group, part.to(dtype)
 
     def add_gradient(
         self,
@@ -210,18 +219,25 @@ class Square:
         tensors: tuple[Tensor, ...],
     ) -> tuple[Tensor, ...]:
         (matrix,) = tensors
-        gathered = self.gather(grad)
         if not self.turn:
+            gathered = self.gather(grad)
             if grad_x is not None:
                 grad_x.add_(self.expand(gathered.matmul(matrix.to(grad.dtype))))
             return (gathered.flatten(0, -2).t().matmul(self.compress(x).flatten(0, -2)).to(matrix.dtype),)
         if grad_x is not None:
-            for columns, group, part in self._low_parts(matrix, grad.dtype):
-                grad_x[:, columns].addmm_(gathered[:, group], part)
+            for columns, group, part in self._parts(matrix, grad.dtype):
+                for span in self._spans(group):
+                    grad_x[:, columns].addmm_(grad[:, span], part[: span.stop - span.start])
         # The products first, k x k each, and then the turning: it is the products that are small.
-        work = torch.promote_types(grad.dtype, torch.float32)
-        pieces = torch.zeros(self.side, self.chunks, self.side, dtype=work, device=grad.device)
-        for chunk in range(self.chunks):
-            fed = x[:, chunk * self.side : (chunk + 1) * self.side]
-            pieces[:, chunk, : fed.shape[1]] = gathered[:, chunk % self.groups].t().matmul(fed)
-        return (self._rotate(pieces, 1).sum(1).to(matrix.dtype),)
+        plain = torch.zeros(
+            self.side, self.side, dtype=torch.promote_types(grad.dtype, torch.float32), device=grad.device
+        )
+        crossed = torch.zeros_like(plain)
+        cosine, sine = self._turns(plain)
+        for chunk, columns in enumerate(self._columns()):
+            for span in self._spans(chunk % self.groups):
+                product = grad[:, span].t().mm(x[:, columns]).to(plain.dtype)
+                place = slice(0, product.shape[0]), slice(0, product.shape[1])
+                plain[place].addcmul_(product, cosine[chunk, place[1]])
+                crossed[place].addcmul_(product, sine[chunk, place[1]])
+        return (plain.add_(self._swapped(crossed)).to(matrix.dtype),)
