@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from rich.console import Console
 from scipy import stats
 
 from tiny_runs import rows, write_rows
@@ -249,7 +251,10 @@ def test_a_claim_is_made_where_the_test_holds_it_up_and_nowhere_else(
     )
     assert rest.startswith("harbour: no difference from lora can be told for untrained (−")
     (table,) = study_tables(results)
-    assert [column.header for column in table.columns][2:] == ["accuracy", "above lora", "p", "time", "memory"]
+    assert [column.header for column in table.columns][2:] == ["accuracy", "above\nlora", "p", "time", "memory"]
+    Console(file=(shown := io.StringIO()), width=80).print(table)
+    assert "…" not in shown.getvalue()
+    assert shown.getvalue().count("1.25 GiB") == 3
 
     page = write_study_page(folder).read_text(encoding="utf-8")
     assert claim in page.replace("&lt;", "<")

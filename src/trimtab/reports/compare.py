@@ -25,9 +25,15 @@ def study_tables(results: Mapping[str, Any]) -> list[Table]:
         for head in ("rate", "runs", "macro F1"):  # on the page; a terminal has not the width
             columns.pop(head, None)
         title = f"{panel_name(task, test)}, {words.count(lines[0]['rows'])} rows"
-        table = Table(box=None, pad_edge=False, header_style="bold", title=title, title_justify="left")
+        table = Table(
+            box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold", title=title, title_justify="left"
+        )
+        longest = max(len(word) for arm in columns["arm"] for word in arm.split())
         for head in columns:
-            table.add_column(head, justify="left" if head == "arm" else "right", no_wrap=head != "arm")
+            if head == "arm":
+                table.add_column(head, min_width=longest)
+            else:  # wide headings in two lines, so that names have room
+                table.add_column(head.replace("above ", "above\n"), justify="right", no_wrap=True)
         for row in zip(*columns.values(), strict=True):
             table.add_row(*row)
         tables.append(table)
