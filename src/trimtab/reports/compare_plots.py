@@ -153,7 +153,8 @@ def draw_differences(results: Mapping[str, Any]) -> Figure | None:
         return None
     most = max(len(lines) for lines in shown.values())
     figure, grid = _grid(len(shown), 2, 1.0 + 0.26 * most)
-    for axes, ((task, test), lines) in zip(grid, shown.items(), strict=True):
+    beside: list[str] = []  # the names on the panel to the left
+    for number, (axes, ((task, test), lines)) in enumerate(zip(grid, shown.items(), strict=True)):
         plain(axes)
         axes.axvline(0, color=MUTED, linewidth=1, zorder=1)
         for place, line in enumerate(lines):
@@ -172,12 +173,11 @@ def draw_differences(results: Mapping[str, Any]) -> Figure | None:
             )
         others = {line["against"] for line in lines}
         names = [line["arm"] if len(others) == 1 else f"{line['arm']} − {line['against']}" for line in lines]
-        axes.set_yticks(range(len(lines)), names)
-        axes.tick_params(axis="y", labelsize=_LABEL, colors=INK, length=0)
-        axes.set_ylim(len(lines) - 0.4, -0.6)
-        axes.spines["left"].set_visible(False)
-        other = others.pop() if len(others) == 1 else "the other"
-        axes.set_xlabel(f"{_NAMES[lines[0]['measure']]} above that of {other}, percentage points")
+        _name_rows(axes, [] if number % 2 and names == beside else names, len(lines))
+        beside = names
+        measure = _NAMES[lines[0]["measure"]]
+        above = f"{measure} above {others.pop()}" if len(others) == 1 else f"difference in {measure}"
+        axes.set_xlabel(f"{above}, points")
         axes.set_title(panel_name(task, test), fontsize=10, color=INK, loc="left", fontweight="bold")
     return figure
 
@@ -210,14 +210,19 @@ def draw_costs(results: Mapping[str, Any]) -> Figure:
                     color=INK,
                     va="center",
                 )
-            axes.set_yticks(range(len(arms)), arms)
-            axes.tick_params(axis="y", labelsize=_LABEL, colors=INK, length=0)
-            axes.set_ylim(len(arms) - 0.4, -0.6)
+            _name_rows(axes, arms if axes is row[0] else [], len(arms))
             axes.set_xlim(left=0)
-            axes.spines["left"].set_visible(False)
             axes.set_xlabel(unit)
             axes.set_title(prefix + title, fontsize=10, color=INK, loc="left", fontweight="bold")
     return figure
+
+
+def _name_rows(axes: Axes, names: Sequence[str], count: int) -> None:
+    """Names in place of an axis for ``count`` rows, the first on top; no names where the panel to the left has them."""
+    axes.set_yticks(range(len(names)), names)
+    axes.tick_params(axis="y", labelsize=_LABEL, colors=INK, length=0)
+    axes.set_ylim(count - 0.4, -0.6)
+    axes.spines["left"].set_visible(False)
 
 
 def _grid(count: int, columns: int, height: float) -> tuple[Figure, list[Axes]]:
