@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -68,6 +69,7 @@ def peak_rise_gib(work: Callable[[], object]) -> float:
 
 def peak_allocation(work: Callable[[], object]) -> int:
     """Bytes that PyTorch's allocator had handed out at the highest while ``work`` ran, beyond those before it."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "10")  # or it tells of every beginning and end
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
