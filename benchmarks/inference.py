@@ -102,4 +102,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with UNTIL_THE_END:
+        main()

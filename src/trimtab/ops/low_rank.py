@@ -48,9 +48,9 @@ class LowRank:
 
     def add_product(self, product: Tensor, x: Tensor, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         if x.shape[0] <= FEW[x.dtype.itemsize]:
-            work = torch.promote_types(x.dtype, torch.float32)
             a, b = tensors
-            product.add_(F.linear(F.linear(x.to(work), a.to(work)), b.to(work)), alpha=self.scale)
+            update = F.linear(F.linear(x.float(), a.float()), b.float())
+            product.add_(update.type_as(product), alpha=self.scale)
             return ()
         a, b = tensors[0].to(x.dtype), (tensors[1] * self.scale).to(x.dtype)
         inner = x.mm(a.t())
