@@ -96,7 +96,7 @@ def test_finetune_when_piped(cli: Any, make_yaml: Callable[..., Path], tmp_path:
         r"accuracy +9 +\d+\.\d % +\d+\.\d %",
         r"adapter \(\d+ kB\): there/adapter",
         r"report: there/report\.html",
-        r'try it: trimtab generate there "\.\.\."',
+        r"try it: trimtab generate there \$'Message: .+\\nAnswer:'",
     ):
         assert re.search(line, result.out), line
     assert read_json(tmp_path / "there" / "plan.json")["rules"][0]["options"]["rank"] == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,6 +13,7 @@ from trimtab.cli.arguments import Overrides
 
 if TYPE_CHECKING:
     from trimtab.config import RunConfig
+    from trimtab.training.folder import RunFolder
 
 
 def command(
@@ -77,9 +79,26 @@ def command(
     for line in (
         f"adapter ({written}): {_short(folder.adapter)}",
         f"report: {_short(folder.report)}",
-        f'try it: trimtab generate {_short(folder.path)} "..."',
+        f"try it: trimtab generate {_short(folder.path)} {_question(folder)}",
     ):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _question(folder: RunFolder) -> str:
+    """A prompt as a shell takes it: of the run's first test row, since the model answers to prompts of that kind; dots
+    where there is none, or where ``generate`` puts what it is given into a template."""
+    from trimtab.files import read_jsonl
+
+    file = next(iter(sorted((folder.path / "predictions").glob("*.after.jsonl"))), None)
+    if file is None or folder.read_summary().get("form") not in ("finlora", "completion"):
+        return '"..."'
+    prompt = next(iter(read_jsonl(file)))["prompt"].rstrip()
+    if not prompt.replace("\n", "").isprintable():
+        return '"..."'
+    if "\n" not in prompt:
+        return shlex.quote(prompt)
+    escaped = prompt.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
+    return f"$'{escaped}'"
 
 
 def _short(path: Path) -> Path:
