@@ -54,11 +54,9 @@ def square_operations(
     side = mora.side(out_features, in_features, mora.Options(rank=rank))
     square = Square(in_features, out_features, side, turn=True)
     matrix, pairs = torch.randn(side, side) * 1e-3, []
-    for chunk in range(square.chunks):
-        columns = slice(chunk * side, min((chunk + 1) * side, in_features))
+    for chunk, columns in enumerate(square.columns()):
         turned = torch.randn(side, columns.stop - columns.start, dtype=x.dtype) * 1e-3
-        for start in range(chunk % square.groups * side, out_features, square.groups * side):
-            rows = slice(start, min(start + side, out_features))
+        for rows in square.spans(chunk % square.groups):
             pairs.append((columns, rows, turned[: rows.stop - rows.start]))
 
     def forward() -> None:

@@ -49,6 +49,26 @@ class Square:
     def groups(self) -> int:
         return min(math.ceil(self.out_features / self.side), self.chunks) if self.turn else 1
 
+    @property
+    def rounds(self) -> int:
+        """How many chunks a group has at most."""
+        return math.ceil(self.chunks / self.groups)
+
+    @property
+    def times(self) -> int:
+        """How often the groups, side by side, are begun until ``out`` is full."""
+        return math.ceil(self.out_features / (self.groups * self.side))
+
+    def columns(self) -> Iterator[slice]:
+        """The input features of each chunk."""
+        for start in range(0, self.in_features, self.side):
+            yield slice(start, min(start + self.side, self.in_features))
+
+    def spans(self, group: int) -> Iterator[slice]:
+        """The output features that ``group`` feeds: k of them, or what is left of them, each time."""
+        for start in range(group * self.side, self.out_features, self.groups * self.side):
+            yield slice(start, min(start + self.side, self.out_features))
+
     def _rotate(self, pieces: Tensor, sign: int) -> Tensor:
         """Turn ``pieces [..., chunks, k]`` by ``sign`` times the rotary angles of their chunk's position."""
         cosine, sine = self._turns(pieces)
@@ -81,14 +101,12 @@ class Square:
         pieces = F.pad(x, (0, self.chunks * self.side - self.in_features)).unflatten(-1, (self.chunks, self.side))
         if self.turn:
             pieces = self._rotate(pieces, 1)
-        rounds = math.ceil(self.chunks / self.groups)
-        pieces = F.pad(pieces, (0, 0, 0, rounds * self.groups - self.chunks))
-        return pieces.unflatten(-2, (rounds, self.groups)).sum(-3)
+        pieces = F.pad(pieces, (0, 0, 0, self.rounds * self.groups - self.chunks))
+        return pieces.unflatten(-2, (self.rounds, self.groups)).sum(-3)
 
     def expand(self, groups: Tensor) -> Tensor:
         """The transpose of ``compress``: ``[..., groups, k] -> [..., in]``."""
-        rounds = math.ceil(self.chunks / self.groups)
-        repeated = groups.unsqueeze(-3).expand(*groups.shape[:-2], rounds, *groups.shape[-2:])
+        repeated = groups.unsqueeze(-3).expand(*groups.shape[:-2], self.rounds, *groups.shape[-2:])
         pieces = repeated.flatten(-3, -2)[..., : self.chunks, :]
         if self.turn:
             pieces = self._rotate(pieces, -1)
@@ -97,17 +115,14 @@ class Square:
     def spread(self, groups: Tensor) -> Tensor:
         """``[..., groups, k] -> [..., out]``."""
         row = groups.flatten(-2)
-        times = math.ceil(self.out_features / row.shape[-1])
-        return row.repeat(*[1] * (row.dim() - 1), times)[..., : self.out_features]
+        return row.repeat(*[1] * (row.dim() - 1), self.times)[..., : self.out_features]
 
     def gather(self, grad: Tensor) -> Tensor:
         """The transpose of ``spread``: ``[..., out] -> [..., groups, k]``."""
-        width = self.groups * self.side
-        times = math.ceil(self.out_features / width)
-        padded = F.pad(grad, (0, times * width - self.out_features))
-        if times == 1:
+        padded = F.pad(grad, (0, self.times * self.groups * self.side - self.out_features))
+        if self.times == 1:
             return padded.unflatten(-1, (self.groups, self.side))
-        return padded.unflatten(-1, (times, self.groups, self.side)).sum(-3)
+        return padded.unflatten(-1, (self.times, self.groups, self.side)).sum(-3)
 
     def delta(self, matrix: Tensor) -> Tensor:
         """``dV [out, in]``: row ``o`` is row ``o mod k`` of M, turned back for every chunk that feeds the row's
@@ -130,11 +145,10 @@ class Square:
             product = maps + tokens * self.side * thickness
             return Work(product, product, fold + _REPEATING * rows)
         turning, each = _TURNING * rows, tokens * _STRIDED * (1 + thickness)
-        rounds, times = math.ceil(self.chunks / self.groups), math.ceil(self.out_features / (self.groups * self.side))
         product = maps + tokens * self.in_features * thickness
         if tokens >= self.side:
-            product = turning + each * rounds * self.out_features
-        return Work(product, turning + each * times * self.in_features, turning + fold)
+            product = turning + each * self.rounds * self.out_features
+        return Work(product, turning + each * self.times * self.in_features, turning + fold)
 
     def _parts(self, matrix: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, int, Tensor]]:
         """``dV`` without its zeros: ``(columns, group, rows [k, columns])`` for the chunks that feed each group; turned
@@ -146,29 +160,8 @@ class Square:
             return
         cosine, sine = (table.unsqueeze(1) for table in self._turns(matrix))
         pieces = torch.addcmul(matrix * cosine, self._swapped(matrix), sine).to(dtype)  # [chunks, k, k]
-        for chunk, columns in enumerate(self._columns()):
+        for chunk, columns in enumerate(self.columns()):
             yield columns, chunk % self.groups, pieces[chunk, :, : columns.stop - columns.start]
-
-    def _columns(self) -> Iterator[slice]:
-        """The input features of each chunk."""
-        for start in range(0, self.in_features, self.side):
-            yield slice(start, min(start + self.side, self.in_features))
-
-    def _spans(self, group: int) -> Iterator[slice]:
-        """The output features that ``group`` feeds: k of them, or what is left of them, each time."""
-        for start in range(group * self.side, self.out_features, self.groups * self.side):
-            yield slice(start, min(start + self.side, self.out_features))
-
-    def _rows(self, weight: Tensor, group: int) -> Iterator[Tensor]:
-        """The rows of ``weight [out, ...]`` that ``group`` feeds: ``[times, k, ...]`` and what is left over."""
-        width = self.groups * self.side
-        times = self.out_features // width
-        if times:
-            whole = weight[: times * width].unflatten(0, (times, self.groups, self.side))
-            yield whole[:, group]
-        rest = weight[times * width + group * self.side : times * width + (group + 1) * self.side]
-        if len(rest):
-            yield rest
 
     def fold(self, weight: Tensor, ratio: Tensor | None, tensors: tuple[Tensor, ...]) -> Tensor:
         """``c (W + dV)``, a new tensor ``[out, in]``, rounded once."""
@@ -177,8 +170,8 @@ class Square:
         kept = weight.dtype if ratio is None else work
         total = weight.to(kept, memory_format=torch.contiguous_format, copy=True)
         for columns, group, part in self._parts(tensors[0], work):
-            for rows in self._rows(total[:, columns], group):
-                rows.add_(part[: rows.shape[-2]])
+            for span in self.spans(group):
+                total[span, columns].add_(part[: span.stop - span.start])
         if ratio is not None:
             total.mul_(ratio.unsqueeze(1))
         return total.to(weight.dtype)
@@ -190,9 +183,9 @@ class Square:
         """
         total = squares.clone()
         for columns, group, part in self._parts(matrix, squares.dtype):
-            for rows, sums in zip(self._rows(weight[:, columns], group), self._rows(total, group), strict=True):
-                added = part[: rows.shape[-2]]
-                sums.add_((added * (2 * rows + added)).sum(-1))
+            for span in self.spans(group):
+                added = part[: span.stop - span.start]
+                total[span].add_((added * (2 * weight[span, columns] + added)).sum(-1))
         return total.clamp_min_(0)
 
     def add_product(self, product: Tensor, x: Tensor, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -205,7 +198,7 @@ class Square:
             return ()
         # M has fewer rows than the batch, so M is turned, and each chunk's product goes on all the rows that it feeds.
         for columns, group, part in self._parts(matrix, x.dtype):
-            for span in self._spans(group):
+            for span in self.spans(group):
                 product[:, span].addmm_(x[:, columns], part[: span.stop - span.start].t())
         return ()
 
@@ -226,7 +219,7 @@ class Square:
             return (gathered.flatten(0, -2).t().matmul(self.compress(x).flatten(0, -2)).to(matrix.dtype),)
         if grad_x is not None:
             for columns, group, part in self._parts(matrix, grad.dtype):
-                for span in self._spans(group):
+                for span in self.spans(group):
                     grad_x[:, columns].addmm_(grad[:, span], part[: span.stop - span.start])
         # The products first, k x k each, and then the turning: it is the products that are small.
         plain = torch.zeros(
@@ -234,8 +227,8 @@ class Square:
         )
         crossed = torch.zeros_like(plain)
         cosine, sine = self._turns(plain)
-        for chunk, columns in enumerate(self._columns()):
-            for span in self._spans(chunk % self.groups):
+        for chunk, columns in enumerate(self.columns()):
+            for span in self.spans(chunk % self.groups):
                 product = grad[:, span].t().mm(x[:, columns]).to(plain.dtype)
                 place = slice(0, product.shape[0]), slice(0, product.shape[1])
                 plain[place].addcmul_(product, cosine[chunk, place[1]])
