@@ -65,6 +65,29 @@ class _Computed(NamedTuple):
     product: Tensor | None  # from which the gradient of the ratio is read; None: from the output
 
 
+def factored(
+    rows: Tensor,
+    fed: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ratio: Ratio | None,
+    in_place: bool,
+    update: Update | None,
+    tensors: tuple[Tensor, ...],
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """``c (x W^T + d dV^T) + bias [tokens, out]`` for ``rows = x`` and ``fed = d``, never forming a weight; the product
+    before the ratio, which ``in_place`` gives up for the output; and what the update may want to see again."""
+    # Without a ratio the bias goes into the product, exactly as the bare layer does it: step 0 is then bit for bit.
+    product = F.linear(rows, weight, bias if ratio is None else None)
+    kept = () if update is None else update.add_product(product, fed, tensors)
+    output = product
+    if ratio is not None:
+        output = ratio.times(product, in_place)
+        if bias is not None:
+            output = output.add_(bias)
+    return output, product, kept
+
+
 def _compute(
     x: Tensor,
     keep: Keep | None,
@@ -90,15 +113,7 @@ def _compute(
         output = F.linear(rows, update.fold(weight, None if ratio is None else ratio.values, tensors), bias)
         product = output
     else:
-        # Without a ratio the bias goes into the product, exactly as the bare layer does it: step 0 is then bit for bit.
-        product = F.linear(rows, weight, bias if ratio is None else None)
-        if update is not None:
-            kept = update.add_product(product, fed, tensors)
-        output = product
-        if ratio is not None:
-            output = ratio.times(product, in_place=readable)
-            if bias is not None:
-                output = output.add_(bias)
+        output, product, kept = factored(rows, fed, weight, bias, ratio, readable, update, tensors)
     return _Computed(output, fed, kept, None if readable else product)
 
 

@@ -6,11 +6,10 @@ arithmetic it is takes longer. Where nobody wants a gradient and no trained tens
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from trimtab.ops.autocast import autocast_dtype
-from trimtab.ops.frozen_linear import Update
+from trimtab.ops.frozen_linear import Update, factored
 from trimtab.ops.ratio import Ratio
 
 TOKENS = 16
@@ -18,7 +17,7 @@ TOKENS = 16
 
 
 class Served:
-    """``c * (x W^T + x dV^T) + bias``, operation by operation what ``frozen_linear`` does without gradients.
+    """``c * (x W^T + x dV^T) + bias``, as ``frozen_linear`` does it without gradients.
 
     Args:
         weight: frozen ``[out, in]``.
@@ -36,11 +35,8 @@ class Served:
         update: Update | None,
         tensors: tuple[Tensor, ...],
     ) -> None:
-        self._weight, self._ratio, self._update, self._tensors = weight, ratio, update, tensors
+        self._weight, self._bias, self._ratio, self._update, self._tensors = weight, bias, ratio, update, tensors
         self._dtype, (self._out, self._in) = weight.dtype, weight.shape
-        # Without a ratio the bias goes into the product, exactly as the bare layer does it.
-        self._bias = bias if ratio is None else None
-        self._bias_after = None if ratio is None else bias
 
     def takes(self, x: Tensor) -> bool:
         """Whether ``x [..., in]`` is for it: a few tokens, in the dtype of the weight, and no autocast."""
@@ -49,11 +45,5 @@ class Served:
     def __call__(self, x: Tensor) -> Tensor:
         """``[..., out]`` for ``x [..., in]``."""
         rows = x.reshape(-1, self._in)
-        product = F.linear(rows, self._weight, self._bias)
-        if self._update is not None:
-            self._update.add_product(product, rows, self._tensors)
-        if self._ratio is not None:
-            product = self._ratio.times(product, True)
-            if self._bias_after is not None:
-                product.add_(self._bias_after)
-        return product.view(*x.shape[:-1], self._out)
+        output, *_ = factored(rows, rows, self._weight, self._bias, self._ratio, True, self._update, self._tensors)
+        return output.view(*x.shape[:-1], self._out)

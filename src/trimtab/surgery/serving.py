@@ -17,8 +17,8 @@ def serving(model: nn.Module) -> Iterator[None]:
     Without gradients, an adapter with a magnitude keeps its norm (numbers per output, never a matrix) from one pass to
     the next, and compares its trained tensors with a copy each time, lest it use an old one. Here it takes the caller's
     word, compares nothing, and for passes of a few tokens finds out once what there is to compute, which a model that
-    writes one token at a time is faster for. Where values are changed
-    in here all the same, passes go on with the old norm until the context ends.
+    writes one token at a time is faster for. Where values are changed in here all the same, passes go on with the old
+    norm until the context ends.
 
     ``trimtab evaluate`` and ``trimtab generate`` work in one. Contexts may be nested.
     """
