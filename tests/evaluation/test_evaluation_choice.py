@@ -141,19 +141,21 @@ def test_many_choices_share_one_pass_of_the_prompt(make: Any, batch_size: int, t
     check(found, model, tokenizer, rows, TAGS, end=False)
 
 
+def tokens_read(model: Any) -> list[int]:
+    """How many tokens ``model`` reads from here on, pass by pass."""
+    seen: list[int] = []
+    model.model.embed_tokens.register_forward_hook(lambda _, inputs, output: seen.append(inputs[0].numel()))
+    return seen
+
+
 def test_the_prompt_is_run_once_for_many_choices(tokenizer: Any, questions: Make) -> None:
     model, row = llama(), questions(TAGS, 1)
-    head, seen = Head(model), [0]
-
-    def count(_: Any, inputs: Any, output: Any) -> None:
-        seen[0] += inputs[0].numel()
-
-    model.model.embed_tokens.register_forward_hook(count)
+    head, seen = Head(model), tokens_read(model)
     score_choices(head, tokenizer, row, TAGS, batch_size=64)
     prompt = len(tokenizer(row[0].prompt)["input_ids"])
     answers = [len(tokenizer(" " + tag)["input_ids"]) for tag in TAGS]
     # Each answer is run on with the prompt's last token, and padded to the longest.
-    assert seen[0] <= prompt + len(TAGS) * (1 + max(answers))
+    assert sum(seen) <= prompt + len(TAGS) * (1 + max(answers))
 
 
 INSTRUCTION = "Answer what the news is for the profit of the firm, and answer with one word. "
@@ -175,16 +177,12 @@ def test_rows_share_one_pass_of_the_instruction(make: Any, batch_size: int, toke
 def test_the_instruction_is_run_once_for_all_rows(tokenizer: Any, questions: Make) -> None:
     choices = ["good", "bad", "plain"]
     model, rows = llama(), questions(choices, 8)
-    head, seen = Head(model), [0]
-
-    def count(_: Any, inputs: Any, output: Any) -> None:
-        seen[0] += inputs[0].numel()
-
-    model.model.embed_tokens.register_forward_hook(count)
+    head, seen = Head(model), tokens_read(model)
     score_choices(head, tokenizer, instructed(rows), choices, batch_size=1)
-    with_it, seen[0] = seen[0], 0
+    with_it = sum(seen)
+    seen.clear()
     score_choices(head, tokenizer, rows, choices, batch_size=1)
-    assert with_it <= seen[0] + len(tokenizer(INSTRUCTION)["input_ids"])
+    assert with_it <= sum(seen) + len(tokenizer(INSTRUCTION)["input_ids"])
 
 
 @pytest.mark.parametrize("choices", [TAGS, ["good firm", "bad firm", "a shop is closed"]])

@@ -160,29 +160,23 @@ def _blocks(examples: Sequence[Example], choices: int) -> list[list[int]]:
 def _run_rows(head: Head, rows: Sequence[_Row], batch_size: int) -> Iterator[int]:
     """Fill in the scores of ``rows``; yields, again and again, how many of them are done."""
     margin = tie_margin(head.model)
-    many = [row for row in rows if len(row.sequences) >= MANY]
     few = [row for row in rows if len(row.sequences) < MANY]
-    sequences = [(place, sequence) for place, row in enumerate(few) for sequence in row.sequences]
-    waiting = [len(row.sequences) for row in few]
+    done = 0
     with evaluating(head.model):
-        instruction = Beginning(head, [sequence for _, sequence in sequences])
-        for batch in by_length([len(sequence.ids) for _, sequence in sequences], batch_size):
-            instruction.run([sequences[index][1] for index in batch])
-            for index in batch:
-                waiting[sequences[index][0]] -= 1
-            yield sum(left == 0 for left in waiting)
-        if batch_size > 1:
-            for row in few:
-                for sequence in row.undecided(margin):
-                    instruction.run([sequence])
-        for done, row in enumerate(many, start=len(few) + 1):
-            prompt = Beginning(head, row.sequences)
-            for batch in by_length([len(sequence.ids) for sequence in row.sequences], batch_size):
-                prompt.run([row.sequences[index] for index in batch])
+        for group in (few, *([row] for row in rows if len(row.sequences) >= MANY)):
+            sequences = [(place, sequence) for place, row in enumerate(group) for sequence in row.sequences]
+            waiting = [len(row.sequences) for row in group]
+            beginning = Beginning(head, [sequence for _, sequence in sequences])
+            for batch in by_length([len(sequence.ids) for _, sequence in sequences], batch_size):
+                beginning.run([sequences[index][1] for index in batch])
+                for index in batch:
+                    waiting[sequences[index][0]] -= 1
+                yield done + sum(left == 0 for left in waiting)
+            done += len(group)
             if batch_size > 1:
-                for sequence in row.undecided(margin):
-                    prompt.run([sequence])
-            yield done
+                for row in group:
+                    for sequence in row.undecided(margin):
+                        beginning.run([sequence])
 
 
 @dataclass
