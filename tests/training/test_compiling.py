@@ -15,6 +15,7 @@ from tiny_runs import Kept, tiny_model
 from trimtab.config import load_config
 from trimtab.training import compiling
 from trimtab.training.compiling import blocks_of, pays
+from trimtab.training.pace import Lap
 from trimtab.training.run import finetune
 
 
@@ -77,15 +78,17 @@ def test_auto_goes_back_to_plain_blocks_where_compiled_ones_are_no_faster(
     monkeypatch.setattr(compiling, "pays", lambda *_: True)
     monkeypatch.setattr(compiling, "SETTLING", 2)
     monkeypatch.setattr(compiling, "COMPARED", 2)
-    read, plain = compiling.Compiling._since_last, []
+    plain = []
 
-    def paced(callback: compiling.Compiling) -> tuple[int, float]:
+    class Paced(Lap):
         """What was counted, at 100 tokens a second at first and at another pace after that."""
-        tokens, _ = read(callback)
-        plain.append(tokens)
-        return tokens, tokens / (100 if len(plain) <= 2 else 110 if faster else 90)
 
-    monkeypatch.setattr(compiling.Compiling, "_since_last", paced)
+        def read(self) -> tuple[int, float]:
+            tokens, _ = super().read()
+            plain.append(tokens)
+            return tokens, tokens / (100 if len(plain) <= 2 else 110 if faster else 90)
+
+    monkeypatch.setattr(compiling, "Lap", Paced)
     listener = run(make_yaml, "auto", steps=12, epochs=10, compile="auto")
     assert all(tokens > 0 for tokens in plain)
     assert len(plain) == 4

@@ -19,7 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from trimtab.surgery.adapted import Adapted, bare
 from trimtab.training.listener import Listener
-from trimtab.training.pace import Pace
+from trimtab.training.pace import Lap, Pace
 
 COMPILE_SECONDS = 120.0
 """What compiling is counted as. One kind of block took some 40 s on one core for one shape; batches of other lengths
@@ -62,9 +62,8 @@ class Compiling(TrainerCallback):
         self._model = model
         self._setting = setting
         self._listener = listener
-        self._pace = pace
+        self._lap = Lap(pace)
         self._measuring = False
-        self._last = (0, 0.0)
         self._first = 0
         self._plain = 0.0  # tokens a second
         self._suppressed = False
@@ -81,16 +80,16 @@ class Compiling(TrainerCallback):
             return
         done = state.global_step - self._first
         if done in (WARM_UP, WARM_UP + TIMED + SETTLING):
-            self._since_last()
+            self._lap.read()
         elif done == WARM_UP + TIMED:
-            (tokens, seconds), left = self._since_last(), state.max_steps - state.global_step
+            (tokens, seconds), left = self._lap.read(), state.max_steps - state.global_step
             self._plain = tokens / seconds
             if pays(seconds / TIMED, left):
                 minutes = seconds / TIMED * left / 60
                 self._compile(f"compiling the blocks, since {minutes:.0f} minutes of training are left")
             self._measuring = bool(self.compiled)
         elif done == WARM_UP + TIMED + SETTLING + COMPARED:
-            tokens, seconds = self._since_last()
+            tokens, seconds = self._lap.read()
             if tokens / seconds <= self._plain:
                 self._listener.note(
                     f"compiled blocks are no faster here ({tokens / seconds:.0f} tokens/s, plain ones "
@@ -101,12 +100,6 @@ class Compiling(TrainerCallback):
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._undo()
-
-    def _since_last(self) -> tuple[int, float]:
-        """Tokens and seconds since it was last asked."""
-        (tokens, seconds), last = self._pace.so_far(), self._last
-        self._last = tokens, seconds
-        return tokens - last[0], seconds - last[1]
 
     def _undo(self) -> None:
         if self.compiled:

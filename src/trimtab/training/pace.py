@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 class Pace:
-    """Tokens that were trained on, and the seconds that took. Reading it changes nothing: readers take differences."""
+    """Tokens that were trained on, and the seconds that took. Reading it changes nothing; a `Lap` takes differences."""
 
     def __init__(self) -> None:
         self._tokens = 0
@@ -30,3 +30,17 @@ class Pace:
     def so_far(self) -> tuple[int, float]:
         """Tokens, and seconds."""
         return self._tokens, time.perf_counter() - self._began
+
+
+class Lap:
+    """What ``pace`` has counted since one reader last asked; at first, since it was made."""
+
+    def __init__(self, pace: Pace) -> None:
+        self._pace = pace
+        self._last = pace.so_far()
+
+    def read(self) -> tuple[int, float]:
+        """Tokens, and seconds; the next lap begins."""
+        (tokens, seconds), last = self._pace.so_far(), self._last
+        self._last = tokens, seconds
+        return tokens - last[0], seconds - last[1]

@@ -21,7 +21,7 @@ from trimtab.formats.adapter import load_adapter, save_adapter
 from trimtab.surgery.attach import trainable_parameters
 from trimtab.training.averaging import Averaging
 from trimtab.training.compiling import plainly
-from trimtab.training.pace import Pace
+from trimtab.training.pace import Lap, Pace
 
 BEST = "best"
 """Folder, beside the checkpoints, of the adapter of the best validation."""
@@ -111,7 +111,7 @@ class AdapterTrainer(Trainer):
         self._validate_rows = validate
         self._record = record
         self._group_by_length = group_by_length
-        self._last_log = self._pace.so_far()
+        self._since_last_log = Lap(self._pace)
         # The loss below is a sum over labels divided by the labels of the whole accumulated batch.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
@@ -194,8 +194,7 @@ class AdapterTrainer(Trainer):
             return
         if not (math.isfinite(logs["loss"]) and math.isfinite(logs.get("grad_norm", 0.0))):
             raise self._diverged()
-        (tokens, seconds), last = self._pace.so_far(), self._last_log
-        self._last_log = tokens, seconds
+        tokens, seconds = self._since_last_log.read()
         row = {
             "kind": "train",
             "step": self.state.global_step,
@@ -203,7 +202,7 @@ class AdapterTrainer(Trainer):
             "loss": logs["loss"],
             "learning_rate": logs.get("learning_rate"),
             "grad_norm": logs.get("grad_norm"),
-            "tokens_per_second": round((tokens - last[0]) / max(seconds - last[1], 1e-9), 1),
+            "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
         }
         self._record(row)
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
