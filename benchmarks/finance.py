@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import sys
 import time
@@ -77,6 +76,7 @@ def run_ours(method: str, rank: int, steps: int, folder: str) -> tuple[Any, Any,
     from trimtab.data.batches import Collator
     from trimtab.evaluation.logits import Head
     from trimtab.training.averaging import Averaging
+    from trimtab.training.machine import peak_memory_gib
     from trimtab.training.trainer import AdapterTrainer, parameter_groups
 
     tokenizer, model, rows = prepare(rank)
@@ -96,7 +96,7 @@ def run_ours(method: str, rank: int, steps: int, folder: str) -> tuple[Any, Any,
     )
     began = time.perf_counter()
     trainer.train()
-    figures = {"seconds": time.perf_counter() - began, "loss": losses[-1], "peak_gib": peak_gib()}
+    figures = {"seconds": time.perf_counter() - began, "loss": losses[-1], "peak_gib": peak_memory_gib()}
     trimtab.merge(model)
     return tokenizer, model, figures
 
@@ -106,6 +106,8 @@ def run_peft(method: str, rank: int, steps: int, folder: str) -> tuple[Any, Any,
     import datasets
     from peft import LoraConfig, get_peft_model
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+
+    from trimtab.training.machine import peak_memory_gib
 
     tokenizer, model, rows = prepare(rank)
     config = LoraConfig(
@@ -127,13 +129,8 @@ def run_peft(method: str, rank: int, steps: int, folder: str) -> tuple[Any, Any,
     began = time.perf_counter()
     trainer.train()
     seconds, loss = time.perf_counter() - began, trainer.state.log_history[-2]["loss"]
-    figures = {"seconds": seconds, "loss": loss, "peak_gib": peak_gib()}
+    figures = {"seconds": seconds, "loss": loss, "peak_gib": peak_memory_gib()}
     return tokenizer, trainer.model.merge_and_unload(), figures
-
-
-def peak_gib() -> float:
-    """The most resident memory of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
 
 
 def score(tokenizer: Any, model: Any) -> dict[str, float]:
