@@ -1,16 +1,18 @@
 """The finance run, ours against PEFT with transformers' Trainer: seconds, peak memory and accuracy on the same rows and
 steps.
 
-    python benchmarks/finance.py --steps 40 --repeats 2               and the test rows, scored after training
+    python benchmarks/finance.py --steps 282 --repeats 1              one epoch over all rows, and the test rows scored
     python benchmarks/finance.py --steps 10 --repeats 2 --no-test     seconds and memory alone
-    python benchmarks/finance.py --steps 846 --repeats 1              three epochs over all rows; hours
+    python benchmarks/finance.py --steps 846 --repeats 1              three epochs; hours
 
-Each arm is a process of its own, in the order A B A B; the table gives medians and the ratio of medians, and the JSON
-(benchmarks/results/finance.json) every figure. Both train SmolLM2-135M in bfloat16 with one rank on all seven
-projections, on the same rows, batch size, steps and schedule, and with the same attention ("eager": for rows this short
-it is faster on a processor than the fused kernel, for both). PEFT runs with transformers' Trainer at its documented
-best: batches grouped by length, dynamic padding, fused AdamW, labels on the answer alone. The clock runs while they
-train. Afterwards both adapters are merged, and the same code scores the same test rows on either model.
+The arms are trimtab, trimtab with ``train.compile: true``, PEFT, and, if asked for, PEFT with the Trainer's own
+``torch_compile``. Each is a process of its own, in the order A B C A B C; the table gives medians and the ratios of
+medians to PEFT's, and the JSON (benchmarks/results/finance.json) every figure. All train SmolLM2-135M in bfloat16 with
+one rank on all seven projections, on the same rows, batch size, steps and schedule, and with the same attention
+("eager": for rows this short it is faster on a processor than the fused kernel, for all). PEFT runs with transformers'
+Trainer at its documented best: batches grouped by length, dynamic padding, fused AdamW, labels on the answer alone.
+The clock runs while they train, the compiler's time included. Afterwards the adapter is merged, and the same code
+scores the same test rows on every model.
 The rows are those of ../shared/data, which the repository does not hold.
 """
 
@@ -24,11 +26,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import child
+from common import child, show
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data" / "finance"
 TESTS = ("fpb", "fiqa")
+COMPILED = " compiled"
+ARMS = ("trimtab", "trimtab compiled", "peft", "peft compiled")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -68,7 +72,7 @@ def arguments(steps: int, folder: str) -> dict[str, Any]:
     }
 
 
-def run_ours(method: str, rank: int, steps: int, folder: str) -> tuple[Any, Any, dict[str, float]]:
+def run_ours(method: str, rank: int, steps: int, folder: str, compiled: bool) -> tuple[Any, Any, dict[str, float]]:
     """Our trainer, as ``trimtab finetune`` sets it up; gives tokenizer, merged model and figures."""
     from transformers import TrainingArguments
 
@@ -76,7 +80,10 @@ def run_ours(method: str, rank: int, steps: int, folder: str) -> tuple[Any, Any,
     from trimtab.data.batches import Collator
     from trimtab.evaluation.logits import Head
     from trimtab.training.averaging import Averaging
+    from trimtab.training.compiling import Compiling
+    from trimtab.training.listener import Listener
     from trimtab.training.machine import peak_memory_gib
+    from trimtab.training.pace import Pace
     from trimtab.training.trainer import AdapterTrainer, parameter_groups
 
     tokenizer, model, rows = prepare(rank)
@@ -94,6 +101,7 @@ def run_ours(method: str, rank: int, steps: int, folder: str) -> tuple[Any, Any,
         True,
         Averaging(model, 0.0),
     )
+    trainer.add_callback(Compiling(model, compiled, Listener(), Pace()))
     began = time.perf_counter()
     trainer.train()
     figures = {"seconds": time.perf_counter() - began, "loss": losses[-1], "peak_gib": peak_memory_gib()}
@@ -101,7 +109,7 @@ def run_ours(method: str, rank: int, steps: int, folder: str) -> tuple[Any, Any,
     return tokenizer, model, figures
 
 
-def run_peft(method: str, rank: int, steps: int, folder: str) -> tuple[Any, Any, dict[str, float]]:
+def run_peft(method: str, rank: int, steps: int, folder: str, compiled: bool) -> tuple[Any, Any, dict[str, float]]:
     """PEFT with transformers' Trainer; gives tokenizer, merged model and figures."""
     import datasets
     from peft import LoraConfig, get_peft_model
@@ -122,6 +130,7 @@ def run_peft(method: str, rank: int, steps: int, folder: str) -> tuple[Any, Any,
             optim="adamw_torch_fused",
             train_sampling_strategy="group_by_length",
             label_names=["labels"],
+            torch_compile=compiled,
         ),
         train_dataset=datasets.Dataset.from_list([{**row, "length": len(row["input_ids"])} for row in rows]),
         data_collator=_without_length(DataCollatorForSeq2Seq(tokenizer)),
@@ -158,8 +167,9 @@ def run_arm(arm: str, method: str, rank: int, steps: int, test: bool) -> None:
     """Run one arm and print its figures as the last line."""
     import tempfile
 
+    run = run_ours if arm.startswith("trimtab") else run_peft
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer, model, found = (run_ours if arm == "trimtab" else run_peft)(method, rank, steps, folder)
+        tokenizer, model, found = run(method, rank, steps, folder, arm.endswith(COMPILED))
     print(json.dumps({**found, **(score(tokenizer, model) if test else {})}))
 
 
@@ -171,7 +181,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--no-test", action="store_true", help="do not score the test rows")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "finance.json")
-    parser.add_argument("--arm", choices=["trimtab", "peft"], help=argparse.SUPPRESS)
+    parser.add_argument("--arms", nargs="+", default=list(ARMS[:3]), choices=ARMS, metavar="ARM")
+    parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
     said = parser.parse_args()
     if said.arm:
         run_arm(said.arm, said.method, said.rank, said.steps, not said.no_test)
@@ -182,7 +193,7 @@ def main() -> None:
     from trimtab.files import write_json
     from trimtab.training.machine import describe_machine, versions
 
-    figures: dict[str, list[dict[str, float]]] = {"trimtab": [], "peft": []}
+    figures: dict[str, list[dict[str, float]]] = {arm: [] for arm in said.arms}
     for repeat in range(said.repeats):
         for arm, found in figures.items():
             options = ["--method", said.method, "--rank", str(said.rank), "--steps", str(said.steps)]
@@ -193,14 +204,27 @@ def main() -> None:
     medians = {
         arm: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for arm, runs in figures.items()
     }
-    ratio = {key: medians["trimtab"][key] / medians["peft"][key] for key in ("seconds", "peak_gib")}
-    print(f"\n{said.method}, rank {said.rank}, {said.steps} steps of 16 rows, medians of {said.repeats} runs")
-    tests = [] if said.no_test else [f"{name} %" for name in TESTS]
-    print(f"{'':10}{'seconds':>10}{'peak GiB':>10}{'last loss':>11}" + "".join(f"{name:>9}" for name in tests))
-    for arm, median in medians.items():
-        scores = "".join(f"{median[name.removesuffix(' %')]:9.1f}" for name in tests)
-        print(f"{arm:10}{median['seconds']:10.1f}{median['peak_gib']:10.2f}{median['loss']:11.4f}{scores}")
-    print(f"{'ratio':10}{ratio['seconds']:10.3f}{ratio['peak_gib']:10.3f}")
+    floor = "peft" if "peft" in said.arms else said.arms[-1]
+    ratio = {
+        arm: {key: one[key] / medians[floor][key] for key in ("seconds", "peak_gib")} for arm, one in medians.items()
+    }
+    tests = () if said.no_test else TESTS
+    show(
+        f"{said.method}, rank {said.rank}, {said.steps} steps of 16 rows, medians of {said.repeats}, ratios to {floor}",
+        ["arm", "seconds", "ratio", "peak GiB", "ratio", "last loss", *(f"{name} %" for name in tests)],
+        [
+            [
+                arm,
+                f"{median['seconds']:.1f}",
+                f"{ratio[arm]['seconds']:.3f}",
+                f"{median['peak_gib']:.2f}",
+                f"{ratio[arm]['peak_gib']:.3f}",
+                f"{median['loss']:.4f}",
+                *(f"{median[name]:.1f}" for name in tests),
+            ]
+            for arm, median in medians.items()
+        ],
+    )
     what = {"method": said.method, "rank": said.rank, "steps": said.steps, "batch_size": 16, "dtype": "bfloat16"}
     write_json(
         said.out,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,16 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.backends.debugging import aot_eager
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 import trimtab
 from tiny_runs import Kept, tiny_model
 from trimtab.config import load_config
+from trimtab.ops.forms import counted
 from trimtab.training import compiling
-from trimtab.training.compiling import blocks_of, pays
-from trimtab.training.pace import Lap
+from trimtab.training.compiling import Compiling, blocks_of, pays
+from trimtab.training.pace import Lap, Pace
 from trimtab.training.run import finetune
 
 
@@ -26,9 +30,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
 
 
-def run(make_yaml: Callable[..., Path], name: str, steps: int = 4, **train: Any) -> Kept:
+def run(make_yaml: Callable[..., Path], name: str, steps: int = 8, **train: Any) -> Kept:
     listener = Kept()
-    file = make_yaml(name, train={"max_steps": steps, **train}, data={"validation": 0.25})
+    file = make_yaml(name, train={"max_steps": steps, "epochs": 10, **train}, data={"validation": 0.25})
     finetune(load_config(file), listener=listener)
     return listener
 
@@ -43,15 +47,56 @@ def test_compiled_blocks_train_to_the_same_numbers(make_yaml: Callable[..., Path
     assert compiled.column("loss", "validation") == pytest.approx(plain.column("loss", "validation"), rel=1e-4)
 
 
+@pytest.mark.parametrize("method", ["lora", "dora", "mora"])
+def test_blocks_are_compiled_once_for_batches_of_all_sizes(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = []
+
+    def counting(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    monkeypatch.setattr(compiling, "BACKEND", counting)
+    model = tiny_model()
+    trimtab.attach(model, trimtab.Rule(match="all-linear", method=method, rank=2))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.02)
+    plain = copy.deepcopy(model)
+    listener, pace, now = Kept(), Pace(), (TrainingArguments(), TrainerState(), TrainerControl())
+    callback = Compiling(model, True, listener, pace)
+    callback.on_train_begin(*now)
+    for _ in range(compiling.WARM_UP + compiling.TIMED):
+        pace.add(50)
+        now[1].global_step += 1
+        callback.on_step_end(*now)
+    for rows, tokens in [(4, 10), (4, 13), (3, 40), (2, 7), (5, 64)]:
+        ids = torch.randint(0, 50, (rows, tokens))
+        for one in (model, plain):
+            one.zero_grad()
+            one(input_ids=ids).logits.square().mean().backward()
+        for (name, mine), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+            if theirs.grad is not None:
+                assert torch.allclose(mine.grad, theirs.grad, rtol=1e-3, atol=1e-6), name
+    assert callback.compiled, listener.notes
+    assert len(graphs) == 2  # the first block, whose input wants no gradient, and the others
+    callback.on_train_end(*now)
+    assert counted(7) == 7
+
+
 def test_what_cannot_be_compiled_runs_as_it_is(make_yaml: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(graph: Any, inputs: Any) -> Any:
         raise RuntimeError("no compiler on this machine")
 
     plain = run(make_yaml, "plain", compile=False)
     monkeypatch.setattr(compiling, "BACKEND", broken)
-    before = torch._dynamo.config.suppress_errors
-    assert run(make_yaml, "broken", compile=True).column("loss") == plain.column("loss")
-    assert torch._dynamo.config.suppress_errors is before
+    before = {name: getattr(torch._dynamo.config, name) for name in compiling.SETTINGS}
+    compiled = run(make_yaml, "broken", compile=True)
+    assert compiled.column("loss") == plain.column("loss")
+    said = [note for note in compiled.notes if "cannot be compiled" in note]
+    assert len(said) == 1
+    assert "no compiler on this machine" in said[0]
+    assert {name: getattr(torch._dynamo.config, name) for name in compiling.SETTINGS} == before
 
 
 @pytest.mark.parametrize("worth", [True, False])
@@ -65,7 +110,7 @@ def test_auto_waits_a_few_steps_and_then_compiles_where_it_pays(
         return worth
 
     monkeypatch.setattr(compiling, "pays", decide)
-    listener = run(make_yaml, "auto", steps=7, epochs=10, compile="auto")
+    listener = run(make_yaml, "auto", steps=7, compile="auto")
     assert [left for _, left in asked] == [1]
     assert 0 < asked[0][0] < 60
     assert any("compiling the blocks" in note for note in listener.notes) is worth
@@ -89,7 +134,7 @@ def test_auto_goes_back_to_plain_blocks_where_compiled_ones_are_no_faster(
             return tokens, tokens / (100 if len(plain) <= 2 else 110 if faster else 90)
 
     monkeypatch.setattr(compiling, "Lap", Paced)
-    listener = run(make_yaml, "auto", steps=12, epochs=10, compile="auto")
+    listener = run(make_yaml, "auto", steps=12, compile="auto")
     assert all(tokens > 0 for tokens in plain)
     assert len(plain) == 4
     said = [note for note in listener.notes if "no faster" in note]

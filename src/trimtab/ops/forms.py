@@ -6,11 +6,15 @@
 (and the same for the gradient of the input). The products with W cost the same in both; what differs is how many
 elements are passed over, so the choice follows from the shapes. The weights below are passes over one element, in
 units of one in-place pass, fitted to measurements: ``python benchmarks/layer.py --fit`` prints them anew.
+
+Blocks that ``torch.compile`` takes for batches of all sizes choose once, as for the size that is `expected`: every
+choice by the size at hand would compile them once more for either side of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Literal, NamedTuple
 
 import torch
@@ -27,6 +31,25 @@ RANKS_PER_PASS = {2: 120.0, 4: 20.0, 8: 10.0}
 # So few tokens are multiplied with an update in float32: a thin product in half precision costs some 20 us before it
 # begins, ten times as much as one in float32. By bytes of one element.
 FEW = {2: 16, 4: 0, 8: 0}
+
+
+_expected: int | None = None
+
+
+@contextmanager
+def expected(tokens: int) -> Iterator[None]:
+    """A context in which compiled code chooses as for a batch of ``tokens``, whatever comes."""
+    global _expected
+    before, _expected = _expected, tokens
+    try:
+        yield
+    finally:
+        _expected = before
+
+
+def counted(tokens: int) -> int:
+    """The tokens to choose for, where a batch has ``tokens``."""
+    return _expected if _expected is not None and torch.compiler.is_compiling() else tokens
 
 
 class Work(NamedTuple):

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from trimtab.ops.autocast import autocast_dtype, without_autocast
 from trimtab.ops.dropout import Keep
-from trimtab.ops.forms import Compute, Work, folds_gradient, folds_output
+from trimtab.ops.forms import Compute, Work, counted, folds_gradient, folds_output
 from trimtab.ops.ratio import HALF, Ratio, ratio_of
 
 
@@ -104,11 +104,12 @@ def _compute(
     # In half precision a bias larger than the product swallows the product's digits: the output is no way back.
     readable = ratio is not None and ratio.near_one and not keep_product and (bias is None or weight.dtype not in HALF)
     kept: tuple[Tensor, ...] = ()
+    tokens = counted(len(fed))
     if (
         update is not None
         and keep is None
         and (ratio is None or readable)
-        and folds_output(compute, update.work(len(fed), tensors, x.dtype), len(fed), weight.shape, readable, x.dtype)
+        and folds_output(compute, update.work(tokens, tensors, x.dtype), tokens, weight.shape, readable, x.dtype)
     ):
         output = F.linear(rows, update.fold(weight, None if ratio is None else ratio.values, tensors), bias)
         product = output
@@ -202,12 +203,13 @@ class _FrozenLinear(torch.autograd.Function):
         if wants_x:
             if ctx.again is not None:
                 weight = ctx.again()
+            tokens = counted(len(fed))
             if update is not None and mask is None:
-                work = update.work(len(fed), tensors, fed.dtype)
-                folds = folds_gradient(ctx.compute, work, len(fed), weight.shape, factor is not None)
+                work = update.work(tokens, tensors, fed.dtype)
+                folds = folds_gradient(ctx.compute, work, tokens, weight.shape, factor is not None)
             if update is not None and folds:
                 multiplier = update.fold(weight, None if factor is None else factor.values, tensors)
-            elif factor is not None and weight.shape[1] < len(fed):
+            elif factor is not None and weight.shape[1] < tokens:
                 multiplier = factor.times_rows(weight)
             else:
                 multiplier = weight
