@@ -173,3 +173,19 @@ def test_torch_compile(update: str) -> None:
     torch._dynamo.reset()
     for got, want in zip(walk(torch.compile(run, backend="aot_eager")), walk(run), strict=True):
         assert torch.allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_a_frozen_weight_alone_keeps_no_input() -> None:
+    """A quantised layer without an adapter: its gradient is ``grad W``, with the weight given again."""
+    x, weight = torch.randn(7, 5, requires_grad=True), torch.randn(3, 5)
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = frozen_linear(x, weight, again=lambda: weight)
+    assert kept == []
+    output.backward(torch.ones_like(output))
+    assert torch.allclose(x.grad, torch.ones(7, 3) @ weight)

@@ -146,11 +146,10 @@ class _FrozenLinear(torch.autograd.Function):
         ctx.again, ctx.weight_shape = again, weight.shape
         parts = (None, None) if ratio is None else (ratio.values, ratio.excess)
         kept_weight = weight if again is None else None
+        fed = None if update is None else done.fed  # a frozen weight alone asks for no more than the gradient
         witness = () if ratio is None else (output if done.product is None else done.product,)
         mask = None if keep is None else keep.mask
-        ctx.save_for_backward(
-            kept_weight, done.fed, mask, bias, magnitude, norm, *parts, *tensors, *done.kept, *witness
-        )
+        ctx.save_for_backward(kept_weight, fed, mask, bias, magnitude, norm, *parts, *tensors, *done.kept, *witness)
         return output
 
     @staticmethod
@@ -203,7 +202,7 @@ class _FrozenLinear(torch.autograd.Function):
         if wants_x:
             if ctx.again is not None:
                 weight = ctx.again()
-            tokens = counted(len(fed))
+            tokens = counted(len(upstream))
             if update is not None and mask is None:
                 work = update.work(tokens, tensors, fed.dtype)
                 folds = folds_gradient(ctx.compute, work, tokens, weight.shape, factor is not None)
