@@ -89,6 +89,7 @@ def run_ours(method: str, rank: int, steps: int, folder: str, compiled: bool) ->
     tokenizer, model, rows = prepare(rank)
     trimtab.attach(model, trimtab.Plan([trimtab.Rule(match="all-linear", method=method, rank=rank, alpha=2 * rank)]))
     losses: list[float] = []
+    pace = Pace()  # one for both: the choices of compiled blocks follow from the tokens of a step
     trainer = AdapterTrainer(
         model,
         TrainingArguments(**arguments(steps, folder)),
@@ -100,8 +101,9 @@ def run_ours(method: str, rank: int, steps: int, folder: str, compiled: bool) ->
         lambda row: losses.append(row["loss"]),
         True,
         Averaging(model, 0.0),
+        [Compiling(model, compiled, Listener(), pace)],
+        pace=pace,
     )
-    trainer.add_callback(Compiling(model, compiled, Listener(), Pace()))
     began = time.perf_counter()
     trainer.train()
     figures = {"seconds": time.perf_counter() - began, "loss": losses[-1], "peak_gib": peak_memory_gib()}

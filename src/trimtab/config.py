@@ -224,8 +224,8 @@ class TrainConfig(Section):
     )
     compile: Literal["auto"] | bool = Field(
         False,
-        description="Run the blocks under torch.compile: faster ones after the first few and a minute or so of "
-        "compiling. auto: where the run is long enough to win that time back, and as long as it proves faster.",
+        description="Run the blocks under torch.compile: faster steps, after a few plain ones and a minute or so "
+        "of compiling. auto: where the run is long enough to win that time back, and as long as it proves faster.",
     )
     group_by_length: bool = Field(True, description="Put rows of like length in one batch, which wastes no padding.")
     average: float | None = Field(

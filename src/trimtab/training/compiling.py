@@ -104,8 +104,7 @@ class Compiling(TrainerCallback):
         self._undo()
 
     def _undo(self) -> None:
-        if self.compiled:
-            self._settings.close()
+        self._settings.close()
         for block in self.compiled:
             block._compiled_call_impl = None
         self.compiled = []
@@ -118,7 +117,7 @@ class Compiling(TrainerCallback):
                 self._listener.note("train.compile: the model has no repeated blocks; it runs as it is")
             return
         self._listener.note(
-            f"compiling the blocks, with {minutes:.0f} minutes of training left: the next steps take a minute or more"
+            f"compiling the blocks, with {minutes:.0f} minutes of training left: the next steps take a minute or so"
         )
         self._settings.enter_context(torch._dynamo.config.patch(SETTINGS))
         self._settings.enter_context(expected(tokens))
