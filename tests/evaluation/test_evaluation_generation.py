@@ -10,6 +10,7 @@ import pytest
 import torch
 from evaluation_cases import example, gpt2, llama, markov_chain
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig
 
 from trimtab.data.rows import Example
@@ -125,6 +126,28 @@ def test_bfloat16_is_the_same_at_any_batch_size(tokenizer: Any, questions: Make)
         generate_answers(head, tokenizer, rows, max_new_tokens=8, batch_size=size) for size in (1, 3, 16)
     )
     assert alone == three == sixteen
+
+
+class Largest(TorchDispatchMode):
+    """Notes how many elements the largest copy has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.copied = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten.bmm.default, torch.ops.aten.clone.default):
+            self.copied = max(self.copied, max(one.numel() for one in (found, *args) if isinstance(one, Tensor)))
+        return found
+
+
+def test_a_frozen_head_is_not_copied_for_every_row(tokenizer: Any, questions: Make) -> None:
+    model = llama().requires_grad_(False)
+    with Largest() as largest:
+        generate_answers(Head(model), tokenizer, questions(["good"], rows=8), max_new_tokens=2, batch_size=8)
+    assert 0 < largest.copied < 8 * model.lm_head.weight.numel()
+    assert not model.lm_head._forward_pre_hooks
 
 
 def test_long_prompts_lose_their_beginning(tokenizer: Any) -> None:
