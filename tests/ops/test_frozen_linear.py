@@ -47,7 +47,7 @@ def test_finite_differences(
     }
     given = {name: value.requires_grad_() for name, value in optional.items() if value is not None}
     tensors = [draw(*shape) for shape in shapes]
-    dropping = Keep((draw(2, 3, IN) > 0).double(), 1.7) if drop else None
+    dropping = Keep(-(draw(2, 3, IN) > 0).to(torch.int8), 1.7) if drop else None
 
     def run(x: Tensor, *rest: Tensor) -> Tensor:
         named = dict(zip(given, rest, strict=False))
@@ -189,3 +189,35 @@ def test_a_frozen_weight_alone_keeps_no_input() -> None:
     assert kept == []
     output.backward(torch.ones_like(output))
     assert torch.allclose(x.grad, torch.ones(7, 3) @ weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_dropout_is_the_formula_and_keeps_the_input_and_one_byte_an_element(dtype: torch.dtype) -> None:
+    """Layers that read one input keep it between them: no copy of what was left of it."""
+    weight, x = draw(OUT, IN).detach().to(dtype), draw(64, IN).to(dtype).detach().requires_grad_()
+    full_digits = torch.promote_types(dtype, torch.float32)
+    a, b = (draw(*shape).detach().to(full_digits).requires_grad_() for shape in ((2, IN), (OUT, 2)))
+    mask = draw(64, IN).detach() > 0
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = frozen_linear(
+            x, weight, update=LowRank(3.0), tensors=(a, b), keep=Keep(-mask.to(torch.int8), 1.7), compute="factored"
+        )
+    large = [tensor for tensor in kept if tensor.numel() == x.numel()]
+    assert sorted(tensor.element_size() for tensor in large) == [1, dtype.itemsize]
+    assert all(tensor.data_ptr() == x.data_ptr() for tensor in large if tensor.element_size() > 1)
+
+    full = [tensor.detach().double().requires_grad_() for tensor in (x, a, b)]
+    wanted = full[0] @ weight.double().t() + 3 * 1.7 * (full[0] * mask) @ full[1].t() @ full[2].t()
+    close = {"rtol": 1e-10, "atol": 1e-10} if dtype == torch.float64 else {"rtol": 0.05, "atol": 0.3}
+    close = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else close
+    torch.testing.assert_close(output.double(), wanted, **close)
+    upstream = torch.randn_like(output)
+    found = torch.autograd.grad(output, (x, a, b), upstream)
+    for got, want in zip(found, torch.autograd.grad(wanted, full, upstream.double()), strict=True):
+        torch.testing.assert_close(got.double(), want, **close)

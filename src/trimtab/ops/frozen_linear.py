@@ -27,7 +27,7 @@ from trimtab.ops.ratio import HALF, Ratio, ratio_of
 
 
 class Update(Protocol):
-    """An update ``dV [out, in]``. ``tensors`` are its trained tensors, in their own dtype."""
+    """An update ``dV [out, in]``, linear in the last of ``tensors``, its trained tensors in their own dtype."""
 
     takes_ratio: ClassVar[bool]
     """Whether ``add_gradient`` can be given the ratio apart from the gradient."""
@@ -60,7 +60,7 @@ class Update(Protocol):
 
 class _Computed(NamedTuple):
     output: Tensor  # [tokens, out]
-    fed: Tensor  # what the update saw, [tokens, in]
+    rows: Tensor  # the input, [tokens, in]
     kept: tuple[Tensor, ...]  # what the update may want to see again
     product: Tensor | None  # from which the gradient of the ratio is read; None: from the output
 
@@ -86,6 +86,11 @@ def factored(
         if bias is not None:
             output = output.add_(bias)
     return output, product, kept
+
+
+def _scaled(tensors: tuple[Tensor, ...], keep: Keep | None) -> tuple[Tensor, ...]:
+    """``tensors`` so that dropout's factor is in ``dV``, where it costs nothing."""
+    return tensors if keep is None or not tensors else (*tensors[:-1], tensors[-1] * keep.scale)
 
 
 def _compute(
@@ -114,8 +119,8 @@ def _compute(
         output = F.linear(rows, update.fold(weight, None if ratio is None else ratio.values, tensors), bias)
         product = output
     else:
-        output, product, kept = factored(rows, fed, weight, bias, ratio, readable, update, tensors)
-    return _Computed(output, fed, kept, None if readable else product)
+        output, product, kept = factored(rows, fed, weight, bias, ratio, readable, update, _scaled(tensors, keep))
+    return _Computed(output, rows, kept, None if readable else product)
 
 
 class _FrozenLinear(torch.autograd.Function):
@@ -146,10 +151,10 @@ class _FrozenLinear(torch.autograd.Function):
         ctx.again, ctx.weight_shape = again, weight.shape
         parts = (None, None) if ratio is None else (ratio.values, ratio.excess)
         kept_weight = weight if again is None else None
-        fed = None if update is None else done.fed  # a frozen weight alone asks for no more than the gradient
+        rows = None if update is None else done.rows  # a frozen weight alone asks for no more than the gradient
         witness = () if ratio is None else (output if done.product is None else done.product,)
         mask = None if keep is None else keep.mask
-        ctx.save_for_backward(kept_weight, fed, mask, bias, magnitude, norm, *parts, *tensors, *done.kept, *witness)
+        ctx.save_for_backward(kept_weight, rows, mask, bias, magnitude, norm, *parts, *tensors, *done.kept, *witness)
         return output
 
     @staticmethod
@@ -166,7 +171,7 @@ class _FrozenLinear(torch.autograd.Function):
                     "make the operation that follows the layer out of place."
                 ) from error
             raise
-        weight, fed, mask, bias, magnitude, norm, values, excess = saved[:8]
+        weight, rows, mask, bias, magnitude, norm, values, excess = saved[:8]
         n_tensors, n_kept = ctx.counts
         tensors, kept = saved[8 : 8 + n_tensors], saved[8 + n_tensors : 8 + n_tensors + n_kept]
         wants_x, _, _, wants_bias, wants_magnitude, wants_norm = ctx.needs_input_grad[:6]
@@ -204,7 +209,7 @@ class _FrozenLinear(torch.autograd.Function):
                 weight = ctx.again()
             tokens = counted(len(upstream))
             if update is not None and mask is None:
-                work = update.work(tokens, tensors, fed.dtype)
+                work = update.work(tokens, tensors, rows.dtype)
                 folds = folds_gradient(ctx.compute, work, tokens, weight.shape, factor is not None)
             if update is not None and folds:
                 multiplier = update.fold(weight, None if factor is None else factor.values, tensors)
@@ -218,11 +223,14 @@ class _FrozenLinear(torch.autograd.Function):
 
         grads: tuple[Tensor | None, ...] = (None,) * n_tensors
         if update is not None and walks:
+            keep = None if mask is None else Keep(mask.reshape(rows.shape), ctx.keep_scale)
+            fed = rows if keep is None else keep.of(rows)
             # What came through dropout goes back through it, and so is gathered apart.
-            target = None if folds or grad_x is None else grad_x if mask is None else torch.zeros_like(grad_x)
-            grads = update.add_gradient(target, grad, None if factor is None else factor.values, fed, kept, tensors)
-            if grad_x is not None and target is not None and mask is not None:
-                grad_x.addcmul_(target, mask.reshape(grad_x.shape), value=ctx.keep_scale)
+            target = None if folds or grad_x is None else grad_x if keep is None else torch.zeros_like(grad_x)
+            left = None if factor is None else factor.values
+            grads = _scaled(update.add_gradient(target, grad, left, fed, kept, _scaled(tensors, keep)), keep)
+            if grad_x is not None and target is not None and keep is not None:
+                grad_x.add_(keep.of(target))
         return (
             None if grad_x is None else grad_x.reshape(ctx.shape),
             None,
@@ -258,7 +266,7 @@ def frozen_linear(
         bias: ``[out]``, added after the ratio.
         update: how to multiply with ``dV``; None for none.
         tensors: the trained tensors of ``update``.
-        keep: what the update sees of ``x`` (dropout): ``d = keep.of(x)``; None for all of it.
+        keep: what the update sees of ``x`` (dropout): ``d = scale * of(x)``; None for all of it.
         magnitude: ``m [out]``; None for no ratio.
         norm: ``n [out]``, normally float32; given together with ``magnitude``. Where it is 0 the output is 0 and the
             magnitude gets no gradient.
@@ -277,7 +285,6 @@ def frozen_linear(
     if dtype is not None and weight.dtype != torch.float64:  # which it leaves alone, for a plain linear layer too
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-        keep = None if keep is None else Keep(keep.mask.to(dtype), keep.scale)
     given = (x, bias, magnitude, norm, *tensors)
     with without_autocast(x):
         if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in given):
