@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -175,9 +176,9 @@ def test_torch_compile(update: str) -> None:
         assert torch.allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
-def test_a_frozen_weight_alone_keeps_no_input() -> None:
-    """A quantised layer without an adapter: its gradient is ``grad W``, with the weight given again."""
-    x, weight = torch.randn(7, 5, requires_grad=True), torch.randn(3, 5)
+@contextmanager
+def kept_for_backward() -> Iterator[list[Tensor]]:
+    """The tensors that are saved for a backward pass while it is open."""
     kept: list[Tensor] = []
 
     def keep(tensor: Tensor) -> Tensor:
@@ -185,6 +186,13 @@ def test_a_frozen_weight_alone_keeps_no_input() -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield kept
+
+
+def test_a_frozen_weight_alone_keeps_no_input() -> None:
+    """A quantised layer without an adapter: its gradient is ``grad W``, with the weight given again."""
+    x, weight = torch.randn(7, 5, requires_grad=True), torch.randn(3, 5)
+    with kept_for_backward() as kept:
         output = frozen_linear(x, weight, again=lambda: weight)
     assert kept == []
     output.backward(torch.ones_like(output))
@@ -198,13 +206,7 @@ def test_dropout_is_the_formula_and_keeps_the_input_and_one_byte_an_element(dtyp
     full_digits = torch.promote_types(dtype, torch.float32)
     a, b = (draw(*shape).detach().to(full_digits).requires_grad_() for shape in ((2, IN), (OUT, 2)))
     mask = draw(64, IN).detach() > 0
-    kept: list[Tensor] = []
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with kept_for_backward() as kept:
         output = frozen_linear(
             x, weight, update=LowRank(3.0), tensors=(a, b), keep=Keep(-mask.to(torch.int8), 1.7), compute="factored"
         )

@@ -90,7 +90,7 @@ def factored(
 
 def _scaled(tensors: tuple[Tensor, ...], keep: Keep | None) -> tuple[Tensor, ...]:
     """``tensors`` so that dropout's factor is in ``dV``, where it costs nothing."""
-    return tensors if keep is None or not tensors else (*tensors[:-1], tensors[-1] * keep.scale)
+    return tensors if keep is None else (*tensors[:-1], tensors[-1] * keep.scale)
 
 
 def _compute(
@@ -285,6 +285,8 @@ def frozen_linear(
     if dtype is not None and weight.dtype != torch.float64:  # which it leaves alone, for a plain linear layer too
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
+    if update is None:
+        keep = None  # there is nobody to see less of x
     given = (x, bias, magnitude, norm, *tensors)
     with without_autocast(x):
         if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in given):
