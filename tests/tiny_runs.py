@@ -100,6 +100,7 @@ def rows(count: int, form: str = "completion", answers: Sequence[str] = ANSWERS)
                 "alpaca": {"instruction": f"What is it? {said}", "input": sign, "output": answer},
                 "chat": {"messages": [_turn("user", f"{said} {sign}"), _turn("assistant", answer)]},
                 "text": {"text": f"{said} {sign} {answer}"},
+                "multiple_choice": {"question": f"{said} {sign}", "choices": list(answers[:3]), "answer": answer},
                 "open": {"prompt": prompt + " ", "completion": f"{answer} {number}"},
             }[form]
         )

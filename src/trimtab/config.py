@@ -170,8 +170,10 @@ class DataConfig(Section):
         description="Rows to evaluate on, before and after: a path, or a mapping of names to paths. One path is named "
         "by its file.",
     )
-    form: Literal["auto", "finlora", "completion", "alpaca", "chat", "text"] = Field(
-        "auto", description="The form of the rows. auto: recognised by their keys."
+    form: Literal["auto", "finlora", "completion", "alpaca", "multiple_choice", "chat", "text"] = Field(
+        "auto",
+        description="The form of the rows. auto: recognised by their keys. Rows of multiple_choice bring their own "
+        "choices, which are scored as texts; LLM-Adapters' commonsense rows are read so where it is named.",
     )
     choices: Annotated[Literal["auto"] | tuple[str, ...] | None, BeforeValidator(_choices)] = Field(
         "auto",

@@ -206,6 +206,20 @@ def test_evaluate_other_rows(cli: Any, run: Path, tmp_path: Path) -> None:
     assert (run / "evaluation" / "one.after.json").read_text() == kept
 
 
+def test_evaluate_rows_by_the_form_that_is_named(cli: Any, model_folder: Path, tmp_path: Path) -> None:
+    asked = "Please choose the correct answer to the question: Which?\n\nAnswer1: fog Answer2: wind\n\nAnswer format: x"
+    row = {"instruction": asked, "output": "the correct answer is answer2", "answer": "answer2"}
+    data = write_rows(tmp_path / "exam.jsonl", [row] * 4)
+    result = cli("evaluate", model_folder, "--data", data, "--form", "multiple_choice", "--out", "here")
+    assert result.code == 0
+    assert "accuracy by likelihood per character" in result.out
+    found = read_json(tmp_path / "here" / "evaluation" / "exam.before.json")
+    assert (found["kind"], found["rows"], found["chance"]) == ("multiple_choice", 4, 0.5)
+    result = cli("evaluate", model_folder, "--data", data, "--form", "multiple_choices")
+    assert result.code == 1
+    assert "Did you mean 'multiple_choice'?" in result.err
+
+
 def test_evaluate_the_base_and_a_model(cli: Any, run: Path, model_folder: Path, tmp_path: Path) -> None:
     data = run.parent / "one.jsonl"
     for words, stage, like in (

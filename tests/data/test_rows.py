@@ -119,6 +119,7 @@ ROW_OF = {
     "finlora": {"context": "Q: ", "target": "a"},
     "completion": {"prompt": "Q: ", "completion": "a"},
     "alpaca": {"instruction": "Q", "input": "", "output": "a"},
+    "multiple_choice": {"question": "Q", "choices": ["a", "b"], "answer": 0},
     "chat": {"messages": MESSAGES},
     "text": {"text": "a"},
 }

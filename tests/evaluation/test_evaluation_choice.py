@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -90,6 +91,37 @@ def test_the_longer_answer_can_win(tokenizer: Any, questions: Make) -> None:
     assert score_choices(Head(shorter), tokenizer, rows, choices).best() == [0] * 4
 
 
+OWN = [("good", "bad firm"), ("the shop", "good", "a third of sales"), ("good news", "good", "plain", "Monday")]
+
+
+def with_own_choices(questions: Make, count: int = 24) -> list[Example]:
+    """Rows whose choices differ in number and in length; in every third, one answer begins another."""
+    return [
+        replace(row, choices=OWN[at % 3])
+        for at, row in enumerate(questions(["bad firm", "the shop", "good", "good", "good", "plain"], count))
+    ]
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+@pytest.mark.parametrize("batch_size", [1, 5, 16])
+def test_choices_of_their_own_equal_a_plain_loop(make: Any, batch_size: int, tokenizer: Any, questions: Make) -> None:
+    model, rows = make(), with_own_choices(questions)
+    found = score_choices(Head(model), tokenizer, rows, None, batch_size=batch_size)
+    exact = copy.deepcopy(model).double()
+    best, by_length = [], []
+    for row, scores in zip(rows, found.scores, strict=True):
+        # Only there the end decides; in the other rows it is left out, as it would be if they were alone.
+        end = row.choices == OWN[2]
+        expected = [slowly(exact, tokenizer, row, choice, end=end)[0] for choice in row.choices]
+        assert scores == pytest.approx(expected, abs=2e-4)
+        best.append(expected.index(max(expected)))
+        each = [score / len(choice) for score, choice in zip(expected, row.choices, strict=True)]
+        by_length.append(each.index(max(each)))
+    assert found.best() == best
+    assert found.best_by_length(rows) == by_length
+    assert best != by_length, "the test needs rows where length decides"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("make", [llama, gpt2])
 def test_batch_size_changes_nothing(make: Any, dtype: torch.dtype, tokenizer: Any, questions: Make) -> None:
@@ -128,6 +160,20 @@ def test_near_ties_are_decided_alone(monkeypatch: pytest.MonkeyPatch, tokenizer:
     for found, batch, alone in zip(settled.scores, noisy.scores, exact.scores, strict=True):
         best, second = sorted(batch)[:-3:-1]
         assert found == (alone if best - second < 0.625 else batch)
+
+
+def test_near_ties_per_character_are_decided_alone(
+    monkeypatch: pytest.MonkeyPatch, tokenizer: Any, questions: Make
+) -> None:
+    model, rows = llama(initializer_range=0.07), with_own_choices(questions, 60)
+    exact = score_choices(Head(model), tokenizer, rows, None, batch_size=1)
+    monkeypatch.setattr(module, "tie_margin", lambda model: 0.0)
+    noisy = score_choices(Noisy(model), tokenizer, rows, None, batch_size=16)
+    assert noisy.best_by_length(rows) != exact.best_by_length(rows)
+    monkeypatch.setattr(module, "tie_margin", lambda model: 0.625)
+    settled = score_choices(Noisy(model), tokenizer, rows, None, batch_size=16)
+    assert settled.best() == exact.best()
+    assert settled.best_by_length(rows) == exact.best_by_length(rows)
 
 
 TAGS = [f"{who} {what}" for who in ("profit", "sales", "shop", "firm") for what in ("of a third", "rose", "fell")]

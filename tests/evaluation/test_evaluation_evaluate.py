@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,36 @@ def test_choices_keep_the_order_given(tokenizer: Any, questions: Make) -> None:
     assert found.result["choices"] == ["plain", "good", "bad"]
     with pytest.raises(DataError, match=r"row 2: has the answer 'bad'"):
         evaluate(llama(), tokenizer, rows, name="news", choices=["plain", "good"])
+
+
+@pytest.mark.parametrize("choices", [None, "infer"])
+def test_rows_with_choices_of_their_own(tokenizer: Any, questions: Make, choices: Any) -> None:
+    rows = [
+        replace(row, choices=("good", "a bad firm", "plain")[: 2 + at % 2])
+        for at, row in enumerate(questions(["good"], 20))
+    ]
+    found = evaluate(llama(), tokenizer, rows, name="exam", choices=choices)
+    result = found.result
+    assert list(result) == [
+        *("kind", "dataset", "rows", "accuracy", "accuracy_norm", "chance", "perplexity", "seconds")
+    ]
+    assert result["kind"] == "multiple_choice"
+    assert result["chance"] == pytest.approx((1 / 2 + 1 / 3) / 2)
+    right = by_length = 0
+    for row, prediction in zip(rows, found.predictions, strict=True):
+        scores = prediction["scores"]
+        assert tuple(scores) == row.choices
+        assert prediction["predicted"] == max(scores, key=scores.__getitem__)
+        assert prediction["correct"] == (prediction["predicted"] == row.answer)
+        right += prediction["correct"]
+        by_length += max(scores, key=lambda choice: scores[choice] / len(choice)) == row.answer
+    assert (result["accuracy"], result["accuracy_norm"]) == (right / 20, by_length / 20)
+    assert right != by_length, "the test needs rows where length decides"
+    # Written instead, they are open answers; and a closed set that is named comes before the rows' own.
+    written = evaluate(llama(), tokenizer, rows[:3], name="exam", generate=True, max_new_tokens=2)
+    assert written.result["kind"] == "generation"
+    named = evaluate(llama(), tokenizer, rows[:3], name="exam", choices=["good", "a bad firm"])
+    assert named.result["kind"] == "choice"
 
 
 @pytest.mark.parametrize("choices", [None, "infer"])

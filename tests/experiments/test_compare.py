@@ -207,7 +207,17 @@ def test_two_at_one_study_are_refused(make_study: Callable[..., Path]) -> None:
 # --- what is said, from results that are made up
 
 
-def made_up(tmp_path: Path, make_study: Callable[..., Path], right: dict[str, list[str]], **said: Any) -> Any:
+CLOSED = {"kind": "choice", "macro_f1": 0.3, "majority": {"answer": "calm", "accuracy": 0.4}}
+EXAM = {"kind": "multiple_choice", "accuracy_norm": 0.6, "chance": 0.25}
+
+
+def made_up(
+    tmp_path: Path,
+    make_study: Callable[..., Path],
+    right: dict[str, list[str]],
+    kind: dict[str, Any] = CLOSED,
+    **said: Any,
+) -> Any:
     """The results of a study whose arms have these rows right, by seed."""
     study = load_study(make_study(**said))
     cells = {}
@@ -215,7 +225,7 @@ def made_up(tmp_path: Path, make_study: Callable[..., Path], right: dict[str, li
         for cell, correct in zip(study.runs("all", arm, None), by_seed, strict=True):
             trained = 0 if arm == "untrained" else 1000 * (1 + len(cells))
             share = correct.count("1") / len(correct)
-            tests = {"kind": "choice", "rows": len(correct), "accuracy": share, "macro_f1": share / 2}
+            tests = kind | {"rows": len(correct), "accuracy": share, "correct": correct}
             cells[cell.config.output] = {
                 "identity": None,
                 "trainable_parameters": trained,
@@ -228,7 +238,7 @@ def made_up(tmp_path: Path, make_study: Callable[..., Path], right: dict[str, li
                 "precision": "float32",
                 "machine": {"processor": "an <abacus>", "cores": 2, "memory_gib": 8},
                 "versions": {"torch": "2", "trimtab": "0"},
-                "tests": {"harbour": {**tests, "majority": {"answer": "calm", "accuracy": 0.4}, "correct": correct}},
+                "tests": {"harbour": tests},
             }
     from trimtab.experiments import study_results
 
@@ -237,6 +247,17 @@ def made_up(tmp_path: Path, make_study: Callable[..., Path], right: dict[str, li
     with patch.context() as patched:
         patched.setattr(study_results, "finished_cell", lambda config: cells.get(config.output))
         return write_results(study), study.folder
+
+
+@pytest.mark.parametrize(("kind", "words"), [(CLOSED, "The commonest answer alone gives 40.0"), (EXAM, "Guessing")])
+def test_what_a_look_at_the_rows_is_worth_is_said(
+    make_study: Callable[..., Path], tmp_path: Path, kind: dict[str, Any], words: str
+) -> None:
+    arms = {"lora": ["1100", "1000"], "dora": ["1100", "1110"], "untrained": ["1000"]}
+    _, folder = made_up(tmp_path, make_study, arms, kind)
+    page = write_study_page(folder).read_text(encoding="utf-8")
+    assert words in page
+    assert words.removeprefix("The ").split(" alone")[0].lower() in (folder / "scores.svg").read_text("utf-8")
 
 
 def test_a_claim_is_made_where_the_test_holds_it_up_and_nowhere_else(

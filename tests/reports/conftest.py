@@ -193,3 +193,22 @@ def open_run(tmp_path: Path) -> Path:
     write_json(folder / "evaluation" / "tales.before.json", text | {"perplexity": 20.0})
     write_json(folder / "evaluation" / "tales.after.json", text | {"perplexity": 15.0})
     return folder
+
+
+@pytest.fixture
+def exam_run(tmp_path: Path) -> Path:
+    """A finished run whose test rows bring their own choices."""
+    folder = tmp_path / "exam"
+    write_json(folder / "summary.json", SUMMARY)
+    result = {"kind": "multiple_choice", "dataset": "exam", "rows": 4, "chance": 0.25, "seconds": 1.0}
+    before = {"accuracy": 0.25, "accuracy_norm": 0.5, "perplexity": 20.0}
+    after = {"accuracy": 0.75, "accuracy_norm": 1.0, "perplexity": 15.0}
+    write_json(folder / "evaluation" / "exam.before.json", result | before)
+    write_json(folder / "evaluation" / "exam.after.json", result | after)
+    row = {"prompt": "Question: Which lamp?\nAnswer: ", "answer": "the red one"}
+    for stage, right in (("before", 1), ("after", 3)):
+        said = [row | {"row": n, "predicted": "the red one" if n <= right else "none"} for n in range(1, 5)]
+        write_jsonl(
+            folder / "predictions" / f"exam.{stage}.jsonl", [one | {"correct": one["row"] <= right} for one in said]
+        )
+    return folder

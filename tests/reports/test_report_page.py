@@ -329,6 +329,21 @@ def test_open_answers_and_plain_text(open_run: Path) -> None:
     assert "Confusion" not in text
 
 
+def test_rows_with_choices_of_their_own(exam_run: Path) -> None:
+    found = page(exam_run)
+    assert "exam: 25.0 % before, 75.0 % after; guessing would give 25.0 %" in found.text
+    assert "4 rows, choices of their own" in found.text
+    assert "Accuracy 25.0 % 75.0 % +50.0" in found.text
+    assert "Accuracy by likelihood per character 50.0 % 100.0 % +50.0" in found.text
+    assert "Dashed: guessing." in found.text
+    assert "before 25.0 %, after 75.0 %; guessing 25.0 %" in found.source
+    assert "Confusion" not in found.text
+    assert "No better than" not in found.text
+    after = exam_run / "evaluation" / "exam.after.json"
+    after.write_text(json.dumps(json.loads(after.read_text()) | {"accuracy": 0.25}))
+    assert "No better than guessing (25.0 %)" in page(exam_run).text
+
+
 def test_many_answers_still_make_a_table(run: Path, change) -> None:  # type: ignore[no-untyped-def]
     names = [f"answer {n}" for n in range(12)]
     square = [[3 if i == j else 0 for j in range(12)] for i in range(12)]

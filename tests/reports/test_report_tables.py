@@ -26,7 +26,7 @@ def lines(table: Table, width: int = 160) -> list[list[str]]:
 
 def test_results(run: Path) -> None:
     rows = lines(results_table(run))
-    assert ["kind", "accuracy", "6", "33.3", "%", "66.7", "%", "+33.3", "50.0", "%", "(no)"] in rows
+    assert ["kind", "accuracy", "6", "33.3", "%", "66.7", "%", "+33.3", "50.0", "%", "(always", "no)"] in rows
     assert ["macro", "F1", "25.0", "%", "62.5", "%", "+37.5"] in rows
 
 
@@ -36,6 +36,12 @@ def test_results_of_open_answers_and_text(open_run: Path) -> None:
     assert ["test", "exact", "match", "4", "0.0", "%", "50.0", "%", "+50.0"] in rows
     assert ["unusable", "50.0", "%", "25.0", "%", "−25.0"] in rows
     assert ["perplexity", "8.000", "6.000", "−25.0", "%"] in rows
+
+
+def test_results_of_choices_of_their_own(exam_run: Path) -> None:
+    rows = lines(results_table(exam_run))
+    assert ["exam", "accuracy", "4", "25.0", "%", "75.0", "%", "+50.0", "25.0", "%", "(chance)"] in rows
+    assert ["accuracy", "per", "character", "50.0", "%", "100.0", "%", "+50.0"] in rows
 
 
 def test_answers(run: Path) -> None:

@@ -134,14 +134,14 @@ def test_fewer_rows_are_the_same_ones_whatever_the_seed(make_config: Callable[..
     assert len(read_inputs(make_config(data={"train_limit": 99}), tokenizer, told).rows) == 24
 
 
-@pytest.mark.parametrize("form", ["finlora", "completion", "alpaca", "chat", "text"])
+@pytest.mark.parametrize("form", ["finlora", "completion", "alpaca", "chat", "text", "multiple_choice"])
 def test_every_form_of_rows(make_config: Callable[..., Any], tmp_path: Path, form: str) -> None:
     test = write_rows(tmp_path / "test.jsonl", rows(6, form))
     config = make_config(form=form, data={"test": str(test), "validation": 0.25}, train={"max_steps": 2})
     listener = Kept()
     folder = finetune(config, listener=listener)
     kind = read_json(folder.evaluation("test", "after"))["kind"]
-    assert kind == ("perplexity" if form == "text" else "choice")
+    assert kind == {"text": "perplexity", "multiple_choice": "multiple_choice"}.get(form, "choice")
     assert any(f"'{form}'" in note for note in listener.notes)
     assert len(listener.column("loss")) == 2
     assert folder.read_summary()["status"] == "finished"
@@ -252,6 +252,37 @@ def test_choices_that_no_training_row_has_are_noted(make_config: Callable[..., A
 def test_a_metric_that_the_rows_do_not_have(make_config: Callable[..., Any]) -> None:
     with pytest.raises(ConfigError, match=r"train\.metric: accuracy .* open; choose loss"):
         finetune(make_config(form="open", data={"validation": 0.2}, train={"metric": "accuracy"}))
+
+
+def test_rows_with_choices_of_their_own(make_config: Callable[..., Any], tmp_path: Path) -> None:
+    """They are learnt, validated and tested by the accuracy over the choices of each row."""
+    test = write_rows(tmp_path / "test.jsonl", rows(9, "multiple_choice"))
+    config = make_config(
+        form="multiple_choice", data={"test": str(test), "validation": 0.25}, train={"epochs": 6, "validate_every": 12}
+    )
+    listener = Kept()
+    folder = finetune(config, listener=listener)
+    assert "each row brings its own answers to choose from" in listener.notes
+    before, after = (read_json(folder.evaluation("test", stage)) for stage in ("before", "after"))
+    assert after["chance"] == pytest.approx(1 / 3)
+    assert after["perplexity"] < before["perplexity"] / 2
+    validation = [row for row in read_jsonl(folder.metrics) if row["kind"] == "validation"]
+    assert validation[0].keys() == {"kind", "step", "epoch", "loss", "accuracy", "seconds"}
+    best = max(validation, key=lambda row: (row["accuracy"], -row["loss"]))
+    assert folder.read_summary()["best_step"] == best["step"]
+    again = measure(str(folder.path), [])[1][0]
+    assert (again["kind"], again["accuracy"]) == ("multiple_choice", after["accuracy"])
+    assert "guessing would give 33.3 %" in folder.report.read_text()
+
+
+def test_settings_that_contradict_choices_of_their_own(make_config: Callable[..., Any]) -> None:
+    for sections, words in (
+        ({"data": {"choices": ["calm", "watch"]}}, r"data\.choices: these rows bring their own choices"),
+        ({"data": {"choices": None}}, r"data\.choices: .* leave it at auto"),
+        ({"data": {"validation": 0.2}, "train": {"metric": "macro_f1"}}, r"macro_f1 .* each row brings its own"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            finetune(make_config(form="multiple_choice", **sections))
 
 
 def test_rows_that_are_left_out_are_named(make_config: Callable[..., Any]) -> None:

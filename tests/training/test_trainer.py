@@ -75,7 +75,7 @@ def make_trainer(
 ) -> AdapterTrainer:
     said = config.train
     groups = parameter_groups(model, said.learning_rate, None, 1.0, 0.0)
-    arguments = training_arguments(config, len(encoded), folder, validates=False, closed=False)
+    arguments = training_arguments(config, len(encoded), folder, validates=False, scored=False)
     quiet: Callable[..., None] = lambda row: None  # noqa: E731
     return AdapterTrainer(
         model, arguments, encoded, Collator(1), groups, Head(model), None, quiet, said.group_by_length,

@@ -35,6 +35,13 @@ def command(
             show_default=False,
         ),
     ] = None,
+    form: Annotated[
+        str | None,
+        typer.Option(
+            help="The form of the rows, such as multiple_choice. Default: the run's, or recognised by their keys.",
+            show_default=False,
+        ),
+    ] = None,
     batch_size: Annotated[
         int | None,
         typer.Option(min=1, help="Rows in one forward pass; results do not depend on it. Default: the run's, or 32."),
@@ -68,6 +75,7 @@ def command(
             tasks=task or [],
             generate=generate,
             choices=[choice.strip() for choice in choices.split(",")] if choices else None,
+            form=form,
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,
             limit=limit,

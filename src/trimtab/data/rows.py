@@ -6,11 +6,12 @@ The form of a row is recognised from its keys, in the order of ``FORMS``. All ro
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, overload
 
 from trimtab.data.chat import follow_template, require_template
+from trimtab.data.multiple_choice import PROMPT, read_question
 from trimtab.data.sources import Row, read_rows
 from trimtab.errors import DataError, did_you_mean
 
@@ -18,12 +19,14 @@ FORMS: dict[str, tuple[str, ...]] = {
     "finlora": ("context", "target"),
     "completion": ("prompt", "completion"),
     "alpaca": ("instruction", "output"),
+    "multiple_choice": ("question", "choices"),
     "chat": ("messages",),
     "text": ("text",),
 }
 """The name of each form and the keys that its rows must have, in the order in which they are tried.
 
-``alpaca`` rows may have an ``input`` as well. Any further key is allowed and ignored.
+``alpaca`` rows may have an ``input`` as well. ``multiple_choice`` also reads LLM-Adapters' commonsense rows, if it is
+named: by their keys they are ``alpaca``. Any further key is allowed and ignored.
 """
 
 ALPACA_WITH_INPUT = (
@@ -60,6 +63,8 @@ class Example:
     """The last answer without outer white space; None for plain text."""
     ends: bool
     """Whether an end-of-sequence token follows ``text`` and is trained (no, where a chat template ends the turn)."""
+    choices: tuple[str, ...] = ()
+    """The answers to choose from, where the row brings its own; the true one is among them."""
 
 
 @dataclass(frozen=True)
@@ -225,6 +230,17 @@ def _alpaca(row: Row, tokenizer: Any) -> Example:
     return _pair(row, template.format(instruction=instruction, input=context), output.strip())
 
 
+def _multiple_choice(row: Row, tokenizer: Any) -> Example:
+    try:
+        found = read_question(row.value)
+    except ValueError as error:
+        raise DataError(f"{row.place}: {error} (keys found: {_keys(row)}).") from None
+    for text in (found.question, *found.choices):
+        _require_encodable(text, row.place)
+    pair = _pair(row, PROMPT.format(question=found.question), f" {found.answer}")
+    return replace(pair, choices=found.choices)
+
+
 def _chat(row: Row, tokenizer: Any) -> Example:
     messages = row.value.get("messages")
     if messages is None:
@@ -276,6 +292,7 @@ _READERS: dict[str, Callable[[Row, Any], Example]] = {
     "finlora": _finlora,
     "completion": _completion,
     "alpaca": _alpaca,
+    "multiple_choice": _multiple_choice,
     "chat": _chat,
     "text": _text,
 }

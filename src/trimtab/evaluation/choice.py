@@ -1,9 +1,10 @@
-"""Rows with a closed set of answers: which of them does the model find likeliest?
+"""Rows with a closed set of answers, or with choices of their own: which of them does the model find likeliest?
 
 The score of an answer is its log-likelihood given the prompt: the sum of its tokens' log-probabilities, with prompt and
 answer tokenised as one text. Where one answer's tokens begin another's ("answer1", "answer10") the shorter one could
-never lose, so then the end-of-sequence token is scored too, for every answer of every row. Otherwise it is left out:
-answers that begin differently are different events as they stand, and three answers of one token cost one forward pass.
+never lose, so then the end-of-sequence token is scored too, for every answer of every row that has these choices.
+Otherwise it is left out: answers that begin differently are different events as they stand, and three answers of one
+token cost one forward pass.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise, zip_longest
+from itertools import islice, pairwise, zip_longest
 from typing import Any
 
 from trimtab.data.rows import Example
@@ -50,6 +51,14 @@ class ChoiceScores:
     def best(self) -> list[int]:
         """The index of the likeliest choice of each row."""
         return [max(range(len(row)), key=row.__getitem__) for row in self.scores]
+
+    def best_by_length(self, examples: Sequence[Example]) -> list[int]:
+        """The index of the choice of each row that is likeliest per character, where rows have choices of their own."""
+        found = []
+        for example, row in zip(examples, self.scores, strict=True):
+            each = [score / len(choice) for score, choice in zip(row, example.choices, strict=True)]
+            found.append(each.index(max(each)))
+        return found
 
 
 def infer_choices(examples: Sequence[Example]) -> list[str] | None:
@@ -94,7 +103,7 @@ def score_choices(
     head: Head,
     tokenizer: Any,
     examples: Sequence[Example],
-    choices: Sequence[str],
+    choices: Sequence[str] | None,
     *,
     batch_size: int = 16,
     max_length: int | None = None,
@@ -103,13 +112,14 @@ def score_choices(
     """Score every choice for every row.
 
     ``batch_size`` decides nothing but speed. In another batch the same row is rounded otherwise, so a row whose best
-    two choices are closer than that (``rounding.tie_margin``) is scored again by itself, without padding.
+    two choices are closer than that (``rounding.tie_margin``), by the score or, where they are its own, by that per
+    character, is scored again by itself, without padding.
 
     Args:
         head: the model.
         tokenizer: its fast tokenizer.
         examples: rows with an answer each.
-        choices: as ``check_choices`` returns them.
+        choices: as ``check_choices`` returns them; None: each row's own.
         batch_size: most sequences in a forward pass.
         max_length: most tokens of a prompt with its longest choice; longer prompts lose their beginning.
         progress: called with the number of rows done and of all rows.
@@ -124,9 +134,10 @@ def score_choices(
             raise _no_prompt(example)
     scores: list[list[float]] = [[] for _ in examples]
     loss, tokens, done = 0.0, 0, 0
-    for block in _blocks(examples, len(choices)):
+    sets = [tuple(choices) if choices is not None else example.choices for example in examples]
+    for block in _blocks(examples, max(map(len, sets), default=0)):
         chosen = [examples[index] for index in block]
-        rows = _prepare(tokenizer, chosen, choices, max_length, prefix)
+        rows = _prepare(tokenizer, chosen, [sets[index] for index in block], max_length, prefix)
         for finished in _run_rows(head, rows, batch_size):
             if progress is not None:
                 progress(done + finished, len(examples))
@@ -138,7 +149,7 @@ def score_choices(
                     f"{example.source}, row {example.number}: the model's score of an answer is {scores[index][0]}, "
                     "not a number. Its weights are damaged or its training diverged; train with a lower learning rate."
                 )
-            own, count = row.loss_of(choices.index(str(example.answer)))
+            own, count = row.loss_of(sets[index].index(str(example.answer)))
             loss, tokens = loss + own, tokens + count
     return ChoiceScores(scores, loss, tokens)
 
@@ -188,6 +199,8 @@ class _Row:
     """For each choice, of each of its scored tokens: the sequence, the position before it, and the token."""
     unscored: list[int]
     """For each choice: how many of its places are before its own first token, shared by all choices."""
+    lengths: list[int]
+    """For each choice: its characters where they are the row's own, else 1."""
 
     def scores(self) -> list[float]:
         return [sum(sequence.asked[at][token] for sequence, at, token in places) for places in self.places]
@@ -198,30 +211,41 @@ class _Row:
         return -sum(sequence.asked[at][token] for sequence, at, token in own), len(own)
 
     def undecided(self, margin: float) -> list[TokenSequence]:
-        """The sequences of the choices that come within ``margin`` of the best one; none, if it is alone there.
+        """The sequences of the choices that come within ``margin`` of the best one, by the score or by that per
+        character; none, if it is alone there."""
+        near = self._near(margin, [1] * len(self.lengths)) | self._near(margin, self.lengths)
+        return list({id(sequence): sequence for sequence in (self.places[at][0][0] for at in sorted(near))}.values())
+
+    def _near(self, margin: float, lengths: Sequence[int]) -> set[int]:
+        """The choices within ``margin`` of the best one, all divided by ``lengths``; none, if it is alone there.
 
         Roundings of several tokens add up like chances.
         """
-        scores = self.scores()
-        best = scores.index(max(scores))
-        sizes = [max(len(places), len(self.places[best])) for places in self.places]
-        near = [
-            places[0][0]
-            for places, score, tokens in zip(self.places, scores, sizes, strict=True)
-            if scores[best] - score < margin * math.sqrt(tokens)
+        scores = [score / length for score, length in zip(self.scores(), lengths, strict=True)]
+        margins = [
+            margin * math.sqrt(len(places)) / length for places, length in zip(self.places, lengths, strict=True)
         ]
-        return list({id(sequence): sequence for sequence in near}.values()) if len(near) > 1 else []
+        best = scores.index(max(scores))
+        near = {at for at, score in enumerate(scores) if scores[best] - score < max(margins[at], margins[best])}
+        return near if len(near) > 1 else set()
 
 
 def _prepare(
-    tokenizer: Any, examples: Sequence[Example], choices: Sequence[str], max_length: int | None, prefix: int
+    tokenizer: Any, examples: Sequence[Example], sets: Sequence[tuple[str, ...]], max_length: int | None, prefix: int
 ) -> list[_Row]:
-    """The rows to run; ``prefix`` is the number of tokens that a text begins with by itself."""
-    encoded = _encode(tokenizer, examples, choices, end=False)
-    if any(_one_begins_another([ids for ids, _ in answers]) for answers in encoded):
-        encoded = _encode(tokenizer, examples, choices, end=True)
+    """The rows to run, with the choices of each; ``prefix``: the number of tokens that a text begins with by itself."""
+    encoded = _encode(tokenizer, examples, sets, end=False)
+    ending = {
+        choices
+        for choices, answers in zip(sets, encoded, strict=True)
+        if _one_begins_another([ids for ids, _ in answers])
+    }
+    if again := [at for at, choices in enumerate(sets) if choices in ending]:
+        ended = _encode(tokenizer, [examples[at] for at in again], [sets[at] for at in again], end=True)
+        for at, answers in zip(again, ended, strict=True):
+            encoded[at] = answers
     rows = []
-    for example, answers in zip(examples, encoded, strict=True):
+    for example, choices, answers in zip(examples, sets, encoded, strict=True):
         excess = max(len(ids) for ids, _ in answers) - max_length if max_length is not None else 0
         if excess > 0:
             if min(start for _, start in answers) - excess <= prefix:
@@ -235,7 +259,7 @@ def _prepare(
 
 
 def _encode(
-    tokenizer: Any, examples: Sequence[Example], choices: Sequence[str], *, end: bool
+    tokenizer: Any, examples: Sequence[Example], sets: Sequence[tuple[str, ...]], *, end: bool
 ) -> list[list[tuple[list[int], int]]]:
     """Of each row and choice: the token ids of prompt and answer, and the index of the answer's first token."""
     texts = [
@@ -248,17 +272,17 @@ def _encode(
             answer=choice,
             ends=end,
         )
-        for example in examples
+        for example, choices in zip(examples, sets, strict=True)
         for choice in choices
     ]
     encoded = encode_all(texts, tokenizer, None)
     if encoded.dropped:
         source, number, _ = encoded.dropped[0]
         raise _no_prompt(next(text for text in texts if (text.source, text.number) == (source, number)))
-    pairs = [
+    pairs = (
         (row["input_ids"], next(at for at, label in enumerate(row["labels"]) if label != IGNORED)) for row in encoded
-    ]
-    return [pairs[at : at + len(choices)] for at in range(0, len(pairs), len(choices))]
+    )
+    return [list(islice(pairs, len(choices))) for choices in sets]
 
 
 def _one_begins_another(answers: list[list[int]]) -> bool:
@@ -294,7 +318,8 @@ def _row(example: Example, answers: list[tuple[list[int], int]], choices: Sequen
         for at in range(start, len(ids)):
             home.ask(at - 1, ids[at])
             places[choice].append((home, at - 1, ids[at]))
-    return _Row(sequences, places, [first - start for _, first in answers])
+    lengths = [len(choice) if example.choices else 1 for choice in choices]
+    return _Row(sequences, places, [first - start for _, first in answers], lengths)
 
 
 def _no_prompt(example: Example) -> DataError:

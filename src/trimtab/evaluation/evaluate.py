@@ -32,7 +32,8 @@ class Evaluation:
 
     Attributes:
         name: of the data set.
-        result: the figures, ready for JSON; ``kind`` says which there are: choice, generation or perplexity.
+        result: the figures, ready for JSON; ``kind`` says which there are: choice, multiple_choice, generation or
+            perplexity.
         predictions: one row each, in the order of the examples; none for perplexity alone.
     """
 
@@ -59,16 +60,18 @@ def evaluate(
     """Measure ``model`` on ``examples``.
 
     With choices, each is scored by its log-likelihood (`choice.py`), or, if asked to, the model writes and the choice
-    that it names is read (`answers.py`). Without, answers are generated and compared (`generation.py`). Rows without an
-    answer, plain texts, have a perplexity only; one such row among others suffices. The perplexity of choices is that
-    of the true answers' tokens, with the end token where it is scored.
+    that it names is read (`answers.py`). Rows with choices of their own have these scored; there is no class then, and
+    so no F1, but the accuracy by the log-likelihood per character, too. Without any, answers are generated and compared
+    (`generation.py`). Rows without an answer, plain texts, have a perplexity only; one such row among others suffices.
+    The perplexity of choices is that of the true answers' tokens, with the end token where it is scored.
 
     Args:
         model: a transformers causal language model; its modules' training modes stay as they are.
         tokenizer: its fast tokenizer.
         examples: at least one row.
         name: of the data set.
-        choices: the closed set of answers; ``"infer"`` to look for one in the rows; None for open answers.
+        choices: the closed set of answers; ``"infer"`` to look for one in the rows; None for open answers, or for
+            rows that bring their own choices, all of them.
         generate: let the model write its answer also where there are choices.
         judge: what makes figures of open answers; by default, exact match.
         batch_size: most sequences in a forward pass. No prediction and no metric of them depends on it; scores and
@@ -87,8 +90,11 @@ def evaluate(
     started = time.perf_counter()
     head = head if head is not None else Head(model)
     limit = _limit(model, max_length)
-    closed = infer_choices(examples) if choices == "infer" else choices
-    if closed is not None and not generate:
+    own = all(example.choices for example in examples)
+    closed = (None if own else infer_choices(examples)) if choices == "infer" else choices
+    if closed is None and own and not generate:
+        result, predictions = _own_choices(head, tokenizer, examples, batch_size, limit, progress)
+    elif closed is not None and not generate:
         result, predictions = _choice(head, tokenizer, examples, closed, batch_size, limit, progress)
     elif any(example.answer is None for example in examples):
         result, predictions = _perplexity(head, tokenizer, examples, batch_size, limit, progress)
@@ -138,6 +144,31 @@ def _choice(
         "kind": "choice",
         "choices": clean,
         **metrics,
+        "perplexity": perplexity(found.loss, found.tokens),
+    }, predictions
+
+
+def _own_choices(
+    head: Head,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    batch_size: int,
+    limit: int | None,
+    progress: Progress | None,
+) -> Outcome:
+    found = score_choices(head, tokenizer, examples, None, batch_size=batch_size, max_length=limit, progress=progress)
+    predictions, right = [], 0
+    each = zip(examples, found.best(), found.best_by_length(examples), found.scores, strict=True)
+    for index, (example, best, by_length, scores) in enumerate(each):
+        answer = example.choices[best]
+        row = prediction(index, example, answer, answer == example.answer)
+        predictions.append({**row, "scores": _best_scores(example.choices, scores)})
+        right += example.choices[by_length] == example.answer
+    return {
+        "kind": "multiple_choice",
+        "accuracy": sum(row["correct"] for row in predictions) / len(examples),
+        "accuracy_norm": right / len(examples),
+        "chance": sum(1 / len(example.choices) for example in examples) / len(examples),
         "perplexity": perplexity(found.loss, found.tokens),
     }, predictions
 

@@ -18,7 +18,12 @@ from trimtab.experiments.statistics import holm, mean_interval, paired_differenc
 from trimtab.experiments.study import Cell, Study
 from trimtab.files import write_json, write_text
 
-MEASURES = {"choice": "accuracy", "generation": "exact_match", "perplexity": "perplexity"}
+MEASURES = {
+    "choice": "accuracy",
+    "multiple_choice": "accuracy",
+    "generation": "exact_match",
+    "perplexity": "perplexity",
+}
 """Kind of an evaluation -> what a study compares."""
 
 _COSTS = ("trainable_parameters", "training_seconds", "peak_memory_gib")
@@ -107,6 +112,7 @@ def _summary(study: Study, runs: Sequence[dict[str, Any]]) -> list[dict[str, Any
                     "measure": measure,
                     "rows": found[0]["rows"],
                     "majority": (found[0].get("majority") or {}).get("accuracy"),
+                    "chance": found[0].get("chance"),
                     "seeds": [run["seed"] for run in mine],
                     "learning_rate": mine[0]["learning_rate"] if mine[0]["steps"] else None,
                     **asdict(mean_interval([one[measure] for one in found])),

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from trimtab.files import read_json, write_text
 from trimtab.reports import words
-from trimtab.reports.compare_plots import draw_costs, draw_differences, draw_scores, panel_name, panels
+from trimtab.reports.compare_plots import baseline, draw_costs, draw_differences, draw_scores, panel_name, panels
 from trimtab.reports.html_table import html_table
 from trimtab.reports.pictures import page, write_picture
 from trimtab.yaml_text import write_yaml
@@ -136,8 +136,8 @@ def _sections(results: Mapping[str, Any], folder: Path) -> Iterable[str]:
         )
         for (task, test), lines in panels(results).items():
             columns = _columns(lines, _reference(results))
-            majority = lines[0]["majority"]
-            told = "" if majority is None else f" The commonest answer alone gives {words.percent(majority)}."
+            blind = baseline(lines[0])
+            told = "" if blind is None else f" {blind[0]} alone gives {words.percent(blind[1])}."
             yield _section(
                 panel_name(task, test),
                 html_table(list(columns), list(zip(*columns.values(), strict=True))),

@@ -31,6 +31,12 @@ def panel_name(task: str, test: str) -> str:
     return test if task in ("all", test) else f"{task}: {test}"
 
 
+def baseline(line: Line) -> tuple[str, float] | None:
+    """What answers without a look at the rows reach: who gives them, and the share that is right."""
+    known = (("The commonest answer", line["majority"]), ("Guessing", line["chance"]))
+    return next(((name, share) for name, share in known if share is not None), None)
+
+
 def draw_scores(results: Mapping[str, Any]) -> Figure:
     """A panel per test set: the score of each arm over how many parameters it trains, with intervals over seeds."""
     figure, grid = _grid(len(panels(results)), 1, 4.4)
@@ -66,8 +72,8 @@ def _scores(axes: Axes, lines: Sequence[Line], series: Mapping[str, str | None],
         axes.set_xlim(min(places) / 1.6, max(places) * 1.6)
     axes.margins(y=0.08)
     flat = [(line["arm"], line["mean"]) for line in lines if line not in trained]
-    if lines[0]["majority"] is not None and measure == "accuracy":
-        flat.append(("commonest answer", lines[0]["majority"]))
+    if (blind := baseline(lines[0])) is not None and measure == "accuracy":
+        flat.append((blind[0].removeprefix("The ").lower(), blind[1]))
     _flat_lines(axes, [(name, scale * value, _score(lines[0], value)) for name, value in flat], bool(trained))
     _labels_beside(axes, labels)
     told = FuncFormatter(lambda value, _: words.parameters(value))

@@ -116,6 +116,17 @@ class Choice(_Record):
         return self
 
 
+class MultipleChoice(_Record):
+    """A test set whose rows bring their own choices. ``accuracy_norm`` is by the log-likelihood per character."""
+
+    kind: Literal["multiple_choice"]
+    rows: int
+    accuracy: float
+    accuracy_norm: float
+    chance: float
+    perplexity: float | None = None
+
+
 class Generation(_Record):
     """A test set with open answers."""
 
@@ -135,7 +146,8 @@ class Perplexity(_Record):
     tokens: int | None = None
 
 
-Result = Choice | Generation | Perplexity
+Result = Choice | MultipleChoice | Generation | Perplexity
+_KINDS = ("choice", "multiple_choice", "generation", "perplexity")
 
 
 class Prediction(_Record):
@@ -326,7 +338,7 @@ def _reason(error: ValidationError) -> str:
     """The first complaint, with the key it is about."""
     first = error.errors()[0]
     # The name of a variant ("choice") is pydantic's step, not a key of the file.
-    where = ".".join(str(part) for part in first["loc"] if part not in ("choice", "generation", "perplexity"))
+    where = ".".join(str(part) for part in first["loc"] if part not in _KINDS)
     place = f"'{where}': " if where else ""
     return f"{place}{first['msg'].removeprefix('Value error, ')}"
 

@@ -15,7 +15,7 @@ from markupsafe import Markup
 from trimtab import files
 from trimtab.reports import answers, prompts, words
 from trimtab.reports.curves import Curves, curves, describe, draw
-from trimtab.reports.folder import Choice, Generation, Run, TestSet, read_run
+from trimtab.reports.folder import Choice, Generation, MultipleChoice, Result, Run, TestSet, read_run
 from trimtab.reports.plots import share_bars
 
 _HERE = Path(__file__).parent
@@ -132,10 +132,12 @@ class Headline:
 def headline(tests: TestSet) -> Headline:
     """The main measure of a test set before and after, in words."""
     before, after, result = tests.before, tests.after, tests.result
-    if isinstance(result, Choice):
-        shares = [side.accuracy if isinstance(side, Choice) else None for side in (before, after)]
+    if isinstance(result, Choice | MultipleChoice):
+        shares = [side.accuracy if isinstance(side, Choice | MultipleChoice) else None for side in (before, after)]
         beside = ""
-        if result.majority:
+        if isinstance(result, MultipleChoice):
+            beside = f"guessing would give {words.percent(result.chance)}"
+        elif result.majority:
             answer = words.clean(words.shorten(result.majority.answer, 40))
             beside = f"always answering '{answer}' would give {words.percent(result.majority.accuracy)}"
         return Headline(tests.name, _before_after(shares, words.percent), beside)
@@ -200,6 +202,7 @@ def measure_rows(tests: TestSet) -> list[MeasureRow]:
     """The measures of one test set: shares with their change in points, perplexity with its change in percent."""
     shares = {
         "choice": {"Accuracy": "accuracy", "Macro F1": "macro_f1", "Weighted F1": "weighted_f1"},
+        "multiple_choice": {"Accuracy": "accuracy", "Accuracy by likelihood per character": "accuracy_norm"},
         "generation": {"Exact match": "exact_match", "Unusable answers": "unusable"},
         "perplexity": {},
     }
@@ -232,16 +235,25 @@ def bars(tests: TestSet, name: str) -> Markup | None:
     found = []
     for title, side in (("before", tests.before), ("after", tests.after)):
         if side is not None and side.kind != "perplexity":
-            share = side.accuracy if isinstance(side, Choice) else side.exact_match
+            share = side.exact_match if isinstance(side, Generation) else side.accuracy
             found.append((title, share, words.interval(share, side.rows)))
     if not found:
         return None
-    baseline = tests.result.majority.accuracy if isinstance(tests.result, Choice) and tests.result.majority else None
-    what = "Accuracy" if isinstance(tests.result, Choice) else "Exact match"
+    baseline = _baseline(tests.result)
+    what = "Exact match" if isinstance(tests.result, Generation) else "Accuracy"
     label = f"{what}: " + ", ".join(f"{title} {words.percent(share)}" for title, share, _ in found)
     if baseline is not None:
-        label += f"; always giving the commonest answer {words.percent(baseline)}"
+        label += f"; {baseline[0]} {words.percent(baseline[1])}"
     return share_bars(name, found, baseline, label)
+
+
+def _baseline(result: Result | None) -> tuple[str, float] | None:
+    """What answers without a look at the rows reach: how they come about, and the share that is right."""
+    if isinstance(result, MultipleChoice):
+        return "guessing", result.chance
+    if isinstance(result, Choice) and result.majority:
+        return "commonest answer", result.majority.accuracy
+    return None
 
 
 def pictures(data: Curves) -> list[tuple[str, Markup]]:

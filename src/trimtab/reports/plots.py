@@ -92,11 +92,15 @@ def svg(drawn: Figure, name: str, label: str) -> Markup:
 
 
 def share_bars(
-    name: str, bars: Sequence[tuple[str, float, tuple[float, float]]], baseline: float | None, label: str
+    name: str,
+    bars: Sequence[tuple[str, float, tuple[float, float]]],
+    baseline: tuple[str, float] | None,
+    label: str,
 ) -> Markup:
     """Shares of 1 as horizontal bars on one scale from 0 to 100 %, with a baseline across all of them.
 
-    ``bars``: what each is called (``before`` is drawn pale), its share, its 95 % interval (a whisker).
+    ``bars``: what each is called (``before`` is drawn pale), its share, its 95 % interval (a whisker). ``baseline``:
+    what it is called, and its share.
     """
     above = 24.0 if baseline is not None else 4.0
     height = above + 34 * len(bars) + 24
@@ -128,13 +132,14 @@ def share_bars(
             bbox={"facecolor": PAGE, "edgecolor": "none", "pad": 1.5},
         )
     if baseline is not None:
-        axes.axvline(100 * baseline, color=INK, linewidth=1.5, linestyle=(0, (4, 3)), zorder=3)
-        side = "left" if baseline < 0.3 else "right" if baseline > 0.75 else "center"
+        called, share = baseline
+        axes.axvline(100 * share, color=INK, linewidth=1.5, linestyle=(0, (4, 3)), zorder=3)
+        side = "left" if share < 0.3 else "right" if share > 0.75 else "center"
         write(
             axes,
-            100 * baseline,
+            100 * share,
             -0.5,
-            f"commonest answer {100 * baseline:.1f} %",
+            f"{called} {100 * share:.1f} %",
             xytext=(0, 6),
             textcoords="offset points",
             ha=side,

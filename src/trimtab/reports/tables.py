@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from trimtab.reports import answers, prompts, words
-from trimtab.reports.folder import Choice, Generation, Plan, Prediction, TestSet, read_run
+from trimtab.reports.folder import Choice, Generation, MultipleChoice, Plan, Prediction, TestSet, read_run
 
 # Letters of a prompt and of an answer in a terminal's row. The narrow columns leave the prompt room in 80 letters.
 _PROMPT_LETTERS, _ANSWER_LETTERS, _ANSWER_WIDTH = 120, 40, 17
@@ -20,14 +20,14 @@ MOST_CLASSES = 12
 
 
 def results_table(run: Path) -> Table:
-    """One line per test set and measure: before, after, the change, and what the commonest answer alone would give.
+    """One line per test set and measure: before, after, the change, and what the commonest answer or guessing gives.
 
     Raises RunError where the folder is no run or a file of it is damaged.
     """
     table = _table()
     for title in ("test set", "measure"):
         table.add_column(title)
-    for title in ("rows", "before", "after", "change", "commonest answer"):
+    for title in ("rows", "before", "after", "change", "baseline"):
         table.add_column(title, justify="right")
     for tests in read_run(run).sets:
         if tests.result is None:
@@ -45,9 +45,13 @@ def _measures(tests: TestSet) -> list[tuple[str, str, str, str, str]]:
     sides = (tests.before, tests.after)
     if isinstance(tests.result, Choice):
         majority = tests.result.majority
-        baseline = f"{words.percent(majority.accuracy)} ({majority.answer})" if majority else ""
+        baseline = f"{words.percent(majority.accuracy)} (always {majority.answer})" if majority else ""
         return [_share("accuracy", sides, baseline), _share("macro F1", sides, "", key="macro_f1")]
     perplexity = _perplexity(sides)
+    if isinstance(tests.result, MultipleChoice):
+        baseline = f"{words.percent(tests.result.chance)} (chance)"
+        by_length = _share("accuracy per character", sides, "", key="accuracy_norm")
+        return [_share("accuracy", sides, baseline), by_length, perplexity]
     if isinstance(tests.result, Generation):
         found = [_share("exact match", sides, "", key="exact_match"), _share("unusable", sides, "")]
         return [*found, perplexity] if tests.result.perplexity is not None else found
@@ -113,6 +117,8 @@ def evaluation_table(result: Mapping[str, Any]) -> Table:
     lines = [("rows", words.count(result["rows"]))]
     for key, name in (
         ("accuracy", "accuracy"),
+        ("accuracy_norm", "accuracy by likelihood per character"),
+        ("chance", "chance"),
         ("macro_f1", "macro F1"),
         ("weighted_f1", "weighted F1"),
         ("mean_weighted_f1", "mean of weighted F1 over questions"),

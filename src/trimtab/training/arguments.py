@@ -24,13 +24,13 @@ def total_steps(config: RunConfig, rows: int) -> int:
     return max(1, whole if train.max_steps is None else min(whole, train.max_steps))
 
 
-def metric(config: RunConfig, closed: bool) -> str:
+def metric(config: RunConfig, scored: bool) -> str:
     """The validation metric that decides which step was best."""
-    return ("accuracy" if closed else "loss") if config.train.metric == "auto" else config.train.metric
+    return ("accuracy" if scored else "loss") if config.train.metric == "auto" else config.train.metric
 
 
 def training_arguments(
-    config: RunConfig, rows: int, folder: Path, *, validates: bool, closed: bool
+    config: RunConfig, rows: int, folder: Path, *, validates: bool, scored: bool
 ) -> TrainingArguments:
     """The arguments for a run over ``rows`` rows whose checkpoints go into ``folder``."""
     train = config.train
@@ -39,7 +39,7 @@ def training_arguments(
     # a checkpoint knows of the validation at its step.
     every = epoch_steps(config, rows) if train.validate_every == "epoch" else train.validate_every
     save = epoch_steps(config, rows) if train.save_every == "epoch" else train.save_every
-    best = metric(config, closed)
+    best = metric(config, scored)
     return TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=train.batch_size,

@@ -20,7 +20,8 @@ from trimtab.training.listener import Listener
 class Inputs:
     """What a run trains, validates and is tested on.
 
-    ``choices``: the closed set of answers, or None where answers are open or there are none.
+    ``choices``: the closed set of answers, or None where rows bring their own, answers are open or there are none.
+    ``scored``: whether answers are scored among choices, and not written.
     """
 
     rows: EncodedRows
@@ -28,6 +29,7 @@ class Inputs:
     tests: dict[str, list[Example]]
     form: str
     choices: list[str] | None
+    scored: bool
 
 
 def read_inputs(config: RunConfig, tokenizer: Any, listener: Listener) -> Inputs:
@@ -38,8 +40,11 @@ def read_inputs(config: RunConfig, tokenizer: Any, listener: Listener) -> Inputs
     listener.note(f"{len(found)} training rows of the form '{found.form}'")
     training = list(found)
     tests = {name: list(_read((path,), tokenizer, data.form)) for name, path in data.test.items()}
+    own = all(row.choices for row in training)
     choices = _choices(config, training)
-    if choices is None:
+    if own:
+        listener.note("each row brings its own answers to choose from")
+    elif choices is None:
         listener.note("answers are open" if any(row.answer is not None for row in training) else "rows without answers")
     else:
         listener.note(f"answers are a closed set of {len(choices)}: {', '.join(choices)}")
@@ -56,15 +61,21 @@ def read_inputs(config: RunConfig, tokenizer: Any, listener: Listener) -> Inputs
     elif data.validation is not None:
         validation = list(_read(data.validation, tokenizer, data.form))
         listener.note(f"{len(validation)} validation rows")
+    scored = choices is not None or own
     if choices is not None:
         for measured in (validation, *tests.values()):
             check_choices(choices, measured)
     if config.evaluation.limit is not None:
         tests = {name: tested[: config.evaluation.limit] for name, tested in tests.items()}
-    if validation and choices is None and config.train.metric in ("accuracy", "macro_f1"):
+    if validation and not scored and config.train.metric in ("accuracy", "macro_f1"):
         raise ConfigError(
             f"train.metric: {config.train.metric} is for a closed set of answers, and these are open; choose loss, or "
             "name the answers in data.choices"
+        )
+    if validation and own and config.train.metric == "macro_f1":
+        raise ConfigError(
+            "train.metric: macro_f1 is for a closed set of answers, and here each row brings its own; choose accuracy "
+            "or loss"
         )
     for name, tested in tests.items():
         listener.note(f"{len(tested)} test rows in '{name}'")
@@ -76,7 +87,7 @@ def read_inputs(config: RunConfig, tokenizer: Any, listener: Listener) -> Inputs
         listener.note(f"left out: {len(rows.dropped) - 5} more rows")
     if rows.cut:
         listener.note(f"{rows.cut} rows were cut to data.max_length = {data.max_length} tokens")
-    return Inputs(rows, validation, tests, found.form, choices)
+    return Inputs(rows, validation, tests, found.form, choices, scored)
 
 
 def _read(sources: tuple[str, ...], tokenizer: Any, form: str) -> Any:
@@ -85,6 +96,10 @@ def _read(sources: tuple[str, ...], tokenizer: Any, form: str) -> Any:
 
 def _choices(config: RunConfig, training: list[Example]) -> list[str] | None:
     said = config.data.choices
+    if any(row.choices for row in training):
+        if said != "auto":
+            raise ConfigError("data.choices: these rows bring their own choices; leave it at auto")
+        return None
     if said is None:
         return None
     if said == "auto":

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from trimtab.config import EvaluationConfig, RunConfig, load_config
+from trimtab.config import EvaluationConfig, load_config
 from trimtab.data.rows import Example, read_examples
 from trimtab.errors import ConfigError, DataError
 from trimtab.evaluation.evaluate import evaluate, write
@@ -36,6 +36,7 @@ def measure(
     tasks: Sequence[str] = (),
     generate: bool = False,
     choices: list[str] | None = None,
+    form: str | None = None,
     batch_size: int | None = None,
     max_new_tokens: int | None = None,
     limit: int | None = None,
@@ -44,10 +45,11 @@ def measure(
 ) -> tuple[Path, list[dict[str, Any]]]:
     """Evaluate ``target``, a run folder or the name of a model, on the files ``data`` (default: the run's test sets).
 
-    What is None is as in the run. Choices on other rows than its test sets: the run's, if these rows are answered so,
-    else a closed set is looked for in the rows. For a model: the defaults of a run. With ``generate`` the model writes
-    its answer also where the answers are a closed set. With ``tasks``, named as in ``trimtab.evaluation.tasks``,
-    ``data`` is the file of a single one or the folders that hold their files, and each is measured as it asks for.
+    What is None is as in the run; for a model: the defaults of a run. Choices on other rows than the run's test sets:
+    the run's, if these rows are answered so, else a closed set is looked for in the rows. ``form`` is a name in
+    ``trimtab.data.rows.FORMS``. With ``generate`` the model writes its answer also where the answers are a closed set.
+    With ``tasks``, named as in ``trimtab.evaluation.tasks``, ``data`` is the file of a single one or the folders that
+    hold their files, and each is measured as it asks for.
 
     Results and predictions go into ``out`` under the stage ``after``, or ``before`` for a model without an adapter. By
     default that is ``runs/evaluate``; but the run's own folder, whose page is made anew, where its own test sets are
@@ -76,13 +78,14 @@ def measure(
         raise ConfigError(f"{target}: nothing to evaluate on; name the rows with --data FILE")
     said = config.evaluation if config is not None else EvaluationConfig()
     own_sets = run is not None and not data and not wanted
-    as_in_run = own_sets and choices is None and limit is None and not generate
+    as_in_run = own_sets and choices is None and form is None and limit is None and not generate
     if own_sets and limit is None:
         limit = said.limit
 
     source = source_of(config) if config is not None else resolve(target)
     tokenizer = load_tokenizer(source)
-    rows = {name: _read(path, config, tokenizer) for name, path in sets.items()}
+    form = form or (config.data.form if config is not None else "auto")
+    rows = {name: list(read_examples(path, tokenizer, root=Path.cwd(), form=form)) for name, path in sets.items()}
     listener.stage(f"Loading {target}")
     if run is not None and config is not None:
         model: Any = load_run_model(run, config, adapter=not base)
@@ -121,11 +124,6 @@ def measure(
     if run is not None and folder == run.path:
         run_page(folder)
     return folder, results
-
-
-def _read(path: str, config: RunConfig | None, tokenizer: Any) -> Sequence[Example]:
-    form = config.data.form if config is not None else "auto"
-    return list(read_examples(path, tokenizer, root=Path.cwd(), form=form))
 
 
 def _fitting_choices(examples: Sequence[Example], known: list[str] | None) -> list[str] | Literal["infer"]:

@@ -55,7 +55,7 @@ class RowSizes:
             max(lengths),
             math.ceil(labels / len(longest)),
             bool(inputs.validation or tested),
-            inputs.choices is None and any(example.answer is not None for example in tested),
+            not inputs.scored and any(example.answer is not None for example in tested),
         )
 
 

@@ -212,25 +212,22 @@ class _Run:
         )
 
     def _validation(self) -> Mapping[str, float]:
-        """Loss on the validation rows, and accuracy where answers are a closed set."""
+        """Loss on the validation rows; accuracy where answers are scored, and F1 where they are one closed set."""
         rows = self.inputs.validation
-        if self.inputs.choices is None:
+        if not self.inputs.scored:
             size, length = self.config.evaluation.batch_size, self.config.data.max_length
             loss, tokens = token_loss(self._head, self.tokenizer, rows, batch_size=size, max_length=length)
             return {"loss": math.log(perplexity(loss, tokens))}
         result = self._evaluation(rows, "validation").result
-        return {
-            "loss": math.log(result["perplexity"]),
-            "accuracy": result["accuracy"],
-            "macro_f1": result["macro_f1"],
-        }
+        found = {"loss": math.log(result["perplexity"])}
+        return found | {key: result[key] for key in ("accuracy", "macro_f1") if key in result}
 
     def train(self, checkpoint: Path | None) -> None:
         """Train, and leave the model with the adapter that the run ends with."""
         config, train = self.config, self.config.train
-        validates, closed = bool(self.inputs.validation), self.inputs.choices is not None
+        validates, scored = bool(self.inputs.validation), self.inputs.scored
         rows = len(self.inputs.rows)
-        arguments = training_arguments(config, rows, self.folder.checkpoints, validates=validates, closed=closed)
+        arguments = training_arguments(config, rows, self.folder.checkpoints, validates=validates, scored=scored)
         interrupting = Interrupting()
         averaging = Averaging(self.model, train.average or 0.0)
         pace = Pace()
@@ -263,7 +260,7 @@ class _Run:
                 train.group_by_length,
                 averaging,
                 callbacks,
-                _best_loss(self.folder.read_metrics(), metric(config, closed)),
+                _best_loss(self.folder.read_metrics(), metric(config, scored)),
                 train.prompt_loss_weight,
                 pace,
             )

@@ -1,0 +1,83 @@
+"""Rows that bring their own answers to choose from: a question, the choices, and which of them is right.
+
+Two spellings are read. The hub's: ``question``, ``choices`` and ``answer`` or ``answerKey``, where the choices are a
+list of texts, or ``{"text": [...], "label": [...]}`` as in ARC. And that of LLM-Adapters' commonsense sets
+(arXiv 2304.01933), whose choices stand in the ``instruction`` ("Answer1: ... Answer2: ...") and whose ``answer`` is the
+name of one ("answer2").
+
+The model reads the question alone and is to write the answer's text; each choice is then scored as that text. (Small
+models answer such questions far better than they find the name of an answer.)
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+PROMPT = "Question: {question}\nAnswer:"
+"""What stands before an answer; the form in which such sets are commonly evaluated."""
+
+_INSTRUCTION = re.compile(
+    r"(?s)Please choose the correct \w+ [^:]*: (?P<question>.*?)\n\n(?P<choices>(?P<word>[A-Z][a-z]+)1: .*?)"
+    r"\n\nAnswer format: .*"
+)
+
+
+class Question(NamedTuple):
+    """One row."""
+
+    question: str
+    choices: tuple[str, ...]
+    """At least two, all different; equal ones of the row are one."""
+    answer: str
+    """The right one."""
+
+
+def read_question(row: Mapping[str, Any]) -> Question:
+    """The question that ``row`` asks. Raises ValueError, which says what is wrong, if it is not of either spelling."""
+    if "question" not in row and "instruction" in row:
+        return _from_instruction(row)
+    choices: Any = row.get("choices")
+    labels: Any = None
+    if isinstance(choices, Mapping):
+        labels, choices = choices.get("label"), choices.get("text")
+        if not isinstance(labels, list) or not isinstance(choices, list) or len(labels) != len(choices):
+            raise ValueError("'choices' must hold as many 'label' as 'text'")
+    if not isinstance(choices, list):
+        raise ValueError(f"'choices' must be a list of texts, but is {type(choices).__name__}")
+    key = "answer" if row.get("answer") is not None else "answerKey"
+    return _question(row.get("question"), choices, labels, row.get(key), key)
+
+
+def _from_instruction(row: Mapping[str, Any]) -> Question:
+    instruction, answer = row.get("instruction"), row.get("answer")
+    found = _INSTRUCTION.fullmatch(instruction) if isinstance(instruction, str) else None
+    if found is None:
+        raise ValueError(
+            "its 'instruction' is not of the form 'Please choose the correct answer to the question: ... Answer1: ... "
+            "Answer2: ... Answer format: ...'"
+        )
+    _, *parts = re.split(rf"(?:^|\s+){found['word']}(\d+): ?", found["choices"])
+    labels = [found["word"].lower() + number for number in parts[::2]]
+    return _question(found["question"], parts[1::2], labels, answer, "answer")
+
+
+def _question(question: Any, choices: list[Any], labels: list[Any] | None, answer: Any, key: str) -> Question:
+    if not isinstance(question, str) or not question.strip():
+        raise ValueError("'question' must be a text that is not empty")
+    if not all(isinstance(choice, str) and choice.strip() for choice in choices):
+        raise ValueError("each of its choices must be a text that is not empty")
+    texts = [choice.strip() for choice in choices]
+    known: list[Any] = labels if labels is not None else texts
+    if isinstance(answer, str) and answer.strip() in known:
+        right = known.index(answer.strip())
+    elif labels is None and isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(texts):
+        right = answer
+    else:
+        others = "" if labels is not None else f", or a number from 0 to {len(texts) - 1}"
+        raise ValueError(f"'{key}' must be one of {', '.join(map(str, known))}{others}, but is {answer!r}")
+    different = tuple(dict.fromkeys(texts))
+    if len(different) < 2:
+        raise ValueError(f"it needs at least two different choices, but has {len(different)}")
+    return Question(question.strip(), different, texts[right])
