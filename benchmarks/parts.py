@@ -3,6 +3,7 @@ bound that their sum implies.
 
     python benchmarks/parts.py                                        bfloat16 and float32, 1,024 tokens
     python benchmarks/parts.py --tokens 128 1024 4096 --rank 64
+    python benchmarks/parts.py --dtypes bfloat16 --kinds int8 nf4 --save parts-quantised    over quantised blocks
 
 Each operation of the seven projections of one block runs alone, on tensors of its own, the operations taking turns;
 the table gives the sums of medians over the seven projections and their share of a step (forward and backward) of the
@@ -20,10 +21,12 @@ import argparse
 import statistics
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 
 import torch
 from torch import Tensor
 
+import quantised
 from common import alternate, show, write_results
 from step import blocks, stepper
 from trimtab.methods import mora
@@ -104,8 +107,9 @@ def operations(shape: tuple[int, int], tokens: int, rank: int, dtype: torch.dtyp
 
 
 @torch.no_grad()
-def measure(tokens: int, rank: int, dtype: torch.dtype, repeats: int) -> dict[str, float]:
-    """Seconds of each operation, summed over the projections of one block, and of the step of a frozen block."""
+def measure(tokens: int, rank: int, dtype: torch.dtype, kind: str, repeats: int) -> dict[str, float]:
+    """Seconds of each operation, summed over the projections of one block, and of the step of a frozen block that is
+    stored as ``kind``."""
     works = {
         f"{name} {operation}": work
         for name, shape in SHAPES.items()
@@ -114,7 +118,8 @@ def measure(tokens: int, rank: int, dtype: torch.dtype, repeats: int) -> dict[st
     seconds = {work: statistics.median(times) for work, times in alternate(works, repeats).items()}
     found = {part: sum(seconds[f"{name} {part}"] for name in SHAPES) for part in PARTS}
     with torch.enable_grad():
-        step = stepper(blocks(dtype, "sdpa", 1), tokens)
+        block = blocks(dtype, "sdpa", 1) if kind == "none" else quantised.blocks(kind, "smollm2-135m", 1)
+        step = stepper(block, tokens)
         found["frozen step"] = statistics.median(alternate({"step": step}, repeats)["step"])
     return found
 
@@ -125,12 +130,17 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=[1024])
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--kinds", nargs="+", default=["none"], choices=quantised.KINDS, help="all but none: bfloat16")
+    parser.add_argument("--save", default="parts", metavar="NAME", help="results go to results/NAME.json")
     said = parser.parse_args()
 
+    if said.dtypes != ["bfloat16"] and said.kinds != ["none"]:
+        parser.error("quantised blocks compute in bfloat16 here: add --dtypes bfloat16")
+
     found = []
-    for dtype in said.dtypes:
+    for kind, dtype in product(said.kinds, said.dtypes):
         for tokens in said.tokens:
-            seconds = measure(tokens, said.rank, getattr(torch, dtype), said.repeats)
+            seconds = measure(tokens, said.rank, getattr(torch, dtype), kind, said.repeats)
             share = {part: time / seconds["frozen step"] for part, time in seconds.items()}
             lora = 1 + sum(share[part] for part in LORA)
             bounds = {
@@ -140,13 +150,14 @@ def main() -> None:
             }
             rows = [[part, f"{seconds[part] * 1e3:.2f}", f"{share[part]:.3f}"] for part in ("frozen step", *PARTS)]
             rows += [[f"bound of {method}", "", f"{bound:.3f}"] for method, bound in bounds.items()]
+            stored = "" if kind == "none" else f"{kind}, "
             show(
-                f"{dtype}, {tokens} tokens, rank {said.rank}: one block of SmolLM2, medians of {said.repeats}",
+                f"{stored}{dtype}, {tokens} tokens, rank {said.rank}: one block of SmolLM2, medians of {said.repeats}",
                 ["part", "ms", "/ frozen step"],
                 rows,
             )
-            found.append({"dtype": dtype, "tokens": tokens, "seconds": seconds, "bound": bounds})
-    write_results("parts", {"rank": said.rank, "repeats": said.repeats}, found)
+            found.append({"kind": kind, "dtype": dtype, "tokens": tokens, "seconds": seconds, "bound": bounds})
+    write_results(said.save, {"rank": said.rank, "repeats": said.repeats}, found)
 
 
 if __name__ == "__main__":

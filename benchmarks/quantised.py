@@ -2,6 +2,8 @@
 
     python benchmarks/quantised.py                        8 random blocks of SmolLM2-135M's shape, 1,024 tokens
     python benchmarks/quantised.py --layers 30 --memory   as many as the model has, and peak memory
+    python benchmarks/quantised.py --compile              with the blocks compiled, too
+    python benchmarks/quantised.py --shape llama-3.1-8b --layers 1 --save quantised-8b    blocks of that model's shape
     python benchmarks/quantised.py --primitives           what dequantising one weight costs
 
 A step is forward and backward through the blocks in bfloat16 (no embedding, no vocabulary product, no loss, no
@@ -11,6 +13,7 @@ optimiser). For each kind (none, int8, nf4) the arms are
     bitsandbytes    the same through bitsandbytes' own layers, as they train (its repacking for AVX512-BF16 is off,
                     since it destroys the weight for training)
     lora/dora/mora  ours on all seven projections
+    ... compiled    the same with every block under torch.compile
 
 All arms of a kind take turns in one process (A B C A B C ...). Memory is measured apart, one process for each arm: the
 rise of resident memory from before the blocks are made to the highest point of four steps. What a kind saves is given
@@ -28,29 +31,36 @@ import torch
 from torch import Tensor, nn
 
 from common import alternate, child, peak_rise_gib, ratio, show, write_results
-from step import TARGETS, adapt, disturb, stepper
+from step import COMPILED, TARGETS, adapt, disturb, stepper
 
 KINDS = ("none", "int8", "nf4")
 ARMS = ("frozen", "bitsandbytes", "lora", "dora", "mora")
+SHAPES = {
+    "smollm2-135m": {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3},
+    "llama-3.2-1b": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+    "llama-3.1-8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+}
 GIB = 1024**3
 
 
-def blocks(kind: str, layers: int) -> Any:
-    """Random blocks of SmolLM2-135M's shape in bfloat16, quantised one weight at a time."""
+def blocks(kind: str, shape: str, layers: int) -> Any:
+    """Random blocks of a model's shape in bfloat16, quantised one weight at a time."""
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaModel, LlamaRotaryEmbedding
 
     from trimtab import bases
 
-    config = LlamaConfig(
-        vocab_size=8,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=layers,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        use_cache=False,
-    )
+    config = LlamaConfig(vocab_size=8, num_hidden_layers=layers, use_cache=False, **SHAPES[shape])
     with torch.device("meta"):
         model = LlamaModel(config).bfloat16()
     model.rotary_emb, model.norm = LlamaRotaryEmbedding(config), nn.Identity()
@@ -67,11 +77,11 @@ def blocks(kind: str, layers: int) -> Any:
     return model.requires_grad_(False).train()
 
 
-def arm_of(arm: str, kind: str, layers: int, rank: int) -> Any:
+def arm_of(arm: str, kind: str, said: argparse.Namespace) -> Any:
     """The blocks as ``arm`` runs them."""
-    model = blocks(kind, layers)
+    model = blocks(kind, said.shape, said.layers)
     if arm != "bitsandbytes":
-        return adapt(model, arm, rank)
+        return adapt(model, arm, said.rank)
     for module in model.modules():
         theirs = next((base for base in type(module).__mro__ if base.__module__ == "bitsandbytes.nn.modules"), None)
         if theirs is not None:
@@ -92,7 +102,7 @@ def memory(arm: str, kind: str, said: argparse.Namespace) -> dict[str, float]:
     held: list[Any] = []
 
     def work() -> None:
-        held.append(arm_of(arm, kind, said.layers, said.rank))
+        held.append(arm_of(arm, kind, said))
         step = stepper(held[0], said.tokens)
         for _ in range(4):
             disturb(held[0])
@@ -132,13 +142,16 @@ def primitives(repeats: int) -> dict[str, list[float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS, metavar="ARM")
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS + COMPILED, metavar="ARM")
+    parser.add_argument("--compile", action="store_true", help="the compiled arms, too")
+    parser.add_argument("--shape", default="smollm2-135m", choices=SHAPES)
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--memory", action="store_true", help="peak memory, too: one more process for each arm")
     parser.add_argument("--primitives", action="store_true", help="only what dequantising one weight costs")
+    parser.add_argument("--save", default="quantised", metavar="NAME", help="results go to results/NAME.json")
     parser.add_argument("--child", nargs=2, metavar=("ARM", "KIND"), help=argparse.SUPPRESS)
     said = parser.parse_args()
     if said.child:
@@ -152,10 +165,13 @@ def main() -> None:
         return
 
     settings = ["--tokens", str(said.tokens), "--layers", str(said.layers), "--rank", str(said.rank)]
+    settings += ["--shape", said.shape]
+    wanted = dict.fromkeys(["frozen", *said.arms, *(COMPILED if said.compile else ())])
     found: dict[str, Any] = {}
     for kind in said.kinds:
-        arms = [arm for arm in dict.fromkeys(["frozen", *said.arms]) if kind != "none" or arm != "bitsandbytes"]
-        models = {arm: arm_of(arm, kind, said.layers, said.rank) for arm in arms}
+        arms = [arm for arm in wanted if kind != "none" or arm != "bitsandbytes"]
+        models = {arm: arm_of(arm, kind, said) for arm in arms}
+        torch.compiler.reset()
         steps = {arm: stepper(model, said.tokens) for arm, model in models.items()}
         seconds = alternate(steps, said.repeats, lambda arm: disturb(models[arm]))  # noqa: B023
         models.clear()
@@ -174,10 +190,10 @@ def main() -> None:
             rows.append(row)
         columns = ["arm", "seconds", "/ frozen", "/ lora"]
         columns += ["peak rise, MiB", "weights, MiB", "saved / shrunk"] if said.memory else []
-        size = f"{said.tokens} tokens, rank {said.rank}, {said.layers} blocks"
+        size = f"{said.tokens} tokens, rank {said.rank}, {said.layers} blocks of {said.shape}"
         show(f"{kind}, bfloat16, {size}, medians of {said.repeats}", columns, rows)
-        what = {key: getattr(said, key) for key in ("tokens", "layers", "rank", "repeats")}
-        write_results("quantised", what, found)
+        what = {key: getattr(said, key) for key in ("shape", "tokens", "layers", "rank", "repeats")}
+        write_results(said.save, what, found)
 
 
 def _saved(full: dict[str, float], small: dict[str, float]) -> float:

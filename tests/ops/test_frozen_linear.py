@@ -200,6 +200,34 @@ def test_a_frozen_weight_alone_keeps_no_input() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_weight_that_is_given_again_is_multiplied_in_place(dtype: torch.dtype) -> None:
+    """No second matrix stands beside it in the backward pass. A weight that the base stores stays as it is."""
+    weight, (a, b) = draw(OUT, IN).detach().to(dtype), (draw(*shape).detach() for shape in ((2, IN), (OUT, 2)))
+    magnitude = torch.linspace(1.7, 2.4, OUT, dtype=torch.promote_types(dtype, torch.float32))
+    norm, upstream, x = torch.full_like(magnitude, 2), torch.randn(64, OUT).to(dtype), torch.randn(64, IN).to(dtype)
+    gradients = []
+    for given in (None, weight.clone()):
+        fed, stored = x.clone().requires_grad_(), weight.clone()
+        again = None if given is None else lambda given=given: given
+        output = frozen_linear(
+            fed,
+            stored,
+            update=LowRank(0.5),
+            tensors=(a, b),
+            magnitude=magnitude,
+            norm=norm,
+            again=again,
+            compute="factored",
+        )
+        output.backward(upstream)
+        gradients.append(fed.grad)
+        assert torch.equal(stored, weight)
+        if given is not None:
+            assert torch.allclose(given.double(), weight.double() * (magnitude / 2).double()[:, None], rtol=2**-7)
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_dropout_is_the_formula_and_keeps_the_input_and_one_byte_an_element(dtype: torch.dtype) -> None:
     """Layers that read one input keep it between them: no copy of what was left of it."""
     weight, x = draw(OUT, IN).detach().to(dtype), draw(64, IN).to(dtype).detach().requires_grad_()

@@ -56,7 +56,8 @@ class Base:
         raise NotImplementedError
 
     def again(self, dtype: torch.dtype) -> Callable[[], Tensor] | None:
-        """How the backward pass gets ``weight(dtype)`` once more; None where the tensor itself may be kept for it."""
+        """How the backward pass gets ``weight(dtype)`` once more, as a new tensor of its own; None where the tensor
+        itself may be kept for it."""
         return None
 
     def dtype_for(self, x: Tensor) -> torch.dtype:

@@ -214,7 +214,7 @@ class _FrozenLinear(torch.autograd.Function):
             if update is not None and folds:
                 multiplier = update.fold(weight, None if factor is None else factor.values, tensors)
             elif factor is not None and weight.shape[1] < tokens:
-                multiplier = factor.times_rows(weight)
+                multiplier = factor.times_rows(weight, in_place=ctx.again is not None)
             else:
                 multiplier = weight
                 if factor is not None:
@@ -275,7 +275,8 @@ def frozen_linear(
         compute: ``auto`` chooses between the two forms by their cost; ``folded`` and ``factored`` overrule it. Folding
             is left out where it cannot be exact: with dropout, with ``keep_product``, or with a ratio far from 1.
         again: gives ``weight`` once more in the backward pass, which then does not keep it: for a weight that was
-            computed for this call (a dequantised one). Called once, and only if ``x`` wants a gradient.
+            computed for this call (a dequantised one). Called once, and only if ``x`` wants a gradient; what it gives
+            may be overwritten.
         ratios: where a pass without gradients looks for ``m / n``, and leaves it if it is not there, by the dtype of
             the computation; the caller empties it when ``magnitude`` or ``norm`` change.
 

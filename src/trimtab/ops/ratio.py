@@ -33,10 +33,10 @@ class Ratio(NamedTuple):
         """
         return self._times(values, self.values, self.excess, in_place)
 
-    def times_rows(self, weight: Tensor) -> Tensor:
+    def times_rows(self, weight: Tensor, in_place: bool = False) -> Tensor:
         """``c * weight``, row by row of ``weight [out, in]``."""
         excess = None if self.excess is None else self.excess.unsqueeze(1)
-        return self._times(weight, self.values.unsqueeze(1), excess, False)
+        return self._times(weight, self.values.unsqueeze(1), excess, in_place)
 
     @staticmethod
     def _times(values: Tensor, factors: Tensor, excess: Tensor | None, in_place: bool) -> Tensor:
