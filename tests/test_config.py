@@ -333,6 +333,26 @@ def test_the_resolved_text_loads_back_equal_from_anywhere(tmp_path: Path, monkey
     assert to_yaml(again) == to_yaml(config)
 
 
+def test_text_for_a_folder_moves_with_its_rows(tmp_path: Path) -> None:
+    """Paths are written as seen from the folder; names of the hub and numbers stay as they are."""
+    here = tmp_path / "here"
+    (here / "study" / "tiny").mkdir(parents=True)
+    config = load(
+        here,
+        "model: ./study/tiny\ndata: {train: [study/a.jsonl, owner/rows], validation: 0.2, test: {t: ../t.jsonl}}\n",
+    )
+    text = to_yaml(config, beside=here / "study")
+    assert str(tmp_path) not in text.split("output:")[0]
+    (here / "study" / "best.yaml").write_text(text, encoding="utf-8")
+    assert load_config(here / "study" / "best.yaml") == config
+    there = here.rename(tmp_path / "there")
+    moved = load_config(there / "study" / "best.yaml")
+    assert moved.model.name == str(there / "study" / "tiny")
+    assert moved.data.train == (str(there / "study" / "a.jsonl"), "owner/rows")
+    assert moved.data.test == {"t": str(tmp_path / "t.jsonl")}
+    assert moved.data.validation == 0.2
+
+
 def test_the_configuration_is_frozen(tmp_path: Path) -> None:
     config = load(tmp_path, SMALLEST)
     with pytest.raises(ValidationError, match="frozen"):

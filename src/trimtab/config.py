@@ -14,6 +14,7 @@ The smallest file names a model and some rows; everything else has a default:
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
@@ -387,9 +388,25 @@ def validated(
         raise ConfigError("\n".join(lines)) from None
 
 
-def to_yaml(config: RunConfig) -> str:
-    """``config`` in full as YAML text; ``load_config`` of it gives an equal config."""
-    return write_yaml(config.model_dump(mode="json"))
+def to_yaml(config: RunConfig, beside: Path | None = None) -> str:
+    """``config`` in full as YAML text; ``load_config`` of it gives an equal config.
+
+    ``beside``: the folder of the file that the text is for. The local paths of the model and of the rows are written as
+    seen from there, so that the file may be moved together with them.
+    """
+    said = config.model_dump(mode="json")
+    if beside is not None:
+
+        def seen(text: str) -> str:
+            if not Path(text).is_absolute():
+                return text
+            path = os.path.relpath(text, beside.resolve())
+            return path if path.startswith(".") else f"./{path}"
+
+        said["model"]["name"] = seen(said["model"]["name"])
+        for key in ("train", "validation", "test"):
+            said["data"][key] = _map_texts(said["data"][key], seen)
+    return write_yaml(said)
 
 
 def override(raw: dict[str, Any], text: str) -> tuple[str, ...]:

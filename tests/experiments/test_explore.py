@@ -151,8 +151,10 @@ def test_a_search_and_its_best_plan(make_search: Make, in_process: list[str], tm
 
     # The best plan, as it is handed out, is a whole run that gives the score that it was chosen for.
     loaded = load_config(folder / "best.yaml")
+    assert str(tmp_path) not in (folder / "best.yaml").read_text(encoding="utf-8")
+    assert loaded.output == Path.cwd() / "runs" / f"{folder.name}-best"
     assert list(loaded.data.test) == ["test"]
-    run = finetune(loaded)
+    run = finetune(loaded.model_copy(update={"output": tmp_path / "again"}))
     assert min(row["loss"] for row in run.read_metrics() if row["kind"] == "validation") == best["score"]
     assert run.evaluation("test", "after").is_file()
 

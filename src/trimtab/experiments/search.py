@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 import time
+from pathlib import Path
 from typing import Any
 
 from trimtab.config import RunConfig
@@ -90,8 +91,8 @@ class Search:
         for name in ("best", "best_mixed", "best_uniform"):
             if known[name] is not None:
                 best = self._run_config(rows[known[name]], tests=True)
-                output = self.config.output / "runs" / name
-                write_text(self.config.output / f"{name}.yaml", run_to_yaml(best.model_copy(update={"output": output})))
+                best = best.model_copy(update={"output": Path("runs") / f"{self.config.output.name}-{name}"})
+                write_text(self.config.output / f"{name}.yaml", run_to_yaml(best, beside=self.config.output))
         write_json(self.config.output / "explore.json", known)
 
     def _take_up(self) -> None:
