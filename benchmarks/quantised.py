@@ -1,7 +1,7 @@
 """Training steps on quantised blocks, against the frozen quantised blocks, and what quantising saves in memory.
 
     python benchmarks/quantised.py                        8 random blocks of SmolLM2-135M's shape, 1,024 tokens
-    python benchmarks/quantised.py --layers 30 --memory   as many as the model has, and peak memory
+    python benchmarks/quantised.py --layers 30 --memory 3 as many as the model has, and peak memory
     python benchmarks/quantised.py --compile              with the blocks compiled, too
     python benchmarks/quantised.py --shape llama-3.1-8b --layers 1 --save quantised-8b    blocks of that model's shape
     python benchmarks/quantised.py --primitives           what dequantising one weight costs
@@ -15,9 +15,10 @@ optimiser). For each kind (none, int8, nf4) the arms are
     lora/dora/mora  ours on all seven projections
     ... compiled    the same with every block under torch.compile
 
-All arms of a kind take turns in one process (A B C A B C ...). Memory is measured apart, one process for each arm: the
-rise of resident memory from before the blocks are made to the highest point of four steps. What a kind saves is given
-as a share of what its weights shrank by.
+All arms of a kind take turns in one process (A B C A B C ...). Memory is measured apart, in processes that hold one arm
+each: the rise of resident memory from before the blocks are made to the highest point of four steps, the median over
+processes. What a kind saves is given as a share of what its weights shrank by. (Of 8 blocks that is a few dozen MiB,
+which the allocator's holes blur: take more blocks.)
 """
 
 from __future__ import annotations
@@ -149,7 +150,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--memory", action="store_true", help="peak memory, too: one more process for each arm")
+    parser.add_argument(
+        "--memory", type=int, default=0, metavar="N", help="peak memory, too: N more processes for each arm"
+    )
     parser.add_argument("--primitives", action="store_true", help="only what dequantising one weight costs")
     parser.add_argument("--save", default="quantised", metavar="NAME", help="results go to results/NAME.json")
     parser.add_argument("--child", nargs=2, metavar=("ARM", "KIND"), help=argparse.SUPPRESS)
@@ -176,7 +179,11 @@ def main() -> None:
         seconds = alternate(steps, said.repeats, lambda arm: disturb(models[arm]))  # noqa: B023
         models.clear()
         steps.clear()
-        peaks = {arm: child(__file__, "--child", arm, kind, *settings) for arm in arms if said.memory}
+        peaks = {
+            arm: _median([child(__file__, "--child", arm, kind, *settings) for _ in range(said.memory)])
+            for arm in arms
+            if said.memory
+        }
         found[kind] = {"seconds": seconds, "memory": peaks}
         found[kind]["ratio"] = {arm: ratio(seconds, arm, "frozen") for arm in arms}
         rows = []
@@ -192,8 +199,12 @@ def main() -> None:
         columns += ["peak rise, MiB", "weights, MiB", "saved / shrunk"] if said.memory else []
         size = f"{said.tokens} tokens, rank {said.rank}, {said.layers} blocks of {said.shape}"
         show(f"{kind}, bfloat16, {size}, medians of {said.repeats}", columns, rows)
-        what = {key: getattr(said, key) for key in ("shape", "tokens", "layers", "rank", "repeats")}
+        what = {key: getattr(said, key) for key in ("shape", "tokens", "layers", "rank", "repeats", "memory")}
         write_results(said.save, what, found)
+
+
+def _median(runs: list[dict[str, float]]) -> dict[str, float]:
+    return {key: statistics.median(run[key] for run in runs) for key in runs[0]}
 
 
 def _saved(full: dict[str, float], small: dict[str, float]) -> float:
