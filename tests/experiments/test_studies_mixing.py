@@ -40,7 +40,7 @@ def test_the_pairs_are_what_the_script_writes(tmp_path: Path) -> None:
     module.main(tmp_path / "pairs.jsonl")
     assert (tmp_path / "pairs.jsonl").read_bytes() == (MIXING / "pairs.jsonl").read_bytes()
     rows = list(read_jsonl(MIXING / "pairs.jsonl"))
-    assert len({row["prompt"] for row in rows}) == len(rows) == 64
+    assert len({row["prompt"] for row in rows}) == len(rows) == 256
 
 
 @needs_wheel
