@@ -403,9 +403,7 @@ def to_yaml(config: RunConfig, beside: Path | None = None) -> str:
             path = os.path.relpath(text, beside.resolve())
             return path if path.startswith(".") else f"./{path}"
 
-        said["model"]["name"] = seen(said["model"]["name"])
-        for key in ("train", "validation", "test"):
-            said["data"][key] = _map_texts(said["data"][key], seen)
+        _map_sources(said, seen, seen)
     return write_yaml(said)
 
 
@@ -444,6 +442,13 @@ def _resolve_paths(raw: dict[str, Any], root: Path) -> None:
         is_path = text.startswith((".", "/", "~")) or text.lower().endswith(".gguf")
         return local(text) if is_path or (root / text / "config.json").is_file() else text
 
+    _map_sources(raw, model, data_file)
+    if isinstance(output := raw.get("output"), str) and output:
+        raw["output"] = str(Path(output).expanduser().absolute())
+
+
+def _map_sources(raw: dict[str, Any], model: Callable[[str], str], data_file: Callable[[str], str]) -> None:
+    """Change the names of the model and of the rows in ``raw``, wherever they are there."""
     if isinstance(raw.get("model"), dict):
         if "name" in raw["model"]:
             raw["model"]["name"] = _map_texts(raw["model"]["name"], model)
@@ -453,8 +458,6 @@ def _resolve_paths(raw: dict[str, Any], root: Path) -> None:
         for key in ("train", "validation", "test"):
             if key in data:
                 data[key] = _map_texts(data[key], data_file)
-    if isinstance(output := raw.get("output"), str) and output:
-        raw["output"] = str(Path(output).expanduser().absolute())
 
 
 def _map_texts(value: Any, change: Callable[[str], str]) -> Any:

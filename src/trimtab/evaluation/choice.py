@@ -199,8 +199,8 @@ class _Row:
     """For each choice, of each of its scored tokens: the sequence, the position before it, and the token."""
     unscored: list[int]
     """For each choice: how many of its places are before its own first token, shared by all choices."""
-    lengths: list[int]
-    """For each choice: its characters where they are the row's own, else 1."""
+    lengths: list[list[int]]
+    """What the scores are divided by wherever choices are compared: 1, and the characters of a row's own choices."""
 
     def scores(self) -> list[float]:
         return [sum(sequence.asked[at][token] for sequence, at, token in places) for places in self.places]
@@ -213,15 +213,16 @@ class _Row:
     def undecided(self, margin: float) -> list[TokenSequence]:
         """The sequences of the choices that come within ``margin`` of the best one, by the score or by that per
         character; none, if it is alone there."""
-        near = self._near(margin, [1] * len(self.lengths)) | self._near(margin, self.lengths)
-        return list({id(sequence): sequence for sequence in (self.places[at][0][0] for at in sorted(near))}.values())
+        scores = self.scores()
+        near = sorted(set().union(*(self._near(scores, margin, lengths) for lengths in self.lengths)))
+        return list({id(sequence): sequence for sequence in (self.places[at][0][0] for at in near)}.values())
 
-    def _near(self, margin: float, lengths: Sequence[int]) -> set[int]:
+    def _near(self, scores: Sequence[float], margin: float, lengths: Sequence[int]) -> set[int]:
         """The choices within ``margin`` of the best one, all divided by ``lengths``; none, if it is alone there.
 
         Roundings of several tokens add up like chances.
         """
-        scores = [score / length for score, length in zip(self.scores(), lengths, strict=True)]
+        scores = [score / length for score, length in zip(scores, lengths, strict=True)]
         margins = [
             margin * math.sqrt(len(places)) / length for places, length in zip(self.places, lengths, strict=True)
         ]
@@ -318,7 +319,9 @@ def _row(example: Example, answers: list[tuple[list[int], int]], choices: Sequen
         for at in range(start, len(ids)):
             home.ask(at - 1, ids[at])
             places[choice].append((home, at - 1, ids[at]))
-    lengths = [len(choice) if example.choices else 1 for choice in choices]
+    lengths = [[1] * len(choices)]
+    if choices == example.choices:
+        lengths.append([len(choice) for choice in choices])
     return _Row(sequences, places, [first - start for _, first in answers], lengths)
 
 

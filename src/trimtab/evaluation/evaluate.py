@@ -92,9 +92,7 @@ def evaluate(
     limit = _limit(model, max_length)
     own = all(example.choices for example in examples)
     closed = (None if own else infer_choices(examples)) if choices == "infer" else choices
-    if closed is None and own and not generate:
-        result, predictions = _own_choices(head, tokenizer, examples, batch_size, limit, progress)
-    elif closed is not None and not generate:
+    if (closed is not None or own) and not generate:
         result, predictions = _choice(head, tokenizer, examples, closed, batch_size, limit, progress)
     elif any(example.answer is None for example in examples):
         result, predictions = _perplexity(head, tokenizer, examples, batch_size, limit, progress)
@@ -123,54 +121,32 @@ def _choice(
     head: Head,
     tokenizer: Any,
     examples: Sequence[Example],
-    choices: Sequence[str],
+    closed: Sequence[str] | None,
     batch_size: int,
     limit: int | None,
     progress: Progress | None,
 ) -> Outcome:
-    clean = check_choices(choices, examples)
+    """Choices scored: those of a closed set, or with None each row's own."""
+    clean = None if closed is None else check_choices(closed, examples)
     found = score_choices(head, tokenizer, examples, clean, batch_size=batch_size, max_length=limit, progress=progress)
-    truth = [str(example.answer) for example in examples]
-    predicted = [clean[best] for best in found.best()]
-    predictions = [
-        {
-            **prediction(index, example, answer, answer == example.answer),
-            "scores": _best_scores(clean, scores),
+    predictions = []
+    for index, (example, best, scores) in enumerate(zip(examples, found.best(), found.scores, strict=True)):
+        choices = clean if clean is not None else example.choices
+        row = prediction(index, example, choices[best], choices[best] == example.answer)
+        predictions.append({**row, "scores": _best_scores(choices, scores)})
+    if clean is not None:
+        truth = [str(example.answer) for example in examples]
+        metrics = choice_metrics(truth, [row["predicted"] for row in predictions], clean)
+        result = {"kind": "choice", "choices": clean, **metrics}
+    else:
+        by_length = zip(examples, found.best_by_length(examples), strict=True)
+        result = {
+            "kind": "multiple_choice",
+            "accuracy": sum(row["correct"] for row in predictions) / len(examples),
+            "accuracy_norm": sum(row.choices[best] == row.answer for row, best in by_length) / len(examples),
+            "chance": sum(1 / len(example.choices) for example in examples) / len(examples),
         }
-        for index, (example, answer, scores) in enumerate(zip(examples, predicted, found.scores, strict=True))
-    ]
-    metrics = choice_metrics(truth, predicted, clean)
-    return {
-        "kind": "choice",
-        "choices": clean,
-        **metrics,
-        "perplexity": perplexity(found.loss, found.tokens),
-    }, predictions
-
-
-def _own_choices(
-    head: Head,
-    tokenizer: Any,
-    examples: Sequence[Example],
-    batch_size: int,
-    limit: int | None,
-    progress: Progress | None,
-) -> Outcome:
-    found = score_choices(head, tokenizer, examples, None, batch_size=batch_size, max_length=limit, progress=progress)
-    predictions, right = [], 0
-    each = zip(examples, found.best(), found.best_by_length(examples), found.scores, strict=True)
-    for index, (example, best, by_length, scores) in enumerate(each):
-        answer = example.choices[best]
-        row = prediction(index, example, answer, answer == example.answer)
-        predictions.append({**row, "scores": _best_scores(example.choices, scores)})
-        right += example.choices[by_length] == example.answer
-    return {
-        "kind": "multiple_choice",
-        "accuracy": sum(row["correct"] for row in predictions) / len(examples),
-        "accuracy_norm": right / len(examples),
-        "chance": sum(1 / len(example.choices) for example in examples) / len(examples),
-        "perplexity": perplexity(found.loss, found.tokens),
-    }, predictions
+    return {**result, "perplexity": perplexity(found.loss, found.tokens)}, predictions
 
 
 def _best_scores(choices: Sequence[str], scores: Sequence[float]) -> dict[str, float]:

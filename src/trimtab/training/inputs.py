@@ -41,7 +41,7 @@ def read_inputs(config: RunConfig, tokenizer: Any, listener: Listener) -> Inputs
     training = list(found)
     tests = {name: list(_read((path,), tokenizer, data.form)) for name, path in data.test.items()}
     own = all(row.choices for row in training)
-    choices = _choices(config, training)
+    choices = _choices(config, training, own)
     if own:
         listener.note("each row brings its own answers to choose from")
     elif choices is None:
@@ -94,9 +94,9 @@ def _read(sources: tuple[str, ...], tokenizer: Any, form: str) -> Any:
     return read_examples(list(sources), tokenizer, root=Path.cwd(), form=form)
 
 
-def _choices(config: RunConfig, training: list[Example]) -> list[str] | None:
+def _choices(config: RunConfig, training: list[Example], own: bool) -> list[str] | None:
     said = config.data.choices
-    if any(row.choices for row in training):
+    if own:
         if said != "auto":
             raise ConfigError("data.choices: these rows bring their own choices; leave it at auto")
         return None
