@@ -19,7 +19,7 @@ from trimtab.cli.display import Display
 from trimtab.errors import Interrupted, TrimtabError
 from trimtab.experiments.pattern import Cell, load_study, run_study
 from trimtab.experiments.pattern_results import write_results
-from trimtab.files import read_json
+from trimtab.files import locked, read_json
 from trimtab.reports.pattern import pattern_table, write_pattern_page
 
 
@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> int:
     code = 0
     try:
         study = load_study(arguments[0], arguments[1:])
-        with Display(console) as display:
+        with locked(study.folder / "cells" / ".lock"), Display(console) as display:
             for result in run_study(study.cells, display, failed):
                 results.append(result)
                 write_results(study, results)

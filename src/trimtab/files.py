@@ -1,4 +1,4 @@
-"""Small files, read and written safely: a reader sees the old file or the new one, never half of either."""
+"""Small files, read and written safely: a reader sees the old file or the new one, never half of either. And locks."""
 
 from __future__ import annotations
 
@@ -6,8 +6,13 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
+
+from trimtab.errors import RunError
 
 
 def write_atomically(path: Path | str, write: Callable[[Path], None]) -> None:
@@ -62,3 +67,18 @@ def read_jsonl(path: Path | str) -> Iterator[Any]:
         for line in lines:
             if line.strip():
                 yield json.loads(line)
+
+
+@contextmanager
+def locked(file: Path) -> Iterator[None]:
+    """Hold the lock ``file``. It is let go of when the process ends, however it ends.
+
+    Raises RunError if another process holds it.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        held = FileLock(file).acquire(timeout=0)
+    except Timeout:
+        raise RunError(f"{file}: another process is at work here; wait for it, or choose another folder") from None
+    with held:
+        yield

@@ -26,7 +26,7 @@ from trimtab.training.run import finetune
 
 VERBS = ("finetune", "plan", "evaluate", "generate", "merge", "analyze", "memorize", "compare", "explore")
 IDS = torch.tensor([[5, 40, 60, 7, 80, 33], [9, 12, 300, 200, 4, 50]])
-PROGRAM = (sys.executable, "-c", "from trimtab.cli import main; main()")
+PROGRAM = (sys.executable, "-m", "trimtab")
 
 
 @pytest.fixture(scope="module")

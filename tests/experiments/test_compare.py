@@ -198,7 +198,7 @@ def test_two_at_one_study_are_refused(make_study: Callable[..., Path]) -> None:
 
     class Second(comparing.StudyListener):
         def cell_began(self, cell: Cell, number: int, total: int) -> None:
-            with pytest.raises(RunError, match="another process is at this study"):
+            with pytest.raises(RunError, match="another process is at work here"):
                 compare(study)
 
     assert compare(study, Second(), Selection(arms=frozenset({"untrained"}))) == []

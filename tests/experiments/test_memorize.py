@@ -187,6 +187,22 @@ def test_nothing_is_run_twice(small: Callable[..., MemoryStudy], tmp_path: Path)
     assert again.trained == []
 
 
+def test_two_at_one_study_are_refused(small: Callable[..., MemoryStudy], tmp_path: Path) -> None:
+    study, out = small(methods=("lora",), budgets=(2,), seeds=1, learning_rates=(1e-2,), steps=2), tmp_path / "out"
+    refused = []
+
+    class Second(Watcher):
+        def began(self, cell: Any) -> None:
+            for other in (study, small(pairs=7)):  # no cell is done: another task's could be written down otherwise
+                with pytest.raises(RunError, match="another process is at work here") as caught:
+                    memorize(other, out)
+                refused.append(caught.value)
+
+    memorize(study, out, Second())
+    assert len(refused) == 2 * study.size
+    assert read_json(out / "study.json")["pairs"] == study.pairs
+
+
 def test_an_interrupted_cell_leaves_the_others(
     small: Callable[..., MemoryStudy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -201,7 +217,7 @@ def test_an_interrupted_cell_leaves_the_others(
     monkeypatch.setattr(memorize_cell, "recall", interrupted)
     with pytest.raises(Interrupted, match="1 finished cells of 20"):
         memorize(small(), tmp_path / "out")
-    assert [file.name for file in (tmp_path / "out" / "cells").iterdir()] == ["full-lr0.001-seed0.json"]
+    assert [file.name for file in (tmp_path / "out" / "cells").glob("*.json")] == ["full-lr0.001-seed0.json"]
 
 
 def test_cells_of_another_task(small: Callable[..., MemoryStudy], tmp_path: Path) -> None:
@@ -215,7 +231,7 @@ def test_cells_of_another_task(small: Callable[..., MemoryStudy], tmp_path: Path
     (tmp_path / "other" / "notes.txt").write_text("mine")
     with pytest.raises(RunError, match="holds something other than a memory study"):
         memorize(small(**only), tmp_path / "other")
-    damaged = next((tmp_path / "out" / "cells").iterdir())
+    damaged = next((tmp_path / "out" / "cells").glob("*.json"))
     damaged.write_text("{")
     with pytest.raises(RunError, match=r"damaged file .*; remove it, and its cell is run again"):
         memorize(small(**only), tmp_path / "out")

@@ -23,7 +23,7 @@ from trimtab.errors import ConfigError, Interrupted, PlanError, RunError
 from trimtab.experiments import cell as cell_module
 from trimtab.experiments.pattern import AS_SET, Cell, load_study, run_study
 from trimtab.experiments.pattern_results import VIEWS, mean_correlation, summarise, write_results
-from trimtab.files import read_json
+from trimtab.files import locked, read_json
 from trimtab.reports.pattern import pattern_table, verdict, write_pattern_page
 from trimtab.reports.pattern_pictures import PAPER, with_interval
 from trimtab.training.folder import RunFolder
@@ -297,6 +297,16 @@ def test_the_program_runs_and_goes_on(
     assert main([str(file), "train.sede=1"]) == 1
     assert "unknown key" in capsys.readouterr().out
     assert main([]) == 2
+
+
+def test_two_at_one_study_are_refused(
+    study: Callable[..., Path], runs: list[Any], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    main = runpy.run_path(str(ROOT / "studies" / "pattern.py"))["main"]
+    with locked(tmp_path / "out" / "cells" / ".lock"):
+        assert main([str(study())]) == 1
+    assert "another process is at work here" in capsys.readouterr().out
+    assert runs == []
 
 
 def test_a_failed_run_is_told_and_the_others_go_on(

@@ -6,16 +6,14 @@ that fails is kept in mind and the others go on.
 
 from __future__ import annotations
 
-import fcntl
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from trimtab.errors import Interrupted, RunError
 from trimtab.experiments.cell import finished_cell, run_cell
 from trimtab.experiments.study import Cell, Study
+from trimtab.files import locked
 from trimtab.training.listener import Listener
 
 
@@ -58,7 +56,7 @@ def compare(
     """
     listener, selection = listener or StudyListener(), selection or Selection()
     failed: list[tuple[Cell, str]] = []
-    with _alone(study.folder):
+    with locked(study.folder / "cells" / ".lock"):
         pairs = list(selection.pairs(study))
         searches = [cell for pair in pairs for cell in study.searches(*pair)]
         # A run's folder depends on the rate that is found; how many runs there are does not.
@@ -114,17 +112,3 @@ def _missing(study: Study, task: str, arm: str) -> int:
     if any(finished_cell(cell.config) is None for cell in study.searches(task, arm)):
         return len(study.runs(task, arm, None))
     return sum(finished_cell(cell.config) is None for cell in chosen_runs(study, task, arm) or [])
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold the study's lock. Raises RunError if another process holds it."""
-    (folder / "cells").mkdir(parents=True, exist_ok=True)
-    with (folder / "cells" / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RunError(
-                f"{folder}: another process is at this study; wait for it, or choose another --out"
-            ) from None
-        yield

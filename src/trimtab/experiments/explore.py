@@ -19,7 +19,6 @@ uninterrupted one does.
 
 from __future__ import annotations
 
-import fcntl
 import importlib.util
 import shlex
 from collections.abc import Iterator
@@ -31,7 +30,7 @@ from trimtab.errors import Interrupted, RunError
 from trimtab.experiments.explore_config import ExploreConfig, load_explore, to_yaml
 from trimtab.experiments.proposals import Space, default_groups, find_groups
 from trimtab.experiments.search import Search, Watch
-from trimtab.files import write_text
+from trimtab.files import locked, write_text
 from trimtab.formats.model_folder import empty_model
 from trimtab.reports.explore import write_explore_page
 from trimtab.training.folder import differences
@@ -93,11 +92,6 @@ def _alone(config: ExploreConfig) -> Iterator[None]:
             )
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RunError(f"{folder}: not empty, and holds no search; choose another output")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(file, to_yaml(config))
-    with (folder / "study.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunError(f"{folder}: another process is at work on this search") from None
+    with locked(folder / "study.lock"):
+        write_text(file, to_yaml(config))
         yield

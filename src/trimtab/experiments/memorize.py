@@ -15,7 +15,8 @@ The folder:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from trimtab.experiments.budgets import matched_plan
 from trimtab.experiments.memorize_cell import Point, train_cell
 from trimtab.experiments.memorize_results import area, write_results
 from trimtab.experiments.memorize_study import CONTENDERS, Arm, Cell, MemoryStudy
-from trimtab.files import read_json, write_json
+from trimtab.files import locked, read_json, write_json
 from trimtab.formats.model_folder import load_tokenizer
 from trimtab.formats.sources import resolve
 from trimtab.surgery.attach import attach, detach
@@ -57,28 +58,28 @@ def memorize(study: MemoryStudy, out: Path, watcher: Watcher | None = None) -> d
 
     Raises:
         ConfigError, PlanError: settings that this model does not allow; before anything is trained.
-        RunError: the folder holds cells of another task, or a damaged one.
+        RunError: the folder holds cells of another task, or a damaged one; another process is at it.
         Interrupted: by the user; finished cells are kept.
     """
     folder = StudyFolder(out, study)
-    folder.claim()
     chosen: dict[Arm, float] = {}
-    try:
-        bench = _Bench(study, folder, watcher or Watcher())
-        bench.watcher.planned(study, bench.parameters)
-        for arm in study.arms:
-            tried = {cell.learning_rate: bench.result(cell) for cell in study.candidates(arm)}
-            chosen[arm] = max(tried, key=lambda rate: _merit(tried[rate]))
-        # Seed by seed, so that a study that is cut off has compared all arms on some.
-        for cells in zip(*(study.curves(arm, chosen[arm]) for arm in study.arms), strict=True):
-            for cell in cells:
-                bench.result(cell)
-    except KeyboardInterrupt:
-        raise Interrupted(
-            f"interrupted: {folder.done()} finished cells of {study.size} are kept in {out}; the same command goes on "
-            "with the others"
-        ) from None
-    return write_results(out, study, {arm: folder.results(arm, chosen[arm]) for arm in study.arms})
+    with folder.claimed():
+        try:
+            bench = _Bench(study, folder, watcher or Watcher())
+            bench.watcher.planned(study, bench.parameters)
+            for arm in study.arms:
+                tried = {cell.learning_rate: bench.result(cell) for cell in study.candidates(arm)}
+                chosen[arm] = max(tried, key=lambda rate: _merit(tried[rate]))
+            # Seed by seed, so that a study that is cut off has compared all arms on some.
+            for cells in zip(*(study.curves(arm, chosen[arm]) for arm in study.arms), strict=True):
+                for cell in cells:
+                    bench.result(cell)
+        except KeyboardInterrupt:
+            raise Interrupted(
+                f"interrupted: {folder.done()} finished cells of {study.size} are kept in {out}; the same command goes "
+                "on with the others"
+            ) from None
+        return write_results(out, study, {arm: folder.results(arm, chosen[arm]) for arm in study.arms})
 
 
 def _merit(result: Mapping[str, Any]) -> tuple[float, float]:
@@ -94,17 +95,25 @@ class StudyFolder:
     path: Path
     study: MemoryStudy
 
-    def claim(self) -> None:
-        """Write down the task; raises RunError where the folder holds another one's cells, or something else."""
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Write down the task and keep other processes out.
+
+        Raises RunError where the folder holds another task's cells, or something else, or a process is at work in it.
+        """
         file = self.path / "study.json"
         if not file.is_file() and self.path.is_dir() and any(self.path.iterdir()):
             raise RunError(f"{self.path}: holds something other than a memory study; choose another --out")
-        here, there = self.study.task, _read(file) if file.is_file() else {}
-        differ = [key for key in here if key not in there or there[key] != here[key]]
-        if differ and self.done():
-            said = ", ".join(f"{key} {there.get(key)} there, {here[key]} asked for" for key in differ)
-            raise RunError(f"{file}: its cells are of another task: {said}. Ask for the same, or choose another --out")
-        write_json(file, here)
+        with locked(self.path / "cells" / ".lock"):
+            here, there = self.study.task, _read(file) if file.is_file() else {}
+            differ = [key for key in here if key not in there or there[key] != here[key]]
+            if differ and self.done():
+                said = ", ".join(f"{key} {there.get(key)} there, {here[key]} asked for" for key in differ)
+                raise RunError(
+                    f"{file}: its cells are of another task: {said}. Ask for the same, or choose another --out"
+                )
+            write_json(file, here)
+            yield
 
     def file(self, cell: Cell) -> Path:
         return self.path / "cells" / f"{cell}.json"
