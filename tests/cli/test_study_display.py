@@ -12,25 +12,32 @@ from rich.console import Console
 from trimtab.cli import comparing
 
 
-def test_a_run_that_failed_is_no_measure_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([0.0, 1.0, 61.0, 61.0])  # at the beginning of each run, and at the end of one
+def test_time_left_is_told_by_the_cells_of_a_kind_that_came_to_their_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 20.0, 20.0, 30.0, 30.0, 31.0, 91.0, 91.0])  # at the beginning of each cell, and at its end
     monkeypatch.setattr(comparing, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     monkeypatch.setattr(comparing, "told", lambda cell, result: "done")
     text = io.StringIO()
-    display, cell = comparing.StudyDisplay(Console(file=text, width=100)), cell_named("dora, seed 0")
-    display.cell_began(cell, 1, 4)
-    display.cell_failed(cell, "no memory")
-    display.cell_began(cell, 2, 4)
-    display.cell_ended(cell, {})
-    display.cell_began(cell, 3, 4)
+    display = comparing.StudyDisplay(Console(file=text, width=100))
+    search, run = cell_named("dora, search at rate 0.1", searching=True), cell_named("dora, seed 0")
+    display.planned(searches=2, runs=4)
+    for number, cell in enumerate((search, search, run, run, run), 1):
+        display.cell_began(cell, number, 6)
+        if number == 3:
+            display.cell_failed(cell, "no memory")
+        elif number < 5:
+            display.cell_ended(cell, {})
     assert [line.strip() for line in text.getvalue().splitlines()] == [
-        "[1/4] dora, seed 0",
-        "[1/4] dora, seed 0: failed: no memory",
-        "[2/4] dora, seed 0",
-        "[2/4] dora, seed 0: done",
-        "[3/4] dora, seed 0, about 2 min 00 s left",
+        "[1/6] dora, search at rate 0.1",
+        "[1/6] dora, search at rate 0.1: done",
+        "[2/6] dora, search at rate 0.1, about 20.0 s left of the search",
+        "[2/6] dora, search at rate 0.1: done",
+        "[3/6] dora, seed 0",
+        "[3/6] dora, seed 0: failed: no memory",
+        "[4/6] dora, seed 0",
+        "[4/6] dora, seed 0: done",
+        "[5/6] dora, seed 0, about 2 min 00 s left",
     ]
 
 
-def cell_named(name: str) -> Any:
-    return SimpleNamespace(name=name)
+def cell_named(name: str, searching: bool = False) -> Any:
+    return SimpleNamespace(name=name, searching=searching)

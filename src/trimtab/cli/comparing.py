@@ -22,16 +22,22 @@ class StudyDisplay(StudyListener, Display):
     def __init__(self, console: Console) -> None:
         super().__init__(console)
         self._heading = ""
-        self._seconds: list[float] = []
+        # Of the searches for learning rates (True), and of the runs: a run takes longer than a search does.
+        self._seconds: dict[bool, list[float]] = {True: [], False: []}
+        self._missing = {True: 0, False: 0}
         self._cell_began = 0.0
+
+    def planned(self, searches: int, runs: int) -> None:
+        self._missing = {True: searches, False: runs}
 
     def cell_began(self, cell: Cell, number: int, total: int) -> None:
         self._cell_began = time.perf_counter()
         self._heading = f"[{number}/{total}] {cell.name}"
-        super().note(f"{self._heading}{self._time_left(total - number + 1)}")
+        super().note(f"{self._heading}{self._time_left(cell.searching)}")
+        self._missing[cell.searching] -= 1
 
     def cell_ended(self, cell: Cell, result: dict[str, Any]) -> None:
-        self._seconds.append(time.perf_counter() - self._cell_began)
+        self._seconds[cell.searching].append(time.perf_counter() - self._cell_began)
         super().note(f"{self._heading}: {told(cell, result)}")
 
     def cell_failed(self, cell: Cell, reason: str) -> None:
@@ -54,9 +60,12 @@ class StudyDisplay(StudyListener, Display):
         if row["kind"] == "train":
             self._last = row
 
-    def _time_left(self, runs: int) -> str:
-        """As long as those took that came to their end."""
-        return f", about {words.duration(runs * statistics.mean(self._seconds))} left" if self._seconds else ""
+    def _time_left(self, searching: bool) -> str:
+        """As long as those of its kind took that came to their end."""
+        if not self._seconds[searching]:
+            return ""
+        seconds = self._missing[searching] * statistics.mean(self._seconds[searching])
+        return f", about {words.duration(seconds)} left{' of the search' if searching else ''}"
 
 
 def told(cell: Cell, result: dict[str, Any]) -> str:

@@ -20,6 +20,9 @@ from trimtab.training.listener import Listener
 class StudyListener(Listener):
     """Receives what happens in a study, too. Every method does nothing here."""
 
+    def planned(self, searches: int, runs: int) -> None:
+        """Before the first cell: how many are missing of the searches for learning rates, and of the runs."""
+
     def cell_began(self, cell: Cell, number: int, total: int) -> None:
         """``cell`` is run as number ``number`` (from 1) of ``total`` that were missing."""
 
@@ -63,6 +66,7 @@ def compare(
         later = sum(_missing(study, task, arm) for task, arm in pairs)
         missing = [cell for cell in searches if finished_cell(cell.config) is None]
         total, number = len(missing) + later, 0
+        listener.planned(len(missing), later)
 
         def run(cells: Sequence[Cell]) -> None:
             nonlocal number
