@@ -25,6 +25,7 @@ from trimtab.experiments.study import Cell, load_study
 from trimtab.experiments.study_results import write_results
 from trimtab.files import read_json
 from trimtab.reports.compare import findings, study_tables, write_study_page
+from trimtab.reports.compare_plots import draw_scores
 
 pytestmark = pytest.mark.usefixtures("here")
 
@@ -286,6 +287,17 @@ def test_a_claim_is_made_where_the_test_holds_it_up_and_nowhere_else(
     for name in ("scores", "differences", "costs"):
         assert (folder / f"{name}.png").stat().st_size > 5000
         assert "<svg" in (folder / f"{name}.svg").read_text(encoding="utf-8")
+
+
+def test_the_interval_of_a_share_ends_where_shares_do(make_study: Callable[..., Path], tmp_path: Path) -> None:
+    """Two seeds far apart, whose interval of Student's reaches from below 0 to above 100 %."""
+    results, _ = made_up(tmp_path, make_study, {"lora": ["10" * 20, "11" * 20], "dora": ["10" * 20, "10" * 20]})
+    wild = next(line for line in results["summary"] if line["arm"] == "lora")
+    assert wild["low"] < 0
+    assert wild["high"] > 1
+    (axes,) = draw_scores(results).axes
+    drawn = [height for line in axes.lines for height in line.get_ydata()]
+    assert (min(drawn), max(drawn)) == (0, 100)
 
 
 def test_arms_may_be_compared_in_pairs(make_study: Callable[..., Path], tmp_path: Path) -> None:

@@ -117,7 +117,8 @@ def _sections(results: Mapping[str, Any], folder: Path) -> Iterable[str]:
             write_picture(draw_scores(results), folder, "scores", "Score of each arm over its trained parameters"),
             _fine(
                 "A mark is the mean over runs with different seeds, the diamond the reference; the line is Student's "
-                "95 % interval of that mean. Points of like size are set a little apart."
+                "95 % interval of that mean; that of a share is cut at 0 and 100 %. Points of like size are set a "
+                "little apart."
             ),
         )
         if (differences := draw_differences(results)) is not None:

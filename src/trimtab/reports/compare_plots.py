@@ -65,7 +65,10 @@ def _scores(axes: Axes, lines: Sequence[Line], series: Mapping[str, str | None],
     for x, line in zip(places, trained, strict=True):
         y, is_reference = scale * line["mean"], line["arm"] == reference
         if line["low"] is not None:
-            axes.plot([x, x], [scale * line["low"], scale * line["high"]], color=MUTED, linewidth=1.2, zorder=2)
+            ends = (
+                [line["low"], line["high"]] if measure == "perplexity" else [max(line["low"], 0), min(line["high"], 1)]
+            )
+            axes.plot([x, x], [scale * end for end in ends], color=MUTED, linewidth=1.2, zorder=2)
         axes.plot(x, y, "D" if is_reference else "o", color=INK, markersize=_DOT, zorder=3)
         labels.append((x, y, f"{line['arm']} {_score(line, line['mean'])}", is_reference))
     if places:
