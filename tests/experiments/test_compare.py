@@ -300,6 +300,17 @@ def test_the_interval_of_a_share_ends_where_shares_do(make_study: Callable[..., 
     assert (min(drawn), max(drawn)) == (0, 100)
 
 
+def test_points_of_like_size_stay_near_their_place(make_study: Callable[..., Path], tmp_path: Path) -> None:
+    results, _ = made_up(tmp_path, make_study, {"lora": ["10" * 20], "dora": ["11" * 20]}, seeds=[0])
+    for line, trained in zip(results["summary"], (1_000_000, 1_050_000), strict=True):
+        line["costs"]["trainable_parameters"]["mean"] = trained
+    (axes,) = draw_scores(results).axes
+    dora, lora = sorted(float(line.get_xdata()[0]) for line in axes.lines if line.get_marker() in "oD")
+    assert 0.98e6 < dora < 1.02e6 < 1.03e6 < lora < 1.07e6
+    low, high = axes.get_xlim()
+    assert (lora / dora) == pytest.approx((high / low) ** 0.04, rel=0.01)
+
+
 def test_arms_may_be_compared_in_pairs(make_study: Callable[..., Path], tmp_path: Path) -> None:
     arms = {
         "lora": {"plan": [LORA], "series": "lora"},
