@@ -1,4 +1,4 @@
-"""Write ``pairs.jsonl``: 256 pairs of random identifiers, of which nothing can be guessed and all must be stored.
+"""Write ``pairs.jsonl``: 128 pairs of random identifiers, of which nothing can be guessed and all must be stored.
 
     python studies/mixing/pairs.py
 
@@ -11,7 +11,7 @@ import json
 import random
 from pathlib import Path
 
-PAIRS, DIGITS, SEED = 256, 8, 0
+PAIRS, DIGITS, SEED = 128, 8, 0
 
 
 def main(file: Path) -> None:
