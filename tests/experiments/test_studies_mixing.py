@@ -40,7 +40,7 @@ def test_the_pairs_are_what_the_script_writes(tmp_path: Path) -> None:
     module.main(tmp_path / "pairs.jsonl")
     assert (tmp_path / "pairs.jsonl").read_bytes() == (MIXING / "pairs.jsonl").read_bytes()
     rows = list(read_jsonl(MIXING / "pairs.jsonl"))
-    assert len({row["prompt"] for row in rows}) == len(rows) == 256
+    assert len({row["prompt"] for row in rows}) == len(rows) == 128
 
 
 @needs_wheel
@@ -57,6 +57,16 @@ def test_the_fixed_plans_keep_one_budget(model: Any, name: str) -> None:
     assert cost["mora"] == 2_439_000
     for arm in ("outer mora + inner dora", "outer dora + inner mora"):
         assert cost["mora"] < cost[arm] < cost["dora"]
+
+
+@needs_wheel
+def test_memory_at_one_rate_is_memory_otherwise() -> None:
+    memory, rate = load_study(MIXING / "memory.yaml"), load_study(MIXING / "memory-rate.yaml")
+    assert len(rate.configs) == 2
+    for place, config in rate.configs.items():
+        same = memory.configs[place]
+        train = same.train.model_copy(update={"learning_rate": 7e-4})
+        assert config == same.model_copy(update={"train": train, "output": config.output})
 
 
 @needs_wheel
