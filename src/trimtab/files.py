@@ -10,8 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from trimtab.errors import RunError
 
 
@@ -75,6 +73,8 @@ def locked(file: Path) -> Iterator[None]:
 
     Raises RunError if another process holds it.
     """
+    from filelock import FileLock, Timeout  # only a study wants it, and all that reads a file imports this module
+
     file.parent.mkdir(parents=True, exist_ok=True)
     try:
         held = FileLock(file).acquire(timeout=0)
