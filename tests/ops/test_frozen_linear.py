@@ -251,3 +251,32 @@ def test_dropout_is_the_formula_and_keeps_the_input_and_one_byte_an_element(dtyp
     found = torch.autograd.grad(output, (x, a, b), upstream)
     for got, want in zip(found, torch.autograd.grad(wanted, full, upstream.double()), strict=True):
         torch.testing.assert_close(got.double(), want, **close)
+
+
+@pytest.mark.parametrize("update", ["low rank", "rotation", "sharing"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_folded_weight_lies_in_memory_as_the_frozen_one(
+    update: str, dtype: torch.dtype, scale: bool, transposed: bool
+) -> None:
+    """What multiplies with it, then, does what it does with the frozen weight."""
+    kind, shapes = UPDATES[update]
+    assert kind is not None
+    weight = (torch.randn(IN, OUT).t() if transposed else torch.randn(OUT, IN)).to(dtype)
+    full = torch.float64 if dtype == torch.float64 else torch.float32
+    ratio = 1 + torch.rand(OUT, dtype=full) if scale else None
+    tensors = tuple(torch.randn(*shape, dtype=full) for shape in shapes)
+    got = kind.fold(weight, ratio, tensors)
+    assert got.dtype == dtype
+    assert got.stride() == weight.stride()
+    assert got.data_ptr() != weight.data_ptr()
+    # The update by itself: what a batch of unit vectors gives.
+    update_in_full = torch.zeros(IN, OUT, dtype=torch.float64)
+    kind.add_product(update_in_full, torch.eye(IN, dtype=torch.float64), tuple(t.double() for t in tensors))
+    exact = weight.double() + update_in_full.t()
+    if ratio is not None:
+        exact = exact * ratio.double().unsqueeze(1)
+    unit = torch.finfo(dtype).eps
+    bound = 4 * unit * (weight.double().abs() + update_in_full.t().abs()) * (1 if ratio is None else 2)
+    assert bool(((got.double() - exact).abs() <= bound).all())

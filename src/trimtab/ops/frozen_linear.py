@@ -36,7 +36,8 @@ class Update(Protocol):
         """What multiplying with the update costs on so many tokens."""
 
     def fold(self, weight: Tensor, ratio: Tensor | None, tensors: tuple[Tensor, ...]) -> Tensor:
-        """``c (W + dV) [out, in]`` with ``ratio = c [out]``, None for 1: a new tensor in the dtype of ``weight``."""
+        """``c (W + dV) [out, in]`` with ``ratio = c [out]``, None for 1: a new tensor in the dtype of ``weight``, and
+        laid out as it is (a transposed weight stays one), so that multiplying with it is what the bare layer does."""
 
     def add_product(self, product: Tensor, x: Tensor, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Add ``x dV^T`` to ``product [tokens, out]`` in place; return what the backward pass may want besides

@@ -33,14 +33,14 @@ class LowRank:
         return Work(thin * tokens * out_features, thin * tokens * in_features, fold * out_features * in_features)
 
     def fold(self, weight: Tensor, ratio: Tensor | None, tensors: tuple[Tensor, ...]) -> Tensor:
-        """``c (W + s B A)``, a new tensor ``[out, in]``, rounded once."""
+        """``c (W + s B A)``, a new tensor ``[out, in]`` laid out as ``weight`` is, rounded once."""
         a, b = tensors
         work = torch.promote_types(weight.dtype, torch.float32)
         a, b, rows = a.to(work), b.to(work) * self.scale, None if ratio is None else ratio.to(work).unsqueeze(1)
         if weight.dtype == work:
-            total = torch.addmm(weight, b, a)
+            total = weight.clone().addmm_(b, a)
             return total if rows is None else total.mul_(rows)
-        total = torch.empty_like(weight, memory_format=torch.contiguous_format)
+        total = torch.empty_like(weight)
         for block in row_blocks(weight.shape[0], weight.shape[1], _BLOCK):  # the full digits of a few rows at a time
             full = weight[block].to(work).addmm_(b[block], a)
             total[block] = full if rows is None else full.mul_(rows[block])

@@ -164,11 +164,11 @@ class Square:
             yield columns, chunk % self.groups, pieces[chunk, :, : columns.stop - columns.start]
 
     def fold(self, weight: Tensor, ratio: Tensor | None, tensors: tuple[Tensor, ...]) -> Tensor:
-        """``c (W + dV)``, a new tensor ``[out, in]``, rounded once."""
+        """``c (W + dV)``, a new tensor ``[out, in]`` laid out as ``weight`` is, rounded once."""
         work = torch.promote_types(weight.dtype, torch.float32)
         # Only a part of the rows is fed by each chunk, so rounding goes with adding, unless a ratio is still to come.
         kept = weight.dtype if ratio is None else work
-        total = weight.to(kept, memory_format=torch.contiguous_format, copy=True)
+        total = weight.to(kept, copy=True)
         for columns, group, part in self._parts(tensors[0], work):
             for span in self.spans(group):
                 total[span, columns].add_(part[: span.stop - span.start])
