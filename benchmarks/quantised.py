@@ -4,10 +4,11 @@
     python benchmarks/quantised.py --layers 30 --memory 3 as many as the model has, and peak memory
     python benchmarks/quantised.py --compile              with the blocks compiled, too
     python benchmarks/quantised.py --shape llama-3.1-8b --layers 1 --save quantised-8b    blocks of that model's shape
+    python benchmarks/quantised.py --dtype float32 --save quantised-float32    as a run computes without bfloat16
     python benchmarks/quantised.py --primitives           what dequantising one weight costs
 
-A step is forward and backward through the blocks in bfloat16 (no embedding, no vocabulary product, no loss, no
-optimiser). For each kind (none, int8, nf4) the arms are
+A step is forward and backward through the blocks in bfloat16 or float32 (no embedding, no vocabulary product, no loss,
+no optimiser). For each kind (none, int8, nf4) the arms are
 
     frozen          the bare blocks; a quantised weight is dequantised once in each pass and multiplied with: the floor
     bitsandbytes    the same through bitsandbytes' own layers, as they train (its repacking for AVX512-BF16 is off,
@@ -54,8 +55,8 @@ SHAPES = {
 GIB = 1024**3
 
 
-def blocks(kind: str, shape: str, layers: int) -> Any:
-    """Random blocks of a model's shape in bfloat16, quantised one weight at a time."""
+def blocks(kind: str, shape: str, layers: int, dtype: torch.dtype) -> Any:
+    """Random blocks of a model's shape in ``dtype``, quantised one weight at a time."""
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaModel, LlamaRotaryEmbedding
 
@@ -63,24 +64,24 @@ def blocks(kind: str, shape: str, layers: int) -> Any:
 
     config = LlamaConfig(vocab_size=8, num_hidden_layers=layers, use_cache=False, **SHAPES[shape])
     with torch.device("meta"):
-        model = LlamaModel(config).bfloat16()
+        model = LlamaModel(config).to(dtype)
     model.rotary_emb, model.norm = LlamaRotaryEmbedding(config), nn.Identity()
     for module in list(model.modules()):
         for name, inner in list(module._modules.items()):
             if name in TARGETS and isinstance(inner, nn.Linear):
-                dense = nn.Linear(inner.in_features, inner.out_features, bias=False, dtype=torch.bfloat16)
+                dense = nn.Linear(inner.in_features, inner.out_features, bias=False, dtype=dtype)
                 base = bases.find(dense)
                 assert base is not None
                 module._modules[name] = dense if kind == "none" else bases.quantise(base, kind)
         for name, parameter in list(module._parameters.items()):
             if parameter is not None and parameter.is_meta:
-                module._parameters[name] = nn.Parameter(torch.ones(parameter.shape, dtype=torch.bfloat16))
+                module._parameters[name] = nn.Parameter(torch.ones(parameter.shape, dtype=dtype))
     return model.requires_grad_(False).train()
 
 
 def arm_of(arm: str, kind: str, said: argparse.Namespace) -> Any:
     """The blocks as ``arm`` runs them."""
-    model = blocks(kind, said.shape, said.layers)
+    model = blocks(kind, said.shape, said.layers, getattr(torch, said.dtype))
     if arm != "bitsandbytes":
         return adapt(model, arm, said.rank)
     for module in model.modules():
@@ -146,6 +147,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS + COMPILED, metavar="ARM")
     parser.add_argument("--compile", action="store_true", help="the compiled arms, too")
     parser.add_argument("--shape", default="smollm2-135m", choices=SHAPES)
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--rank", type=int, default=16)
@@ -168,7 +170,7 @@ def main() -> None:
         return
 
     settings = ["--tokens", str(said.tokens), "--layers", str(said.layers), "--rank", str(said.rank)]
-    settings += ["--shape", said.shape]
+    settings += ["--shape", said.shape, "--dtype", said.dtype]
     wanted = dict.fromkeys(["frozen", *said.arms, *(COMPILED if said.compile else ())])
     found: dict[str, Any] = {}
     for kind in said.kinds:
@@ -198,8 +200,8 @@ def main() -> None:
         columns = ["arm", "seconds", "/ frozen", "/ lora"]
         columns += ["peak rise, MiB", "weights, MiB", "saved / shrunk"] if said.memory else []
         size = f"{said.tokens} tokens, rank {said.rank}, {said.layers} blocks of {said.shape}"
-        show(f"{kind}, bfloat16, {size}, medians of {said.repeats}", columns, rows)
-        what = {key: getattr(said, key) for key in ("shape", "tokens", "layers", "rank", "repeats", "memory")}
+        show(f"{kind}, {said.dtype}, {size}, medians of {said.repeats}", columns, rows)
+        what = {key: getattr(said, key) for key in ("shape", "dtype", "tokens", "layers", "rank", "repeats", "memory")}
         write_results(said.save, what, found)
 
 
