@@ -391,8 +391,16 @@ def validated(
 def to_yaml(config: RunConfig, beside: Path | None = None) -> str:
     """``config`` in full as YAML text; ``load_config`` of it gives an equal config.
 
-    ``beside``: the folder of the file that the text is for. The local paths of the model and of the rows are written as
-    seen from there, so that the file may be moved together with them.
+    ``beside``: the folder of the file that it is for, as in ``to_mapping``.
+    """
+    return write_yaml(to_mapping(config, beside))
+
+
+def to_mapping(config: RunConfig, beside: Path | None = None) -> dict[str, Any]:
+    """What ``to_yaml`` writes.
+
+    ``beside``: the folder of the file that it is for. The local paths of the model and of the rows are written as seen
+    from there, so that the file may be moved together with them.
     """
     said = config.model_dump(mode="json")
     if beside is not None:
@@ -404,7 +412,7 @@ def to_yaml(config: RunConfig, beside: Path | None = None) -> str:
             return path if path.startswith(".") else f"./{path}"
 
         _map_sources(said, seen, seen)
-    return write_yaml(said)
+    return said
 
 
 def override(raw: dict[str, Any], text: str) -> tuple[str, ...]:

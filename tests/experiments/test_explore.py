@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -391,3 +392,30 @@ def test_the_resolved_file_gives_the_same_search(make_search: Make, pretend: Any
     assert json.dumps(again.model_dump(mode="json", exclude={"base": {"output"}})) == json.dumps(
         config.model_dump(mode="json", exclude={"base": {"output"}})
     )
+
+
+def test_a_search_goes_on_where_it_was_moved_to(make_search: Make, pretend: Any, tmp_path: Path) -> None:
+    """With its rows, at the same depth as before, where the model is seen the same way."""
+    config = make_search("trials=3", base=ACCURACY)
+    explore(config)
+    assert str(tmp_path) not in (config.output / "explore.yaml").read_text(encoding="utf-8")
+    there = Path(shutil.copytree(tmp_path, tmp_path.with_name(f"{tmp_path.name}-moved")))
+    moved = load_explore(there / "out" / "explore.yaml", ["trials=4"])
+    assert moved.output == there / "out"
+    assert moved.base.data.train == (str(there / "rows.jsonl"),)
+    pretend.ran.clear()
+    assert found_in(explore(moved))["runs"] == 4
+    assert len(pretend.ran) == 1
+
+
+def test_published_results_without_the_search_are_begun_anew(make_search: Make, pretend: Any) -> None:
+    """As a repository ships them: the settings, the findings and the page, but neither optuna's file nor the runs."""
+    config = make_search("trials=3", base=ACCURACY)
+    explore(config)
+    before = (config.output / "explore.json").read_bytes()
+    (config.output / "study.db").unlink()
+    pretend.ran.clear()
+    pretend.done.clear()
+    explore(load_explore(config.output / "explore.yaml"))
+    assert len(pretend.ran) == 3
+    assert json.loads((config.output / "explore.json").read_bytes())["trials"] == json.loads(before)["trials"]

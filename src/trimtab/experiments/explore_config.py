@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from trimtab.config import RunConfig, Section, build_config, read_mapping, validated
+from trimtab.config import RunConfig, Section, build_config, read_mapping, to_mapping, validated
 from trimtab.errors import ConfigError
 from trimtab.experiments.proposals import NONE
 from trimtab.yaml_text import parse_override, set_dotted, show, write_yaml
@@ -172,5 +172,12 @@ def load_explore(path: Path | str, overrides: Sequence[str] = ()) -> ExploreConf
 
 
 def to_yaml(config: ExploreConfig) -> str:
-    """``config`` in full as YAML text; ``load_explore`` of it gives an equal config."""
-    return write_yaml(config.model_dump(mode="json", exclude={"base": {"plan", "output"}}))
+    """``config`` in full as YAML text for a file in its output folder; ``load_explore`` of that gives an equal config.
+
+    The local paths of the model and of the rows are written as seen from there, so that the folder may be moved
+    together with them.
+    """
+    said = config.model_dump(mode="json", exclude={"base", "output"})
+    base = to_mapping(config.base, beside=config.output)
+    del base["plan"], base["output"]  # the search decides them
+    return write_yaml({"base": base, **said, "output": "."})

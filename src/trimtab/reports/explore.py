@@ -97,7 +97,7 @@ def _page(found: Row, pictures: Mapping[str, str]) -> str:
     sections = [pictures["trials"], *(f"<p>{html.escape(fact)}</p>" for fact in facts)]
     sections.append(
         "<p class=fine>All scores are on the validation rows, by which the search chooses, from one seed. The best of "
-        "many scores is picked for being high: expect less of it on new rows or with a new seed.</p>"
+        "many scores is picked for being good: expect less of it on new rows or with a new seed.</p>"
     )
     if "confirmed" in pictures:
         sections += [
