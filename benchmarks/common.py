@@ -119,7 +119,7 @@ def show_over(
 def write_results(name: str, what: Mapping[str, Any], found: Any) -> None:
     """Write ``found`` with the machine and the versions to ``results/NAME.json``."""
     from trimtab.files import write_json
-    from trimtab.training.machine import describe_machine, versions
+    from trimtab.machine import describe_machine, versions
 
     result = {"what": dict(what), "found": found, "machine": describe_machine(), "versions": versions()}
     write_json(RESULTS / f"{name}.json", result)

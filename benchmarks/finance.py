@@ -42,8 +42,8 @@ def prepare(rank: int) -> tuple[Any, Any, Any]:
 
     from trimtab.data.rows import read_examples
     from trimtab.data.tokens import encode_all
-    from trimtab.formats.model_folder import load_model, load_tokenizer
-    from trimtab.formats.sources import resolve
+    from trimtab.models.load import load_model, load_tokenizer
+    from trimtab.models.locate import resolve
 
     torch.manual_seed(0)
     source = resolve("smollm2-135m")
@@ -79,11 +79,11 @@ def run_ours(method: str, rank: int, steps: int, folder: str, compiled: bool) ->
     import trimtab
     from trimtab.data.batches import Collator
     from trimtab.evaluation.logits import Head
+    from trimtab.machine import peak_memory_gib
     from trimtab.training.averaging import Averaging
     from trimtab.training.compiling import Compiling
-    from trimtab.training.listener import Listener
-    from trimtab.training.machine import peak_memory_gib
-    from trimtab.training.pace import Pace
+    from trimtab.training.events import Listener
+    from trimtab.training.throughput import Pace
     from trimtab.training.trainer import AdapterTrainer, parameter_groups
 
     tokenizer, model, rows = prepare(rank)
@@ -117,7 +117,7 @@ def run_peft(method: str, rank: int, steps: int, folder: str, compiled: bool) ->
     from peft import LoraConfig, get_peft_model
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-    from trimtab.training.machine import peak_memory_gib
+    from trimtab.machine import peak_memory_gib
 
     tokenizer, model, rows = prepare(rank)
     config = LoraConfig(
@@ -193,7 +193,7 @@ def main() -> None:
         sys.exit("the finance rows are not here: expected the folder ../shared/data/finance beside the repository")
 
     from trimtab.files import write_json
-    from trimtab.training.machine import describe_machine, versions
+    from trimtab.machine import describe_machine, versions
 
     figures: dict[str, list[dict[str, float]]] = {arm: [] for arm in said.arms}
     for repeat in range(said.repeats):

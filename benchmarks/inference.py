@@ -76,8 +76,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     said = parser.parse_args()
 
-    from trimtab.formats.model_folder import load_model
-    from trimtab.formats.sources import resolve
+    from trimtab.models.load import load_model
+    from trimtab.models.locate import resolve
 
     found = []
     for dtype in said.dtypes:

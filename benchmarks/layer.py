@@ -4,7 +4,7 @@ layer.
     python benchmarks/layer.py                                        the default grid, bfloat16 and float32
     python benchmarks/layer.py --dtypes float32 --tokens 1 8192       some of it
     python benchmarks/layer.py --shapes 8192x8192 --ranks 512         others
-    python benchmarks/layer.py --fit                                  the weights of trimtab.ops.forms, measured anew
+    python benchmarks/layer.py --fit                                  the weights of trimtab.ops.cost, measured anew
 
 The work is the same for all: the output, the gradient of the input, the gradients of what is trained. "dense" is DoRA
 as its formula reads (B A multiplied out, one norm, one linear layer); "folded" and "factored" are our DoRA with its

@@ -89,9 +89,9 @@ COMBINATIONS = (
 
 def write_run(folder: Path, asked: Combination) -> Path:
     """The rows and the YAML of a run."""
-    from trimtab.formats.model_folder import load_tokenizer
-    from trimtab.formats.sources import resolve
-    from trimtab.yaml_text import write_yaml
+    from trimtab.config.yaml_text import write_yaml
+    from trimtab.models.load import load_tokenizer
+    from trimtab.models.locate import resolve
 
     tokenizer: Any = load_tokenizer(resolve("smollm2-135m"))
     chance = random.Random(0)

@@ -98,8 +98,8 @@ def _bert() -> nn.Module:
 
 
 def _smollm2() -> nn.Module:
-    from trimtab.formats.model_folder import load_model
-    from trimtab.formats.sources import resolve
+    from trimtab.models.load import load_model
+    from trimtab.models.locate import resolve
 
     return load_model(resolve("smollm2-135m"), torch.float32)
 

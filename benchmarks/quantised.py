@@ -94,7 +94,7 @@ def arm_of(arm: str, kind: str, said: argparse.Namespace) -> Any:
 
 def memory(arm: str, kind: str, said: argparse.Namespace) -> dict[str, float]:
     """GiB of the weights, and by which making the blocks and four steps raise this process's resident memory."""
-    import trimtab.formats.model_folder  # noqa: F401 -- what any run imports is not what is measured
+    import trimtab.models.load  # noqa: F401 -- what any run imports is not what is measured
     from trimtab import bases
 
     if kind != "none":  # nor is bitsandbytes itself

@@ -45,8 +45,8 @@ def surgery(folder: Path) -> dict[str, Callable[[], None]]:
     from peft import LoraConfig, PeftModel, get_peft_model
 
     import trimtab
-    from trimtab.formats.model_folder import load_model
-    from trimtab.formats.sources import resolve
+    from trimtab.models.load import load_model
+    from trimtab.models.locate import resolve
 
     model: Any = load_model(resolve("smollm2-135m"), torch.bfloat16).requires_grad_(False)
     plan = trimtab.Plan([trimtab.Rule(match="all-linear", method="dora", rank=16)])

@@ -58,8 +58,8 @@ class DenseDora(nn.Module):
 
 def blocks(dtype: torch.dtype, attention: str, layers: int) -> nn.Module:
     """The blocks of SmolLM2-135M: a model from input embeddings to last hidden states."""
-    from trimtab.formats.model_folder import load_model
-    from trimtab.formats.sources import resolve
+    from trimtab.models.load import load_model
+    from trimtab.models.locate import resolve
 
     model: Any = load_model(resolve("smollm2-135m"), dtype, attention)
     del model.model.layers[layers:]

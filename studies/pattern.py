@@ -5,7 +5,7 @@
 Settings given as key.sub=value go into the study's base. It goes on where it stopped: every finished run is on disk,
 and none is run twice. At the end it prints the correlations and writes ``pattern.json``, ``pattern.csv`` and
 ``pattern.html`` with its pictures into the study's folder, by default one beside the YAML of its name.
-`trimtab.experiments.pattern` says what the YAML may hold.
+`trimtab.studies.pattern` says what the YAML may hold.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any
 
 from rich.console import Console
 
-from trimtab.cli.display import Display
+from trimtab.cli.displays.run import Display
 from trimtab.errors import Interrupted, TrimtabError
-from trimtab.experiments.pattern import Cell, load_study, run_study
-from trimtab.experiments.pattern_results import write_results
 from trimtab.files import locked, read_json
 from trimtab.reports.pattern import pattern_table, write_pattern_page
+from trimtab.studies.pattern import Cell, load_study, run_study
+from trimtab.studies.pattern_results import write_results
 
 
 def main(arguments: list[str]) -> int:

@@ -29,9 +29,9 @@ _PUBLIC = {
     "decompose": "ops.decomposition",
     "detach": "surgery.attach",
     "effective_weight": "surgery.attach",
-    "load_adapter": "formats.adapter",
+    "load_adapter": "adapters.store",
     "merge": "surgery.merge",
-    "save_adapter": "formats.adapter",
+    "save_adapter": "adapters.store",
     "serving": "surgery.serving",
     "trainable_parameters": "surgery.attach",
     "weight_change": "ops.decomposition",
@@ -55,6 +55,7 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:  # what the lazy names are, for type checkers and editors
+    from trimtab.adapters.store import load_adapter, save_adapter
     from trimtab.errors import (
         AdapterError,
         ConfigError,
@@ -66,7 +67,6 @@ if TYPE_CHECKING:  # what the lazy names are, for type checkers and editors
         SurgeryError,
         TrimtabError,
     )
-    from trimtab.formats.adapter import load_adapter, save_adapter
     from trimtab.ops.decomposition import WeightChange, decompose, weight_change
     from trimtab.surgery.attach import AttachReport, attach, detach, effective_weight, trainable_parameters
     from trimtab.surgery.merge import MergeReport, merge

@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 import trimtab
 from trimtab.analysis.changes import Change, Extreme, analyse, correlation, effective_rank
 from trimtab.analysis.write import write_changes
-from trimtab.config import load_config
+from trimtab.config.run import load_config
 from trimtab.errors import ModelError
-from trimtab.formats.sources import resolve
+from trimtab.models.locate import resolve
 from trimtab.reports.changes import changes_table, correlations_table, write_changes_page
 from trimtab.training.run import finetune
 

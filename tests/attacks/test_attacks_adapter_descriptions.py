@@ -34,7 +34,7 @@ from adapter_tools import (
     trained,
 )
 from trimtab import AdapterError, Rule
-from trimtab.formats import peft, untrusted
+from trimtab.adapters import peft, safe_read
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -372,17 +372,17 @@ def test_modules_by_the_thousand(exists: bool, tiny_llama: Make, tmp_path: Path)
 
 
 def test_names_as_messages_show_them() -> None:
-    assert untrusted.shown("model.layers.0") == "model.layers.0"
-    assert untrusted.shown("späť") == "späť"
-    assert untrusted.shown("a\x1b[2J") == r"'a\x1b[2J'"
-    assert untrusted.shown("\ud800") == r"'\ud800'"
-    assert len(untrusted.shown("a" * 10_000)) == 123
-    assert len(untrusted.shown("\x07" * 10_000)) == 123
+    assert safe_read.shown("model.layers.0") == "model.layers.0"
+    assert safe_read.shown("späť") == "späť"
+    assert safe_read.shown("a\x1b[2J") == r"'a\x1b[2J'"
+    assert safe_read.shown("\ud800") == r"'\ud800'"
+    assert len(safe_read.shown("a" * 10_000)) == 123
+    assert len(safe_read.shown("\x07" * 10_000)) == 123
 
 
 def test_numbers_that_are_taken() -> None:
     text = '{"a": [0, -1, 9007199254740992, 1.5, 1e-9, -0.0, true, null, "x"], "b": {"a": {}}}'
-    assert untrusted.parse_description(text) == json.loads(text)
+    assert safe_read.parse_description(text) == json.loads(text)
     for number in ("9007199254740993", "-9007199254740993", "1e309", "NaN", "Infinity"):
         with pytest.raises(ValueError, match=r"too large|not a finite"):
-            untrusted.parse_description(f'{{"a": {number}}}')
+            safe_read.parse_description(f'{{"a": {number}}}')

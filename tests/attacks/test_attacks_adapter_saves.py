@@ -26,7 +26,7 @@ from adapter_tools import (
     trained,
 )
 from trimtab import AdapterError, Rule
-from trimtab.formats import native, peft
+from trimtab.adapters import native, peft
 from trimtab.surgery.adapted import adapted_modules
 
 Make = Callable[..., Any]
@@ -218,7 +218,7 @@ def test_a_failing_load_takes_its_adapters_off(
     trimtab.save_adapter(adapter(tiny_llama, "peft", 4), tmp_path)
     model = tiny_llama()
     before = state_of(model)
-    monkeypatch.setattr("trimtab.formats.adapter._check_tensors", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    monkeypatch.setattr("trimtab.adapters.store._check_tensors", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         trimtab.load_adapter(model, tmp_path)
     assert_unchanged(model, before)

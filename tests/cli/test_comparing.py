@@ -11,10 +11,10 @@ import yaml
 
 from tiny_runs import rows, write_rows
 from trimtab.errors import Interrupted, RunError
-from trimtab.experiments import compare as comparing
-from trimtab.experiments.cell import run_cell
-from trimtab.experiments.process import run_here
 from trimtab.files import read_json
+from trimtab.studies import compare as comparing
+from trimtab.studies.cell import run_cell
+from trimtab.studies.process import run_here
 
 LORA = {"match": "all-linear", "method": "lora", "rank": 2, "alpha": 4}
 
@@ -22,7 +22,7 @@ LORA = {"match": "all-linear", "method": "lora", "rank": 2, "alpha": 4}
 @pytest.fixture
 def study(tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A study of two arms and one seed, whose cells run in this process."""
-    monkeypatch.setattr("trimtab.experiments.cell.run_apart", run_here)
+    monkeypatch.setattr("trimtab.studies.cell.run_apart", run_here)
     write_rows(tmp_path / "train.jsonl", rows(24))
     write_rows(tmp_path / "test.jsonl", rows(12))
     said = {
@@ -60,7 +60,7 @@ def test_a_study_from_plan_to_page(cli: Any, study: Path, monkeypatch: pytest.Mo
         assert re.search(line, result.out), line
     assert (study.parent / "study" / "results.html").is_file()
 
-    monkeypatch.setattr("trimtab.experiments.cell.run_apart", None)  # whatever would run now fails
+    monkeypatch.setattr("trimtab.studies.cell.run_apart", None)  # whatever would run now fails
     again = cli("compare", study)
     assert (again.code, "[1/" in again.out) == (0, False)
     page = study.parent / "study" / "results.html"

@@ -60,8 +60,8 @@ def another_model(world: World) -> list[str]:
     import torch
 
     import trimtab
-    from trimtab.formats.model_folder import load_model
-    from trimtab.formats.sources import resolve
+    from trimtab.models.load import load_model
+    from trimtab.models.locate import resolve
 
     other = write_model(world.path / "wide", hidden_size=64)
     model = load_model(resolve(str(other)), torch.float32)

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from tiny_runs import rows, write_model, write_rows
-from trimtab.config import load_config
+from trimtab.config.run import load_config
 from trimtab.files import read_json
 
 
@@ -45,8 +45,8 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         tests = {name: {"accuracy": 0.5 + 0.01 * config.train.seed} for name in config.data.test}
         return {"validation": lines, "kept": lines[-1], "tests": tests}
 
-    monkeypatch.setattr("trimtab.experiments.search.run_cell", cell)
-    monkeypatch.setattr("trimtab.experiments.confirm.run_cell", cell)
+    monkeypatch.setattr("trimtab.studies.search.run_cell", cell)
+    monkeypatch.setattr("trimtab.studies.confirm.run_cell", cell)
     return ran
 
 
@@ -77,7 +77,7 @@ def test_a_search_when_piped(cli: Callable[..., Any], search_file: Path, pretend
 def test_ctrl_c_is_code_130(
     cli: Callable[..., Any], search_file: Path, pretended: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from trimtab.experiments import search
+    from trimtab.studies import search
 
     cell = search.run_cell
 

@@ -55,8 +55,8 @@ def test_live_on_a_terminal(cli: Any, model_folder: Path, monkeypatch: pytest.Mo
 
 
 def test_defaults_are_the_librarys() -> None:
-    from trimtab.cli.memorize import command
-    from trimtab.experiments.memorize_study import MemoryStudy
+    from trimtab.cli.verbs.memorize import command
+    from trimtab.studies.memorize_study import MemoryStudy
 
     said = {name: one.default for name, one in inspect.signature(command, eval_str=True).parameters.items()}
     study = MemoryStudy()

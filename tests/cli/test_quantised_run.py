@@ -12,10 +12,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tiny_runs import rows, write_config, write_model, write_rows
-from trimtab.config import load_config
+from trimtab.config.run import load_config
 from trimtab.files import read_json
+from trimtab.runs.load import load_run
 from trimtab.surgery.adapted import adapted_modules
-from trimtab.training.loading import load_run
 from trimtab.training.run import finetune
 
 IDS = torch.tensor([[5, 40, 60, 7, 80, 33]])

@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from trimtab.cli import comparing
+from trimtab.cli.displays import study
 
 
 def test_time_left_is_told_by_the_cells_of_a_kind_that_came_to_their_end(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 20.0, 20.0, 30.0, 30.0, 31.0, 91.0, 91.0])  # at the beginning of each cell, and at its end
-    monkeypatch.setattr(comparing, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    monkeypatch.setattr(comparing, "told", lambda cell, result: "done")
+    monkeypatch.setattr(study, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(study, "told", lambda cell, result: "done")
     text = io.StringIO()
-    display = comparing.StudyDisplay(Console(file=text, width=100))
+    display = study.StudyDisplay(Console(file=text, width=100))
     search, run = cell_named("dora, search at rate 0.1", searching=True), cell_named("dora, seed 0")
     display.planned(searches=2, runs=4)
     for number, cell in enumerate((search, search, run, run, run), 1):

@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import trimtab
 from tiny_runs import rows, write_rows
-from trimtab.config import load_config
+from trimtab.config.run import load_config
 from trimtab.files import read_json, read_jsonl
-from trimtab.training.loading import load_run
-from trimtab.training.machine import memory_gib
+from trimtab.machine import memory_gib
+from trimtab.runs.load import load_run
 from trimtab.training.run import finetune
 
 VERBS = ("finetune", "plan", "evaluate", "generate", "merge", "analyze", "memorize", "compare", "explore")

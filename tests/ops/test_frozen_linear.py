@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import plain_formula
+from trimtab.ops.cost import Compute
 from trimtab.ops.dropout import Keep
-from trimtab.ops.forms import Compute
 from trimtab.ops.frozen_linear import Update, frozen_linear
 from trimtab.ops.low_rank import LowRank
 from trimtab.ops.square import Square

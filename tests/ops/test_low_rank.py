@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from trimtab.ops import decomposition
-from trimtab.ops.forms import FEW
+from trimtab.ops.cost import FEW
 from trimtab.ops.low_rank import LowRank, squared_norms
 
 AXES: list[decomposition.Axis] = ["output", "input"]

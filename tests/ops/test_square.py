@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import plain_formula
-from trimtab.ops.forms import FEW
+from trimtab.ops.cost import FEW
 from trimtab.ops.square import Square
 
 # (out, in, k): fewer, as many and more chunks than blocks; k dividing both, one or neither side; k above either side.

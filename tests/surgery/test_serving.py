@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import trimtab
 from trimtab.evaluation.modes import evaluating
-from trimtab.methods import _method
+from trimtab.methods import _weight
 
 
 @pytest.fixture
@@ -41,13 +41,13 @@ def change(model: nn.Module) -> None:
 def compared(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """Grows with every comparison of trained tensors."""
     seen: list[object] = []
-    same = _method._same
+    same = _weight._same
 
     def watched(*given: object) -> bool:
         seen.append(given)
         return same(*given)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(_method, "_same", watched)
+    monkeypatch.setattr(_weight, "_same", watched)
     return seen
 
 

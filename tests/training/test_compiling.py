@@ -15,12 +15,12 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 import trimtab
 from tiny_runs import Kept, tiny_model
-from trimtab.config import load_config
-from trimtab.ops.forms import counted
+from trimtab.config.run import load_config
+from trimtab.ops.cost import counted
 from trimtab.training import compiling
 from trimtab.training.compiling import Compiling, blocks_of, pays
-from trimtab.training.pace import Lap, Pace
 from trimtab.training.run import finetune
+from trimtab.training.throughput import Lap, Pace
 
 
 @pytest.fixture(autouse=True)

@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file
 
 from tiny_runs import rows, write_rows
-from trimtab.config import RunConfig
+from trimtab.config.run import RunConfig
 from trimtab.errors import Interrupted, RunError
 from trimtab.files import read_json, read_jsonl
-from trimtab.training.folder import RunFolder, find_run
-from trimtab.training.listener import Listener
+from trimtab.runs.folder import RunFolder, find_run
+from trimtab.training.events import Listener
 from trimtab.training.run import _Run, finetune
 
 TIMED = {"seconds", "tokens_per_second", "memory_gib"}

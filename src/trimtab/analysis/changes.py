@@ -22,9 +22,9 @@ from trimtab import bases
 from trimtab.analysis.correlation import pearson
 from trimtab.analysis.tuned import Tuned, find_tuned
 from trimtab.errors import ModelError, did_you_mean
-from trimtab.formats.model_folder import empty_model, weights_folder
-from trimtab.formats.sources import Source
-from trimtab.formats.weights import Weights
+from trimtab.models.load import empty_model, weights_folder
+from trimtab.models.locate import Source
+from trimtab.models.tensors import Weights
 from trimtab.ops.decomposition import row_changes
 from trimtab.surgery.plan import block_number
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from trimtab import bases, methods
+from trimtab.adapters.record import Stored
+from trimtab.adapters.store import read_adapter
 from trimtab.errors import AdapterError, ModelError
-from trimtab.formats.adapter import read_adapter
-from trimtab.formats.stored import Stored
-from trimtab.formats.weights import Weights
-from trimtab.training.folder import RunFolder
+from trimtab.models.tensors import Weights
+from trimtab.runs.folder import RunFolder
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from trimtab import __version__
-from trimtab.cli import analyze, compare, evaluate, explore, finetune, generate, memorize, merge, plan
+from trimtab.cli.verbs import analyze, compare, evaluate, explore, finetune, generate, memorize, merge, plan
 from trimtab.errors import Interrupted, TrimtabError
 
 app = typer.Typer(

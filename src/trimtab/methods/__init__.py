@@ -13,7 +13,7 @@ from functools import cache
 
 from trimtab.bases import Kind
 from trimtab.errors import PlanError, did_you_mean
-from trimtab.methods._shared import Method, Options
+from trimtab.methods._base import Method, Options
 
 __all__ = ["Method", "Options", "method_class", "names", "options_class"]
 

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 from trimtab.bases import Base
 from trimtab.errors import SurgeryError
-from trimtab.methods import _shared
+from trimtab.methods import _base
 from trimtab.ops.dropout import dropout
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 
 
-class Options(_shared.Options):
+class Options(_base.Options):
     """What an adapter block can be told."""
 
     bottleneck: int = Field(
@@ -40,7 +40,7 @@ class Options(_shared.Options):
     )
 
 
-class Method(_shared.Method):
+class Method(_base.Method):
     """``down [bottleneck, in]``, ``down_bias [bottleneck]``, ``up [out, bottleneck]`` and ``up_bias [out]``.
 
     A method file defines ``forward(x, h)``: what becomes of the block's output ``h [..., out]``, given its input ``x``,

@@ -16,17 +16,17 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from trimtab.bases import Base
-from trimtab.methods import _method
+from trimtab.methods import _weight
 
 
-class Options(_method.Options):
+class Options(_weight.Options):
     """What full fine-tuning can be told."""
 
     dropout: float = Field(0.0, ge=0.0, le=0.0, description="None: there is no update whose input could be dropped.")
     compute: Literal["auto"] = Field("auto", description="There is one form only: the trained weight itself.")
 
 
-class Method(_method.Method):
+class Method(_weight.Method):
     """``weight [out, in]``: the trained copy."""
 
     options_type = Options

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from trimtab.bases import Base
 from trimtab.errors import PlanError
-from trimtab.methods import _method
+from trimtab.methods import _weight
 from trimtab.ops import low_rank
 from trimtab.ops.frozen_linear import Update
 
 
-class Options(_method.Options):
+class Options(_weight.Options):
     """What LoRA can be told."""
 
     rank: int = Field(8, ge=0, description="Rank of the update: higher learns more and costs more. 0: magnitude alone.")
@@ -54,7 +54,7 @@ class Options(_method.Options):
         return alpha / math.sqrt(self.rank) if self.rank_stabilised else alpha / self.rank
 
 
-class Method(_method.Method):
+class Method(_weight.Method):
     """``A [rank, in]`` and ``B [out, rank]``. Raises PlanError if the rank is larger than the matrix."""
 
     options_type = Options

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from trimtab.bases import Base
 from trimtab.errors import PlanError
-from trimtab.methods import _method
+from trimtab.methods import _weight
 from trimtab.ops.frozen_linear import Update
 from trimtab.ops.square import Square
 
 
-class Options(_method.Options):
+class Options(_weight.Options):
     """What MoRA can be told."""
 
     rank: int = Field(8, ge=1, description="The LoRA rank whose number of parameters the square matrix matches.")
@@ -41,7 +41,7 @@ def side(out_features: int, in_features: int, options: Options) -> int:
     return k - k % 2 if options.form == "rotation" else k
 
 
-class Method(_method.Method):
+class Method(_weight.Method):
     """``M [k, k]``. Raises PlanError if k is larger than both sides of the weight, or less than 2 for rotation."""
 
     options_type = Options

@@ -7,7 +7,7 @@
 Why one function: the update is added in place to the product (no second ``[tokens, out]`` tensor), the gradient of the
 input likewise, and the gradient of ``c`` is read off the output, ``dc = sum_t dy (y - bias) / c``, so no activation
 is kept that a plain linear layer followed by a nonlinearity would not keep. Forward and backward each take the form
-(``trimtab.ops.forms``) that costs less on their shapes.
+(``trimtab.ops.cost``) that costs less on their shapes.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from trimtab.ops.autocast import autocast_dtype, without_autocast
+from trimtab.ops.cost import Compute, Work, counted, folds_gradient, folds_output
 from trimtab.ops.dropout import Keep
-from trimtab.ops.forms import Compute, Work, counted, folds_gradient, folds_output
 from trimtab.ops.ratio import HALF, Ratio, ratio_of
 
 

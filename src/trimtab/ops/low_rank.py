@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trimtab.ops.cost import FEW, RANKS_PER_PASS, Work
 from trimtab.ops.decomposition import Axis, row_blocks
-from trimtab.ops.forms import FEW, RANKS_PER_PASS, Work
 
 _BLOCK = 1 << 18  # elements: what a processor's second cache holds in float32
 

@@ -23,9 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trimtab.ops.forms import FEW, RANKS_PER_PASS, Work
+from trimtab.ops.cost import FEW, RANKS_PER_PASS, Work
 
-# Passes over one element, in the units of trimtab.ops.forms: turning M for a chunk, repeating it, and adding a product
+# Passes over one element, in the units of trimtab.ops.cost: turning M for a chunk, repeating it, and adding a product
 # to some of the columns.
 _TURNING, _REPEATING, _STRIDED = 8.0, 2.0, 1.6
 

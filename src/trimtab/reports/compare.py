@@ -9,12 +9,12 @@ from typing import Any
 
 from rich.table import Table
 
+from trimtab.config.yaml_text import write_yaml
 from trimtab.files import read_json, write_text
 from trimtab.reports import words
 from trimtab.reports.compare_plots import baseline, draw_costs, draw_differences, draw_scores, panel_name, panels
 from trimtab.reports.html_table import html_table
 from trimtab.reports.pictures import page, write_picture
-from trimtab.yaml_text import write_yaml
 
 
 def study_tables(results: Mapping[str, Any]) -> list[Table]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.table import Table
 
+from trimtab.config.yaml_text import write_yaml
 from trimtab.files import read_json, write_text
 from trimtab.reports.html_table import html_table
 from trimtab.reports.pattern_pictures import (
@@ -27,7 +28,6 @@ from trimtab.reports.pattern_pictures import (
     with_interval,
 )
 from trimtab.reports.pictures import page, write_picture
-from trimtab.yaml_text import write_yaml
 
 _SHORT = ("all", "layers", "time")
 """The views that the terminal has room for."""

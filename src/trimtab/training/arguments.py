@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import TrainingArguments
 
-from trimtab.config import RunConfig
+from trimtab.config.run import RunConfig
 
 
 def epoch_steps(config: RunConfig, rows: int) -> int:

@@ -18,10 +18,10 @@ from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from trimtab.ops.forms import expected
+from trimtab.ops.cost import expected
 from trimtab.surgery.adapted import Adapted, bare
-from trimtab.training.listener import Listener
-from trimtab.training.pace import Lap, Pace
+from trimtab.training.events import Listener
+from trimtab.training.throughput import Lap, Pace
 
 COMPILE_SECONDS = 90.0
 """What compiling is counted as. SmolLM2's blocks, of one kind, took some 45 s on one busy core."""

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trimtab.config import RunConfig
+from trimtab.config.run import RunConfig
 from trimtab.data.rows import Example, read_examples
 from trimtab.data.split import draw, split_off
 from trimtab.data.tokens import EncodedRows, encode_all
 from trimtab.errors import ConfigError
 from trimtab.evaluation.choice import check_choices, infer_choices
-from trimtab.formats.gguf import cache_folder
-from trimtab.training.listener import Listener
+from trimtab.models.gguf import cache_folder
+from trimtab.training.events import Listener
 
 
 @dataclass(frozen=True)

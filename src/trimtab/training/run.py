@@ -17,7 +17,9 @@ import torch
 from torch import nn
 from transformers import EarlyStoppingCallback, set_seed
 
-from trimtab.config import RunConfig
+from trimtab.adapters.store import load_adapter, save_adapter
+from trimtab.config.resolve import model_dtype_of, plan_of, precision_of, source_of
+from trimtab.config.run import RunConfig
 from trimtab.data.batches import Collator
 from trimtab.data.preview import preview
 from trimtab.data.rows import Example
@@ -26,23 +28,21 @@ from trimtab.evaluation.evaluate import Evaluation, evaluate, write
 from trimtab.evaluation.logits import Head
 from trimtab.evaluation.perplexity import perplexity, token_loss
 from trimtab.files import write_json
-from trimtab.formats.adapter import load_adapter, save_adapter
-from trimtab.formats.model_folder import load_model, load_tokenizer
+from trimtab.machine import describe_machine, device, peak_memory_gib, versions
+from trimtab.memory.estimate import RowSizes
+from trimtab.memory.suggest import check_run
+from trimtab.models.load import load_model, load_tokenizer
 from trimtab.reports import run_page
+from trimtab.runs.folder import RunFolder, find_run, start_run
 from trimtab.surgery.attach import AttachReport, attach, describe
 from trimtab.training.arguments import metric, training_arguments
 from trimtab.training.averaging import Averaging
 from trimtab.training.callbacks import Interrupting, Telling
 from trimtab.training.compiling import Compiling
-from trimtab.training.fitting import check_run
-from trimtab.training.folder import RunFolder, find_run, start_run
+from trimtab.training.events import Listener
 from trimtab.training.inputs import Inputs, read_inputs
-from trimtab.training.listener import Listener
-from trimtab.training.machine import describe_machine, device, peak_memory_gib, versions
-from trimtab.training.memory import RowSizes
-from trimtab.training.pace import Pace
-from trimtab.training.recorder import Recorder, require_tensorboard
-from trimtab.training.resolving import model_dtype_of, plan_of, precision_of, source_of
+from trimtab.training.metrics_log import Recorder, require_tensorboard
+from trimtab.training.throughput import Pace
 from trimtab.training.trainer import AdapterTrainer, parameter_groups
 
 

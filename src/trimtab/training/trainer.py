@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from trimtab.adapters.store import load_adapter, save_adapter
 from trimtab.data.batches import Collator, LengthGroupedBatches
 from trimtab.data.tokens import EncodedRows
 from trimtab.errors import RunError
 from trimtab.evaluation.logits import Head
-from trimtab.formats.adapter import load_adapter, save_adapter
 from trimtab.surgery.attach import trainable_parameters
 from trimtab.training.averaging import Averaging
 from trimtab.training.compiling import plainly
-from trimtab.training.pace import Lap, Pace
+from trimtab.training.throughput import Lap, Pace
 
 BEST = "best"
 """Folder, beside the checkpoints, of the adapter of the best validation."""

@@ -1,0 +1,99 @@
+"""Our own adapter format, for what PEFT's cannot express.
+
+    trimtab.json                    {"format": "trimtab adapter", "version": 1, "base": name of the model or null,
+                                     "modules": {module: {"method": name, "options": {...}, "shape": [out, in],
+                                     "tensors": {tensor: shape}}}}
+    trimtab_adapter.safetensors     one tensor per trained tensor, called MODULE.TENSOR; in its header, "modules": the
+                                     SHA-256 of "modules" as JSON with sorted keys and no spaces, so that neither file
+                                     is ever read with the other of another save
+
+Tensors: ``A [rank, in]``, ``B [out, rank]`` (lora, dora), ``M [k, k]`` (mora), ``weight [out, in]`` (full),
+    ``magnitude`` (``[out]`` or ``[in]``) with any of them; ``down [bottleneck, in]``, ``down_bias [bottleneck]``, ``up
+    [out, bottleneck]``, ``up_bias [out]`` (parallel; serial, with ``down [bottleneck, out]``), where ``out`` and ``in``
+    are the widths of a block's hidden states. Options are written in full, so that an adapter keeps its
+    meaning when a default changes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import nn
+
+from trimtab import methods
+from trimtab.adapters.record import Stored
+from trimtab.adapters.safe_read import read_description, read_tensors, shown
+from trimtab.errors import AdapterError, PlanError
+from trimtab.files import write_json
+from trimtab.surgery.adapted import Adapted
+
+FILES = ("trimtab.json", "trimtab_adapter.safetensors")
+_FORMAT = "trimtab adapter"
+_VERSION = 1
+_HEADER = "modules"
+
+
+def save(model: nn.Module, adapted: dict[str, Adapted], folder: Path) -> None:
+    """Write the two files."""
+    modules, tensors = {}, {}
+    for name, module in adapted.items():
+        mine = {key: value.detach().contiguous().clone() for key, value in module.adapter.named_parameters()}
+        modules[name] = {
+            "method": module.method,
+            "options": module.adapter.options.model_dump(),
+            "shape": [module.adapter.out_features, module.adapter.in_features],
+            "tensors": {key: list(value.shape) for key, value in mine.items()},
+        }
+        tensors.update({f"{name}.{key}": value for key, value in mine.items()})
+    base = getattr(getattr(model, "config", None), "_name_or_path", None)
+    save_file(tensors, folder / FILES[1], metadata={"format": "pt", _HEADER: _digest(modules)})
+    write_json(folder / FILES[0], {"format": _FORMAT, "version": _VERSION, "base": base or None, "modules": modules})
+
+
+def load(folder: Path) -> dict[str, Stored]:
+    """What is stored of each module. Raises AdapterError if the files are damaged or do not belong together."""
+    path = folder / FILES[0]
+    described = read_description(path)
+    if described.get("format") != _FORMAT:
+        raise AdapterError(f'{path}: expected "format": "{_FORMAT}"; this is not an adapter of ours')
+    if described.get("version") != _VERSION:
+        raise AdapterError(
+            f"{path}: format version {shown(described.get('version'))}; this release reads version {_VERSION}. "
+            "Update trimtab"
+        )
+    tensors, header = read_tensors(folder / FILES[1])
+    modules: Any = described.get("modules")
+    if header.get(_HEADER) != _digest(modules):
+        raise AdapterError(
+            f"{folder}: {FILES[0]} and {FILES[1]} do not belong together: a save was interrupted, or one of them was "
+            "changed. Save the adapter again"
+        )
+    found: dict[str, Stored] = {}
+    expected: dict[str, list[int]] = {}
+    try:
+        for name, entry in modules.items():
+            options = methods.options_class(entry["method"])(**entry["options"])
+            shapes = {key: list(shape) for key, shape in entry["tensors"].items()}
+            expected |= {f"{name}.{key}": shape for key, shape in shapes.items()}
+            mine = {key: tensors[f"{name}.{key}"] for key in shapes if f"{name}.{key}" in tensors}
+            found[name] = Stored(entry["method"], options, mine, tuple(entry["shape"]))
+    except (KeyError, TypeError, ValueError, AttributeError, PlanError) as error:
+        text = shown(" ".join(str(error).split()), 400)
+        raise AdapterError(f"{path}: a damaged description of an adapter ({type(error).__name__}: {text})") from None
+    got = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    odd = sorted(name for name in expected.keys() | got.keys() if expected.get(name) != got.get(name))
+    if odd:
+        raise AdapterError(
+            f"{folder}: {FILES[0]} and {FILES[1]} differ at {len(odd)} tensors, such as {shown(odd[0])}: expected "
+            f"{expected.get(odd[0], 'nothing')}, got {got.get(odd[0], 'nothing')}"
+        )
+    return found
+
+
+def _digest(modules: Any) -> str:
+    text = json.dumps(modules, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()

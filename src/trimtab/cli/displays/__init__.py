@@ -1,0 +1,1 @@
+"""What a verb draws on the terminal while it works."""

@@ -1,0 +1,104 @@
+"""What a study looks like while it goes on: the run at hand, and a line for each that is done."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from trimtab.cli.displays.run import Display
+from trimtab.reports import words
+from trimtab.studies.cell import finished_cell
+from trimtab.studies.compare import StudyListener, chosen_runs
+from trimtab.studies.study import Cell, Study
+
+
+class StudyDisplay(StudyListener, Display):
+    """Draws a study on ``console``; of each run only the live line."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console)
+        self._heading = ""
+        # Of the searches for learning rates (True), and of the runs: a run takes longer than a search does.
+        self._seconds: dict[bool, list[float]] = {True: [], False: []}
+        self._missing = {True: 0, False: 0}
+        self._cell_began = 0.0
+
+    def planned(self, searches: int, runs: int) -> None:
+        self._missing = {True: searches, False: runs}
+
+    def cell_began(self, cell: Cell, number: int, total: int) -> None:
+        self._cell_began = time.perf_counter()
+        self._heading = f"[{number}/{total}] {cell.name}"
+        super().note(f"{self._heading}{self._time_left(cell.searching)}")
+        self._missing[cell.searching] -= 1
+
+    def cell_ended(self, cell: Cell, result: dict[str, Any]) -> None:
+        self._seconds[cell.searching].append(time.perf_counter() - self._cell_began)
+        super().note(f"{self._heading}: {told(cell, result)}")
+
+    def cell_failed(self, cell: Cell, reason: str) -> None:
+        super().note(f"{self._heading}: failed: {reason}")
+
+    def stage(self, text: str) -> None:
+        self._stop()
+
+    def note(self, text: str) -> None:
+        if text.startswith(("resuming", "interrupted")):
+            super().note(text)
+
+    def show(self, renderable: Any) -> None:
+        pass
+
+    def evaluated(self, result: dict[str, Any]) -> None:
+        pass
+
+    def metrics(self, row: dict[str, Any]) -> None:
+        if row["kind"] == "train":
+            self._last = row
+
+    def _time_left(self, searching: bool) -> str:
+        """As long as those of its kind took that came to their end."""
+        if not self._seconds[searching]:
+            return ""
+        seconds = self._missing[searching] * statistics.mean(self._seconds[searching])
+        return f", about {words.duration(seconds)} left{' of the search' if searching else ''}"
+
+
+def told(cell: Cell, result: dict[str, Any]) -> str:
+    """The score of a run, its time and its memory, in a few words."""
+    if cell.searching:
+        scores = [_score("validation", result["kept"])]
+    else:
+        scores = [_score(name, found) for name, found in result["tests"].items()]
+    costs = [words.duration(result["total_seconds"]), f"{result['peak_memory_gib']:.2f} GiB"]
+    return ", ".join([*scores, *costs])
+
+
+def _score(name: str, found: dict[str, Any]) -> str:
+    for key, said in (("accuracy", "accuracy"), ("exact_match", "exact match")):
+        if key in found:
+            return f"{name} {said} {words.percent(found[key])}"
+    if "perplexity" in found:
+        return f"{name} perplexity {words.number(found['perplexity'])}"
+    return f"{name} loss {found['loss']:.3f}"
+
+
+def cells_table(study: Study) -> Table:
+    """Every run of a study, and what it gave if it is done."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for head in ("task", "arm", "seed", "learning rate", "done"):
+        table.add_column(head, justify="right" if head in ("seed", "learning rate") else "left")
+    for task in study.said.tasks:
+        for arm in study.said.arms:
+            chosen = chosen_runs(study, task, arm)
+            for cell in (*study.searches(task, arm), *(chosen or study.runs(task, arm, None))):
+                found = finished_cell(cell.config) if cell.searching or chosen else None
+                rate = f"{cell.learning_rate:g}" if cell.searching or chosen else "as the search finds"
+                seed = f"search {cell.seed}" if cell.searching else str(cell.seed)
+                rate = rate if cell.config.train.epochs else words.DASH
+                table.add_row(task, arm, seed, rate, told(cell, found) if found is not None else words.DASH)
+    return table

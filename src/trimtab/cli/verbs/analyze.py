@@ -1,0 +1,54 @@
+"""``trimtab analyze``: how far each weight of a tuned model moved, in magnitude and in direction."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def command(
+    base: Annotated[
+        str, typer.Argument(metavar="BASE", help="The model that was tuned, as in a run's YAML.", show_default=False)
+    ],
+    tuned: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="TUNED...", help="Model folders, adapters, or runs (every checkpoint).", show_default=False
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="The folder for tables and pictures.")] = Path("analysis"),
+    match: Annotated[str, typer.Option(help="Only modules whose name fits this glob, such as '*.q_proj'.")] = "*",
+    spectra: Annotated[
+        bool, typer.Option(help="Singular values and effective rank of each update: most of the time on large weights.")
+    ] = True,
+) -> None:
+    """Compare the weights of tuned models with their base: dM, dD, their correlation, spectra, extreme rows."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from trimtab.analysis.changes import analyse
+    from trimtab.analysis.write import write_changes
+    from trimtab.models.locate import resolve
+    from trimtab.reports.changes import changes_table, correlations_table, write_changes_page
+
+    console = Console()
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("weights", total=None)
+        found = list(
+            analyse(
+                resolve(base),
+                tuned,
+                match=match,
+                spectra=spectra,
+                progress=lambda done, total: progress.update(task, completed=done, total=total),
+                note=lambda text: console.print(text, highlight=False, soft_wrap=True),
+            )
+        )
+    analysis = write_changes(out, base, found)
+    page = write_changes_page(out)
+    console.print(changes_table(analysis))
+    console.print()
+    console.print(correlations_table(analysis))
+    typer.echo(f"\ntables: {out / 'changes.csv'}, {out / 'changes.json'}\npicture: {page}")

@@ -1,0 +1,94 @@
+"""``trimtab evaluate``: measure a run, or any model, on rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def command(
+    target: Annotated[
+        str, typer.Argument(metavar="TARGET", help="The folder of a run, or the name of a model.", show_default=False)
+    ],
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Rows to evaluate on, or with --task the folder that holds them; may be given several times. Default: "
+            "the run's test sets."
+        ),
+    ] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help="A benchmark's task, such as finlora/fpb; may be given several times.", show_default=False),
+    ] = None,
+    generate: Annotated[
+        bool, typer.Option("--generate", help="Let the model write its answer where a closed set would be scored.")
+    ] = False,
+    adapter: Annotated[Path | None, typer.Option(help="An adapter to put onto a model named by TARGET.")] = None,
+    base: Annotated[bool, typer.Option("--base", help="Leave the run's adapter off.")] = False,
+    choices: Annotated[
+        str | None,
+        typer.Option(
+            help="The closed set of answers, separated by commas. Default: the task's, the run's, or from the rows.",
+            show_default=False,
+        ),
+    ] = None,
+    form: Annotated[
+        str | None,
+        typer.Option(
+            help="The form of the rows, such as multiple_choice. Default: the run's, or recognised by their keys.",
+            show_default=False,
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Rows in one forward pass; results do not depend on it. Default: the run's, or 32."),
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Longest generated answer, in tokens. Default: the task's, the run's, or 32."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows of each set.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for results and predictions. Default: the run's for its own test sets as they are, else "
+            "runs/evaluate."
+        ),
+    ] = None,
+) -> None:
+    """Evaluate a run or a model: accuracy and F1 for closed answers, exact match for open ones, perplexity for text."""
+    from rich.console import Console
+
+    from trimtab.cli.displays.run import Display
+    from trimtab.evaluation.run import measure
+
+    console = Console()
+    with Display(console) as display:
+        folder, written = measure(
+            target,
+            data or [],
+            adapter=adapter,
+            base=base,
+            tasks=task or [],
+            generate=generate,
+            choices=[choice.strip() for choice in choices.split(",")] if choices else None,
+            form=form,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            limit=limit,
+            out=out,
+            listener=display,
+        )
+
+    from trimtab.reports import tables
+
+    for result in written:
+        console.print(tables.evaluation_table(result))
+        if result["kind"] == "choice" and len(result["choices"]) <= tables.MOST_CLASSES:
+            console.print(tables.confusion_table(result))
+        if "questions" in result:
+            console.print(tables.questions_table(result))
+    console.print(f"results and predictions: {folder}", highlight=False, soft_wrap=True)

@@ -1,0 +1,54 @@
+"""``trimtab explore``: which layer wants which method, within one budget of trained parameters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def command(
+    config: Annotated[Path, typer.Argument(metavar="EXPLORE", help="The search's YAML file.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="Settings in place of the file's, such as trials=40, confirm=5 or base.train.epochs=1.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Search for the plan (a method and a rank for each group of layers) that scores best on the validation rows.
+
+    Every plan keeps to one budget of trained parameters, and uniform plans of that budget run first. The same command
+    goes on with a search that was cut off, and runs nothing twice.
+    """
+    from trimtab.studies.explore_config import load_explore
+
+    loaded = load_explore(config, overrides or [])
+
+    from rich.console import Console
+
+    from trimtab.cli.displays.search import ExploreDisplay
+    from trimtab.files import read_json
+    from trimtab.reports.explore import confirmation_words, trials_table
+    from trimtab.studies.explore import explore
+
+    console = Console()
+    display = ExploreDisplay(console, loaded.base.train.metric)
+    with display:
+        folder = explore(loaded, display)
+
+    found = read_json(folder / "explore.json")
+    console.print()
+    console.print(trials_table(found))
+    if found["confirmation"]:
+        console.print(f"\n{confirmation_words(found)}", highlight=False)
+    others = [folder / f"{name}.yaml" for name in ("best_mixed", "best_uniform") if found[name] is not None]
+    for line in (
+        f"\nbest: {folder / 'best.yaml'}" + (f" (also {', '.join(each.name for each in others)})" if others else ""),
+        f"page: {folder / 'explore.html'}",
+        f"train it: trimtab finetune {folder / 'best.yaml'}",
+    ):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,138 @@
+"""``trimtab finetune``: the whole run, from a YAML to an adapter and a report."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from trimtab.cli.verbs._arguments import Overrides
+
+if TYPE_CHECKING:
+    from trimtab.config.run import RunConfig
+    from trimtab.runs.folder import RunFolder
+
+
+def command(
+    config: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="CONFIG", help="The run's YAML file; with --finlora, the name of a run in that.", show_default=False
+        ),
+    ] = None,
+    overrides: Overrides = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted run from its last checkpoint.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run that is in the output folder.")] = False,
+    finlora: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Take the run CONFIG from FinLoRA's finetune_configs.json; it goes into lora_adapters/.../CONFIG.",
+            show_default=False,
+        ),
+    ] = None,
+    list_runs: Annotated[bool, typer.Option("--list", help="Only list the runs of the --finlora file.")] = False,
+) -> None:
+    """Fine-tune a model on rows of data, evaluate it before and after, and write a report."""
+    if resume and overwrite:
+        raise typer.BadParameter("--resume goes on with the run that --overwrite would replace; choose one")
+    if list_runs:
+        if finlora is None:
+            raise typer.BadParameter("--list lists the runs of a FinLoRA file; name it with --finlora FILE")
+        _print_runs(finlora)
+        return
+    if config is None:
+        raise typer.BadParameter(
+            "name the run's YAML file" if finlora is None else "name a run of the file; see --list"
+        )
+    loaded = _load(config, finlora, overrides or [])
+
+    from rich.console import Console
+
+    from trimtab.cli.displays.run import Display
+    from trimtab.reports import tables
+
+    console = Console()
+    with Display(console) as display:
+        from trimtab.training.run import finetune
+
+        folder = finetune(loaded, resume=resume, overwrite=overwrite, listener=display)
+
+    summary = folder.read_summary()
+    console.print()
+    if loaded.data.test:
+        console.print(tables.results_table(folder.path))
+        console.print(tables.answers_table(folder.path))
+    minutes, seconds = divmod(round(summary["training_seconds"]), 60)
+    console.print(
+        f"trained {summary['trainable_parameters']:,} of {summary['total_parameters']:,} parameters in "
+        f"{minutes} min {seconds} s, peak memory {summary['peak_memory_gib']:.2f} GiB",
+        highlight=False,
+    )
+    size = summary["adapter_bytes"]
+    written = f"{size / 1e6:.1f} MB" if size > 1e6 else f"{size / 1e3:.0f} kB"
+    for line in (
+        f"adapter ({written}): {_short(folder.adapter)}",
+        f"report: {_short(folder.report)}",
+        f"try it: trimtab generate {_short(folder.path)} {_question(folder)}",
+    ):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _question(folder: RunFolder) -> str:
+    """A prompt as a shell takes it: of the run's first test row, since the model answers to prompts of that kind; dots
+    where there is none, or where ``generate`` puts what it is given into a template."""
+    from trimtab.files import read_jsonl
+
+    file = next(iter(sorted((folder.path / "predictions").glob("*.after.jsonl"))), None)
+    if file is None or folder.read_summary().get("form") not in ("finlora", "completion"):
+        return '"..."'
+    prompt = next(iter(read_jsonl(file)))["prompt"].rstrip()
+    if not prompt.replace("\n", "").isprintable():
+        return '"..."'
+    if "\n" not in prompt:
+        return shlex.quote(prompt)
+    escaped = prompt.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
+    return f"$'{escaped}'"
+
+
+def _short(path: Path) -> Path:
+    """``path`` as seen from the working directory, where it lies below that."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def _load(config: str, finlora: Path | None, overrides: Sequence[str]) -> RunConfig:
+    """The run of a YAML file, or of a FinLoRA file."""
+    from trimtab.config.finlora import load_finlora
+    from trimtab.config.run import load_config
+
+    return load_config(config, overrides) if finlora is None else load_finlora(finlora, config, overrides)
+
+
+def _print_runs(path: Path) -> None:
+    """One line for each run of a FinLoRA file."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from trimtab.config.finlora import check_entry, read_entries
+
+    table = Table(box=None, header_style="bold")
+    for title in ("run", "adapter", "base model", "rows"):
+        table.add_column(title, overflow="fold")
+    for title in ("epochs", "batch", "rate"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for name, said in read_entries(path).items():
+        entry = check_entry(path, name, said)
+        batch = f"{entry.batch_size} x {entry.gradient_accumulation_steps}"
+        cells = (name, entry.variant, entry.base_model, entry.dataset_path, f"{entry.num_epochs:g}", batch)
+        table.add_row(*map(Text, cells), f"{entry.learning_rate:g}")
+    console = Console()
+    if not console.is_terminal:  # a pipe has no width to keep to, and names are there to be copied
+        console.width = 160
+    console.print(table)

@@ -1,0 +1,61 @@
+"""``trimtab plan``: which module gets what, and whether the run fits into memory, before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from trimtab.cli.verbs._arguments import ConfigPath, Overrides
+
+
+def command(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    modules: Annotated[bool, typer.Option("--modules", help="List every module, too.")] = False,
+    length: Annotated[
+        int | None,
+        typer.Option(min=2, help="Estimate memory for rows of so many tokens, in place of the longest of the data."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of tables.")] = False,
+) -> None:
+    """Show which modules get which method, how many parameters are trained, and how much memory the run will take.
+
+    Loads no weights: the model's configuration is enough.
+    """
+    from trimtab.config.run import load_config
+
+    loaded = load_config(config, overrides or [])
+
+    import trimtab.training.run  # noqa: F401 -- its libraries are part of what a run's process holds
+    from trimtab.config.resolve import plan_of, source_of
+    from trimtab.memory.suggest import describe_memory
+    from trimtab.models.load import empty_model
+    from trimtab.surgery.attach import attach
+
+    found = attach(empty_model(source_of(loaded)), plan_of(loaded)).to_dict()
+    memory = describe_memory(loaded, length)
+    if as_json:
+        typer.echo(json.dumps({**found, "memory": memory}, indent=2))
+        return
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from trimtab.reports import tables
+
+    console = Console()
+    console.print(f"model: {loaded.model.name}", highlight=False, soft_wrap=True)
+    if loaded.quantisation != "none":
+        console.print(f"quantisation: {loaded.quantisation}, all linear layers but the output head", highlight=False)
+    console.print(tables.plan_table(found))
+    if modules:
+        table = Table("module", "method", "rule", "out x in", "parameters", box=None, header_style="bold")
+        for module in found["modules"]:
+            size = f"{module['out']} x {module['in']}"
+            table.add_row(module["module"], module["method"], str(module["rule"]), size, f"{module['parameters']:,}")
+        console.print(table)
+    console.print(tables.memory_table(memory))
+    for line in tables.memory_lines(memory):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)

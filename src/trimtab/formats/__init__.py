@@ -1,1 +1,0 @@
-"""What lies on disk. One file is one format."""

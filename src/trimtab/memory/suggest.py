@@ -1,0 +1,172 @@
+"""Whether a run fits into the machine's memory, and which changes of its settings would make it fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from trimtab.config.resolve import precision_of, source_of
+from trimtab.config.run import RunConfig
+from trimtab.errors import TrimtabError
+from trimtab.machine import device
+from trimtab.memory.estimate import RowSizes, RunMemory, estimate_run
+from trimtab.memory.room import GIB, available_memory, check_fits
+from trimtab.models.gguf import is_dequantised
+from trimtab.models.load import load_tokenizer
+from trimtab.training.events import Listener
+from trimtab.training.inputs import read_inputs
+
+Change = Mapping[str, Any]
+"""Settings by their dotted keys."""
+
+SHORTEST = 64
+"""Tokens: ``data.max_length`` is not suggested to be lower."""
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """A change of settings with which the run fits, and what it takes then."""
+
+    change: Change
+    memory: RunMemory
+
+    @property
+    def overrides(self) -> str:
+        """The change as the command line takes it."""
+        return " ".join(f"{key}={str(value).lower()}" for key, value in self.change.items())
+
+    def __str__(self) -> str:
+        return f"{self.overrides}: {self.memory.hardest.needed / GIB:.2f} GiB"
+
+
+def check_run(config: RunConfig, sizes: RowSizes) -> None:
+    """Raise ModelError, with what would help, if a run needs more memory than the machine has free."""
+    found = estimate_run(config, sizes).hardest
+    if found.needed > available_memory(device()):
+        advice = [str(suggestion) for suggestion in suggest(config, sizes)]
+        check_fits(found, f"Training {config.model.name}", device(), advice or ["a smaller model"])
+
+
+def suggest(config: RunConfig, sizes: RowSizes) -> list[Suggestion]:
+    """Changes with which a run fits that does not, each estimated by itself; those that alter its results least first.
+
+    Of each kind of change the mildest that fits is given. Several changes together come into play where no single one
+    does.
+    """
+    room = available_memory(device())
+
+    def fitting(change: Change) -> Suggestion | None:
+        memory = _with(config, sizes, change)
+        return Suggestion(change, memory) if memory.hardest.needed <= room else None
+
+    for ladders in _attempts(config, sizes):
+        found = []
+        for *milder, strongest in filter(None, ladders):
+            # Where the strongest change is not enough, the milder ones need not be looked at.
+            if last := fitting(strongest):
+                found.append(next((fits for change in milder if (fits := fitting(change))), last))
+        if found:
+            return found
+    return []
+
+
+def read_sizes(config: RunConfig) -> tuple[RowSizes, str]:
+    """Sizes of the rows of ``config`` and a word on where they are from: the rows, where their files and the tokenizer
+    are there to be read, else ``data.max_length``."""
+    data, source = config.data, source_of(config)
+    capped = _capped(config)
+    why = f"the cap data.max_length = {data.max_length}, since"
+    named = [*data.train, *(data.validation if isinstance(data.validation, tuple) else ()), *data.test.values()]
+    if missing := [name for name in named if not Path(name).is_file()]:
+        return capped, f"{why} {missing[0]} is not here"
+    if source.kind == "gguf" and not is_dequantised(Path(source.location)):
+        return capped, f"{why} the tokenizer is still in {Path(source.location).name}"
+    try:
+        sizes = RowSizes.of(config, read_inputs(config, load_tokenizer(source), Listener()))
+    except TrimtabError as error:
+        return capped, f"{why} the rows cannot be read ({error})"
+    return sizes, "the longest row"
+
+
+def describe_memory(config: RunConfig, length: int | None = None) -> dict[str, Any]:
+    """What ``trimtab plan`` says about memory, as plain values; all sizes in GiB.
+
+    ``length``: tokens of a row, all of which carry loss, in place of what the data has.
+    """
+    if length is None:
+        sizes, origin = read_sizes(config)
+    else:
+        sizes, origin = replace(_capped(config), length=length, labels=length - 1), "--length"
+    memory, room = estimate_run(config, sizes), available_memory(device())
+    fits = memory.hardest.needed <= room
+    return {
+        "batch_size": config.train.batch_size,
+        "length": sizes.length,
+        "length_from": origin,
+        "moments": {
+            estimate.moment: {name: size / GIB for name, size in estimate.parts().items()}
+            for estimate in memory.moments
+        },
+        "peak": memory.peak.total / GIB,
+        "needed": memory.hardest.needed / GIB,
+        "free": room / GIB,
+        "fits": fits,
+        "uncounted": memory.uncounted,
+        "suggestions": [
+            {"change": suggestion.overrides, "needed": suggestion.memory.hardest.needed / GIB}
+            for suggestion in ([] if fits else suggest(config, sizes))
+        ],
+    }
+
+
+def _capped(config: RunConfig) -> RowSizes:
+    data = config.data
+    return RowSizes(data.max_length, data.max_length - 1, bool(data.test or data.validation))
+
+
+def _attempts(config: RunConfig, sizes: RowSizes) -> Iterator[list[list[Change]]]:
+    """Ladders of changes, each from mild to strong; then the same with more and more at once."""
+    train = config.train
+    trains_base = any(rule["method"] == "full" for rule in config.plan)
+    recompute: Change = {} if train.gradient_checkpointing else {"train.gradient_checkpointing": True}
+    halve: Change = {} if precision_of(config) == "bfloat16" else {"train.precision": "bfloat16"}
+    smaller = list(_smaller_batches(train.batch_size, train.gradient_accumulation))
+    kinds = () if config.quantisation != "none" or trains_base else ("int8", "nf4")
+    packed: list[Change] = [{"quantisation": kind} for kind in kinds]
+    together = [change for change in (recompute, halve) if change]
+    yield [*([change] for change in together), smaller, packed]
+    both: Change = {**recompute, **halve}
+    if both:
+        yield [[both], [{**both, **batch} for batch in smaller], [{**both, **kind} for kind in packed]]
+    least: Change = {**both, **(packed[-1] if packed else {})}
+    if packed:
+        yield [[{**least, **batch} for batch in smaller]]
+    least = {**least, **(smaller[-1] if smaller else {})}
+    yield [[{**least, "data.max_length": length} for length in _shorter(sizes.length)]]
+
+
+def _smaller_batches(rows: int, accumulation: int) -> Iterator[Change]:
+    """Half the rows at a time, and as many more passes to a step."""
+    size = rows
+    while size > 1:
+        size //= 2
+        yield {"train.batch_size": size, "train.gradient_accumulation": -(-rows * accumulation // size)}
+
+
+def _shorter(length: int) -> Iterator[int]:
+    while (length := length // 2) >= SHORTEST:
+        yield length
+
+
+def _with(config: RunConfig, sizes: RowSizes, change: Change) -> RunMemory:
+    """The estimate after ``change``."""
+    train = {key.removeprefix("train."): value for key, value in change.items() if key.startswith("train.")}
+    changed: dict[str, Any] = {"train": config.train.model_copy(update=train)}
+    if (quantisation := change.get("quantisation")) is not None:
+        changed["quantisation"] = quantisation
+    config = config.model_copy(update=changed)
+    if (length := change.get("data.max_length")) is not None:
+        sizes = replace(sizes, length=length, labels=min(sizes.labels, length - 1))
+    return estimate_run(config, sizes)

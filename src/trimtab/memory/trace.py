@@ -1,0 +1,332 @@
+"""One training step of a model, traced for its memory without weights and without computing.
+
+The step is the library's own code on fake tensors, so nothing here knows how a block or a method is made. Of equal
+blocks in a row, three are run: the first, which may have no gradient to hand on, the last, whose output another kind
+of module reads, and one that stands for all between them. Its copies hold what it holds before its turn, between its
+forward and its backward pass, or after its turn.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import masking_utils
+
+from trimtab import bases
+from trimtab.evaluation.logits import Head
+from trimtab.memory.room import stored_bytes
+from trimtab.memory.tracker import OTHER, Label, Ledger
+from trimtab.surgery.adapted import Adapted
+from trimtab.surgery.plan import output_heads
+from trimtab.training.compiling import block_lists
+
+Bytes = Mapping[str, int]
+"""Bytes by what they are for: weights, adapters, gradients, optimiser, activations."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The size of a batch: ``rows`` of ``length`` tokens, ``labels`` positions of which carry loss."""
+
+    rows: int
+    length: int
+    labels: int
+
+
+@dataclass
+class _Stretch:
+    """A part of a pass between two turns of blocks: its own peak, and how far each block was."""
+
+    stages: dict[int, str]
+    peak: Counter[Label]
+
+
+@dataclass
+class _Pass:
+    """What was held before, between and after the turns of the blocks, and at the peak of each stretch."""
+
+    before: Counter[Label]
+    stages: dict[int, str]
+    kept: Counter[Label] = field(default_factory=Counter)
+    after: Counter[Label] = field(default_factory=Counter)
+    stretches: list[_Stretch] = field(default_factory=list)
+
+
+class Trace:
+    """A model, which must be on the meta device and carry its adapters, made ready to be traced. It is spoiled by it.
+
+    Args:
+        model: a transformers causal language model.
+        quantisation: how the base weights of linear layers other than the head are stored.
+
+    Attributes:
+        standing: what is there whatever the batch: weights, adapters, their gradients and AdamW's moments.
+    """
+
+    def __init__(self, model: Any, *, quantisation: str = "none") -> None:
+        self._model = model
+        self._packed = _linear_weights(model) if quantisation != "none" else {}
+        self._quantisation = quantisation
+        self.standing = self._standing()
+        self._copies = _shorten(model)
+        self._blocks = [block for blocks in block_lists(model) for block in blocks]
+        self._labels = 0
+        aten = torch.ops.aten
+        self._ledger = Ledger(
+            {
+                # At the start of a training magnitudes are norms and updates are zero: what is looked at is nothing,
+                # and what is checked (rows that are not packed, masks that hide nothing) is as it should be.
+                aten._local_scalar_dense.default: lambda value: value.dtype == torch.bool or 0.0,
+                aten.nonzero.default: lambda mask: mask.new_empty((self._labels, mask.dim()), dtype=torch.int64),
+                # Asked where it is found out what a model does around its head: it gives on what it was given, or not.
+                aten.equal.default: lambda one, other: one.untyped_storage()._cdata == other.untyped_storage()._cdata,
+                aten.allclose.default: lambda *_: True,
+                torch.ops.prim.device.default: lambda _: torch.device("cpu"),  # half of all questions
+            }
+        )
+        self._pass: _Pass | None = None
+
+    def _standing(self) -> Bytes:
+        parameters = list(self._model.parameters())
+        trained = sum(parameter.nbytes for parameter in parameters if parameter.requires_grad)
+        weights = sum(self._stored(parameter) for parameter in parameters if not parameter.requires_grad)
+        return {"weights": weights, "adapters": trained, "gradients": trained, "optimiser": 2 * trained}
+
+    def _stored(self, tensor: Tensor) -> int:
+        """Bytes of a weight of the model on the meta device, as it is stored."""
+        if id(tensor) in self._packed:
+            return stored_bytes(tensor.shape, tensor.dtype, self._quantisation)
+        return tensor.nbytes
+
+    def run(
+        self,
+        batch: Batch,
+        *,
+        gradient_checkpointing: bool = False,
+        accumulates: bool = False,
+        averages: bool = False,
+        evaluated: Batch | None = None,
+        generates: bool = False,
+    ) -> dict[str, Bytes]:
+        """The peaks of ``training`` and of ``evaluating``, each by what the bytes are for.
+
+        Args:
+            batch: of one forward pass in training.
+            gradient_checkpointing: whether blocks are recomputed.
+            accumulates: whether gradients are there already when the forward pass begins.
+            averages: whether there is a second copy of what is trained.
+            evaluated: a batch that is evaluated between two steps; None for none.
+            generates: whether evaluation keeps keys and values.
+        """
+        ledger, model = self._ledger, self._model
+        with ExitStack() as stack:
+            # For a graph, transformers would make masks that it leaves out where it may look at values.
+            stack.callback(setattr, masking_utils, "is_tracing", masking_utils.is_tracing)
+            masking_utils.is_tracing = lambda tensor=None: False
+            stack.enter_context(FakeTensorMode())
+            stack.enter_context(ledger)
+            trained = self._materialise()
+            for hook in self._hooks():
+                stack.callback(hook.remove)
+            head = self._head()
+            optimiser = self._optimiser(trained, accumulates)
+            means = [self._like(parameter, "optimiser", block) for parameter, block in trained.items() if averages]
+            found: dict[str, Bytes] = {}
+            if evaluated is not None:
+                found["evaluating"] = self._evaluate(head, evaluated, generates)
+            model.train()
+            if gradient_checkpointing:
+                model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+            found["training"] = self._train(head, batch, list(trained), optimiser)
+            del means
+        return found
+
+    def _head(self) -> Head:
+        """Probed without blocks, which take no part in what it finds out."""
+        lists = [(blocks, list(blocks)) for blocks in block_lists(self._model)]
+        for blocks, _ in lists:
+            del blocks[:]
+        head = Head(self._model)
+        for blocks, kept in lists:
+            blocks.extend(kept)
+        return head
+
+    def _materialise(self) -> dict[nn.Parameter, int | None]:
+        """Give every module fake tensors on the processor in place of those on the meta device; the trained ones are
+        returned with the number of their block."""
+        modules = list(self._model.modules())
+        block_of = {id(inner): number for number, block in enumerate(self._blocks) for inner in block.modules()}
+        adapters = {id(inner) for found in modules if isinstance(found, Adapted) for inner in found.adapter.modules()}
+        done: dict[int, tuple[Tensor, Tensor]] = {}
+        trained: dict[nn.Parameter, int | None] = {}
+        for module in modules:
+            block = block_of.get(id(module))
+            tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+            for table in tables:
+                for name, old in table.items():
+                    if old is None:
+                        continue
+                    if id(old) not in done:  # tied weights stay tied
+                        with self._ledger.labelled("adapters" if id(module) in adapters else "weights", block):
+                            new: Tensor = torch.empty(old.shape, dtype=old.dtype)
+                        if isinstance(old, nn.Parameter):
+                            new = parameter = nn.Parameter(new, old.requires_grad)
+                            if old.requires_grad:
+                                trained[parameter] = block
+                        if id(old) in self._packed:
+                            self._ledger.resize(new, self._stored(old))
+                        done[id(old)] = (old, new)
+                    table[name] = done[id(old)][1]
+        return trained
+
+    def _like(self, parameter: Tensor, kind: str, block: int | None) -> Tensor:
+        with self._ledger.labelled(kind, block):
+            return torch.zeros_like(parameter, requires_grad=False)
+
+    def _optimiser(self, trained: Mapping[nn.Parameter, int | None], accumulates: bool) -> torch.optim.Optimizer:
+        """AdamW with its states in being, as from the second step on."""
+        optimiser = torch.optim.AdamW(list(trained), fused=True)
+        for parameter, block in trained.items():
+            parameter.grad = self._like(parameter, "gradients", block)
+        optimiser.step()
+        for parameter, block in trained.items():
+            for tensor in optimiser.state[parameter].values():
+                self._ledger.relabel(tensor, "optimiser", block)
+        if not accumulates:
+            optimiser.zero_grad()
+        for parameter, block in trained.items():
+            parameter.register_post_accumulate_grad_hook(
+                lambda owner, block=block: self._ledger.relabel(owner.grad, "gradients", block)
+            )
+        return optimiser
+
+    def _evaluate(self, head: Head, batch: Batch, generates: bool) -> Bytes:
+        self._model.eval()
+        ids, labels = self._begin(batch)
+        with torch.no_grad():
+            if generates:
+                held = self._model(input_ids=ids, use_cache=True, logits_to_keep=1)
+            else:
+                held = head.loss_at_labels(ids, labels, num_items=1)
+            self._kept()
+            del held
+        return self._end()
+
+    def _train(self, head: Head, batch: Batch, trained: list[nn.Parameter], optimiser: torch.optim.Optimizer) -> Bytes:
+        ids, labels = self._begin(batch)
+        loss = head.loss_at_labels(ids, labels, num_items=torch.tensor(batch.labels))
+        self._kept()
+        loss.backward()
+        del loss
+        self._turn(dict.fromkeys(range(len(self._blocks)), "done"))
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimiser.step()
+        return self._end()
+
+    # The turns of the blocks ---------------------------------------------------------------------------------------
+
+    def _begin(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        self._labels = batch.labels
+        ids = torch.zeros(batch.rows, batch.length, dtype=torch.int64)
+        labels = torch.zeros_like(ids)
+        self._pass = _Pass(self._ledger.held.copy(), dict.fromkeys(range(len(self._blocks)), "waiting"))
+        self._ledger.mark()
+        return ids, labels
+
+    def _turn(self, stages: Mapping[int, str]) -> None:
+        """Blocks enter another stage: a new stretch begins."""
+        if self._pass is not None:
+            self._pass.stretches.append(_Stretch(dict(self._pass.stages), self._ledger.peak))
+            self._pass.stages.update(stages)
+            self._ledger.mark()
+
+    def _kept(self) -> None:
+        assert self._pass is not None
+        self._pass.kept = self._ledger.held.copy()
+
+    def _end(self) -> Bytes:
+        assert self._pass is not None
+        self._turn({})
+        done, self._pass = self._pass, None
+        done.after = self._ledger.held.copy()
+        self._ledger.within(None)
+        peaks = (self._whole(done, stretch) for stretch in done.stretches)
+        highest = max(peaks, key=lambda found: sum(found.values()))
+        highest[OTHER] += max(self._packed.values(), default=0)  # one weight at a time is dequantised for a product
+        return highest
+
+    def _whole(self, done: _Pass, stretch: _Stretch) -> Counter[str]:
+        """The peak of ``stretch`` with all the copies that were not run."""
+        found: Counter[str] = Counter()
+        for (kind, _), size in stretch.peak.items():
+            found[kind] += size
+        for number, stage in stretch.stages.items():
+            choices = {
+                "waiting": [done.before],
+                "forward": [done.before, done.kept],  # copies before it have had their turn, or those after it not yet
+                "kept": [done.kept],
+                "backward": [done.kept, done.after],
+                "done": [done.after],
+            }[stage]
+            shares = [
+                {kind: size for (kind, block), size in held.items() if block == number and size} for held in choices
+            ]
+            for kind, size in max(shares, key=lambda share: sum(share.values())).items():
+                found[kind] += (self._copies[number] - 1) * size
+        return found
+
+    def _hooks(self) -> Iterator[Any]:
+        for number, block in enumerate(self._blocks):
+            yield block.register_forward_pre_hook(self._entering(number))
+            yield block.register_forward_hook(self._leaving(number))
+
+    def _entering(self, number: int) -> Callable[..., None]:
+        def enter(*_: Any) -> None:
+            self._turn({number: "forward"})
+            self._ledger.within(number)
+
+        return enter
+
+    def _leaving(self, number: int) -> Callable[..., None]:
+        def back(_: Tensor) -> None:
+            later = dict.fromkeys(range(number + 1, len(self._blocks)), "done")
+            self._turn({**later, number: "backward"})
+            self._ledger.within(number)
+
+        def leave(_: nn.Module, __: Any, output: Any) -> None:
+            self._ledger.within(None)
+            self._turn({number: "kept"})
+            states = output if isinstance(output, Tensor) else output[0]
+            if states.requires_grad:
+                states.register_hook(back)
+
+        return leave
+
+
+def _shorten(model: nn.Module) -> list[int]:
+    """Of each run of equal blocks leave three; for each block that is left, how many it stands for."""
+    counts: list[int] = []
+    for blocks in block_lists(model):
+        kept: list[nn.Module] = []
+        for _, equal in groupby(list(blocks), key=repr):
+            run = list(equal)
+            kept += run if len(run) < 3 else [run[0], run[1], run[-1]]
+            counts += [1] * len(run) if len(run) < 3 else [1, len(run) - 2, 1]
+        del blocks[:]
+        blocks.extend(kept)
+    return counts
+
+
+def _linear_weights(model: nn.Module) -> dict[int, int]:
+    """The weights, by id, that quantisation packs, and their bytes before: linear layers other than the head."""
+    heads = output_heads(model)
+    handles = [bases.find(module) for module in model.modules() if id(module) not in heads]
+    return {id(handle.parameter): handle.parameter.nbytes for handle in handles if handle is not None}

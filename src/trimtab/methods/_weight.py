@@ -1,0 +1,243 @@
+"""What every method on a weight shares: its options, its magnitude, and the way from an update to an output.
+
+A method is an update ``dV``, with or without a magnitude (``W' = m * (W + dV) / ||W + dV||``; without: ``W' = W +
+dV``). A method file says what ``dV`` is; this file does the rest, so that the magnitude is a switch that any update
+can take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from trimtab.bases import Base
+from trimtab.methods import _base
+from trimtab.ops.autocast import without_autocast
+from trimtab.ops.cost import Compute
+from trimtab.ops.decomposition import Axis, magnitude_over_norm, recompose
+from trimtab.ops.dropout import draw_keep
+from trimtab.ops.few_tokens import Served
+from trimtab.ops.frozen_linear import Update, frozen_linear
+from trimtab.ops.ratio import Ratio, ratio_of
+
+
+class Options(_base.Options):
+    """What any method on a weight can be told."""
+
+    magnitude: bool = Field(False, description="Train a magnitude per output (or input) beside the update.")
+    magnitude_axis: Axis = Field(
+        "output", description="output: one magnitude per output row (the standard); input: one per input column."
+    )
+    detach_norm: bool = Field(
+        True,
+        description="Treat the norm as a constant in the backward pass (DoRA, section 4.3); false: exact gradient.",
+    )
+    compute: Compute = Field(
+        "auto",
+        description=(
+            "folded: form the effective weight, then multiply once; factored: multiply by the update apart; auto: "
+            "what costs less on the shapes at hand, and never a rounded weight in the forward pass."
+        ),
+    )
+    keep_product: bool = Field(
+        False,
+        description=(
+            "Keep one more activation for the magnitude's gradient: for models that change a layer's output in place."
+        ),
+    )
+
+
+class _Kept(NamedTuple):
+    copies: tuple[Tensor, ...] | None  # None: good for as long as the trained tensors are held
+    norm: Tensor
+    ratios: dict[torch.dtype, Ratio]
+
+
+class Method(_base.Method):
+    """The trained tensors of one method on one frozen weight, and what they do.
+
+    Args:
+        base: the frozen weight ``[out, in]``; read here for its shape, its dtype and its norms, and not kept.
+        options: the method's options.
+    """
+
+    magnitude: nn.Parameter | None
+    square_norms: Tensor | None
+    sits_on = "weight"
+    options_type = Options
+    options: Options
+
+    def __init__(self, base: Base, options: Options) -> None:
+        super().__init__(base, options)
+        self._kept: _Kept | None = None
+        self._served: Served | None = None
+        if options.magnitude:
+            squares = base.squared_norms(options.magnitude_axis).to(self.default_dtype)
+            # Kept beside the weight it was read from; never saved, since the base gives it again.
+            self.register_buffer("square_norms", squares, persistent=False)
+            self.magnitude = nn.Parameter(squares.sqrt().to(self.dtype))
+            self.zero_rows = 0 if squares.is_meta else int((squares == 0).sum())
+        else:
+            self.square_norms = None
+            self.register_parameter("magnitude", None)
+
+    # What a method file says -------------------------------------------------------------------------------------
+
+    def delta(self, dtype: torch.dtype) -> Tensor | None:
+        """``dV [out, in]`` built in full in ``dtype``, by the plain formula, differentiable; None where there is no
+        update."""
+        raise NotImplementedError
+
+    def factors(self) -> tuple[Update | None, tuple[Tensor, ...]]:
+        """The update in factored form and its trained tensors."""
+        raise NotImplementedError
+
+    def total(self, weight: Tensor) -> Tensor:
+        """``W + dV [out, in]`` in the dtype of ``weight``, which is W."""
+        delta = self.delta(weight.dtype)
+        return weight if delta is None else weight + delta
+
+    def squared_norms(self, weight: Tensor) -> Tensor:
+        """``||W + dV||^2`` along the magnitude's axis, differentiable in the trained tensors; ``weight`` is W in its
+        own dtype."""
+        assert self.square_norms is not None
+        total = self.total(weight.to(self.square_norms.dtype))
+        return total.square().sum(1 if self.options.magnitude_axis == "output" else 0)
+
+    # What follows from it ----------------------------------------------------------------------------------------
+
+    def norm(self, weight: Tensor) -> Tensor:
+        """``n = ||W + dV||``, a constant for autograd unless ``detach_norm`` is off.
+
+        Without gradients (inference) the norm is kept, and used again as long as the trained tensors hold the same
+        values.
+        """
+        with without_autocast(weight):
+            return self._norm(weight)
+
+    def _norm(self, weight: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            if self.options.detach_norm:
+                with torch.no_grad():
+                    return self.squared_norms(weight).sqrt()
+            squares = self.squared_norms(weight)
+            # The square root has no derivative at 0; a row whose norm is 0 takes no part.
+            return torch.where(squares > 0, squares.clamp_min(torch.finfo(squares.dtype).tiny).sqrt(), 0.0)
+        kept = self._what_is_kept(weight)
+        return self.squared_norms(weight).sqrt() if kept is None else kept.norm
+
+    def _what_is_kept(self, weight: Tensor) -> _Kept | None:
+        """The norm and what else passes without gradients have in common, beside a copy of the trained tensors: made
+        anew if these do not hold the same values any more. None where comparing would cost as much as computing.
+
+        Version counters of the tensors would not do: fused optimisers and ``parameter.data`` go round them.
+        """
+        if torch.compiler.is_compiling():
+            return None
+        kept = self._kept
+        if self._holds:
+            if kept is None or kept.copies is not None:
+                self._kept = kept = _Kept(None, self.squared_norms(weight).sqrt(), {})
+            return kept
+        tensors = [tensor for tensor in self._parameters.values() if tensor is not None]
+        if sum(tensor.numel() for tensor in tensors) >= weight.numel():
+            return None
+        if kept is None or kept.copies is None or not _same(kept.copies, tensors):
+            copies = tuple(tensor.detach().clone() for tensor in tensors)
+            self._kept = kept = _Kept(copies, self.squared_norms(weight).sqrt(), {})
+        return kept
+
+    def hold(self) -> None:
+        if not self._holds:
+            self._kept = self._served = None
+        super().hold()
+
+    def release(self) -> None:
+        super().release()
+        if not self._holds:
+            self._served = None
+
+    def _as_served(self, base: Base) -> Served | None:
+        """The layer as passes over a few tokens run it while its tensors are held; None where they need the general
+        way: a weight that is not stored as it multiplies, scaled columns, a form that the user chose."""
+        options = self.options
+        if options.compute == "folded" or options.magnitude_axis == "input" or not base.stored_dense:
+            return None
+        weight, ratio = base.weight(), None
+        if self.magnitude is not None:
+            ratio = ratio_of(self.magnitude, self.norm(weight), weight.dtype)
+        return Served(weight, base.bias, ratio, *self.factors())
+
+    def ratio(self, weight: Tensor) -> Tensor | None:
+        """``m / n`` along the magnitude's axis, differentiable; None without a magnitude."""
+        return None if self.magnitude is None else self._over(self.norm(weight))
+
+    def _over(self, norm: Tensor) -> Tensor:
+        assert self.magnitude is not None
+        return magnitude_over_norm(self.magnitude.to(norm.dtype), norm)
+
+    def forward(self, x: Tensor, base: Base) -> Tensor:
+        """The output ``[..., out]`` for ``x [..., in]`` on the frozen weight of ``base``."""
+        drops = self.training and bool(self.options.dropout)
+        if self._holds and not (drops or torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            if self._served is None:
+                self._served = self._as_served(base)
+            if self._served is not None and self._served.takes(x):
+                return self._served(x)
+        dtype = base.dtype_for(x)
+        weight = base.weight(dtype)
+        magnitude, norm, ratios = self.magnitude, None, None
+        if magnitude is not None:
+            norm = self.norm(weight)
+            if self._kept is not None and norm is self._kept.norm:
+                ratios = self._kept.ratios
+            if self.options.magnitude_axis == "input":
+                # Columns of the weight scaled are inputs scaled; in half precision the product is taken in full digits.
+                x, magnitude, norm = (x * self._over(norm)).to(x.dtype), None, None
+        update, tensors = self.factors()
+        return frozen_linear(
+            x,
+            weight,
+            base.bias,
+            update=update,
+            tensors=tensors,
+            keep=draw_keep(x, self.options.dropout) if drops and update is not None else None,
+            magnitude=magnitude,
+            norm=norm,
+            keep_product=self.options.keep_product,
+            compute=self.options.compute,
+            again=base.again(dtype),
+            ratios=ratios,
+        )
+
+    @torch.no_grad()
+    def effective_weight(self, base: Base, dtype: torch.dtype | None = None) -> Tensor:
+        """``W' [out, in]`` by the plain formula, in ``dtype`` (default: the dtype of the norms, float32 or float64)."""
+        work = dtype or (torch.float64 if base.dtype == torch.float64 else torch.float32)
+        magnitude = None if self.magnitude is None else self.magnitude.to(work)
+        with without_autocast(base.parameter):
+            return recompose(self.total(base.weight().to(work)), None, magnitude, self.options.magnitude_axis)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Method:
+        self._kept = self._served = None
+        squares = self.square_norms
+        super()._apply(*args, **kwargs)
+        if squares is not None and self.square_norms is not None and self.square_norms.dtype.itemsize < 4:
+            # model.half(): squares overflow float16, and bfloat16 would lose what a small update adds to them.
+            self.square_norms = squares.to(self.square_norms.device)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_kept": None, "_served": None}
+
+
+def _same(copies: Sequence[Tensor], tensors: Sequence[Tensor]) -> bool:
+    """Whether ``tensors`` still hold the values that were copied (NaN is never the same)."""
+    return all(
+        copy.dtype == tensor.dtype and copy.device == tensor.device and torch.equal(copy, tensor)
+        for copy, tensor in zip(copies, tensors, strict=True)
+    )

@@ -1,0 +1,157 @@
+"""GGUF files: dequantised once into a cache of ordinary Hugging Face model folders.
+
+The cache is the folder that the environment variable TRIMTAB_CACHE names, else ``trimtab`` in the user's cache folder.
+Everything in it can be deleted at any time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from gguf import GGUFReader
+from tokenizers import pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+
+from trimtab.errors import ModelError
+from trimtab.memory.room import GIB, MemoryEstimate, check_fits
+from trimtab.models.folders import write_folder
+
+# A dequantised value is a 4 to 8 bit number times a 16 bit scale, plus an offset. bfloat16 rounds that: SmolLM2-135M's
+# Q4_1 file by 0.14 % of the weights' norm (float16: 0.02 %). float32 is exact for every type of block, and costs 540 MB
+# of disk for this model; it is cast, if so asked, when it is loaded.
+DTYPE = torch.float32
+
+# Part of each cached folder's name: raise it when the conversion changes.
+_VERSION = 1
+
+# Vocabularies learned with every digit apart. transformers (5.23) rebuilds the splitting of text from the file's
+# "tokenizer.ggml.pre" for others, but not for these, and then gives other tokens where spaces precede a digit.
+_DIGITS_APART = ("smollm", "starcoder", "refact", "command-r", "codeshell")
+
+_log = logging.getLogger(__name__)
+
+
+def cache_folder() -> Path:
+    """Where dequantised models are kept."""
+    if own := os.environ.get("TRIMTAB_CACHE"):
+        return Path(own).expanduser() / "models"
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "trimtab" / "models"
+
+
+def dequantised_folder(file: Path) -> Path:
+    """The model folder made from ``file``, made now if it is not in the cache; safe in several processes at once (not
+    in several threads, where transformers itself is not).
+
+    Raises:
+        ModelError: the file cannot be read, or is of an architecture that transformers cannot read; or the memory or
+            the disk is too small.
+    """
+    target = _cached(file)
+    if not _is_complete(target):
+        _log.info("Dequantising %s, once, into %s", file.name, target)
+        with _reading(file):
+            reader = GGUFReader(file)
+            model = _dequantised(file, reader)
+            tokenizer = _tokenizer(file, reader)
+
+        def fill(folder: Path) -> None:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+
+        try:
+            write_folder(target, fill, replace=target.exists() and not _is_complete(target))
+        except OSError as error:
+            raise ModelError(
+                f"{target}: cannot be written ({error}). Set TRIMTAB_CACHE to a folder with enough room."
+            ) from error
+    return target
+
+
+def is_dequantised(file: Path) -> bool:
+    """Whether the model folder of ``file`` is in the cache."""
+    return _is_complete(_cached(file))
+
+
+def gguf_config(file: Path) -> PretrainedConfig:
+    """The model's configuration from the head of the file, without a look at the weights."""
+    if _is_complete(target := _cached(file)):
+        return AutoConfig.from_pretrained(target)
+    with _reading(file):
+        return AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+
+
+def _cached(file: Path) -> Path:
+    state = file.stat()
+    identity = f"{_VERSION} {file.resolve()} {state.st_size} {state.st_mtime_ns}"
+    return cache_folder() / f"{file.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+
+
+def _is_complete(folder: Path) -> bool:
+    """False where a cleaner of old files has been."""
+    names = ("config.json", "tokenizer.json", "tokenizer_config.json")
+    return all((folder / name).is_file() for name in names) and any(folder.glob("*.safetensors"))
+
+
+@contextlib.contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except ModelError:
+        raise
+    except Exception as error:  # whatever a damaged or unknown file leads to, in three libraries
+        raise ModelError(
+            f"{file}: cannot be read as a GGUF model ({type(error).__name__}: {str(error).strip()[:300]}). It may be "
+            f"incomplete, or of an architecture that transformers {transformers.__version__} does not read."
+        ) from error
+
+
+def _dequantised(file: Path, reader: GGUFReader) -> Any:
+    size = sum(int(tensor.n_elements) for tensor in reader.tensors) * DTYPE.itemsize
+    check_fits(MemoryEstimate(weights=size), f"Dequantising {file.name}")
+    free = shutil.disk_usage(next(parent for parent in _cached(file).parents if parent.exists())).free
+    if size > free:
+        raise ModelError(
+            f"Dequantising {file.name} needs {size / GIB:.1f} GiB of disk in {cache_folder()}, which has "
+            f"{free / GIB:.1f} GiB. Set TRIMTAB_CACHE to a folder with enough room."
+        )
+    options: dict[str, Any] = {"dtype": DTYPE}
+    # Where it has a kernel that multiplies by packed blocks, transformers leaves them packed unless told not to.
+    if hasattr(transformers, "GgufConfig"):
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    # Its bar knows no switch; on a terminal it is welcome, in a log it is not.
+    with contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO()):
+        read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, **options)
+    # transformers refuses to save a model that it read from GGUF, so the values move to one that it did not.
+    config = read.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=DTYPE)
+    model.load_state_dict(read.state_dict(), assign=True)
+    model.tie_weights()
+    model.generation_config = read.generation_config
+    return model
+
+
+def _tokenizer(file: Path, reader: GGUFReader) -> PreTrainedTokenizerBase:
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    field = reader.get_field("tokenizer.ggml.pre")
+    if field is not None and field.contents() in _DIGITS_APART:
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+            ]
+        )
+    return tokenizer

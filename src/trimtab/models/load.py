@@ -1,0 +1,248 @@
+"""Hugging Face model folders (``config.json``, ``*.safetensors``, a tokenizer), read and written.
+
+    source = resolve("smollm2-135m")
+    tokenizer = load_tokenizer(source)
+    model = load_model(source, torch.bfloat16)
+
+A source that is a GGUF file is first made into such a folder. Weights are read from safetensors only, so that nothing
+is ever unpickled, and every weight must be there: transformers would fill what is missing with random values.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from trimtab.errors import ModelError
+from trimtab.models.folders import write_folder
+from trimtab.models.gguf import dequantised_folder, gguf_config
+from trimtab.models.locate import Source
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+
+
+def load_config_only(source: Source) -> PretrainedConfig:
+    """The model's configuration, without a look at its weights.
+
+    Raises:
+        ModelError: it cannot be had or read, or transformers does not know the architecture.
+    """
+    with _loading(source, "configuration"):
+        if source.kind == "gguf":
+            return gguf_config(Path(source.location))
+        return AutoConfig.from_pretrained(source.location, **_options(source))
+
+
+def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
+    """The tokenizer, padding on the right; one without a token for padding pads with the end of text.
+
+    So the padding token may be one that a model learns to write: labels must be made from lengths, never by leaving
+    out the padding token.
+
+    Raises:
+        ModelError: it cannot be had or read, or has no token to pad with.
+    """
+    if source.kind == "folder":
+        _check_tokenizer(Path(source.location))
+    with _loading(source, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(_location(source), **_options(source))
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token is None:
+        raise ModelError(f"{source.name}: the tokenizer has no pad, eos or unk token, so rows cannot be padded.")
+    return tokenizer
+
+
+def load_model(
+    source: Source, dtype: torch.dtype = torch.float32, attention: str = "auto", quantisation: str = "none"
+) -> PreTrainedModel:
+    """The causal language model in ``dtype``, in eval mode, on the processor.
+
+    Args:
+        source: from ``resolve``.
+        dtype: the floating point type of the weights.
+        attention: ``auto`` (what transformers prefers), ``sdpa`` or ``eager``.
+        quantisation: ``none``, ``int8`` or ``nf4``: what becomes of its linear layers while they are read.
+
+    Raises:
+        ModelError: it cannot be had or read, has no safetensors, lacks weights, is not a causal language model, or
+            cannot be quantised.
+    """
+    if source.kind == "folder":
+        _check_weights(Path(source.location))
+    options = _options(source) | ({} if attention == "auto" else {"attn_implementation": attention})
+    with _loading(source, "model"):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            _location(source),
+            # Quantised from the dtype of the files, whose weights are only mapped then.
+            dtype=dtype if quantisation == "none" else "auto",
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
+        )
+    model, report = loaded
+    if missing := sorted(report["missing_keys"]):
+        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise ModelError(
+            f"{source.name}: {len(missing)} weights of a {type(model).__name__} are not in its files ({shown}). "
+            f"The files are incomplete, or belong to another kind of model."
+        )
+    if quantisation != "none":
+        from trimtab.models.quantise import quantise_model
+
+        with _loading(source, "model"):
+            quantise_model(model, quantisation, dtype, weights_folder(source), source.name)
+    return model.eval()
+
+
+def empty_model(source: Source, dtype: torch.dtype = torch.float32, attention: str = "auto") -> PreTrainedModel:
+    """What ``load_model`` would give, on the meta device, from the configuration alone: no weights, no memory.
+
+    Raises:
+        ModelError: as ``load_config_only``, or it is not a causal language model.
+    """
+    config = load_config_only(source)
+    options: dict[str, Any] = {} if attention == "auto" else {"attn_implementation": attention}
+    with _loading(source, "model"), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=source.trust_remote_code, **options
+        )
+
+
+def weights_folder(source: Source) -> Path:
+    """The folder with the model's ``*.safetensors``; fetched from the hub or made of a GGUF file if need be.
+
+    Raises:
+        ModelError: it cannot be had, or has no weights in safetensors.
+    """
+    with _loading(source, "weights"):
+        if source.kind == "hub":
+            from huggingface_hub import snapshot_download
+
+            patterns = ["*.safetensors", "*.json"]
+            folder = Path(snapshot_download(source.location, revision=source.revision, allow_patterns=patterns))
+        else:
+            folder = Path(_location(source))
+    _check_weights(folder)
+    return folder
+
+
+def check_target(out: Path | str, *, overwrite: bool = False) -> Path:
+    """The absolute path of ``out``, if a model folder may be written there; asked before a long computation, too.
+
+    Raises:
+        ModelError: ``out`` is a file, or a folder that holds something and may not be replaced.
+    """
+    target = Path(out).absolute()
+    if target.exists() and not target.is_dir():
+        raise ModelError(f"{target}: expected a folder to write the model to, found a file.")
+    if target.is_dir() and any(target.iterdir()):
+        if not overwrite:
+            raise ModelError(f"{target}: not empty. Name a new folder, or allow it to be replaced (--overwrite).")
+        if not (target / "config.json").is_file():
+            raise ModelError(f"{target}: holds something other than a model, so it is not overwritten.")
+    return target
+
+
+def save_model_folder(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path | str, *, overwrite: bool = False
+) -> None:
+    """Write a folder that transformers loads without trimtab: weights, tokenizer, config, generation config.
+
+    The folder appears whole or not at all. With ``overwrite`` it replaces a model folder, and nothing else.
+
+    Raises:
+        ModelError: ``out`` is a file, or a folder that holds something; or it cannot be written.
+    """
+    target = check_target(out, overwrite=overwrite)
+
+    def fill(folder: Path) -> None:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    try:
+        with _quiet():
+            write_folder(target, fill, replace=True)
+    except OSError as error:
+        raise ModelError(f"{target}: cannot be written ({error}).") from error
+
+
+def _location(source: Source) -> str:
+    """The folder or hub id to read from; makes the folder of a GGUF file if need be."""
+    if source.kind != "gguf":
+        return source.location
+    return str(dequantised_folder(Path(source.location)))
+
+
+def _options(source: Source) -> dict[str, Any]:
+    options: dict[str, Any] = {"trust_remote_code": source.trust_remote_code}
+    if source.kind == "hub" and source.revision is not None:
+        options["revision"] = source.revision
+    return options
+
+
+def _check_tokenizer(folder: Path) -> None:
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise ModelError(f"{folder}: no tokenizer: expected one of {', '.join(_TOKENIZER_FILES)} beside config.json.")
+
+
+def _check_weights(folder: Path) -> None:
+    if any(folder.glob("*.safetensors")):
+        return
+    if pickled := sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]):
+        raise ModelError(
+            f"{folder}: its weights are pickled ({pickled[0].name}), and unpickling can run any code, so only "
+            f"*.safetensors are read. If you trust the file, convert it once with transformers: "
+            f"AutoModelForCausalLM.from_pretrained(FOLDER, use_safetensors=False).save_pretrained(NEW_FOLDER)"
+        )
+    raise ModelError(f"{folder}: a configuration without weights: expected *.safetensors beside config.json.")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' bars and notices off the terminal, which belongs to the command line; errors still raise."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _loading(source: Source, what: str) -> Iterator[None]:
+    """Turn what transformers raises for ``source`` into a ModelError that says what to do."""
+    try:
+        with _quiet():
+            yield
+    except ModelError:
+        raise
+    except (
+        Exception
+    ) as error:  # OSError, ValueError, KeyError, ImportError, SafetensorError, ...: it has no common root
+        text = " ".join(str(error).split())
+        if "trust_remote_code" in text and not source.trust_remote_code:
+            text = "It needs its own Python code to run. If you have read and trust it: model.trust_remote_code=true"
+        elif source.kind == "hub" and isinstance(error, OSError):
+            text = f"{str(error).splitlines()[0]} {source.advice}"
+        else:
+            text = f"{type(error).__name__}: {text[:600]}"
+        origin = "" if source.location == source.name else f" from {source.location}"
+        raise ModelError(f"{source.name}: the {what} cannot be loaded{origin}. {text}".rstrip()) from error

@@ -1,0 +1,91 @@
+"""Quantise a model while its weights are read: one dense weight is in memory at a time, and what is quantised already.
+
+    model = load_model(resolve("smollm2-135m"), torch.bfloat16, quantisation="nf4")
+
+Every linear layer but the output head; embeddings, norms and biases stay as they are.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
+
+from trimtab import bases
+from trimtab.errors import ModelError
+from trimtab.models.tensors import Weights
+from trimtab.surgery.adapted import owners, weights_elsewhere
+from trimtab.surgery.plan import output_heads
+
+
+@torch.no_grad()
+def quantise_model(model: PreTrainedModel, kind: str, dtype: torch.dtype, folder: Path, name: str) -> None:
+    """Turn the linear layers of ``model`` into ones of ``kind`` (``int8`` or ``nf4``), in place, and the rest into
+    ``dtype``.
+
+    ``model`` is as transformers loads it in the dtype of its files: its weights are mapped from ``folder``, and hold no
+    memory before they are looked at. Each is read through a map of its own, which is given back with it; through the
+    model's own map, the whole file would stay in memory in the end. ``name`` is what messages call the model.
+
+    Raises:
+        ModelError: the model is quantised already, has no layer to quantise, or bitsandbytes is missing.
+    """
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise ModelError(f"{name}: its weights are quantised already; leave out quantisation: {kind}.")
+    stored, heads = Weights(folder), output_heads(model)
+    made: dict[int, nn.Module] = {}
+    left = []
+    for place, parent, attribute, child in list(owners(model)):
+        base = bases.find(child)
+        if base is None:
+            continue
+        if id(child) in heads:
+            left.append(place)
+            continue
+        if id(child) not in made:
+            _map_anew(base.parameter, stored, f"{place}.weight")
+            made[id(child)] = bases.quantise(base, kind, dtype)
+            if not weights_elsewhere(model, base.parameter, {id(child)}):
+                base.parameter.data = torch.empty(0)  # the module lives on in the list that this loop walks
+        parent._modules[attribute] = made[id(child)]
+    if not made:
+        raise ModelError(f"{name}: a {type(model).__name__} has no linear layer that could be quantised.")
+    _narrow(model, dtype)
+    config: Any = model.config
+    config.quantization_config = _described(kind, dtype, left)
+
+
+def _map_anew(parameter: nn.Parameter, stored: Weights, name: str) -> None:
+    """Let ``parameter`` see its own tensor in the file through another map, where the file has one that is the same."""
+    if name not in stored:  # under another name, or laid out in another way
+        return
+    found = stored[name]
+    same = found.shape == parameter.shape and found.dtype == parameter.dtype
+    if same and torch.equal(found[0], parameter[0]) and torch.equal(found[-1], parameter[-1]):
+        parameter.data = found
+
+
+def _narrow(model: nn.Module, dtype: torch.dtype) -> None:
+    """Turn what is not quantised into ``dtype``; a model in half precision keeps what its files hold in float32."""
+    numbers = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
+    mixed = {parameter.dtype for parameter in numbers} != {torch.float32}
+    for parameter in numbers:
+        if not (mixed and parameter.dtype == torch.float32):
+            parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+
+
+def _described(kind: str, dtype: torch.dtype, left: list[str]) -> BitsAndBytesConfig:
+    """What transformers needs to load such a model, should it be saved."""
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=left or None)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=left or None,
+    )

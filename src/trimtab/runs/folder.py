@@ -1,0 +1,191 @@
+"""The folder of a run: where everything lies, and what may be done with a folder that is there already."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shlex
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trimtab.config.run import RunConfig, load_config, to_yaml
+from trimtab.errors import RunError
+from trimtab.files import read_json, read_jsonl, write_jsonl, write_text
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The paths of one run."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def plan(self) -> Path:
+        return self.path / "plan.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def summary(self) -> Path:
+        return self.path / "summary.json"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def resume_command(self) -> str:
+        """What goes on with this run, to be pasted into a shell."""
+        return f"trimtab finetune {shlex.quote(str(self.config))} --resume"
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether training is over: the adapter is written then, its JSON file last."""
+        return any(self.adapter.glob("*.json"))
+
+    def link_adapter(self) -> None:
+        """Make the run folder an adapter folder, too, for PEFT and all who look for the files there: links, or copies
+        where there are no links."""
+        for file in self.adapter.iterdir():
+            link = self.path / file.name
+            link.unlink(missing_ok=True)
+            try:
+                link.symlink_to(Path(self.adapter.name, file.name))
+            except OSError:
+                shutil.copyfile(file, link)
+
+    def evaluation(self, name: str, stage: str) -> Path:
+        """The result of one test set; ``stage`` is ``before`` or ``after``."""
+        return self.path / "evaluation" / f"{name}.{stage}.json"
+
+    def complete_checkpoints(self) -> list[tuple[int, Path]]:
+        """Step and folder of every complete checkpoint, the earliest first."""
+        return sorted(
+            (int(folder.name.rsplit("-", 1)[1]), folder)
+            for folder in self.checkpoints.glob("checkpoint-*")
+            if folder.name.rsplit("-", 1)[1].isdigit() and (folder / "trainer_state.json").is_file()
+        )
+
+    def latest_checkpoint(self) -> Path | None:
+        """The newest complete checkpoint, or None."""
+        found = self.complete_checkpoints()
+        return found[-1][1] if found else None
+
+    def read_summary(self) -> dict[str, Any]:
+        """The run's summary; empty where there is none yet. Raises RunError if it is damaged."""
+        if not self.summary.is_file():
+            return {}
+        try:
+            found = read_json(self.summary)
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise RunError(f"{self.summary}: a damaged file ({error})") from None
+        return found if isinstance(found, dict) else {}
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The lines of ``metrics.jsonl``, up to one that was cut off when the run was killed."""
+        rows: list[dict[str, Any]] = []
+        with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+            rows.extend(read_jsonl(self.metrics))
+        return rows
+
+    def cut_metrics(self, step: int) -> None:
+        """Drop the metrics after ``step``, which a resumed run writes again."""
+        write_jsonl(self.metrics, [row for row in self.read_metrics() if row["step"] <= step])
+
+    def clear(self) -> None:
+        """Remove what a run wrote; whatever else lies in the folder stays."""
+        for file in self.adapter.glob("*"):
+            (self.path / file.name).unlink(missing_ok=True)
+        for name in ("adapter", "checkpoints", "evaluation", "predictions", "tensorboard"):
+            shutil.rmtree(self.path / name, ignore_errors=True)
+        for file in (self.plan, self.metrics, self.report, self.summary, self.config):
+            file.unlink(missing_ok=True)
+
+
+def find_run(config: RunConfig, *, resume: bool, overwrite: bool) -> tuple[RunFolder, Path | None]:
+    """The run folder that ``config`` names, and the checkpoint to resume from, if any. Nothing is changed yet.
+
+    Raises RunError if the folder holds a run already and neither ``resume`` nor ``overwrite`` is asked for, if it
+    holds something else, or if there is nothing to resume.
+    """
+    folder = RunFolder(config.output)
+    if folder.path.exists() and not folder.path.is_dir():
+        raise RunError(f"{folder.path}: a file is in the way; choose another output")
+    status = folder.read_summary().get("status")
+    if resume:
+        if status is None or not folder.config.is_file():
+            raise RunError(f"{folder.path}: there is no run to resume; start it without --resume")
+        if status == "finished":
+            raise RunError(f"{folder.path}: this run is finished; there is nothing to resume")
+        _check_same(config, folder)
+        return folder, folder.latest_checkpoint()
+    if folder.path.is_dir() and any(folder.path.iterdir()):
+        if status is None:
+            raise RunError(f"{folder.path}: a folder that is not empty and holds no run; choose another output")
+        if not overwrite:
+            advice = "" if status == "finished" else f"go on with it: {folder.resume_command}; or "
+            raise RunError(
+                f"{folder.path}: this folder holds a run already ({status}). To keep both, choose another output; "
+                f"{advice}to replace it, add --overwrite"
+            )
+    return folder, None
+
+
+def start_run(config: RunConfig, folder: RunFolder) -> None:
+    """Make the folder of a new run, in place of the one that is there.
+
+    Raises RunError if it cannot be written.
+    """
+    try:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        folder.clear()
+        write_text(folder.config, to_yaml(config))
+    except OSError as error:
+        raise RunError(
+            f"{folder.path}: the run folder cannot be written ({error.strerror}); choose another output"
+        ) from None
+
+
+def _check_same(config: RunConfig, folder: RunFolder) -> None:
+    """Raise RunError if a run would be resumed with settings other than those it began with.
+
+    Its folder may have been moved meanwhile, so ``output`` is no matter.
+    """
+    before, now = (said.model_dump(mode="json", exclude={"output"}) for said in (load_config(folder.config), config))
+    changed = sorted(differences(before, now))
+    if changed:
+        raise RunError(
+            f"{folder.path}: the run began with other settings ({', '.join(changed)}); resume it with its own: "
+            f"{folder.resume_command}"
+        )
+
+
+def differences(before: Any, now: Any, place: str = "") -> list[str]:
+    """The dotted keys in which two nested mappings differ."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        return [
+            found
+            for key in before.keys() | now.keys()
+            for found in differences(before.get(key), now.get(key), f"{place}.{key}" if place else str(key))
+        ]
+    return [] if before == now else [place]

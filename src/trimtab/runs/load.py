@@ -1,0 +1,82 @@
+"""A finished run, or a model by itself, loaded to be used."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trimtab.config.run import RunConfig, load_config
+from trimtab.errors import RunError
+from trimtab.adapters.store import load_adapter
+from trimtab.memory.room import MemoryEstimate, check_fits
+from trimtab.models.load import empty_model, load_model, load_tokenizer
+from trimtab.models.locate import Source
+from trimtab.runs.folder import RunFolder
+from trimtab.machine import device
+from trimtab.config.resolve import precision_of, source_of
+from trimtab.memory.trace import Trace
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """The model of a run with its adapter, in eval mode, and what belongs to it."""
+
+    folder: RunFolder
+    config: RunConfig
+    model: Any
+    tokenizer: Any
+
+
+def is_run(path: Path) -> bool:
+    """Whether ``path`` is the folder of a run."""
+    return RunFolder(path).config.is_file()
+
+
+def load_fitting(source: Source, dtype: str, attention: str = "auto", quantisation: str = "none") -> Any:
+    """The model of ``source`` in ``dtype``, its linear layers quantised if so asked.
+
+    Raises ModelError if its weights cannot fit into memory, before any is read.
+    """
+    kind: torch.dtype = getattr(torch, dtype)
+    bare = empty_model(source, kind, attention).requires_grad_(False)
+    weights = Trace(bare, quantisation=quantisation).standing["weights"]
+    check_fits(MemoryEstimate(weights), f"Loading {source.name} in {dtype}", device())
+    return load_model(source, kind, attention, quantisation)
+
+
+def load_run(path: Path, *, adapter: bool = True, dtype: str | None = None, quantised: bool = True) -> LoadedRun:
+    """Load the model of the run at ``path`` as it was trained, in dtype and quantisation, with its adapter unless
+    ``adapter`` is off.
+
+    ``quantised``: off to load the original weights in place of quantised ones. ``dtype``: widen (or narrow) the frozen
+    weights to this one afterwards; their values are those that were trained on.
+
+    Raises RunError if there is no run, or none that has an adapter yet.
+    """
+    folder = RunFolder(path)
+    if not is_run(path):
+        raise RunError(f"{path}: not a run folder (it has no config.yaml); name the output of trimtab finetune")
+    config = load_config(folder.config)
+    model = load_run_model(folder, config, adapter=adapter, dtype=dtype, quantised=quantised)
+    return LoadedRun(folder, config, model, load_tokenizer(source_of(config)))
+
+
+def load_run_model(
+    folder: RunFolder, config: RunConfig, *, adapter: bool, dtype: str | None = None, quantised: bool = True
+) -> Any:
+    """The model of ``load_run`` alone, for a caller that has read the rest. Raises as that does."""
+    if adapter and not folder.has_adapter:
+        raise RunError(f"{folder.path}: this run has no adapter yet. Let it finish first: {folder.resume_command}")
+    # What the run computed in is on record: this machine may prefer another precision.
+    said = folder.read_summary().get("precision") or precision_of(config)
+    trained = said if config.model.dtype == "auto" else config.model.dtype
+    quantisation = config.quantisation if quantised else "none"
+    model = load_fitting(source_of(config), trained, config.model.attention, quantisation)
+    if dtype is not None:
+        model = model.to(getattr(torch, dtype))
+    if adapter:
+        load_adapter(model, folder.adapter)
+    return model.to(device()).eval()

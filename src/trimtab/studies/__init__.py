@@ -1,0 +1,1 @@
+"""Studies: many runs, each a cell of its own, compared or searched."""

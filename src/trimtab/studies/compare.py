@@ -1,0 +1,118 @@
+"""Runs what is missing of a study, and gathers what is there.
+
+First the searches for learning rates, then seed after seed, so that a study that is cut off is a smaller study. A cell
+that fails is kept in mind and the others go on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from trimtab.errors import Interrupted, RunError
+from trimtab.files import locked
+from trimtab.studies.cell import finished_cell, run_cell
+from trimtab.studies.study import Cell, Study
+from trimtab.training.events import Listener
+
+
+class StudyListener(Listener):
+    """Receives what happens in a study, too. Every method does nothing here."""
+
+    def planned(self, searches: int, runs: int) -> None:
+        """Before the first cell: how many are missing of the searches for learning rates, and of the runs."""
+
+    def cell_began(self, cell: Cell, number: int, total: int) -> None:
+        """``cell`` is run as number ``number`` (from 1) of ``total`` that were missing."""
+
+    def cell_ended(self, cell: Cell, result: dict[str, Any]) -> None:
+        """``cell`` is done and on disk."""
+
+    def cell_failed(self, cell: Cell, reason: str) -> None:
+        """``cell`` failed; the others go on."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which part of a study is run; empty for all."""
+
+    tasks: frozenset[str] = frozenset()
+    arms: frozenset[str] = frozenset()
+
+    def pairs(self, study: Study) -> Iterator[tuple[str, str]]:
+        """Task and arm of every part that is selected."""
+        for task in study.said.tasks:
+            for arm in study.said.arms:
+                if (not self.tasks or task in self.tasks) and (not self.arms or arm in self.arms):
+                    yield task, arm
+
+
+def compare(
+    study: Study, listener: StudyListener | None = None, selection: Selection | None = None
+) -> list[tuple[Cell, str]]:
+    """Run every selected cell that is not done; gives those that failed, with the reason.
+
+    Raises:
+        RunError: another process is at this study, or a cell's file is damaged.
+        Interrupted: by the user; what was done is kept.
+    """
+    listener, selection = listener or StudyListener(), selection or Selection()
+    failed: list[tuple[Cell, str]] = []
+    with locked(study.folder / "cells" / ".lock"):
+        pairs = list(selection.pairs(study))
+        searches = [cell for pair in pairs for cell in study.searches(*pair)]
+        # A run's folder depends on the rate that is found; how many runs there are does not.
+        later = sum(_missing(study, task, arm) for task, arm in pairs)
+        missing = [cell for cell in searches if finished_cell(cell.config) is None]
+        total, number = len(missing) + later, 0
+        listener.planned(len(missing), later)
+
+        def run(cells: Sequence[Cell]) -> None:
+            nonlocal number
+            for cell in cells:
+                if finished_cell(cell.config) is not None:
+                    continue
+                number += 1
+                listener.cell_began(cell, number, total)
+                try:
+                    result = run_cell(cell.config, listener, keep=study.said.keep)
+                except Interrupted:
+                    raise
+                except RunError as error:
+                    failed.append((cell, str(error)))
+                    listener.cell_failed(cell, str(error))
+                else:
+                    listener.cell_ended(cell, result)
+
+        run(searches)
+        arms = [runs for pair in pairs if (runs := chosen_runs(study, *pair)) is not None]
+        for turn in range(len(study.said.seeds)):
+            run([runs[turn] for runs in arms if turn < len(runs)])
+    return failed
+
+
+def chosen_runs(study: Study, task: str, arm: str) -> list[Cell] | None:
+    """The runs of an arm with the learning rate that its search found; None while no search run is done."""
+    searched = study.searches(task, arm)
+    if not searched:
+        return study.runs(task, arm, None)
+    done = {cell.learning_rate: found for cell in searched if (found := finished_cell(cell.config)) is not None}
+    if not done:
+        return None
+    best = min(done, key=lambda rate: _preference(searched[0], done[rate]["kept"]))
+    return study.runs(task, arm, best)
+
+
+def _preference(cell: Cell, row: Mapping[str, Any]) -> tuple[float, ...]:
+    """Lower is better: the validation metric of the run, and its loss where that is even."""
+    metric = cell.config.train.metric
+    metric = "accuracy" if metric == "auto" else metric
+    return (-row[metric], row["loss"]) if metric in row and metric != "loss" else (row["loss"],)
+
+
+def _missing(study: Study, task: str, arm: str) -> int:
+    """How many runs of an arm are not done, all of them where the learning rate is not known yet."""
+    if any(finished_cell(cell.config) is None for cell in study.searches(task, arm)):
+        return len(study.runs(task, arm, None))
+    return sum(finished_cell(cell.config) is None for cell in chosen_runs(study, task, arm) or [])

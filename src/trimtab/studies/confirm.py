@@ -1,0 +1,57 @@
+"""Two plans trained again with new seeds, and what they differ by.
+
+The best of many scores is too good: it was picked for it. So the two plans meet again, each with the same seeds that no
+run has seen, on the test rows where there are any.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from trimtab.config.run import RunConfig
+from trimtab.studies.cell import run_cell
+from trimtab.studies.statistics import mean_interval
+from trimtab.training.events import Listener, Steps
+
+
+def confirm(arms: Mapping[str, RunConfig], seeds: int, folder: Path, listener: Listener) -> dict[str, Any]:
+    """Run ``arms`` (``mixed`` and ``uniform``) with ``seeds`` seeds after their own, each as a cell below ``folder``.
+
+    Returns the scores of each seed by ``train.metric`` (the mean over the test sets), and the mean of mixed minus
+    uniform with its 95 % interval (Student's t over the seeds; None for one seed). Raises as ``run_cell`` does.
+    """
+    config = arms["mixed"]
+    metric, first = config.train.metric, config.train.seed + 1
+    rows = []
+    for seed in range(first, first + seeds):
+        row: dict[str, Any] = {"seed": seed}
+        for kind, arm in arms.items():
+            listener.stage(f"Confirming: {kind} with seed {seed}")
+            train = arm.train.model_copy(update={"seed": seed})
+            output = folder / arm.output.name / f"seed{seed}"
+            result = run_cell(arm.model_copy(update={"train": train, "output": output}), Steps(listener))
+            row[kind] = score(result, metric)
+            listener.note(f"{metric} {row[kind]:.4f}")
+        rows.append(row)
+    difference = mean_interval([row["mixed"] - row["uniform"] for row in rows])
+    return {
+        "on": sorted(config.data.test) or ["validation"],
+        "rows": rows,
+        "difference": difference.mean,
+        "low": difference.low,
+        "high": difference.high,
+    }
+
+
+def score(result: Mapping[str, Any], metric: str) -> float:
+    """``metric`` of a cell: the mean over its test sets, or that of its validation where it has none."""
+    if not result["tests"]:
+        return float(result["kept"][metric])
+    found = result["tests"].values()
+    if metric == "loss":
+        return statistics.fmean(math.log(each["perplexity"]) for each in found)
+    return statistics.fmean(each[metric] for each in found)

@@ -1,0 +1,97 @@
+"""``explore``: search for the plan that does best on the validation rows within one budget of trained parameters.
+
+    folder = explore(load_explore(Path("explore.yaml")))
+
+optuna's TPE proposes a method and a weight for each group of modules; ``proposals`` makes ranks of them that spend the
+budget. Uniform plans of the same budget run first. The output folder holds
+
+    explore.yaml        the resolved configuration
+    study.db            optuna's study (SQLite), written after every step of the search
+    trials/NAME/        a cell for each plan that was run; see ``cell``
+    confirm/NAME/       runs with new seeds
+    explore.json        the trials, the best ones and what the new seeds gave
+    best.yaml, best_mixed.yaml, best_uniform.yaml    runs for ``trimtab finetune``
+
+A search that was cut off goes on: what is done is read from disk, and the run at hand continues from its checkpoint.
+The draws depend on the seed and the number of proposals so far, so that a search that was interrupted proposes what an
+uninterrupted one does.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from trimtab.config.resolve import source_of
+from trimtab.errors import Interrupted, RunError
+from trimtab.files import locked, write_text
+from trimtab.models.load import empty_model
+from trimtab.reports.explore import write_explore_page
+from trimtab.runs.folder import differences
+from trimtab.studies.explore_config import ExploreConfig, load_explore, to_yaml
+from trimtab.studies.search import Search, Watch
+from trimtab.studies.search_space import Space, default_groups, find_groups
+
+
+def explore(config: ExploreConfig, watch: Watch | None = None) -> Path:
+    """Do the whole search, or what is left of it, and return its folder.
+
+    Raises:
+        TrimtabError: any mistake in the configuration, the data or the model; optuna is not installed; the folder
+            holds something else.
+        Interrupted: by the user; the same command goes on.
+    """
+    if importlib.util.find_spec("optuna") is None:
+        raise RunError("trimtab explore needs optuna, which is not installed: pip install 'trimtab[explore]'")
+    watch = watch or Watch()
+    model = empty_model(source_of(config.base))
+    said = {name: (group.match, group.layers) for name, group in config.groups.items()}
+    groups = find_groups(model, said or default_groups(model, config.outer))
+    space = Space(groups, config.methods, config.budget, config.at_least)
+    _introduce(space, watch)
+    with _alone(config):
+        search = Search(config, space, watch)
+        try:
+            search.run()
+            search.write(search.confirm() if config.confirm else None)
+            write_explore_page(config.output)
+        except (Interrupted, KeyboardInterrupt):
+            search.write()
+            write_explore_page(config.output)
+            raise Interrupted(
+                f"interrupted; everything so far is in {config.output}\nGo on with: trimtab explore "
+                f"{shlex.quote(str(config.output / 'explore.yaml'))}"
+            ) from None
+    return config.output
+
+
+def _introduce(space: Space, watch: Watch) -> None:
+    """Say what is searched."""
+    watch.stage(f"Plans of at most {space.budget:,} trained parameters")
+    watch.note("groups: " + ", ".join(f"{group.name} ({group.modules} modules)" for group in space.groups))
+    for method in space.trained:
+        if (plan := space.uniform(method)) is not None:
+            watch.note(f"uniform {method} of rank {plan[0].rank}: {space.parameters(plan):,} parameters")
+
+
+@contextmanager
+def _alone(config: ExploreConfig) -> Iterator[None]:
+    """Make the folder of the search, or go on with the one that is there, and keep other processes out of it."""
+    folder, file = config.output, config.output / "explore.yaml"
+    if file.is_file():
+        free: Any = {"trials": True, "confirm": True, "output": True, "base": {"plan", "output"}}
+        before, now = (one.model_dump(mode="json", exclude=free) for one in (load_explore(file), config))
+        if changed := sorted(differences(before, now)):
+            raise RunError(
+                f"{folder}: the search there began with other settings ({', '.join(changed)}); choose another output, "
+                f"or go on with its own: trimtab explore {file}"
+            )
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RunError(f"{folder}: not empty, and holds no search; choose another output")
+    with locked(folder / "study.lock"):
+        write_text(file, to_yaml(config))
+        yield

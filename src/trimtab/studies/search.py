@@ -1,0 +1,250 @@
+"""One search over plans: optuna proposes, cells run, optuna is told."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from trimtab.config.run import RunConfig
+from trimtab.config.run import to_yaml as run_to_yaml
+from trimtab.errors import Interrupted, RunError, TrimtabError
+from trimtab.files import write_json, write_text
+from trimtab.runs.folder import RunFolder
+from trimtab.studies.cell import run_cell
+from trimtab.studies.confirm import confirm
+from trimtab.studies.explore_config import ExploreConfig
+from trimtab.studies.search_results import Row, best_of, found, is_over, ran, row_of
+from trimtab.studies.search_space import Part, Proposal, Space
+from trimtab.training.events import Listener, Steps
+
+_IDLE = 100
+"""After so many proposals in a row that need no run (known, or not within the budget) the space counts as searched."""
+
+_WEIGHTS = (0.25, 4.0)
+
+
+class Watch(Listener):
+    """A run's listener that is told of the search, too."""
+
+    def trial_began(self, row: Row, runs: int, trials: int) -> None:
+        """The run of the plan in ``row`` begins; it is number ``runs`` of ``trials``."""
+
+    def trial_ended(self, row: Row) -> None:
+        """``row`` is what ``explore.json`` holds of the trial."""
+
+
+class _Pruned(Interrupted):
+    """A run was left because it is behind."""
+
+
+class Search:
+    """A search in progress. What is known of a trial is in optuna's study; everything else is made from that."""
+
+    def __init__(self, config: ExploreConfig, space: Space, watch: Watch) -> None:
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        self.config = config
+        self.space = space
+        self.watch = watch
+        self.metric = config.base.train.metric
+        self.states = optuna.trial.TrialState
+        self.study = optuna.create_study(
+            storage=f"sqlite:///{config.output / 'study.db'}",
+            study_name="explore",
+            direction="minimize" if self.metric == "loss" else "maximize",
+            load_if_exists=True,
+        )
+        self._take_up()
+
+    def ran(self) -> list[Any]:
+        """optuna's trials that took a run of their own."""
+        return ran(self._trials())
+
+    def _trials(self) -> list[Any]:
+        return self.study.get_trials(deepcopy=False)
+
+    def run(self) -> None:
+        """Propose and run until there are as many runs as asked for."""
+        idle = 0
+        while len(self.ran()) < self.config.trials and idle < _IDLE:
+            idle = 0 if self._one() else idle + 1
+        if idle == _IDLE:
+            self.watch.note(f"stopped: the last {_IDLE} proposals were known already or could not spend the budget")
+
+    def confirm(self) -> dict[str, Any]:
+        """Train the best mixed and the best uniform plan again with new seeds."""
+        rows = [row_of(trial, self.space) for trial in self.ran()]
+        best = {kind: best_of(rows, self.metric, kind) for kind in ("mixed", "uniform")}
+        if None in best.values():
+            raise RunError("confirm: there is no mixed plan beside a uniform one to compare it with; raise trials")
+        arms = {kind: self._run_config(row, tests=True) for kind, row in best.items() if row is not None}
+        return confirm(arms, self.config.confirm, self.config.output / "confirm", self.watch)
+
+    def write(self, confirmation: dict[str, Any] | None = None) -> None:
+        """Write what is known so far: ``explore.json`` and the best runs."""
+        known = found(self.config, self.space, self._trials(), confirmation)
+        rows = {row["number"]: row for row in known["trials"]}
+        for name in ("best", "best_mixed", "best_uniform"):
+            if known[name] is not None:
+                best = self._run_config(rows[known[name]], tests=True)
+                best = best.model_copy(update={"output": Path("runs") / f"{self.config.output.name}-{name}"})
+                write_text(self.config.output / f"{name}.yaml", run_to_yaml(best, beside=self.config.output))
+        write_json(self.config.output / "explore.json", known)
+
+    def _take_up(self) -> None:
+        """Ask first for what was cut off."""
+        for trial in self._trials():
+            if trial.state == self.states.RUNNING:
+                self.study.enqueue_trial(trial.params, user_attrs=trial.user_attrs)
+                self.study.tell(trial.number, state=self.states.FAIL)
+
+    def _queue_uniform(self) -> None:
+        """Ask next for a uniform plan, unless all were asked for or something else is waiting."""
+        trials = self._trials()
+        there = [(trial.user_attrs.get("uniform"), trial.user_attrs.get("rate")) for trial in trials]
+        every = [(method, rate) for method in self.space.trained for rate in self.config.rates]
+        missing = [each for each in every if each not in there and self.space.uniform(each[0]) is not None]
+        if missing and not any(trial.state == self.states.WAITING for trial in trials):
+            method, rate = missing[0]
+            even: dict[str, Any] = {"learning rate": rate}
+            for group in self.space.groups:
+                even |= {f"{group.name}: method": method, f"{group.name}: weight": 1.0}
+            self.study.enqueue_trial(even, user_attrs={"uniform": method, "rate": rate})
+
+    def _one(self) -> bool:
+        """Ask for one proposal and deal with it. Whether it took a run."""
+        known = self.ran()
+        trial, proposal, rate = self._ask()
+        if proposal is None:
+            trial.set_user_attr("why", "no ranks of these methods spend the budget")
+            self.study.tell(trial, state=self.states.FAIL)
+            return False
+        plan = [[part.method, part.rank] for part in proposal]
+        trial.set_user_attr("plan", plan)
+        trial.set_user_attr("rate", rate)
+        same = next((old for old in known if (old.user_attrs["plan"], old.user_attrs["rate"]) == (plan, rate)), None)
+        if same is not None:
+            self._repeat(trial, same)
+            return False
+        self._run(trial, len(known) + 1)
+        self.write()
+        return True
+
+    def _ask(self) -> tuple[Any, Proposal | None, float]:
+        """The next trial, its plan (None where the budget cannot be spent), and its learning rate."""
+        from optuna.samplers import TPESampler
+
+        asked = sum(map(is_over, self._trials()))
+        self.study.sampler = TPESampler(seed=random.Random(f"{self.config.seed} {asked}").getrandbits(32))
+        self.study.pruner = self._pruner()
+        self._queue_uniform()
+        trial = self.study.ask()
+        space, rates = self.space, self.config.rates
+        chosen = [trial.suggest_categorical(f"{group.name}: method", space.methods) for group in space.groups]
+        weights = [trial.suggest_float(f"{group.name}: weight", *_WEIGHTS, log=True) for group in space.groups]
+        rate = trial.suggest_categorical("learning rate", rates) if len(rates) > 1 else rates[0]
+        uniform = trial.user_attrs.get("uniform")
+        return trial, space.uniform(uniform) if uniform else space.fill(chosen, weights), rate
+
+    def _pruner(self) -> Any:
+        from optuna import pruners
+
+        if self.config.prune == "hyperband":
+            steps = [step for trial in self.ran() for step in trial.intermediate_values]
+            return pruners.HyperbandPruner(min_resource=min(steps, default=1))
+        return pruners.MedianPruner() if self.config.prune else pruners.NopPruner()
+
+    def _repeat(self, trial: Any, known: Any) -> None:
+        """Tell ``trial`` what the same plan gave before."""
+        trial.set_user_attr("same_as", known.number)
+        for step, value in known.intermediate_values.items():
+            trial.report(value, step)
+        if known.state == self.states.FAIL:
+            trial.set_user_attr("why", known.user_attrs["why"])
+        self.study.tell(trial, known.value if known.state == self.states.COMPLETE else None, state=known.state)
+
+    def _run(self, trial: Any, runs: int) -> None:
+        """Run the plan of ``trial`` as a cell, and tell optuna what it gave."""
+        row = self._row(trial)
+        config = self._run_config(row, tests=False)
+        judge = _Judge(self.watch, trial, self.metric, config, stops=row["kind"] == "mixed")
+        self.watch.trial_began(row, runs, self.config.trials)
+        began = time.perf_counter()
+        told: dict[str, Any] = {}
+        try:
+            result = run_cell(config, judge, keep="adapters")
+            for validation in result["validation"]:
+                judge.report(validation)
+            told = {"values": result["kept"][self.metric]}
+        except _Pruned:
+            shutil.rmtree(RunFolder(config.output / "run").checkpoints, ignore_errors=True)
+            told = {"state": self.states.PRUNED}
+        except Interrupted:
+            raise
+        except TrimtabError as error:
+            # Before training, or before any plan has worked, it is not the plan's fault.
+            if not judge.training or not any(each.state == self.states.COMPLETE for each in self._trials()):
+                raise
+            trial.set_user_attr("why", str(error))
+            told = {"state": self.states.FAIL}
+        trial.set_user_attr("seconds", round(time.perf_counter() - began, 1))
+        self.study.tell(trial, **told)
+        self.watch.trial_ended(self._row(trial))
+
+    def _row(self, trial: Any) -> Row:
+        return row_of(self._trials()[trial.number], self.space)
+
+    def _run_config(self, row: Row, *, tests: bool) -> RunConfig:
+        """The run of a plan. Without ``tests`` the test rows are left out, so that nothing can be chosen by them."""
+        base = self.config.base
+        parts = tuple(Part(part["method"], part["rank"]) for part in row["parts"])
+        name = ".".join(map(str, parts)) + (f"_lr{row['learning_rate']:g}" if len(self.config.rates) > 1 else "")
+        return base.model_copy(
+            update={
+                "plan": tuple(self.space.rules(parts)),
+                "train": base.train.model_copy(update={"learning_rate": row["learning_rate"]}),
+                "data": base.data if tests else base.data.model_copy(update={"test": {}}),
+                "output": self.config.output / "trials" / name,
+            }
+        )
+
+
+class _Judge(Steps):
+    """Passes on how a run goes, tells optuna of its validations, and leaves it where it is behind.
+
+    ``stops``: whether it may be left.
+    """
+
+    def __init__(self, watch: Watch, trial: Any, metric: str, config: RunConfig, stops: bool) -> None:
+        super().__init__(watch)
+        self.training = False
+        self._trial = trial
+        self._metric = metric
+        self._stops = stops
+        # A run that goes on from a checkpoint does not tell of its earlier validations again.
+        self._earlier = RunFolder(config.output / "run").read_metrics()
+        self._reported: set[int] = set()
+
+    def report(self, row: Row) -> None:
+        """Tell optuna of a validation, once."""
+        if row["step"] not in self._reported:
+            self._reported.add(row["step"])
+            self._trial.report(row[self._metric], row["step"])
+
+    def training_began(self, step: int, steps: int) -> None:
+        self.training = True
+        for row in self._earlier:
+            if row["kind"] == "validation" and row["step"] <= step:
+                self.report(row)
+        super().training_began(step, steps)
+
+    def metrics(self, row: Row) -> None:
+        super().metrics(row)
+        if row["kind"] == "validation":
+            self.report(row)
+            if self._stops and self._trial.should_prune():
+                raise _Pruned("behind the other runs at this step")

@@ -1,0 +1,66 @@
+"""Writes ``metrics.jsonl`` line by line while a run goes on, and TensorBoard events if asked."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from trimtab.errors import RunError
+from trimtab.machine import memory_gib
+from trimtab.training.events import Listener
+
+
+def require_tensorboard() -> None:
+    """Raise RunError if TensorBoard is not installed."""
+    if importlib.util.find_spec("tensorboard") is None:
+        raise RunError(
+            "train.tensorboard: TensorBoard is not installed; pip install 'trimtab[tensorboard]', or turn it off"
+        )
+
+
+class Recorder:
+    """A context in which metrics are recorded; each line is on disk before ``record`` returns.
+
+    Args:
+        path: ``metrics.jsonl``; lines are added to it.
+        listener: is told of each line.
+        tensorboard: a folder for events, or None for none.
+        earlier: seconds that the run was trained for before it was interrupted.
+    """
+
+    def __init__(self, path: Path, listener: Listener, tensorboard: Path | None, earlier: float = 0.0) -> None:
+        self._listener = listener
+        self._began = time.perf_counter() - earlier
+        self._file = path.open("a", encoding="utf-8")
+        self._events: Any = None
+        if tensorboard is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._events = SummaryWriter(str(tensorboard))
+
+    def record(self, row: dict[str, Any]) -> None:
+        """Add one line, with the time since training began and, for training, the memory in use."""
+        row = {**row, "seconds": round(time.perf_counter() - self._began, 2)}
+        if row["kind"] == "train":
+            row["memory_gib"] = round(memory_gib(), 3)
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        self._file.flush()
+        if self._events is not None:
+            for name, value in row.items():
+                if isinstance(value, (int, float)) and name not in ("step", "epoch", "seconds"):
+                    self._events.add_scalar(f"{row['kind']}/{name}", value, row["step"])
+        self._listener.metrics(row)
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+        if self._events is not None:
+            self._events.close()

@@ -1,0 +1,350 @@
+"""PEFT's layout read without PEFT: which configurations are taken, which are refused, and what a pattern matches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import trimtab
+from adapter_tools import (
+    PEFT_FILES,
+    adapter_tensors,
+    assert_unchanged,
+    edit_json,
+    edit_tensors,
+    read_json,
+    same_tensors,
+    state_of,
+    trained,
+)
+from trimtab import AdapterError, Rule
+from trimtab.adapters import peft
+from trimtab.surgery.adapted import adapted_modules
+
+Make = Callable[..., Any]
+NO_HEADER = {"format": "pt"}
+Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+@pytest.fixture
+def saved(tiny_llama: Make, tmp_path: Path) -> tuple[nn.Module, Path]:
+    """A trained DoRA and its folder as PEFT would have written it: without our header."""
+    model = trained(tiny_llama(), Rule(match=["*.q_proj", "*.v_proj"], method="dora", rank=2, alpha=3))
+    trimtab.save_adapter(model, tmp_path)
+    edit_tensors(tmp_path / PEFT_FILES[1], header=NO_HEADER)
+    return model, tmp_path
+
+
+def options(model: nn.Module) -> dict[str, Any]:
+    """``LAYER.PROJECTION`` -> options, for a Llama."""
+    return {
+        f"{name.split('.')[2]}.{name.split('.')[-1]}": module.adapter.options for name, module in adapted_modules(model)
+    }
+
+
+REFUSED = {
+    "modules_to_save": ["lm_head"],
+    "bias": "lora_only",
+    "use_qalora": True,
+    "alora_invocation_tokens": [1, 2],
+    "layer_replication": [[0, 2], [1, 2]],
+    "trainable_token_indices": [0, 5],
+    "target_parameters": ["experts.gate"],
+    "lora_bias": True,
+    "use_bdlora": {"nblocks": 2},
+    "arrow_config": {"top_k": 2},
+    "kasa_config": {"beta": 1e-4},
+    "velora_config": {"rank": 1},
+    "monteclora_config": {"mc_samples": 2},
+    "megatron_config": {"tp": 2},
+}
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_settings_that_change_the_outputs_are_refused_by_name(
+    key: str, saved: tuple[nn.Module, Path], tiny_llama: Make
+) -> None:
+    _, folder = saved
+    edit_json(folder / PEFT_FILES[0], **{key: REFUSED[key]})
+    model = tiny_llama()
+    before = state_of(model)
+    with pytest.raises(AdapterError, match=rf"adapter_config\.json: '?{key}"):
+        trimtab.load_adapter(model, folder)
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "OLoRA", "corda", "loftq", "lora_ga"])
+def test_starts_that_change_the_base_are_refused(start: str, saved: tuple[nn.Module, Path], tiny_llama: Make) -> None:
+    edit_json(saved[1] / PEFT_FILES[0], init_lora_weights=start)
+    with pytest.raises(AdapterError, match=rf"init_lora_weights is {start}, which changes the base"):
+        trimtab.load_adapter(tiny_llama(), saved[1])
+
+
+@pytest.mark.parametrize("kind", ["LOHA", "ADALORA", "IA3", "PROMPT_TUNING", None, 7, ["LORA"]])
+def test_other_kinds_of_adapter_are_refused(kind: Any, saved: tuple[nn.Module, Path], tiny_llama: Make) -> None:
+    edit_json(saved[1] / PEFT_FILES[0], peft_type=kind)
+    with pytest.raises(AdapterError, match="only LORA"):
+        trimtab.load_adapter(tiny_llama(), saved[1])
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        "base_model.model.model.embed_tokens.lora_embedding_A",
+        "base_model.model.lm_head.weight",
+        f"{Q0}.lora_B.bias",
+        f"{Q0}.lora_A.default.weight",
+        f"{Q0}.lora_magnitude_vector.weight",  # the one of older releases, beside the one of today
+        f"{Q0}.lora_diag",
+        f"{Q0.removeprefix('base_model.model.')}.lora_A.weight",
+    ],
+)
+def test_tensors_without_a_place_are_refused_by_name(
+    tensor: str, saved: tuple[nn.Module, Path], tiny_llama: Make
+) -> None:
+    edit_tensors(saved[1] / PEFT_FILES[1], {tensor: torch.zeros(16)})
+    with pytest.raises(AdapterError, match=rf"unexpected tensor {tensor}"):
+        trimtab.load_adapter(tiny_llama(), saved[1])
+
+
+def test_pickled_weights_are_refused(saved: tuple[nn.Module, Path], tiny_llama: Make) -> None:
+    torch.save(load_file(saved[1] / PEFT_FILES[1]), saved[1] / "adapter_model.bin")
+    (saved[1] / PEFT_FILES[1]).unlink()
+    with pytest.raises(AdapterError, match="are a pickle"):
+        trimtab.load_adapter(tiny_llama(), saved[1])
+
+
+@pytest.mark.parametrize("key", ["r", "lora_alpha"])
+def test_a_configuration_without_its_numbers(key: str, saved: tuple[nn.Module, Path], tiny_llama: Make) -> None:
+    edit_json(saved[1] / PEFT_FILES[0], **{key: ...})
+    with pytest.raises(AdapterError, match=rf"damaged configuration \(KeyError: '{key}'\)"):
+        trimtab.load_adapter(tiny_llama(), saved[1])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"r": "two"},
+        {"r": -2},
+        {"r": 0},
+        {"r": 2.5},
+        {"lora_alpha": 0},
+        {"lora_alpha": -1},
+        {"lora_alpha": [3]},
+        {"lora_dropout": 1.5},
+        {"lora_dropout": "much"},
+        {"lora_dropout": [0.1]},
+        {"rank_pattern": ["q_proj"]},
+        {"rank_pattern": "q_proj"},
+        {"rank_pattern": {"q_proj": "two"}},
+        {"alpha_pattern": {"q_proj": {}}},
+        {"alpha_pattern": {"q_proj[": 3}},
+        {"alpha_pattern": {"q_(proj": 3}},
+        {"alpha_pattern": {"(?P<n>q)(?P<n>_)": 3}},
+        {"alpha_pattern": {"(?|q|v)_proj": 3}},  # of the module regex, not of re, which is what PEFT reads
+        {"alpha_pattern": {"(?R)": 3}},
+    ],
+    ids=str,
+)
+def test_settings_of_the_wrong_kind(changes: dict[str, Any], saved: tuple[nn.Module, Path], tiny_llama: Make) -> None:
+    edit_json(saved[1] / PEFT_FILES[0], **changes)
+    model = tiny_llama()
+    before = state_of(model)
+    with pytest.raises(AdapterError):
+        trimtab.load_adapter(model, saved[1])
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"target_modules": r"model\.layers\.\d+\.self_attn\.(q|v)_proj"},
+        {"target_modules": "all-linear", "exclude_modules": ["k_proj"]},
+        {"target_modules": None},
+        {"target_modules": ..., "bias": ..., "rank_pattern": ..., "alpha_pattern": None, "lora_dropout": None},
+        {"layers_to_transform": [0, 1], "layers_pattern": "layers"},
+        {"init_lora_weights": "gaussian"},
+        {"init_lora_weights": "eva", "eva_config": {"rho": 2.0}},
+        {"init_lora_weights": "orthogonal"},
+        {"init_lora_weights": False},
+        {"bias": None},
+        {"modules_to_save": []},
+        {"loftq_config": {}, "corda_config": None, "qalora_group_size": 16, "megatron_core": "megatron.core"},
+        {"peft_version": "0.99.0", "auto_mapping": None, "revision": None, "something_of_tomorrow": {"a": 1}},
+        {"inference_mode": False, "task_type": "SEQ_CLS", "fan_in_fan_out": True, "ensure_weight_tying": False},
+        {"runtime_config": {"ephemeral_gpu_offload": False}},
+    ],
+    ids=str,
+)
+def test_settings_that_do_not_matter_here(
+    changes: dict[str, Any], saved: tuple[nn.Module, Path], tiny_llama: Make
+) -> None:
+    model, folder = saved
+    edit_json(folder / PEFT_FILES[0], **changes)
+    fresh = tiny_llama()
+    trimtab.load_adapter(fresh, folder)
+    assert same_tensors(adapter_tensors(fresh), adapter_tensors(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_tensors_in_other_dtypes_are_taken_as_they_are(
+    dtype: torch.dtype, saved: tuple[nn.Module, Path], tiny_llama: Make
+) -> None:
+    model, folder = saved
+    stored = {name: value.to(dtype) for name, value in load_file(folder / PEFT_FILES[1]).items()}
+    edit_tensors(folder / PEFT_FILES[1], dict(stored))
+    fresh = tiny_llama()
+    trimtab.load_adapter(fresh, folder)
+    for name, value in adapter_tensors(fresh).items():
+        assert value.dtype == torch.float32
+        assert torch.equal(value, adapter_tensors(model)[name].to(dtype).float()), name
+
+
+@pytest.mark.parametrize("shape", [(-1,), (1, -1), (-1, 1), (1, -1, 1, 1)])
+@pytest.mark.parametrize("suffix", ["", ".weight"])
+def test_magnitudes_of_older_releases(
+    suffix: str, shape: tuple[int, ...], saved: tuple[nn.Module, Path], tiny_llama: Make
+) -> None:
+    model, folder = saved
+    stored = load_file(folder / PEFT_FILES[1])
+    names = [name for name in stored if name.endswith("lora_magnitude_vector")]
+    assert len(names) == 4
+    edit_tensors(
+        folder / PEFT_FILES[1],
+        {name: stored[name].reshape(shape) for name in names},
+        rename={name: name + suffix for name in names},
+    )
+    fresh = tiny_llama()
+    trimtab.load_adapter(fresh, folder)
+    assert same_tensors(adapter_tensors(fresh), adapter_tensors(model))
+
+
+def test_a_magnitude_in_a_square_is_refused(saved: tuple[nn.Module, Path], tiny_llama: Make) -> None:
+    edit_tensors(saved[1] / PEFT_FILES[1], {f"{Q0}.lora_magnitude_vector": torch.ones(4, 4)})
+    with pytest.raises(AdapterError, match=r"magnitude: expected \[16\], got \[4, 4\]"):
+        trimtab.load_adapter(tiny_llama(), saved[1])
+
+
+@pytest.mark.parametrize(("use_dora", "says"), [(True, "magnitude: expected .*, got nothing"), (False, "got .8")])
+def test_a_switch_that_does_not_fit_the_tensors(
+    use_dora: bool, says: str, saved: tuple[nn.Module, Path], tiny_llama: Make
+) -> None:
+    name = f"{Q0.replace('q_proj', 'v_proj')}.lora_magnitude_vector"
+    edit_tensors(saved[1] / PEFT_FILES[1], {name: None} if use_dora else {})
+    edit_json(saved[1] / PEFT_FILES[0], use_dora=use_dora)
+    with pytest.raises(AdapterError, match=says):
+        trimtab.load_adapter(tiny_llama(), saved[1])
+
+
+# Patterns -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("pattern", "matched"),
+    [
+        ({"q_proj": 5}, {"0.q_proj", "1.q_proj"}),
+        ({"_proj": 5}, set()),  # whole parts of a name only
+        ({".*_proj": 5}, {"0.q_proj", "1.q_proj", "0.v_proj", "1.v_proj"}),
+        ({"self_attn.q_proj": 5}, {"0.q_proj", "1.q_proj"}),
+        ({"model.layers.1.self_attn.v_proj": 5}, {"1.v_proj"}),
+        ({r"^model\.layers\.1\..*": 5}, {"1.q_proj", "1.v_proj"}),
+        ({r"^layers\.1\..*": 5}, set()),
+        ({r"^model\.layers\.1\.self_attn\.v_proj": 5}, {"1.v_proj"}),
+        ({r"layers\.[01]\.self_attn\.(q|k)_proj": 5}, {"0.q_proj", "1.q_proj"}),
+        ({r"layers\.\d+\..*v_proj$": 5}, {"0.v_proj", "1.v_proj"}),
+        ({"q_proj|v_proj": 5}, {"0.q_proj", "1.q_proj", "0.v_proj", "1.v_proj"}),
+        ({"q": 5, "": 5}, set()),
+        ({"k_proj": 5}, set()),
+    ],
+    ids=lambda value: str(sorted(value)) if isinstance(value, set) else str(value),
+)
+def test_which_modules_a_pattern_means(
+    pattern: dict[str, Any], matched: set[str], saved: tuple[nn.Module, Path], tiny_llama: Make
+) -> None:
+    edit_json(saved[1] / PEFT_FILES[0], alpha_pattern=pattern)
+    fresh = tiny_llama()
+    trimtab.load_adapter(fresh, saved[1])
+    assert {name: one.alpha for name, one in options(fresh).items()} == {
+        name: 5 if name in matched else 3 for name in ("0.q_proj", "0.v_proj", "1.q_proj", "1.v_proj")
+    }
+
+
+def test_the_first_pattern_decides_and_ranks_are_read_alike(saved: tuple[nn.Module, Path], tiny_llama: Make) -> None:
+    _, folder = saved
+    edit_json(
+        folder / PEFT_FILES[0],
+        r=7,
+        alpha_pattern={"v_proj": 5, r"layers\.1\..*": 6, "q_proj": 4.5},
+        rank_pattern={r".*self_attn\..*": 2, "q_proj": 9},
+        use_rslora=True,
+    )
+    fresh = tiny_llama()
+    trimtab.load_adapter(fresh, folder)
+    assert {name: one.alpha for name, one in options(fresh).items()} == {
+        "0.q_proj": 4.5,
+        "0.v_proj": 5,
+        "1.q_proj": 6,
+        "1.v_proj": 5,
+    }
+    assert {(one.rank, one.rank_stabilised) for one in options(fresh).values()} == {(2, True)}
+    assert options(fresh)["0.q_proj"].scale == pytest.approx(4.5 / 2**0.5)
+
+
+def test_patterns_of_many_whole_names_are_quick() -> None:
+    """As a plan with a rank for each of five thousand experts is saved: looked up, not tried one by one."""
+    names = [f"model.layers.{layer}.experts.{expert}.up_proj" for layer in range(40) for expert in range(128)]
+    decide = peft._pattern({peft._exactly(name): number for number, name in enumerate(names)}, None)
+    assert [decide(name) for name in names] == list(range(len(names)))
+    assert decide("x.model.layers.0.experts.0.up_proj") is None
+
+
+# Our header beside PEFT's configuration -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lora_alpha": 4},
+        {"use_rslora": True},
+        {"alpha_pattern": {"q_proj": 4}},
+        {"r": 3},
+        {"r": 4, "lora_alpha": 6},  # the same scale
+        {"rank_pattern": {"q_proj": 1}},
+        {"use_dora": False},
+    ],
+    ids=str,
+)
+def test_a_configuration_of_another_save_is_refused(changes: dict[str, Any], tiny_llama: Make, tmp_path: Path) -> None:
+    model = trained(tiny_llama(), Rule(match=["*.q_proj", "*.v_proj"], method="dora", rank=2, alpha=3))
+    trimtab.save_adapter(model, tmp_path)
+    edit_json(tmp_path / PEFT_FILES[0], **changes)
+    fresh = tiny_llama()
+    before = state_of(fresh)
+    with pytest.raises(AdapterError, match=r"is not the one that adapter_model\.safetensors was saved with"):
+        trimtab.load_adapter(fresh, tmp_path)
+    assert_unchanged(fresh, before)
+
+
+@pytest.mark.parametrize("module", ["q_proj", "v_proj"])
+def test_a_module_that_is_gone_is_missed(module: str, tiny_llama: Make, tmp_path: Path) -> None:
+    model = trained(tiny_llama(), Rule(match=["*.q_proj", "*.v_proj"], method="lora", rank=2))
+    trimtab.save_adapter(model, tmp_path)
+    name = f"{Q0.replace('q_proj', module)}.lora"
+    edit_tensors(tmp_path / PEFT_FILES[1], {f"{name}_A.weight": None, f"{name}_B.weight": None})
+    with pytest.raises(AdapterError, match=rf"differ at 1 modules, such as model\.layers\.0\.self_attn\.{module}"):
+        trimtab.load_adapter(tiny_llama(), tmp_path)
+
+
+def test_the_class_decides_the_task(tiny_llama: Make, tmp_path: Path) -> None:
+    body = tiny_llama().model
+    body.config.architectures = ["LlamaForCausalLM"]  # as AutoModel.from_pretrained leaves it
+    trimtab.save_adapter(trained(body, Rule(match="*.q_proj", method="lora", rank=2)), tmp_path)
+    assert read_json(tmp_path / PEFT_FILES[0])["task_type"] is None
+    trimtab.save_adapter(trained(tiny_llama(), Rule(match="*.q_proj", method="lora", rank=2)), tmp_path)
+    assert read_json(tmp_path / PEFT_FILES[0])["task_type"] == "CAUSAL_LM"

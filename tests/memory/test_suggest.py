@@ -1,0 +1,132 @@
+"""The estimate of a run, and the changes that are suggested where it does not fit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trimtab.config.run import RunConfig, load_config
+from trimtab.errors import ModelError
+from trimtab.memory import estimate
+from trimtab.memory.estimate import RowSizes, RunMemory, estimate_run
+from trimtab.memory.room import GIB, MemoryEstimate
+from trimtab.memory.suggest import check_run, describe_memory, suggest
+from trimtab.memory.trace import Trace
+
+SIZES = RowSizes(length=64, labels=63)
+LLAMA_3_1_8B = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 131072,
+    "torch_dtype": "bfloat16",
+}
+
+
+@pytest.fixture
+def config(make_yaml: Callable[..., Path]) -> RunConfig:
+    return load_config(make_yaml(train={"batch_size": 8, "precision": "float32"}))
+
+
+def fake(config: RunConfig, sizes: RowSizes) -> RunMemory:
+    """An estimate that goes with tokens, and that each setting makes less."""
+    size = 1000 * config.train.batch_size * sizes.length
+    size //= 2 if config.train.gradient_checkpointing else 1
+    size //= 2 if config.train.precision == "bfloat16" else 1
+    size //= {"none": 1, "int8": 2, "nf4": 4}[config.quantisation]
+    return RunMemory((MemoryEstimate(size),))
+
+
+@pytest.mark.parametrize(
+    ("share", "expected"),
+    [
+        (0.6, ["train.gradient_checkpointing=true", "train.precision=bfloat16"]),
+        (0.6, ["train.batch_size=4 train.gradient_accumulation=2", "quantisation=int8"]),
+        (0.3, ["train.batch_size=2 train.gradient_accumulation=4", "quantisation=nf4"]),
+        (0.02, ["train.gradient_checkpointing=true train.precision=bfloat16 quantisation=nf4 train.batch_size=2 "]),
+    ],
+)
+def test_the_mildest_changes_that_fit(
+    monkeypatch: pytest.MonkeyPatch, config: RunConfig, share: float, expected: list[str]
+) -> None:
+    monkeypatch.setattr("trimtab.memory.suggest.estimate_run", fake)
+    room = share * 1000 * 8 * 64
+    monkeypatch.setattr("trimtab.memory.suggest.available_memory", lambda device: room)
+    found = suggest(config, SIZES)
+    assert all(suggestion.memory.hardest.needed <= room for suggestion in found)
+    told = [suggestion.overrides for suggestion in found]
+    for text in expected:
+        assert any(line.startswith(text) for line in told), told
+
+
+def test_nothing_helps(monkeypatch: pytest.MonkeyPatch, config: RunConfig) -> None:
+    monkeypatch.setattr("trimtab.memory.suggest.estimate_run", fake)
+    monkeypatch.setattr("trimtab.memory.suggest.available_memory", lambda device: 1)
+    assert suggest(config, SIZES) == []
+
+
+def test_a_run_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch, config: RunConfig) -> None:
+    needed = estimate_run(config, SIZES).hardest.needed
+    monkeypatch.setenv("TRIMTAB_MEMORY_GIB", str(0.7 * needed / GIB))
+    with pytest.raises(ModelError, match=r"Training .* needs about .* What would help: train\.gradient_checkpointing"):
+        check_run(config, SIZES)
+    monkeypatch.setenv("TRIMTAB_MEMORY_GIB", "1")
+    check_run(config, SIZES)
+
+
+def test_a_model_that_cannot_be_traced_is_counted_without_activations(
+    monkeypatch: pytest.MonkeyPatch, config: RunConfig
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("values are needed\nhere")
+
+    monkeypatch.setattr(Trace, "run", fail)
+    found = estimate_run(config, SIZES)
+    assert found.uncounted == "RuntimeError: values are needed"
+    assert found.hardest.activations == 0
+    assert found.hardest.optimiser == 2 * found.hardest.adapters > 0
+
+
+def test_rows_are_read_where_they_are(config: RunConfig) -> None:
+    found = describe_memory(config)
+    assert found["length_from"] == "the longest row"
+    assert found["length"] < config.data.max_length
+    assert found["fits"]
+    assert describe_memory(config, 100)["length"] == 100
+    gone = config.model_copy(update={"data": config.data.model_copy(update={"train": ("gone.jsonl",)})})
+    assert describe_memory(gone)["length"] == config.data.max_length
+    assert "gone.jsonl is not here" in describe_memory(gone)["length_from"]
+
+
+def test_llama_3_1_8b_from_its_config_alone(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_3_1_8B))
+    (tmp_path / "run.yaml").write_text(
+        f"model: {tmp_path}\ndata: {{train: none.jsonl, validation: null}}\n"
+        "train: {precision: bfloat16, gradient_checkpointing: true, batch_size: 2}\n"
+    )
+    config = load_config(tmp_path / "run.yaml")
+    sizes = RowSizes(1024, 1023)
+    plain = estimate_run(config, sizes).hardest
+    assert plain.weights == pytest.approx(16.06e9, rel=1e-3)  # 8,030,261,248 numbers of two bytes
+    # 32 inputs of blocks, [2, 1024, 4096] in two bytes, and less than 2 GiB for one block and the logits.
+    assert 32 * 2 * 1024 * 4096 * 2 < plain.activations < 32 * 2 * 1024 * 4096 * 2 + 2 * GIB
+    packed = estimate_run(config.model_copy(update={"quantisation": "nf4"}), sizes).hardest
+    linear, rest = 6_979_321_856, 2 * 128256 * 4096
+    assert packed.weights == pytest.approx(linear * 0.516 + rest * 2, rel=0.01)
+
+
+def test_files_are_counted_where_weights_are_converted(config: RunConfig) -> None:
+    halves = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "bfloat16"})})
+    whole, half = (estimate_run(each, SIZES).moments[0] for each in (config, halves))
+    assert (whole.files, half.files) == (0, 2 * half.weights)
+    assert half.process > estimate.LATER

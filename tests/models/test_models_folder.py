@@ -1,0 +1,318 @@
+"""Hugging Face model folders: read, written, and refused."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils import logging as transformers_logging
+
+from trimtab.errors import ModelError
+from trimtab.models.load import empty_model, load_config_only, load_model, load_tokenizer, save_model_folder
+from trimtab.models.locate import Source, resolve
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+
+
+def tiny_tokenizer(**special: str) -> PreTrainedTokenizerBase:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate([*special.values(), *alphabet])}
+    backend = Tokenizer(models.BPE(vocabulary, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+
+
+def tiny_model(**changes: Any) -> PreTrainedModel:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**(SIZES | {"vocab_size": 260, "tie_word_embeddings": True} | changes))).eval()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A complete model folder as transformers itself writes it."""
+    path = tmp_path / "tiny"
+    tiny_model().save_pretrained(path)
+    tiny_tokenizer(eos_token="<end>").save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+def source_of(path: Path) -> Source:
+    return resolve(str(path))
+
+
+# Reading
+
+
+def test_a_model_is_loaded_in_the_asked_type(folder: Path) -> None:
+    reference = tiny_model()
+    ids = torch.tensor([[1, 2, 3, 4]])
+    model = load_model(source_of(folder))
+    assert not model.training
+    assert torch.equal(model(ids).logits, reference(ids).logits)
+    assert {p.dtype for p in load_model(source_of(folder), torch.bfloat16).parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_the_asked_attention_is_used(folder: Path, attention: str) -> None:
+    assert load_model(source_of(folder), attention=attention).config._attn_implementation == attention
+
+
+def test_loading_is_silent_and_leaves_transformers_as_it_was(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    before = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    load_model(source_of(folder))
+    load_tokenizer(source_of(folder))
+    assert (transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()) == before
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_configuration_alone(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    assert load_config_only(source_of(folder)).hidden_size == 16
+
+
+def test_an_empty_model_has_the_shapes_and_no_memory(tmp_path: Path) -> None:
+    # Llama 3 8B: only a configuration, and more parameters than the test may hold.
+    big: dict[str, Any] = {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+    }
+    config = LlamaConfig(**big, num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=False)
+    config.save_pretrained(tmp_path)
+    model = empty_model(source_of(tmp_path))
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    assert sum(parameter.numel() for parameter in model.parameters()) == 8_030_261_248  # as published
+    assert model.get_submodule("model.layers.31.mlp.down_proj").weight.shape == (4096, 14336)
+
+
+def test_an_empty_model_ties_what_the_model_ties(folder: Path) -> None:
+    model = empty_model(source_of(folder))
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+
+
+def test_a_tokenizer_pads_on_the_right(folder: Path) -> None:
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"padding_side": "left"}))
+    tokenizer = load_tokenizer(source_of(folder))
+    batch = tokenizer(["a", "abc"], padding=True)
+    assert batch["attention_mask"] == [[1, 0, 0], [1, 1, 1]]
+
+
+@pytest.mark.parametrize(
+    ("special", "expected"),
+    [
+        ({"pad_token": "<pad>", "eos_token": "<end>"}, "<pad>"),
+        ({"eos_token": "<end>"}, "<end>"),
+        ({"unk_token": "<unk>"}, "<unk>"),
+    ],
+)
+def test_what_a_tokenizer_pads_with(tmp_path: Path, special: dict[str, str], expected: str) -> None:
+    LlamaConfig(**SIZES).save_pretrained(tmp_path)
+    tiny_tokenizer(**special).save_pretrained(tmp_path)
+    assert load_tokenizer(source_of(tmp_path)).pad_token == expected
+
+
+# Refusals in reading
+
+
+def test_a_tokenizer_without_anything_to_pad_with(tmp_path: Path) -> None:
+    LlamaConfig(**SIZES).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="no pad, eos or unk token"):
+        load_tokenizer(source_of(tmp_path))
+
+
+def test_no_tokenizer(tmp_path: Path) -> None:
+    LlamaConfig(**SIZES).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"no tokenizer: expected one of tokenizer\.json"):
+        load_tokenizer(source_of(tmp_path))
+
+
+def test_no_weights(tmp_path: Path) -> None:
+    LlamaConfig(**SIZES).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"expected \*\.safetensors beside config\.json"):
+        load_model(source_of(tmp_path))
+
+
+class _Trap:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return (pytest.fail, ("a file was unpickled",))
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth"])
+def test_pickled_weights_are_never_opened(tmp_path: Path, name: str) -> None:
+    LlamaConfig(**SIZES).save_pretrained(tmp_path)
+    (tmp_path / name).write_bytes(pickle.dumps(_Trap()))
+    with pytest.raises(ModelError, match=rf"pickled \({name}\).*convert it once"):
+        load_model(source_of(tmp_path))
+
+
+def test_pickled_weights_beside_safetensors_of_another_name_are_not_fallen_back_to(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    torch.save(weights, folder / "pytorch_model.bin")  # harmless and complete: transformers would take it
+    (folder / "model.safetensors").rename(folder / "other.safetensors")
+    with pytest.raises(ModelError, match="the model cannot be loaded"):
+        load_model(source_of(folder))
+
+
+def test_missing_weights_are_not_made_up(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"1 weights of a LlamaForCausalLM.*model\.layers\.1\.mlp\.up_proj\.weight"):
+        load_model(source_of(folder))
+
+
+def test_weights_of_another_shape(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 32}))
+    with pytest.raises(ModelError, match="tiny"):
+        load_model(source_of(folder))
+
+
+def test_a_truncated_file(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ModelError, match="the model cannot be loaded"):
+        load_model(source_of(folder))
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("{", "JSON"),
+        ('{"model_type": "no-such-model"}', "no-such-model"),
+        ("{}", "model_type"),
+        (
+            '{"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}}',
+            "model.trust_remote_code=true",
+        ),
+    ],
+)
+def test_configurations_that_cannot_be_read(tmp_path: Path, text: str, word: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    (tmp_path / "own.py").write_text("raise SystemExit('remote code ran')")
+    with pytest.raises(ModelError, match=word):
+        load_config_only(source_of(tmp_path))
+
+
+def test_a_model_that_is_not_a_causal_language_model(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    with pytest.raises(ModelError, match="ViTConfig"):
+        empty_model(source_of(tmp_path))
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize("load", [load_config_only, load_tokenizer, load_model, empty_model])
+def test_a_hub_that_is_out_of_reach(load: Callable[[Source], object]) -> None:
+    source = Source("smollm2-135m", "hub", "HuggingFaceTB/no-such-model", advice="Do: pip install x")
+    with pytest.raises(ModelError, match=r"HuggingFaceTB/no-such-model\. .*connect.* Do: pip install x"):
+        load(source)
+
+
+# Writing
+
+
+def test_a_written_folder_loads_without_trimtab(tmp_path: Path) -> None:
+    model, tokenizer = tiny_model(), tiny_tokenizer(eos_token="<end>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    model.generation_config.max_new_tokens = 7
+    save_model_folder(model, tokenizer, tmp_path / "a" / "out")
+    out = tmp_path / "a" / "out"
+
+    again = AutoModelForCausalLM.from_pretrained(out)
+    assert again.generation_config.max_new_tokens == 7
+    for (name, expected), (other, actual) in zip(model.state_dict().items(), again.state_dict().items(), strict=True):
+        assert name == other
+        assert torch.equal(expected, actual), name
+    read = AutoTokenizer.from_pretrained(out)
+    assert read("abc")["input_ids"] == tokenizer("abc")["input_ids"]
+    assert read.chat_template == tokenizer.chat_template
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["out"]  # nothing temporary stays
+
+
+def test_written_files_are_as_readable_as_others(tmp_path: Path) -> None:
+    (tmp_path / "plain").write_text("")
+    save_model_folder(tiny_model(), tiny_tokenizer(eos_token="<end>"), tmp_path / "out")
+    expected = stat.S_IMODE((tmp_path / "plain").stat().st_mode)
+    assert {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "out").iterdir()} == {expected}
+
+
+def test_an_empty_folder_is_written_into(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    save_model_folder(tiny_model(), tiny_tokenizer(eos_token="<end>"), tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_a_folder_that_holds_something_is_refused(folder: Path) -> None:
+    before = (folder / "model.safetensors").read_bytes()
+    with pytest.raises(ModelError, match="not empty"):
+        save_model_folder(tiny_model(), tiny_tokenizer(eos_token="<end>"), folder)
+    assert (folder / "model.safetensors").read_bytes() == before
+
+
+def test_a_model_folder_is_replaced_as_a_whole_if_allowed(folder: Path) -> None:
+    (folder / "model-00001-of-00002.safetensors").write_text("of the old model")
+    save_model_folder(tiny_model(hidden_size=32), tiny_tokenizer(eos_token="<end>"), folder, overwrite=True)
+    assert load_model(source_of(folder)).config.hidden_size == 32
+    assert not (folder / "model-00001-of-00002.safetensors").exists()
+
+
+def test_a_folder_of_other_things_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ModelError, match="something other than a model"):
+        save_model_folder(tiny_model(), tiny_tokenizer(eos_token="<end>"), tmp_path, overwrite=True)
+    assert (tmp_path / "thesis.tex").is_file()
+
+
+def test_a_file_is_not_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("")
+    with pytest.raises(ModelError, match="found a file"):
+        save_model_folder(tiny_model(), tiny_tokenizer(eos_token="<end>"), tmp_path / "out")
+
+
+def test_a_write_that_fails_leaves_nothing_and_keeps_what_was_there(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = (folder / "model.safetensors").read_bytes()
+    model, tokenizer = tiny_model(), tiny_tokenizer(eos_token="<end>")
+
+    def fail(path: Path) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(tokenizer, "save_pretrained", fail)
+    with pytest.raises(ModelError, match="No space left on device"):
+        save_model_folder(model, tokenizer, folder, overwrite=True)
+    assert (folder / "model.safetensors").read_bytes() == before
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]

@@ -1,0 +1,303 @@
+"""GGUF files: what is read from them, and the cache that it goes into."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from tokenizers import pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from trimtab.errors import ModelError
+from trimtab.models.gguf import cache_folder, dequantised_folder, gguf_config
+from trimtab.models.load import load_config_only, load_model, load_tokenizer
+from trimtab.models.locate import resolve
+
+HEADS, KEY_HEADS, HIDDEN, INTERMEDIATE = 4, 2, 64, 96
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
+MERGED = ["ĠĠ", "ab"]
+TOKENS = SPECIAL + ALPHABET + MERGED
+TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
+NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def _as_llama_cpp_orders_it(weight: np.ndarray, heads: int) -> np.ndarray:
+    """llama.cpp pairs neighbouring rotary dimensions, transformers the two halves of a head."""
+    rows, columns = weight.shape
+    return weight.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
+
+
+def write_gguf(path: Path, pre: str = "smollm") -> LlamaForCausalLM:
+    """A tiny Llama with Q4_1 blocks, as llama.cpp writes one; gives the model with the values the blocks stand for."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=HIDDEN,
+        intermediate_size=INTERMEDIATE,
+        num_hidden_layers=2,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KEY_HEADS,
+        vocab_size=len(TOKENS),
+        tie_word_embeddings=True,
+        rms_norm_eps=1e-5,
+        max_position_embeddings=128,
+    )
+    model = LlamaForCausalLM(config).eval()
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(2)
+    writer.add_context_length(128)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_feed_forward_length(INTERMEDIATE)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KEY_HEADS)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_dimension_count(HIDDEN // HEADS)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(len(TOKENS))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(TOKENS)
+    writer.add_token_types([3] * len(SPECIAL) + [1] * (len(TOKENS) - len(SPECIAL)))
+    writer.add_token_merges(["Ġ Ġ", "a b"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    writer.add_chat_template(TEMPLATE)
+
+    def add(name: str, module: Any, heads: int | None = None) -> None:
+        kind = gguf.GGMLQuantizationType.Q4_1
+        weight = module.weight.detach().numpy()
+        if weight.ndim == 1:
+            writer.add_tensor(name, weight)
+            return
+        values = gguf.dequantize(gguf.quantize(weight, kind), kind)
+        module.weight.data = torch.from_numpy(values.copy())
+        ordered = weight if heads is None else _as_llama_cpp_orders_it(weight, heads)
+        writer.add_tensor(name, gguf.quantize(np.ascontiguousarray(ordered), kind), raw_dtype=kind)
+
+    add("token_embd.weight", model.model.embed_tokens)
+    add("output_norm.weight", model.model.norm)
+    for number, layer in enumerate(model.model.layers):
+        add(f"blk.{number}.attn_norm.weight", layer.input_layernorm)
+        add(f"blk.{number}.ffn_norm.weight", layer.post_attention_layernorm)
+        for name, short in NAMES.items():
+            heads = {"attn_q": HEADS, "attn_k": KEY_HEADS}.get(short)
+            add(f"blk.{number}.{short}.weight", layer.get_submodule(name), heads)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return model
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "models"
+
+
+def test_the_dequantised_values_are_exact(tmp_path: Path) -> None:
+    reference = write_gguf(tmp_path / "tiny.gguf")
+    model = load_model(resolve("tiny.gguf", tmp_path))
+    expected = reference.state_dict()
+    assert set(model.state_dict()) == set(expected)
+    for name, actual in model.state_dict().items():
+        assert torch.equal(actual, expected[name]), name
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    # One graph on the same numbers; only the value of rms_norm_eps went through the file's float32.
+    torch.testing.assert_close(model(ids).logits, reference(ids).logits, rtol=1e-5, atol=1e-6)
+
+
+def test_the_cached_folder_is_an_ordinary_one(tmp_path: Path, cache: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf")
+    folder = dequantised_folder(tmp_path / "tiny.gguf")
+    assert folder.parent == cache == cache_folder()
+    assert folder.name.startswith("tiny-")
+    config = json.loads((folder / "config.json").read_text())
+    assert "quantization_config" not in config
+    assert config["dtype"] == "float32"
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    assert all(type(module) is torch.nn.Linear for name, module in plain.named_modules() if name.endswith("_proj"))
+
+
+def test_the_tokenizer_comes_along(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf")
+    tokenizer = load_tokenizer(resolve("tiny.gguf", tmp_path))
+    assert tokenizer.chat_template == TEMPLATE
+    assert (tokenizer.eos_token, tokenizer.padding_side) == ("<|im_end|>", "right")
+    assert tokenizer.pad_token == "<|im_end|>"  # the file names none
+    ids = tokenizer("<|im_start|>ab é<|im_end|>")["input_ids"]
+    assert (ids[0], ids[-1]) == (1, 2)
+    assert tokenizer.decode(ids) == "<|im_start|>ab é<|im_end|>"
+    assert tokenizer.decode([ids[1]]) == "ab"
+
+
+@pytest.mark.parametrize(("pre", "expected"), [("smollm", ["  ", "1", "2"]), ("gpt-2", [" ", " ", "1", "2"])])
+def test_digits_are_split_off_first_where_the_vocabulary_was_learned_so(
+    tmp_path: Path, pre: str, expected: list[str]
+) -> None:
+    # GPT-2's pattern keeps the last of several spaces for the number that follows; with digits split off first, the
+    # spaces stay together. Both as llama.cpp does it for these two kinds of vocabulary.
+    write_gguf(tmp_path / "tiny.gguf", pre)
+    tokenizer = load_tokenizer(resolve("tiny.gguf", tmp_path))
+    assert [tokenizer.decode([i]) for i in tokenizer("  12")["input_ids"]] == expected
+
+
+def test_the_configuration_alone_writes_nothing(tmp_path: Path, cache: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf")
+    before = load_config_only(resolve("tiny.gguf", tmp_path))
+    assert not cache.exists()
+    assert (before.hidden_size, before.num_key_value_heads) == (HIDDEN, KEY_HEADS)
+    dequantised_folder(tmp_path / "tiny.gguf")
+    after = gguf_config(tmp_path / "tiny.gguf")  # from the cache now
+    assert after.intermediate_size == before.intermediate_size == INTERMEDIATE
+
+
+def test_a_file_is_dequantised_once_and_again_when_it_changed(
+    tmp_path: Path, cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="trimtab")
+    file = tmp_path / "tiny.gguf"
+    write_gguf(file)
+    first = dequantised_folder(file)
+    weights = first / "model.safetensors"
+    written = weights.stat().st_mtime_ns
+    assert dequantised_folder(file) == first
+    assert weights.stat().st_mtime_ns == written
+    assert caplog.text.count("Dequantising tiny.gguf, once") == 1
+
+    os.utime(file, ns=(1, 1))
+    assert dequantised_folder(file) != first
+    assert {path.name[:5] for path in cache.iterdir()} == {"tiny-"}  # and nothing temporary
+
+
+def test_a_cached_folder_that_lost_files_is_made_again(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf")
+    folder = dequantised_folder(tmp_path / "tiny.gguf")
+    (folder / "model.safetensors").unlink()
+    assert dequantised_folder(tmp_path / "tiny.gguf") == folder
+    assert (folder / "model.safetensors").is_file()
+
+
+def test_who_comes_second_uses_what_the_first_wrote(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two processes found no cache and both dequantise; here the other one finishes while this one is writing."""
+    write_gguf(tmp_path / "tiny.gguf")
+    made = dequantised_folder(tmp_path / "tiny.gguf")
+    aside = tmp_path / "aside"
+    made.rename(aside)
+    original = LlamaForCausalLM.save_pretrained
+
+    def save(self: LlamaForCausalLM, folder: Path) -> None:
+        original(self, folder)
+        shutil.copytree(aside, made)
+        (made / "first").write_text("")
+
+    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", save)
+    assert dequantised_folder(tmp_path / "tiny.gguf") == made
+    assert (made / "first").exists()
+    assert list(cache.iterdir()) == [made]
+
+
+@pytest.mark.slow
+def test_two_processes_at_once(tmp_path: Path, cache: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf")
+    code = "import sys, pathlib, trimtab.models.gguf as g; print(g.dequantised_folder(pathlib.Path(sys.argv[1])))"
+    command = [sys.executable, "-c", code, str(tmp_path / "tiny.gguf")]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    folders = {process.communicate()[0].splitlines()[-1] for process in processes}
+    assert [process.returncode for process in processes] == [0, 0]
+    assert {str(path) for path in cache.iterdir()} == folders
+    AutoModelForCausalLM.from_pretrained(folders.pop())
+
+
+def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("TRIMTAB_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_folder() == tmp_path / "xdg" / "trimtab" / "models"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_folder() == Path.home() / ".cache" / "trimtab" / "models"
+
+
+@pytest.mark.parametrize("keep", [4, 64, 5000, -1000])
+def test_a_damaged_file(tmp_path: Path, cache: Path, keep: int) -> None:
+    file = tmp_path / "tiny.gguf"
+    write_gguf(file)
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(ModelError, match=r"tiny\.gguf: cannot be read as a GGUF model"):
+        load_model(resolve("tiny.gguf", tmp_path))
+    assert not cache.exists()
+
+
+def test_too_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_gguf(tmp_path / "tiny.gguf")
+    monkeypatch.setenv("TRIMTAB_MEMORY_GIB", "0.0001")
+    with pytest.raises(ModelError, match=r"Dequantising tiny\.gguf needs about .* GiB of memory are free"):
+        dequantised_folder(tmp_path / "tiny.gguf")
+
+
+def test_too_little_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_gguf(tmp_path / "tiny.gguf")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(ModelError, match=r"of disk in .*Set TRIMTAB_CACHE"):
+        dequantised_folder(tmp_path / "tiny.gguf")
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_gguf(tmp_path / "tiny.gguf")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "file"))
+    with pytest.raises(ModelError, match=r"cannot be written .*Set TRIMTAB_CACHE"):
+        dequantised_folder(tmp_path / "tiny.gguf")
+
+
+@pytest.mark.model
+@pytest.mark.slow
+def test_the_real_model_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRIMTAB_CACHE")  # the real cache: filled once, for all tests
+    source = resolve("smollm2-135m")
+    model: Any = load_model(source)
+    tokenizer: Any = load_tokenizer(source)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008
+
+    prompt = tokenizer("The capital of France is", return_tensors="pt")
+    text = tokenizer.decode(model.generate(**prompt, max_new_tokens=3, do_sample=False)[0])
+    assert text.startswith("The capital of France is Paris")
+
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], add_generation_prompt=True, tokenize=False
+    )
+    assert chat.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+    # As the published tokenizer has it: every digit apart, and what is before it split off first.
+    assert tokenizer.convert_ids_to_tokens(tokenizer("in  2018")["input_ids"]) == ["in", "ĠĠ", "2", "0", "1", "8"]
+
+    # Against the reference implementation of the blocks, for tensors whose rows are not reordered.
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(source.location).tensors}
+    for name, ours in {
+        "token_embd.weight": "model.embed_tokens.weight",
+        "blk.7.ffn_down.weight": "model.layers.7.mlp.down_proj.weight",
+        "blk.29.attn_v.weight": "model.layers.29.self_attn.v_proj.weight",
+    }.items():
+        expected = torch.from_numpy(gguf.dequantize(tensors[name].data, tensors[name].tensor_type).copy())
+        assert torch.equal(model.state_dict()[ours], expected), name

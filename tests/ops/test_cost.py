@@ -1,0 +1,91 @@
+"""Which form is chosen, and that both give the plain formula's numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from trimtab.ops import cost
+from trimtab.ops import low_rank as low_rank_module
+from trimtab.ops.cost import Work, folds_gradient, folds_output
+from trimtab.ops.low_rank import LowRank
+from trimtab.ops.square import Square
+
+FULL, HALF = torch.float32, torch.bfloat16
+
+
+def low_rank(tokens: int, out_features: int, in_features: int, rank: int, dtype: torch.dtype) -> Work:
+    tensors = torch.empty(rank, in_features), torch.empty(out_features, rank)
+    return LowRank(1.0).work(tokens, tensors, dtype)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_many_tokens_fold_and_few_do_not(scaled: bool) -> None:
+    shape = (512, 768)
+    for tokens, folds in ((1, False), (128, False), (8192, True)):
+        work = low_rank(tokens, *shape, 16, FULL)
+        assert folds_output("auto", work, tokens, shape, scaled, FULL) is folds
+        assert folds_gradient("auto", work, tokens, shape, scaled) is folds
+
+
+def test_a_rounded_weight_is_never_chosen_for_the_output() -> None:
+    work = low_rank(1 << 20, 64, 64, 4, HALF)
+    assert not folds_output("auto", work, 1 << 20, (64, 64), True, HALF)
+    assert folds_output("folded", work, 1 << 20, (64, 64), True, HALF)
+    assert folds_gradient("auto", work, 1 << 20, (64, 64), True)
+
+
+@pytest.mark.parametrize("compute", ["folded", "factored"])
+def test_the_user_overrules(compute: cost.Compute) -> None:
+    for tokens in (1, 1 << 20):
+        work = low_rank(tokens, 64, 64, 4, FULL)
+        assert folds_output(compute, work, tokens, (64, 64), True, FULL) is (compute == "folded")
+        assert folds_gradient(compute, work, tokens, (64, 64), True) is (compute == "folded")
+
+
+def test_the_square_update_folds_sooner() -> None:
+    """Its maps pass many times over what they turn, and forming the weight passes over it once."""
+    shape = (512, 512)
+    work = Square(512, 512, 128, turn=True).work(128, (), FULL)
+    assert folds_output("auto", work, 128, shape, False, FULL)
+    assert not folds_output("auto", low_rank(128, *shape, 16, FULL), 128, shape, False, FULL)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("kind", ["low rank", "rotation", "sharing"])
+def test_a_folded_weight_is_rounded_once(dtype: torch.dtype, scaled: bool, kind: str) -> None:
+    out_features, in_features = 40, 56
+    work = torch.promote_types(dtype, torch.float32)
+    weight = torch.randn(out_features, in_features).to(dtype)
+    before = weight.clone()
+    ratio = 1 + torch.rand(out_features).to(work) / 8 if scaled else None
+    update: LowRank | Square
+    tensors: tuple[torch.Tensor, ...]
+    if kind == "low rank":
+        update = LowRank(1.5)
+        tensors = (torch.randn(3, in_features).to(work) / 8, torch.randn(out_features, 3).to(work) / 8)
+        delta = 1.5 * tensors[1].double() @ tensors[0].double()
+    else:
+        update = Square(in_features, out_features, 16, turn=kind == "rotation")
+        tensors = (torch.randn(16, 16).to(work) / 8,)
+        delta = update.delta(tensors[0].double())
+    want = weight.double() + delta
+    if ratio is not None:
+        want = want * ratio.double().unsqueeze(1)
+    got = update.fold(weight, ratio, tensors)
+    assert got.dtype == dtype
+    # Half a unit of the result for its one rounding, and a few roundings of the dtype that it was computed in (angles
+    # of the rotation are float32 even there).
+    slack = 0.5 * torch.finfo(dtype).eps * want.abs() + 16 * torch.finfo(work).eps * 2
+    assert bool(((got.double() - want).abs() <= slack).all())
+    assert torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_blocks_of_rows_give_the_same_weight(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, ratio = torch.randn(40, 56).bfloat16(), 1 + torch.rand(40) / 8
+    tensors = (torch.randn(3, 56), torch.randn(40, 3))
+    whole = LowRank(1.5).fold(weight, ratio, tensors)
+    monkeypatch.setattr(low_rank_module, "_BLOCK", rows * 56)
+    assert torch.allclose(LowRank(1.5).fold(weight, ratio, tensors), whole, rtol=2**-8)
