@@ -78,11 +78,11 @@ def run_ours(method: str, rank: int, steps: int, folder: str, compiled: bool) ->
 
     import trimtab
     from trimtab.data.batches import Collator
-    from trimtab.evaluation.logits import Head
     from trimtab.machine import peak_memory_gib
+    from trimtab.runs.events import Listener
+    from trimtab.tasks import Head
     from trimtab.training.averaging import Averaging
     from trimtab.training.compiling import Compiling
-    from trimtab.training.events import Listener
     from trimtab.training.throughput import Pace
     from trimtab.training.trainer import AdapterTrainer, parameter_groups
 
@@ -146,9 +146,10 @@ def run_peft(method: str, rank: int, steps: int, folder: str, compiled: bool) ->
 
 def score(tokenizer: Any, model: Any) -> dict[str, float]:
     """Accuracy on each test set, in percent."""
+    from trimtab.data.choices import infer_choices
     from trimtab.data.rows import read_examples
-    from trimtab.evaluation.choice import infer_choices, score_choices
-    from trimtab.evaluation.logits import Head
+    from trimtab.evaluation.choice import score_choices
+    from trimtab.tasks import Head
 
     found = {}
     for name in TESTS:

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from trimtab.training.events import Listener
+from trimtab.runs.events import Listener
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"

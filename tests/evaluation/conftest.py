@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer
@@ -15,8 +13,6 @@ from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
 from trimtab.data.rows import Example
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 CORPUS = [
     "News: the profit of the firm rose by a third .\nAnswer: good",

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from evaluation_cases import example
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 
+from evaluation_cases import example
 from trimtab.evaluation import answers
 from trimtab.evaluation.generation import Generated
 

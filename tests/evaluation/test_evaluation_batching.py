@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from evaluation_cases import llama
 
+from evaluation_cases import llama
 from trimtab.evaluation.batching import TOKENS, by_length, padded_left, padded_right
 from trimtab.evaluation.rounding import tie_margin
 

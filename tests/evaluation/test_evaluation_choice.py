@@ -10,15 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from evaluation_cases import example, gpt2, llama, markov_chain
 from torch import Tensor
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
+from evaluation_cases import example, gpt2, llama, markov_chain
+from trimtab.data.choices import check_choices, infer_choices
 from trimtab.data.rows import Example
 from trimtab.errors import DataError, ModelError
 from trimtab.evaluation import choice as module
-from trimtab.evaluation.choice import ChoiceScores, check_choices, infer_choices, score_choices
-from trimtab.evaluation.logits import Head
+from trimtab.evaluation.choice import ChoiceScores, score_choices
+from trimtab.tasks import Head
 
 Make = Callable[..., list[Example]]
 

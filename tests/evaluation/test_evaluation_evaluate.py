@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from evaluation_cases import example, llama, markov_chain
 
+from evaluation_cases import example, llama, markov_chain
 from trimtab.data.rows import Example
 from trimtab.errors import DataError
 from trimtab.evaluation.evaluate import evaluate, write
-from trimtab.evaluation.logits import Head
+from trimtab.tasks import Head
 
 Make = Callable[..., list[Example]]
 

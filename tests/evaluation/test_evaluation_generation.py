@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from evaluation_cases import example, gpt2, llama, markov_chain
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig
 
+from evaluation_cases import example, gpt2, llama, markov_chain
 from trimtab.data.rows import Example
 from trimtab.errors import DataError
 from trimtab.evaluation import generation as module
 from trimtab.evaluation.generation import Generated, generate_answers, same_answer
-from trimtab.evaluation.logits import Head
+from trimtab.tasks import Head
 
 Make = Callable[..., list[Example]]
 

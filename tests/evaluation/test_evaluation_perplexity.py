@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from evaluation_cases import example, gpt2, llama
 
+from evaluation_cases import example, gpt2, llama
 from trimtab.data.rows import Example
 from trimtab.data.tokens import encode
 from trimtab.errors import ModelError
-from trimtab.evaluation.logits import Head
 from trimtab.evaluation.perplexity import perplexity, token_loss
+from trimtab.tasks import Head
 
 Make = Callable[..., list[Example]]
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from evaluation_cases import example, llama, markov_chain
 from sklearn.metrics import f1_score
 
+from evaluation_cases import example, llama, markov_chain
 from trimtab.data.rows import Example, read_examples
 from trimtab.errors import ConfigError, DataError
 from trimtab.evaluation.tasks import TASKS, evaluate_task, find_task

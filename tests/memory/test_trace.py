@@ -9,8 +9,8 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import trimtab
-from trimtab.evaluation.logits import Head
 from trimtab.memory.trace import Batch, Trace
+from trimtab.tasks import Head
 
 BATCH = Batch(4, 64, 4 * 63)
 MIXED = [

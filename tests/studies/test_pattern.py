@@ -23,11 +23,11 @@ from trimtab.errors import ConfigError, Interrupted, PlanError, RunError
 from trimtab.files import locked, read_json
 from trimtab.reports.pattern import pattern_table, verdict, write_pattern_page
 from trimtab.reports.pattern_pictures import PAPER, with_interval
+from trimtab.runs.events import Listener
 from trimtab.runs.folder import RunFolder
 from trimtab.studies import cell as cell_module
 from trimtab.studies.pattern import AS_SET, Cell, load_study, run_study
 from trimtab.studies.pattern_results import VIEWS, mean_correlation, summarise, write_results
-from trimtab.training.events import Listener
 from trimtab.training.run import finetune
 
 ROOT = Path(__file__).resolve().parents[2]

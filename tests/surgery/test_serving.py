@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import trimtab
-from trimtab.evaluation.modes import evaluating
 from trimtab.methods import _weight
+from trimtab.surgery.serving import evaluating
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ from tiny_runs import rows, write_rows
 from trimtab.config.run import RunConfig
 from trimtab.errors import Interrupted, RunError
 from trimtab.files import read_json, read_jsonl
+from trimtab.runs.events import Listener
 from trimtab.runs.folder import RunFolder, find_run
-from trimtab.training.events import Listener
 from trimtab.training.run import _Run, finetune
 
 TIMED = {"seconds", "tokens_per_second", "memory_gib"}

@@ -14,11 +14,10 @@ from transformers import AutoModelForCausalLM
 from tiny_runs import Kept, rows, tiny_tokenizer, write_rows
 from trimtab.config.run import load_config
 from trimtab.errors import ConfigError, DataError, ModelError, RunError
-from trimtab.evaluation.logits import Head
 from trimtab.evaluation.run import measure
 from trimtab.files import read_json, read_jsonl
 from trimtab.runs.load import load_run
-from trimtab.training.inputs import read_inputs
+from trimtab.tasks import Head, read_inputs
 from trimtab.training.run import finetune
 
 ALL = {"match": "all-linear", "rank": 4}

@@ -19,7 +19,7 @@ from tiny_runs import Kept, tiny_model, tiny_tokenizer, write_rows
 from trimtab.data.batches import Collator
 from trimtab.data.rows import read_examples
 from trimtab.data.tokens import EncodedRows, encode_all
-from trimtab.evaluation.logits import Head
+from trimtab.tasks import Head
 from trimtab.training.arguments import training_arguments
 from trimtab.training.averaging import Averaging
 from trimtab.training.run import _Run, finetune

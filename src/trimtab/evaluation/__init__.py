@@ -1,4 +1,4 @@
 """What a model is worth on labelled rows: scored choices, generated answers, perplexity, and the metrics of each.
 
-`evaluate` is the entrance; `logits` is also what training takes its loss from.
+`evaluate` is the entrance.
 """

@@ -10,7 +10,6 @@ token cost one forward pass.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise, zip_longest
@@ -20,12 +19,10 @@ from trimtab.data.rows import Example
 from trimtab.data.tokens import IGNORED, encode_all, encode_prompt
 from trimtab.errors import DataError, ModelError
 from trimtab.evaluation.batching import by_length
-from trimtab.evaluation.logits import Head
-from trimtab.evaluation.modes import evaluating
 from trimtab.evaluation.rounding import tie_margin
 from trimtab.evaluation.sequences import Beginning, TokenSequence
-
-MOST_CHOICES, MOST_WORDS, FEWEST_REPEATS = 20, 5, 5
+from trimtab.surgery.serving import evaluating
+from trimtab.tasks import Head
 
 MANY = 8
 """Sequences of a row from which on its whole prompt is run once for them, and no longer together with other rows."""
@@ -59,44 +56,6 @@ class ChoiceScores:
             each = [score / len(choice) for score, choice in zip(row, example.choices, strict=True)]
             found.append(each.index(max(each)))
         return found
-
-
-def infer_choices(examples: Sequence[Example]) -> list[str] | None:
-    """The closed set that the answers come from, sorted; None if it does not look like one.
-
-    It does with 2 to 20 different answers of at most five words each, repeated five times on average.
-    """
-    answers = [example.answer for example in examples]
-    found = {answer for answer in answers if answer is not None}
-    closed = (
-        None not in answers
-        and 2 <= len(found) <= MOST_CHOICES
-        and all(len(answer.split()) <= MOST_WORDS for answer in found)
-        and len(answers) >= FEWEST_REPEATS * len(found)
-    )
-    return sorted(found) if closed else None
-
-
-def check_choices(choices: Sequence[str], examples: Sequence[Example]) -> list[str]:
-    """The choices without outer white space.
-
-    Raises:
-        DataError: fewer than two choices, one that is empty or named twice, or a row whose answer is not among them.
-    """
-    clean = [choice.strip() for choice in choices]
-    if len(clean) < 2 or "" in clean:
-        raise DataError(f"choices: expected at least two answers, none of them empty, but got {list(choices)}.")
-    twice = [choice for choice, count in Counter(clean).items() if count > 1]
-    if twice:
-        raise DataError(f"choices: '{twice[0]}' is named {clean.count(twice[0])} times; name each answer once.")
-    for example in examples:
-        if example.answer not in clean:
-            what = "has no answer" if example.answer is None else f"has the answer '{example.answer}'"
-            raise DataError(
-                f"{example.source}, row {example.number}: {what}, which is not among the choices "
-                f"({', '.join(clean)}); add it to the choices, or repair the row (upper and lower case differ)."
-            )
-    return clean
 
 
 def score_choices(

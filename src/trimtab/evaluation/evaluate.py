@@ -9,16 +9,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from trimtab.data.choices import check_choices, infer_choices
 from trimtab.data.rows import Example
 from trimtab.errors import DataError
 from trimtab.evaluation import answers
 from trimtab.evaluation.answers import Judge, Outcome, prediction
-from trimtab.evaluation.choice import check_choices, infer_choices, score_choices
+from trimtab.evaluation.choice import score_choices
 from trimtab.evaluation.generation import generate_answers
-from trimtab.evaluation.logits import Head
 from trimtab.evaluation.metrics import choice_metrics
 from trimtab.evaluation.perplexity import perplexity, token_loss
 from trimtab.files import write_json, write_jsonl
+from trimtab.tasks import Head
 
 Progress = Callable[[int, int], None]
 

@@ -22,9 +22,9 @@ from trimtab.data.rows import Example
 from trimtab.data.tokens import encode_prompt
 from trimtab.errors import DataError
 from trimtab.evaluation.batching import by_length, padded_left
-from trimtab.evaluation.logits import Head
-from trimtab.evaluation.modes import evaluating
 from trimtab.evaluation.rounding import tie_margin
+from trimtab.surgery.serving import evaluating
+from trimtab.tasks import Head
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from trimtab.data.rows import Example
 from trimtab.data.tokens import IGNORED, encode_all
 from trimtab.errors import ModelError
 from trimtab.evaluation.batching import by_length
-from trimtab.evaluation.logits import Head
-from trimtab.evaluation.modes import evaluating
+from trimtab.surgery.serving import evaluating
+from trimtab.tasks import Head
 
 
 def token_loss(

@@ -13,15 +13,15 @@ from trimtab.config.run import EvaluationConfig, load_config
 from trimtab.data.rows import Example, read_examples
 from trimtab.errors import ConfigError, DataError
 from trimtab.evaluation.evaluate import evaluate, write
-from trimtab.evaluation.logits import Head
 from trimtab.evaluation.tasks import Task, evaluate_task, find_task
 from trimtab.machine import best_precision, device
 from trimtab.models.load import load_tokenizer
 from trimtab.models.locate import resolve
 from trimtab.reports import run_page
+from trimtab.runs.events import Listener
 from trimtab.runs.folder import RunFolder
 from trimtab.runs.load import is_run, load_fitting, load_run_model
-from trimtab.training.events import Listener
+from trimtab.tasks import Head
 
 ELSEWHERE = Path("runs/evaluate")
 """Where results go by default that are not those of a run on its own test sets."""

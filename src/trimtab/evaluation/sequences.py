@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from trimtab.evaluation.batching import padded_right
-from trimtab.evaluation.logits import Head
+from trimtab.tasks import Head
 
 WORTHWHILE = 8
 """Tokens from which on a common beginning is kept: fewer cost less than the copies of their keys and values."""

@@ -17,7 +17,7 @@ from trimtab.memory.room import MemoryEstimate
 from trimtab.memory.trace import Batch, Trace
 from trimtab.models.load import empty_model, load_config_only
 from trimtab.surgery.attach import attach
-from trimtab.training.inputs import Inputs
+from trimtab.tasks import Inputs
 
 LATER = 15 * 2**20
 """Bytes that a run's process holds at its peak besides tensors and what it held when the estimate was made."""

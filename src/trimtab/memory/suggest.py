@@ -15,8 +15,8 @@ from trimtab.memory.estimate import RowSizes, RunMemory, estimate_run
 from trimtab.memory.room import GIB, available_memory, check_fits
 from trimtab.models.gguf import is_dequantised
 from trimtab.models.load import load_tokenizer
-from trimtab.training.events import Listener
-from trimtab.training.inputs import read_inputs
+from trimtab.runs.events import Listener
+from trimtab.tasks import read_inputs
 
 Change = Mapping[str, Any]
 """Settings by their dotted keys."""

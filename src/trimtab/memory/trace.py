@@ -21,11 +21,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import masking_utils
 
 from trimtab import bases
-from trimtab.evaluation.logits import Head
 from trimtab.memory.room import stored_bytes
 from trimtab.memory.tracker import OTHER, Label, Ledger
 from trimtab.surgery.adapted import Adapted
 from trimtab.surgery.plan import output_heads
+from trimtab.tasks import Head
 from trimtab.training.compiling import block_lists
 
 Bytes = Mapping[str, int]

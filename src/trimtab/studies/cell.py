@@ -26,9 +26,9 @@ from typing import Any, Literal
 from trimtab.config.run import RunConfig
 from trimtab.errors import RunError
 from trimtab.files import read_json, read_jsonl, write_json
+from trimtab.runs.events import Listener
 from trimtab.runs.folder import RunFolder
 from trimtab.studies.process import run_apart
-from trimtab.training.events import Listener
 
 
 def run_cell(

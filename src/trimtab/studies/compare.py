@@ -12,9 +12,9 @@ from typing import Any
 
 from trimtab.errors import Interrupted, RunError
 from trimtab.files import locked
+from trimtab.runs.events import Listener
 from trimtab.studies.cell import finished_cell, run_cell
 from trimtab.studies.study import Cell, Study
-from trimtab.training.events import Listener
 
 
 class StudyListener(Listener):

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.config.run import RunConfig
+from trimtab.runs.events import Listener, Steps
 from trimtab.studies.cell import run_cell
 from trimtab.studies.statistics import mean_interval
-from trimtab.training.events import Listener, Steps
 
 
 def confirm(arms: Mapping[str, RunConfig], seeds: int, folder: Path, listener: Listener) -> dict[str, Any]:

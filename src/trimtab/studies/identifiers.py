@@ -18,7 +18,7 @@ from torch import Tensor
 from trimtab.data.tokens import IGNORED, encode_prompt
 from trimtab.errors import ConfigError, ModelError
 from trimtab.evaluation.generation import greedy
-from trimtab.evaluation.modes import evaluating
+from trimtab.surgery.serving import evaluating
 
 DIGITS = "0123456789abcdef"
 SEPARATOR = ":"

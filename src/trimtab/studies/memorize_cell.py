@@ -15,11 +15,11 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from trimtab.evaluation.logits import Head
 from trimtab.studies.identifiers import draw_pairs, encode_pairs, recall
 from trimtab.studies.memorize_study import MemoryStudy
 from trimtab.surgery.attach import attach, detach, trainable_parameters
 from trimtab.surgery.plan import Plan
+from trimtab.tasks import Head
 from trimtab.training.trainer import parameter_groups
 
 MAX_GRAD_NORM = 1.0

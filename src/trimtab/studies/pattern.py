@@ -22,10 +22,10 @@ from trimtab.analysis.changes import analyse
 from trimtab.config.resolve import plan_of, source_of
 from trimtab.config.run import RunConfig, Section, build_config
 from trimtab.errors import RunError
+from trimtab.runs.events import Listener
 from trimtab.runs.folder import RunFolder
 from trimtab.studies.cell import digest, run_cell
 from trimtab.studies.study import merge_settings, read_study
-from trimtab.training.events import Listener
 
 AS_SET = "as set"
 """The level of the arms as the study sets them."""

@@ -21,7 +21,7 @@ from typing import Any
 import trimtab
 from trimtab.config.run import RunConfig
 from trimtab.errors import Interrupted, RunError, TrimtabError
-from trimtab.training.events import Listener
+from trimtab.runs.events import Listener
 
 _TOLD = ("stage", "note", "training_began", "step", "metrics", "training_ended", "evaluated", "evaluating")
 

@@ -12,13 +12,13 @@ from trimtab.config.run import RunConfig
 from trimtab.config.run import to_yaml as run_to_yaml
 from trimtab.errors import Interrupted, RunError, TrimtabError
 from trimtab.files import write_json, write_text
+from trimtab.runs.events import Listener, Steps
 from trimtab.runs.folder import RunFolder
 from trimtab.studies.cell import run_cell
 from trimtab.studies.confirm import confirm
 from trimtab.studies.explore_config import ExploreConfig
 from trimtab.studies.search_results import Row, best_of, found, is_over, ran, row_of
 from trimtab.studies.search_space import Part, Proposal, Space
-from trimtab.training.events import Listener, Steps
 
 _IDLE = 100
 """After so many proposals in a row that need no run (known, or not within the budget) the space counts as searched."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from trimtab.training.events import Listener
+from trimtab.runs.events import Listener
 
 
 class Telling(TrainerCallback):

@@ -19,8 +19,8 @@ from torch._dynamo.exc import TorchDynamoException
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from trimtab.ops.cost import expected
+from trimtab.runs.events import Listener
 from trimtab.surgery.adapted import Adapted, bare
-from trimtab.training.events import Listener
 from trimtab.training.throughput import Lap, Pace
 
 COMPILE_SECONDS = 90.0

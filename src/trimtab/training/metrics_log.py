@@ -11,7 +11,7 @@ from typing import Any
 
 from trimtab.errors import RunError
 from trimtab.machine import memory_gib
-from trimtab.training.events import Listener
+from trimtab.runs.events import Listener
 
 
 def require_tensorboard() -> None:

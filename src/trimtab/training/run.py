@@ -25,7 +25,6 @@ from trimtab.data.preview import preview
 from trimtab.data.rows import Example
 from trimtab.errors import Interrupted, TrimtabError
 from trimtab.evaluation.evaluate import Evaluation, evaluate, write
-from trimtab.evaluation.logits import Head
 from trimtab.evaluation.perplexity import perplexity, token_loss
 from trimtab.files import write_json
 from trimtab.machine import describe_machine, device, peak_memory_gib, versions
@@ -33,14 +32,14 @@ from trimtab.memory.estimate import RowSizes
 from trimtab.memory.suggest import check_run
 from trimtab.models.load import load_model, load_tokenizer
 from trimtab.reports import run_page
+from trimtab.runs.events import Listener
 from trimtab.runs.folder import RunFolder, find_run, start_run
 from trimtab.surgery.attach import AttachReport, attach, describe
+from trimtab.tasks import Head, Inputs, read_inputs
 from trimtab.training.arguments import metric, training_arguments
 from trimtab.training.averaging import Averaging
 from trimtab.training.callbacks import Interrupting, Telling
 from trimtab.training.compiling import Compiling
-from trimtab.training.events import Listener
-from trimtab.training.inputs import Inputs, read_inputs
 from trimtab.training.metrics_log import Recorder, require_tensorboard
 from trimtab.training.throughput import Pace
 from trimtab.training.trainer import AdapterTrainer, parameter_groups

@@ -17,8 +17,8 @@ from trimtab.adapters.store import load_adapter, save_adapter
 from trimtab.data.batches import Collator, LengthGroupedBatches
 from trimtab.data.tokens import EncodedRows
 from trimtab.errors import RunError
-from trimtab.evaluation.logits import Head
 from trimtab.surgery.attach import trainable_parameters
+from trimtab.tasks import Head
 from trimtab.training.averaging import Averaging
 from trimtab.training.compiling import plainly
 from trimtab.training.throughput import Lap, Pace

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from trimtab.training.events import Listener
+from trimtab.runs.events import Listener
 
 _SHARES = (("accuracy", "accuracy"), ("macro_f1", "macro F1"), ("exact_match", "exact match"))
 

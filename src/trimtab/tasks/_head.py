@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trimtab.data.tokens import IGNORED
-from trimtab.evaluation.loss import head_loss, wide
-from trimtab.evaluation.modes import evaluating
+from trimtab.surgery.serving import evaluating
+from trimtab.tasks._head_loss import head_loss, wide
 
 SCORED_AT_ONCE = 128
 """Positions whose logits exist at once while tokens are scored: 26 MB in float32 for a vocabulary of 49,152."""

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.config.run import RunConfig
+from trimtab.data.choices import check_choices, infer_choices
 from trimtab.data.rows import Example, read_examples
 from trimtab.data.split import draw, split_off
 from trimtab.data.tokens import EncodedRows, encode_all
 from trimtab.errors import ConfigError
-from trimtab.evaluation.choice import check_choices, infer_choices
 from trimtab.models.gguf import cache_folder
-from trimtab.training.events import Listener
+from trimtab.runs.events import Listener
 
 
 @dataclass(frozen=True)

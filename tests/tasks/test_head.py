@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from evaluation_cases import gpt2, llama
 from torch import Tensor
 from transformers import (
     CohereConfig,
@@ -25,8 +24,9 @@ from transformers import (
     PhiForCausalLM,
 )
 
-from trimtab.evaluation import loss as loss_module
-from trimtab.evaluation.logits import Head
+from evaluation_cases import gpt2, llama
+from trimtab.tasks import Head
+from trimtab.tasks import _head_loss as loss_module
 
 SIZES: dict[str, Any] = {
     "vocab_size": 50,
