@@ -59,8 +59,10 @@ def _group(folder: Path, files: dict[str, str]) -> None:
 
 def test_control_groups_of_the_second_version(tmp_path: Path) -> None:
     mount = tmp_path / "cgroup"
-    _group(mount / "a" / "b", {"room.max": "max\n", "room.current": "50\n", "room.stat": ""})
-    _group(mount / "a", {"room.max": "1000\n", "room.current": "400\n", "room.stat": "anon 300\ninactive_file 100\n"})
+    _group(mount / "a" / "b", {"memory.max": "max\n", "memory.current": "50\n", "memory.stat": ""})
+    _group(
+        mount / "a", {"memory.max": "1000\n", "memory.current": "400\n", "memory.stat": "anon 300\ninactive_file 100\n"}
+    )
     (tmp_path / "self").write_text("0::/a/b\n")
     assert list(room._control_group_rooms(tmp_path / "self", mount)) == [700]  # cache can be given back
 
@@ -68,9 +70,9 @@ def test_control_groups_of_the_second_version(tmp_path: Path) -> None:
 def test_control_groups_of_the_first_version(tmp_path: Path) -> None:
     mount = tmp_path / "cgroup"
     files = {
-        "room.limit_in_bytes": "1000\n",
-        "room.usage_in_bytes": "400\n",
-        "room.stat": "total_inactive_file 50\n",
+        "memory.limit_in_bytes": "1000\n",
+        "memory.usage_in_bytes": "400\n",
+        "memory.stat": "total_inactive_file 50\n",
     }
     _group(mount / "memory", files)  # inside a container, where the name is the host's
     (tmp_path / "self").write_text("5:cpu,cpuacct:/docker/x\n4:memory:/docker/x\n1:name=systemd:/\n0::/\n")
@@ -78,7 +80,7 @@ def test_control_groups_of_the_first_version(tmp_path: Path) -> None:
 
 
 def test_a_group_above_its_limit_has_no_room(tmp_path: Path) -> None:
-    _group(tmp_path / "cgroup", {"room.max": "100", "room.current": "150", "room.stat": ""})
+    _group(tmp_path / "cgroup", {"memory.max": "100", "memory.current": "150", "memory.stat": ""})
     (tmp_path / "self").write_text("0::/\n")
     assert list(room._control_group_rooms(tmp_path / "self", tmp_path / "cgroup")) == [0]
 
