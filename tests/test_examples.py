@@ -17,7 +17,7 @@ import pytest
 
 from tiny_runs import rows as tiny_rows
 from tiny_runs import write_model, write_rows
-from trimtab.config.run import load_config
+from trimtab.config.read import load_config
 from trimtab.files import read_json, read_jsonl
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 import trimtab
 from trimtab.analysis.changes import Change, Extreme, analyse, correlation, effective_rank
 from trimtab.analysis.write import write_changes
-from trimtab.config.run import load_config
+from trimtab.config.read import load_config
 from trimtab.errors import ModelError
 from trimtab.models.locate import resolve
 from trimtab.reports.changes import changes_table, correlations_table, write_changes_page

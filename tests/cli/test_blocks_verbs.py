@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from tiny_runs import rows, write_config, write_rows
-from trimtab.config.run import load_config
+from trimtab.config.read import load_config
 from trimtab.files import read_json, write_json
 from trimtab.training.run import finetune
 

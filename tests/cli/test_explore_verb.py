@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from tiny_runs import rows, write_model, write_rows
-from trimtab.config.run import load_config
+from trimtab.config.read import load_config
 from trimtab.files import read_json
 
 

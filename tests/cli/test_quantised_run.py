@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tiny_runs import rows, write_config, write_model, write_rows
-from trimtab.config.run import load_config
+from trimtab.config.read import load_config
 from trimtab.files import read_json
 from trimtab.runs.load import load_run
 from trimtab.surgery.adapted import adapted_modules

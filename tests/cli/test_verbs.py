@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import trimtab
 from tiny_runs import rows, write_rows
-from trimtab.config.run import load_config
+from trimtab.config.read import load_config
 from trimtab.files import read_json, read_jsonl
 from trimtab.machine import memory_gib
 from trimtab.runs.load import load_run

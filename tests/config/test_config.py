@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from trimtab.config.run import DEFAULT_PLAN, RunConfig, load_config, to_yaml
+from trimtab.config.read import load_config, to_yaml
+from trimtab.config.run import DEFAULT_PLAN, RunConfig
 from trimtab.errors import ConfigError
 
 SMALLEST = "model: smollm2-135m\ndata: {train: rows.jsonl}\n"
@@ -370,5 +371,5 @@ def test_every_key_is_described() -> None:
 
 
 def test_torch_is_not_imported() -> None:
-    code = "import sys, trimtab.config.run; sys.exit('torch' in sys.modules)"
+    code = "import sys, trimtab.config.read; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from trimtab.config.run import RunConfig, load_config
+from trimtab.config.read import load_config
+from trimtab.config.run import RunConfig
 from trimtab.errors import ModelError
 from trimtab.memory import estimate
 from trimtab.memory.estimate import RowSizes, RunMemory, estimate_run

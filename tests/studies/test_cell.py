@@ -190,7 +190,7 @@ def test_a_cell_that_fails_says_why_and_can_be_tried_again(make_config: Callable
 def test_the_child_goes_when_its_parent_is_killed(make_config: Callable[..., Any], tmp_path: Path) -> None:
     make_config(train={"epochs": 3000, "save_every": 10})
     code = (
-        "from trimtab.config.run import load_config\nfrom trimtab.studies.cell import run_cell\n"
+        "from trimtab.config.read import load_config\nfrom trimtab.studies.cell import run_cell\n"
         f"run_cell(load_config({str(tmp_path / 'run.yaml')!r}))"
     )
     metrics = tmp_path / "run" / "run" / "metrics.jsonl"

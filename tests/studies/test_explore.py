@@ -16,7 +16,7 @@ from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
 from tiny_runs import rows, write_model, write_rows
-from trimtab.config.run import load_config
+from trimtab.config.read import load_config
 from trimtab.errors import ConfigError, Interrupted, PlanError, RunError
 from trimtab.files import read_json
 from trimtab.runs.folder import RunFolder

@@ -15,7 +15,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 import trimtab
 from tiny_runs import Kept, tiny_model
-from trimtab.config.run import load_config
+from trimtab.config.read import load_config
 from trimtab.ops.cost import counted
 from trimtab.training import compiling
 from trimtab.training.compiling import Compiling, blocks_of, pays

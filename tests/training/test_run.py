@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tiny_runs import Kept, rows, tiny_tokenizer, write_rows
-from trimtab.config.run import load_config
+from trimtab.config.read import load_config
 from trimtab.errors import ConfigError, DataError, ModelError, RunError
 from trimtab.evaluation.run import measure
 from trimtab.files import read_json, read_jsonl

@@ -22,7 +22,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from trimtab.adapters.safe_read import parse_description
 from trimtab.config.errors import explain
-from trimtab.config.run import RunConfig, build_config
+from trimtab.config.read import build_config
+from trimtab.config.run import RunConfig
 from trimtab.config.yaml_text import show
 from trimtab.errors import ConfigError, did_you_mean
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trimtab.adapters.store import load_adapter
+from trimtab.config.read import load_config
 from trimtab.config.resolve import source_of
-from trimtab.config.run import EvaluationConfig, load_config
+from trimtab.config.run import EvaluationConfig
 from trimtab.data.rows import Example, read_examples
 from trimtab.errors import ConfigError, DataError
 from trimtab.evaluation.evaluate import evaluate, write

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trimtab.config.run import RunConfig, load_config, to_yaml
+from trimtab.config.read import load_config, to_yaml
+from trimtab.config.run import RunConfig
 from trimtab.errors import RunError
 from trimtab.files import read_json, read_jsonl, write_jsonl, write_text
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from trimtab.config.run import RunConfig, load_config
+from trimtab.config.read import load_config
+from trimtab.config.run import RunConfig
 from trimtab.errors import RunError
 from trimtab.adapters.store import load_adapter
 from trimtab.memory.room import MemoryEstimate, check_fits

@@ -19,8 +19,9 @@ from typing import Any, NamedTuple, Self
 from pydantic import Field, model_validator
 
 from trimtab.analysis.changes import analyse
+from trimtab.config.read import build_config
 from trimtab.config.resolve import plan_of, source_of
-from trimtab.config.run import RunConfig, Section, build_config
+from trimtab.config.run import RunConfig, Section
 from trimtab.errors import RunError
 from trimtab.runs.events import Listener
 from trimtab.runs.folder import RunFolder

@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from trimtab.config.read import to_yaml as run_to_yaml
 from trimtab.config.run import RunConfig
-from trimtab.config.run import to_yaml as run_to_yaml
 from trimtab.errors import Interrupted, RunError, TrimtabError
 from trimtab.files import write_json, write_text
 from trimtab.runs.events import Listener, Steps

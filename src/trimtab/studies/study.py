@@ -31,7 +31,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from trimtab.config.run import RunConfig, Schema, Section, build_config, override, read_mapping, spell_out, validated
+from trimtab.config.read import Schema, build_config, override, read_mapping, spell_out, validated
+from trimtab.config.run import RunConfig, Section
 from trimtab.config.yaml_text import show
 from trimtab.errors import ConfigError, did_you_mean
 from trimtab.studies.cell import digest

@@ -109,7 +109,7 @@ def _short(path: Path) -> Path:
 def _load(config: str, finlora: Path | None, overrides: Sequence[str]) -> RunConfig:
     """The run of a YAML file, or of a FinLoRA file."""
     from trimtab.config.finlora import load_finlora
-    from trimtab.config.run import load_config
+    from trimtab.config.read import load_config
 
     return load_config(config, overrides) if finlora is None else load_finlora(finlora, config, overrides)
 

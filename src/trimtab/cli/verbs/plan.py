@@ -24,7 +24,7 @@ def command(
 
     Loads no weights: the model's configuration is enough.
     """
-    from trimtab.config.run import load_config
+    from trimtab.config.read import load_config
 
     loaded = load_config(config, overrides or [])
 

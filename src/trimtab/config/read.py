@@ -1,0 +1,194 @@
+"""Reads a run's YAML, strictly, with the command line's overrides; and writes it in full.
+
+    config = load_config(Path("run.yaml"), ["train.learning_rate=1e-4", "plan.0.rank=8"])
+
+An unknown key is an error that names the nearest known one. What ``load_config`` returns is resolved: every local path
+in it is absolute, so that ``to_yaml(config)``, kept in the run folder, describes the same run from anywhere.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from trimtab.config.errors import explain
+from trimtab.config.run import DEFAULT_PLAN, RunConfig
+from trimtab.config.yaml_text import parse_override, parse_yaml, set_dotted, show, write_yaml
+from trimtab.errors import ConfigError, did_you_mean
+
+Schema = TypeVar("Schema", bound=BaseModel)
+
+_DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+_HUB_DATA = re.compile(r"\w[\w.-]*/[\w.-]+(/[\w.-]+)?(:.+)?")  # owner/name/config:split
+
+
+def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run's YAML, apply ``key.sub=value`` overrides in order, and resolve paths.
+
+    Paths in the file are relative to its folder (``output``: to the working directory), those in overrides to the
+    working directory.
+
+    Raises:
+        ConfigError: the file is missing or not YAML; a key is unknown; a value is not what it should be. One line
+            for each problem.
+    """
+    file = Path(path)
+    raw = read_mapping(file)
+    raw.setdefault("output", f"runs/{file.stem}")
+    return build_config(raw, file.parent, str(file), overrides)
+
+
+def build_config(
+    raw: dict[str, Any], root: Path, place: str, overrides: Sequence[str] = (), within: str = ""
+) -> RunConfig:
+    """A run's configuration from what its YAML says, ``raw`` (which is changed), with ``overrides`` applied in order.
+
+    Args:
+        root: the folder that the paths in ``raw`` are relative to.
+        place: where ``raw`` comes from, for errors.
+        overrides: ``key.sub=value``; their paths are relative to the working directory.
+        within: what goes before a key in errors, such as ``base.``.
+
+    Raises:
+        ConfigError: a key is unknown, or a value is not what it should be. One line for each problem.
+    """
+    spell_out(raw)
+    raw.setdefault("plan", deepcopy(list(DEFAULT_PLAN)))
+    _resolve_paths(raw, root)
+    overridden = [override(raw, text) for text in overrides]
+    return validated(RunConfig, raw, place, overridden, within)
+
+
+def spell_out(raw: dict[str, Any]) -> None:
+    """Write the short forms in ``raw`` out, so that overrides can reach into them."""
+    if isinstance(raw.get("model"), str):
+        raw["model"] = {"name": raw["model"]}
+    if isinstance(data := raw.get("data"), dict) and isinstance(data.get("train"), str):
+        data["train"] = [data["train"]]
+
+
+def read_mapping(file: Path, keys: str = "'model:' and 'data:'") -> dict[str, Any]:
+    """What a YAML file says. Raises ConfigError if it is missing, not YAML, or something other than ``keys``."""
+    if not file.is_file():
+        others = [other.name for other in file.parent.glob("*.y*ml")] if file.parent.is_dir() else []
+        raise ConfigError(f"{file}: no such file.{did_you_mean(file.name, others)}")
+    try:
+        raw = parse_yaml(file.read_text(encoding="utf-8"), str(file))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file}: expected text in UTF-8 ({error})") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{file}: expected keys such as {keys}, got {show(raw)}")
+    return raw
+
+
+def validated(
+    schema: type[Schema], raw: dict[str, Any], place: str, overridden: Sequence[tuple[str, ...]], within: str = ""
+) -> Schema:
+    """``raw`` as a ``schema``. Raises ConfigError with a line for each problem; ``overridden`` are the keys that the
+    command line set."""
+    try:
+        return schema.model_validate(raw)
+    except ValidationError as error:
+        lines = []
+        for problem in error.errors():
+            keys = tuple(str(key) for key in problem["loc"])
+            # The problem may be within what was set, or, for an unknown section, above it.
+            is_ours = any(keys and keys[: len(key)] == key[: len(keys)] for key in overridden)
+            lines.append(f"{'command line' if is_ours else place}: {within}{explain(schema, keys, problem)}")
+        raise ConfigError("\n".join(lines)) from None
+
+
+def to_yaml(config: RunConfig, beside: Path | None = None) -> str:
+    """``config`` in full as YAML text; ``load_config`` of it gives an equal config.
+
+    ``beside``: the folder of the file that it is for, as in ``to_mapping``.
+    """
+    return write_yaml(to_mapping(config, beside))
+
+
+def to_mapping(config: RunConfig, beside: Path | None = None) -> dict[str, Any]:
+    """What ``to_yaml`` writes.
+
+    ``beside``: the folder of the file that it is for. The local paths of the model and of the rows are written as seen
+    from there, so that the file may be moved together with them.
+    """
+    said = config.model_dump(mode="json")
+    if beside is not None:
+
+        def seen(text: str) -> str:
+            if not Path(text).is_absolute():
+                return text
+            path = os.path.relpath(text, beside.resolve())
+            return path if path.startswith(".") else f"./{path}"
+
+        _map_sources(said, seen, seen)
+    return said
+
+
+def override(raw: dict[str, Any], text: str) -> tuple[str, ...]:
+    """Set one ``key.sub=value`` in ``raw``, a path in it relative to the working directory; gives the key's parts."""
+    keys, value = parse_override(text)
+    wrapped: dict[str, Any] = {keys[-1]: value}
+    for key in reversed(keys[:-1]):
+        wrapped = {key: wrapped}
+    _resolve_paths(wrapped, Path.cwd())
+    value = wrapped
+    for key in keys:
+        value = value[key]
+    set_dotted(raw, keys, value)
+    return keys
+
+
+def _resolve_paths(raw: dict[str, Any], root: Path) -> None:
+    """Make the local paths in ``raw`` absolute; names of hub models and data sets stay as they are."""
+
+    def local(text: str) -> str:
+        path = root / Path(text).expanduser()
+        # The last part is kept, since a link's target may have lost its suffix, as in the hub's own cache.
+        return str(path.parent.resolve() / path.name)
+
+    def data_file(text: str) -> str:
+        is_path = (
+            not _HUB_DATA.fullmatch(text)
+            or text.lower().endswith(_DATA_SUFFIXES)
+            or (root / text).exists()
+            or (root / text.split("/")[0]).is_dir()
+        )
+        return local(text) if is_path else text
+
+    def model(text: str) -> str:
+        is_path = text.startswith((".", "/", "~")) or text.lower().endswith(".gguf")
+        return local(text) if is_path or (root / text / "config.json").is_file() else text
+
+    _map_sources(raw, model, data_file)
+    if isinstance(output := raw.get("output"), str) and output:
+        raw["output"] = str(Path(output).expanduser().absolute())
+
+
+def _map_sources(raw: dict[str, Any], model: Callable[[str], str], data_file: Callable[[str], str]) -> None:
+    """Change the names of the model and of the rows in ``raw``, wherever they are there."""
+    if isinstance(raw.get("model"), dict):
+        if "name" in raw["model"]:
+            raw["model"]["name"] = _map_texts(raw["model"]["name"], model)
+    elif "model" in raw:
+        raw["model"] = _map_texts(raw["model"], model)
+    if isinstance(data := raw.get("data"), dict):
+        for key in ("train", "validation", "test"):
+            if key in data:
+                data[key] = _map_texts(data[key], data_file)
+
+
+def _map_texts(value: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(value, str):
+        return change(value) if value else value
+    if isinstance(value, list):
+        return [_map_texts(item, change) for item in value]
+    if isinstance(value, dict):
+        return {key: _map_texts(item, change) for key, item in value.items()}
+    return value
