@@ -23,11 +23,11 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from trimtab.methods import _method
-from trimtab.ops.forms import Work
+from trimtab.methods import _weight
+from trimtab.ops.cost import Work
 
 
-class Options(_method.Options):
+class Options(_weight.WeightOptions):
     start: float = Field(0.0, description="Where v starts.")
 
 
@@ -51,7 +51,7 @@ class Update:
         return ((grad * x.sum(1, keepdim=True)).sum(0).to(tensors[0].dtype),)
 
 
-class Method(_method.Method):
+class Shift(_weight.WeightMethod):
     options_type = Options
 
     def __init__(self, base, options):
@@ -72,9 +72,11 @@ def shift(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     (tmp_path / "shift.py").write_text(SHIFT)
     monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path)])
     methods.names.cache_clear()
+    methods.method_class.cache_clear()
     yield
     monkeypatch.undo()
     methods.names.cache_clear()
+    methods.method_class.cache_clear()
     sys.modules.pop("trimtab.methods.shift", None)
     vars(methods).pop("shift", None)
 

@@ -230,7 +230,9 @@ def _check_tensors(place: Path, present: dict[str, Adapted], stored: dict[str, S
         shape = (adapter.out_features, adapter.in_features)
         if entry.shape is not None and entry.shape != shape:
             problems.append(f"{name}: made for a {handle.kind} of {list(entry.shape)}, the model's is {list(shape)}")
-        if entry.base is not None and not torch.equal(entry.base.to(handle.dtype), handle.parameter.cpu()):
+        if entry.base is not None and not (
+            isinstance(handle, bases.WeightBase) and torch.equal(entry.base.to(handle.dtype), handle.parameter.cpu())
+        ):
             problems.append(f"{name}: trained on another weight than the model's")
         # Modules that share a weight share an adapter, too.
         twin = first.setdefault(id(present[name].adapter), name)

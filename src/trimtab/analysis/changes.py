@@ -114,7 +114,7 @@ def analyse(
             progress(done, len(work))
 
 
-def _layers(base: Source) -> dict[str, bases.Base]:
+def _layers(base: Source) -> dict[str, bases.WeightBase]:
     """Every layer that a base knows, but the output head, by name."""
     model = empty_model(base)
     head = model.get_output_embeddings()

@@ -38,7 +38,7 @@ class Tuned:
     left_out: tuple[str, ...] = ()
 
 
-def find_tuned(place: Path, layers: dict[str, bases.Base]) -> list[Tuned]:
+def find_tuned(place: Path, layers: dict[str, bases.WeightBase]) -> list[Tuned]:
     """The states in ``place``, the earliest first; ``layers`` are the modules of the base that hold weights.
 
     Raises:
@@ -59,7 +59,7 @@ def find_tuned(place: Path, layers: dict[str, bases.Base]) -> list[Tuned]:
         ) from None
 
 
-def _of_run(run: RunFolder, layers: dict[str, bases.Base]) -> list[Tuned]:
+def _of_run(run: RunFolder, layers: dict[str, bases.WeightBase]) -> list[Tuned]:
     summary = run.read_summary()
     dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(summary.get("precision", ""))
     found = [_of_adapter(folder, folder.name, step, dtype, layers) for step, folder in run.complete_checkpoints()]
@@ -70,7 +70,7 @@ def _of_run(run: RunFolder, layers: dict[str, bases.Base]) -> list[Tuned]:
     return found
 
 
-def _of_folder(place: Path, layers: dict[str, bases.Base]) -> Tuned:
+def _of_folder(place: Path, layers: dict[str, bases.WeightBase]) -> Tuned:
     weights = Weights(place)
     names = [name for name in layers if f"{name}.weight" in weights]
     if not names:
@@ -86,7 +86,7 @@ def _of_folder(place: Path, layers: dict[str, bases.Base]) -> Tuned:
 
 
 def _of_adapter(
-    place: Path, label: str, step: int | None, dtype: torch.dtype | None, layers: dict[str, bases.Base]
+    place: Path, label: str, step: int | None, dtype: torch.dtype | None, layers: dict[str, bases.WeightBase]
 ) -> Tuned:
     whole = read_adapter(place)
     stored = {name: one for name, one in whole.items() if methods.method_class(one.method).sits_on == "weight"}

@@ -11,21 +11,17 @@ from torch import Tensor, nn
 from trimtab.ops.decomposition import Axis, squared_norms
 
 Kind = Literal["weight", "block"]
-"""What a method can sit on: a layer that is one matrix product, or a block of several modules around which one hidden
-state comes in and goes out."""
+"""What a method can sit on: a layer that multiplies with one weight, or a block of several modules around which one
+hidden state comes in and goes out."""
+
+DENSE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""The dtypes in which a dense weight may be stored."""
 
 
 class Base:
-    """A handle on one frozen module. It owns no tensor: what the module holds is read through it each time.
+    """A handle on one frozen module. It owns no tensor: what the module holds is read through it each time."""
 
-    A block has ``shape``, ``identity``, ``dtype``, ``device``, ``input`` and ``changed``; a weight has all but the last
-    two.
-    """
-
-    kind: ClassVar[Kind] = "weight"
-
-    stored_dense: ClassVar[bool] = True
-    """Whether the weight lies in memory as it multiplies. Else it is computed at every look, and never kept."""
+    kind: ClassVar[Kind]
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -36,19 +32,55 @@ class Base:
         raise NotImplementedError
 
     @property
+    def identity(self) -> object:
+        """What an adapter belongs to: modules with the same one share an adapter."""
+        raise NotImplementedError
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(out, in)``."""
+        raise NotImplementedError
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which the base multiplies."""
+        raise NotImplementedError
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base is."""
+        raise NotImplementedError
+
+
+class WeightBase(Base):
+    """A handle on a layer that multiplies with one weight ``[out, in]``."""
+
+    kind = "weight"
+
+    stored_dense: ClassVar[bool] = True
+    """Whether the weight lies in memory as it multiplies. Else it is computed at every look, and never kept."""
+
+    @property
     def parameter(self) -> nn.Parameter:
         """The stored weight. Two modules with the same one are tied."""
         return self.module.weight  # type: ignore[return-value]
 
     @property
     def identity(self) -> object:
-        """What an adapter belongs to: modules with the same one share an adapter."""
         return self.parameter
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """``(out, in)``."""
-        raise NotImplementedError
+    def bias(self) -> Tensor | None:
+        """``[out]``, or None."""
+        return self.module.bias  # type: ignore[return-value]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.parameter.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.parameter.device
 
     def weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight ``[out, in]``: a view in the base's own dtype where it is stored dense; else a new tensor
@@ -63,6 +95,11 @@ class Base:
     def dtype_for(self, x: Tensor) -> torch.dtype:
         """The dtype in which ``x`` is multiplied."""
         return self.dtype
+
+    def squared_norms(self, axis: Axis) -> Tensor:
+        """Squared norms of the rows ``[out]`` or columns ``[in]``, in float64."""
+        with torch.no_grad():
+            return squared_norms(self.weight(), axis)
 
     def as_dense(self, dtype: torch.dtype) -> nn.Module:
         """A module with a dense weight that does what this one does: this one, if its weight is stored dense."""
@@ -81,25 +118,15 @@ class Base:
         """Give the module a weight of its own, equal to the one that it shared."""
         self.module.weight = nn.Parameter(self.parameter.detach().clone(), requires_grad=self.parameter.requires_grad)
 
-    @property
-    def bias(self) -> Tensor | None:
-        """``[out]``, or None."""
-        return self.module.bias  # type: ignore[return-value]
+
+class BlockBase(Base):
+    """A handle on a block of several modules that takes a hidden state ``[..., in]`` and gives one ``[..., out]``."""
+
+    kind = "block"
 
     @property
-    def dtype(self) -> torch.dtype:
-        """The dtype in which the base multiplies."""
-        return self.parameter.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the base is."""
-        return self.parameter.device
-
-    def squared_norms(self, axis: Axis) -> Tensor:
-        """Squared norms of the rows ``[out]`` or columns ``[in]``, in float64."""
-        with torch.no_grad():
-            return squared_norms(self.weight(), axis)
+    def identity(self) -> object:
+        return self.module
 
     def input(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
         """The hidden state ``[..., in]`` among the arguments of a call of the block; None if there is none."""
@@ -109,3 +136,18 @@ class Base:
         """The block's ``output`` with ``change`` applied to the hidden state ``[..., out]`` in it. Raises SurgeryError
         if there is none."""
         raise NotImplementedError
+
+
+def is_instance_by_name(module: nn.Module, place: str, name: str) -> bool:
+    """Whether ``module`` is of the class ``name`` of the Python module ``place``, or of one derived from it.
+
+    Asked by name: a model without such a layer need not import its package.
+    """
+    return any((kind.__module__, kind.__name__) == (place, name) for kind in type(module).__mro__)
+
+
+def holds_plain_weight(module: Any) -> bool:
+    """Whether the weight of ``module`` is an ordinary tensor of numbers that can be multiplied with: no subclass, which
+    may mean something else by its elements, and none that a parametrisation computes."""
+    weight = module.weight
+    return type(weight) is nn.Parameter and type(weight.data) is Tensor and weight.dtype in DENSE

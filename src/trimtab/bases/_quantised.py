@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,14 +24,47 @@ BLOCK = 1 << 17
 """Elements that are dequantised at a time where not all are needed at once: what a second cache holds in float32."""
 
 
-class Quantised(_base.Base):
-    """A linear layer ``[out, in]`` whose weight is stored in fewer bits. It multiplies in the dtype of its input."""
+class QuantisedBase(_base.WeightBase):
+    """A linear layer ``[out, in]`` whose weight is stored in fewer bits. It multiplies in the dtype of its input.
+
+    A file of such a kind says how to read rows, how to quantise, what transformers is told of it, and what it weighs.
+    """
 
     stored_dense: ClassVar[bool] = False
+
+    package: ClassVar[str]
+    """The Python package that quantising needs."""
+    extra: ClassVar[str]
+    """The extra of trimtab that installs it."""
+    bits: ClassVar[int]
+    """Bits of one weight, scales not counted."""
 
     def rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
         """The dequantised ``rows`` of the weight, a new tensor in ``dtype``."""
         raise NotImplementedError
+
+    @classmethod
+    def quantised(cls, weight: Tensor, bias: nn.Parameter | Tensor | None, dtype: torch.dtype) -> nn.Module:
+        """A layer of this kind with ``weight [out, in]``, rounded to ``dtype`` and then quantised, and ``bias``. Needs
+        ``package``."""
+        raise NotImplementedError
+
+    @classmethod
+    def describe(cls, model: Any, dtype: torch.dtype, left: list[str]) -> None:
+        """Note at a transformers model how its layers are quantised, all but those called ``left``, so that it can be
+        saved and loaded again. Raises ModelError where the kind cannot."""
+        raise NotImplementedError
+
+    @classmethod
+    def stored_bytes(cls, shape: tuple[int, int], dtype: torch.dtype) -> int:
+        """Bytes that a weight of ``shape``, quantised from ``dtype``, takes."""
+        raise NotImplementedError
+
+    @classmethod
+    def quantising_bytes(cls, shape: tuple[int, int], dtype: torch.dtype) -> int:
+        """Bytes that quantising such a weight takes for the moment, beside the dense and the quantised one: by default
+        a few blocks in float32."""
+        return 32 * min(BLOCK, shape[0] * shape[1])
 
     @property
     def step(self) -> int:
@@ -41,8 +74,7 @@ class Quantised(_base.Base):
     def blocks(self) -> list[slice]:
         """Slices of rows that hold about ``BLOCK`` elements each."""
         out_features, in_features = self.shape
-        rows = max(1, BLOCK // (in_features * self.step)) * self.step
-        return [slice(start, min(start + rows, out_features)) for start in range(0, out_features, rows)]
+        return row_blocks(out_features, in_features, self.step)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -83,19 +115,17 @@ class Quantised(_base.Base):
     def untie(self) -> None:
         """Nothing to do: ``write`` gives the module a weight of its own."""
 
+    def multiply(self, x: Tensor) -> Tensor:
+        """``x W^T + bias`` for the bare layer, as an adapted one computes it at its start."""
+        dtype = self.dtype_for(x)
+        return frozen_linear(x, self.weight(dtype), self.bias, again=self.again(dtype))
 
-def multiply(base: _base.Base, x: Tensor) -> Tensor:
-    """``x W^T + bias`` for the bare layer, as an adapted one computes it at its start."""
-    dtype = base.dtype_for(x)
-    return frozen_linear(x, base.weight(dtype), base.bias, again=base.again(dtype))
 
-
-def is_kind(module: nn.Module, place: str, name: str) -> bool:
-    """Whether ``module`` is of the class ``name`` of the Python module ``place``, or of one derived from it.
-
-    Asked by name: a model without such a layer need not import its package.
-    """
-    return any((kind.__module__, kind.__name__) == (place, name) for kind in type(module).__mro__)
+def row_blocks(out_features: int, in_features: int, step: int = 1) -> list[slice]:
+    """Slices that cut rows of ``in_features`` into blocks of about ``BLOCK`` elements, each beginning at a multiple of
+    ``step``."""
+    rows = max(1, BLOCK // max(1, in_features * step)) * step
+    return [slice(start, min(start + rows, out_features)) for start in range(0, out_features, rows)]
 
 
 def aligned_rows(in_features: int, block: int) -> int:

@@ -14,15 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab import bases
-from trimtab.bases import _base
+from trimtab.bases import _base, _registry
 from trimtab.errors import PlanError, SurgeryError
 
 
-class Base(_base.Base):
+class ModuleBlockBase(_base.BlockBase):
     """A module that holds others and can be called, and is not itself a layer that another base knows."""
-
-    kind = "block"
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
@@ -33,18 +30,14 @@ class Base(_base.Base):
     def knows(module: nn.Module) -> bool:
         # A bare list of modules holds others, too, and has no forward.
         can_be_called = type(module).forward is not nn.Module.forward
-        return can_be_called and any(True for _ in module.children()) and bases.find(module) is None
-
-    @property
-    def identity(self) -> object:
-        return self.module
+        return can_be_called and any(True for _ in module.children()) and _registry.find(module) is None
 
     @property
     def shape(self) -> tuple[int, int]:
         """Widths of the hidden states that go out and come in: what its last linear layer gives and its first one
         takes, or the ``hidden_size`` of its ``config``. Raises PlanError if neither is there or the two disagree."""
         name = type(self.module).__name__
-        layers = [layer.shape for layer in map(bases.find, self.module.modules()) if layer is not None]
+        layers = [layer.shape for layer in map(_registry.find, self.module.modules()) if layer is not None]
         told = getattr(getattr(self.module, "config", None), "hidden_size", None)
         if layers and told in (None, layers[-1][0]):
             return layers[-1][0], layers[0][1]

@@ -6,22 +6,17 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.bases import _base
-from trimtab.bases.linear import DENSE
 
 
-class Base(_base.Base):
+class Conv1DBase(_base.WeightBase):
     """A dense linear layer stored the other way round."""
 
     @staticmethod
     def knows(module: nn.Module) -> bool:
         # Asked by name: a model without such a layer need not import transformers.
         kind = type(module)
-        return (
-            (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D")
-            and type(module.weight) is nn.Parameter
-            and type(module.weight.data) is Tensor
-            and module.weight.dtype in DENSE
-        )
+        is_conv1d = (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D")
+        return is_conv1d and _base.holds_plain_weight(module)
 
     @property
     def shape(self) -> tuple[int, int]:

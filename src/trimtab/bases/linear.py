@@ -7,23 +7,15 @@ from torch import Tensor, nn
 
 from trimtab.bases import _base
 
-DENSE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-
-class Base(_base.Base):
+class LinearBase(_base.WeightBase):
     """A dense linear layer."""
 
     @staticmethod
     def knows(module: nn.Module) -> bool:
-        # Subclasses may multiply in their own way (quantised layers), or never be called at all (the output
-        # projection inside nn.MultiheadAttention): only the class itself is known. A tensor subclass as weight
-        # likewise.
-        return (
-            type(module) is nn.Linear
-            and type(module.weight) is nn.Parameter
-            and type(module.weight.data) is Tensor
-            and module.weight.dtype in DENSE
-        )
+        # Only the class itself: one derived from it may multiply in its own way (quantised layers), or never be called
+        # at all (the output projection inside nn.MultiheadAttention).
+        return type(module) is nn.Linear and _base.holds_plain_weight(module)
 
     @property
     def shape(self) -> tuple[int, int]:

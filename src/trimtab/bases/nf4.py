@@ -12,18 +12,23 @@ turns a weight back that was repacked earlier; its scales were rounded to bfloat
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from trimtab.bases import _quantised
+from trimtab.bases import _base, _quantised
 
 BLOCKSIZE = 64
 
 
-class Base(_quantised.Quantised):
+class NF4Base(_quantised.QuantisedBase):
     """A 4-bit linear layer."""
+
+    package = "bitsandbytes"
+    extra = "quantised"
+    bits = 4
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
@@ -31,12 +36,14 @@ class Base(_quantised.Quantised):
 
     @staticmethod
     def knows(module: nn.Module) -> bool:
-        return _quantised.is_kind(module, "bitsandbytes.nn.modules", "Linear4bit") and _state(module) is not None
+        is_layer = _base.is_instance_by_name(module, "bitsandbytes.nn.modules", "Linear4bit")
+        return is_layer and _state(module) is not None
 
     @property
     def dtype(self) -> torch.dtype:
         """That of the weight that was quantised."""
-        return _state(self.module).dtype
+        dtype: torch.dtype = _state(self.module).dtype
+        return dtype
 
     @property
     def step(self) -> int:
@@ -52,17 +59,47 @@ class Base(_quantised.Quantised):
         # bitsandbytes 0.50 makes of it on AVX-512 is wrong by a fifth of the norm.
         whole = count % state.blocksize == 0
         shape = (count // state.blocksize, state.blocksize) if whole else (1, count + count % 2)
-        found = torch.ops.bitsandbytes.dequantize_4bit.default(
+        dense = torch.ops.bitsandbytes.dequantize_4bit.default(
             stored.unsqueeze(1), scales, state.blocksize, state.quant_type, shape, state.dtype
         )
-        return found.flatten()[:count].view(-1, in_features).to(dtype)
+        return dense.flatten()[:count].view(-1, in_features).to(dtype)
 
     @torch.no_grad()
     def write(self, weight: Tensor) -> None:
         before = _state(self.module)
         self.module.weight = _parameter(
-            weight, before.dtype, before.quant_type, before.blocksize, before.nested, self.module
+            weight,
+            before.dtype,
+            quant_type=before.quant_type,
+            blocksize=before.blocksize,
+            nested=before.nested,
+            module=self.module,
         )
+
+    @classmethod
+    def quantised(cls, weight: Tensor, bias: nn.Parameter | Tensor | None, dtype: torch.dtype) -> nn.Module:
+        layer: nn.Module = _layer_class()(dtype, _parameter(weight, dtype), bias)
+        return layer
+
+    @classmethod
+    def describe(cls, model: Any, dtype: torch.dtype, left: list[str]) -> None:
+        from transformers import BitsAndBytesConfig
+
+        model.config.quantization_config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=left or None,
+        )
+
+    @classmethod
+    def stored_bytes(cls, shape: tuple[int, int], dtype: torch.dtype) -> int:
+        """Half a byte a weight, a byte of scale for each 64 of them, a float32 for each 256 of these scales; then two
+        tables and an offset."""
+        count = shape[0] * shape[1]
+        blocks = -(-count // BLOCKSIZE)
+        return -(-count // 2) + blocks + 4 * -(-blocks // 256) + 4 * (16 + 256 + 1)
 
 
 def _state(module: nn.Module) -> Any:
@@ -73,11 +110,12 @@ def _state(module: nn.Module) -> Any:
 
 def _scales(state: Any) -> Tensor:
     """One float32 scale a block."""
-    if not state.nested:
-        return state.absmax
-    from bitsandbytes.functional import dequantize_blockwise
+    scales: Tensor = state.absmax
+    if state.nested:
+        from bitsandbytes.functional import dequantize_blockwise
 
-    return (dequantize_blockwise(state.absmax, state.state2) + state.offset).float()
+        scales = (dequantize_blockwise(scales, state.state2) + state.offset).float()
+    return scales
 
 
 def _unpack(module: Any) -> None:
@@ -94,6 +132,7 @@ def _unpack(module: Any) -> None:
 def _parameter(
     weight: Tensor,
     dtype: torch.dtype,
+    *,
     quant_type: str = "nf4",
     blocksize: int = BLOCKSIZE,
     nested: bool = True,
@@ -123,7 +162,7 @@ def _parameter(
     state = QuantState(absmax=scales, **said)
     if module is not None:
         module.quant_state = state
-    return Params4bit(
+    parameter: nn.Parameter = Params4bit(
         stored,
         requires_grad=False,
         quant_state=state,
@@ -133,10 +172,36 @@ def _parameter(
         module=module,
         bnb_quantized=True,
     )
+    return parameter
 
 
-def quantised(weight: Tensor, bias: nn.Parameter | None, dtype: torch.dtype) -> nn.Module:
-    """An nf4 layer with doubly quantised ``weight [out, in]`` and ``bias``, for ``dtype``. Needs bitsandbytes."""
-    from trimtab.bases._bitsandbytes import NF4
+@cache
+def _layer_class() -> Any:
+    from bitsandbytes.nn import Linear4bit
 
-    return NF4(dtype, _parameter(weight, dtype), bias)
+    class NF4Linear(Linear4bit):  # type: ignore[misc]
+        """bitsandbytes' 4-bit layer, which here multiplies with its dequantised weight."""
+
+        __qualname__ = "NF4Linear"
+
+        def __init__(self, dtype: torch.dtype, weight: nn.Parameter, bias: Tensor | None) -> None:
+            state = weight.quant_state  # type: ignore[attr-defined]
+            out_features, in_features = state.shape
+            super().__init__(
+                in_features, out_features, bias=False, compute_dtype=dtype, quant_type=state.quant_type, device="meta"
+            )
+            self.weight, self.bias, self.quant_state = weight, bias, state  # type: ignore[assignment]
+            weight.module = self  # type: ignore[attr-defined]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return NF4Base(self).multiply(x)
+
+    return NF4Linear
+
+
+def __getattr__(name: str) -> Any:
+    """``NF4Linear`` is made when it is first asked for (by ``quantised``, or by pickle): to derive from bitsandbytes'
+    layer takes bitsandbytes."""
+    if name == "NF4Linear":
+        return _layer_class()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,8 +15,12 @@ from torch import Tensor, nn
 from trimtab.bases import _quantised
 
 
-class Base(_quantised.Quantised):
+class TorchaoInt8Base(_quantised.QuantisedBase):
     """A linear layer whose weight is an ``Int8Tensor``, quantised symmetrically and with the batch left as it is."""
+
+    package = "torchao"
+    extra = "torchao"
+    bits = 8
 
     @staticmethod
     def knows(module: nn.Module) -> bool:
@@ -32,29 +36,44 @@ class Base(_quantised.Quantised):
 
     def rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
         stored: Any = self.parameter
-        all_scales = stored.scale.expand(self.shape[0], -1)  # one row of them, if there is one scale for all
-        found = torch.empty(rows.stop - rows.start, self.shape[1], dtype=dtype, device=self.device)
-        step = max(1, _quantised.BLOCK // max(1, self.shape[1]))
-        for start in range(rows.start, rows.stop, step):
-            part = slice(start, min(start + step, rows.stop))
-            values, scales = stored.qdata[part].float(), all_scales[part]
-            groups = values.unflatten(1, (scales.shape[1], -1))
-            found[part.start - rows.start : part.stop - rows.start] = groups.mul_(scales.unsqueeze(2)).flatten(1)
-        return found
+        quantised, scales = stored.qdata[rows], stored.scale.expand(self.shape[0], -1)[rows]  # one scale may be for all
+        dense = torch.empty(quantised.shape, dtype=dtype, device=self.device)
+        for part in _quantised.row_blocks(*quantised.shape):
+            groups = quantised[part].float().unflatten(1, (scales.shape[1], -1))
+            dense[part] = groups.mul_(scales[part].unsqueeze(2)).flatten(1)
+        return dense
 
     @torch.no_grad()
     def write(self, weight: Tensor) -> None:
         self.module.weight = _parameter(weight.to(self.dtype))
+
+    @classmethod
+    def quantised(cls, weight: Tensor, bias: nn.Parameter | Tensor | None, dtype: torch.dtype) -> nn.Module:
+        layer: Any = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        layer.weight, layer.bias = _parameter(weight.to(dtype)), bias
+        return layer  # type: ignore[no-any-return]
+
+    @classmethod
+    def describe(cls, model: Any, dtype: torch.dtype, left: list[str]) -> None:
+        from torchao.quantization import Int8WeightOnlyConfig
+        from transformers import TorchAoConfig
+        from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
+
+        config = TorchAoConfig(Int8WeightOnlyConfig(version=2), modules_to_not_convert=left or None)
+        model.config.quantization_config = config
+        model.hf_quantizer = TorchAoHfQuantizer(config)  # it takes torchao's tensors apart for safetensors
+
+    @classmethod
+    def stored_bytes(cls, shape: tuple[int, int], dtype: torch.dtype) -> int:
+        return shape[0] * shape[1] + shape[0] * (4 + 1)  # a float32 scale and an int8 zero point for each row
+
+    @classmethod
+    def quantising_bytes(cls, shape: tuple[int, int], dtype: torch.dtype) -> int:
+        """torchao quantises all of a weight at once, with two copies of it in float32 on the way."""
+        return 2 * 4 * shape[0] * shape[1]
 
 
 def _parameter(weight: Tensor) -> nn.Parameter:
     from torchao.quantization import Int8Tensor, PerRow
 
     return nn.Parameter(Int8Tensor.from_hp(weight.contiguous(), PerRow()), requires_grad=False)
-
-
-def quantised(weight: Tensor, bias: nn.Parameter | None, dtype: torch.dtype) -> nn.Module:
-    """A linear layer with ``weight [out, in]`` in ``dtype`` quantised row by row, and ``bias``. Needs torchao."""
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    layer.weight, layer.bias = _parameter(weight.to(dtype)), bias  # type: ignore[assignment]
-    return layer

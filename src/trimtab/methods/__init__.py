@@ -1,13 +1,14 @@
 """The methods. One file is one method, and the file's name is the method's name in a configuration.
 
-A method file defines ``Options`` (a frozen pydantic model with documented fields) and ``Method`` (an ``nn.Module``).
-Putting such a file into this folder is all it takes: the names below are read from the folder, and so is the contract
-suite.
+A method file defines one class derived from ``WeightMethod`` or ``BlockMethod``, and its options, a frozen pydantic
+model with documented fields. Putting such a file into this folder is all it takes: the names below are read from the
+folder, and so is the contract suite.
 """
 
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
 from functools import cache
 
@@ -21,21 +22,23 @@ __all__ = ["Method", "Options", "method_class", "names", "options_class"]
 @cache
 def names(sits_on: Kind | None = None) -> list[str]:
     """The names of all methods, sorted; or of those that sit on one kind of base."""
-    found = sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
-    return [name for name in found if sits_on is None or method_class(name).sits_on == sits_on]
+    listed = sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+    return [name for name in listed if sits_on is None or method_class(name).sits_on == sits_on]
 
 
-def _file(name: str) -> object:
+@cache
+def method_class(name: str) -> type[Method]:
+    """The module class of the method called ``name``. Raises PlanError for an unknown name."""
     if name not in names():
         raise PlanError(f"unknown method '{name}': expected one of {', '.join(names())}.{did_you_mean(name, names())}")
-    return importlib.import_module(f"{__name__}.{name}")
+    module = importlib.import_module(f"{__name__}.{name}")
+    own = [kind for _, kind in inspect.getmembers(module, inspect.isclass) if kind.__module__ == module.__name__]
+    classes = [kind for kind in own if issubclass(kind, Method)]
+    if len(classes) != 1:
+        raise TypeError(f"{module.__name__}: expected one class derived from Method, the file defines {len(classes)}")
+    return classes[0]
 
 
 def options_class(name: str) -> type[Options]:
     """The options of the method called ``name``. Raises PlanError for an unknown name."""
-    return _file(name).Options  # type: ignore[attr-defined]
-
-
-def method_class(name: str) -> type[Method]:
-    """The module class of the method called ``name``. Raises PlanError for an unknown name."""
-    return _file(name).Method  # type: ignore[attr-defined]
+    return method_class(name).options_type

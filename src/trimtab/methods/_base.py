@@ -56,7 +56,7 @@ class Method(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_holds": 0}  # a copy is not what was promised for
 
-    def effective_weight(self, base: Base, dtype: torch.dtype | None = None) -> Tensor:
+    def effective_weight(self, base: Any, dtype: torch.dtype | None = None) -> Tensor:
         """The weight ``[out, in]`` with which the module acts. Raises SurgeryError where a method changes none."""
         raise SurgeryError(f"{type(self).__module__.rsplit('.', 1)[-1]} changes no weight: it acts on a hidden state")
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from trimtab.bases import Base
+from trimtab.bases import BlockBase
 from trimtab.errors import SurgeryError
 from trimtab.methods import _base
 from trimtab.ops.dropout import dropout
@@ -25,7 +25,7 @@ from trimtab.ops.dropout import dropout
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 
 
-class Options(_base.Options):
+class BlockOptions(_base.Options):
     """What an adapter block can be told."""
 
     bottleneck: int = Field(
@@ -40,7 +40,7 @@ class Options(_base.Options):
     )
 
 
-class Method(_base.Method):
+class BlockMethod(_base.Method):
     """``down [bottleneck, in]``, ``down_bias [bottleneck]``, ``up [out, bottleneck]`` and ``up_bias [out]``.
 
     A method file defines ``forward(x, h)``: what becomes of the block's output ``h [..., out]``, given its input ``x``,
@@ -48,10 +48,10 @@ class Method(_base.Method):
     """
 
     sits_on = "block"
-    options_type = Options
-    options: Options
+    options_type = BlockOptions
+    options: BlockOptions
 
-    def __init__(self, base: Base, options: Options, shape: tuple[int, int]) -> None:
+    def __init__(self, base: BlockBase, options: BlockOptions, shape: tuple[int, int]) -> None:
         super().__init__(base, options, shape)
 
         def zeros(*size: int) -> nn.Parameter:

@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from trimtab.bases import Base
+from trimtab.bases import WeightBase
 from trimtab.methods import _base
 from trimtab.ops.autocast import without_autocast
 from trimtab.ops.cost import Compute
@@ -25,7 +25,7 @@ from trimtab.ops.frozen_linear import Update, frozen_linear
 from trimtab.ops.ratio import Ratio, ratio_of
 
 
-class Options(_base.Options):
+class WeightOptions(_base.Options):
     """What any method on a weight can be told."""
 
     magnitude: bool = Field(False, description="Train a magnitude per output (or input) beside the update.")
@@ -57,7 +57,7 @@ class _Kept(NamedTuple):
     ratios: dict[torch.dtype, Ratio]
 
 
-class Method(_base.Method):
+class WeightMethod(_base.Method):
     """The trained tensors of one method on one frozen weight, and what they do.
 
     Args:
@@ -68,10 +68,10 @@ class Method(_base.Method):
     magnitude: nn.Parameter | None
     square_norms: Tensor | None
     sits_on = "weight"
-    options_type = Options
-    options: Options
+    options_type = WeightOptions
+    options: WeightOptions
 
-    def __init__(self, base: Base, options: Options) -> None:
+    def __init__(self, base: WeightBase, options: WeightOptions) -> None:
         super().__init__(base, options)
         self._kept: _Kept | None = None
         self._served: Served | None = None
@@ -161,7 +161,7 @@ class Method(_base.Method):
         if not self._holds:
             self._served = None
 
-    def _as_served(self, base: Base) -> Served | None:
+    def _as_served(self, base: WeightBase) -> Served | None:
         """The layer as passes over a few tokens run it while its tensors are held; None where they need the general
         way: a weight that is not stored as it multiplies, scaled columns, a form that the user chose."""
         options = self.options
@@ -180,7 +180,7 @@ class Method(_base.Method):
         assert self.magnitude is not None
         return magnitude_over_norm(self.magnitude.to(norm.dtype), norm)
 
-    def forward(self, x: Tensor, base: Base) -> Tensor:
+    def forward(self, x: Tensor, base: WeightBase) -> Tensor:
         """The output ``[..., out]`` for ``x [..., in]`` on the frozen weight of ``base``."""
         drops = self.training and bool(self.options.dropout)
         if self._holds and not (drops or torch.is_grad_enabled() or torch.compiler.is_compiling()):
@@ -215,14 +215,14 @@ class Method(_base.Method):
         )
 
     @torch.no_grad()
-    def effective_weight(self, base: Base, dtype: torch.dtype | None = None) -> Tensor:
+    def effective_weight(self, base: WeightBase, dtype: torch.dtype | None = None) -> Tensor:
         """``W' [out, in]`` by the plain formula, in ``dtype`` (default: the dtype of the norms, float32 or float64)."""
         work = dtype or (torch.float64 if base.dtype == torch.float64 else torch.float32)
         magnitude = None if self.magnitude is None else self.magnitude.to(work)
         with without_autocast(base.parameter):
             return recompose(self.total(base.weight().to(work)), None, magnitude, self.options.magnitude_axis)
 
-    def _apply(self, *args: Any, **kwargs: Any) -> Method:
+    def _apply(self, *args: Any, **kwargs: Any) -> WeightMethod:
         self._kept = self._served = None
         squares = self.square_norms
         super()._apply(*args, **kwargs)

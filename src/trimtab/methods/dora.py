@@ -20,7 +20,7 @@ class Options(lora.Options):
     magnitude: Literal[True] = Field(True, description="Always on: without a magnitude the method is called lora.")
 
 
-class Method(lora.Method):
+class DoRA(lora.LoRA):
     """``A [rank, in]``, ``B [out, rank]`` and ``magnitude`` (``[out]``, or ``[in]`` for ``magnitude_axis: input``)."""
 
     options_type = Options

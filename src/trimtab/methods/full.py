@@ -15,31 +15,31 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from trimtab.bases import Base
+from trimtab.bases import WeightBase
 from trimtab.methods import _weight
 
 
-class Options(_weight.Options):
+class Options(_weight.WeightOptions):
     """What full fine-tuning can be told."""
 
     dropout: float = Field(0.0, ge=0.0, le=0.0, description="None: there is no update whose input could be dropped.")
     compute: Literal["auto"] = Field("auto", description="There is one form only: the trained weight itself.")
 
 
-class Method(_weight.Method):
+class FullFineTuning(_weight.WeightMethod):
     """``weight [out, in]``: the trained copy."""
 
     options_type = Options
     options: Options
 
-    def __init__(self, base: Base, options: Options) -> None:
+    def __init__(self, base: WeightBase, options: Options) -> None:
         super().__init__(base, options)
         self.weight = nn.Parameter(base.weight().detach().to(self.dtype, copy=True))
 
     def total(self, weight: Tensor) -> Tensor:
         return self.weight.to(weight.dtype)
 
-    def forward(self, x: Tensor, base: Base) -> Tensor:
+    def forward(self, x: Tensor, base: WeightBase) -> Tensor:
         weight = self.weight.to(base.dtype_for(x))
         ratio = self.ratio(weight)
         if ratio is None:

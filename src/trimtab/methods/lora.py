@@ -16,14 +16,14 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from trimtab.bases import Base
+from trimtab.bases import WeightBase
 from trimtab.errors import PlanError
 from trimtab.methods import _weight
 from trimtab.ops import low_rank
 from trimtab.ops.frozen_linear import Update
 
 
-class Options(_weight.Options):
+class Options(_weight.WeightOptions):
     """What LoRA can be told."""
 
     rank: int = Field(8, ge=0, description="Rank of the update: higher learns more and costs more. 0: magnitude alone.")
@@ -54,13 +54,13 @@ class Options(_weight.Options):
         return alpha / math.sqrt(self.rank) if self.rank_stabilised else alpha / self.rank
 
 
-class Method(_weight.Method):
+class LoRA(_weight.WeightMethod):
     """``A [rank, in]`` and ``B [out, rank]``. Raises PlanError if the rank is larger than the matrix."""
 
     options_type = Options
     options: Options
 
-    def __init__(self, base: Base, options: Options) -> None:
+    def __init__(self, base: WeightBase, options: Options) -> None:
         if options.rank > min(base.shape):
             raise PlanError(
                 f"rank {options.rank} is larger than the matrix: a weight of {base.shape[0]} x {base.shape[1]} "

@@ -18,14 +18,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from trimtab.bases import Base
+from trimtab.bases import WeightBase
 from trimtab.errors import PlanError
 from trimtab.methods import _weight
 from trimtab.ops.frozen_linear import Update
 from trimtab.ops.square import Square
 
 
-class Options(_weight.Options):
+class Options(_weight.WeightOptions):
     """What MoRA can be told."""
 
     rank: int = Field(8, ge=1, description="The LoRA rank whose number of parameters the square matrix matches.")
@@ -41,13 +41,13 @@ def side(out_features: int, in_features: int, options: Options) -> int:
     return k - k % 2 if options.form == "rotation" else k
 
 
-class Method(_weight.Method):
+class MoRA(_weight.WeightMethod):
     """``M [k, k]``. Raises PlanError if k is larger than both sides of the weight, or less than 2 for rotation."""
 
     options_type = Options
     options: Options
 
-    def __init__(self, base: Base, options: Options) -> None:
+    def __init__(self, base: WeightBase, options: Options) -> None:
         out_features, in_features = base.shape
         k = side(out_features, in_features, options)
         if k > max(base.shape) or options.rank > min(base.shape):

@@ -11,25 +11,25 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from trimtab.bases import Base
+from trimtab.bases import BlockBase
 from trimtab.errors import SurgeryError
 from trimtab.methods import _block
 
 
-class Options(_block.Options):
+class Options(_block.BlockOptions):
     """What the parallel form can be told."""
 
     scale: float = Field(4.0, gt=0, description="s: what the update is multiplied by. The paper's best: 4.")
 
 
-class Method(_block.Method):
+class ParallelAdapter(_block.BlockMethod):
     """``down [bottleneck, in]``, ``down_bias``, ``up [out, bottleneck]`` and ``up_bias``, for a block that takes
     ``[..., in]`` and gives ``[..., out]``."""
 
     options_type = Options
     options: Options
 
-    def __init__(self, base: Base, options: Options) -> None:
+    def __init__(self, base: BlockBase, options: Options) -> None:
         super().__init__(base, options, (options.width, options.width) if options.width else base.shape)
 
     def forward(self, x: Tensor | None, h: Tensor) -> Tensor:

@@ -14,11 +14,11 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from trimtab.bases import Base
+from trimtab.bases import BlockBase
 from trimtab.methods import _block
 
 
-class Options(_block.Options):
+class Options(_block.BlockOptions):
     """What the serial form can be told."""
 
     activation: Literal["relu", "gelu", "silu"] = Field(
@@ -26,13 +26,13 @@ class Options(_block.Options):
     )
 
 
-class Method(_block.Method):
+class SerialAdapter(_block.BlockMethod):
     """``down [bottleneck, out]``, ``down_bias``, ``up [out, bottleneck]`` and ``up_bias``, for a block that gives
     ``[..., out]``."""
 
     options_type = Options
 
-    def __init__(self, base: Base, options: Options) -> None:
+    def __init__(self, base: BlockBase, options: Options) -> None:
         width = options.width or base.shape[0]
         super().__init__(base, options, (width, width))
 

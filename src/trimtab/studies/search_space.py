@@ -19,7 +19,7 @@ from typing import Any
 from torch import nn
 
 from trimtab import methods
-from trimtab.bases import Base
+from trimtab.bases import WeightBase
 from trimtab.errors import ConfigError, PlanError
 from trimtab.surgery.plan import Plan, Rule, block_number, resolve
 
@@ -38,7 +38,7 @@ class Group:
     name: str
     match: tuple[str, ...]
     layers: str
-    weights: tuple[tuple[Base, int], ...]
+    weights: tuple[tuple[WeightBase, int], ...]
 
     @property
     def modules(self) -> int:
@@ -88,9 +88,9 @@ def find_groups(model: nn.Module, said: Mapping[str, tuple[Sequence[str], str]])
             targets = resolve(model, Plan([Rule(match=list(match), layers=layers, method="lora")]))
         except PlanError as error:
             raise PlanError(f"groups.{name}: {error}") from None
-        bases = {id(target.base.parameter): target.base for target in targets}
+        bases = {id(target.base.identity): target.base for target in targets if isinstance(target.base, WeightBase)}
         for target in targets:
-            other = owner.setdefault(id(target.base.parameter), name)
+            other = owner.setdefault(id(target.base.identity), name)
             if other != name:
                 raise PlanError(f"groups.{name}: {target.name} is in the group '{other}' already; a module has one")
         counts = Counter(base.shape for base in bases.values())
@@ -192,7 +192,7 @@ class Space:
             if part.method != NONE
         ]
 
-    def _count(self, base: Base, method: str, rank: int) -> int | None:
+    def _count(self, base: WeightBase, method: str, rank: int) -> int | None:
         key = (base.shape, method, rank)
         if key not in self._counted:
             options = methods.options_class(method)(rank=rank, **self._options.get(method, {}))  # type: ignore[call-arg]

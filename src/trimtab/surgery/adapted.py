@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.bases import Base
+from trimtab.bases import Base, BlockBase, WeightBase
 from trimtab.methods import Method
 
 
 class Adapted(nn.Module):
     """A frozen module ``base`` with an ``adapter`` beside it."""
+
+    handle: Base
 
     def __init__(self, handle: Base, adapter: Method, method: str, rule: int) -> None:
         super().__init__()
@@ -47,6 +49,8 @@ class AdaptedLayer(Adapted):
     layer does. It is a copy without gradient; writing to it changes nothing.
     """
 
+    handle: WeightBase
+
     def forward(self, x: Tensor) -> Tensor:
         return self.adapter(x, self.handle)
 
@@ -74,6 +78,8 @@ class AdaptedBlock(Adapted):
     the block now gives, and PyTorch's fused encoder layer, which would pass a block by, makes way for the hook. Any
     attribute that is not its own is the block's.
     """
+
+    handle: BlockBase
 
     def __init__(self, handle: Base, adapter: Method, method: str, rule: int) -> None:
         super().__init__(handle, adapter, method, rule)

@@ -13,6 +13,7 @@ from trimtab.errors import SurgeryError
 from trimtab.surgery.adapted import (
     Adapted,
     AdaptedBlock,
+    AdaptedLayer,
     adapted_modules,
     is_finite,
     owners,
@@ -67,8 +68,9 @@ def merge(model: nn.Module, onto: Onto = "dequantised") -> MergeReport:
             f"merge: onto is expected to be one of {', '.join(get_args(Onto))}, got {onto!r}. (To merge onto the "
             "original weights: load the model unquantised, then trimtab.load_adapter and trimtab.merge)"
         )
-    adapted = require_adapted(model, "merge")
-    blocks = [(name, module) for name, module in adapted if isinstance(module, AdaptedBlock)]
+    every = require_adapted(model, "merge")
+    blocks = [(name, module) for name, module in every if isinstance(module, AdaptedBlock)]
+    adapted = [(name, module) for name, module in every if isinstance(module, AdaptedLayer)]
     if blocks:
         raise SurgeryError(
             f"merge: {len(blocks)} adapters sit on blocks, such as {blocks[0][0]} (method {blocks[0][1].method}): an "
@@ -142,7 +144,7 @@ def _dequantise(model: nn.Module, dtype: torch.dtype | None) -> tuple[str, ...]:
             made[id(child)] = handle.as_dense(dtype or handle.dtype)
             names.append(name.removesuffix(".base") if isinstance(parent, Adapted) else name)
         parent._modules[attribute] = made[id(child)]
-        if isinstance(parent, Adapted):
+        if isinstance(parent, AdaptedLayer):
             dense = bases.find(made[id(child)])
             assert dense is not None
             parent.handle = dense

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -268,7 +268,7 @@ def _check_rules(
     touched: dict[int, list[str]],
     names: dict[int, list[str]],
     modules: dict[int, nn.Module],
-    handles: dict[bases.Kind, dict[int, bases.Base | None]],
+    handles: Mapping[bases.Kind, Mapping[int, bases.Base | None]],
     heads: set[int],
 ) -> None:
     """Raise PlanError for the first rule that no module was left to."""

@@ -1,0 +1,93 @@
+"""Which kinds of frozen module there are, read from the folder, and which of them a module is."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import logging
+import pkgutil
+from functools import cache
+from typing import Literal, overload
+
+import torch
+from torch import nn
+
+from trimtab.bases._base import Base, BlockBase, Kind, WeightBase
+from trimtab.bases._quantised import QuantisedBase
+from trimtab.errors import ModelError, did_you_mean
+
+_PLACE = __name__.rpartition(".")[0]
+
+
+@cache
+def names(kind: Kind | None = None) -> list[str]:
+    """The names of all bases, sorted; or of those of one kind."""
+    return [name for name, base in _all().items() if kind in (None, base.kind)]
+
+
+@cache
+def quantised_names() -> list[str]:
+    """The names of the bases that a dense layer can be turned into, sorted: what ``quantisation:`` may say."""
+    return [name for name, base in _all().items() if issubclass(base, QuantisedBase)]
+
+
+def quantised_base(name: str) -> type[QuantisedBase]:
+    """The class of the quantised base called ``name``. Raises ModelError for an unknown name."""
+    base = _all().get(name)
+    if base is None or not issubclass(base, QuantisedBase):
+        known = quantised_names()
+        raise ModelError(f"quantisation '{name}': expected one of {', '.join(known)}.{did_you_mean(name, known)}")
+    return base
+
+
+@cache
+def _all() -> dict[str, type[Base]]:
+    folder = importlib.import_module(_PLACE).__path__
+    listed = sorted(module.name for module in pkgutil.iter_modules(folder) if not module.name.startswith("_"))
+    return {name: _class_in(name) for name in listed}
+
+
+def _class_in(name: str) -> type[Base]:
+    """The one base that the file called ``name`` defines."""
+    module = importlib.import_module(f"{_PLACE}.{name}")
+    own = [kind for _, kind in inspect.getmembers(module, inspect.isclass) if kind.__module__ == module.__name__]
+    bases = [kind for kind in own if issubclass(kind, Base)]
+    if len(bases) != 1:
+        raise TypeError(f"{module.__name__}: expected one class derived from Base, the file defines {len(bases)}")
+    return bases[0]
+
+
+@overload
+def find(module: nn.Module, kind: Literal["weight"] = "weight") -> WeightBase | None: ...
+@overload
+def find(module: nn.Module, kind: Literal["block"]) -> BlockBase | None: ...
+@overload
+def find(module: nn.Module, kind: Kind) -> Base | None: ...
+def find(module: nn.Module, kind: Kind = "weight") -> Base | None:
+    """A handle on ``module`` if some base of this kind knows it, else None."""
+    for base in _all().values():
+        if base.kind == kind and base.knows(module):
+            return base(module)
+    return None
+
+
+@torch.no_grad()
+def quantise(base: WeightBase, kind: str, dtype: torch.dtype | None = None) -> nn.Module:
+    """A module of ``kind`` (one of ``quantised_names``) with the weight of the dense ``base``, quantised from ``dtype``
+    (None: the base's), and its bias.
+
+    Raises ModelError if there is no such kind, or if the package that it needs is not installed.
+    """
+    made = quantised_base(kind)
+    bias, dtype = base.bias, dtype or base.dtype
+    if bias is not None and bias.dtype != dtype:
+        bias = nn.Parameter(bias.to(dtype), requires_grad=bias.requires_grad)
+    logging.getLogger(made.package).setLevel(logging.ERROR)  # they tell of optional kernels that are not installed
+    try:
+        return made.quantised(base.weight().detach(), bias, dtype)
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] != made.package:
+            raise
+        raise ModelError(
+            f"quantisation {kind}: needs {made.package}, which is not installed: pip install 'trimtab[{made.extra}]'"
+        ) from None
