@@ -1,14 +1,16 @@
-"""Small files, read and written safely: a reader sees the old file or the new one, never half of either. And locks."""
+"""Files and folders written safely: a reader sees the old one or the new one, never half of either. And locks."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from trimtab.errors import RunError
 
@@ -33,6 +35,34 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def write_folder(target: Path, fill: Callable[[Path], None], *, replace: bool) -> None:
+    """Let ``fill`` write into a new folder beside ``target``, then give it that name in one step.
+
+    If there is a folder at ``target`` by then, ``replace`` decides whether it goes or stays; an empty one goes.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fresh = target.with_name(f".{target.name}.{uuid4().hex}")
+    old = target.with_name(f"{fresh.name}.old")
+    fresh.mkdir()
+    try:
+        fill(fresh)
+        for file in fresh.rglob("*"):
+            if file.is_file():  # some writers make files that only their owner may read
+                file.chmod(fresh.stat().st_mode & 0o666)
+        if replace and target.exists():
+            target.rename(old)
+        try:
+            fresh.rename(target)
+        except OSError:
+            if old.exists():
+                old.rename(target)
+            if replace or not target.exists():
+                raise
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def write_text(path: Path | str, text: str) -> None:

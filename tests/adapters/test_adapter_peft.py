@@ -24,7 +24,7 @@ from adapter_tools import (
     trained,
 )
 from trimtab import AdapterError, Rule
-from trimtab.adapters import peft
+from trimtab.adapters.formats import peft
 from trimtab.surgery.adapted import adapted_modules
 
 Make = Callable[..., Any]

@@ -34,7 +34,8 @@ from adapter_tools import (
     trained,
 )
 from trimtab import AdapterError, Rule
-from trimtab.adapters import peft, safe_read
+from trimtab.adapters import safe_read
+from trimtab.adapters.formats import peft
 
 pytestmark = pytest.mark.timeout(60)
 

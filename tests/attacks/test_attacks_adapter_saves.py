@@ -26,7 +26,7 @@ from adapter_tools import (
     trained,
 )
 from trimtab import AdapterError, Rule
-from trimtab.adapters import native, peft
+from trimtab.adapters.formats import native, peft
 from trimtab.surgery.adapted import adapted_modules
 
 Make = Callable[..., Any]

@@ -1,1 +1,2 @@
-"""Adapters on disk. One file of this folder is one layout; ``store`` saves and loads whichever it is."""
+"""Adapters on disk. ``store`` saves and loads them, ``formats/`` has one file for each format, and ``safe_read`` reads
+what others wrote."""

@@ -1,4 +1,4 @@
-"""What an adapter on disk says of one module, and how it names it; what every layout is read into."""
+"""What an adapter on disk says of one module, and how it names it; what every format is read into."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from trimtab.methods import Options
 
 
 @dataclass(frozen=True)
-class Stored:
-    """The adapter of one module. Where the layout says so: ``shape``, ``(out, in)`` of the weight that it was made
-    for, and ``base``, that weight itself."""
+class StoredAdapter:
+    """The adapter of one module. Where the format has them: ``shape``, which is ``(out, in)`` of the weight that the
+    adapter was made for, and ``base``, that weight itself."""
 
     method: str
     options: Options

@@ -1,4 +1,4 @@
-"""Save and load the adapter of a model: PEFT's layout wherever PEFT can express it, our own file otherwise."""
+"""Save and load the adapter of a model, in the first format that can express it."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ import tempfile
 import threading
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
 
 from trimtab import bases, methods
-from trimtab.adapters import native, peft
-from trimtab.adapters.record import Stored, name_on_disk
+from trimtab.adapters.formats import AdapterFormat, all_formats
+from trimtab.adapters.record import StoredAdapter, name_on_disk
 from trimtab.adapters.safe_read import shown
 from trimtab.errors import AdapterError, PlanError, nearest
 from trimtab.surgery.adapted import Adapted, adapted_modules, bare_modules
@@ -23,24 +22,19 @@ from trimtab.surgery.plan import Rule, Target
 
 # Two saves into one folder, from threads of one process, come one after the other.
 _SAVING = threading.Lock()
-# Options that change how training goes on from here, and not what the adapter computes. Alpha and rank_stabilised are
-# compared as the scale that they make.
-_TRAINING_ONLY = {
-    "dropout", "detach_norm", "dtype", "keep_product", "init", "init_std", "alpha", "rank_stabilised"
-}  # fmt: skip
 
 
 def save_adapter(model: nn.Module, folder: Path | str) -> Path:
-    """Write the adapters of ``model`` into ``folder`` (made if need be) and return it.
+    """Write the adapters of ``model`` into ``folder``, which is made if there is none, and return it.
 
-    LoRA and DoRA are written as PEFT writes them (``adapter_config.json``, ``adapter_model.safetensors``), if one
-    PEFT configuration can say it all and PEFT computes the same from it. Anything else (MoRA, full, a mix of methods,
-    the magnitude alone or over the input axis, a layer that hangs in two places, a magnitude over rows of zeros) is
-    written as ``trimtab.json`` and ``trimtab_adapter.safetensors``, which PEFT does not take for an adapter of its
-    own. Files of the other layout that an earlier save left in the folder are removed.
+    LoRA and DoRA are written as PEFT writes them (``adapter_config.json``, ``adapter_model.safetensors``), provided
+    that one PEFT configuration can describe all of them and that PEFT computes the same from it. Anything else (MoRA,
+    full, a mix of methods, the magnitude alone or over the input axis, a layer that hangs in two places, a magnitude
+    over rows of zeros) is written as ``trimtab.json`` and ``trimtab_adapter.safetensors``, which PEFT does not take
+    for an adapter of its own. If an earlier save left files of another format in the folder, they are removed.
 
-    The new files are complete before the old ones are touched; a save that fails before that leaves the old adapter
-    as it was. One that is cut off while they are moved leaves a folder without a configuration, which neither
+    The old files stay until the new ones are complete, so a save that fails before then leaves the old adapter as it
+    was. A save that is cut off while the files are moved leaves a folder without a configuration, which neither
     ``load_adapter`` nor PEFT takes for an adapter.
 
     Raises:
@@ -49,17 +43,19 @@ def save_adapter(model: nn.Module, folder: Path | str) -> Path:
     """
     adapted = {name_on_disk(name): module for name, module in require_adapted(model, "save_adapter")}
     target = Path(folder)
-    writer, other = (peft, native) if peft.can_express(model, adapted) else (native, peft)
+    known = all_formats()
+    writer = next(one for one in known if one.can_express(model, adapted))
     try:
         target.mkdir(parents=True, exist_ok=True)
         with _SAVING, tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as fresh:
             writer.save(model, adapted, Path(fresh))
             # A configuration never stands beside the tensors of another save: it goes first and comes last.
-            for configuration, _ in (writer.FILES, other.FILES):
-                (target / configuration).unlink(missing_ok=True)
+            for one in known:
+                (target / one.FILES[0]).unlink(missing_ok=True)
             for name in reversed(writer.FILES):
                 (Path(fresh) / name).replace(target / name)
-            (target / other.FILES[1]).unlink(missing_ok=True)
+            for name in {one.FILES[1] for one in known} - set(writer.FILES):
+                (target / name).unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"{target}: the adapter cannot be saved here ({error})") from error
     return target
@@ -68,8 +64,8 @@ def save_adapter(model: nn.Module, folder: Path | str) -> Path:
 def load_adapter(model: nn.Module, folder: Path | str) -> AttachReport:
     """Attach the adapter stored in ``folder``, ours or PEFT's own, to ``model`` in place.
 
-    A model that already carries adapters on the same modules, which compute the same from the same tensors, takes the
-    stored values; any other adapters are an error.
+    A model that already carries adapters takes over the stored values if its adapters sit on the same modules and
+    would compute the same from the same tensors. Otherwise it is an error.
 
     Raises:
         AdapterError: no adapter there, a damaged or unsupported one, or one that was made for another model. The
@@ -104,14 +100,14 @@ def load_adapter(model: nn.Module, folder: Path | str) -> AttachReport:
     return describe(model, rules)
 
 
-def read_adapter(folder: Path | str) -> dict[str, Stored]:
+def read_adapter(folder: Path | str) -> dict[str, StoredAdapter]:
     """What the adapter in ``folder``, ours or PEFT's own, holds of each module.
 
     Raises:
         AdapterError: no adapter there, or a damaged, unsupported or empty one.
     """
     place = Path(folder)
-    stored: dict[str, Stored] = _reader(place).load(place)
+    stored = _format_of(place).load(place)
     if not stored:
         raise AdapterError(f"{place}: the adapter is empty")
     return stored
@@ -122,45 +118,47 @@ def _modules(model: nn.Module) -> dict[str, nn.Module]:
     return {name_on_disk(name): module for name, module in bare_modules(model)}
 
 
-def _find(module: nn.Module, entry: Stored) -> bases.Base | None:
+def _find(module: nn.Module, entry: StoredAdapter) -> bases.Base | None:
     """A handle on ``module`` of the kind that the stored method sits on."""
     return bases.find(module, methods.method_class(entry.method).sits_on)
 
 
-def _reader(place: Path) -> Any:
-    """The module that reads the layout of the adapter in ``place``."""
+def _format_of(place: Path) -> AdapterFormat:
+    """The format of the adapter in ``place``."""
+    known = all_formats()
     try:
         if not place.is_dir():
             what = "a file" if place.exists() else "no such folder"
-            raise AdapterError(f"{place}: {what}; expected a folder with {peft.FILES[0]} or {native.FILES[0]}")
-        readers = [reader for reader in (native, peft) if (place / reader.FILES[0]).is_file()]
+            expected = " or ".join(one.FILES[0] for one in known)
+            raise AdapterError(f"{place}: {what}; expected a folder with {expected}")
+        present = [one for one in known if (place / one.FILES[0]).is_file()]
     except OSError as error:
         raise AdapterError(f"{place}: cannot be looked into ({error})") from None
-    if len(readers) > 1:
-        raise AdapterError(
-            f"{place}: two adapters in one folder ({native.FILES[0]} and {peft.FILES[0]}); remove the files of one"
-        )
-    if not readers:
-        left = [reader.FILES[1] for reader in (native, peft) if (place / reader.FILES[1]).is_file()]
+    if len(present) > 1:
+        files = " and ".join(one.FILES[0] for one in present)
+        raise AdapterError(f"{place}: two adapters in one folder ({files}); remove the files of one")
+    if not present:
+        expected = " or ".join(f"{one.FILES[0]} ({one.LABEL})" if one.LABEL else one.FILES[0] for one in known)
+        left = [one.FILES[1] for one in known if (place / one.FILES[1]).is_file()]
         hint = f". There is {left[0]} without its configuration: a save that was cut off" if left else ""
-        raise AdapterError(f"{place}: no adapter here; expected {peft.FILES[0]} (PEFT) or {native.FILES[0]}{hint}")
-    return readers[0]
+        raise AdapterError(f"{place}: no adapter here; expected {expected}{hint}")
+    return present[0]
 
 
-def _rules(stored: dict[str, Stored]) -> tuple[tuple[Rule, ...], dict[str, int]]:
+def _rules(stored: dict[str, StoredAdapter]) -> tuple[tuple[Rule, ...], dict[str, int]]:
     """One rule for all modules of one method and options, and the number of each module's rule."""
     groups: dict[tuple[str, str], list[str]] = defaultdict(list)
     for name, entry in stored.items():
         groups[entry.method, entry.options.model_dump_json()].append(name)
     rules, number = [], {}
     for count, ((method, _), names) in enumerate(groups.items(), 1):
-        said: dict[str, Any] = stored[names[0]].options.model_dump(exclude_unset=True)
+        said = stored[names[0]].options.said()
         rules.append(Rule(match=names, method=method, **said))
         number.update(dict.fromkeys(names, count))
     return tuple(rules), number
 
 
-def _targets(known: dict[str, nn.Module], stored: dict[str, Stored], number: dict[str, int]) -> list[Target]:
+def _targets(known: dict[str, nn.Module], stored: dict[str, StoredAdapter], number: dict[str, int]) -> list[Target]:
     """Exactly the stored modules. Their names are not matched as globs: a name may hold any sign."""
     names: dict[int, list[str]] = defaultdict(list)
     for name, module in known.items():
@@ -175,7 +173,7 @@ def _targets(known: dict[str, nn.Module], stored: dict[str, Stored], number: dic
     return targets
 
 
-def _check_modules(place: Path, known: dict[str, nn.Module], stored: dict[str, Stored]) -> None:
+def _check_modules(place: Path, known: dict[str, nn.Module], stored: dict[str, StoredAdapter]) -> None:
     """Raise AdapterError if some stored module is not in the model, or of a kind that cannot be adapted."""
     missing = [name for name in stored if name not in known or not name]
     if missing:
@@ -196,15 +194,12 @@ def _check_modules(place: Path, known: dict[str, nn.Module], stored: dict[str, S
         )
 
 
-def _check_same(place: Path, model: nn.Module, stored: dict[str, Stored]) -> None:
+def _check_same(place: Path, model: nn.Module, stored: dict[str, StoredAdapter]) -> None:
     """Raise AdapterError unless the model carries adapters on the stored modules that compute the same."""
-
-    def outputs(options: methods.Options) -> Any:
-        return options.model_dump(exclude=_TRAINING_ONLY), getattr(options, "scale", None)
 
     present = {name_on_disk(name): module for name, module in adapted_modules(model)}
     wrong = sorted(set(present) ^ set(stored)) or [
-        name for name, module in present.items() if outputs(module.adapter.options) != outputs(stored[name].options)
+        name for name, module in present.items() if module.adapter.options.computes() != stored[name].options.computes()
     ]
     if wrong:
         raise AdapterError(
@@ -213,7 +208,7 @@ def _check_same(place: Path, model: nn.Module, stored: dict[str, Stored]) -> Non
         )
 
 
-def _check_tensors(place: Path, present: dict[str, Adapted], stored: dict[str, Stored]) -> None:
+def _check_tensors(place: Path, present: dict[str, Adapted], stored: dict[str, StoredAdapter]) -> None:
     """Raise AdapterError unless every trained tensor is stored, in its shape, and nothing else is."""
     problems = []
     first: dict[int, str] = {}
@@ -225,7 +220,7 @@ def _check_tensors(place: Path, present: dict[str, Adapted], stored: dict[str, S
                 problems.append(
                     f"{name}.{shown(key)}: expected {expected.get(key, 'nothing')}, got {got.get(key, 'nothing')}"
                 )
-        # MoRA's square says little about the weight: that of a model of nearly the same size fits.
+        # The trained tensors alone may fit a weight of another shape: a small square, for instance, fits many.
         adapter, handle = present[name].adapter, present[name].handle
         shape = (adapter.out_features, adapter.in_features)
         if entry.shape is not None and entry.shape != shape:
@@ -245,7 +240,7 @@ def _check_tensors(place: Path, present: dict[str, Adapted], stored: dict[str, S
         )
 
 
-def _equal(one: Stored, other: Stored) -> bool:
+def _equal(one: StoredAdapter, other: StoredAdapter) -> bool:
     return (
         one.options == other.options
         and one.tensors.keys() == other.tensors.keys()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab import bases, methods
-from trimtab.adapters.record import Stored
+from trimtab.adapters.record import StoredAdapter
 from trimtab.adapters.store import read_adapter
 from trimtab.errors import AdapterError, ModelError
 from trimtab.models.tensors import Weights
@@ -108,7 +108,7 @@ def _of_adapter(
 
 
 @torch.no_grad()
-def _effective(place: Path, name: str, stored: Stored, weight: Tensor) -> Tensor:
+def _effective(place: Path, name: str, stored: StoredAdapter, weight: Tensor) -> Tensor:
     """``m (W + dV) / ||W + dV|| [out, in]`` in float64 for the stored adapter of one module."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     layer.weight = nn.Parameter(weight, requires_grad=False)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from trimtab import methods
 from trimtab.config.resolve import precision_of, source_of
 from trimtab.config.run import RunConfig
 from trimtab.errors import TrimtabError
@@ -129,7 +130,7 @@ def _capped(config: RunConfig) -> RowSizes:
 def _attempts(config: RunConfig, sizes: RowSizes) -> Iterator[list[list[Change]]]:
     """Ladders of changes, each from mild to strong; then the same with more and more at once."""
     train = config.train
-    trains_base = any(rule["method"] == "full" for rule in config.plan)
+    trains_base = any(methods.method_class(rule["method"]).trains_base for rule in config.plan)
     recompute: Change = {} if train.gradient_checkpointing else {"train.gradient_checkpointing": True}
     halve: Change = {} if precision_of(config) == "bfloat16" else {"train.precision": "bfloat16"}
     smaller = list(_smaller_batches(train.batch_size, train.gradient_accumulation))

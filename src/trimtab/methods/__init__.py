@@ -14,9 +14,9 @@ from functools import cache
 
 from trimtab.bases import Kind
 from trimtab.errors import PlanError, did_you_mean
-from trimtab.methods._base import Method, Options
+from trimtab.methods._base import Method, Options, RateGroup
 
-__all__ = ["Method", "Options", "method_class", "names", "options_class"]
+__all__ = ["Method", "Options", "RateGroup", "method_class", "names", "options_class"]
 
 
 @cache

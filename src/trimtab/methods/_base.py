@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Final, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -11,16 +12,33 @@ from torch import Tensor, nn
 from trimtab.bases import Base, Kind
 from trimtab.errors import SurgeryError
 
+TRAINING_ONLY: Final = "training only"
+"""Marks an option that changes how training goes on, and not what the trained tensors compute."""
+RateGroup = Literal["weight", "bias", "second factor", "magnitude"]
+"""What an optimiser may treat differently. A bias and a magnitude never decay. A second factor is the one that a
+low-rank update starts at zero; LoRA+ trains it faster. A magnitude can have a learning rate of its own."""
+
 
 class Options(BaseModel):
     """What any method can be told."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    dropout: float = Field(0.0, ge=0.0, lt=1.0, description="Dropout on the input of the update, in training only.")
-    dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = Field(
+    dropout: Annotated[float, TRAINING_ONLY] = Field(
+        0.0, ge=0.0, lt=1.0, description="Dropout on the input of the update, in training only."
+    )
+    dtype: Annotated[Literal["float32", "bfloat16", "float16", "float64"] | None, TRAINING_ONLY] = Field(
         None, description="Dtype of the trained tensors. Default: float32, or float64 on a float64 base."
     )
+
+    def said(self) -> dict[str, Any]:
+        """The options that were set, as keywords that set them again."""
+        return self.model_dump(exclude_unset=True)
+
+    def computes(self) -> dict[str, Any]:
+        """What decides the outputs: two adapters that agree in it compute the same from the same tensors."""
+        training_only = {name for name, field in type(self).model_fields.items() if TRAINING_ONLY in field.metadata}
+        return self.model_dump(exclude=training_only)
 
 
 class Method(nn.Module):
@@ -35,6 +53,10 @@ class Method(nn.Module):
     sits_on: ClassVar[Kind]
     """The kind of base that the method takes."""
     options_type: type[Options] = Options
+    trains_base: ClassVar[bool] = False
+    """Whether the method trains the base weight itself, and not something beside it."""
+    rate_groups: ClassVar[Mapping[str, RateGroup]] = {}
+    """The rate group of each trained tensor that is no plain ``weight``."""
 
     def __init__(self, base: Base, options: Options, shape: tuple[int, int] | None = None) -> None:
         super().__init__()

@@ -9,8 +9,8 @@ cannot be folded into a weight, since the activation stands between its two prod
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Mapping
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +50,7 @@ class BlockMethod(_base.Method):
     sits_on = "block"
     options_type = BlockOptions
     options: BlockOptions
+    rate_groups: ClassVar[Mapping[str, _base.RateGroup]] = {"down_bias": "bias", "up_bias": "bias"}
 
     def __init__(self, base: BlockBase, options: BlockOptions, shape: tuple[int, int]) -> None:
         super().__init__(base, options, shape)

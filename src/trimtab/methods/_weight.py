@@ -7,8 +7,8 @@ can take.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import torch
 from pydantic import Field
@@ -32,7 +32,7 @@ class WeightOptions(_base.Options):
     magnitude_axis: Axis = Field(
         "output", description="output: one magnitude per output row (the standard); input: one per input column."
     )
-    detach_norm: bool = Field(
+    detach_norm: Annotated[bool, _base.TRAINING_ONLY] = Field(
         True,
         description="Treat the norm as a constant in the backward pass (DoRA, section 4.3); false: exact gradient.",
     )
@@ -43,7 +43,7 @@ class WeightOptions(_base.Options):
             "what costs less on the shapes at hand, and never a rounded weight in the forward pass."
         ),
     )
-    keep_product: bool = Field(
+    keep_product: Annotated[bool, _base.TRAINING_ONLY] = Field(
         False,
         description=(
             "Keep one more activation for the magnitude's gradient: for models that change a layer's output in place."
@@ -70,6 +70,7 @@ class WeightMethod(_base.Method):
     sits_on = "weight"
     options_type = WeightOptions
     options: WeightOptions
+    rate_groups: ClassVar[Mapping[str, _base.RateGroup]] = {"magnitude": "magnitude"}
 
     def __init__(self, base: WeightBase, options: WeightOptions) -> None:
         super().__init__(base, options)

@@ -7,7 +7,7 @@ It is LoRA with the magnitude switched on; the two share their code and their op
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -18,6 +18,10 @@ class Options(lora.Options):
     """What DoRA can be told: LoRA's options, with the magnitude always on."""
 
     magnitude: Literal[True] = Field(True, description="Always on: without a magnitude the method is called lora.")
+
+    def said(self) -> dict[str, Any]:
+        """As for LoRA, without the magnitude, about which there is no choice."""
+        return self.model_dump(exclude_unset=True, exclude={"magnitude"})
 
 
 class DoRA(lora.LoRA):

@@ -9,7 +9,7 @@ V / ||V||``: weight normalisation of the trained weight.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch.nn.functional as F
 from pydantic import Field
@@ -17,12 +17,15 @@ from torch import Tensor, nn
 
 from trimtab.bases import WeightBase
 from trimtab.methods import _weight
+from trimtab.methods._base import TRAINING_ONLY
 
 
 class Options(_weight.WeightOptions):
     """What full fine-tuning can be told."""
 
-    dropout: float = Field(0.0, ge=0.0, le=0.0, description="None: there is no update whose input could be dropped.")
+    dropout: Annotated[float, TRAINING_ONLY] = Field(
+        0.0, ge=0.0, le=0.0, description="None: there is no update whose input could be dropped."
+    )
     compute: Literal["auto"] = Field("auto", description="There is one form only: the trained weight itself.")
 
 
@@ -31,6 +34,7 @@ class FullFineTuning(_weight.WeightMethod):
 
     options_type = Options
     options: Options
+    trains_base = True
 
     def __init__(self, base: WeightBase, options: Options) -> None:
         super().__init__(base, options)

@@ -10,7 +10,8 @@ magnitude alone (DoRA, Table 6).
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from trimtab.bases import WeightBase
 from trimtab.errors import PlanError
 from trimtab.methods import _weight
+from trimtab.methods._base import TRAINING_ONLY, RateGroup
 from trimtab.ops import low_rank
 from trimtab.ops.frozen_linear import Update
 
@@ -29,11 +31,11 @@ class Options(_weight.WeightOptions):
     rank: int = Field(8, ge=0, description="Rank of the update: higher learns more and costs more. 0: magnitude alone.")
     alpha: float | None = Field(None, gt=0, description="Numerator of the scale. Default: twice the rank.")
     rank_stabilised: bool = Field(False, description="Scale by alpha / sqrt(rank) in place of alpha / rank.")
-    init: Literal["kaiming", "gaussian"] = Field(
+    init: Annotated[Literal["kaiming", "gaussian"], TRAINING_ONLY] = Field(
         "kaiming",
         description="How A is drawn: Kaiming-uniform with a = sqrt(5) (the ecosystem's), or normal (the paper's).",
     )
-    init_std: float | None = Field(
+    init_std: Annotated[float | None, TRAINING_ONLY] = Field(
         None, gt=0, description="Standard deviation of the gaussian draw. Default: 1 / rank. 1: standard normal."
     )
 
@@ -53,12 +55,18 @@ class Options(_weight.WeightOptions):
         alpha = 2.0 * self.rank if self.alpha is None else self.alpha
         return alpha / math.sqrt(self.rank) if self.rank_stabilised else alpha / self.rank
 
+    def computes(self) -> dict[str, Any]:
+        """As for any method, with the scale itself in place of the two options that it follows from."""
+        settings = {**super().computes(), "scale": self.scale}
+        return {key: settings[key] for key in settings if key not in ("alpha", "rank_stabilised")}
+
 
 class LoRA(_weight.WeightMethod):
     """``A [rank, in]`` and ``B [out, rank]``. Raises PlanError if the rank is larger than the matrix."""
 
     options_type = Options
     options: Options
+    rate_groups: ClassVar[Mapping[str, RateGroup]] = {**_weight.WeightMethod.rate_groups, "B": "second factor"}
 
     def __init__(self, base: WeightBase, options: Options) -> None:
         if options.rank > min(base.shape):

@@ -24,8 +24,8 @@ from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from trimtab.errors import ModelError
+from trimtab.files import write_folder
 from trimtab.memory.room import GIB, MemoryEstimate, check_fits
-from trimtab.models.folders import write_folder
 
 # A dequantised value is a 4 to 8 bit number times a 16 bit scale, plus an offset. bfloat16 rounds that: SmolLM2-135M's
 # Q4_1 file by 0.14 % of the weights' norm (float16: 0.02 %). float32 is exact for every type of block, and costs 540 MB

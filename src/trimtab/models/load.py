@@ -27,7 +27,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from trimtab.errors import ModelError
-from trimtab.models.folders import write_folder
+from trimtab.files import write_folder
 from trimtab.models.gguf import dequantised_folder, gguf_config
 from trimtab.models.locate import Source
 

@@ -214,6 +214,19 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+def rate_groups(model: nn.Module) -> dict[str, methods.RateGroup]:
+    """``name -> rate group`` for everything in ``trainable_parameters``. Each method knows those of its own tensors."""
+    known = {
+        id(parameter): module.adapter.rate_groups.get(key, "weight")
+        for _, module in adapted_modules(model)
+        for key, parameter in module.adapter.named_parameters()
+    }
+    return {
+        name: known.get(id(parameter), "weight" if parameter.dim() > 1 else "bias")
+        for name, parameter in trainable_parameters(model).items()
+    }
+
+
 def effective_weight(model: nn.Module, name: str) -> Tensor:
     """The weight ``[out, in]`` with which the module called ``name`` acts: ``m * (W + dV) / ||W + dV||`` or ``W + dV``.
 

@@ -121,8 +121,7 @@ class Rule(BaseModel):
     def describe(self) -> dict[str, Any]:
         """The rule as a mapping that gives it back: ``Rule(**rule.describe())``."""
         match = self.match[0] if len(self.match) == 1 else list(self.match)
-        said = self.options.model_dump(exclude_unset=True, exclude={"magnitude"} if self.method == "dora" else None)
-        return {"match": match, "layers": self.layers, "method": self.method, **said}
+        return {"match": match, "layers": self.layers, "method": self.method, **self.options.said()}
 
 
 def _explain(error: ValidationError, said: dict[str, Any]) -> str:

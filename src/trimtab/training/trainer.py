@@ -17,7 +17,8 @@ from trimtab.adapters.store import load_adapter, save_adapter
 from trimtab.data.batches import Collator, LengthGroupedBatches
 from trimtab.data.tokens import EncodedRows
 from trimtab.errors import RunError
-from trimtab.surgery.attach import trainable_parameters
+from trimtab.methods import RateGroup
+from trimtab.surgery.attach import rate_groups, trainable_parameters
 from trimtab.tasks import Head
 from trimtab.training.averaging import Averaging
 from trimtab.training.compiling import plainly
@@ -30,26 +31,26 @@ BEST = "best"
 def parameter_groups(
     model: nn.Module, learning_rate: float, magnitude_learning_rate: float | None, b_ratio: float, weight_decay: float
 ) -> list[dict[str, Any]]:
-    """The trained tensors in groups of one learning rate each.
+    """The trained tensors in groups of one learning rate each; each method says which of its tensors is in which.
 
-    Magnitudes have their own rate and, like biases, never decay; ``B`` of a low-rank update has ``b_ratio`` times the
-    rate (LoRA+, arXiv 2402.12354). Empty groups are left out.
+    Magnitudes have their own rate and, like biases, never decay. The second factor of a low-rank update has ``b_ratio``
+    times the rate (LoRA+, arXiv 2402.12354). Empty groups are left out.
     """
-    # The first group's rate is the one that is logged.
-    groups: dict[str, list[nn.Parameter]] = {"other": [], "bias": [], "B": [], "magnitude": []}
-    for name, parameter in trainable_parameters(model).items():
-        last = name.rsplit(".", 1)[-1]
-        groups[last if last in groups else "other" if parameter.dim() > 1 else "bias"].append(parameter)
-    rates = {
-        "other": (learning_rate, weight_decay),
+    # In this order: the first group's rate is logged, and an optimiser's state on disk counts through the groups.
+    rates: dict[RateGroup, tuple[float, float]] = {
+        "weight": (learning_rate, weight_decay),
         "bias": (learning_rate, 0.0),
-        "B": (learning_rate * b_ratio, weight_decay),
+        "second factor": (learning_rate * b_ratio, weight_decay),
         "magnitude": (learning_rate if magnitude_learning_rate is None else magnitude_learning_rate, 0.0),
     }
+    known = rate_groups(model)
+    groups: dict[RateGroup, list[nn.Parameter]] = {group: [] for group in rates}
+    for name, parameter in trainable_parameters(model).items():
+        groups[known[name]].append(parameter)
     return [
-        {"params": parameters, "lr": rates[name][0], "weight_decay": rates[name][1]}
-        for name, parameters in groups.items()
-        if parameters
+        {"params": groups[group], "lr": rate, "weight_decay": decay}
+        for group, (rate, decay) in rates.items()
+        if groups[group]
     ]
 
 

@@ -1,4 +1,4 @@
-"""PEFT's adapter layout: ``adapter_config.json`` and ``adapter_model.safetensors`` (LoRA, and DoRA as ``use_dora``).
+"""PEFT's adapter format: ``adapter_config.json`` and ``adapter_model.safetensors`` (LoRA, and DoRA as ``use_dora``).
 
     base_model.model.MODULE.lora_A.weight             [rank, in]
     base_model.model.MODULE.lora_B.weight             [out, rank]
@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from trimtab import methods
-from trimtab.adapters.record import Stored, name_on_disk
+from trimtab.adapters.record import StoredAdapter, name_on_disk
 from trimtab.adapters.safe_read import parse_description, read_description, read_tensors, shown
 from trimtab.errors import AdapterError, PlanError
 from trimtab.files import write_json
@@ -33,6 +33,8 @@ from trimtab.methods import lora
 from trimtab.surgery.adapted import Adapted, owners
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
+LABEL = "PEFT"
+PREFERENCE = 0  # the tools that people run read it
 _PREFIX = "base_model.model."
 _TENSORS = {"A": "lora_A.weight", "B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 _BASE = "base_layer.weight"
@@ -153,7 +155,7 @@ def _ends(name: str) -> list[str]:
     return [".".join(parts[place:]) for place in range(len(parts))]
 
 
-def load(folder: Path) -> dict[str, Stored]:
+def load(folder: Path) -> dict[str, StoredAdapter]:
     """What is stored of each module.
 
     Raises AdapterError for a damaged file, for anything but LoRA and DoRA, and for settings that we do not have: each
@@ -184,7 +186,7 @@ def load(folder: Path) -> dict[str, Stored]:
             f"such as {shown(odd[0])}: a save was interrupted, or one of the two was changed. Save the adapter again, "
             "or, to take both as they stand, load and save them once with PEFT"
         )
-    return {name: Stored(*ours[name], found, base=found.pop(_BASE, None)) for name, found in modules.items()}
+    return {name: StoredAdapter(*ours[name], found, base=found.pop(_BASE, None)) for name, found in modules.items()}
 
 
 def _modules(weights: Path, tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:

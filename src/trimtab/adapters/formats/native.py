@@ -25,16 +25,23 @@ from safetensors.torch import save_file
 from torch import nn
 
 from trimtab import methods
-from trimtab.adapters.record import Stored
+from trimtab.adapters.record import StoredAdapter
 from trimtab.adapters.safe_read import read_description, read_tensors, shown
 from trimtab.errors import AdapterError, PlanError
 from trimtab.files import write_json
 from trimtab.surgery.adapted import Adapted
 
 FILES = ("trimtab.json", "trimtab_adapter.safetensors")
+LABEL = ""
+PREFERENCE = 100  # for what no other format can express
 _FORMAT = "trimtab adapter"
 _VERSION = 1
 _HEADER = "modules"
+
+
+def can_express(model: nn.Module, adapted: dict[str, Adapted]) -> bool:
+    """Always: every method and every option has a place here."""
+    return True
 
 
 def save(model: nn.Module, adapted: dict[str, Adapted], folder: Path) -> None:
@@ -54,7 +61,7 @@ def save(model: nn.Module, adapted: dict[str, Adapted], folder: Path) -> None:
     write_json(folder / FILES[0], {"format": _FORMAT, "version": _VERSION, "base": base or None, "modules": modules})
 
 
-def load(folder: Path) -> dict[str, Stored]:
+def load(folder: Path) -> dict[str, StoredAdapter]:
     """What is stored of each module. Raises AdapterError if the files are damaged or do not belong together."""
     path = folder / FILES[0]
     described = read_description(path)
@@ -72,7 +79,7 @@ def load(folder: Path) -> dict[str, Stored]:
             f"{folder}: {FILES[0]} and {FILES[1]} do not belong together: a save was interrupted, or one of them was "
             "changed. Save the adapter again"
         )
-    found: dict[str, Stored] = {}
+    found: dict[str, StoredAdapter] = {}
     expected: dict[str, list[int]] = {}
     try:
         for name, entry in modules.items():
@@ -80,7 +87,7 @@ def load(folder: Path) -> dict[str, Stored]:
             shapes = {key: list(shape) for key, shape in entry["tensors"].items()}
             expected |= {f"{name}.{key}": shape for key, shape in shapes.items()}
             mine = {key: tensors[f"{name}.{key}"] for key in shapes if f"{name}.{key}" in tensors}
-            found[name] = Stored(entry["method"], options, mine, tuple(entry["shape"]))
+            found[name] = StoredAdapter(entry["method"], options, mine, tuple(entry["shape"]))
     except (KeyError, TypeError, ValueError, AttributeError, PlanError) as error:
         text = shown(" ".join(str(error).split()), 400)
         raise AdapterError(f"{path}: a damaged description of an adapter ({type(error).__name__}: {text})") from None
