@@ -1,44 +1,40 @@
-"""What the contract suite runs on: every method in several configurations, every base that it takes, dtypes, shapes.
+"""What the contract suite runs on: methods with their options, the bases that they take, dtypes and shapes, so chosen
+that every value of each meets every value of the others (``pairwise``).
 
-Both lists are read from the library's folders. A new method file is picked up with its defaults and its switches; a
-method may have more configurations in ``SPECIAL``. A new base file needs one line in ``BUILDERS``: how to make a layer
-(or a block) of that kind.
+Methods and bases are read from the library's folders. A new method file is picked up with its switches and choices;
+what else its options are tried with stands in ``VALUES``. A new base file needs one line in ``BUILDERS``: how to make
+a layer (or a block) of that kind.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from itertools import cycle, product
+from typing import Any, Literal, get_args, get_origin
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+import pairwise
 import plain_formula
+import sampling
 import trimtab
 from trimtab import bases, methods
 from trimtab.surgery.adapted import Adapted
 
-# What only one method knows; the switches that all have are added by `configurations`.
-SPECIAL: dict[str, list[dict[str, Any]]] = {
-    "lora": [
-        {"rank": 0, "magnitude": True},
-        {"rank": 0, "magnitude": True, "magnitude_axis": "input"},
-        {"rank": 3, "alpha": 5, "rank_stabilised": True},
-        {"rank": 2, "init": "gaussian", "alpha": 1},
-        {"rank": 2, "magnitude": True, "detach_norm": False, "magnitude_axis": "input"},
-    ],
-    "dora": [{"rank": 0}, {"rank": 3, "alpha": 5, "rank_stabilised": True, "detach_norm": False}],
-    "mora": [
-        {"rank": 2, "form": "sharing"},
-        {"rank": 2, "form": "sharing", "magnitude": True},
-        {"rank": 2, "form": "sharing", "magnitude": True, "magnitude_axis": "input", "dropout": 0.5},
-    ],
-    "serial": [{"bottleneck": 4, "activation": name} for name in ("relu", "gelu", "silu")],
-    "parallel": [{"bottleneck": 4, "scale": 0.5, "activation": name} for name in ("relu", "gelu", "silu")],
+# Values of options beside their defaults, the two values of a switch and the words of a choice, which are all tried.
+VALUES: dict[str, dict[str, list[Any]]] = {
+    "lora": {"rank": [2, 3, 0], "alpha": [None, 5.0, 1.0]},
+    "dora": {"rank": [2, 3, 0], "alpha": [None, 5.0, 1.0]},
+    "parallel": {"scale": [4.0, 0.5]},
 }
+SMALL = {"rank": [2], "bottleneck": [4], "dropout": [0.0, 0.5]}
+# Tested apart: the dtype of the trained tensors, in test_numerics.
+APART = {"dtype"}
 # Made of a linear layer, once its weight has its values. None of them knows float64.
 QUANTISED = {"int8", "nf4", "torchao_int8"}
 ALWAYS_BIASED = {"conv1d", *QUANTISED}
@@ -69,27 +65,38 @@ SHAPES = [(12, 20), (24, 9), (13, 17)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
-def configurations(method: str) -> list[dict[str, Any]]:
-    """The options that a method is tried with: a small rank, then one switch more at a time."""
-    fields = methods.options_class(method).model_fields
-    if methods.method_class(method).sits_on == "block":
-        small = {"bottleneck": 4}
-        return [small, {**small, "dropout": 0.5}, *SPECIAL.get(method, [])]
-    plain: dict[str, Any] = {"rank": 2} if "rank" in fields else {}
-    always_on = fields["magnitude"].default is True
-    decomposed = plain if always_on else {**plain, "magnitude": True}
-    found = [
-        plain,
-        decomposed,
-        {**decomposed, "magnitude_axis": "input"},
-        {**decomposed, "detach_norm": False},
-        {**decomposed, "keep_product": True},
-    ]
-    if method != "full":  # there is no update beside the base whose input could be dropped
-        found += [{**plain, "dropout": 0.5}, {**decomposed, "dropout": 0.5}]
-        found += [{**said, "compute": form} for said in (plain, decomposed) for form in ("folded", "factored")]
-    found += SPECIAL.get(method, [])
-    return [one for place, one in enumerate(found) if one not in found[:place]]
+def options_of(method: str) -> dict[str, list[Any]]:
+    """The options of a method and the values that each is tried with."""
+    values = VALUES.get(method, {})
+    return {
+        name: values.get(name) or _values(name, field.annotation, field.default)
+        for name, field in methods.options_class(method).model_fields.items()
+        if name not in APART
+    }
+
+
+def _values(name: str, kind: Any, default: Any) -> list[Any]:
+    if kind is bool:
+        return [default, not default]
+    if get_origin(kind) is Literal:
+        return list(get_args(kind))
+    return SMALL.get(name, [default])
+
+
+def allowed(method: str, row: Mapping[str, Any]) -> bool:
+    """Whether what is said so far may stand in one case: what has no meaning together is not tried together."""
+    base, magnitude, rank = row.get("base"), row.get("magnitude"), row.get("rank")
+    if base in ALWAYS_BIASED and row.get("bias") is False:
+        return False
+    if base in QUANTISED and row.get("base_dtype") == torch.float64:
+        return False
+    if magnitude is False and (row.get("magnitude_axis") == "input" or row.get("detach_norm") is False):
+        return False
+    if magnitude is False and (row.get("keep_product") or rank == 0):
+        return False
+    if rank == 0 and (row.get("alpha") or row.get("rank_stabilised") or row.get("dropout")):
+        return False
+    return not (method == "full" and row.get("dropout"))
 
 
 @dataclass(frozen=True)
@@ -240,38 +247,80 @@ class Reference:
 
 
 def cases(
-    dtypes: list[torch.dtype],
-    shapes: list[tuple[int, int]] | None = None,
+    dtypes: Sequence[torch.dtype],
+    shapes: Sequence[tuple[int, int]] = SHAPES,
     *,
-    magnitude: bool | None = None,
-    dropout: bool | None = None,
-    sits_on: str | None = None,
+    on: Sequence[str] | None = None,
+    **fixed: Any,
 ) -> list[Case]:
-    """Every configuration of every method on every base of its kind, with and without bias; ``magnitude``, ``dropout``
-    and ``sits_on`` pick those that have one (or not) and those on one kind of base. Without ``shapes`` they take turns:
-    every configuration meets every shape in every dtype, and dtypes take turns as well on the quantised kinds."""
-    found: list[Case] = []
-    for method in methods.names(sits_on):
-        known = bases.names(methods.method_class(method).sits_on)
-        layers = [(base, bias) for base in known for bias in ((True,) if base in ALWAYS_BIASED else (True, False))]
-        for number, options in enumerate(configurations(method)):
-            for place, (base, bias) in enumerate(layers):
-                for turn, dtype in enumerate(_dtypes(base, dtypes, number + place), place):
-                    for shape in shapes or [SHAPES[turn % len(SHAPES)]]:
-                        found.append(Case(method, tuple(options.items()), base, bias, dtype, shape))
-    return [
-        case
-        for case in found
-        if magnitude in (None, case.magnitude) and dropout in (None, bool(case.said.get("dropout")))
-    ]
+    """Cases of all methods in which any two values of what they differ in stand together at least once.
+
+    ``on`` names the bases, if not all; ``fixed`` gives single values to what a case differs in (see ``factors``), and
+    leaves out a method that cannot have one. With ``pytest --all``, every configuration stands on every base in every
+    dtype beside them.
+    """
+    return [case for case, *_ in cases_with({}, dtypes, shapes, on=on, **fixed)]
 
 
-def _dtypes(base: str, dtypes: list[torch.dtype], turn: int) -> list[torch.dtype]:
-    """All of ``dtypes`` for a dense base, one of them in turn for a quantised one; the latter know no float64."""
-    if base not in QUANTISED:
-        return dtypes
-    known = [dtype for dtype in dtypes if dtype != torch.float64]
-    return known[turn % len(known) :][:1] if known else []
+def cases_with(
+    more: Mapping[str, Sequence[Any]],
+    dtypes: Sequence[torch.dtype],
+    shapes: Sequence[tuple[int, int]] = SHAPES,
+    *,
+    on: Sequence[str] | None = None,
+    **fixed: Any,
+) -> list[tuple[Any, ...]]:
+    """The same, where ``more`` has further things in which cases differ: each case, and a value of each of these."""
+    found: dict[tuple[Any, ...], None] = {}
+    for method in methods.names():
+        varied = factors(method, dtypes, shapes, on) | {name: list(values) for name, values in more.items()}
+        if any(value not in varied.get(name, []) for name, value in fixed.items()):
+            continue
+        varied |= {name: [value] for name, value in fixed.items()}
+        certain = {name: values[0] for name, values in varied.items() if len(values) == 1}
+        varied = {
+            name: [value for value in values if allowed(method, {**certain, name: value})]
+            for name, values in varied.items()
+        }
+        if not all(varied.values()):
+            continue
+        rows = pairwise.cover(varied, partial(allowed, method))
+        if sampling.everything:
+            rows += full_product(method, varied)
+        found |= dict.fromkeys((_case(method, row), *(row[name] for name in more)) for row in rows)
+    return list(found)
+
+
+def factors(
+    method: str,
+    dtypes: Sequence[torch.dtype] = DTYPES,
+    shapes: Sequence[tuple[int, int]] = SHAPES,
+    on: Sequence[str] | None = None,
+) -> dict[str, list[Any]]:
+    """All that cases of one method differ in, and the values of each."""
+    known = [base for base in bases.names(methods.method_class(method).sits_on) if on is None or base in on]
+    layer = {"base": known, "bias": [True, False], "base_dtype": list(dtypes), "shape": list(shapes)}
+    return layer | options_of(method)
+
+
+def full_product(method: str, varied: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Every configuration on every base in every dtype, and so on; shapes take turns. A configuration is one option
+    away from the plain one, or from the plain one with a magnitude: all options with each other are millions."""
+    options = {name: values for name, values in varied.items() if name in options_of(method)}
+    plain = {name: values[0] for name, values in options.items()}
+    starts = [{**plain, "magnitude": value} for value in options.get("magnitude", [])] or [plain]
+    said = [{**start, name: value} for start in starts for name, values in options.items() for value in values]
+    around = {name: values for name, values in varied.items() if name not in options and name != "shape"}
+    places = [dict(zip(around, values, strict=True)) for values in product(*around.values())]
+    shapes = cycle(varied["shape"])
+    rows = [{**place, **one, "shape": next(shapes)} for one in said for place in places]
+    return [row for row in rows if allowed(method, row)]
+
+
+def _case(method: str, row: Mapping[str, Any]) -> Case:
+    fields = methods.options_class(method).model_fields
+    said = {name: row[name] for name in options_of(method) if row[name] != fields[name].default}
+    return Case(method, tuple(said.items()), row["base"], row["bias"], row["base_dtype"], row["shape"])
 
 
 def assert_close(got: Tensor, want: Tensor, tolerance: float, what: str = "") -> None:

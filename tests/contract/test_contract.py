@@ -8,6 +8,8 @@ well, a little each: 4 units and 6. In float64 such a tolerance lets no wrong te
 
 from __future__ import annotations
 
+from functools import partial
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from torch import Tensor
 import trimtab
 from contract_cases import (
     ALWAYS_BIASED,
+    APART,
     BUILDERS,
     DTYPES,
     OWN_PRODUCT,
@@ -24,19 +27,22 @@ from contract_cases import (
     Case,
     Holder,
     Reference,
+    allowed,
     assert_close,
     cases,
+    factors,
     plain,
     quantise,
     stir,
 )
+from pairwise import pairs
 from trimtab import bases, methods
 
 ALL = cases(DTYPES)
 # Storing and restoring does not depend on the digits: one full and one half dtype.
 TWO_DTYPES = cases(DTYPES[:2])
-WEIGHTS = cases(DTYPES, sits_on="weight")
-BLOCKS = cases([torch.float32], sits_on="block")
+WEIGHTS = [case for case in ALL if case.sits_on == "weight"]
+BLOCKS = cases([torch.float32], on=["block"])
 
 
 def test_every_base_can_be_built() -> None:
@@ -49,6 +55,23 @@ def test_every_base_can_be_built() -> None:
         assert handle is not None
         assert type(handle).__module__ == f"trimtab.bases.{name}"
         assert handle.shape == (3, 5)
+
+
+@pytest.mark.parametrize("method", methods.names())
+def test_every_two_values_stand_together_once(method: str) -> None:
+    """All options but those tested apart, all bases, dtypes and shapes, and every pair of their values."""
+    varied = factors(method)
+    assert set(methods.options_class(method).model_fields) - APART <= varied.keys()
+    assert varied["base"] == bases.names(methods.method_class(method).sits_on)
+    defaults = {name: field.default for name, field in methods.options_class(method).model_fields.items()}
+    seen = set()
+    for case in ALL:
+        if case.method == method:
+            place = {"base": case.base, "bias": case.bias, "base_dtype": case.dtype, "shape": case.shape}
+            row = {**defaults, **case.said, **place}
+            seen |= {((one, row[one]), (other, row[other])) for one, other in combinations(varied, 2)}
+    for (one, first), (other, second) in pairs(varied, partial(allowed, method)):
+        assert ((one, varied[one][first]), (other, varied[other][second])) in seen
 
 
 @pytest.mark.parametrize("case", ALL, ids=str)

@@ -17,16 +17,25 @@ import torch
 
 import plain_formula
 import trimtab
-from contract_cases import SHAPES, Case, Holder, Reference, assert_close, assert_same, cases, frozen, gradients, stir
+from contract_cases import (
+    SHAPES,
+    Case,
+    Holder,
+    Reference,
+    assert_close,
+    assert_same,
+    cases,
+    cases_with,
+    frozen,
+    gradients,
+    stir,
+)
 from trimtab.ops.dropout import dropout
 
 EPS = torch.finfo(torch.float32).eps
 FULL = cases([torch.float32], SHAPES[2:])
-HALF = cases([torch.bfloat16], SHAPES[2:], dropout=False)
-# Every configuration on one kind of base is enough for what only autograd and Python can get wrong.
-ONE_BASE = [case for case in FULL if case.base in ("linear", "block") and case.bias]
-DECOMPOSED = [case for case in ONE_BASE if case.magnitude]
-DROPPED = cases([torch.float32], SHAPES[:2], dropout=True, sits_on="weight")
+HALF = cases([torch.bfloat16], SHAPES[2:], dropout=0.0)
+DROPPED = [case for case in cases([torch.float32], SHAPES[:2], dropout=0.5) if case.sits_on == "weight"]
 
 
 # Modes -------------------------------------------------------------------------------------------------------------
@@ -137,8 +146,10 @@ def _saved_whole(model: Holder) -> Holder:
     return torch.load(file, weights_only=False)
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, _pickled, _saved_whole])
-@pytest.mark.parametrize("case", [case for case in FULL if case.bias], ids=str)
+COPIES = cases_with({"duplicate": [copy.deepcopy, _pickled, _saved_whole]}, [torch.float32], SHAPES[2:], bias=True)
+
+
+@pytest.mark.parametrize(("case", "duplicate"), COPIES, ids=str)
 def test_a_copy_is_whole_and_its_own(case: Case, duplicate: Callable[[Holder], Holder]) -> None:
     model = case.trained().eval()
     x = case.input()
@@ -261,28 +272,29 @@ def _write_magnitude(model: Holder) -> None:
             parameter.data.mul_(1.1)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        pytest.param(_step(foreach=False), id="plain"),
-        pytest.param(_step(foreach=True), id="foreach"),
-        pytest.param(_step(fused=True), id="fused"),
-        pytest.param(_load, id="load_state_dict"),
-        pytest.param(_assign, id="assign"),
-        pytest.param(_swap_data, id="swap_data"),
-        pytest.param(_write_data, id="write_data"),
-        pytest.param(_write_magnitude, id="magnitude"),
-    ],
-)
-@pytest.mark.parametrize("case", DECOMPOSED, ids=str)
-@pytest.mark.parametrize("look", [torch.no_grad, torch.inference_mode])
-def test_inference_sees_new_values(case: Case, change: Change, look: Callable[[], torch.no_grad]) -> None:
+CHANGES: dict[str, Change] = {
+    "plain": _step(foreach=False),
+    "foreach": _step(foreach=True),
+    "fused": _step(fused=True),
+    "load_state_dict": _load,
+    "assign": _assign,
+    "swap_data": _swap_data,
+    "write_data": _write_data,
+    "magnitude": _write_magnitude,
+}
+LOOKS = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}
+# One kind of base is enough for what only autograd and Python can get wrong.
+LOOKED_AT = cases_with({"change": list(CHANGES), "look": list(LOOKS)}, [torch.float32], on=["linear"], magnitude=True)
+
+
+@pytest.mark.parametrize(("case", "change", "look"), LOOKED_AT, ids=str)
+def test_inference_sees_new_values(case: Case, change: str, look: str) -> None:
     model = case.trained().eval()
     x = case.input()
-    with look():
+    with LOOKS[look]():
         old = model(x)
-    change(model)
-    with look():
+    CHANGES[change](model)
+    with LOOKS[look]():
         new = model(x)
     assert not torch.allclose(new, old)
     assert_close(new, Reference(model.adapted, case)(x).detach(), 4 * EPS)

@@ -17,9 +17,8 @@ from trimtab import methods
 
 EPS = torch.finfo(torch.float32).eps
 FULL = cases([torch.float32], SHAPES[2:])
-# Every configuration on one kind of base is enough for what only autograd and Python can get wrong.
-ONE_BASE = [case for case in FULL if case.base in ("linear", "block") and case.bias]
-DECOMPOSED = [case for case in ONE_BASE if case.magnitude]
+# One kind of base is enough for what only autograd and Python can get wrong.
+ONE_BASE = cases([torch.float32], on=["linear", "block"], bias=True)
 
 
 @pytest.mark.parametrize("case", ONE_BASE, ids=str)
@@ -129,10 +128,14 @@ def test_autocast_leaves_float64_alone(method: str) -> None:
 def test_torch_compile(training: bool) -> None:
     """Every method, with a magnitude where it can have one, traced by the compiler in one graph: the same outputs and
     gradients."""
-    blocks = [case for case in ONE_BASE if case.sits_on == "block"]
-    first = {case.method: case for case in reversed(DECOMPOSED + blocks)}
-    models = [case.trained().train(training) for case in first.values()]
-    x = DECOMPOSED[0].input().requires_grad_()
+    shown = cases([torch.float32], on=["linear", "block"], bias=True, dropout=0.0)
+    decomposed = [case for case in shown if case.magnitude or case.sits_on == "block"]
+    shape = SHAPES[2]
+    models = [
+        Case(one.method, one.options, one.base, True, one.dtype, shape).trained().train(training)
+        for one in {case.method: case for case in reversed(decomposed)}.values()
+    ]
+    x = torch.randn(7, shape[1], requires_grad=True)
 
     def run(x: Tensor) -> Tensor:
         return torch.stack([model(x) for model in models])

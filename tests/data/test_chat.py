@@ -154,7 +154,6 @@ def test_no_template(make_tokenizer: Callable[..., Any]) -> None:
         require_template(make_tokenizer(template=None), "rows.jsonl, line 1")
 
 
-@pytest.mark.model
 def test_smollm2_template(smollm2: Any) -> None:
     chat = follow(TALK, smollm2)
     assert chat.text.startswith("<|im_start|>system\nYou are a helpful AI assistant")

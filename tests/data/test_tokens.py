@@ -54,7 +54,6 @@ def test_the_space_is_the_answers(tokenizer: Any) -> None:
     check_labels(encoded, "Answer:", " neutral", "<|eos|>", tokenizer)
 
 
-@pytest.mark.model
 def test_the_space_is_the_answers_in_smollm2(smollm2: Any, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"context": "Instruction: choose.\\nAnswer: ", "target": "neutral"}')
     (example,) = read_examples("a.jsonl", smollm2, root=tmp_path)
@@ -144,7 +143,7 @@ def random_text(chance: random.Random) -> str:
     return "".join(chance.choice(pieces) for _ in range(chance.randint(1, 12)))
 
 
-@pytest.mark.parametrize("name", ["tokenizer", pytest.param("smollm2", marks=pytest.mark.model)])
+@pytest.mark.parametrize("name", ["tokenizer", "smollm2"])
 def test_labels_against_decoding_on_many_texts(request: Any, name: str) -> None:
     tokenizer = request.getfixturevalue(name)
     chance = random.Random(0)

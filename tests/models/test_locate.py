@@ -119,7 +119,6 @@ def test_neither_torch_nor_transformers_is_imported() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-@pytest.mark.model
 def test_the_real_wheel() -> None:
     source = resolve("smollm2-135m")
     assert source.kind == "gguf"

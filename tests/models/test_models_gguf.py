@@ -219,7 +219,6 @@ def test_who_comes_second_uses_what_the_first_wrote(
     assert list(cache.iterdir()) == [made]
 
 
-@pytest.mark.slow
 def test_two_processes_at_once(tmp_path: Path, cache: Path) -> None:
     write_gguf(tmp_path / "tiny.gguf")
     code = "import sys, pathlib, trimtab.models.gguf as g; print(g.dequantised_folder(pathlib.Path(sys.argv[1])))"
@@ -272,8 +271,6 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
         dequantised_folder(tmp_path / "tiny.gguf")
 
 
-@pytest.mark.model
-@pytest.mark.slow
 def test_the_real_model_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRIMTAB_CACHE")  # the real cache: filled once, for all tests
     source = resolve("smollm2-135m")
