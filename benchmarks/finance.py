@@ -40,7 +40,7 @@ def prepare(rank: int) -> tuple[Any, Any, Any]:
     """Tokenizer, bare model in bfloat16, and the encoded training rows: the same for every arm."""
     import torch
 
-    from trimtab.data.rows import read_examples
+    from trimtab.data.forms import read_examples
     from trimtab.data.tokens import encode_all
     from trimtab.models.load import load_model, load_tokenizer
     from trimtab.models.locate import resolve
@@ -48,7 +48,7 @@ def prepare(rank: int) -> tuple[Any, Any, Any]:
     torch.manual_seed(0)
     source = resolve("smollm2-135m")
     tokenizer = load_tokenizer(source)
-    examples = list(read_examples(["fpb_train.jsonl", "fiqa_train.jsonl"], tokenizer, root=DATA))
+    examples = read_examples(["fpb_train.jsonl", "fiqa_train.jsonl"], tokenizer, root=DATA)
     return tokenizer, load_model(source, torch.bfloat16, "eager"), encode_all(examples, tokenizer, 1024)
 
 
@@ -147,13 +147,13 @@ def run_peft(method: str, rank: int, steps: int, folder: str, compiled: bool) ->
 def score(tokenizer: Any, model: Any) -> dict[str, float]:
     """Accuracy on each test set, in percent."""
     from trimtab.data.choices import infer_choices
-    from trimtab.data.rows import read_examples
+    from trimtab.data.forms import read_examples
     from trimtab.evaluation.choice import score_choices
     from trimtab.tasks import Head
 
     found = {}
     for name in TESTS:
-        rows = list(read_examples([f"{name}_test.jsonl"], tokenizer, root=DATA))
+        rows = read_examples([f"{name}_test.jsonl"], tokenizer, root=DATA)
         choices = infer_choices(rows)
         assert choices is not None
         best = score_choices(Head(model), tokenizer, rows, choices).best()

@@ -22,29 +22,27 @@ ROWS = [example("Profit rose 🙂 .\nAnswer: ", "neutral", n) for n in (3, 4, 5)
 
 
 def test_plain_text(tokenizer: Any, bos_tokenizer: Any) -> None:
-    size = len(encode(ROWS[0], tokenizer, None).input_ids)
-    assert str(preview(ROWS, tokenizer, count=2)) == "\n\n".join(
+    size = len(encode(ROWS[0], tokenizer, None)["input_ids"])
+    assert str(preview(encode_all(ROWS, tokenizer, None), tokenizer, count=2)) == "\n\n".join(
         f"rows.jsonl, row {n}: {size} tokens, 2 trained\nProfit rose 🙂 .\nAnswer:[[ neutral<|eos|>]]" for n in (3, 4)
     )
-    assert "<|bos|>Profit rose" in str(preview(ROWS, bos_tokenizer))
+    assert "<|bos|>Profit rose" in str(preview(encode_all(ROWS, bos_tokenizer, None), bos_tokenizer))
 
 
 def test_encoded_rows_are_shown_as_they_were_cut(tokenizer: Any) -> None:
     rows = encode_all([example("", "x" * 50), *ROWS], tokenizer, 5)
     shown = str(preview(rows, tokenizer, count=1))
     assert shown == "rows.jsonl, row 3: 5 tokens, 2 trained\n\nAnswer:[[ neutral<|eos|>]]"
-    alone = str(preview([encode(ROWS[0], tokenizer, 5)], tokenizer))
-    assert alone == shown.replace("rows.jsonl, row 3", "row 1")
 
 
 def test_several_trained_parts(tokenizer: Any) -> None:
     row = Example("a", 1, "one two three four", ((4, 7), (14, 18)), "one two three ", "four", False)
-    assert str(preview([row], tokenizer)).endswith("\none[[ two]] three[[ four]]")
+    assert str(preview(encode_all([row], tokenizer, None), tokenizer)).endswith("\none[[ two]] three[[ four]]")
 
 
 def rendered(rows: Any, tokenizer: Any, **options: Any) -> str:
     out = io.StringIO()
-    Console(file=out, width=200, **options).print(preview(rows, tokenizer))
+    Console(file=out, width=200, **options).print(preview(encode_all(rows, tokenizer, None), tokenizer))
     return out.getvalue()
 
 
@@ -64,7 +62,7 @@ def test_rows_cannot_give_orders_to_the_terminal(tokenizer: Any, terminal: bool)
 
 
 def test_long_rows_are_abridged_in_the_middle(tokenizer: Any) -> None:
-    shown = str(preview([example("A" + "news " * 2000 + "Z: ", "neutral")], tokenizer))
+    shown = str(preview(encode_all([example("A" + "news " * 2000 + "Z: ", "neutral")], tokenizer, None), tokenizer))
     assert "characters ..." in shown
     assert "Z:[[ neutral<|eos|>]]" in shown
     assert len(shown) < LONGEST + 200

@@ -13,8 +13,9 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
-from trimtab.data.rows import Example, read_examples
-from trimtab.data.tokens import IGNORED, Encoded, encode, encode_all, encode_pair, encode_prompt
+from trimtab.data.forms import read_examples
+from trimtab.data.rows import EncodedRow, Example
+from trimtab.data.tokens import IGNORED, encode, encode_all, encode_pair, encode_prompt
 from trimtab.errors import DataError
 
 CONTEXT = "Instruction: What is the sentiment of this news?\nInput: Profit rose .\nAnswer: "
@@ -30,22 +31,22 @@ def plain(text: str, number: int = 1) -> Example:
     return Example("rows.jsonl", number, text, ((0, len(text)),), "", None, True)
 
 
-def trained_tokens(encoded: Encoded, tokenizer: Any) -> list[str]:
-    return tokenizer.convert_ids_to_tokens([label for label in encoded.labels if label != IGNORED])
+def trained_tokens(encoded: EncodedRow, tokenizer: Any) -> list[str]:
+    return tokenizer.convert_ids_to_tokens([label for label in encoded["labels"] if label != IGNORED])
 
 
-def check_labels(encoded: Encoded, prompt: str, answer: str, end: str, tokenizer: Any) -> None:
+def check_labels(encoded: EncodedRow, prompt: str, answer: str, end: str, tokenizer: Any) -> None:
     """By decoding alone: what carries no loss reads as the prompt, what carries loss as the answer and its end."""
-    assert len(encoded.input_ids) == len(encoded.labels)
+    assert len(encoded["input_ids"]) == len(encoded["labels"])
     assert all(label in (IGNORED, token) for token, label in zip(*vars_of(encoded), strict=True))
-    first = next(index for index, label in enumerate(encoded.labels) if label != IGNORED)
-    assert all(label != IGNORED for label in encoded.labels[first:])
-    assert tokenizer.decode(encoded.input_ids[:first]) == prompt
-    assert tokenizer.decode(encoded.input_ids[first:]) == answer + end
+    first = next(index for index, label in enumerate(encoded["labels"]) if label != IGNORED)
+    assert all(label != IGNORED for label in encoded["labels"][first:])
+    assert tokenizer.decode(encoded["input_ids"][:first]) == prompt
+    assert tokenizer.decode(encoded["input_ids"][first:]) == answer + end
 
 
-def vars_of(encoded: Encoded) -> tuple[list[int], list[int]]:
-    return encoded.input_ids, encoded.labels
+def vars_of(encoded: EncodedRow) -> tuple[list[int], list[int]]:
+    return encoded["input_ids"], encoded["labels"]
 
 
 def test_the_space_is_the_answers(tokenizer: Any) -> None:
@@ -116,7 +117,7 @@ def test_other_ways_of_marking_a_space(kind: Callable[[], tuple[Any, Any, str, l
         found = "".join(trained_tokens(encoded, tokenizer))
         assert found == "".join(expected)
         ids, first = encode_pair(prompt, answer, tokenizer, end=True)
-        assert (ids, ids[first:]) == (encoded.input_ids, [label for label in encoded.labels if label != IGNORED])
+        assert (ids, ids[first:]) == (encoded["input_ids"], [label for label in encoded["labels"] if label != IGNORED])
         assert encode_prompt(prompt, tokenizer) == ids[:first]
         assert tokenizer.decode(ids) == prompt + answer + "</s>"
 
@@ -159,8 +160,8 @@ def test_labels_against_decoding_on_many_texts(request: Any, name: str) -> None:
         head = prompt.rstrip(" ")
         check_labels(encoded, head, (prompt + answer)[len(head) :], tokenizer.eos_token, tokenizer)
         ids, first = encode_pair(prompt, answer, tokenizer, end=True)
-        assert ids == encoded.input_ids
-        assert encoded.labels == [IGNORED] * first + ids[first:]
+        assert ids == encoded["input_ids"]
+        assert encoded["labels"] == [IGNORED] * first + ids[first:]
         # What is generated from is what came before the answer in training.
         assert encode_prompt(prompt, tokenizer) == ids[:first]
         checked += 1
@@ -176,13 +177,13 @@ def test_prompt_for_generation(tokenizer: Any, bos_tokenizer: Any) -> None:
 
 def test_first_position_carries_no_loss(tokenizer: Any, bos_tokenizer: Any) -> None:
     encoded = encode(plain("Profit rose ."), tokenizer, None)
-    assert encoded.labels == [IGNORED, *encoded.input_ids[1:]]
-    assert tokenizer.decode(encoded.input_ids) == "Profit rose .<|eos|>"
+    assert encoded["labels"] == [IGNORED, *encoded["input_ids"][1:]]
+    assert tokenizer.decode(encoded["input_ids"]) == "Profit rose .<|eos|>"
     encoded = encode(plain("Profit rose ."), bos_tokenizer, None)
-    assert encoded.labels == [IGNORED, *encoded.input_ids[1:]]
-    assert bos_tokenizer.decode(encoded.input_ids) == "<|bos|>Profit rose .<|eos|>"
+    assert encoded["labels"] == [IGNORED, *encoded["input_ids"][1:]]
+    assert bos_tokenizer.decode(encoded["input_ids"]) == "<|bos|>Profit rose .<|eos|>"
     encoded = encode(pair("", "neutral", ends=True), tokenizer, None)
-    assert encoded.labels == [IGNORED, *encoded.input_ids[1:]]
+    assert encoded["labels"] == [IGNORED, *encoded["input_ids"][1:]]
 
 
 def test_bos_comes_once_and_the_end_is_ours_alone(bos_tokenizer: Any) -> None:
@@ -194,7 +195,7 @@ def test_bos_comes_once_and_the_end_is_ours_alone(bos_tokenizer: Any) -> None:
         ("<|bos|>Answer: neutral", False, "<|bos|>Answer: neutral"),
     ]:
         encoded = encode(pair(text.removesuffix("neutral"), "neutral", ends=ends), bos_tokenizer, None)
-        assert bos_tokenizer.decode(encoded.input_ids) == expected
+        assert bos_tokenizer.decode(encoded["input_ids"]) == expected
         assert trained_tokens(encoded, bos_tokenizer) == ["Ġneutral"] + ["<|eos|>"] * ends
     ids, first = encode_pair("<|bos|>Answer: ", "neutral", bos_tokenizer, end=True)
     assert bos_tokenizer.decode(ids[:first]) == "<|bos|>Answer:"
@@ -203,15 +204,16 @@ def test_bos_comes_once_and_the_end_is_ours_alone(bos_tokenizer: Any) -> None:
 def test_cutting_takes_from_the_left_of_the_prompt(tokenizer: Any, bos_tokenizer: Any) -> None:
     for each in (tokenizer, bos_tokenizer):
         head = 1 if each is bos_tokenizer else 0
-        whole = encode(pair(CONTEXT, "neutral"), each, None)
-        for limit in range(len(whole.input_ids) + 2, 2 + head, -1):
-            encoded = encode(pair(CONTEXT, "neutral"), each, limit)
-            kept = min(limit, len(whole.input_ids))
-            assert encoded.input_ids == whole.input_ids[:head] + whole.input_ids[len(whole.input_ids) - kept + head :]
+        row = pair(CONTEXT, "neutral")
+        whole = encode(row, each, None)["input_ids"]
+        for limit in range(len(whole) + 2, 2 + head, -1):
+            encoded = encode(row, each, limit)
+            kept = min(limit, len(whole))
+            assert encoded["input_ids"] == whole[:head] + whole[len(whole) - kept + head :]
             assert trained_tokens(encoded, each) == ["Ġneutral", "<|eos|>"]
-            assert encoded.cut == (limit < len(whole.input_ids))
+            assert encode_all([row], each, limit).cut == (limit < len(whole))
         # The answer and its end take two; one more must come before them, and a BOS will do.
-        assert len(encode(pair(CONTEXT, "neutral"), each, 3).input_ids) == 3
+        assert len(encode(pair(CONTEXT, "neutral"), each, 3)["input_ids"]) == 3
         with pytest.raises(DataError, match=r"^rows\.jsonl, row 1: max_length 2 leaves no room.*answer of 2 tokens"):
             encode(pair(CONTEXT, "neutral"), each, 2)
 
@@ -220,9 +222,9 @@ def test_cutting_plain_text_takes_from_the_right(tokenizer: Any, bos_tokenizer: 
     for each in (tokenizer, bos_tokenizer):
         whole = encode(plain("Profit rose . Sales fell ."), each, None)
         encoded = encode(plain("Profit rose . Sales fell ."), each, 5)
-        assert encoded.input_ids == whole.input_ids[:5]
-        assert encoded.labels == whole.labels[:5]
-        assert encoded.cut
+        assert encoded["input_ids"] == whole["input_ids"][:5]
+        assert encoded["labels"] == whole["labels"][:5]
+        assert encode_all([plain("Profit rose . Sales fell .")], each, 5).cut == 1
         with pytest.raises(DataError, match="max_length 1 leaves it no token"):
             encode(plain("Profit rose ."), each, 1)
 
@@ -233,13 +235,13 @@ def test_cutting_a_conversation_keeps_the_last_answer(
     messages = [{"role": role, "content": f"an answer {n}"} for n in range(3) for role in ("user", "assistant")]
     (example,) = read_examples(jsonl({"messages": messages}), tokenizer, root=tmp_path)
     whole = encode(example, tokenizer, None)
-    assert tokenizer.decode([label for label in whole.labels if label != IGNORED]) == "".join(
+    assert tokenizer.decode([label for label in whole["labels"] if label != IGNORED]) == "".join(
         f"an answer {n}<|im_end|>" for n in range(3)
     )
     size = len(tokenizer("an answer 2<|im_end|>")["input_ids"])
     encoded = encode(example, tokenizer, size + 1)
-    assert encoded.input_ids == whole.input_ids[-size - 1 :]
-    assert tokenizer.decode([label for label in encoded.labels if label != IGNORED]) == "an answer 2<|im_end|>"
+    assert encoded["input_ids"] == whole["input_ids"][-size - 1 :]
+    assert tokenizer.decode([label for label in encoded["labels"] if label != IGNORED]) == "an answer 2<|im_end|>"
 
 
 def test_all_rows_at_once_are_as_one_by_one(tokenizer: Any) -> None:
@@ -250,7 +252,7 @@ def test_all_rows_at_once_are_as_one_by_one(tokenizer: Any) -> None:
     assert len(rows) == 2500
     for index in (0, 1, 999, 1000, 1001, 2499):
         one = encode(examples[index], tokenizer, 40)
-        assert rows[index] == {"input_ids": one.input_ids, "labels": one.labels}
+        assert rows[index] == {"input_ids": one["input_ids"], "labels": one["labels"]}
     assert rows[-1] == rows[2499]
     assert rows.lengths == [len(row["input_ids"]) for row in rows]
     assert rows.cut == sum(encode(example, tokenizer, None) != encode(example, tokenizer, 40) for example in examples)
@@ -304,4 +306,4 @@ def test_tokenizer_without_an_end(make_tokenizer: Callable[..., Any]) -> None:
     tokenizer.eos_token = None
     with pytest.raises(DataError, match="no end-of-sequence token"):
         encode(plain("Profit rose ."), tokenizer, None)
-    assert encode(pair("Answer: ", "neutral", ends=False), tokenizer, None).labels[-1] != IGNORED
+    assert encode(pair("Answer: ", "neutral", ends=False), tokenizer, None)["labels"][-1] != IGNORED

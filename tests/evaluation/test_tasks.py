@@ -11,7 +11,8 @@ import pytest
 from sklearn.metrics import f1_score
 
 from evaluation_cases import example, llama, markov_chain
-from trimtab.data.rows import Example, read_examples
+from trimtab.data.forms import read_examples
+from trimtab.data.rows import Example
 from trimtab.errors import ConfigError, DataError
 from trimtab.evaluation.tasks import TASKS, evaluate_task, find_task
 
@@ -150,7 +151,7 @@ def test_permuted_labels_are_read_as_they_were_meant(tokenizer: Any, questions: 
 @pytest.mark.parametrize(("name", "rows", "majority"), [("fpb", 1212, "neutral"), ("fiqa", 235, "positive")])
 def test_the_real_rows_fit_their_tasks(name: str, rows: int, majority: str, tokenizer: Any) -> None:
     task = find_task(f"finlora/{name}")
-    found = list(read_examples(str(FINANCE / task.file), tokenizer, root=Path.cwd()))
+    found = read_examples(str(FINANCE / task.file), tokenizer, root=Path.cwd())
     assert len(found) == rows
     assert {row.answer for row in found} == set(task.choices)
     assert Counter(row.answer for row in found).most_common(1)[0][0] == majority

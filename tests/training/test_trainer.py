@@ -17,7 +17,7 @@ import trimtab
 from adapter_tools import trained
 from tiny_runs import Kept, tiny_model, tiny_tokenizer, write_rows
 from trimtab.data.batches import Collator
-from trimtab.data.rows import read_examples
+from trimtab.data.forms import read_examples
 from trimtab.data.tokens import EncodedRows, encode_all
 from trimtab.tasks import Head
 from trimtab.training.arguments import training_arguments

@@ -12,7 +12,7 @@ The smallest file names a model and some rows; everything else has a default:
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -24,8 +24,10 @@ from pydantic import (
     Field,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from trimtab.config.yaml_text import show
+from trimtab.data import forms
 from trimtab.errors import nearest
 
 DEFAULT_PLAN = ({"match": "all-linear", "layers": "all", "method": "dora", "rank": 16, "alpha": 32},)
@@ -111,6 +113,20 @@ def _rule(rule: dict[str, Any]) -> dict[str, Any]:
     return rule
 
 
+def one_of(known: Callable[[], Sequence[str]]) -> Callable[[str], str]:
+    """A validator of names that are only known when a folder is listed; its error is that of a ``Literal``."""
+
+    def check(name: str) -> str:
+        names = known()
+        if name not in names:
+            quoted = [f"'{other}'" for other in names]
+            expected = f"{', '.join(quoted[:-1])} or {quoted[-1]}"
+            raise PydanticCustomError("literal_error", "expected {expected}", {"expected": expected})
+        return name
+
+    return check
+
+
 class Section(BaseModel):
     """Part of a configuration: fixed once made, and strict."""
 
@@ -159,7 +175,7 @@ class DataConfig(Section):
         description="Rows to evaluate on, before and after: a path, or a mapping of names to paths. One path is named "
         "by its file.",
     )
-    form: Literal["auto", "finlora", "completion", "alpaca", "multiple_choice", "chat", "text"] = Field(
+    form: Annotated[str, AfterValidator(one_of(lambda: ["auto", *forms.names()]))] = Field(
         "auto",
         description="The form of the rows. auto: recognised by their keys. Rows of multiple_choice bring their own "
         "choices, which are scored as texts; LLM-Adapters' commonsense rows are read so where it is named.",

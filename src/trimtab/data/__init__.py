@@ -1,4 +1,5 @@
-"""Rows of data files -> prompts and answers -> token ids and labels -> batches.
+"""Rows of data files become examples, then token ids and labels, then batches.
 
-Nothing is imported here: ``rows`` and ``sources`` do without torch, and whoever wants only them should not pay for it.
+Nothing is imported here: ``rows``, ``sources`` and ``forms`` do without torch, and whoever wants only them should not
+pay for it.
 """

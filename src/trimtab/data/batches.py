@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch.utils.data import Sampler
 
+from trimtab.data.rows import EncodedRow
 from trimtab.data.tokens import IGNORED
 
 MEGA = 50
@@ -34,7 +35,7 @@ class Collator:
     mask: bool = False
     prompts: bool = False
 
-    def __call__(self, rows: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: Sequence[EncodedRow]) -> dict[str, torch.Tensor]:
         lengths = [len(row["input_ids"]) for row in rows]
         width = -(-max(lengths) // self.multiple_of) * self.multiple_of
         ids = torch.full((len(rows), width), self.pad_id, dtype=torch.int64)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -10,19 +10,13 @@ from typing import Any
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
-from trimtab.data.rows import Example
-from trimtab.data.tokens import IGNORED, Encoded, EncodedRows, encode
+from trimtab.data.tokens import IGNORED, EncodedRows
+
+Parts = tuple[tuple[str, bool], ...]
+"""Pieces of a text, each with whether it carries loss."""
 
 LONGEST = 1500
 """Characters of one part that are shown; of a longer one, the middle is left out."""
-
-
-@dataclass(frozen=True)
-class Shown:
-    """One row: a heading, and its text in parts, each with whether it carries loss."""
-
-    heading: str
-    parts: tuple[tuple[str, bool], ...]
 
 
 @dataclass(frozen=True)
@@ -33,53 +27,37 @@ class Preview:
     or a pipe; on a terminal with colours that part is bold, underlined and green instead.
     """
 
-    rows: tuple[Shown, ...]
+    rows: tuple[tuple[str, Parts], ...]
+    """Of each row, a heading, and its text in parts."""
 
     def __str__(self) -> str:
         return "\n\n".join(
-            row.heading + "\n" + "".join(f"[[{text}]]" if trained else text for text, trained in row.parts)
-            for row in self.rows
+            heading + "\n" + "".join(f"[[{text}]]" if trained else text for text, trained in parts)
+            for heading, parts in self.rows
         )
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         if not console.is_terminal or console.color_system is None:
             yield Text(str(self))
             return
-        for index, row in enumerate(self.rows):
+        for index, (heading, parts) in enumerate(self.rows):
             text = Text("\n" if index else "")
-            text.append(row.heading + "\n", style="dim")
-            for part, trained in row.parts:
+            text.append(heading + "\n", style="dim")
+            for part, trained in parts:
                 text.append(part, style="bold underline green" if trained else "")
             yield text
 
 
-def preview(rows: Iterable[Example] | Iterable[Encoded] | EncodedRows, tokenizer: Any, count: int = 2) -> Preview:
-    """The first ``count`` rows, decoded from their token ids, special tokens and all.
-
-    Args:
-        rows: examples (encoded here, at full length), or what ``tokens.encode`` or ``tokens.encode_all`` gave.
-        tokenizer: the tokenizer that encodes, or has encoded, them.
-        count: how many rows.
-    """
-    return Preview(tuple(_show(*row, tokenizer) for row in islice(_named(rows, tokenizer), count)))
-
-
-def _named(rows: Any, tokenizer: Any) -> Iterator[tuple[str, list[int], list[int]]]:
-    """The name, ids and labels of each row."""
-    for index, row in enumerate(rows):
-        if isinstance(rows, EncodedRows):
-            source, number = rows.origins[index]
-            yield f"{source}, row {number}", row["input_ids"], row["labels"]
-        elif isinstance(row, Example):
-            encoded = encode(row, tokenizer, None)
-            yield f"{row.source}, row {row.number}", encoded.input_ids, encoded.labels
-        else:
-            yield f"row {index + 1}", row.input_ids, row.labels
-
-
-def _show(name: str, ids: list[int], labels: list[int], tokenizer: Any) -> Shown:
-    trained = sum(label != IGNORED for label in labels)
-    return Shown(f"{name}: {len(ids)} tokens, {trained} trained", tuple(_parts(ids, labels, tokenizer)))
+def preview(rows: EncodedRows, tokenizer: Any, count: int = 2) -> Preview:
+    """The first ``count`` rows, decoded from their token ids, special tokens and all, by the tokenizer that encoded
+    them."""
+    shown = []
+    for (source, number), row in islice(zip(rows.origins, rows, strict=True), count):
+        ids, labels = row["input_ids"], row["labels"]
+        trained = sum(label != IGNORED for label in labels)
+        heading = f"{source}, row {number}: {len(ids)} tokens, {trained} trained"
+        shown.append((heading, tuple(_parts(ids, labels, tokenizer))))
+    return Preview(tuple(shown))
 
 
 def _parts(ids: Sequence[int], labels: Sequence[int], tokenizer: Any) -> Iterator[tuple[str, bool]]:

@@ -11,26 +11,13 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trimtab.data.rows import Row
 from trimtab.errors import DataError, nearest
 
 _HUB_ID = re.compile(r"(?P<name>\w[\w.-]*/[\w.-]+)(/(?P<config>[\w.-]+))?(:(?P<split>.+))?")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row as it was read, and where it stands."""
-
-    source: str
-    """The file as the user named it, or the hub id."""
-    number: int
-    """Line of a jsonl file, else row of its file (a header not counted), from 1."""
-    place: str
-    """The two for a message: ``"train.jsonl, line 7"``."""
-    value: dict[str, Any]
 
 
 def read_rows(source: str, *, root: Path) -> Iterator[Row]:

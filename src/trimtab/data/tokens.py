@@ -6,16 +6,15 @@ answer if it ends after the boundary. Tokenised apart, the space before an answe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import Dataset
 
-from trimtab.data.cache import FlatRows, cache_file, load, save
-from trimtab.data.rows import Example
+from trimtab.data.cache import Dropped, Tensors, cache_file, cached
+from trimtab.data.rows import EncodedRow, Example
 from trimtab.errors import DataError
 
 IGNORED = -100
@@ -25,22 +24,15 @@ CHUNK = 1000
 """Texts handed to the tokenizer at once: enough to keep all its threads busy."""
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """Token ids of one example and its labels, lists of the same length.
+class EncodedRows(Dataset[EncodedRow]):
+    """Encoded rows as `encode_all` makes them: a map-style dataset that holds them end to end in a few flat tensors.
 
-    ``labels[t] == input_ids[t]`` where position ``t`` is to be predicted, ``IGNORED`` elsewhere; not shifted.
-    ``labels[0]`` is always ``IGNORED``, since nothing comes before it to predict it from.
-    """
-
-    input_ids: list[int]
-    labels: list[int]
-    cut: bool = False
-    """Whether tokens were left out to keep to the limit of length."""
-
-
-class EncodedRows(Dataset[dict[str, list[int]]]):
-    """A map-style dataset of ``{"input_ids": [...], "labels": [...]}``, as ``encode_all`` makes it.
+    Args:
+        tensors: ``ids``, int32 ``[tokens]``, all rows end to end; ``trained``, bool ``[tokens]``, whether the token
+            carries loss; ``lengths``, int64 ``[rows]``; ``kept``, int64 ``[rows]``, the index of each row's example;
+            ``cut``, bool ``[rows]``, whether the row lost tokens to the limit of length.
+        dropped: index and reason for each example that has no row.
+        examples: those that were encoded.
 
     Attributes:
         lengths: tokens of each row.
@@ -49,27 +41,29 @@ class EncodedRows(Dataset[dict[str, list[int]]]):
         dropped: ``(source, number, reason)`` of each example that was left out.
     """
 
-    def __init__(self, flat: FlatRows, examples: Sequence[Example]) -> None:
-        self._ids, self._trained = flat.ids, flat.trained
-        self._starts: list[int] = (flat.lengths.cumsum(0) - flat.lengths).tolist()
-        self.lengths: list[int] = flat.lengths.tolist()
-        self.origins = [(examples[at].source, examples[at].number) for at in flat.kept.tolist()]
-        self.cut = int(flat.cut.sum())
-        self.dropped = [(examples[at].source, examples[at].number, reason) for at, reason in flat.dropped]
+    def __init__(
+        self, tensors: Mapping[str, torch.Tensor], dropped: Sequence[tuple[int, str]], examples: Sequence[Example]
+    ) -> None:
+        self._ids, self._trained, lengths = tensors["ids"], tensors["trained"], tensors["lengths"]
+        self._starts: list[int] = (lengths.cumsum(0) - lengths).tolist()
+        self.lengths: list[int] = lengths.tolist()
+        self.origins = [(examples[at].source, examples[at].number) for at in tensors["kept"].tolist()]
+        self.cut = int(tensors["cut"].sum())
+        self.dropped = [(examples[at].source, examples[at].number, reason) for at, reason in dropped]
 
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def __getitem__(self, index: int) -> dict[str, list[int]]:
+    def __getitem__(self, index: int) -> EncodedRow:
         row = slice(self._starts[index], self._starts[index] + self.lengths[index])
         ids = self._ids[row]
         return {"input_ids": ids.tolist(), "labels": torch.where(self._trained[row], ids, IGNORED).tolist()}
 
-    def __iter__(self) -> Iterator[dict[str, list[int]]]:
+    def __iter__(self) -> Iterator[EncodedRow]:
         return (self[index] for index in range(len(self)))
 
 
-def encode(example: Example, tokenizer: Any, max_length: int | None) -> Encoded:
+def encode(example: Example, tokenizer: Any, max_length: int | None) -> EncodedRow:
     """Token ids and labels of one example.
 
     A text longer than ``max_length`` tokens is cut: from the left of the prompt where there is an answer (the last
@@ -83,7 +77,7 @@ def encode(example: Example, tokenizer: Any, max_length: int | None) -> Encoded:
     result = next(_encode_each([example], tokenizer, max_length))
     if isinstance(result, str):
         raise DataError(f"{example.source}, row {example.number}: {result}.")
-    return result
+    return result[0]
 
 
 def encode_pair(prompt: str, answer: str, tokenizer: Any, *, end: bool) -> tuple[list[int], int]:
@@ -126,38 +120,41 @@ def encode_all(
         DataError: no example is left, or the tokenizer gives no offsets or has no end-of-sequence token.
     """
     _require_fast(tokenizer)
-    path = cache_file(cache, examples, tokenizer, max_length) if cache is not None else None
-    flat = load(path) if path is not None else None
-    if flat is None:
-        flat = _flatten(_encode_each(examples, tokenizer, max_length))
-        if path is not None:
-            save(flat, path)
-    rows = EncodedRows(flat, examples)
+
+    def encoded() -> tuple[Tensors, Dropped]:
+        return _flatten(_encode_each(examples, tokenizer, max_length))
+
+    flat = encoded() if cache is None else cached(cache_file(cache, examples, tokenizer, max_length), encoded)
+    rows = EncodedRows(*flat, examples)
     if not len(rows):
         listed = "; ".join(f"{source}, row {number}: {reason}" for source, number, reason in rows.dropped[:3])
         raise DataError(f"None of the {len(examples)} rows has a token to train on ({listed or 'there are no rows'}).")
     return rows
 
 
-def _encode_each(examples: Sequence[Example], tokenizer: Any, max_length: int | None) -> Iterator[Encoded | str]:
-    """Each example's encoding, or why it has none."""
+def _encode_each(
+    examples: Sequence[Example], tokenizer: Any, max_length: int | None
+) -> Iterator[tuple[EncodedRow, bool] | str]:
+    """Each example's row and whether tokens were left out to keep to the limit of length; or why it has none."""
     prefix = _prefix(tokenizer)
     end = _end_id(tokenizer) if any(example.ends for example in examples) else -1
     for start in range(0, len(examples), CHUNK):
         chunk = examples[start : start + CHUNK]
         tokens = _tokenise([example.text for example in chunk], tokenizer)
         for example, (ids, offsets) in zip(chunk, tokens, strict=True):
-            yield _encode_one(example, *_with_prefix(ids, offsets, prefix), len(prefix), end, max_length)
+            ids, offsets = _with_prefix(ids, offsets, prefix)
+            yield _encode_one(example, ids, offsets, head=len(prefix), end=end, max_length=max_length)
 
 
 def _encode_one(
     example: Example,
     ids: list[int],
     offsets: list[tuple[int, int]],
+    *,
     head: int,
     end: int,
     max_length: int | None,
-) -> Encoded | str:
+) -> tuple[EncodedRow, bool] | str:
     """Label, end and cut the tokens of one text, of which the first ``head`` are the tokenizer's own."""
     # A token that straddles a span's edge counts as inside. One whose offsets were trimmed to nothing (a lone space)
     # is placed by where it ends.
@@ -182,10 +179,10 @@ def _encode_one(
     labels[:1] = [IGNORED] * len(labels[:1])
     if all(label == IGNORED for label in labels):
         return f"max_length {max_length} leaves it no token to train on" if excess > 0 else "it is a single token"
-    return Encoded(ids, labels, excess > 0)
+    return {"input_ids": ids, "labels": labels}, excess > 0
 
 
-def _flatten(results: Iterator[Encoded | str]) -> FlatRows:
+def _flatten(results: Iterable[tuple[EncodedRow, bool] | str]) -> tuple[Tensors, Dropped]:
     ids: list[torch.Tensor] = [torch.zeros(0, dtype=torch.int32)]
     trained: list[torch.Tensor] = [torch.zeros(0, dtype=torch.bool)]
     kept: list[int] = []
@@ -195,18 +192,19 @@ def _flatten(results: Iterator[Encoded | str]) -> FlatRows:
         if isinstance(result, str):
             dropped.append((index, result))
             continue
-        ids.append(torch.tensor(result.input_ids, dtype=torch.int32))
-        trained.append(torch.tensor(result.labels) != IGNORED)
+        row, was_cut = result
+        ids.append(torch.tensor(row["input_ids"], dtype=torch.int32))
+        trained.append(torch.tensor(row["labels"]) != IGNORED)
         kept.append(index)
-        cut.append(result.cut)
-    return FlatRows(
-        ids=torch.cat(ids),
-        trained=torch.cat(trained),
-        lengths=torch.tensor([len(row) for row in ids[1:]], dtype=torch.int64),
-        kept=torch.tensor(kept, dtype=torch.int64),
-        cut=torch.tensor(cut, dtype=torch.bool),
-        dropped=dropped,
-    )
+        cut.append(was_cut)
+    tensors = {
+        "ids": torch.cat(ids),
+        "trained": torch.cat(trained),
+        "lengths": torch.tensor([len(row) for row in ids[1:]], dtype=torch.int64),
+        "kept": torch.tensor(kept, dtype=torch.int64),
+        "cut": torch.tensor(cut, dtype=torch.bool),
+    }
+    return tensors, dropped
 
 
 def _tokenise(texts: list[str], tokenizer: Any) -> list[tuple[list[int], list[tuple[int, int]]]]:

@@ -11,7 +11,8 @@ from trimtab.adapters.store import load_adapter
 from trimtab.config.read import load_config
 from trimtab.config.resolve import source_of
 from trimtab.config.run import EvaluationConfig
-from trimtab.data.rows import Example, read_examples
+from trimtab.data.forms import read_examples
+from trimtab.data.rows import Example
 from trimtab.errors import ConfigError, DataError
 from trimtab.evaluation.evaluate import evaluate, write
 from trimtab.evaluation.tasks import Task, evaluate_task, find_task
@@ -48,7 +49,7 @@ def measure(
 
     What is None is as in the run; for a model: the defaults of a run. Choices on other rows than the run's test sets:
     the run's, if these rows are answered so, else a closed set is looked for in the rows. ``form`` is a name in
-    ``trimtab.data.rows.FORMS``. With ``generate`` the model writes its answer also where the answers are a closed set.
+    ``trimtab.data.forms``. With ``generate`` the model writes its answer also where the answers are a closed set.
     With ``tasks``, named as in ``trimtab.evaluation.tasks``, ``data`` is the file of a single one or the folders that
     hold their files, and each is measured as it asks for.
 
@@ -86,7 +87,7 @@ def measure(
     source = source_of(config) if config is not None else resolve(target)
     tokenizer = load_tokenizer(source)
     form = form or (config.data.form if config is not None else "auto")
-    rows = {name: list(read_examples(path, tokenizer, root=Path.cwd(), form=form)) for name, path in sets.items()}
+    rows = {name: read_examples(path, tokenizer, root=Path.cwd(), form=form) for name, path in sets.items()}
     listener.stage(f"Loading {target}")
     if run is not None and config is not None:
         model: Any = load_run_model(run, config, adapter=not base)

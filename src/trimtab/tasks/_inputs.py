@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from trimtab.config.run import RunConfig
 from trimtab.data.choices import check_choices, infer_choices
-from trimtab.data.rows import Example, read_examples
+from trimtab.data.forms import read_examples
+from trimtab.data.rows import Example
 from trimtab.data.split import draw, split_off
 from trimtab.data.tokens import EncodedRows, encode_all
 from trimtab.errors import ConfigError
@@ -36,10 +38,11 @@ def read_inputs(config: RunConfig, tokenizer: Any, listener: Listener) -> Inputs
     """Read every file that ``config`` names. Raises DataError for a missing file, a bad row, or rows with nothing to
     train on; ConfigError for a metric that these rows do not have."""
     data = config.data
-    found = _read(data.train, tokenizer, data.form)
-    listener.note(f"{len(found)} training rows of the form '{found.form}'")
-    training = list(found)
-    tests = {name: list(_read((path,), tokenizer, data.form)) for name, path in data.test.items()}
+    read = partial(read_examples, tokenizer=tokenizer, root=Path.cwd(), form=data.form)
+    training = read(data.train)
+    form = training[0].form
+    listener.note(f"{len(training)} training rows of the form '{form}'")
+    tests = {name: read(path) for name, path in data.test.items()}
     own = all(row.choices for row in training)
     choices = _choices(config, training, own)
     if own:
@@ -59,7 +62,7 @@ def read_inputs(config: RunConfig, tokenizer: Any, listener: Listener) -> Inputs
         training, validation = split_off(training, data.validation, config.train.seed, choices)
         listener.note(f"{len(validation)} rows split off for validation, {len(training)} left to train on")
     elif data.validation is not None:
-        validation = list(_read(data.validation, tokenizer, data.form))
+        validation = read(data.validation)
         listener.note(f"{len(validation)} validation rows")
     scored = choices is not None or own
     if choices is not None:
@@ -87,11 +90,7 @@ def read_inputs(config: RunConfig, tokenizer: Any, listener: Listener) -> Inputs
         listener.note(f"left out: {len(rows.dropped) - 5} more rows")
     if rows.cut:
         listener.note(f"{rows.cut} rows were cut to data.max_length = {data.max_length} tokens")
-    return Inputs(rows, validation, tests, found.form, choices, scored)
-
-
-def _read(sources: tuple[str, ...], tokenizer: Any, form: str) -> Any:
-    return read_examples(list(sources), tokenizer, root=Path.cwd(), form=form)
+    return Inputs(rows=rows, validation=validation, tests=tests, form=form, choices=choices, scored=scored)
 
 
 def _choices(config: RunConfig, training: list[Example], own: bool) -> list[str] | None:

@@ -15,6 +15,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from trimtab.adapters.store import load_adapter, save_adapter
 from trimtab.data.batches import Collator, LengthGroupedBatches
+from trimtab.data.rows import EncodedRow
 from trimtab.data.tokens import EncodedRows
 from trimtab.errors import RunError
 from trimtab.methods import RateGroup
@@ -117,7 +118,7 @@ class AdapterTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
 
-    def _collate(self, rows: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Tensor]:
+    def _collate(self, rows: Sequence[EncodedRow]) -> dict[str, Tensor]:
         self._pace.add(sum(len(row["input_ids"]) for row in rows))
         return self._collator(rows)
 

@@ -87,10 +87,12 @@ def command(
 def _question(folder: RunFolder) -> str:
     """A prompt as a shell takes it: of the run's first test row, since the model answers to prompts of that kind; dots
     where there is none, or where ``generate`` puts what it is given into a template."""
+    from trimtab.data import forms
     from trimtab.files import read_jsonl
 
     file = next(iter(sorted((folder.path / "predictions").glob("*.after.jsonl"))), None)
-    if file is None or folder.read_summary().get("form") not in ("finlora", "completion"):
+    form = folder.read_summary().get("form")
+    if file is None or form is None or forms.find(form).has_template:
         return '"..."'
     prompt = next(iter(read_jsonl(file)))["prompt"].rstrip()
     if not prompt.replace("\n", "").isprintable():

@@ -38,7 +38,7 @@ def command(
     import torch
     from transformers import TextStreamer
 
-    from trimtab.data.rows import ALPACA_WITHOUT_INPUT
+    from trimtab.data import forms
     from trimtab.data.tokens import encode_prompt
     from trimtab.errors import DataError
     from trimtab.evaluation.generation import end_tokens
@@ -47,14 +47,9 @@ def command(
     if not text.strip():
         raise DataError("the prompt is empty: there is nothing to go on from")
     tokenizer, config = loaded.tokenizer, loaded.model.config.get_text_config()
-    form = loaded.folder.read_summary().get("form") if chat is None else None
-    if form == "alpaca":
-        text = ALPACA_WITHOUT_INPUT.format(instruction=text)
-    if chat or form == "chat":
-        if not tokenizer.chat_template:
-            raise DataError(f"{loaded.config.model.name}: the tokenizer has no chat template; use --plain")
-        messages = [{"role": "user", "content": text}]
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    form = loaded.folder.read_summary().get("form") if chat is None else "chat" if chat else None
+    if form is not None:
+        text = forms.find(form).prompt(text, tokenizer)
     ids = encode_prompt(text, tokenizer)
     room = (getattr(config, "max_position_embeddings", None) or sys.maxsize) - len(ids)
     if room < 1:

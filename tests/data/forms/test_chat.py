@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from trimtab.data.chat import Chat, follow_template, require_template
-from trimtab.data.rows import Example
+from trimtab.data.forms import find
+from trimtab.data.forms.chat import follow_template
+from trimtab.data.rows import Example, Row
 from trimtab.data.tokens import IGNORED, encode
 from trimtab.errors import DataError
 
@@ -65,8 +66,8 @@ COUNTDOWN = (
 )
 
 
-def follow(messages: list[dict[str, Any]], tokenizer: Any) -> Chat:
-    return follow_template(messages, tokenizer, "rows.jsonl, line 7")
+def follow(messages: list[dict[str, Any]], tokenizer: Any) -> Example:
+    return follow_template(messages, tokenizer, Row("rows.jsonl", 7, "rows.jsonl, line 7", {}))
 
 
 @pytest.mark.parametrize(
@@ -84,14 +85,14 @@ def follow(messages: list[dict[str, Any]], tokenizer: Any) -> Chat:
 def test_turns_are_found(make_tokenizer: Callable[..., Any], template: str, turns: list[str], ends: bool) -> None:
     tokenizer = make_tokenizer(template=template)
     chat = follow(TALK, tokenizer)
-    assert [chat.text[a:b] for a, b in chat.spans] == turns
+    assert [chat.text[a:b] for a, b in chat.trained] == turns
     assert chat.ends is ends
     assert chat.answer.lower() == "an answer"
     assert chat.text.startswith(chat.prompt + chat.answer)
     assert tokenizer.apply_chat_template(TALK, tokenize=False).rstrip() == chat.text
     # The user's turn says "an answer", too; none of its text may be trained.
-    encoded = encode(Example("a", 1, chat.text, chat.spans, chat.prompt, chat.answer, chat.ends), tokenizer, None)
-    trained = [token for token in encoded.labels if token != IGNORED]
+    encoded = encode(chat, tokenizer, None)
+    trained = [token for token in encoded["labels"] if token != IGNORED]
     assert tokenizer.decode(trained) == "".join(turns) + ("<|eos|>" if ends else "")
 
 
@@ -103,13 +104,13 @@ def test_messages_after_the_last_answer_are_left_out(make_tokenizer: Callable[..
 
 def test_content_with_outer_white_space(tokenizer: Any) -> None:
     chat = follow([TALK[0], {"role": "assistant", "content": "\n an answer \n"}], tokenizer)
-    assert [chat.text[a:b] for a, b in chat.spans] == ["\n an answer \n<|im_end|>"]
+    assert [chat.text[a:b] for a, b in chat.trained] == ["\n an answer \n<|im_end|>"]
     assert (chat.answer, chat.prompt[-2:]) == ("an answer", "\n ")
 
 
 def test_a_system_message_and_a_leading_assistant(tokenizer: Any) -> None:
     chat = follow([{"role": "system", "content": "be good"}, TALK[1], *TALK[:2]], tokenizer)
-    assert [chat.text[a:b] for a, b in chat.spans] == ["an answer<|im_end|>"] * 2
+    assert [chat.text[a:b] for a, b in chat.trained] == ["an answer<|im_end|>"] * 2
 
 
 def test_template_that_refuses(make_tokenizer: Callable[..., Any]) -> None:
@@ -151,16 +152,16 @@ def test_marks_that_mark_nothing(make_tokenizer: Callable[..., Any]) -> None:
 
 def test_no_template(make_tokenizer: Callable[..., Any]) -> None:
     with pytest.raises(DataError, match=r"^rows\.jsonl, line 1: .*has no chat template.*prompt/completion"):
-        require_template(make_tokenizer(template=None), "rows.jsonl, line 1")
+        find("chat").check(make_tokenizer(template=None), "rows.jsonl, line 1")
 
 
 def test_smollm2_template(smollm2: Any) -> None:
     chat = follow(TALK, smollm2)
     assert chat.text.startswith("<|im_start|>system\nYou are a helpful AI assistant")
-    assert [chat.text[a:b] for a, b in chat.spans] == ["an answer<|im_end|>"] * 2
+    assert [chat.text[a:b] for a, b in chat.trained] == ["an answer<|im_end|>"] * 2
     assert not chat.ends
-    encoded = encode(Example("a", 1, chat.text, chat.spans, chat.prompt, chat.answer, chat.ends), smollm2, None)
+    encoded = encode(chat, smollm2, None)
     # The tokenizer's own path gives the same ids, but for the line break after the last turn.
-    assert encoded.input_ids == smollm2.apply_chat_template(TALK, return_dict=True)["input_ids"][:-1]
-    trained = [token for token in encoded.labels if token != IGNORED]
+    assert encoded["input_ids"] == smollm2.apply_chat_template(TALK, return_dict=True)["input_ids"][:-1]
+    trained = [token for token in encoded["labels"] if token != IGNORED]
     assert smollm2.convert_ids_to_tokens(trained) == ["an", "Ġanswer", "<|im_end|>"] * 2

@@ -1,4 +1,5 @@
-"""Conversations become one text through the tokenizer's own chat template, and the assistant's turns are found in it.
+"""Conversations, ``{"messages": [{"role": ..., "content": ...}, ...]}``, become one text through the tokenizer's own
+chat template, and the assistant's turns are found in it.
 
 A template is a program, so a turn's place is found by running it on the messages before the turn and looking whether
 what comes out begins the whole text. A template that marks the assistant's part itself (``{% generation %}``) is
@@ -8,9 +9,10 @@ believed.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import Any
 
+from trimtab.data.forms import _form
+from trimtab.data.rows import Example, Row
 from trimtab.errors import DataError
 
 Messages = list[dict[str, Any]]
@@ -18,35 +20,75 @@ Messages = list[dict[str, Any]]
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
-@dataclass(frozen=True)
-class Chat:
-    """A rendered conversation; the fields are those of ``rows.Example``."""
+class Chat(_form.Form):
+    """Messages; the assistant's turns carry loss."""
 
-    text: str
-    spans: tuple[tuple[int, int], ...]
-    prompt: str
-    answer: str
-    ends: bool
+    keys = ("messages",)
+    precedence = 5
+    has_template = True
+
+    def check(self, tokenizer: Any, place: str) -> None:
+        if getattr(tokenizer, "chat_template", None) is None:
+            raise DataError(
+                f"{place}: the row is a conversation, but the tokenizer {_name(tokenizer)} has no chat template; use a "
+                "model that was tuned for chat, set tokenizer.chat_template, or turn the rows into prompt/completion."
+            )
+
+    def example(self, row: Row, tokenizer: Any) -> Example:
+        messages = row.value.get("messages")
+        if not isinstance(messages, list):
+            raise DataError(f"{row.place}: {self.expected(row, 'messages', 'a list')}")
+        turns = [_message(f"{row.place}, message {number}", said) for number, said in enumerate(messages, start=1)]
+        if not any(turn["role"] == "assistant" for turn in turns):
+            roles = ", ".join(turn["role"] for turn in turns) or "none"
+            raise DataError(
+                f"{row.place}: no message has the role 'assistant', so there is nothing to learn (roles: {roles})."
+            )
+        return follow_template(turns, tokenizer, row)
+
+    def prompt(self, text: str, tokenizer: Any) -> str:
+        if not tokenizer.chat_template:
+            raise DataError(f"{_name(tokenizer)}: the tokenizer has no chat template; use --plain")
+        messages = [{"role": "user", "content": text}]
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
 
-def require_template(tokenizer: Any, place: str) -> None:
-    """Raise DataError unless the tokenizer has a chat template."""
-    if getattr(tokenizer, "chat_template", None) is None:
-        name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+def _name(tokenizer: Any) -> str:
+    return getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+
+
+def _message(place: str, message: Any) -> dict[str, Any]:
+    """A message with its keys that are not null. Raises DataError if it is not one, or says nothing."""
+    if not isinstance(message, dict):
         raise DataError(
-            f"{place}: the row is a conversation, but the tokenizer {name} has no chat template; use a model that was "
-            "tuned for chat, set tokenizer.chat_template, or turn the rows into prompt/completion."
+            f"{place}: must be an object with 'role' and 'content', but is {type(message).__name__} "
+            f"{_form.short(message)}."
         )
+    kept = {key: value for key, value in message.items() if value is not None}
+    for key in ("role", "content"):
+        value = kept.get(key)
+        if not isinstance(value, str):
+            state = f"{type(value).__name__} {_form.short(value)}" if key in kept else "missing"
+            raise DataError(
+                f"{place}: '{key}' must be a string, but is {state}; keys found: {', '.join(message) or 'none'}."
+            )
+        _form.require_encodable(value, f"{place}: '{key}'")
+    if kept["role"] == "assistant" and not kept["content"].strip():
+        raise DataError(
+            f"{place}: the assistant's content is empty, so there is nothing to learn; remove the turn or the row."
+        )
+    return kept
 
 
-def follow_template(messages: Messages, tokenizer: Any, place: str) -> Chat:
-    """Render messages and find the assistant's turns, each with the token that ends it.
+def follow_template(messages: Messages, tokenizer: Any, row: Row) -> Example:
+    """Render the messages of ``row`` and find the assistant's turns, each with the token that ends it.
 
     Messages after the last assistant turn carry no loss and are left out, as is white space after that turn.
 
     Raises:
         DataError: the template refuses the messages, or its text cannot be traced back to them.
     """
+    place = row.place
     turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     messages = messages[: turns[-1] + 1]
     text = _render(messages, tokenizer, place)
@@ -58,7 +100,15 @@ def follow_template(messages: Messages, tokenizer: Any, place: str) -> Chat:
     text = text[:stop]
     specials = _specials(tokenizer)
     begin, answer = _locate_answer(text, start, messages[-1]["content"].strip(), specials)
-    return Chat(text, tuple(spans), text[:begin], answer, not text.endswith(specials))
+    return Example(
+        source=row.source,
+        number=row.number,
+        text=text,
+        trained=tuple(spans),
+        prompt=text[:begin],
+        answer=answer,
+        ends=not text.endswith(specials),
+    )
 
 
 def _render(messages: Messages, tokenizer: Any, place: str, *, generation: bool = False) -> str:

@@ -11,7 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from trimtab.data.rows import FORMS, Example, read_examples
+from trimtab.data import forms
+from trimtab.data.forms import read_examples
+from trimtab.data.rows import Example
 from trimtab.errors import DataError
 
 CONTEXT = "Instruction: What is the sentiment of this news?\nInput: Profit rose .\nAnswer: "
@@ -41,6 +43,7 @@ def test_finlora(jsonl: Writer, tmp_path: Path) -> None:
         prompt=CONTEXT,
         answer="neutral",
         ends=True,
+        form="finlora",
     )
 
 
@@ -112,7 +115,7 @@ def test_chat(jsonl: Writer, tmp_path: Path, tokenizer: Any) -> None:
 
 def test_text(jsonl: Writer, tmp_path: Path) -> None:
     example = one({"text": " Once upon a time.\n"}, jsonl, tmp_path)
-    assert example == Example("rows.jsonl", 1, " Once upon a time.\n", ((0, 19),), "", None, True)
+    assert example == Example("rows.jsonl", 1, " Once upon a time.\n", ((0, 19),), "", None, True, form="text")
 
 
 ROW_OF = {
@@ -126,21 +129,21 @@ ROW_OF = {
 
 
 def test_forms_are_recognised_in_order(jsonl: Writer, tmp_path: Path, tokenizer: Any) -> None:
-    assert list(FORMS) == list(ROW_OF)
+    assert sorted(forms.names(), key=lambda name: forms.find(name).precedence) == list(ROW_OF)
     merged: dict[str, Any] = {}
     for form, row in reversed(ROW_OF.items()):
         merged |= row
         for value in (row, merged):
-            assert read_examples(jsonl(value), tokenizer, root=tmp_path).form == form
-    for form in FORMS:
+            assert read_examples(jsonl(value), tokenizer, root=tmp_path)[0].form == form
+    for form in ROW_OF:
         found = read_examples(jsonl(merged), tokenizer, root=tmp_path, form=form)
-        assert found.form == form
+        assert found[0].form == form
         assert found[0].text == read_examples(jsonl(ROW_OF[form]), tokenizer, root=tmp_path)[0].text
 
 
 def test_nulls_of_a_columnar_file_count_as_missing(tmp_path: Path) -> None:
     pq.write_table(pa.table({"context": pa.nulls(1), "target": pa.nulls(1), "text": ["a"]}), tmp_path / "a.parquet")
-    assert read_examples("a.parquet", None, root=tmp_path).form == "text"
+    assert read_examples("a.parquet", None, root=tmp_path)[0].form == "text"
 
 
 def test_chat_from_parquet(tmp_path: Path, tokenizer: Any) -> None:
@@ -162,16 +165,6 @@ def test_several_files_keep_their_own_numbers(jsonl: Writer, tmp_path: Path) -> 
         ("sub/a.jsonl", 1, "a"),
         ("sub/a.jsonl", 2, "b"),
     ]
-
-
-def test_examples_behave_as_a_sequence(jsonl: Writer, tmp_path: Path) -> None:
-    examples = read_examples(jsonl(*({"text": letter} for letter in "abcd")), None, root=tmp_path)
-    assert len(examples) == 4
-    assert [row.text for row in examples[1:3]] == ["b", "c"]
-    assert examples[1:3].form == "text"
-    assert examples[-1].text == "d"
-    with pytest.raises(AttributeError):
-        examples.form = "chat"  # type: ignore[misc]
 
 
 GOOD = {"context": "Q: ", "target": "a"}

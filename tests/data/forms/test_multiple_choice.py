@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from trimtab.data.multiple_choice import read_question
-from trimtab.data.rows import read_examples
+from trimtab.data.forms import read_examples
+from trimtab.data.forms.multiple_choice import read_question
 from trimtab.errors import DataError
 
 Writer = Callable[..., str]
@@ -71,9 +71,9 @@ def test_equal_choices_are_one() -> None:
 
 def test_the_form_of_llm_adapters_must_be_named(jsonl: Writer, tmp_path: Path) -> None:
     row = jsonl(spelled_out("red", "green"))
-    assert read_examples(row, None, root=tmp_path).form == "alpaca"
+    assert read_examples(row, None, root=tmp_path)[0].form == "alpaca"
     assert read_examples(row, None, root=tmp_path)[0].choices == ()
-    assert read_examples(jsonl(ROW), None, root=tmp_path).form == "multiple_choice"
+    assert read_examples(jsonl(ROW), None, root=tmp_path)[0].form == "multiple_choice"
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_what_is_wrong_is_said_with_its_row(row: dict[str, Any], reason: str, js
 
 @pytest.mark.parametrize(("name", "rows", "choices"), [("ARC-Easy", 2376, 9501), ("openbookqa", 500, 2000)])
 def test_the_real_sets_are_read_whole(name: str, rows: int, choices: int) -> None:
-    folder = Path(__file__).parents[3] / "shared" / "data" / "commonsense" / name
+    folder = Path(__file__).parents[4] / "shared" / "data" / "commonsense" / name
     if not folder.is_dir():
         pytest.skip(f"needs {name} in ../shared")
     found = read_examples("test.json", None, root=folder, form="multiple_choice")

@@ -3,7 +3,7 @@
 Two spellings are read. The hub's: ``question``, ``choices`` and ``answer`` or ``answerKey``, where the choices are a
 list of texts, or ``{"text": [...], "label": [...]}`` as in ARC. And that of LLM-Adapters' commonsense sets
 (arXiv 2304.01933), whose choices stand in the ``instruction`` ("Answer1: ... Answer2: ...") and whose ``answer`` is the
-name of one ("answer2").
+name of one ("answer2"). By their keys these rows are ``alpaca``, so this form must be named for them.
 
 The model reads the question alone and is to write the answer's text; each choice is then scored as that text. (Small
 models answer such questions far better than they find the name of an answer.)
@@ -13,7 +13,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
+
+from trimtab.data.forms import _form
+from trimtab.data.rows import Example, Row
+from trimtab.errors import DataError
 
 PROMPT = "Question: {question}\nAnswer:"
 """What stands before an answer; the form in which such sets are commonly evaluated."""
@@ -22,6 +27,23 @@ _INSTRUCTION = re.compile(
     r"(?s)Please choose the correct \w+ [^:]*: (?P<question>.*?)\n\n(?P<choices>(?P<word>[A-Z][a-z]+)1: .*?)"
     r"\n\nAnswer format: .*"
 )
+
+
+class MultipleChoice(_form.Form):
+    """A question, the choices, and which of them is right."""
+
+    keys = ("question", "choices")
+    precedence = 4
+
+    def example(self, row: Row, tokenizer: Any) -> Example:
+        try:
+            asked = read_question(row.value)
+        except ValueError as error:
+            raise DataError(f"{row.place}: {error} (keys found: {_form.keys_of(row)}).") from None
+        for text in (asked.question, *asked.choices):
+            _form.require_encodable(text, row.place)
+        pair = _form.pair(row, PROMPT.format(question=asked.question), f" {asked.answer}")
+        return replace(pair, choices=asked.choices)
 
 
 class Question(NamedTuple):

@@ -1,0 +1,18 @@
+"""Rows ``{"prompt": ..., "completion": ...}``. The model reads the prompt as it stands."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trimtab.data.forms import _form
+from trimtab.data.rows import Example, Row
+
+
+class Completion(_form.Form):
+    """A prompt and what is to be written after it."""
+
+    keys = ("prompt", "completion")
+    precedence = 2
+
+    def example(self, row: Row, tokenizer: Any) -> Example:
+        return _form.pair(row, self.text(row, "prompt"), self.text(row, "completion", filled=True))
