@@ -31,8 +31,8 @@ def reference(model: Any, tokenizer: Any, rows: list[Example]) -> tuple[float, i
     for row in rows:
         encoded = encode(row, tokenizer, None)
         with torch.no_grad():
-            nats = exact(torch.tensor([encoded.input_ids])).logits[0].log_softmax(-1)
-        for at, label in enumerate(encoded.labels):
+            nats = exact(torch.tensor([encoded["input_ids"]])).logits[0].log_softmax(-1)
+        for at, label in enumerate(encoded["labels"]):
             if label != -100:
                 total, tokens = total - float(nats[at - 1, label]), tokens + 1
     return total, tokens
