@@ -1,10 +1,9 @@
-"""Hugging Face model folders: read, written, and refused."""
+"""Hugging Face model folders: read, and refused."""
 
 from __future__ import annotations
 
 import json
 import pickle
-import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -26,7 +23,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from trimtab.errors import ModelError
-from trimtab.models.load import empty_model, load_config_only, load_model, load_tokenizer, save_model_folder
+from trimtab.models.load import empty_model, load_config_only, load_model, load_tokenizer
 from trimtab.models.locate import Source, resolve
 
 SIZES: dict[str, Any] = {
@@ -68,9 +65,6 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def source_of(path: Path) -> Source:
     return resolve(str(path))
-
-
-# Reading
 
 
 def test_a_model_is_loaded_in_the_asked_type(folder: Path) -> None:
@@ -239,80 +233,3 @@ def test_a_hub_that_is_out_of_reach(load: Callable[[Source], object]) -> None:
     source = Source("smollm2-135m", "hub", "HuggingFaceTB/no-such-model", advice="Do: pip install x")
     with pytest.raises(ModelError, match=r"HuggingFaceTB/no-such-model\. .*connect.* Do: pip install x"):
         load(source)
-
-
-# Writing
-
-
-def test_a_written_folder_loads_without_trimtab(tmp_path: Path) -> None:
-    model, tokenizer = tiny_model(), tiny_tokenizer(eos_token="<end>")
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    model.generation_config.max_new_tokens = 7
-    save_model_folder(model, tokenizer, tmp_path / "a" / "out")
-    out = tmp_path / "a" / "out"
-
-    again = AutoModelForCausalLM.from_pretrained(out)
-    assert again.generation_config.max_new_tokens == 7
-    for (name, expected), (other, actual) in zip(model.state_dict().items(), again.state_dict().items(), strict=True):
-        assert name == other
-        assert torch.equal(expected, actual), name
-    read = AutoTokenizer.from_pretrained(out)
-    assert read("abc")["input_ids"] == tokenizer("abc")["input_ids"]
-    assert read.chat_template == tokenizer.chat_template
-    assert [path.name for path in (tmp_path / "a").iterdir()] == ["out"]  # nothing temporary stays
-
-
-def test_written_files_are_as_readable_as_others(tmp_path: Path) -> None:
-    (tmp_path / "plain").write_text("")
-    save_model_folder(tiny_model(), tiny_tokenizer(eos_token="<end>"), tmp_path / "out")
-    expected = stat.S_IMODE((tmp_path / "plain").stat().st_mode)
-    assert {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "out").iterdir()} == {expected}
-
-
-def test_an_empty_folder_is_written_into(tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    save_model_folder(tiny_model(), tiny_tokenizer(eos_token="<end>"), tmp_path / "out")
-    assert (tmp_path / "out" / "model.safetensors").is_file()
-
-
-def test_a_folder_that_holds_something_is_refused(folder: Path) -> None:
-    before = (folder / "model.safetensors").read_bytes()
-    with pytest.raises(ModelError, match="not empty"):
-        save_model_folder(tiny_model(), tiny_tokenizer(eos_token="<end>"), folder)
-    assert (folder / "model.safetensors").read_bytes() == before
-
-
-def test_a_model_folder_is_replaced_as_a_whole_if_allowed(folder: Path) -> None:
-    (folder / "model-00001-of-00002.safetensors").write_text("of the old model")
-    save_model_folder(tiny_model(hidden_size=32), tiny_tokenizer(eos_token="<end>"), folder, overwrite=True)
-    assert load_model(source_of(folder)).config.hidden_size == 32
-    assert not (folder / "model-00001-of-00002.safetensors").exists()
-
-
-def test_a_folder_of_other_things_is_never_replaced(tmp_path: Path) -> None:
-    (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(ModelError, match="something other than a model"):
-        save_model_folder(tiny_model(), tiny_tokenizer(eos_token="<end>"), tmp_path, overwrite=True)
-    assert (tmp_path / "thesis.tex").is_file()
-
-
-def test_a_file_is_not_a_folder(tmp_path: Path) -> None:
-    (tmp_path / "out").write_text("")
-    with pytest.raises(ModelError, match="found a file"):
-        save_model_folder(tiny_model(), tiny_tokenizer(eos_token="<end>"), tmp_path / "out")
-
-
-def test_a_write_that_fails_leaves_nothing_and_keeps_what_was_there(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before = (folder / "model.safetensors").read_bytes()
-    model, tokenizer = tiny_model(), tiny_tokenizer(eos_token="<end>")
-
-    def fail(path: Path) -> None:
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(tokenizer, "save_pretrained", fail)
-    with pytest.raises(ModelError, match="No space left on device"):
-        save_model_folder(model, tokenizer, folder, overwrite=True)
-    assert (folder / "model.safetensors").read_bytes() == before
-    assert [path.name for path in folder.parent.iterdir()] == [folder.name]

@@ -13,7 +13,8 @@ from torch import nn
 import trimtab
 from trimtab import bases
 from trimtab.errors import ModelError
-from trimtab.models.load import load_model, save_model_folder
+from trimtab.export import merged
+from trimtab.models.load import load_model
 from trimtab.models.locate import resolve
 
 KINDS = ["int8", "nf4"]
@@ -118,7 +119,7 @@ def test_a_requantised_model_is_written_and_read_again(
     trimtab.attach(model, trimtab.Rule(match="*.q_proj", method="lora", rank=2))
     report = trimtab.merge(model, onto="requantised")
     assert 0 <= report.rounding < 0.2
-    save_model_folder(model, model_tokenizer, tmp_path / "merged")
+    merged.write(model, model_tokenizer, tmp_path / "merged")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", device_map={"": "cpu"})
     for mine, foreign in zip(model.modules(), again.modules(), strict=True):
         one, two = bases.find(mine), bases.find(foreign)

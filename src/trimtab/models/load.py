@@ -1,4 +1,4 @@
-"""Hugging Face model folders (``config.json``, ``*.safetensors``, a tokenizer), read and written.
+"""Hugging Face model folders (``config.json``, ``*.safetensors``, a tokenizer), read.
 
     source = resolve("smollm2-135m")
     tokenizer = load_tokenizer(source)
@@ -27,7 +27,6 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from trimtab.errors import ModelError
-from trimtab.files import write_folder
 from trimtab.models.gguf import dequantised_folder, gguf_config
 from trimtab.models.locate import Source
 
@@ -141,46 +140,6 @@ def weights_folder(source: Source) -> Path:
     return folder
 
 
-def check_target(out: Path | str, *, overwrite: bool = False) -> Path:
-    """The absolute path of ``out``, if a model folder may be written there; asked before a long computation, too.
-
-    Raises:
-        ModelError: ``out`` is a file, or a folder that holds something and may not be replaced.
-    """
-    target = Path(out).absolute()
-    if target.exists() and not target.is_dir():
-        raise ModelError(f"{target}: expected a folder to write the model to, found a file.")
-    if target.is_dir() and any(target.iterdir()):
-        if not overwrite:
-            raise ModelError(f"{target}: not empty. Name a new folder, or allow it to be replaced (--overwrite).")
-        if not (target / "config.json").is_file():
-            raise ModelError(f"{target}: holds something other than a model, so it is not overwritten.")
-    return target
-
-
-def save_model_folder(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path | str, *, overwrite: bool = False
-) -> None:
-    """Write a folder that transformers loads without trimtab: weights, tokenizer, config, generation config.
-
-    The folder appears whole or not at all. With ``overwrite`` it replaces a model folder, and nothing else.
-
-    Raises:
-        ModelError: ``out`` is a file, or a folder that holds something; or it cannot be written.
-    """
-    target = check_target(out, overwrite=overwrite)
-
-    def fill(folder: Path) -> None:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-
-    try:
-        with _quiet():
-            write_folder(target, fill, replace=True)
-    except OSError as error:
-        raise ModelError(f"{target}: cannot be written ({error}).") from error
-
-
 def _location(source: Source) -> str:
     """The folder or hub id to read from; makes the folder of a GGUF file if need be."""
     if source.kind != "gguf":
@@ -213,7 +172,7 @@ def _check_weights(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Keep transformers' bars and notices off the terminal, which belongs to the command line; errors still raise."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
@@ -230,7 +189,7 @@ def _quiet() -> Iterator[None]:
 def _loading(source: Source, what: str) -> Iterator[None]:
     """Turn what transformers raises for ``source`` into a ModelError that says what to do."""
     try:
-        with _quiet():
+        with quiet_transformers():
             yield
     except ModelError:
         raise

@@ -48,6 +48,7 @@ def all_formats() -> tuple[AdapterFormat, ...]:
     for file in pkgutil.iter_modules(__path__):
         if not file.name.startswith("_"):
             module = importlib.import_module(f"{__name__}.{file.name}")
-            assert isinstance(module, AdapterFormat), f"{module.__name__} lacks a member of AdapterFormat"
+            if not isinstance(module, AdapterFormat):
+                raise TypeError(f"{module.__name__}: lacks a member of AdapterFormat")
             listed.append(module)
     return tuple(sorted(listed, key=lambda one: one.PREFERENCE))

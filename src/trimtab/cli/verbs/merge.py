@@ -45,9 +45,9 @@ def command(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model folder that is there.")] = False,
 ) -> None:
     """Fold the adapter of a run into its model and write an ordinary Hugging Face folder."""
-    from trimtab.models.load import check_target, save_model_folder
+    from trimtab.export import merged
 
-    check_target(out, overwrite=overwrite)
+    merged.check_target(out, overwrite=overwrite)
 
     from trimtab.errors import RunError
     from trimtab.evaluation.agreement import agreement, probe
@@ -65,7 +65,7 @@ def command(
         loaded = load_run(run, dtype=wanted, quantised=False)
     report = merge(loaded.model, "requantised" if onto is Onto.requantised else "dequantised")
     difference = agreement(before, probe(loaded.model))
-    save_model_folder(loaded.model, loaded.tokenizer, out, overwrite=overwrite)
+    merged.write(loaded.model, loaded.tokenizer, out, overwrite=overwrite)
     typer.echo(f"merged {len(report.modules)} modules into {out}")
     stored = str(loaded.model.dtype).removeprefix("torch.")
     if quantisation != "none":
