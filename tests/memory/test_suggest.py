@@ -12,9 +12,9 @@ import pytest
 from trimtab.config.read import load_config
 from trimtab.config.run import RunConfig
 from trimtab.errors import ModelError
+from trimtab.machine import GIB
 from trimtab.memory import estimate
-from trimtab.memory.estimate import RowSizes, RunMemory, estimate_run
-from trimtab.memory.room import GIB, MemoryEstimate
+from trimtab.memory.estimate import MemoryEstimate, RowSizes, RunMemory, estimate_run
 from trimtab.memory.suggest import check_run, describe_memory, suggest
 from trimtab.memory.trace import Trace
 
@@ -46,6 +46,13 @@ def fake(config: RunConfig, sizes: RowSizes) -> RunMemory:
     size //= 2 if config.train.precision == "bfloat16" else 1
     size //= {"none": 1, "int8": 2, "nf4": 4}[config.quantisation]
     return RunMemory((MemoryEstimate(size),))
+
+
+def test_what_is_needed_leaves_out_what_is_there_or_goes_back() -> None:
+    size = MemoryEstimate(GIB, activations=GIB // 2, files=GIB, process=GIB, moment="training")
+    assert size.total == 3.5 * GIB
+    assert size.needed == 1.5 * GIB  # pages of files go back, and the process is there already
+    assert size.told == "weights 1.00, activations 0.50"
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,16 @@ from trimtab.errors import ModelError
 from trimtab.export import merged
 from trimtab.models.load import load_model
 from trimtab.models.locate import resolve
+from trimtab.models.quantise import stored_bytes
 
 KINDS = ["int8", "nf4"]
 # In bitsandbytes 0.50 a row of a 4-bit weight must be whole blocks of 64, or its own product is wrong.
 SIZES = {"hidden_size": 64, "intermediate_size": 128}
+
+
+@pytest.mark.parametrize(("kind", "size"), [("int8", 1 + 4 / 4096), ("nf4", 0.5 + 1 / 64 + 4 / 64 / 256)])
+def test_stored_bytes_of_a_weight(kind: str, size: float) -> None:
+    assert 0 <= stored_bytes((4096, 4096), kind) - size * 4096**2 <= 2048  # the tables of nf4
 
 
 @pytest.fixture

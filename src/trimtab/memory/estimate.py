@@ -1,9 +1,9 @@
-"""The memory of a run, estimated before anything of it is loaded, and what would make it less."""
+"""The memory of a run, estimated before anything of it is loaded."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import psutil
@@ -13,7 +13,7 @@ from trimtab.config.resolve import model_dtype_of, plan_of, source_of
 from trimtab.config.run import RunConfig
 from trimtab.data.tokens import IGNORED
 from trimtab.evaluation.batching import TOKENS
-from trimtab.memory.room import MemoryEstimate
+from trimtab.machine import GIB
 from trimtab.memory.trace import Batch, Trace
 from trimtab.models.load import empty_model, load_config_only
 from trimtab.surgery.attach import attach
@@ -26,6 +26,52 @@ HOLES, SHARE = 350 * 2**20, 0.2
 """glibc's free memory between tensors while a model runs: so much (of a small model, no more than it has weights), and
 this share of the activations. Fitted to the runs of ``benchmarks/memory.py``. Giving freed memory back at once avoids
 it, and made a step take nearly half as long again."""
+
+
+OTHERS = ("files", "process")
+"""Parts of an estimate that are no room to be found: given back on demand, or held already."""
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes by what they are for, at the moment when their sum is largest."""
+
+    weights: int
+    adapters: int = 0
+    gradients: int = 0
+    optimiser: int = 0
+    activations: int = 0
+    """What is kept for the backward pass, and the temporary tensors of that moment."""
+    fragmentation: int = 0
+    """What the allocator holds free between tensors, where the next one does not fit."""
+    files: int = 0
+    """Pages of weight files from which a model is being converted. They count as the process's memory, but the system
+    takes them back where it needs them."""
+    process: int = 0
+    """What the process holds besides tensors: Python, libraries, tokenizer, rows."""
+    moment: str = "loading"
+    """When that is: ``loading``, ``evaluating`` or ``training``."""
+
+    @property
+    def total(self) -> int:
+        """All of it, in bytes: the largest resident memory that the process will have."""
+        return self.needed + self.files + self.process
+
+    @property
+    def needed(self) -> int:
+        """What the process will need beyond what it holds already, in bytes."""
+        tensors = self.weights + self.adapters + self.gradients + self.optimiser + self.activations
+        return tensors + self.fragmentation
+
+    def parts(self) -> dict[str, int]:
+        """Bytes by name, without the parts that are nothing."""
+        named = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "moment"}
+        return {name: size for name, size in named.items() if size}
+
+    @property
+    def told(self) -> str:
+        """What is needed, in words: ``weights 0.25, activations 0.73`` (GiB)."""
+        return ", ".join(f"{name} {size / GIB:.2f}" for name, size in self.parts().items() if name not in OTHERS)
 
 
 @dataclass(frozen=True)

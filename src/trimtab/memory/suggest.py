@@ -11,9 +11,8 @@ from trimtab import methods
 from trimtab.config.resolve import precision_of, source_of
 from trimtab.config.run import RunConfig
 from trimtab.errors import TrimtabError
-from trimtab.machine import device
+from trimtab.machine import GIB, available_memory, check_fits, device
 from trimtab.memory.estimate import RowSizes, RunMemory, estimate_run
-from trimtab.memory.room import GIB, available_memory, check_fits
 from trimtab.models.gguf import is_dequantised
 from trimtab.models.load import load_tokenizer
 from trimtab.runs.events import Listener
@@ -44,10 +43,10 @@ class Suggestion:
 
 def check_run(config: RunConfig, sizes: RowSizes) -> None:
     """Raise ModelError, with what would help, if a run needs more memory than the machine has free."""
-    found = estimate_run(config, sizes).hardest
-    if found.needed > available_memory(device()):
-        advice = [str(suggestion) for suggestion in suggest(config, sizes)]
-        check_fits(found, f"Training {config.model.name}", device(), advice or ["a smaller model"])
+    estimate = estimate_run(config, sizes).hardest
+    if estimate.needed > available_memory(device()):
+        advice = [str(suggestion) for suggestion in suggest(config, sizes)] or ["a smaller model"]
+        check_fits(f"Training {config.model.name}", estimate.needed, device(), parts=estimate.told, advice=advice)
 
 
 def suggest(config: RunConfig, sizes: RowSizes) -> list[Suggestion]:

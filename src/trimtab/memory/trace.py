@@ -20,13 +20,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import masking_utils
 
-from trimtab import bases
-from trimtab.memory.room import stored_bytes
 from trimtab.memory.tracker import OTHER, Label, Ledger
-from trimtab.surgery.adapted import Adapted
-from trimtab.surgery.plan import output_heads
+from trimtab.models.quantise import stored_sizes
+from trimtab.surgery.adapted import Adapted, block_lists
 from trimtab.tasks import Head
-from trimtab.training.compiling import block_lists
 
 Bytes = Mapping[str, int]
 """Bytes by what they are for: weights, adapters, gradients, optimiser, activations."""
@@ -73,8 +70,8 @@ class Trace:
 
     def __init__(self, model: Any, *, quantisation: str = "none") -> None:
         self._model = model
-        self._packed = _linear_weights(model) if quantisation != "none" else {}
-        self._quantisation = quantisation
+        self._packed = stored_sizes(model, quantisation)
+        self._unpacked = max((weight.nbytes for weight in model.parameters() if id(weight) in self._packed), default=0)
         self.standing = self._standing()
         self._copies = _shorten(model)
         self._blocks = [block for blocks in block_lists(model) for block in blocks]
@@ -97,14 +94,9 @@ class Trace:
     def _standing(self) -> Bytes:
         parameters = list(self._model.parameters())
         trained = sum(parameter.nbytes for parameter in parameters if parameter.requires_grad)
-        weights = sum(self._stored(parameter) for parameter in parameters if not parameter.requires_grad)
+        frozen = [parameter for parameter in parameters if not parameter.requires_grad]
+        weights = sum(self._packed.get(id(parameter), parameter.nbytes) for parameter in frozen)
         return {"weights": weights, "adapters": trained, "gradients": trained, "optimiser": 2 * trained}
-
-    def _stored(self, tensor: Tensor) -> int:
-        """Bytes of a weight of the model on the meta device, as it is stored."""
-        if id(tensor) in self._packed:
-            return stored_bytes(tensor.shape, tensor.dtype, self._quantisation)
-        return tensor.nbytes
 
     def run(
         self,
@@ -182,7 +174,7 @@ class Trace:
                             if old.requires_grad:
                                 trained[parameter] = block
                         if id(old) in self._packed:
-                            self._ledger.resize(new, self._stored(old))
+                            self._ledger.resize(new, self._packed[id(old)])
                         done[id(old)] = (old, new)
                     table[name] = done[id(old)][1]
         return trained
@@ -260,7 +252,7 @@ class Trace:
         self._ledger.within(None)
         peaks = (self._whole(done, stretch) for stretch in done.stretches)
         highest = max(peaks, key=lambda found: sum(found.values()))
-        highest[OTHER] += max(self._packed.values(), default=0)  # one weight at a time is dequantised for a product
+        highest[OTHER] += self._unpacked  # one weight at a time is dequantised for a product
         return highest
 
     def _whole(self, done: _Pass, stretch: _Stretch) -> Counter[str]:
@@ -323,10 +315,3 @@ def _shorten(model: nn.Module) -> list[int]:
         del blocks[:]
         blocks.extend(kept)
     return counts
-
-
-def _linear_weights(model: nn.Module) -> dict[int, int]:
-    """The weights, by id, that quantisation packs, and their bytes before: linear layers other than the head."""
-    heads = output_heads(model)
-    handles = [bases.find(module) for module in model.modules() if id(module) not in heads]
-    return {id(handle.parameter): handle.parameter.nbytes for handle in handles if handle is not None}

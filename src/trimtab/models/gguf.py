@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 
 from trimtab.errors import ModelError
 from trimtab.files import write_folder
-from trimtab.memory.room import GIB, MemoryEstimate, check_fits
+from trimtab.machine import GIB, check_fits
 
 # A dequantised value is a 4 to 8 bit number times a 16 bit scale, plus an offset. bfloat16 rounds that: SmolLM2-135M's
 # Q4_1 file by 0.14 % of the weights' norm (float16: 0.02 %). float32 is exact for every type of block, and costs 540 MB
@@ -118,7 +118,7 @@ def _reading(file: Path) -> Iterator[None]:
 
 def _dequantised(file: Path, reader: GGUFReader) -> Any:
     size = sum(int(tensor.n_elements) for tensor in reader.tensors) * DTYPE.itemsize
-    check_fits(MemoryEstimate(weights=size), f"Dequantising {file.name}")
+    check_fits(f"Dequantising {file.name}", size)
     free = shutil.disk_usage(next(parent for parent in _cached(file).parents if parent.exists())).free
     if size > free:
         raise ModelError(

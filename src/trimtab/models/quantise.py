@@ -7,6 +7,7 @@ Every linear layer but the output head; embeddings, norms and biases stay as the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,36 @@ def quantise_model(model: PreTrainedModel, kind: str, dtype: torch.dtype, folder
     _narrow(model, dtype)
     config: Any = model.config
     config.quantization_config = _described(kind, dtype, left)
+
+
+def stored_sizes(model: nn.Module, kind: str) -> dict[int, int]:
+    """Bytes of each weight that `quantise_model` would pack as ``kind``, once it is; by the parameter's id."""
+    if kind == "none":
+        return {}
+    heads = output_heads(model)
+    handles = [bases.find(module) for module in model.modules() if id(module) not in heads]
+    weights = [handle.parameter for handle in handles if handle is not None]
+    return {id(weight): stored_bytes(weight.shape, kind) for weight in weights}
+
+
+def weight_bytes(model: nn.Module, kind: str = "none") -> int:
+    """Bytes of all weights of ``model``, which may be on the meta device, once it is quantised as ``kind``."""
+    packed = stored_sizes(model, kind)
+    return sum(packed.get(id(parameter), parameter.nbytes) for parameter in model.parameters())
+
+
+def stored_bytes(shape: Sequence[int], kind: str) -> int:
+    """Bytes of the weight of a linear layer, packed as ``kind``.
+
+    ``int8``: a byte for each number, and a float32 scale for each row. ``nf4``: half a byte for each, a byte of scale
+    for each 64, and for each 256 of these scales a float32 (double quantisation); then its two tables and an offset.
+    """
+    count = shape[0] * shape[1]
+    blocks = -(-count // 64)
+    return {
+        "int8": count + 4 * shape[0],
+        "nf4": -(-count // 2) + blocks + 4 * -(-blocks // 256) + 4 * (16 + 256 + 1),
+    }[kind]
 
 
 def _map_anew(parameter: nn.Parameter, stored: Weights, name: str) -> None:

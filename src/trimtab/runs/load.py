@@ -12,13 +12,12 @@ from trimtab.config.read import load_config
 from trimtab.config.run import RunConfig
 from trimtab.errors import RunError
 from trimtab.adapters.store import load_adapter
-from trimtab.memory.room import MemoryEstimate, check_fits
 from trimtab.models.load import empty_model, load_model, load_tokenizer
 from trimtab.models.locate import Source
+from trimtab.models.quantise import weight_bytes
 from trimtab.runs.folder import RunFolder
-from trimtab.machine import device
+from trimtab.machine import check_fits, device
 from trimtab.config.resolve import precision_of, source_of
-from trimtab.memory.trace import Trace
 
 
 @dataclass(frozen=True)
@@ -43,8 +42,7 @@ def load_fitting(source: Source, dtype: str, attention: str = "auto", quantisati
     """
     kind: torch.dtype = getattr(torch, dtype)
     bare = empty_model(source, kind, attention).requires_grad_(False)
-    weights = Trace(bare, quantisation=quantisation).standing["weights"]
-    check_fits(MemoryEstimate(weights), f"Loading {source.name} in {dtype}", device())
+    check_fits(f"Loading {source.name} in {dtype}", weight_bytes(bare, quantisation), device())
     return load_model(source, kind, attention, quantisation)
 
 

@@ -111,6 +111,15 @@ def bare(module: nn.Module) -> nn.Module:
     return module.base if isinstance(module, Adapted) else module
 
 
+def block_lists(model: nn.Module) -> Iterator[nn.ModuleList]:
+    """The lists of repeated blocks of ``model``: those of children of one kind, the outermost of each place."""
+    for module in model.children():
+        if isinstance(module, nn.ModuleList) and len({type(bare(child)) for child in module}) == 1:
+            yield module
+        else:
+            yield from block_lists(module)
+
+
 def bare_modules(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Every module under each name that it has in the bare model; an adapted one stands for the module it adapts.
 

@@ -20,7 +20,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from trimtab.ops.cost import expected
 from trimtab.runs.events import Listener
-from trimtab.surgery.adapted import Adapted, bare
+from trimtab.surgery.adapted import Adapted, block_lists
 from trimtab.training.throughput import Lap, Pace
 
 COMPILE_SECONDS = 90.0
@@ -37,15 +37,6 @@ SETTINGS = {
     "specialize_float": True,  # sizes vary from batch to batch, constants do not: unknown, they cannot be compiled
     "recompile_limit": 32,  # the first block, whose input wants no gradient, is another graph; so is each kind of block
 }
-
-
-def block_lists(model: nn.Module) -> Iterator[nn.ModuleList]:
-    """The lists of repeated blocks of ``model``: those of children of one kind, the outermost of each place."""
-    for module in model.children():
-        if isinstance(module, nn.ModuleList) and len({type(bare(child)) for child in module}) == 1:
-            yield module
-        else:
-            yield from block_lists(module)
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
