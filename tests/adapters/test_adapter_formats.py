@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -19,7 +18,7 @@ from trimtab.surgery.adapted import adapted_modules
 Make = Callable[..., Any]
 
 
-@pytest.mark.parametrize("kept", all_formats(), ids=lambda one: one.FILES[0])
+@pytest.mark.parametrize("kept", all_formats(), ids=lambda one: one.files[0])
 @pytest.mark.parametrize("plan", PLANS)
 def test_a_format_reads_back_what_it_can_express(
     kept: AdapterFormat, plan: str, tiny_llama: Make, tmp_path: Path
@@ -30,7 +29,7 @@ def test_a_format_reads_back_what_it_can_express(
         assert kept is not all_formats()[-1]  # the last one takes what the others do not
         return
     kept.save(model, adapted, tmp_path)
-    assert {file.name for file in tmp_path.iterdir()} == set(kept.FILES)
+    assert {file.name for file in tmp_path.iterdir()} == set(kept.files)
     stored = kept.load(tmp_path)
     assert stored.keys() == adapted.keys()
     for name, module in adapted.items():
@@ -43,9 +42,9 @@ def test_a_format_reads_back_what_it_can_express(
 
 
 def test_no_two_formats_share_a_file_or_a_preference() -> None:
-    files = [name for one in all_formats() for name in one.FILES]
+    files = [name for one in all_formats() for name in one.files]
     assert len(set(files)) == len(files)
-    assert len({one.PREFERENCE for one in all_formats()}) == len(all_formats())
+    assert len({one.preference for one in all_formats()}) == len(all_formats())
 
 
 def test_a_format_in_the_folder_is_saved_in_loaded_from_and_tidied_away(
@@ -54,38 +53,34 @@ def test_a_format_in_the_folder_is_saved_in_loaded_from_and_tidied_away(
     """``store`` is given one format more, as a file in the folder would give it, and treats it as any other."""
     native = all_formats()[-1]
 
-    class Wrapped(ModuleType):
+    class Wrapped(AdapterFormat):
         """Our own format under other names, for adapters on a single module."""
 
-        FILES = ("third.json", "third.safetensors")
-        LABEL = "a third program"
-        PREFERENCE = -1
+        files = ("third.json", "third.safetensors")
+        label = "a third program"
+        preference = -1
 
-        @staticmethod
-        def can_express(model: Any, adapted: dict[str, Any]) -> bool:
+        def can_express(self, model: Any, adapted: dict[str, Any]) -> bool:
             return len(adapted) == 1
 
-        @staticmethod
-        def save(model: Any, adapted: dict[str, Any], folder: Path) -> None:
+        def save(self, model: Any, adapted: dict[str, Any], folder: Path) -> None:
             native.save(model, adapted, folder)
-            for theirs, ours in zip(Wrapped.FILES, native.FILES, strict=True):
+            for theirs, ours in zip(Wrapped.files, native.files, strict=True):
                 (folder / ours).rename(folder / theirs)
 
-        @staticmethod
-        def load(folder: Path) -> Any:
+        def load(self, folder: Path) -> Any:
             copy = tmp_path / "copy"
             copy.mkdir()
-            for theirs, ours in zip(Wrapped.FILES, native.FILES, strict=True):
+            for theirs, ours in zip(Wrapped.files, native.files, strict=True):
                 (copy / ours).write_bytes((folder / theirs).read_bytes())
             return native.load(copy)
 
-    third = Wrapped("third")
-    assert isinstance(third, AdapterFormat)
+    third = Wrapped()
     monkeypatch.setattr(store, "all_formats", lambda: (third, *formats.all_formats()))
     one = trained(tiny_llama(), trimtab.Rule(match="*.layers.0.self_attn.q_proj", method="lora", rank=2))
     folder = tmp_path / "adapter"
     trimtab.save_adapter(one, folder)
-    assert {file.name for file in folder.iterdir()} == set(Wrapped.FILES)
+    assert {file.name for file in folder.iterdir()} == set(Wrapped.files)
     other = tiny_llama()
     trimtab.load_adapter(other, folder)
     for (name, value), (twin, copy) in zip(
@@ -94,15 +89,8 @@ def test_a_format_in_the_folder_is_saved_in_loaded_from_and_tidied_away(
         assert name == twin
         assert torch.equal(value, copy)
     trimtab.save_adapter(trained(tiny_llama(), *PLANS["mora"]), folder)
-    assert {file.name for file in folder.iterdir()} == set(native.FILES)
+    assert {file.name for file in folder.iterdir()} == set(native.files)
     with pytest.raises(
         trimtab.AdapterError, match=r"third\.json \(a third program\) or adapter_config\.json \(PEFT\) or"
     ):
         trimtab.load_adapter(tiny_llama(), tmp_path)
-
-
-def test_a_file_without_the_contract_is_no_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "half.py").write_text("FILES = ('half.json', 'half.safetensors')")
-    monkeypatch.setattr(formats, "__path__", [*formats.__path__, str(tmp_path)])
-    with pytest.raises(TypeError, match=r"formats\.half: lacks"):
-        all_formats.__wrapped__()

@@ -159,7 +159,7 @@ BOMBS = [
 def test_patterns_without_end(
     key: str, bomb: str, theirs: Path, tiny_llama: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(peft, "_PATIENCE", 0.3)
+    monkeypatch.setattr(peft, "_SECONDS_FOR_PATTERNS", 0.3)
     # The attacker picks the names of the modules, too.
     name = "base_model.model." + "a" * 200
     edit_tensors(theirs / PEFT_FILES[1], {f"{name}.lora_A.weight": torch.zeros(2, 4)})
@@ -174,7 +174,7 @@ def test_patterns_that_would_take_long_to_read_are_not_read(pattern: str, theirs
 
 
 def test_patience_is_shared_by_all_names(theirs: Path, tiny_llama: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peft, "_PATIENCE", 0.3)
+    monkeypatch.setattr(peft, "_SECONDS_FOR_PATTERNS", 0.3)
     slow = {f"base_model.model.{number}{'a' * 200}.lora_A.weight": torch.zeros(2, 4) for number in range(300)}
     edit_tensors(theirs / PEFT_FILES[1], dict(slow))
     edit_json(theirs / PEFT_FILES[0], alpha_pattern={"[0-9]*(a|a|a|a)*(?:!|@)$": 2})

@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tiny_runs import tiny_model, tiny_tokenizer
 from trimtab import export
 from trimtab.errors import ModelError
-from trimtab.export import merged
 from trimtab.models.load import load_model
 from trimtab.models.locate import resolve
+
+MERGED = export.export_format("merged")
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def test_every_format_writes_whole_and_replaces_only_when_told_to(name: str, tmp
     with pytest.raises(ModelError, match="--overwrite"):
         form.write(model, tokenizer, out)
     form.write(model, tokenizer, out, overwrite=True)
-    assert form.SUMMARY
+    assert form.summary
 
 
 def test_an_unknown_format_is_an_error_that_lists_the_known_ones() -> None:
@@ -47,18 +48,11 @@ def test_an_unknown_format_is_an_error_that_lists_the_known_ones() -> None:
         export.export_format("mergd")
 
 
-def test_a_file_without_the_contract_is_no_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "half.py").write_text("SUMMARY = 'a format without a way to write it'")
-    monkeypatch.setattr(export, "__path__", [*export.__path__, str(tmp_path)])
-    with pytest.raises(TypeError, match=r"export\.half: lacks"):
-        export.export_format("half")
-
-
 def test_a_written_folder_loads_without_trimtab(tmp_path: Path) -> None:
     model, tokenizer = tiny_model(), tiny_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     model.generation_config.max_new_tokens = 7
-    merged.write(model, tokenizer, tmp_path / "a" / "out")
+    MERGED.write(model, tokenizer, tmp_path / "a" / "out")
     out = tmp_path / "a" / "out"
 
     again = AutoModelForCausalLM.from_pretrained(out)
@@ -74,27 +68,27 @@ def test_a_written_folder_loads_without_trimtab(tmp_path: Path) -> None:
 
 def test_written_files_are_as_readable_as_others(tmp_path: Path) -> None:
     (tmp_path / "plain").write_text("")
-    merged.write(tiny_model(), tiny_tokenizer(), tmp_path / "out")
+    MERGED.write(tiny_model(), tiny_tokenizer(), tmp_path / "out")
     expected = stat.S_IMODE((tmp_path / "plain").stat().st_mode)
     assert {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "out").iterdir()} == {expected}
 
 
 def test_an_empty_folder_is_written_into(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    merged.write(tiny_model(), tiny_tokenizer(), tmp_path / "out")
+    MERGED.write(tiny_model(), tiny_tokenizer(), tmp_path / "out")
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
 def test_a_folder_that_holds_something_is_refused(folder: Path) -> None:
     before = (folder / "model.safetensors").read_bytes()
     with pytest.raises(ModelError, match="not empty"):
-        merged.write(tiny_model(), tiny_tokenizer(), folder)
+        MERGED.write(tiny_model(), tiny_tokenizer(), folder)
     assert (folder / "model.safetensors").read_bytes() == before
 
 
 def test_a_model_folder_is_replaced_as_a_whole_if_allowed(folder: Path) -> None:
     (folder / "model-00001-of-00002.safetensors").write_text("of the old model")
-    merged.write(tiny_model(hidden_size=48), tiny_tokenizer(), folder, overwrite=True)
+    MERGED.write(tiny_model(hidden_size=48), tiny_tokenizer(), folder, overwrite=True)
     assert load_model(resolve(str(folder))).config.hidden_size == 48
     assert not (folder / "model-00001-of-00002.safetensors").exists()
 
@@ -102,14 +96,14 @@ def test_a_model_folder_is_replaced_as_a_whole_if_allowed(folder: Path) -> None:
 def test_a_folder_of_other_things_is_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(ModelError, match="something other than a model"):
-        merged.write(tiny_model(), tiny_tokenizer(), tmp_path, overwrite=True)
+        MERGED.write(tiny_model(), tiny_tokenizer(), tmp_path, overwrite=True)
     assert (tmp_path / "thesis.tex").is_file()
 
 
 def test_a_file_is_not_a_folder(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("")
     with pytest.raises(ModelError, match="found a file"):
-        merged.write(tiny_model(), tiny_tokenizer(), tmp_path / "out")
+        MERGED.write(tiny_model(), tiny_tokenizer(), tmp_path / "out")
 
 
 def test_a_write_that_fails_leaves_nothing_and_keeps_what_was_there(
@@ -123,6 +117,6 @@ def test_a_write_that_fails_leaves_nothing_and_keeps_what_was_there(
 
     monkeypatch.setattr(tokenizer, "save_pretrained", fail)
     with pytest.raises(ModelError, match="No space left on device"):
-        merged.write(model, tokenizer, folder, overwrite=True)
+        MERGED.write(model, tokenizer, folder, overwrite=True)
     assert (folder / "model.safetensors").read_bytes() == before
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]

@@ -51,10 +51,10 @@ def save_adapter(model: nn.Module, folder: Path | str) -> Path:
             writer.save(model, adapted, Path(fresh))
             # A configuration never stands beside the tensors of another save: it goes first and comes last.
             for one in known:
-                (target / one.FILES[0]).unlink(missing_ok=True)
-            for name in reversed(writer.FILES):
+                (target / one.files[0]).unlink(missing_ok=True)
+            for name in reversed(writer.files):
                 (Path(fresh) / name).replace(target / name)
-            for name in {one.FILES[1] for one in known} - set(writer.FILES):
+            for name in {one.files[1] for one in known} - set(writer.files):
                 (target / name).unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"{target}: the adapter cannot be saved here ({error})") from error
@@ -129,17 +129,17 @@ def _format_of(place: Path) -> AdapterFormat:
     try:
         if not place.is_dir():
             what = "a file" if place.exists() else "no such folder"
-            expected = " or ".join(one.FILES[0] for one in known)
+            expected = " or ".join(one.files[0] for one in known)
             raise AdapterError(f"{place}: {what}; expected a folder with {expected}")
-        present = [one for one in known if (place / one.FILES[0]).is_file()]
+        present = [one for one in known if (place / one.files[0]).is_file()]
     except OSError as error:
         raise AdapterError(f"{place}: cannot be looked into ({error})") from None
     if len(present) > 1:
-        files = " and ".join(one.FILES[0] for one in present)
+        files = " and ".join(one.files[0] for one in present)
         raise AdapterError(f"{place}: two adapters in one folder ({files}); remove the files of one")
     if not present:
-        expected = " or ".join(f"{one.FILES[0]} ({one.LABEL})" if one.LABEL else one.FILES[0] for one in known)
-        left = [one.FILES[1] for one in known if (place / one.FILES[1]).is_file()]
+        expected = " or ".join(f"{one.files[0]} ({one.label})" if one.label else one.files[0] for one in known)
+        left = [one.files[1] for one in known if (place / one.files[1]).is_file()]
         hint = f". There is {left[0]} without its configuration: a save that was cut off" if left else ""
         raise AdapterError(f"{place}: no adapter here; expected {expected}{hint}")
     return present[0]

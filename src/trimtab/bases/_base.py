@@ -59,6 +59,8 @@ class WeightBase(Base):
 
     stored_dense: ClassVar[bool] = True
     """Whether the weight lies in memory as it multiplies. Else it is computed at every look, and never kept."""
+    stored_transposed: ClassVar[bool] = False
+    """Whether the weight lies in memory as ``[in, out]``."""
 
     @property
     def parameter(self) -> nn.Parameter:

@@ -11,6 +11,8 @@ from trimtab.bases import _base
 class Conv1DBase(_base.WeightBase):
     """A dense linear layer stored the other way round."""
 
+    stored_transposed = True
+
     @staticmethod
     def knows(module: nn.Module) -> bool:
         # Asked by name: a model without such a layer need not import transformers.

@@ -7,47 +7,50 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trimtab.errors import ModelError
+from trimtab.export._export_format import ExportFormat
 from trimtab.files import write_folder
 from trimtab.models.load import quiet_transformers
 
-SUMMARY = "a Hugging Face model folder: config.json, *.safetensors and the tokenizer"
 
+class MergedModel(ExportFormat):
+    """Weights, tokenizer, configuration and generation configuration in one folder."""
 
-def check_target(out: Path | str, *, overwrite: bool = False) -> Path:
-    """The absolute path of ``out``, if a model folder may be written there.
+    summary = "a Hugging Face model folder: config.json, *.safetensors and the tokenizer"
 
-    Raises:
-        ModelError: ``out`` is a file, or a folder that holds something and may not be replaced.
-    """
-    target = Path(out).absolute()
-    if target.exists() and not target.is_dir():
-        raise ModelError(f"{target}: expected a folder to write the model to, found a file.")
-    if target.is_dir() and any(target.iterdir()):
-        if not overwrite:
-            raise ModelError(f"{target}: not empty. Name a new folder, or allow it to be replaced (--overwrite).")
-        if not (target / "config.json").is_file():
-            raise ModelError(f"{target}: holds something other than a model, so it is not overwritten.")
-    return target
+    def check_target(self, out: Path | str, *, overwrite: bool = False) -> Path:
+        """The absolute path of ``out``, if a model folder may be written there.
 
+        Raises:
+            ModelError: ``out`` is a file, or a folder that holds something and may not be replaced.
+        """
+        target = Path(out).absolute()
+        if target.exists() and not target.is_dir():
+            raise ModelError(f"{target}: expected a folder to write the model to, found a file.")
+        if target.is_dir() and any(target.iterdir()):
+            if not overwrite:
+                raise ModelError(f"{target}: not empty. Name a new folder, or allow it to be replaced (--overwrite).")
+            if not (target / "config.json").is_file():
+                raise ModelError(f"{target}: holds something other than a model, so it is not overwritten.")
+        return target
 
-def write(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path | str, *, overwrite: bool = False
-) -> None:
-    """Write weights, tokenizer, configuration and generation configuration, which transformers loads without trimtab.
+    def write(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path | str, *, overwrite: bool = False
+    ) -> None:
+        """Write a folder that transformers loads without trimtab: weights, tokenizer and both configurations.
 
-    The folder appears whole or not at all. With ``overwrite`` it replaces a model folder, and nothing else.
+        The folder appears whole or not at all. With ``overwrite`` it replaces a model folder, and nothing else.
 
-    Raises:
-        ModelError: ``out`` is a file, or a folder that holds something; or it cannot be written.
-    """
-    target = check_target(out, overwrite=overwrite)
+        Raises:
+            ModelError: ``out`` is a file, or a folder that holds something; or it cannot be written.
+        """
+        target = self.check_target(out, overwrite=overwrite)
 
-    def fill(folder: Path) -> None:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        def fill(folder: Path) -> None:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
 
-    try:
-        with quiet_transformers():
-            write_folder(target, fill, replace=True)
-    except OSError as error:
-        raise ModelError(f"{target}: cannot be written ({error}).") from error
+        try:
+            with quiet_transformers():
+                write_folder(target, fill, replace=True)
+        except OSError as error:
+            raise ModelError(f"{target}: cannot be written ({error}).") from error

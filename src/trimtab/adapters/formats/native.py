@@ -1,17 +1,17 @@
-"""Our own adapter format, for what PEFT's cannot express.
+"""Our own adapter format, for whatever no other format can express.
 
     trimtab.json                    {"format": "trimtab adapter", "version": 1, "base": name of the model or null,
                                      "modules": {module: {"method": name, "options": {...}, "shape": [out, in],
                                      "tensors": {tensor: shape}}}}
-    trimtab_adapter.safetensors     one tensor per trained tensor, called MODULE.TENSOR; in its header, "modules": the
-                                     SHA-256 of "modules" as JSON with sorted keys and no spaces, so that neither file
-                                     is ever read with the other of another save
+    trimtab_adapter.safetensors     every trained tensor, under the name MODULE.TENSOR
 
-Tensors: ``A [rank, in]``, ``B [out, rank]`` (lora, dora), ``M [k, k]`` (mora), ``weight [out, in]`` (full),
-    ``magnitude`` (``[out]`` or ``[in]``) with any of them; ``down [bottleneck, in]``, ``down_bias [bottleneck]``, ``up
-    [out, bottleneck]``, ``up_bias [out]`` (parallel; serial, with ``down [bottleneck, out]``), where ``out`` and ``in``
-    are the widths of a block's hidden states. Options are written in full, so that an adapter keeps its
-    meaning when a default changes.
+The header of the tensors has, under "modules", the SHA-256 of the description's "modules" (as JSON with sorted keys and
+no spaces). So a description is never read with the tensors of another save.
+
+The tensors of a module are those of its method, in the shapes that its docstring gives: ``A`` and ``B`` of lora and
+dora, ``M`` of mora, ``weight`` of full, each with a ``magnitude`` or without; ``down``, ``down_bias``, ``up`` and
+``up_bias`` of serial and parallel, where ``out`` and ``in`` are the widths of a block's hidden states. Options are
+written in full, so that an adapter keeps its meaning when a default changes.
 """
 
 from __future__ import annotations
@@ -25,80 +25,88 @@ from safetensors.torch import save_file
 from torch import nn
 
 from trimtab import methods
+from trimtab.adapters.formats._adapter_format import AdapterFormat
 from trimtab.adapters.record import StoredAdapter
 from trimtab.adapters.safe_read import read_description, read_tensors, shown
 from trimtab.errors import AdapterError, PlanError
 from trimtab.files import write_json
 from trimtab.surgery.adapted import Adapted
 
-FILES = ("trimtab.json", "trimtab_adapter.safetensors")
-LABEL = ""
-PREFERENCE = 100  # for what no other format can express
 _FORMAT = "trimtab adapter"
 _VERSION = 1
 _HEADER = "modules"
 
 
-def can_express(model: nn.Module, adapted: dict[str, Adapted]) -> bool:
-    """Always: every method and every option has a place here."""
-    return True
+class NativeFormat(AdapterFormat):
+    """``trimtab.json`` and ``trimtab_adapter.safetensors``."""
 
+    files = ("trimtab.json", "trimtab_adapter.safetensors")
+    preference = 100  # for what no other format can express
 
-def save(model: nn.Module, adapted: dict[str, Adapted], folder: Path) -> None:
-    """Write the two files."""
-    modules, tensors = {}, {}
-    for name, module in adapted.items():
-        mine = {key: value.detach().contiguous().clone() for key, value in module.adapter.named_parameters()}
-        modules[name] = {
-            "method": module.method,
-            "options": module.adapter.options.model_dump(),
-            "shape": [module.adapter.out_features, module.adapter.in_features],
-            "tensors": {key: list(value.shape) for key, value in mine.items()},
-        }
-        tensors.update({f"{name}.{key}": value for key, value in mine.items()})
-    base = getattr(getattr(model, "config", None), "_name_or_path", None)
-    save_file(tensors, folder / FILES[1], metadata={"format": "pt", _HEADER: _digest(modules)})
-    write_json(folder / FILES[0], {"format": _FORMAT, "version": _VERSION, "base": base or None, "modules": modules})
+    def can_express(self, model: nn.Module, adapted: dict[str, Adapted]) -> bool:
+        """Always: every method and every option has a place here."""
+        return True
 
+    def save(self, model: nn.Module, adapted: dict[str, Adapted], folder: Path) -> None:
+        modules, tensors = {}, {}
+        for name, module in adapted.items():
+            mine = {key: value.detach().contiguous().clone() for key, value in module.adapter.named_parameters()}
+            modules[name] = {
+                "method": module.method,
+                "options": module.adapter.options.model_dump(),
+                "shape": [module.adapter.out_features, module.adapter.in_features],
+                "tensors": {key: list(value.shape) for key, value in mine.items()},
+            }
+            tensors.update({f"{name}.{key}": value for key, value in mine.items()})
+        base = getattr(getattr(model, "config", None), "_name_or_path", None)
+        save_file(tensors, folder / self.files[1], metadata={"format": "pt", _HEADER: _digest(modules)})
+        description = {"format": _FORMAT, "version": _VERSION, "base": base or None, "modules": modules}
+        write_json(folder / self.files[0], description)
 
-def load(folder: Path) -> dict[str, StoredAdapter]:
-    """What is stored of each module. Raises AdapterError if the files are damaged or do not belong together."""
-    path = folder / FILES[0]
-    described = read_description(path)
-    if described.get("format") != _FORMAT:
-        raise AdapterError(f'{path}: expected "format": "{_FORMAT}"; this is not an adapter of ours')
-    if described.get("version") != _VERSION:
-        raise AdapterError(
-            f"{path}: format version {shown(described.get('version'))}; this release reads version {_VERSION}. "
-            "Update trimtab"
-        )
-    tensors, header = read_tensors(folder / FILES[1])
-    modules: Any = described.get("modules")
-    if header.get(_HEADER) != _digest(modules):
-        raise AdapterError(
-            f"{folder}: {FILES[0]} and {FILES[1]} do not belong together: a save was interrupted, or one of them was "
-            "changed. Save the adapter again"
-        )
-    found: dict[str, StoredAdapter] = {}
-    expected: dict[str, list[int]] = {}
-    try:
-        for name, entry in modules.items():
-            options = methods.options_class(entry["method"])(**entry["options"])
-            shapes = {key: list(shape) for key, shape in entry["tensors"].items()}
-            expected |= {f"{name}.{key}": shape for key, shape in shapes.items()}
-            mine = {key: tensors[f"{name}.{key}"] for key in shapes if f"{name}.{key}" in tensors}
-            found[name] = StoredAdapter(entry["method"], options, mine, tuple(entry["shape"]))
-    except (KeyError, TypeError, ValueError, AttributeError, PlanError) as error:
-        text = shown(" ".join(str(error).split()), 400)
-        raise AdapterError(f"{path}: a damaged description of an adapter ({type(error).__name__}: {text})") from None
-    got = {name: list(tensor.shape) for name, tensor in tensors.items()}
-    odd = sorted(name for name in expected.keys() | got.keys() if expected.get(name) != got.get(name))
-    if odd:
-        raise AdapterError(
-            f"{folder}: {FILES[0]} and {FILES[1]} differ at {len(odd)} tensors, such as {shown(odd[0])}: expected "
-            f"{expected.get(odd[0], 'nothing')}, got {got.get(odd[0], 'nothing')}"
-        )
-    return found
+    def load(self, folder: Path) -> dict[str, StoredAdapter]:
+        """What is stored of each module.
+
+        Raises AdapterError if a file is damaged, or if the two are not from the same save.
+        """
+        one, two = self.files
+        path = folder / one
+        described = read_description(path)
+        if described.get("format") != _FORMAT:
+            raise AdapterError(f'{path}: expected "format": "{_FORMAT}"; this is not an adapter of ours')
+        if described.get("version") != _VERSION:
+            raise AdapterError(
+                f"{path}: format version {shown(described.get('version'))}; this release reads version {_VERSION}. "
+                "Update trimtab"
+            )
+        tensors, header = read_tensors(folder / two)
+        modules: Any = described.get("modules")
+        if header.get(_HEADER) != _digest(modules):
+            raise AdapterError(
+                f"{folder}: {one} and {two} do not belong together: a save was interrupted, or one of them was changed."
+                " Save the adapter again"
+            )
+        stored: dict[str, StoredAdapter] = {}
+        expected: dict[str, list[int]] = {}
+        try:
+            for name, entry in modules.items():
+                options = methods.options_class(entry["method"])(**entry["options"])
+                shapes = {key: list(shape) for key, shape in entry["tensors"].items()}
+                expected |= {f"{name}.{key}": shape for key, shape in shapes.items()}
+                mine = {key: tensors[f"{name}.{key}"] for key in shapes if f"{name}.{key}" in tensors}
+                stored[name] = StoredAdapter(entry["method"], options, mine, tuple(entry["shape"]))
+        except (KeyError, TypeError, ValueError, AttributeError, PlanError) as error:
+            text = shown(" ".join(str(error).split()), 400)
+            raise AdapterError(
+                f"{path}: a damaged description of an adapter ({type(error).__name__}: {text})"
+            ) from None
+        got = {name: list(tensor.shape) for name, tensor in tensors.items()}
+        odd = sorted(name for name in expected.keys() | got.keys() if expected.get(name) != got.get(name))
+        if odd:
+            raise AdapterError(
+                f"{folder}: {one} and {two} differ at {len(odd)} tensors, such as {shown(odd[0])}: expected "
+                f"{expected.get(odd[0], 'nothing')}, got {got.get(odd[0], 'nothing')}"
+            )
+        return stored
 
 
 def _digest(modules: Any) -> str:

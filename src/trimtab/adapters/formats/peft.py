@@ -5,9 +5,10 @@
     base_model.model.MODULE.lora_magnitude_vector     [out], DoRA only
     base_model.model.MODULE.base_layer.weight         a copy of the base, which PEFT adds for an output head; read only
 
-What only matters for further training and has no place in PEFT's configuration (dropout per module, ``detach_norm``)
-stands in the header of the safetensors file, where PEFT does not look: ``"trimtab"``, the method and options of every
-module as JSON. It also tells whether the two files belong together. PEFT itself is not needed for any of this.
+Some options matter for further training only and have no place in PEFT's configuration, such as ``detach_norm`` or a
+dropout for each module. So the header of the safetensors file, where PEFT does not look, has under ``"trimtab"`` the
+method and options of every module as JSON. By them we also see whether the two files are from one save. PEFT itself is
+not needed to read or write any of this.
 """
 
 from __future__ import annotations
@@ -25,22 +26,21 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from trimtab import methods
+from trimtab.adapters.formats._adapter_format import AdapterFormat
 from trimtab.adapters.record import StoredAdapter, name_on_disk
 from trimtab.adapters.safe_read import parse_description, read_description, read_tensors, shown
+from trimtab.bases import Base, WeightBase
 from trimtab.errors import AdapterError, PlanError
 from trimtab.files import write_json
 from trimtab.methods import lora
 from trimtab.surgery.adapted import Adapted, owners
 
-FILES = ("adapter_config.json", "adapter_model.safetensors")
-LABEL = "PEFT"
-PREFERENCE = 0  # the tools that people run read it
 _PREFIX = "base_model.model."
 _TENSORS = {"A": "lora_A.weight", "B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 _BASE = "base_layer.weight"
 _HEADER = "trimtab"
-# Seconds that the patterns of one configuration may take, and characters of one; honest ones take none of either.
-_PATIENCE = 10.0
+# A pattern can be written to take hours. Honest ones are short, and all of a configuration take no time to speak of.
+_SECONDS_FOR_PATTERNS = 10.0
 _LONGEST_PATTERN = 1000
 
 # Settings of a PEFT configuration that change what the adapter computes, and that we do not have.
@@ -59,43 +59,84 @@ _REFUSED = {
     "monteclora_config": "MonteCLoRA",
     "megatron_config": "Megatron's parallel layers",
 }
-# Initialisations that leave their mark on the base weights, so that the adapter is nothing without that base.
+# Initialisations that also change the base weights, so that the adapter is worth nothing on the original ones.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-def can_express(model: nn.Module, adapted: dict[str, Adapted]) -> bool:
-    """Whether one PEFT configuration describes all of these adapters, so that PEFT computes the same outputs."""
-    options = [
-        module.adapter.options for module in adapted.values() if isinstance(module.adapter.options, lora.Options)
-    ]
-    return (
-        len(options) == len(adapted)
-        and all(one.rank > 0 for one in options)
-        and {module.method for module in adapted.values()} <= {"lora", "dora"}
-        and len({one.magnitude for one in options}) == 1
-        and not any(one.magnitude and one.magnitude_axis != "output" for one in options)
-        and len({one.rank_stabilised for one in options}) == 1
-        # PEFT divides by the norm as it is: NaN on a row of zeros.
-        and not any(module.adapter.zero_rows for module in adapted.values())
-        # PEFT adapts a layer that hangs in two places in the first only, and merges into a shared weight twice.
-        and sum(isinstance(child, Adapted) for *_, child in owners(model)) == len(adapted)
-        and len({id(module.adapter) for module in adapted.values()}) == len(adapted)
-    )
+class PeftFormat(AdapterFormat):
+    """``adapter_config.json`` and ``adapter_model.safetensors``."""
 
+    files = ("adapter_config.json", "adapter_model.safetensors")
+    label = "PEFT"
+    preference = 0  # the tools that people run read it
 
-def save(model: nn.Module, adapted: dict[str, Adapted], folder: Path) -> None:
-    """Write the two files."""
-    tensors = {
-        f"{_PREFIX}{name}.{_TENSORS[key]}": value.detach().contiguous().clone()
-        for name, module in adapted.items()
-        for key, value in module.adapter.named_parameters()
-    }
-    said = {
-        name: {"method": module.method, "options": module.adapter.options.model_dump()}
-        for name, module in adapted.items()
-    }
-    save_file(tensors, folder / FILES[1], metadata={"format": "pt", _HEADER: json.dumps(said)})
-    write_json(folder / FILES[0], _configuration(model, adapted))
+    def can_express(self, model: nn.Module, adapted: dict[str, Adapted]) -> bool:
+        """Whether one PEFT configuration describes all of these adapters, so that PEFT computes the same outputs."""
+        options = [
+            module.adapter.options for module in adapted.values() if isinstance(module.adapter.options, lora.Options)
+        ]
+        return (
+            len(options) == len(adapted)
+            and all(one.rank > 0 for one in options)
+            and {module.method for module in adapted.values()} <= {"lora", "dora"}
+            and len({one.magnitude for one in options}) == 1
+            and not any(one.magnitude and one.magnitude_axis != "output" for one in options)
+            and len({one.rank_stabilised for one in options}) == 1
+            # PEFT divides by the norm even where it is zero, which gives NaN.
+            and not any(module.adapter.zero_rows for module in adapted.values())
+            # Where a layer hangs in two places, PEFT adapts the first only; it merges twice into a shared weight.
+            and sum(isinstance(child, Adapted) for *_, child in owners(model)) == len(adapted)
+            and len({id(module.adapter) for module in adapted.values()}) == len(adapted)
+        )
+
+    def save(self, model: nn.Module, adapted: dict[str, Adapted], folder: Path) -> None:
+        tensors = {
+            f"{_PREFIX}{name}.{_TENSORS[key]}": value.detach().contiguous().clone()
+            for name, module in adapted.items()
+            for key, value in module.adapter.named_parameters()
+        }
+        said = {
+            name: {"method": module.method, "options": module.adapter.options.model_dump()}
+            for name, module in adapted.items()
+        }
+        save_file(tensors, folder / self.files[1], metadata={"format": "pt", _HEADER: json.dumps(said)})
+        write_json(folder / self.files[0], _configuration(model, adapted))
+
+    def load(self, folder: Path) -> dict[str, StoredAdapter]:
+        """What is stored of each module.
+
+        Raises AdapterError for a damaged file, for anything but LoRA and DoRA, and for a setting that we do not have,
+        which the message names.
+        """
+        path = folder / self.files[0]
+        config = read_description(path)
+        _refuse(path, config)
+        weights = folder / self.files[1]
+        if not weights.is_file() and (folder / "adapter_model.bin").is_file():
+            raise AdapterError(
+                f"{folder}: the weights are a pickle (adapter_model.bin), which could run code when read. Load and "
+                "save the adapter once with PEFT (safe_serialization=True) where you trust it"
+            )
+        tensors, header = read_tensors(weights)
+        modules = _by_module(weights, tensors)
+        try:
+            in_config = _options(config, list(modules))
+            in_header = _options_in_header(header) if _HEADER in header else in_config
+        except (KeyError, TypeError, ValueError, AttributeError, PlanError) as error:
+            text = shown(" ".join(str(error).split()), 400)
+            raise AdapterError(f"{path}: a damaged configuration ({type(error).__name__}: {text})") from None
+        odd = [
+            name
+            for name in {**in_config, **in_header}
+            if _outputs(in_config.get(name)) != _outputs(in_header.get(name))
+        ]
+        if odd:
+            raise AdapterError(
+                f"{path} is not the one that {self.files[1]} was saved with: they differ at {len(odd)} modules, such "
+                f"as {shown(odd[0])}, so a save was interrupted, or one of the two was changed. Save the adapter again. "
+                "To take both as they stand, load and save them once with PEFT"
+            )
+        return {name: StoredAdapter(*in_header[name], own, base=own.pop(_BASE, None)) for name, own in modules.items()}
 
 
 def _configuration(model: nn.Module, adapted: dict[str, Adapted]) -> dict[str, Any]:
@@ -119,7 +160,7 @@ def _configuration(model: nn.Module, adapted: dict[str, Adapted]) -> dict[str, A
         "rank_pattern": {_exactly(name): value for name, value in ranks.items() if value != rank},
         "alpha_pattern": {_exactly(name): _plain(value) for name, value in alphas.items() if value != alpha},
         "target_modules": _targets(model, adapted),
-        "fan_in_fan_out": all(type(module.base).__name__ == "Conv1D" for module in adapted.values()),
+        "fan_in_fan_out": all(_is_transposed(module.handle) for module in adapted.values()),
         "bias": "none",
         "modules_to_save": None,
         "init_lora_weights": True,
@@ -128,17 +169,21 @@ def _configuration(model: nn.Module, adapted: dict[str, Adapted]) -> dict[str, A
     }
 
 
+def _is_transposed(base: Base) -> bool:
+    return isinstance(base, WeightBase) and base.stored_transposed
+
+
 def _plain(number: float) -> float | int:
     return int(number) if float(number).is_integer() else number
 
 
 def _exactly(name: str) -> str:
-    """A pattern for ``name`` and no other; without the first sign, PEFT would take names that end like this, too."""
+    """A pattern for ``name`` alone. Without the ``^`` PEFT would also take longer names that end in it."""
     return f"^{re.escape(name)}"
 
 
 def _targets(model: nn.Module, adapted: dict[str, Adapted]) -> list[str] | str:
-    """The shortest description that PEFT, which matches names by their ends, reads as exactly these modules."""
+    """The shortest ``target_modules`` that means exactly these modules to PEFT, which matches the ends of names."""
     wanted = set(adapted)
     inside = {id(inner) for module in adapted.values() for inner in module.modules()}  # the module itself, too
     others = [name_on_disk(name) for name, module in model.named_modules() if id(module) not in inside]
@@ -155,60 +200,28 @@ def _ends(name: str) -> list[str]:
     return [".".join(parts[place:]) for place in range(len(parts))]
 
 
-def load(folder: Path) -> dict[str, StoredAdapter]:
-    """What is stored of each module.
-
-    Raises AdapterError for a damaged file, for anything but LoRA and DoRA, and for settings that we do not have: each
-    is named.
-    """
-    path = folder / FILES[0]
-    config = read_description(path)
-    _refuse(path, config)
-    weights = folder / FILES[1]
-    if not weights.is_file() and (folder / "adapter_model.bin").is_file():
-        raise AdapterError(
-            f"{folder}: the weights are a pickle (adapter_model.bin), which could run code when read. Load and "
-            "save the adapter once with PEFT (safe_serialization=True) where you trust it"
-        )
-    tensors, header = read_tensors(weights)
-    modules = _modules(weights, tensors)
-    try:
-        said = parse_description(header[_HEADER]) if _HEADER in header else None
-        theirs = _options(config, list(modules))
-        ours = theirs if said is None else {name: _said(one) for name, one in said.items()}
-    except (KeyError, TypeError, ValueError, AttributeError, PlanError) as error:
-        text = shown(" ".join(str(error).split()), 400)
-        raise AdapterError(f"{path}: a damaged configuration ({type(error).__name__}: {text})") from None
-    odd = [name for name in {**theirs, **ours} if _outputs(theirs.get(name)) != _outputs(ours.get(name))]
-    if odd:
-        raise AdapterError(
-            f"{folder}: {FILES[0]} is not the one that {FILES[1]} was saved with; they differ at {len(odd)} modules, "
-            f"such as {shown(odd[0])}: a save was interrupted, or one of the two was changed. Save the adapter again, "
-            "or, to take both as they stand, load and save them once with PEFT"
-        )
-    return {name: StoredAdapter(*ours[name], found, base=found.pop(_BASE, None)) for name, found in modules.items()}
-
-
-def _modules(weights: Path, tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+def _by_module(weights: Path, tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """``module -> our name of the tensor -> tensor``. Raises AdapterError for a tensor that has no place there."""
     modules: dict[str, dict[str, Tensor]] = {}
-    own = {theirs: own for own, theirs in _TENSORS.items()}
+    ours = {theirs: own for own, theirs in _TENSORS.items()}
     # Older PEFT releases called the magnitude's tensor ".weight", and some gave it a second axis.
-    own |= {f"{_TENSORS['magnitude']}.weight": "magnitude", _BASE: _BASE}
-    kinds = re.compile(rf"{re.escape(_PREFIX)}(.+)\.({'|'.join(map(re.escape, own))})")
+    ours |= {f"{_TENSORS['magnitude']}.weight": "magnitude", _BASE: _BASE}
+    pattern = re.compile(rf"{re.escape(_PREFIX)}(.+)\.({'|'.join(map(re.escape, ours))})")
     for key, tensor in tensors.items():
-        found = kinds.fullmatch(key)
-        if found is None or own[found[2]] in modules.setdefault(found[1], {}):
+        parts = pattern.fullmatch(key)
+        module, own = (parts[1], ours[parts[2]]) if parts else ("", "")
+        if not parts or own in modules.setdefault(module, {}):
             raise AdapterError(
                 f"{weights}: unexpected tensor {shown(key)}; expected {_PREFIX}MODULE."
                 f"{{{', '.join(_TENSORS.values())}}}, each once"
             )
-        is_row = own[found[2]] == "magnitude" and tensor.squeeze().dim() <= 1
-        modules[found[1]][own[found[2]]] = tensor.reshape(-1) if is_row else tensor
+        is_row = own == "magnitude" and tensor.squeeze().dim() <= 1
+        modules[module][own] = tensor.reshape(-1) if is_row else tensor
     return modules
 
 
 def _refuse(path: Path, config: dict[str, Any]) -> None:
+    """Raise AdapterError for a configuration that asks for something that we do not have."""
     kind = config.get("peft_type")
     if kind != "LORA":
         raise AdapterError(f"{path}: peft_type is {shown(kind)}; only LORA (with or without use_dora) can be loaded")
@@ -238,24 +251,30 @@ def _options(config: dict[str, Any], names: list[str]) -> dict[str, tuple[str, m
     return {name: (method, kind(**{"rank": ranks(name), "alpha": alphas(name), **common})) for name in names}
 
 
-def _said(entry: dict[str, Any]) -> tuple[str, methods.Options]:
-    """Method and options of one module in our header."""
-    return entry["method"], methods.options_class(entry["method"])(**entry["options"])
+def _options_in_header(header: dict[str, str]) -> dict[str, tuple[str, methods.Options]]:
+    """The same as our header has them."""
+    return {
+        name: (entry["method"], methods.options_class(entry["method"])(**entry["options"]))
+        for name, entry in parse_description(header[_HEADER]).items()
+    }
 
 
-def _outputs(said: tuple[str, methods.Options] | None) -> Any:
-    """What of a module's options decides its outputs; anything else may differ between configuration and header."""
-    if said is None or not isinstance(said[1], lora.Options):
+def _outputs(entry: tuple[str, methods.Options] | None) -> Any:
+    """The options that decide the outputs, as far as PEFT has them. In all others the two files may differ."""
+    options = entry[1] if entry else None
+    if not isinstance(options, lora.Options):
         return None
-    return said[1].rank, said[1].scale, said[1].magnitude, said[1].magnitude_axis
+    return options.rank, options.scale, options.magnitude, options.magnitude_axis
 
 
 def _pattern(patterns: dict[str, Any], default: Any) -> Callable[[str], Any]:
-    """PEFT's rule: the first key that matches the end of a module's name as a regular expression decides.
+    """What ``patterns`` give a module, by its name.
+
+    As in PEFT, each key is a regular expression, and the first one that matches the end of the name decides.
 
     Raises ValueError, here or in the call, for a key that is no regular expression, or one that takes too long.
     """
-    if all(key == _exactly(re.sub(r"\\(.)", r"\1", key[1:])) for key in patterns):  # as we write them: whole names
+    if all(key == _exactly(re.sub(r"\\(.)", r"\1", key[1:])) for key in patterns):  # whole names, as we write them
         return lambda name: patterns.get(_exactly(name), default)
     compiled = []
     for key, value in patterns.items():
@@ -263,11 +282,11 @@ def _pattern(patterns: dict[str, Any], default: Any) -> Callable[[str], Any]:
         if len(key) > _LONGEST_PATTERN or "{" in key:
             raise ValueError(f"the pattern {shown(key)} is too long, or counts repeats")
         try:
-            re.compile(pattern := rf"(.*\.)?({key})$")  # the language that PEFT reads; regex has one of its own
+            re.compile(pattern := rf"(.*\.)?({key})$")  # PEFT reads this language, and regex a wider one
             compiled.append((key, regex.compile(pattern), value))
         except (re.error, regex.error, RecursionError, OverflowError) as error:
             raise ValueError(f"{shown(key)} is not a regular expression ({error})") from None
-    end = time.monotonic() + _PATIENCE
+    end = time.monotonic() + _SECONDS_FOR_PATTERNS
 
     def decide(name: str) -> Any:
         for key, expression, value in compiled:
@@ -275,7 +294,7 @@ def _pattern(patterns: dict[str, Any], default: Any) -> Callable[[str], Any]:
                 if expression.match(name, timeout=max(end - time.monotonic(), 0.001)):
                     return value
             except TimeoutError:
-                raise ValueError(f"the pattern {shown(key)} takes more than {_PATIENCE} seconds") from None
+                raise ValueError(f"the pattern {shown(key)} takes more than {_SECONDS_FOR_PATTERNS} seconds") from None
         return default
 
     return decide

@@ -45,9 +45,10 @@ def command(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model folder that is there.")] = False,
 ) -> None:
     """Fold the adapter of a run into its model and write an ordinary Hugging Face folder."""
-    from trimtab.export import merged
+    from trimtab.export import export_format
 
-    merged.check_target(out, overwrite=overwrite)
+    form = export_format("merged")
+    form.check_target(out, overwrite=overwrite)
 
     from trimtab.errors import RunError
     from trimtab.evaluation.agreement import agreement, probe
@@ -65,7 +66,7 @@ def command(
         loaded = load_run(run, dtype=wanted, quantised=False)
     report = merge(loaded.model, "requantised" if onto is Onto.requantised else "dequantised")
     difference = agreement(before, probe(loaded.model))
-    merged.write(loaded.model, loaded.tokenizer, out, overwrite=overwrite)
+    form.write(loaded.model, loaded.tokenizer, out, overwrite=overwrite)
     typer.echo(f"merged {len(report.modules)} modules into {out}")
     stored = str(loaded.model.dtype).removeprefix("torch.")
     if quantisation != "none":

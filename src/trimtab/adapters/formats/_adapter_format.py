@@ -1,0 +1,35 @@
+"""What a format of adapters is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import ClassVar
+
+from torch import nn
+
+from trimtab.adapters.record import StoredAdapter
+from trimtab.surgery.adapted import Adapted
+
+
+class AdapterFormat(ABC):
+    """One way to keep an adapter in a folder, as two files."""
+
+    files: ClassVar[tuple[str, str]]
+    """The description and the tensors. A folder that holds the description holds an adapter of this format."""
+    label: ClassVar[str] = ""
+    """Whose format it is, for messages; empty for our own."""
+    preference: ClassVar[int]
+    """A model is saved in the format of the lowest number that can express its adapters."""
+
+    @abstractmethod
+    def can_express(self, model: nn.Module, adapted: dict[str, Adapted]) -> bool:
+        """Whether a reader of this format would compute exactly what these adapters compute."""
+
+    @abstractmethod
+    def save(self, model: nn.Module, adapted: dict[str, Adapted], folder: Path) -> None:
+        """Write the two files into ``folder``, which exists."""
+
+    @abstractmethod
+    def load(self, folder: Path) -> dict[str, StoredAdapter]:
+        """What is stored of each module. Raises AdapterError for files that are damaged or not supported."""
