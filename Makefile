@@ -1,11 +1,13 @@
 # make setup       a virtual environment in .venv with all that the tests, the examples and the benchmarks need
 # make quickstart  fine-tune SmolLM2-135M with DoRA on examples/harbour
-# make test        lint, types and the whole test suite
+# make test        lint, types and the tests, of the largest lists of cases a sample: some minutes
+# make test-all    every case and every long test as well
+# make mutants     how many small faults in ops/ and methods/ the tests find; writes tests/mutants.md (an hour)
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup quickstart test lint types clean
+.PHONY: setup quickstart test test-all mutants lint types clean
 
 setup: $(VENV)/.ready
 
@@ -32,6 +34,12 @@ types: setup
 # Two processes of one thread each: two of two threads would stand in each other's way.
 test: lint types
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
+
+test-all: lint types
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal --all
+
+mutants: setup
+	OMP_NUM_THREADS=1 $(BIN)/python tests/tools/mutants.py
 
 clean:
 	rm -rf $(VENV) build dist runs .pytest_cache .mypy_cache .ruff_cache
