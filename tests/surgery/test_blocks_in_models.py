@@ -16,7 +16,7 @@ import plain_formula
 import trimtab
 from contract_cases import stir
 from trimtab.surgery.adapted import Adapted, adapted_modules, bare_modules
-from trimtab.surgery.plan import resolve
+from trimtab.surgery.targets import find_targets
 
 Make = Callable[..., nn.Module]
 IDS = torch.tensor([[1, 5, 9, 30, 2], [7, 7, 3, 11, 39]])
@@ -36,7 +36,7 @@ def logits(model: nn.Module) -> Tensor:
 def chosen(model: nn.Module, *rules: dict[str, Any]) -> dict[str, str]:
     """Module name -> method."""
     plan = trimtab.Plan([{"method": "serial", **rule} for rule in rules])
-    return {target.name: target.method for target in resolve(model, plan)}
+    return {target.name: target.method for target in find_targets(model, plan)}
 
 
 # Which blocks --------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import trimtab
-from trimtab.surgery.plan import resolve
+from trimtab.surgery.targets import find_targets
 
 
 class Block(nn.Module):
@@ -37,7 +37,7 @@ class Toy(nn.Module):
 def chosen(*rules: dict[str, Any], model: nn.Module | None = None) -> dict[str, int]:
     """Module name -> number of the rule that decides it."""
     plan = trimtab.Plan([{"method": "lora", "rank": 2, **rule} for rule in rules])
-    return {target.name: target.rule for target in resolve(model or Toy(), plan)}
+    return {target.name: target.rule for target in find_targets(model or Toy(), plan)}
 
 
 def q(*blocks: int) -> set[str]:

@@ -18,7 +18,8 @@ from trimtab.adapters.safe_read import shown
 from trimtab.errors import AdapterError, PlanError, nearest
 from trimtab.surgery.adapted import Adapted, adapted_modules, bare_modules
 from trimtab.surgery.attach import AttachReport, describe, install, remove_adapters, require_adapted
-from trimtab.surgery.plan import Rule, Target
+from trimtab.surgery.plan import Rule
+from trimtab.surgery.targets import Target
 
 # Two saves into one folder, from threads of one process, come one after the other.
 _SAVING = threading.Lock()

@@ -26,7 +26,7 @@ from trimtab.models.load import empty_model, weights_folder
 from trimtab.models.locate import Source
 from trimtab.models.tensors import Weights
 from trimtab.ops.decomposition import row_changes
-from trimtab.surgery.plan import block_number
+from trimtab.surgery.targets import block_number
 
 KEPT_SINGULAR_VALUES = 16
 

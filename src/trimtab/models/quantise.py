@@ -19,7 +19,7 @@ from trimtab import bases
 from trimtab.errors import ModelError
 from trimtab.models.tensors import Weights
 from trimtab.surgery.adapted import owners, weights_elsewhere
-from trimtab.surgery.plan import output_heads
+from trimtab.surgery.targets import output_heads
 
 
 @torch.no_grad()

@@ -15,7 +15,8 @@ from torch import nn
 
 from trimtab import bases, methods
 from trimtab.errors import PlanError
-from trimtab.surgery.plan import ALL_LINEAR, Plan, Rule, resolve
+from trimtab.surgery.plan import ALL_LINEAR, Plan, Rule
+from trimtab.surgery.targets import find_targets
 
 ROUNDING = 0.005
 """By how much one rank for all may exceed the budget: MoRA's side is rounded to the nearest."""
@@ -23,7 +24,7 @@ ROUNDING = 0.005
 
 def lora_budget(model: nn.Module, rank: int) -> int:
     """How many numbers LoRA of ``rank`` trains over all linear layers of ``model`` but the head."""
-    return sum(rank * sum(target.base.shape) for target in resolve(model, _plan("lora", {}, rank)))
+    return sum(rank * sum(target.base.shape) for target in find_targets(model, _plan("lora", {}, rank)))
 
 
 def matched_plan(model: nn.Module, method: str, options: Mapping[str, Any], rank: int) -> Plan:
@@ -39,7 +40,7 @@ def matched_plan(model: nn.Module, method: str, options: Mapping[str, Any], rank
         PlanError: the budget buys not even the method's smallest rank, or the rank is too large for some matrix.
     """
     budget = lora_budget(model, rank)
-    names = {target.name: target.base.shape for target in resolve(model, _plan(method, options, rank))}
+    names = {target.name: target.base.shape for target in find_targets(model, _plan(method, options, rank))}
 
     @cache
     def cost(shape: tuple[int, int], of: int) -> int:

@@ -21,7 +21,8 @@ from torch import nn
 from trimtab import methods
 from trimtab.bases import WeightBase
 from trimtab.errors import ConfigError, PlanError
-from trimtab.surgery.plan import Plan, Rule, block_number, resolve
+from trimtab.surgery.plan import Plan, Rule
+from trimtab.surgery.targets import block_number, find_targets
 
 NONE = "none"
 """The word for a group that is left frozen."""
@@ -85,7 +86,7 @@ def find_groups(model: nn.Module, said: Mapping[str, tuple[Sequence[str], str]])
     groups = []
     for name, (match, layers) in said.items():
         try:
-            targets = resolve(model, Plan([Rule(match=list(match), layers=layers, method="lora")]))
+            targets = find_targets(model, Plan([Rule(match=list(match), layers=layers, method="lora")]))
         except PlanError as error:
             raise PlanError(f"groups.{name}: {error}") from None
         bases = {id(target.base.identity): target.base for target in targets if isinstance(target.base, WeightBase)}

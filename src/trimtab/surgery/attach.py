@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from trimtab import bases, methods
 from trimtab.errors import PlanError, SurgeryError, nearest
 from trimtab.surgery.adapted import Adapted, AdaptedBlock, AdaptedLayer, adapted_modules, bare_modules, owners
-from trimtab.surgery.plan import Plan, Rule, Target, resolve
+from trimtab.surgery.plan import Plan, Rule
+from trimtab.surgery.targets import Target, find_targets
 
 # Where a model remembers which of its parameters were trainable before the attachment, so that detach can give that
 # back.
@@ -122,7 +123,7 @@ def attach(model: nn.Module, plan: Plan | Rule | list[Rule]) -> AttachReport:
             f"attach: the model is a bare {type(model).__name__}, which cannot be replaced inside itself; wrap it, "
             "for instance torch.nn.Sequential(layer)"
         )
-    return install(model, resolve(model, plan), plan.rules)
+    return install(model, find_targets(model, plan), plan.rules)
 
 
 def install(model: nn.Module, targets: list[Target], rules: tuple[Rule, ...]) -> AttachReport:

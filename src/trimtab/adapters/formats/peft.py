@@ -132,9 +132,9 @@ class PeftFormat(AdapterFormat):
         ]
         if odd:
             raise AdapterError(
-                f"{path} is not the one that {self.files[1]} was saved with: they differ at {len(odd)} modules, such "
-                f"as {shown(odd[0])}, so a save was interrupted, or one of the two was changed. Save the adapter again. "
-                "To take both as they stand, load and save them once with PEFT"
+                f"{path} is not the one that {self.files[1]} was saved with: they differ at {len(odd)} modules, "
+                f"such as {shown(odd[0])}, so a save was interrupted, or one of the two was changed. Save the adapter "
+                "again. To take both as they stand, load and save them once with PEFT"
             )
         return {name: StoredAdapter(*in_header[name], own, base=own.pop(_BASE, None)) for name, own in modules.items()}
 

@@ -1,0 +1,221 @@
+"""A plan meets a model: which of its modules get an adapter, of which method. The model is only looked at."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+from trimtab import bases, methods
+from trimtab.errors import PlanError, nearest
+from trimtab.surgery.adapted import Adapted
+from trimtab.surgery.plan import Plan, Rule
+
+# Where a model does not say which module is its output head, a top-level child of one of these names is taken for it.
+_HEAD_NAMES = {"lm_head", "classifier", "score", "qa_outputs", "head"}
+
+
+@dataclass(frozen=True)
+class Target:
+    """One module that gets an adapter."""
+
+    names: tuple[str, ...]
+    """Every name that it has in the model. The first one is its name in reports and on disk."""
+    module: nn.Module
+    base: bases.Base
+    rule: int
+    """Counted from 1."""
+    method: str
+    options: methods.Options
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+
+def find_targets(model: nn.Module, plan: Plan) -> list[Target]:
+    """Which modules of ``model`` get which method under ``plan``, in the model's order.
+
+    Raises PlanError if a rule ends with no module, if it names blocks that do not exist, or if modules that share a
+    weight would be treated differently.
+    """
+    modules = _Modules(model, {rule.sits_on for rule in plan.rules})
+    _check_ranges(plan, modules)
+    decided: dict[int, int] = {}  # id of a module -> number of the last rule that matches it
+    matched: dict[int, dict[int, str]] = {}  # number of a rule -> what it matches, before later rules have their say
+    for number, rule in enumerate(plan.rules, 1):
+        matched[number] = modules.matched_by(rule)
+        decided.update(dict.fromkeys(matched[number], number))
+    _check_rules(plan, decided, matched, modules)
+
+    targets = []
+    for key, number in decided.items():
+        rule = plan.rules[number - 1]
+        handle = modules.handles[rule.sits_on][key]
+        names = tuple(modules.names[key])
+        targets.append(Target(names, modules.by_id[key], handle, rule=number, method=rule.method, options=rule.options))
+    _check_ties(targets)
+    order = {key: place for place, key in enumerate(modules.by_id)}
+    return sorted(targets, key=lambda target: order[id(target.module)])
+
+
+def block_number(name: str) -> tuple[str, int] | None:
+    """``("model.layers", 3)`` for ``"model.layers.3.self_attn.q_proj"``: the first number in the path counts blocks."""
+    parts = name.split(".")
+    for place, part in enumerate(parts):
+        if part.isdigit():
+            return ".".join(parts[:place]), int(part)
+    return None
+
+
+def output_heads(model: nn.Module) -> set[int]:
+    """The ids of the modules that ``all-linear`` leaves alone."""
+    heads = set()
+    for module in model.modules():  # the model that knows its head may be wrapped in another
+        getter = getattr(module, "get_output_embeddings", None)
+        try:
+            head = getter() if getter is not None else None
+        except (NotImplementedError, AttributeError):
+            head = None
+        if isinstance(head, nn.Module):
+            heads.add(id(head))
+    if heads:
+        return heads
+    tops = [module for name, module in model.named_children() if name in _HEAD_NAMES]
+    return {id(inner) for top in tops for inner in top.modules()}
+
+
+class _Modules:
+    """The modules of a model as rules see them, each known by its id, since one module may have several names."""
+
+    def __init__(self, model: nn.Module, kinds: Iterable[bases.Kind]) -> None:
+        self.by_id: dict[int, nn.Module] = {}
+        self.names: dict[int, list[str]] = defaultdict(list)
+        inside_adapted: set[int] = set()
+        for name, module in model.named_modules(remove_duplicate=False):
+            if isinstance(module, Adapted):
+                inside_adapted.update(id(inner) for inner in module.modules())
+            if name:
+                self.by_id[id(module)] = module
+                self.names[id(module)].append(name)
+        self.heads = output_heads(model)
+        # What a method of each kind could sit on.
+        self.handles: dict[bases.Kind, dict[int, bases.Base]] = {kind: {} for kind in kinds}
+        for kind, handles in self.handles.items():
+            for key, module in self.by_id.items():
+                if key not in inside_adapted and (handle := bases.find(module, kind)) is not None:
+                    handles[key] = handle
+        # How many blocks each list of blocks has: {"model.layers": 30}
+        self.blocks: dict[str, int] = defaultdict(int)
+        for _, name in self.every_name():
+            if (place := block_number(name)) is not None:
+                self.blocks[place[0]] = max(self.blocks[place[0]], place[1] + 1)
+
+    def every_name(self) -> list[tuple[int, str]]:
+        """Every name with the id of its module."""
+        return [(key, name) for key, names in self.names.items() for name in names]
+
+    def matched_by(self, rule: Rule) -> dict[int, str]:
+        """The modules that ``rule`` matches, each with the name by which it does; of nested ones the outermost."""
+        matched: dict[int, str] = {}
+        for key in self.handles[rule.sits_on]:
+            for name in self.names[key]:
+                if self.is_named_by(rule, key, name) and self._is_in_layers_of(rule, name):
+                    matched[key] = name
+                    break
+        nested = {id(inner) for key in matched for inner in list(self.by_id[key].modules())[1:]}
+        return {key: name for key, name in matched.items() if key not in nested}
+
+    def is_named_by(self, rule: Rule, key: int, name: str) -> bool:
+        """Whether ``rule`` names this module, which its method could sit on; its layers are another question."""
+        return (rule.all_linear and key not in self.heads) or rule.matches(name)
+
+    def _is_in_layers_of(self, rule: Rule, name: str) -> bool:
+        place = block_number(name)
+        return rule.selects(place[1], self.blocks[place[0]]) if place else rule.selects(None, 0)
+
+
+def _check_ranges(plan: Plan, modules: _Modules) -> None:
+    most = max(modules.blocks.values(), default=0)
+    for number, rule in enumerate(plan.rules, 1):
+        last = max((end for _, end in rule.ranges()), default=-1)
+        if last >= most:
+            there = f"has blocks 0 to {most - 1}" if most else "has no numbered blocks"
+            raise PlanError(f"rule {number} (layers='{rule.layers}') names block {last}, and the model {there}")
+
+
+def _check_rules(plan: Plan, decided: dict[int, int], matched: dict[int, dict[int, str]], modules: _Modules) -> None:
+    """Raise PlanError for the first rule that is left with no module, and say why."""
+    used = set(decided.values())
+    for number, rule in enumerate(plan.rules, 1):
+        if number not in used:
+            globs = ", ".join(repr(glob) for glob in rule.match)
+            why = _why_overruled(matched[number], decided) or _why_none(rule, modules)
+            raise PlanError(f"rule {number} (match={globs}, layers='{rule.layers}') ends with no module: {why}")
+
+
+def _why_overruled(matched: dict[int, str], decided: dict[int, int]) -> str:
+    """What is said of a rule whose modules all went to later rules; empty if it matches none."""
+    if not matched:
+        return ""
+    key, name = next(iter(matched.items()))
+    return (
+        f"all {len(matched)} that it matches, such as {name}, are decided by a later rule (rule {decided[key]}). "
+        "Remove it, or move it to the end"
+    )
+
+
+def _why_none(rule: Rule, modules: _Modules) -> str:
+    """What is said of a rule that matches no module in the layers that it selects."""
+    possible = modules.handles[rule.sits_on]
+    named = [
+        (key, name)
+        for key, name in modules.every_name()
+        if rule.matches(name) or (key in possible and modules.is_named_by(rule, key, name))
+    ]
+    if any(key in possible for key, _ in named):
+        return "its names match, but in no block that 'layers' selects"
+    kinds = ", ".join(bases.names("weight"))
+    if rule.sits_on == "block":
+        what, none = "that are no blocks", "no blocks"
+        known = f". Method {rule.method} sits on blocks, such as '*.mlp' or '*.self_attn', and not on linear layers"
+    else:
+        what, none = "of kinds that no base knows", f"no layer of a kind that a base knows ({kinds})"
+        known = f". Known kinds: {kinds}" if named else ""
+    if named:
+        others = ", ".join(sorted({type(modules.by_id[key]).__name__ for key, _ in named}))
+        return f"it names {len(named)} {what} ({others}; such as {named[0][1]}){known}"
+    candidates = [name for key, name in modules.every_name() if key in possible]
+    near = _near_misses(rule, candidates) if candidates else f" The model has {none}"
+    return f"nothing has such a name.{near}{known}"
+
+
+def _near_misses(rule: Rule, candidates: list[str]) -> str:
+    """A sentence with names or globs that would have matched."""
+    shapes = sorted({re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", name) for name in candidates})
+    tails = sorted({name.rsplit(".", 1)[-1] for name in candidates})
+    nested = any("." in name for name in candidates)
+    near: list[str] = []
+    for glob in rule.match:
+        tail = glob.rsplit(".", 1)[-1].strip("*")
+        if tail:
+            near += [f"*.{close}" if nested else close for close in nearest(tail, tails)]
+        near += nearest(glob, shapes)
+    if near:
+        return f" Near misses: {', '.join(dict.fromkeys(near))}"
+    return f" Names that could be matched: {', '.join(shapes[:8])}{', ...' if len(shapes) > 8 else ''}"
+
+
+def _check_ties(targets: list[Target]) -> None:
+    """Raise PlanError unless modules that share one weight are treated alike."""
+    first: dict[int, Target] = {}
+    for target in targets:
+        other = first.setdefault(id(target.base.identity), target)
+        if other is not target and (other.rule != target.rule or other.base.shape != target.base.shape):
+            raise PlanError(
+                f"{other.name} and {target.name} share one weight, and the plan gives them different rules "
+                f"({other.rule} and {target.rule}). Let one rule match both"
+            )
