@@ -43,17 +43,17 @@ def prepare(rank: int) -> tuple[Any, Any, Any]:
     from trimtab.data.forms import read_examples
     from trimtab.data.tokens import encode_all
     from trimtab.models.load import load_model, load_tokenizer
-    from trimtab.models.locate import resolve
+    from trimtab.models.locate import locate
 
     torch.manual_seed(0)
-    source = resolve("smollm2-135m")
+    source = locate("smollm2-135m")
     tokenizer = load_tokenizer(source)
     examples = read_examples(["fpb_train.jsonl", "fiqa_train.jsonl"], tokenizer, root=DATA)
     return tokenizer, load_model(source, torch.bfloat16, "eager"), encode_all(examples, tokenizer, 1024)
 
 
 def arguments(steps: int, folder: str) -> dict[str, Any]:
-    """What both Trainers are told."""
+    """What PEFT's Trainer is told; ours is told the same."""
     return {
         "output_dir": folder,
         "per_device_train_batch_size": 16,
@@ -74,36 +74,29 @@ def arguments(steps: int, folder: str) -> dict[str, Any]:
 
 def run_ours(method: str, rank: int, steps: int, folder: str, compiled: bool) -> tuple[Any, Any, dict[str, float]]:
     """Our trainer, as ``trimtab finetune`` sets it up; gives tokenizer, merged model and figures."""
-    from transformers import TrainingArguments
-
     import trimtab
-    from trimtab.data.batches import Collator
+    from trimtab import tasks
+    from trimtab.config.run import TrainConfig
     from trimtab.machine import peak_memory_gib
     from trimtab.runs.events import Listener
-    from trimtab.tasks import Head
-    from trimtab.training.averaging import Averaging
     from trimtab.training.compiling import Compiling
-    from trimtab.training.throughput import Pace
-    from trimtab.training.trainer import AdapterTrainer, parameter_groups
+    from trimtab.training.trainer import AdapterTrainer
 
     tokenizer, model, rows = prepare(rank)
     trimtab.attach(model, trimtab.Plan([trimtab.Rule(match="all-linear", method=method, rank=rank, alpha=2 * rank)]))
     losses: list[float] = []
-    pace = Pace()  # one for both: the choices of compiled blocks follow from the tokens of a step
+    task = tasks.find("causal_lm")
     trainer = AdapterTrainer(
         model,
-        TrainingArguments(**arguments(steps, folder)),
+        TrainConfig(batch_size=16, max_steps=steps, epochs=1000.0, learning_rate=5e-4, warmup=10, save_every=10**9),
         rows,
-        Collator(tokenizer.pad_token_id),
-        parameter_groups(model, 5e-4, None, 1.0, 0.0),
-        Head(model),
-        None,
-        lambda row: losses.append(row["loss"]),
-        True,
-        Averaging(model, 0.0),
-        [Compiling(model, compiled, Listener(), pace)],
-        pace=pace,
+        task=task,
+        head=task.head(model),
+        tokenizer=tokenizer,
+        folder=Path(folder),
+        record=lambda row: losses.append(row["loss"]),
     )
+    trainer.add_callback(Compiling(model, compiled, Listener(), trainer.throughput))
     began = time.perf_counter()
     trainer.train()
     figures = {"seconds": time.perf_counter() - began, "loss": losses[-1], "peak_gib": peak_memory_gib()}

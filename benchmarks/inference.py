@@ -77,11 +77,11 @@ def main() -> None:
     said = parser.parse_args()
 
     from trimtab.models.load import load_model
-    from trimtab.models.locate import resolve
+    from trimtab.models.locate import locate
 
     found = []
     for dtype in said.dtypes:
-        bare = load_model(resolve("smollm2-135m"), getattr(torch, dtype)).requires_grad_(False)
+        bare = load_model(locate("smollm2-135m"), getattr(torch, dtype)).requires_grad_(False)
         models = {arm: adapted(bare, arm, said.rank) for arm in ARMS}
         works = {
             "decode": {arm: decoder(model, said.new_tokens) for arm, model in models.items()},

@@ -91,9 +91,9 @@ def write_run(folder: Path, asked: Combination) -> Path:
     """The rows and the YAML of a run."""
     from trimtab.config.yaml_text import write_yaml
     from trimtab.models.load import load_tokenizer
-    from trimtab.models.locate import resolve
+    from trimtab.models.locate import locate
 
-    tokenizer: Any = load_tokenizer(resolve("smollm2-135m"))
+    tokenizer: Any = load_tokenizer(locate("smollm2-135m"))
     chance = random.Random(0)
     rows = []
     for _ in range(3 * asked.rows * asked.accumulation):

@@ -99,9 +99,9 @@ def _bert() -> nn.Module:
 
 def _smollm2() -> nn.Module:
     from trimtab.models.load import load_model
-    from trimtab.models.locate import resolve
+    from trimtab.models.locate import locate
 
-    return load_model(resolve("smollm2-135m"), torch.float32)
+    return load_model(locate("smollm2-135m"), torch.float32)
 
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

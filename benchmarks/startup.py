@@ -46,9 +46,9 @@ def surgery(folder: Path) -> dict[str, Callable[[], None]]:
 
     import trimtab
     from trimtab.models.load import load_model
-    from trimtab.models.locate import resolve
+    from trimtab.models.locate import locate
 
-    model: Any = load_model(resolve("smollm2-135m"), torch.bfloat16).requires_grad_(False)
+    model: Any = load_model(locate("smollm2-135m"), torch.bfloat16).requires_grad_(False)
     plan = trimtab.Plan([trimtab.Rule(match="all-linear", method="dora", rank=16)])
     config = LoraConfig(r=16, use_dora=True, target_modules="all-linear", task_type="CAUSAL_LM")
     trimtab.attach(model, plan)

@@ -59,9 +59,9 @@ class DenseDora(nn.Module):
 def blocks(dtype: torch.dtype, attention: str, layers: int) -> nn.Module:
     """The blocks of SmolLM2-135M: a model from input embeddings to last hidden states."""
     from trimtab.models.load import load_model
-    from trimtab.models.locate import resolve
+    from trimtab.models.locate import locate
 
-    model: Any = load_model(resolve("smollm2-135m"), dtype, attention)
+    model: Any = load_model(locate("smollm2-135m"), dtype, attention)
     del model.model.layers[layers:]
     model.model.norm = nn.Identity()
     model.model.config.use_cache = False

@@ -16,19 +16,8 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "trimtab"
 # From the bottom up: a file imports from folders below its own, and from its own.
 PUBLIC = "trimtab/__init__.py"
 LAYERS = [
-    *(
-        "errors",
-        "files listing machine metrics",
-        "ops",
-        "bases",
-        "methods",
-        "surgery",
-        "adapters",
-        "models",
-        "data",
-        "config",
-    ),
-    *("runs", "tasks", "evaluation", "memory", "reports", "training", "analysis", "export", "studies"),
+    *("errors", "files listing machine metrics", "ops", "bases", "methods", "surgery", "adapters", "models", "data"),
+    *("config", "runs", "tasks", "evaluation", "memory", "reports", "training", "analysis", "export", "studies"),
     *(PUBLIC, "cli", "__main__"),
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names.split(" ")}

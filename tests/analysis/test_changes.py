@@ -18,7 +18,7 @@ from trimtab.analysis.changes import Change, Extreme, analyse, correlation, effe
 from trimtab.analysis.write import write_changes
 from trimtab.config.read import load_config
 from trimtab.errors import ModelError
-from trimtab.models.locate import resolve
+from trimtab.models.locate import locate
 from trimtab.reports.changes import changes_table, correlations_table, write_changes_page
 from trimtab.training.run import finetune
 
@@ -41,7 +41,7 @@ def stir(model: torch.nn.Module, names: str) -> None:
 
 
 def found(base: Path, *tuned: Path, **options: Any) -> list[Change]:
-    return list(analyse(resolve(str(base)), tuned, **options))
+    return list(analyse(locate(str(base)), tuned, **options))
 
 
 def test_an_adapter_moves_what_its_effective_weights_say(model_folder: Path, tmp_path: Path) -> None:

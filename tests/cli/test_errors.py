@@ -61,10 +61,10 @@ def another_model(world: World) -> list[str]:
 
     import trimtab
     from trimtab.models.load import load_model
-    from trimtab.models.locate import resolve
+    from trimtab.models.locate import locate
 
     other = write_model(world.path / "wide", hidden_size=64)
-    model = load_model(resolve(str(other)), torch.float32)
+    model = load_model(locate(str(other)), torch.float32)
     trimtab.attach(model, trimtab.Rule(match="*.q_proj", method="lora", rank=2))
     trimtab.save_adapter(model, world.path / "adapter")
     data = world.rows()

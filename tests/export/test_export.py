@@ -13,7 +13,7 @@ from tiny_runs import tiny_model, tiny_tokenizer
 from trimtab import export
 from trimtab.errors import ModelError
 from trimtab.models.load import load_model
-from trimtab.models.locate import resolve
+from trimtab.models.locate import locate
 
 MERGED = export.export_format("merged")
 
@@ -89,7 +89,7 @@ def test_a_folder_that_holds_something_is_refused(folder: Path) -> None:
 def test_a_model_folder_is_replaced_as_a_whole_if_allowed(folder: Path) -> None:
     (folder / "model-00001-of-00002.safetensors").write_text("of the old model")
     MERGED.write(tiny_model(hidden_size=48), tiny_tokenizer(), folder, overwrite=True)
-    assert load_model(resolve(str(folder))).config.hidden_size == 48
+    assert load_model(locate(str(folder))).config.hidden_size == 48
     assert not (folder / "model-00001-of-00002.safetensors").exists()
 
 

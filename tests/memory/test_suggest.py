@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from trimtab.config.read import load_config
-from trimtab.config.run import RunConfig
+from trimtab.config.resolve import Job
 from trimtab.errors import ModelError
 from trimtab.machine import GIB
 from trimtab.memory import estimate
@@ -35,12 +35,18 @@ LLAMA_3_1_8B = {
 
 
 @pytest.fixture
-def config(make_yaml: Callable[..., Path]) -> RunConfig:
-    return load_config(make_yaml(train={"batch_size": 8, "precision": "float32"}))
+def job(make_yaml: Callable[..., Path]) -> Job:
+    return Job.of(load_config(make_yaml(train={"batch_size": 8, "precision": "float32"})))
 
 
-def fake(config: RunConfig, sizes: RowSizes) -> RunMemory:
+def changed(job: Job, **changes: Any) -> Job:
+    """``job`` with other sections in its configuration."""
+    return Job.of(job.config.model_copy(update=changes))
+
+
+def fake(job: Job, sizes: RowSizes) -> RunMemory:
     """An estimate that goes with tokens, and that each setting makes less."""
+    config = job.config
     size = 1000 * config.train.batch_size * sizes.length
     size //= 2 if config.train.gradient_checkpointing else 1
     size //= 2 if config.train.precision == "bfloat16" else 1
@@ -65,54 +71,54 @@ def test_what_is_needed_leaves_out_what_is_there_or_goes_back() -> None:
     ],
 )
 def test_the_mildest_changes_that_fit(
-    monkeypatch: pytest.MonkeyPatch, config: RunConfig, share: float, expected: list[str]
+    monkeypatch: pytest.MonkeyPatch, job: Job, share: float, expected: list[str]
 ) -> None:
     monkeypatch.setattr("trimtab.memory.suggest.estimate_run", fake)
     room = share * 1000 * 8 * 64
     monkeypatch.setattr("trimtab.memory.suggest.available_memory", lambda device: room)
-    found = suggest(config, SIZES)
+    found = suggest(job, SIZES)
     assert all(suggestion.memory.hardest.needed <= room for suggestion in found)
     told = [suggestion.overrides for suggestion in found]
     for text in expected:
         assert any(line.startswith(text) for line in told), told
 
 
-def test_nothing_helps(monkeypatch: pytest.MonkeyPatch, config: RunConfig) -> None:
+def test_nothing_helps(monkeypatch: pytest.MonkeyPatch, job: Job) -> None:
     monkeypatch.setattr("trimtab.memory.suggest.estimate_run", fake)
     monkeypatch.setattr("trimtab.memory.suggest.available_memory", lambda device: 1)
-    assert suggest(config, SIZES) == []
+    assert suggest(job, SIZES) == []
 
 
-def test_a_run_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch, config: RunConfig) -> None:
-    needed = estimate_run(config, SIZES).hardest.needed
+def test_a_run_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch, job: Job) -> None:
+    needed = estimate_run(job, SIZES).hardest.needed
     monkeypatch.setenv("TRIMTAB_MEMORY_GIB", str(0.7 * needed / GIB))
     with pytest.raises(ModelError, match=r"Training .* needs about .* What would help: train\.gradient_checkpointing"):
-        check_run(config, SIZES)
+        check_run(job, SIZES)
     monkeypatch.setenv("TRIMTAB_MEMORY_GIB", "1")
-    check_run(config, SIZES)
+    check_run(job, SIZES)
 
 
 def test_a_model_that_cannot_be_traced_is_counted_without_activations(
-    monkeypatch: pytest.MonkeyPatch, config: RunConfig
+    monkeypatch: pytest.MonkeyPatch, job: Job
 ) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("values are needed\nhere")
 
     monkeypatch.setattr(Trace, "run", fail)
-    found = estimate_run(config, SIZES)
+    found = estimate_run(job, SIZES)
     assert found.uncounted == "RuntimeError: values are needed"
     assert found.hardest.activations == 0
     assert found.hardest.optimiser == 2 * found.hardest.adapters > 0
 
 
-def test_rows_are_read_where_they_are(config: RunConfig) -> None:
-    found = describe_memory(config)
+def test_rows_are_read_where_they_are(job: Job) -> None:
+    found = describe_memory(job)
     assert found["length_from"] == "the longest row"
-    assert found["length"] < config.data.max_length
+    assert found["length"] < job.config.data.max_length
     assert found["fits"]
-    assert describe_memory(config, 100)["length"] == 100
-    gone = config.model_copy(update={"data": config.data.model_copy(update={"train": ("gone.jsonl",)})})
-    assert describe_memory(gone)["length"] == config.data.max_length
+    assert describe_memory(job, 100)["length"] == 100
+    gone = changed(job, data=job.config.data.model_copy(update={"train": ("gone.jsonl",)}))
+    assert describe_memory(gone)["length"] == job.config.data.max_length
     assert "gone.jsonl is not here" in describe_memory(gone)["length_from"]
 
 
@@ -122,19 +128,19 @@ def test_llama_3_1_8b_from_its_config_alone(tmp_path: Path) -> None:
         f"model: {tmp_path}\ndata: {{train: none.jsonl, validation: null}}\n"
         "train: {precision: bfloat16, gradient_checkpointing: true, batch_size: 2}\n"
     )
-    config = load_config(tmp_path / "run.yaml")
+    job = Job.of(load_config(tmp_path / "run.yaml"))
     sizes = RowSizes(1024, 1023)
-    plain = estimate_run(config, sizes).hardest
+    plain = estimate_run(job, sizes).hardest
     assert plain.weights == pytest.approx(16.06e9, rel=1e-3)  # 8,030,261,248 numbers of two bytes
     # 32 inputs of blocks, [2, 1024, 4096] in two bytes, and less than 2 GiB for one block and the logits.
     assert 32 * 2 * 1024 * 4096 * 2 < plain.activations < 32 * 2 * 1024 * 4096 * 2 + 2 * GIB
-    packed = estimate_run(config.model_copy(update={"quantisation": "nf4"}), sizes).hardest
+    packed = estimate_run(changed(job, quantisation="nf4"), sizes).hardest
     linear, rest = 6_979_321_856, 2 * 128256 * 4096
     assert packed.weights == pytest.approx(linear * 0.516 + rest * 2, rel=0.01)
 
 
-def test_files_are_counted_where_weights_are_converted(config: RunConfig) -> None:
-    halves = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "bfloat16"})})
-    whole, half = (estimate_run(each, SIZES).moments[0] for each in (config, halves))
+def test_files_are_counted_where_weights_are_converted(job: Job) -> None:
+    halves = changed(job, model=job.config.model.model_copy(update={"dtype": "bfloat16"}))
+    whole, half = (estimate_run(each, SIZES).moments[0] for each in (job, halves))
     assert (whole.files, half.files) == (0, 2 * half.weights)
     assert half.process > estimate.LATER

@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from trimtab.errors import ModelError
 from trimtab.models.load import empty_model, load_config_only, load_model, load_tokenizer
-from trimtab.models.locate import Source, resolve
+from trimtab.models.locate import Source, locate
 
 SIZES: dict[str, Any] = {
     "hidden_size": 16,
@@ -64,7 +64,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def source_of(path: Path) -> Source:
-    return resolve(str(path))
+    return locate(str(path))
 
 
 def test_a_model_is_loaded_in_the_asked_type(folder: Path) -> None:

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from trimtab.errors import ModelError
 from trimtab.models.gguf import cache_folder, dequantised_folder, gguf_config
 from trimtab.models.load import load_config_only, load_model, load_tokenizer
-from trimtab.models.locate import resolve
+from trimtab.models.locate import locate
 
 HEADS, KEY_HEADS, HIDDEN, INTERMEDIATE = 4, 2, 64, 96
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -116,7 +116,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_dequantised_values_are_exact(tmp_path: Path) -> None:
     reference = write_gguf(tmp_path / "tiny.gguf")
-    model = load_model(resolve("tiny.gguf", tmp_path))
+    model = load_model(locate("tiny.gguf", tmp_path))
     expected = reference.state_dict()
     assert set(model.state_dict()) == set(expected)
     for name, actual in model.state_dict().items():
@@ -141,7 +141,7 @@ def test_the_cached_folder_is_an_ordinary_one(tmp_path: Path, cache: Path) -> No
 
 def test_the_tokenizer_comes_along(tmp_path: Path) -> None:
     write_gguf(tmp_path / "tiny.gguf")
-    tokenizer = load_tokenizer(resolve("tiny.gguf", tmp_path))
+    tokenizer = load_tokenizer(locate("tiny.gguf", tmp_path))
     assert tokenizer.chat_template == TEMPLATE
     assert (tokenizer.eos_token, tokenizer.padding_side) == ("<|im_end|>", "right")
     assert tokenizer.pad_token == "<|im_end|>"  # the file names none
@@ -158,13 +158,13 @@ def test_digits_are_split_off_first_where_the_vocabulary_was_learned_so(
     # GPT-2's pattern keeps the last of several spaces for the number that follows; with digits split off first, the
     # spaces stay together. Both as llama.cpp does it for these two kinds of vocabulary.
     write_gguf(tmp_path / "tiny.gguf", pre)
-    tokenizer = load_tokenizer(resolve("tiny.gguf", tmp_path))
+    tokenizer = load_tokenizer(locate("tiny.gguf", tmp_path))
     assert [tokenizer.decode([i]) for i in tokenizer("  12")["input_ids"]] == expected
 
 
 def test_the_configuration_alone_writes_nothing(tmp_path: Path, cache: Path) -> None:
     write_gguf(tmp_path / "tiny.gguf")
-    before = load_config_only(resolve("tiny.gguf", tmp_path))
+    before = load_config_only(locate("tiny.gguf", tmp_path))
     assert not cache.exists()
     assert (before.hidden_size, before.num_key_value_heads) == (HIDDEN, KEY_HEADS)
     dequantised_folder(tmp_path / "tiny.gguf")
@@ -244,7 +244,7 @@ def test_a_damaged_file(tmp_path: Path, cache: Path, keep: int) -> None:
     write_gguf(file)
     file.write_bytes(file.read_bytes()[:keep])
     with pytest.raises(ModelError, match=r"tiny\.gguf: cannot be read as a GGUF model"):
-        load_model(resolve("tiny.gguf", tmp_path))
+        load_model(locate("tiny.gguf", tmp_path))
     assert not cache.exists()
 
 
@@ -273,7 +273,7 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_the_real_model_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRIMTAB_CACHE")  # the real cache: filled once, for all tests
-    source = resolve("smollm2-135m")
+    source = locate("smollm2-135m")
     model: Any = load_model(source)
     tokenizer: Any = load_tokenizer(source)
     assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008

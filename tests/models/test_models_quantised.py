@@ -15,7 +15,7 @@ from trimtab import bases
 from trimtab.errors import ModelError
 from trimtab.export import export_format
 from trimtab.models.load import load_model
-from trimtab.models.locate import resolve
+from trimtab.models.locate import locate
 from trimtab.models.quantise import stored_bytes
 
 KINDS = ["int8", "nf4"]
@@ -56,7 +56,7 @@ def theirs(folder: Path, kind: str) -> Any:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_linear_layer_but_the_head_is_quantised(folder: Path, kind: str, dtype: torch.dtype) -> None:
-    plain, model = load_model(resolve(str(folder)), dtype), load_model(resolve(str(folder)), dtype, quantisation=kind)
+    plain, model = load_model(locate(str(folder)), dtype), load_model(locate(str(folder)), dtype, quantisation=kind)
     assert not model.training
     assert model.dtype == dtype
     seen = 0
@@ -85,7 +85,7 @@ def test_every_linear_layer_but_the_head_is_quantised(folder: Path, kind: str, d
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_weights_are_those_of_bitsandbytes(folder: Path, kind: str) -> None:
-    ours, other = load_model(resolve(str(folder)), quantisation=kind), theirs(folder, kind)
+    ours, other = load_model(locate(str(folder)), quantisation=kind), theirs(folder, kind)
     for mine, foreign in zip(ours.modules(), other.modules(), strict=True):
         one, two = bases.find(mine), bases.find(foreign)
         if one is not None:
@@ -99,7 +99,7 @@ def test_the_adapter_loads_in_peft(folder: Path, kind: str, method: str, tmp_pat
     """On the base that bitsandbytes quantises, and on ours. Float32 rounding over two blocks."""
     from peft import PeftModel
 
-    model = load_model(resolve(str(folder)), quantisation=kind)
+    model = load_model(locate(str(folder)), quantisation=kind)
     trimtab.attach(model, trimtab.Rule(match="all-linear", method=method, rank=2))
     with torch.no_grad():
         for parameter in trimtab.trainable_parameters(model).values():
@@ -107,10 +107,10 @@ def test_the_adapter_loads_in_peft(folder: Path, kind: str, method: str, tmp_pat
     trimtab.save_adapter(model, tmp_path / "adapter")
     ids = torch.arange(6)[None]
     want = model(ids).logits
-    for base in (theirs(folder, kind), load_model(resolve(str(folder)), quantisation=kind)):
+    for base in (theirs(folder, kind), load_model(locate(str(folder)), quantisation=kind)):
         got = PeftModel.from_pretrained(base, tmp_path / "adapter").train()(ids).logits
         assert float((got - want).norm() / want.norm()) < 2e-5
-    other = load_model(resolve(str(folder)), quantisation=kind)
+    other = load_model(locate(str(folder)), quantisation=kind)
     trimtab.load_adapter(other, tmp_path / "adapter")
     assert torch.equal(other(ids).logits, want)
 
@@ -121,7 +121,7 @@ def test_a_requantised_model_is_written_and_read_again(
 ) -> None:
     from transformers import AutoModelForCausalLM
 
-    model = load_model(resolve(str(folder)), quantisation=kind)
+    model = load_model(locate(str(folder)), quantisation=kind)
     trimtab.attach(model, trimtab.Rule(match="*.q_proj", method="lora", rank=2))
     report = trimtab.merge(model, onto="requantised")
     assert 0 <= report.rounding < 0.2
@@ -133,7 +133,7 @@ def test_a_requantised_model_is_written_and_read_again(
             assert two is not None
             assert torch.equal(one.weight(torch.float32), two.weight(torch.float32))
     with pytest.raises(ModelError, match="quantised already"):
-        load_model(resolve(str(tmp_path / "merged")), quantisation=kind)
+        load_model(locate(str(tmp_path / "merged")), quantisation=kind)
 
 
 @pytest.fixture

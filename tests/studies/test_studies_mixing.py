@@ -11,7 +11,7 @@ import pytest
 
 from trimtab.files import read_jsonl
 from trimtab.models.load import empty_model
-from trimtab.models.locate import resolve
+from trimtab.models.locate import locate
 from trimtab.studies.explore_config import load_explore
 from trimtab.studies.search_space import Space, default_groups, find_groups
 from trimtab.studies.study import load_study
@@ -27,7 +27,7 @@ needs_wheel = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return empty_model(resolve("smollm2-135m"))
+    return empty_model(locate("smollm2-135m"))
 
 
 def test_the_pairs_are_what_the_script_writes(tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ from trimtab.config.read import load_config
 from trimtab.ops.cost import counted
 from trimtab.training import compiling
 from trimtab.training.compiling import Compiling, blocks_of, pays
+from trimtab.training.metrics_log import Lap, Throughput
 from trimtab.training.run import finetune
-from trimtab.training.throughput import Lap, Pace
 
 
 @pytest.fixture(autouse=True)
@@ -63,11 +63,11 @@ def test_blocks_are_compiled_once_for_batches_of_all_sizes(method: str, monkeypa
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter), alpha=0.02)
     plain = copy.deepcopy(model)
-    listener, pace, now = Kept(), Pace(), (TrainingArguments(), TrainerState(), TrainerControl())
-    callback = Compiling(model, True, listener, pace)
+    listener, throughput, now = Kept(), Throughput(), (TrainingArguments(), TrainerState(), TrainerControl())
+    callback = Compiling(model, True, listener, throughput)
     callback.on_train_begin(*now)
     for _ in range(compiling.WARM_UP + compiling.TIMED):
-        pace.add(50)
+        throughput.add(50)
         now[1].global_step += 1
         callback.on_step_end(*now)
     for rows, tokens in [(4, 10), (4, 13), (3, 40), (2, 7), (5, 64)]:
@@ -126,7 +126,7 @@ def test_auto_goes_back_to_plain_blocks_where_compiled_ones_are_no_faster(
     plain = []
 
     class Paced(Lap):
-        """What was counted, at 100 tokens a second at first and at another pace after that."""
+        """What was counted, at 100 tokens a second at first and at another throughput after that."""
 
         def read(self) -> tuple[int, float]:
             tokens, _ = super().read()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from trimtab.training import throughput
+from trimtab.training import metrics_log
 
 
 def test_what_is_paused_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([10.0, 13.0, 20.0, 120.0, 121.0, 200.0, 201.0, 202.0])
-    monkeypatch.setattr(throughput.time, "perf_counter", lambda: next(clock))
-    count = throughput.Pace()
+    monkeypatch.setattr(metrics_log.time, "perf_counter", lambda: next(clock))
+    count = metrics_log.Throughput()
     count.add(5)
     assert count.so_far() == (5, 3.0)
     with count.paused():  # from 20 to 120

@@ -16,12 +16,11 @@ from transformers import TrainerCallback
 import trimtab
 from adapter_tools import trained
 from tiny_runs import Kept, tiny_model, tiny_tokenizer, write_rows
+from trimtab import tasks
 from trimtab.data.batches import Collator
 from trimtab.data.forms import read_examples
 from trimtab.data.tokens import EncodedRows, encode_all
-from trimtab.tasks import Head
-from trimtab.training.arguments import training_arguments
-from trimtab.training.averaging import Averaging
+from trimtab.training.callbacks import Averaging
 from trimtab.training.run import _Run, finetune
 from trimtab.training.trainer import AdapterTrainer, parameter_groups
 
@@ -73,14 +72,18 @@ class Catching(TrainerCallback):
 def make_trainer(
     config: Any, model: Any, encoded: EncodedRows, folder: Path, callbacks: Sequence[TrainerCallback] = ()
 ) -> AdapterTrainer:
-    said = config.train
-    groups = parameter_groups(model, said.learning_rate, None, 1.0, 0.0)
-    arguments = training_arguments(config, len(encoded), folder, validates=False, scored=False)
-    quiet: Callable[..., None] = lambda row: None  # noqa: E731
+    task = tasks.find("causal_lm")
     return AdapterTrainer(
-        model, arguments, encoded, Collator(1), groups, Head(model), None, quiet, said.group_by_length,
-        Averaging(model, 0.0), callbacks,
-    )  # fmt: skip
+        model,
+        config.train,
+        encoded,
+        task=task,
+        head=task.head(model),
+        tokenizer=tiny_tokenizer(),
+        folder=folder,
+        record=lambda row: None,
+        callbacks=callbacks,
+    )
 
 
 def test_loss_and_gradients_are_those_of_the_model_itself(

@@ -1,18 +1,49 @@
-"""What a configuration names, and what it leaves to the machine."""
+"""What the configuration of a run names, found once: its model, its plan, and what it leaves to the machine."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
 
 from trimtab.config.run import RunConfig
 from trimtab.errors import PlanError
 from trimtab.machine import best_precision
-from trimtab.models.locate import Source, resolve
+from trimtab.models.locate import Source, locate
 from trimtab.surgery.plan import Plan, Rule
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run's configuration and all that follows from it before anything is read.
+
+    Attributes:
+        config: as it was read.
+        source: where the model comes from.
+        plan: its rules, checked.
+        precision: ``bfloat16`` or ``float32``, in which the run computes on this machine.
+        dtype: that of the frozen weights.
+    """
+
+    config: RunConfig
+    source: Source
+    plan: Plan
+    precision: str
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Job:
+        """Resolve ``config``. Raises ModelError for a model that is not there, PlanError, which names the rule, for a
+        plan that cannot be."""
+        precision = precision_of(config)
+        dtype = precision if config.model.dtype == "auto" else config.model.dtype
+        return cls(config, source_of(config), plan_of(config), precision, getattr(torch, dtype))
 
 
 def source_of(config: RunConfig) -> Source:
     """Where the model of ``config`` comes from."""
     said = config.model
-    return resolve(said.name, revision=said.revision, trust_remote_code=said.trust_remote_code)
+    return locate(said.name, revision=said.revision, trust_remote_code=said.trust_remote_code)
 
 
 def plan_of(config: RunConfig) -> Plan:
@@ -29,8 +60,3 @@ def plan_of(config: RunConfig) -> Plan:
 def precision_of(config: RunConfig) -> str:
     """``bfloat16`` or ``float32``: what a run of ``config`` computes in on this machine."""
     return best_precision() if config.train.precision == "auto" else config.train.precision
-
-
-def model_dtype_of(config: RunConfig) -> str:
-    """The type of the frozen weights of a run of ``config`` on this machine."""
-    return precision_of(config) if config.model.dtype == "auto" else config.model.dtype

@@ -18,7 +18,7 @@ from trimtab.evaluation.evaluate import evaluate, write
 from trimtab.evaluation.tasks import Task, evaluate_task, find_task
 from trimtab.machine import best_precision, device
 from trimtab.models.load import load_tokenizer
-from trimtab.models.locate import resolve
+from trimtab.models.locate import locate
 from trimtab.reports import run_page
 from trimtab.runs.events import Listener
 from trimtab.runs.folder import RunFolder
@@ -84,7 +84,7 @@ def measure(
     if own_sets and limit is None:
         limit = said.limit
 
-    source = source_of(config) if config is not None else resolve(target)
+    source = source_of(config) if config is not None else locate(target)
     tokenizer = load_tokenizer(source)
     form = form or (config.data.form if config is not None else "auto")
     rows = {name: read_examples(path, tokenizer, root=Path.cwd(), form=form) for name, path in sets.items()}

@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 import torch
 
-from trimtab.config.resolve import model_dtype_of, plan_of, source_of
+from trimtab.config.resolve import Job
 from trimtab.config.run import RunConfig
 from trimtab.data.tokens import IGNORED
 from trimtab.evaluation.batching import TOKENS
@@ -126,8 +126,8 @@ class RunMemory:
         return max(self.moments, key=lambda estimate: estimate.needed)
 
 
-def estimate_run(config: RunConfig, sizes: RowSizes) -> RunMemory:
-    """What a run of ``config`` over rows of ``sizes`` will take on the processor.
+def estimate_run(job: Job, sizes: RowSizes) -> RunMemory:
+    """What a run of ``job`` over rows of ``sizes`` will take on the processor.
 
     A step of the run's own code is traced on tensors without values (``trimtab.memory.trace``); the process's own
     part is what it holds now. Takes a fraction of a second to a few seconds, whatever the size of the model.
@@ -135,14 +135,14 @@ def estimate_run(config: RunConfig, sizes: RowSizes) -> RunMemory:
     Raises:
         ModelError, PlanError: what the run itself would raise for its model and its plan.
     """
-    train, source = config.train, source_of(config)
-    dtype: torch.dtype = getattr(torch, model_dtype_of(config))
+    config, source, dtype = job.config, job.source, job.dtype
+    train = config.train
     model: Any = empty_model(source, dtype, config.model.attention)
     said = None if source.kind == "gguf" else load_config_only(source).dtype
     stored = getattr(torch, said) if isinstance(said, str) else said or torch.float32
     parameters = sum(parameter.numel() for parameter in model.parameters())
     files = parameters * stored.itemsize
-    attach(model, plan_of(config))
+    attach(model, job.plan)
     trace = Trace(model, quantisation=config.quantisation)
     standing, uncounted = trace.standing, None
     labels = sizes.length - 1 if train.prompt_loss_weight else sizes.labels

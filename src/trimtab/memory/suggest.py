@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab import methods
-from trimtab.config.resolve import precision_of, source_of
+from trimtab.config.resolve import Job
 from trimtab.config.run import RunConfig
 from trimtab.errors import TrimtabError
 from trimtab.machine import GIB, available_memory, check_fits, device
@@ -41,15 +41,15 @@ class Suggestion:
         return f"{self.overrides}: {self.memory.hardest.needed / GIB:.2f} GiB"
 
 
-def check_run(config: RunConfig, sizes: RowSizes) -> None:
+def check_run(job: Job, sizes: RowSizes) -> None:
     """Raise ModelError, with what would help, if a run needs more memory than the machine has free."""
-    estimate = estimate_run(config, sizes).hardest
+    estimate = estimate_run(job, sizes).hardest
     if estimate.needed > available_memory(device()):
-        advice = [str(suggestion) for suggestion in suggest(config, sizes)] or ["a smaller model"]
-        check_fits(f"Training {config.model.name}", estimate.needed, device(), parts=estimate.told, advice=advice)
+        advice = [str(suggestion) for suggestion in suggest(job, sizes)] or ["a smaller model"]
+        check_fits(f"Training {job.config.model.name}", estimate.needed, device(), parts=estimate.told, advice=advice)
 
 
-def suggest(config: RunConfig, sizes: RowSizes) -> list[Suggestion]:
+def suggest(job: Job, sizes: RowSizes) -> list[Suggestion]:
     """Changes with which a run fits that does not, each estimated by itself; those that alter its results least first.
 
     Of each kind of change the mildest that fits is given. Several changes together come into play where no single one
@@ -58,10 +58,10 @@ def suggest(config: RunConfig, sizes: RowSizes) -> list[Suggestion]:
     room = available_memory(device())
 
     def fitting(change: Change) -> Suggestion | None:
-        memory = _with(config, sizes, change)
+        memory = _with(job.config, sizes, change)
         return Suggestion(change, memory) if memory.hardest.needed <= room else None
 
-    for ladders in _attempts(config, sizes):
+    for ladders in _attempts(job, sizes):
         found = []
         for *milder, strongest in filter(None, ladders):
             # Where the strongest change is not enough, the milder ones need not be looked at.
@@ -72,10 +72,10 @@ def suggest(config: RunConfig, sizes: RowSizes) -> list[Suggestion]:
     return []
 
 
-def read_sizes(config: RunConfig) -> tuple[RowSizes, str]:
-    """Sizes of the rows of ``config`` and a word on where they are from: the rows, where their files and the tokenizer
+def read_sizes(job: Job) -> tuple[RowSizes, str]:
+    """Sizes of the rows of ``job`` and a word on where they are from: the rows, where their files and the tokenizer
     are there to be read, else ``data.max_length``."""
-    data, source = config.data, source_of(config)
+    config, data, source = job.config, job.config.data, job.source
     capped = _capped(config)
     why = f"the cap data.max_length = {data.max_length}, since"
     named = [*data.train, *(data.validation if isinstance(data.validation, tuple) else ()), *data.test.values()]
@@ -90,19 +90,19 @@ def read_sizes(config: RunConfig) -> tuple[RowSizes, str]:
     return sizes, "the longest row"
 
 
-def describe_memory(config: RunConfig, length: int | None = None) -> dict[str, Any]:
+def describe_memory(job: Job, length: int | None = None) -> dict[str, Any]:
     """What ``trimtab plan`` says about memory, as plain values; all sizes in GiB.
 
     ``length``: tokens of a row, all of which carry loss, in place of what the data has.
     """
     if length is None:
-        sizes, origin = read_sizes(config)
+        sizes, origin = read_sizes(job)
     else:
-        sizes, origin = replace(_capped(config), length=length, labels=length - 1), "--length"
-    memory, room = estimate_run(config, sizes), available_memory(device())
+        sizes, origin = replace(_capped(job.config), length=length, labels=length - 1), "--length"
+    memory, room = estimate_run(job, sizes), available_memory(device())
     fits = memory.hardest.needed <= room
     return {
-        "batch_size": config.train.batch_size,
+        "batch_size": job.config.train.batch_size,
         "length": sizes.length,
         "length_from": origin,
         "moments": {
@@ -116,7 +116,7 @@ def describe_memory(config: RunConfig, length: int | None = None) -> dict[str, A
         "uncounted": memory.uncounted,
         "suggestions": [
             {"change": suggestion.overrides, "needed": suggestion.memory.hardest.needed / GIB}
-            for suggestion in ([] if fits else suggest(config, sizes))
+            for suggestion in ([] if fits else suggest(job, sizes))
         ],
     }
 
@@ -126,12 +126,12 @@ def _capped(config: RunConfig) -> RowSizes:
     return RowSizes(data.max_length, data.max_length - 1, bool(data.test or data.validation))
 
 
-def _attempts(config: RunConfig, sizes: RowSizes) -> Iterator[list[list[Change]]]:
+def _attempts(job: Job, sizes: RowSizes) -> Iterator[list[list[Change]]]:
     """Ladders of changes, each from mild to strong; then the same with more and more at once."""
-    train = config.train
+    config, train = job.config, job.config.train
     trains_base = any(methods.method_class(rule["method"]).trains_base for rule in config.plan)
     recompute: Change = {} if train.gradient_checkpointing else {"train.gradient_checkpointing": True}
-    halve: Change = {} if precision_of(config) == "bfloat16" else {"train.precision": "bfloat16"}
+    halve: Change = {} if job.precision == "bfloat16" else {"train.precision": "bfloat16"}
     smaller = list(_smaller_batches(train.batch_size, train.gradient_accumulation))
     kinds = () if config.quantisation != "none" or trains_base else ("int8", "nf4")
     packed: list[Change] = [{"quantisation": kind} for kind in kinds]
@@ -169,4 +169,4 @@ def _with(config: RunConfig, sizes: RowSizes, change: Change) -> RunMemory:
     config = config.model_copy(update=changed)
     if (length := change.get("data.max_length")) is not None:
         sizes = replace(sizes, length=length, labels=min(sizes.labels, length - 1))
-    return estimate_run(config, sizes)
+    return estimate_run(Job.of(config), sizes)

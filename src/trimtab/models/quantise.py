@@ -1,6 +1,6 @@
 """Quantise a model while its weights are read: one dense weight is in memory at a time, and what is quantised already.
 
-    model = load_model(resolve("smollm2-135m"), torch.bfloat16, quantisation="nf4")
+    model = load_model(locate("smollm2-135m"), torch.bfloat16, quantisation="nf4")
 
 Every linear layer but the output head; embeddings, norms and biases stay as they are.
 """

@@ -27,7 +27,7 @@ from trimtab.errors import ConfigError, Interrupted, RunError
 from trimtab.files import locked, read_json, write_json
 from trimtab.machine import device
 from trimtab.models.load import load_tokenizer
-from trimtab.models.locate import resolve
+from trimtab.models.locate import locate
 from trimtab.runs.load import load_fitting
 from trimtab.studies.budgets import matched_plan
 from trimtab.studies.memorize_cell import Point, train_cell
@@ -146,7 +146,7 @@ class _Bench:
 
     def __init__(self, study: MemoryStudy, folder: StudyFolder, watcher: Watcher) -> None:
         self.study, self.folder, self.watcher = study, folder, watcher
-        source = resolve(study.model)
+        source = locate(study.model)
         self.tokenizer = load_tokenizer(source)
         self.model: Any = load_fitting(source, study.precision)
         keep_blocks(self.model, study.blocks)

@@ -21,7 +21,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from trimtab.ops.cost import expected
 from trimtab.runs.events import Listener
 from trimtab.surgery.adapted import Adapted, block_lists
-from trimtab.training.throughput import Lap, Pace
+from trimtab.training.metrics_log import Lap, Throughput
 
 COMPILE_SECONDS = 90.0
 """What compiling is counted as. SmolLM2's blocks, of one kind, took some 45 s on one busy core."""
@@ -54,11 +54,13 @@ class Compiling(TrainerCallback):
     """Compiles the blocks of ``model`` after a few steps: in any case (True), where it pays and as long as it is faster
     (``auto``), or not at all (False)."""
 
-    def __init__(self, model: nn.Module, setting: Literal["auto"] | bool, listener: Listener, pace: Pace) -> None:
+    def __init__(
+        self, model: nn.Module, setting: Literal["auto"] | bool, listener: Listener, throughput: Throughput
+    ) -> None:
         self._model = model
         self._setting = setting
         self._listener = listener
-        self._lap = Lap(pace)
+        self._lap = Lap(throughput)
         self._measuring = False
         self._first = 0
         self._plain = 0.0  # tokens a second

@@ -1,10 +1,12 @@
-"""Writes ``metrics.jsonl`` line by line while a run goes on, and TensorBoard events if asked."""
+"""What a run measures of itself while it trains: how fast it goes, and the lines of ``metrics.jsonl``."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -64,3 +66,42 @@ class Recorder:
         self._file.close()
         if self._events is not None:
             self._events.close()
+
+
+class Throughput:
+    """Tokens that were trained on, and the seconds that took. Reading it changes nothing; a `Lap` takes differences."""
+
+    def __init__(self) -> None:
+        self._tokens = 0
+        self._began = time.perf_counter()
+
+    def add(self, tokens: int) -> None:
+        """Count ``tokens`` more."""
+        self._tokens += tokens
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """A context whose seconds do not count."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._began += time.perf_counter() - began
+
+    def so_far(self) -> tuple[int, float]:
+        """Tokens, and seconds."""
+        return self._tokens, time.perf_counter() - self._began
+
+
+class Lap:
+    """What ``throughput`` has counted since one reader last asked; at first, since it was made."""
+
+    def __init__(self, throughput: Throughput) -> None:
+        self._throughput = throughput
+        self._last = throughput.so_far()
+
+    def read(self) -> tuple[int, float]:
+        """Tokens, and seconds; the next lap begins."""
+        (tokens, seconds), last = self._throughput.so_far(), self._last
+        self._last = tokens, seconds
+        return tokens - last[0], seconds - last[1]

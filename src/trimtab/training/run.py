@@ -13,14 +13,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
-from transformers import EarlyStoppingCallback, set_seed
+from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 
+from trimtab import tasks
 from trimtab.adapters.store import load_adapter, save_adapter
-from trimtab.config.resolve import model_dtype_of, plan_of, precision_of, source_of
+from trimtab.config.resolve import Job
 from trimtab.config.run import RunConfig
-from trimtab.data.batches import Collator
 from trimtab.data.preview import preview
 from trimtab.data.rows import Example
 from trimtab.errors import Interrupted, TrimtabError
@@ -35,14 +34,11 @@ from trimtab.reports import run_page
 from trimtab.runs.events import Listener
 from trimtab.runs.folder import RunFolder, find_run, start_run
 from trimtab.surgery.attach import AttachReport, attach, describe
-from trimtab.tasks import Head, Inputs, read_inputs
-from trimtab.training.arguments import metric, training_arguments
-from trimtab.training.averaging import Averaging
+from trimtab.tasks import Inputs, Task
 from trimtab.training.callbacks import Interrupting, Telling
 from trimtab.training.compiling import Compiling
 from trimtab.training.metrics_log import Recorder, require_tensorboard
-from trimtab.training.throughput import Pace
-from trimtab.training.trainer import AdapterTrainer, parameter_groups
+from trimtab.training.trainer import AdapterTrainer
 
 
 def finetune(
@@ -63,27 +59,27 @@ def finetune(
     """
     listener = listener or Listener()
     began = time.perf_counter()
-    plan = plan_of(config)
+    job = Job.of(config)
     if config.train.tensorboard:
         require_tensorboard()
     folder, checkpoint = find_run(config, resume=resume, overwrite=overwrite)
-    source = source_of(config)
-    tokenizer = load_tokenizer(source)
+    task = tasks.find("causal_lm")
+    tokenizer = load_tokenizer(job.source)
     listener.stage("Reading the rows")
-    inputs = read_inputs(config, tokenizer, listener)
-    check_run(config, RowSizes.of(config, inputs))
+    inputs = task.read(config, tokenizer, listener)
+    check_run(job, RowSizes.of(config, inputs))
 
     _quiet_libraries()
     listener.show(preview(inputs.rows, tokenizer))
     if config.train.prompt_loss_weight:
         listener.note(f"in training, a token of the prompt counts {config.train.prompt_loss_weight:g} of a marked one")
     listener.stage(f"Loading {config.model.name}")
-    model: Any = load_model(source, getattr(torch, model_dtype_of(config)), config.model.attention, config.quantisation)
+    model: Any = load_model(job.source, job.dtype, config.model.attention, config.quantisation)
     model = model.to(device())
 
     if not resume:
         start_run(config, folder)
-    run = _Run(config, folder, inputs, model, tokenizer, listener, began)
+    run = _Run(job, folder, task=task, inputs=inputs, model=model, tokenizer=tokenizer, listener=listener, began=began)
     run.summarise("interrupted")
     try:
         run.evaluate("before")
@@ -91,7 +87,7 @@ def finetune(
             run.attached(describe(model, ()))
         else:
             set_seed(config.train.seed)
-            run.attached(attach(model, plan))
+            run.attached(attach(model, job.plan))
             if folder.has_adapter:  # interrupted after training
                 load_adapter(model, folder.adapter)
             else:
@@ -118,32 +114,35 @@ class _Run:
 
     def __init__(
         self,
-        config: RunConfig,
+        job: Job,
         folder: RunFolder,
+        *,
+        task: Task,
         inputs: Inputs,
         model: nn.Module,
         tokenizer: Any,
         listener: Listener,
         began: float,
     ) -> None:
-        self.config = config
+        self.config = job.config
         self.folder = folder
+        self.task = task
         self.inputs = inputs
         self.model = model
         self.tokenizer = tokenizer
         self.listener = listener
-        self._head = Head(model)  # probed once; adapters may come onto the model later
+        self._head = task.head(model)
         self._began = began
         before = folder.read_summary()
         self._earlier_seconds = float(before.get("training_seconds", 0.0)), float(before.get("total_seconds", 0.0))
         self._facts: dict[str, Any] = {
-            "model": config.model.name,
+            "model": job.config.model.name,
             "created": before.get("created") or datetime.now(UTC).isoformat(timespec="seconds"),
             "steps": before.get("steps", 0),
             "epochs": before.get("epochs", 0.0),
             "training_seconds": self._earlier_seconds[0],
-            "precision": precision_of(config),
-            "quantisation": config.quantisation,
+            "precision": job.precision,
+            "quantisation": job.config.quantisation,
             "best_step": before.get("best_step"),
             "form": inputs.form,
             "choices": inputs.choices,
@@ -223,46 +222,34 @@ class _Run:
 
     def train(self, checkpoint: Path | None) -> None:
         """Train, and leave the model with the adapter that the run ends with."""
-        config, train = self.config, self.config.train
-        validates, scored = bool(self.inputs.validation), self.inputs.scored
-        rows = len(self.inputs.rows)
-        arguments = training_arguments(config, rows, self.folder.checkpoints, validates=validates, scored=scored)
+        train = self.config.train
         interrupting = Interrupting()
-        averaging = Averaging(self.model, train.average or 0.0)
-        pace = Pace()
-        callbacks = [Telling(self.listener), interrupting, Compiling(self.model, train.compile, self.listener, pace)]
+        callbacks: list[TrainerCallback] = [Telling(self.listener), interrupting]
         if train.early_stopping is not None:
             callbacks.append(EarlyStoppingCallback(train.early_stopping))
-        step = int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint is not None else 0
-        self.folder.cut_metrics(step)
+        self.folder.cut_metrics(_step_of(checkpoint))
         if checkpoint is not None:
-            self.listener.note(f"resuming at step {step}")
+            self.listener.note(f"resuming at step {_step_of(checkpoint)}")
+        best = train.metric if train.metric != "auto" else "accuracy" if self.inputs.scored else "loss"
         events = self.folder.tensorboard if train.tensorboard else None
         began = time.perf_counter()
         self.listener.stage("Training")
         with Recorder(self.folder.metrics, self.listener, events, self._earlier_seconds[0]) as recorder:
             trainer = AdapterTrainer(
                 self.model,
-                arguments,
+                train,
                 self.inputs.rows,
-                Collator(self.tokenizer.pad_token_id, prompts=train.prompt_loss_weight > 0),
-                parameter_groups(
-                    self.model,
-                    train.learning_rate,
-                    train.magnitude_learning_rate,
-                    train.b_learning_rate_ratio,
-                    train.weight_decay,
-                ),
-                self._head,
-                self._validation if validates else None,
-                recorder.record,
-                train.group_by_length,
-                averaging,
-                callbacks,
-                _best_loss(self.folder.read_metrics(), metric(config, scored)),
-                train.prompt_loss_weight,
-                pace,
+                task=self.task,
+                head=self._head,
+                tokenizer=self.tokenizer,
+                folder=self.folder.checkpoints,
+                record=recorder.record,
+                validate=self._validation if self.inputs.validation else None,
+                best=best,
+                best_loss=_best_loss(self.folder.read_metrics(), best),
+                callbacks=callbacks,
             )
+            trainer.add_callback(Compiling(self.model, train.compile, self.listener, trainer.throughput))
             try:
                 with interrupting.on_signal(self.listener):
                     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
@@ -273,10 +260,15 @@ class _Run:
                 self._facts["training_seconds"] = round(self._earlier_seconds[0] + time.perf_counter() - began, 2)
         if interrupting.asked:
             raise KeyboardInterrupt
-        averaging.keep()
-        if validates and train.keep_best:
-            self._facts["best_step"] = trainer.load_best()
-            self.listener.note(f"kept the adapter of step {self._facts['best_step']}, the best in validation")
+        keeps_best = bool(self.inputs.validation) and train.keep_best
+        step = trainer.settle(keep_best=keeps_best)
+        if keeps_best:
+            self._facts["best_step"] = step
+            self.listener.note(f"kept the adapter of step {step}, the best in validation")
+
+
+def _step_of(checkpoint: Path | None) -> int:
+    return int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint is not None else 0
 
 
 def _best_loss(rows: Sequence[Mapping[str, Any]], metric: str) -> float:

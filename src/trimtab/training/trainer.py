@@ -14,16 +14,17 @@ from torch.utils.data import DataLoader, RandomSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from trimtab.adapters.store import load_adapter, save_adapter
-from trimtab.data.batches import Collator, LengthGroupedBatches
+from trimtab.config.run import TrainConfig
+from trimtab.data.batches import LengthGroupedBatches
 from trimtab.data.rows import EncodedRow
 from trimtab.data.tokens import EncodedRows
 from trimtab.errors import RunError
 from trimtab.methods import RateGroup
 from trimtab.surgery.attach import rate_groups, trainable_parameters
-from trimtab.tasks import Head
-from trimtab.training.averaging import Averaging
+from trimtab.tasks import Head, Task
+from trimtab.training.callbacks import Averaging
 from trimtab.training.compiling import plainly
-from trimtab.training.throughput import Lap, Pace
+from trimtab.training.metrics_log import Lap, Throughput
 
 BEST = "best"
 """Folder, beside the checkpoints, of the adapter of the best validation."""
@@ -55,76 +56,134 @@ def parameter_groups(
     ]
 
 
+def epoch_steps(train: TrainConfig, rows: int) -> int:
+    """Optimiser steps of one epoch."""
+    return math.ceil(math.ceil(rows / train.batch_size) / train.gradient_accumulation)
+
+
+def total_steps(train: TrainConfig, rows: int) -> int:
+    """Optimiser steps of the whole run."""
+    whole = math.ceil(train.epochs * epoch_steps(train, rows))
+    return max(1, whole if train.max_steps is None else min(whole, train.max_steps))
+
+
+def training_arguments(train: TrainConfig, rows: int, folder: Path, best: str | None) -> TrainingArguments:
+    """``train`` in the words of transformers' Trainer, for ``rows`` rows.
+
+    Args:
+        folder: where checkpoints go.
+        best: the validation metric that decides which step was best; None: there is no validation.
+    """
+    steps = total_steps(train, rows)
+    # In steps even where it is at the end of an epoch: then transformers validates first and saves after that, so that
+    # a checkpoint knows of the validation at its step.
+    every = epoch_steps(train, rows) if train.validate_every == "epoch" else train.validate_every
+    save = epoch_steps(train, rows) if train.save_every == "epoch" else train.save_every
+    return TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=train.batch_size,
+        gradient_accumulation_steps=train.gradient_accumulation,
+        num_train_epochs=train.epochs,
+        max_steps=steps,
+        learning_rate=train.learning_rate,
+        lr_scheduler_type=train.schedule if train.schedule != "constant" else "constant_with_warmup",
+        warmup_steps=train.warmup if isinstance(train.warmup, int) else math.ceil(train.warmup * steps),
+        weight_decay=train.weight_decay,
+        max_grad_norm=train.max_grad_norm,
+        activation_checkpointing=train.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False} if train.gradient_checkpointing else None,
+        # The weights have their dtype already; autocast on top would only cast to and fro.
+        bf16=False,
+        fp16=False,
+        logging_steps=train.log_every,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps" if best is not None else "no",
+        eval_steps=every if isinstance(every, int) else max(1, round(every * steps)),
+        save_strategy="steps",
+        save_steps=save,
+        save_total_limit=train.keep_checkpoints,
+        metric_for_best_model=best,
+        greater_is_better=best != "loss" if best is not None else None,
+        seed=train.seed,
+        data_seed=train.seed,
+        restore_callback_states_from_checkpoint=True,  # the patience of early stopping
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        label_names=["labels"],
+    )
+
+
 class AdapterTrainer(Trainer):
     """A Trainer whose checkpoints hold the adapter alone, and whose validation is ours.
 
     Args:
-        model: a causal language model that carries adapters.
-        args: transformers' arguments; ``metric_for_best_model`` names a key of what ``validate`` returns.
+        model: carries adapters.
+        train: how to train.
         rows: the training rows.
-        collator: makes batches.
-        groups: the optimiser's parameter groups.
-        head: computes the loss at the labels.
-        validate: gives the validation metrics (without prefix), or None for no validation.
+        task: makes batches of them, and gives their loss.
+        head: of ``model``, as ``task`` made it.
+        tokenizer: the one that encoded the rows.
+        folder: where checkpoints go.
         record: is given each line for ``metrics.jsonl``, which it completes with the time.
-        group_by_length: batches of like lengths.
-        averaging: what is validated and kept, where the adapter is averaged over the last part of training.
+        validate: gives the validation metrics by name, or None for no validation.
+        best: the one of them that decides which step was best.
         best_loss: validation loss of the best step of a run that is resumed.
-        prompt_loss_weight: what a token of ``prompt_labels`` counts beside one of ``labels``; the loss is the sum over
-            the number of ``labels`` (arXiv 2405.14394 trains on both alike).
-        pace: counts tokens and seconds here; None: one of its own.
+        callbacks: see and steer the loop.
+
+    Attributes:
+        throughput: counts the tokens that were trained on.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        args: TrainingArguments,
+        train: TrainConfig,
         rows: EncodedRows,
-        collator: Collator,
-        groups: list[dict[str, Any]],
+        *,
+        task: Task,
         head: Head,
-        validate: Callable[[], Mapping[str, float]] | None,
+        tokenizer: Any,
+        folder: Path,
         record: Callable[[dict[str, Any]], None],
-        group_by_length: bool,
-        averaging: Averaging,
-        callbacks: Sequence[TrainerCallback] = (),
+        validate: Callable[[], Mapping[str, float]] | None = None,
+        best: str = "loss",
         best_loss: float = math.inf,
-        prompt_loss_weight: float = 0.0,
-        pace: Pace | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
-        self._pace = pace or Pace()
+        self.throughput = Throughput()
         self._adapted = model
-        self._collator = collator
+        self._train_config = train
+        self._task, self._head = task, head
+        self._collator = task.collator(tokenizer, prompts=train.prompt_loss_weight > 0)
+        self._averaging = Averaging(model, train.average or 0.0)
         super().__init__(
             model=model,
-            args=args,
+            args=training_arguments(train, len(rows), folder, best if validate is not None else None),
             train_dataset=rows,
             # Only its presence is asked for: evaluate() is ours.
             eval_dataset=rows if validate is not None else None,
             data_collator=self._collate,
-            callbacks=[averaging, *callbacks],
+            callbacks=[self._averaging, *callbacks],
         )
         self.remove_callback(PrinterCallback)
-        self._averaging = averaging
+        self._folder = folder
         self._best_loss = best_loss
-        self._prompt_loss_weight = prompt_loss_weight
-        self._groups = groups
-        self._head = head
         self._validate_rows = validate
         self._record = record
-        self._group_by_length = group_by_length
-        self._since_last_log = Lap(self._pace)
+        self._since_last_log = Lap(self.throughput)
         # The loss below is a sum over labels divided by the labels of the whole accumulated batch.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
 
     def _collate(self, rows: Sequence[EncodedRow]) -> dict[str, Tensor]:
-        self._pace.add(sum(len(row["input_ids"]) for row in rows))
+        self.throughput.add(sum(len(row["input_ids"]) for row in rows))
         return self._collator(rows)
 
     def get_train_dataloader(self) -> DataLoader:
         rows: Any = self.train_dataset
-        if not self._group_by_length:
+        if not self._train_config.group_by_length:
             generator = torch.Generator().manual_seed(self.args.seed)
             loader = DataLoader(
                 rows,
@@ -139,31 +198,33 @@ class AdapterTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            self.optimizer = torch.optim.AdamW(self._groups, fused=True)
+            train = self._train_config
+            groups = parameter_groups(
+                self._adapted,
+                train.learning_rate,
+                train.magnitude_learning_rate,
+                train.b_learning_rate_ratio,
+                train.weight_decay,
+            )
+            self.optimizer = torch.optim.AdamW(groups, fused=True)
         return self.optimizer
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        prompts = inputs.pop("prompt_labels", None)
         if model is not self.model:
-            if prompts is not None:
+            if "prompt_labels" in inputs:
                 raise RunError("train.prompt_loss_weight is for one process; set it to 0 where several train one model")
             # Wrapped for several processes: its hooks run in the model's own forward only.
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        loss = self._head.loss_at_labels(
-            inputs["input_ids"],
-            inputs["labels"],
-            num_items=num_items_in_batch,
-            lesser=prompts,
-            weight=self._prompt_loss_weight,
-        )
+        weight = self._train_config.prompt_loss_weight
+        loss = self._task.loss(self._head, inputs, count=num_items_in_batch, prompt_weight=weight)
         return (loss, None) if return_outputs else loss
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Validate, write the line, and hand the metrics on under the prefix that the Trainer expects."""
         assert self._validate_rows is not None
-        with self._pace.paused(), self._averaging.in_place(), plainly():
+        with self.throughput.paused(), self._averaging.in_place(), plainly():
             found = dict(self._validate_rows())
         self._record(
             {
@@ -187,7 +248,7 @@ class AdapterTrainer(Trainer):
             self._best_loss = loss
             self.state.best_global_step = self.state.global_step
             with self._averaging.in_place():
-                save_adapter(self._adapted, Path(str(self.args.output_dir)) / BEST)
+                save_adapter(self._adapted, self._folder / BEST)
         return is_best
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -219,7 +280,7 @@ class AdapterTrainer(Trainer):
         # Checkpoints are few, and one that is spoiled would push out one that is not.
         if not all(parameter.isfinite().all() for parameter in trainable_parameters(self._adapted).values()):
             raise self._diverged()
-        folder = Path(output_dir or str(self.args.output_dir))
+        folder = Path(output_dir) if output_dir is not None else self._folder
         save_adapter(self._adapted, folder)
         self._averaging.save(folder)
 
@@ -227,10 +288,11 @@ class AdapterTrainer(Trainer):
         load_adapter(self._adapted, Path(resume_from_checkpoint))
         self._averaging.load(Path(resume_from_checkpoint))
 
-    def load_best(self) -> int | None:
-        """Put the adapter of the best validation onto the model and return its step; None if there was none."""
-        best = Path(str(self.args.output_dir)) / BEST
-        if self.state.best_global_step is None or not best.is_dir():
+    def settle(self, *, keep_best: bool) -> int | None:
+        """Leave the model with the adapter that training ends with: the average, where there is one, or with
+        ``keep_best`` that of the best validation. Returns the step of the latter; None without one."""
+        self._averaging.keep()
+        if not keep_best or self.state.best_global_step is None or not (self._folder / BEST).is_dir():
             return None
-        load_adapter(self._adapted, best)
+        load_adapter(self._adapted, self._folder / BEST)
         return self.state.best_global_step

@@ -30,7 +30,7 @@ def command(
 
     from trimtab.analysis.changes import analyse
     from trimtab.analysis.write import write_changes
-    from trimtab.models.locate import resolve
+    from trimtab.models.locate import locate
     from trimtab.reports.changes import changes_table, correlations_table, write_changes_page
 
     console = Console()
@@ -38,7 +38,7 @@ def command(
         task = progress.add_task("weights", total=None)
         found = list(
             analyse(
-                resolve(base),
+                locate(base),
                 tuned,
                 match=match,
                 spectra=spectra,

@@ -29,13 +29,14 @@ def command(
     loaded = load_config(config, overrides or [])
 
     import trimtab.training.run  # noqa: F401 -- its libraries are part of what a run's process holds
-    from trimtab.config.resolve import plan_of, source_of
+    from trimtab.config.resolve import Job
     from trimtab.memory.suggest import describe_memory
     from trimtab.models.load import empty_model
     from trimtab.surgery.attach import attach
 
-    found = attach(empty_model(source_of(loaded)), plan_of(loaded)).to_dict()
-    memory = describe_memory(loaded, length)
+    job = Job.of(loaded)
+    found = attach(empty_model(job.source), job.plan).to_dict()
+    memory = describe_memory(job, length)
     if as_json:
         typer.echo(json.dumps({**found, "memory": memory}, indent=2))
         return
