@@ -102,6 +102,7 @@ def test_a_file_that_is_not_gguf(tmp_path: Path) -> None:
     [
         ("a.gguf", r"name the file: .*a\.gguf"),
         ("adapter_config.json", "holds an adapter"),
+        ("trimtab.json", "holds an adapter"),
         ("adapter/adapter_config.json", "a run folder.*trimtab merge"),
         ("readme.txt", "without config.json"),
     ],

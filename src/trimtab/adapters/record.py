@@ -1,4 +1,4 @@
-"""What an adapter on disk says of one module, and how it names it; what every format is read into."""
+"""What every format of adapters is read into: the adapter of one module, under the module's name on disk."""
 
 from __future__ import annotations
 
@@ -22,5 +22,5 @@ class StoredAdapter:
 
 
 def name_on_disk(name: str) -> str:
-    """The name of a module without what ``torch.compile`` put around it or around a block above it."""
+    """The name of a module as it was before ``torch.compile`` wrapped it or a block around it."""
     return name.replace("_orig_mod.", "")

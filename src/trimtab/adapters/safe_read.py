@@ -1,7 +1,7 @@
-"""Reading files that somebody else wrote: one that is damaged, or made to do harm, ends in an AdapterError.
+"""Reading files that somebody else wrote. One that is damaged, or made to do harm, ends in an AdapterError.
 
-Nothing here runs what a file says: descriptions are parsed as JSON, tensors are read from safetensors, and a pickle is
-never opened, whatever its name.
+No file can make this code run anything: descriptions are parsed as JSON, tensors are read from safetensors, and a
+pickle is never opened, whatever its name.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from trimtab.errors import AdapterError
 
 _MOST_BYTES = 64 * 2**20  # of a description; that of ten thousand modules has three million
 _LONGEST_NAME = 512
-_LARGEST_INTEGER = 2**53  # JSON promises no more, and sizes are multiplied with each other
+_LARGEST_INTEGER = 2**53  # JSON promises no more; and sizes are multiplied, so they must not be boundless
 _DTYPES = ("F64", "F32", "BF16", "F16")
 
 
 def read_description(path: Path) -> dict[str, Any]:
-    """The JSON object in ``path``. Raises AdapterError for anything else; see ``parse_description``."""
+    """The JSON object in ``path``. Raises AdapterError for whatever ``parse_description`` refuses."""
     try:
         if path.stat().st_size > _MOST_BYTES:
             raise ValueError(f"larger than {_MOST_BYTES} bytes")
@@ -35,8 +35,8 @@ def read_description(path: Path) -> dict[str, Any]:
 def parse_description(text: str) -> dict[str, Any]:
     """``text`` as a JSON object, strictly.
 
-    Raises ValueError for text that is not JSON, a value other than an object, a key that stands twice in one object
-    (which value holds would be a matter of the reader), NaN, infinity, and numbers that are none in practice.
+    Raises ValueError for text that is not JSON, for a value other than an object, for a key that stands twice in one
+    object (another reader might take the other value), and for NaN, infinity and integers beyond 2**53.
     """
     try:
         value = json.loads(
@@ -50,12 +50,12 @@ def parse_description(text: str) -> dict[str, Any]:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    entries: dict[str, Any] = {}
     for key, value in pairs:
-        if key in found:
+        if key in entries:
             raise ValueError(f"the key {shown(key)} stands twice")
-        found[key] = value
-    return found
+        entries[key] = value
+    return entries
 
 
 def _finite(text: str) -> float:
@@ -73,7 +73,7 @@ def _integer(text: str) -> int:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and header of a safetensors file, out of one look at it.
+    """Tensors and header of a safetensors file, which is opened once, so that the two belong together.
 
     Raises AdapterError if it is missing, damaged, or holds anything but floating-point numbers.
     """
@@ -93,7 +93,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def shown(name: object, most: int = 120) -> str:
-    """``name``, out of a file, as a message may print it: not long, and without control characters."""
+    """A ``name`` from a file as a message may print it: cut short, and without control characters."""
     text = str(name)
     text = text if text.isprintable() else ascii(text)
     return text if len(text) <= most else f"{text[:most]}..."

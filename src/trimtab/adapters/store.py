@@ -21,7 +21,7 @@ from trimtab.surgery.attach import AttachReport, describe, install, remove_adapt
 from trimtab.surgery.plan import Rule
 from trimtab.surgery.targets import Target
 
-# Two saves into one folder, from threads of one process, come one after the other.
+# Threads of one process that save into one folder wait for each other.
 _SAVING = threading.Lock()
 
 
@@ -50,7 +50,7 @@ def save_adapter(model: nn.Module, folder: Path | str) -> Path:
         target.mkdir(parents=True, exist_ok=True)
         with _SAVING, tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as fresh:
             writer.save(model, adapted, Path(fresh))
-            # A configuration never stands beside the tensors of another save: it goes first and comes last.
+            # The configuration goes first and comes last, so that it never stands beside the tensors of another save.
             for one in known:
                 (target / one.files[0]).unlink(missing_ok=True)
             for name in reversed(writer.files):
@@ -119,8 +119,8 @@ def _modules(model: nn.Module) -> dict[str, nn.Module]:
     return {name_on_disk(name): module for name, module in bare_modules(model)}
 
 
-def _find(module: nn.Module, entry: StoredAdapter) -> bases.Base | None:
-    """A handle on ``module`` of the kind that the stored method sits on."""
+def _base_of(module: nn.Module, entry: StoredAdapter) -> bases.Base | None:
+    """The base that the stored method would have in ``module``; None if there is none of its kind."""
     return bases.find(module, methods.method_class(entry.method).sits_on)
 
 
@@ -147,30 +147,28 @@ def _format_of(place: Path) -> AdapterFormat:
 
 
 def _rules(stored: dict[str, StoredAdapter]) -> tuple[tuple[Rule, ...], dict[str, int]]:
-    """One rule for all modules of one method and options, and the number of each module's rule."""
+    """One rule for each method with its options, and the number of each module's rule."""
     groups: dict[tuple[str, str], list[str]] = defaultdict(list)
     for name, entry in stored.items():
         groups[entry.method, entry.options.model_dump_json()].append(name)
     rules, number = [], {}
     for count, ((method, _), names) in enumerate(groups.items(), 1):
-        said = stored[names[0]].options.said()
-        rules.append(Rule(match=names, method=method, **said))
+        rules.append(Rule(match=names, method=method, **stored[names[0]].options.said()))
         number.update(dict.fromkeys(names, count))
     return tuple(rules), number
 
 
 def _targets(known: dict[str, nn.Module], stored: dict[str, StoredAdapter], number: dict[str, int]) -> list[Target]:
-    """Exactly the stored modules. Their names are not matched as globs: a name may hold any sign."""
+    """Exactly the stored modules. Their names are not matched as globs, since a name may hold any character."""
     names: dict[int, list[str]] = defaultdict(list)
     for name, module in known.items():
         names[id(module)].append(name)
     targets = []
     for name, entry in stored.items():
-        handle = _find(known[name], entry)
+        module, handle = known[name], _base_of(known[name], entry)
         assert handle is not None
-        targets.append(
-            Target(tuple(names[id(known[name])]), known[name], handle, number[name], entry.method, entry.options)
-        )
+        every = tuple(names[id(module)])
+        targets.append(Target(every, module, handle, rule=number[name], method=entry.method, options=entry.options))
     return targets
 
 
@@ -184,7 +182,7 @@ def _check_modules(place: Path, known: dict[str, nn.Module], stored: dict[str, S
             f"{place}: this adapter was made for another model: {len(missing)} of its {len(stored)} modules are "
             f"not in this one, such as {shown(missing[0])}.{hint} The model is unchanged"
         )
-    unknown = [name for name, entry in stored.items() if _find(known[name], entry) is None]
+    unknown = [name for name, entry in stored.items() if _base_of(known[name], entry) is None]
     if unknown:
         block = methods.method_class(stored[unknown[0]].method).sits_on == "block"
         what = "no blocks in this model" if block else "of a kind that no base knows"
@@ -196,8 +194,7 @@ def _check_modules(place: Path, known: dict[str, nn.Module], stored: dict[str, S
 
 
 def _check_same(place: Path, model: nn.Module, stored: dict[str, StoredAdapter]) -> None:
-    """Raise AdapterError unless the model carries adapters on the stored modules that compute the same."""
-
+    """Raise AdapterError unless the model's adapters sit on the stored modules and have the stored options."""
     present = {name_on_disk(name): module for name, module in adapted_modules(model)}
     wrong = sorted(set(present) ^ set(stored)) or [
         name for name, module in present.items() if module.adapter.options.computes() != stored[name].options.computes()
@@ -210,7 +207,7 @@ def _check_same(place: Path, model: nn.Module, stored: dict[str, StoredAdapter])
 
 
 def _check_tensors(place: Path, present: dict[str, Adapted], stored: dict[str, StoredAdapter]) -> None:
-    """Raise AdapterError unless every trained tensor is stored, in its shape, and nothing else is."""
+    """Raise AdapterError unless exactly the trained tensors are stored, each in its shape, and for these weights."""
     problems = []
     first: dict[int, str] = {}
     for name, entry in stored.items():

@@ -82,7 +82,9 @@ def _of_folder(place: Path, layers: dict[str, bases.WeightBase]) -> Tuned:
             raise ModelError(f"{place}: {name} is {list(found.shape)}, the base's is {list(base.shape)}.")
         return found
 
-    return Tuned(place.name, None, dict.fromkeys(names, "full"), None, weight)
+    # Without an adapter, the weights themselves were trained.
+    method = next(name for name in methods.names("weight") if methods.method_class(name).trains_base)
+    return Tuned(place.name, None, dict.fromkeys(names, method), None, weight)
 
 
 def _of_adapter(

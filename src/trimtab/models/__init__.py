@@ -1,1 +1,1 @@
-"""Models on disk: which one a name means, how it is read, quantised and written, and what GGUF files hold."""
+"""Models on disk: which one a name means, how it is read and quantised, and what GGUF files hold."""

@@ -1,4 +1,4 @@
-"""GGUF files: dequantised once into a cache of ordinary Hugging Face model folders.
+"""GGUF files. Each is dequantised once, into a cache of ordinary Hugging Face model folders.
 
 The cache is the folder that the environment variable TRIMTAB_CACHE names, else ``trimtab`` in the user's cache folder.
 Everything in it can be deleted at any time.
@@ -32,11 +32,11 @@ from trimtab.machine import GIB, check_fits
 # of disk for this model; it is cast, if so asked, when it is loaded.
 DTYPE = torch.float32
 
-# Part of each cached folder's name: raise it when the conversion changes.
+# Part of each cached folder's name. Raise it when the conversion changes.
 _VERSION = 1
 
-# Vocabularies learned with every digit apart. transformers (5.23) rebuilds the splitting of text from the file's
-# "tokenizer.ggml.pre" for others, but not for these, and then gives other tokens where spaces precede a digit.
+# Vocabularies that were learned with every digit apart. How text is split stands in the file's "tokenizer.ggml.pre".
+# For these vocabularies transformers (5.23) does not follow it, and gives other tokens where spaces precede a digit.
 _DIGITS_APART = ("smollm", "starcoder", "refact", "command-r", "codeshell")
 
 _log = logging.getLogger(__name__)
@@ -50,12 +50,13 @@ def cache_folder() -> Path:
 
 
 def dequantised_folder(file: Path) -> Path:
-    """The model folder made from ``file``, made now if it is not in the cache; safe in several processes at once (not
-    in several threads, where transformers itself is not).
+    """The model folder made from ``file``, which is made now if it is not in the cache.
+
+    Several processes may do so at once. Several threads may not, since transformers itself is not safe there.
 
     Raises:
-        ModelError: the file cannot be read, or is of an architecture that transformers cannot read; or the memory or
-            the disk is too small.
+        ModelError: the file cannot be read, is of an architecture that transformers does not read, or needs more
+            memory or disk than there is.
     """
     target = _cached(file)
     if not _is_complete(target):
@@ -84,7 +85,7 @@ def is_dequantised(file: Path) -> bool:
 
 
 def gguf_config(file: Path) -> PretrainedConfig:
-    """The model's configuration from the head of the file, without a look at the weights."""
+    """The model's configuration from the head of the file. The weights are not read."""
     if _is_complete(target := _cached(file)):
         return AutoConfig.from_pretrained(target)
     with _reading(file):
@@ -98,7 +99,7 @@ def _cached(file: Path) -> Path:
 
 
 def _is_complete(folder: Path) -> bool:
-    """False where a cleaner of old files has been."""
+    """Whether all files are there. Something that clears old files out of caches may have taken some of them."""
     names = ("config.json", "tokenizer.json", "tokenizer_config.json")
     return all((folder / name).is_file() for name in names) and any(folder.glob("*.safetensors"))
 
@@ -109,7 +110,7 @@ def _reading(file: Path) -> Iterator[None]:
         yield
     except ModelError:
         raise
-    except Exception as error:  # whatever a damaged or unknown file leads to, in three libraries
+    except Exception as error:  # three libraries read the file, and each fails in ways of its own
         raise ModelError(
             f"{file}: cannot be read as a GGUF model ({type(error).__name__}: {str(error).strip()[:300]}). It may be "
             f"incomplete, or of an architecture that transformers {transformers.__version__} does not read."
@@ -126,13 +127,13 @@ def _dequantised(file: Path, reader: GGUFReader) -> Any:
             f"{free / GIB:.1f} GiB. Set TRIMTAB_CACHE to a folder with enough room."
         )
     options: dict[str, Any] = {"dtype": DTYPE}
-    # Where it has a kernel that multiplies by packed blocks, transformers leaves them packed unless told not to.
+    # transformers leaves blocks packed where it has a kernel that multiplies by them, unless it is told not to.
     if hasattr(transformers, "GgufConfig"):
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    # Its bar knows no switch; on a terminal it is welcome, in a log it is not.
+    # Its progress bar cannot be switched off. It is welcome on a terminal, but not in a log.
     with contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO()):
         read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, **options)
-    # transformers refuses to save a model that it read from GGUF, so the values move to one that it did not.
+    # transformers refuses to save a model that it read from GGUF, so the values move to one that it made itself.
     config = read.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config

@@ -4,8 +4,8 @@
     tokenizer = load_tokenizer(source)
     model = load_model(source, torch.bfloat16)
 
-A source that is a GGUF file is first made into such a folder. Weights are read from safetensors only, so that nothing
-is ever unpickled, and every weight must be there: transformers would fill what is missing with random values.
+A GGUF file is first turned into such a folder. Weights are read from safetensors only, so that nothing is ever
+unpickled. A missing weight is an error here, since transformers would fill it with random values.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenize
 
 
 def load_config_only(source: Source) -> PretrainedConfig:
-    """The model's configuration, without a look at its weights.
+    """The model's configuration. Its weights are not read.
 
     Raises:
-        ModelError: it cannot be had or read, or transformers does not know the architecture.
+        ModelError: it cannot be fetched or read, or transformers does not know the architecture.
     """
     with _loading(source, "configuration"):
         if source.kind == "gguf":
@@ -46,13 +46,13 @@ def load_config_only(source: Source) -> PretrainedConfig:
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
-    """The tokenizer, padding on the right; one without a token for padding pads with the end of text.
+    """The tokenizer, padding on the right. One without a token for padding pads with the end of text.
 
-    So the padding token may be one that a model learns to write: labels must be made from lengths, never by leaving
-    out the padding token.
+    So the padding token may be one that the model has to learn to write. Labels must therefore be made from the lengths
+    of rows, never by leaving out the padding token.
 
     Raises:
-        ModelError: it cannot be had or read, or has no token to pad with.
+        ModelError: it cannot be fetched or read, or has no token to pad with.
     """
     if source.kind == "folder":
         _check_tokenizer(Path(source.location))
@@ -75,11 +75,12 @@ def load_model(
         source: from ``locate``.
         dtype: the floating point type of the weights.
         attention: ``auto`` (what transformers prefers), ``sdpa`` or ``eager``.
-        quantisation: ``none``, ``int8`` or ``nf4``: what becomes of its linear layers while they are read.
+        quantisation: what its linear layers are turned into while they are read: ``none``, or the name of a quantised
+            base such as ``int8`` or ``nf4``.
 
     Raises:
-        ModelError: it cannot be had or read, has no safetensors, lacks weights, is not a causal language model, or
-            cannot be quantised.
+        ModelError: it cannot be fetched or read, has no safetensors, lacks weights, is not a causal language model,
+            or cannot be quantised.
     """
     if source.kind == "folder":
         _check_weights(Path(source.location))
@@ -87,7 +88,7 @@ def load_model(
     with _loading(source, "model"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             _location(source),
-            # Quantised from the dtype of the files, whose weights are only mapped then.
+            # In the dtype of the files, weights are only mapped, and quantising reads them one by one.
             dtype=dtype if quantisation == "none" else "auto",
             use_safetensors=True,
             output_loading_info=True,
@@ -109,10 +110,10 @@ def load_model(
 
 
 def empty_model(source: Source, dtype: torch.dtype = torch.float32, attention: str = "auto") -> PreTrainedModel:
-    """What ``load_model`` would give, on the meta device, from the configuration alone: no weights, no memory.
+    """The model on the meta device, from its configuration alone: every shape is there, and no weight is.
 
     Raises:
-        ModelError: as ``load_config_only``, or it is not a causal language model.
+        ModelError: as in ``load_config_only``, or it is not a causal language model.
     """
     config = load_config_only(source)
     options: dict[str, Any] = {} if attention == "auto" else {"attn_implementation": attention}
@@ -123,10 +124,10 @@ def empty_model(source: Source, dtype: torch.dtype = torch.float32, attention: s
 
 
 def weights_folder(source: Source) -> Path:
-    """The folder with the model's ``*.safetensors``; fetched from the hub or made of a GGUF file if need be.
+    """The folder with the model's ``*.safetensors``; a hub model is fetched for it, a GGUF file is dequantised.
 
     Raises:
-        ModelError: it cannot be had, or has no weights in safetensors.
+        ModelError: it cannot be fetched, or has no weights in safetensors.
     """
     with _loading(source, "weights"):
         if source.kind == "hub":
@@ -141,7 +142,7 @@ def weights_folder(source: Source) -> Path:
 
 
 def _location(source: Source) -> str:
-    """The folder or hub id to read from; makes the folder of a GGUF file if need be."""
+    """The folder or hub id to read from. A GGUF file is dequantised into a folder first."""
     if source.kind != "gguf":
         return source.location
     return str(dequantised_folder(Path(source.location)))
@@ -173,7 +174,7 @@ def _check_weights(folder: Path) -> None:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keep transformers' bars and notices off the terminal, which belongs to the command line; errors still raise."""
+    """Keep transformers' bars and notices off the terminal, which belongs to the command line. Errors still raise."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -187,15 +188,13 @@ def quiet_transformers() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _loading(source: Source, what: str) -> Iterator[None]:
-    """Turn what transformers raises for ``source`` into a ModelError that says what to do."""
+    """Turn whatever transformers raises over ``source`` into a ModelError that says what to do."""
     try:
         with quiet_transformers():
             yield
     except ModelError:
         raise
-    except (
-        Exception
-    ) as error:  # OSError, ValueError, KeyError, ImportError, SafetensorError, ...: it has no common root
+    except Exception as error:  # OSError, ValueError, KeyError, ImportError and more: they have no common root
         text = " ".join(str(error).split())
         if "trust_remote_code" in text and not source.trust_remote_code:
             text = "It needs its own Python code to run. If you have read and trust it: model.trust_remote_code=true"

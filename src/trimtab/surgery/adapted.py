@@ -24,7 +24,7 @@ class Adapted(nn.Module):
         self.handle = handle
         self.method = method
         self.rule = rule
-        self.training = handle.module.training  # not what is inside: a block may hold modules in another mode
+        self.training = handle.module.training  # of the block, not of the modules in it, which may differ
         adapter.train(self.training)
 
     @staticmethod
@@ -34,7 +34,7 @@ class Adapted(nn.Module):
         return kind(handle, adapter, method, rule)
 
     def remove(self) -> nn.Module:
-        """The frozen module, rid of whatever the adapter needed on it."""
+        """The frozen module, without whatever the adapter put onto it."""
         return self.base
 
     def extra_repr(self) -> str:
@@ -44,9 +44,9 @@ class Adapted(nn.Module):
 class AdaptedLayer(Adapted):
     """A frozen layer that is one matrix product, with an adapter.
 
-    ``weight`` is the effective weight, laid out as the frozen layer stores its own and computed anew at every look:
-    code that reads a layer's weight in place of calling the layer (fused attention, tied heads) then sees what the
-    layer does. It is a copy without gradient; writing to it changes nothing.
+    ``weight`` is the effective weight, laid out as the frozen layer stores its own. So code that reads a layer's weight
+    instead of calling the layer (fused attention, tied heads) gets what the layer computes with. It is computed each
+    time it is read, has no gradient, and writing to it changes nothing.
     """
 
     handle: WeightBase
@@ -74,9 +74,9 @@ class AdaptedLayer(Adapted):
 class AdaptedBlock(Adapted):
     """A frozen block with an adapter that changes the hidden state in its output.
 
-    It does so in a hook on the block: whatever else watches the block, such as a recorder of hidden states, sees what
-    the block now gives, and PyTorch's fused encoder layer, which would pass a block by, makes way for the hook. Any
-    attribute that is not its own is the block's.
+    It does so in a hook on the block. Therefore other hooks, such as those that record hidden states, get the changed
+    output, and PyTorch's fused encoder layer, which would not call the block, is not used while the hook is there. An
+    attribute that is not the adapter's is looked up on the block.
     """
 
     handle: BlockBase
@@ -100,19 +100,19 @@ class AdaptedBlock(Adapted):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            # A copy in the making has no block yet, and is asked for names such as __deepcopy__.
+            # While it is being copied, it has no block yet and is asked for names such as __deepcopy__.
             if name.startswith("__") or "base" not in self.__dict__.get("_modules", {}):
                 raise
             return getattr(self.base, name)
 
 
 def bare(module: nn.Module) -> nn.Module:
-    """``module``, or the frozen one in it if it is adapted."""
+    """``module``, or the frozen module in it if it is an adapted one."""
     return module.base if isinstance(module, Adapted) else module
 
 
 def block_lists(model: nn.Module) -> Iterator[nn.ModuleList]:
-    """The lists of repeated blocks of ``model``: those of children of one kind, the outermost of each place."""
+    """The lists of repeated blocks of ``model``. Their blocks are of one class; a list inside a block is none."""
     for module in model.children():
         if isinstance(module, nn.ModuleList) and len({type(bare(child)) for child in module}) == 1:
             yield module
@@ -121,9 +121,9 @@ def block_lists(model: nn.Module) -> Iterator[nn.ModuleList]:
 
 
 def bare_modules(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Every module under each name that it has in the bare model; an adapted one stands for the module it adapts.
+    """Every module with its name as it would be without adapters. A module comes once for each name that it has.
 
-    So what is inside an adapted block has the name that it has without the adapter.
+    An adapted module comes in the place of the one that it adapts.
     """
     yield name, model
     for attribute, child in bare(model)._modules.items():
@@ -141,8 +141,7 @@ def adapted_modules(model: nn.Module) -> Iterator[tuple[str, Adapted]]:
 
 
 def owners(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
-    """Every place where a child hangs, as (full name, parent, attribute, child); a shared child comes once for each
-    place."""
+    """Every place that holds a module, as (full name, parent, attribute, child). A shared child has several places."""
     for prefix, parent in model.named_modules():
         for attribute, child in parent._modules.items():
             if child is not None:
@@ -150,7 +149,7 @@ def owners(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
 
 
 def weights_elsewhere(model: nn.Module, parameter: nn.Parameter, inside: set[int]) -> bool:
-    """Whether some module other than those in ``inside`` (by id) holds ``parameter`` too."""
+    """Whether a module that is not among the ids in ``inside`` holds ``parameter``, too."""
     return any(
         held is parameter
         for module in model.modules()
@@ -161,5 +160,5 @@ def weights_elsewhere(model: nn.Module, parameter: nn.Parameter, inside: set[int
 
 @torch.no_grad()
 def is_finite(adapter: Method) -> bool:
-    """Whether every trained tensor holds numbers only."""
+    """Whether no trained tensor holds NaN or infinity."""
     return all(bool(torch.isfinite(parameter).all()) for parameter in adapter.parameters())

@@ -16,8 +16,7 @@ from trimtab.surgery.adapted import Adapted, AdaptedBlock, AdaptedLayer, adapted
 from trimtab.surgery.plan import Plan, Rule
 from trimtab.surgery.targets import Target, find_targets
 
-# Where a model remembers which of its parameters were trainable before the attachment, so that detach can give that
-# back.
+# The attribute of a model that says which of its parameters were trainable before adapters came, for detach to restore.
 _TRAINABLE_BEFORE = "_trimtab_trainable_before"
 
 
@@ -37,11 +36,14 @@ class ModuleReport:
 
 @dataclass(frozen=True)
 class AttachReport:
-    """What an attachment did.
+    """What was attached.
 
-    ``modules``: one entry per adapted module. ``trainable_parameters`` and ``total_parameters`` count numbers, shared
-    ones once; the total is that of the bare model. ``zero_rows``: module name -> how many of its magnitudes belong to
-    a row of zeros and stay untrained.
+    Attributes:
+        modules: one entry per adapted module.
+        rules: those of the plan.
+        trainable_parameters: how many numbers are trained; shared ones count once.
+        total_parameters: how many numbers the bare model has; shared ones count once.
+        zero_rows: module name -> how many of its magnitudes belong to a row of zeros and stay untrained.
     """
 
     modules: tuple[ModuleReport, ...]
@@ -102,12 +104,12 @@ class AttachReport:
 def attach(model: nn.Module, plan: Plan | Rule | list[Rule]) -> AttachReport:
     """Attach adapters to ``model`` in place, as ``plan`` says, and freeze everything else.
 
-    Every adapter starts at the identity: the model's outputs stay as they are. Modules shared by several names and
-    modules that share one weight get one adapter between them. If anything is wrong the model is left unchanged.
+    No adapter changes the model's outputs yet. A module with several names gets one adapter, and so do modules that
+    share one weight. If anything is wrong, the model is left unchanged.
 
     Raises:
         PlanError: a rule that ends with no module, or options that do not suit a module it matches.
-        SurgeryError: the model has adapters already, or is itself the layer to replace.
+        SurgeryError: the model has adapters already, or is itself a layer, with no place to put another in.
     """
     if isinstance(plan, Rule):
         plan = Plan([plan])
@@ -127,7 +129,7 @@ def attach(model: nn.Module, plan: Plan | Rule | list[Rule]) -> AttachReport:
 
 
 def install(model: nn.Module, targets: list[Target], rules: tuple[Rule, ...]) -> AttachReport:
-    """Build every adapter, then swap all modules in; nothing is changed before everything is built."""
+    """Build every adapter, then put all of them in. Nothing is changed before everything is built."""
     adapters: dict[int, methods.Method] = {}
     for target in targets:
         key = id(target.base.identity)
@@ -137,7 +139,7 @@ def install(model: nn.Module, targets: list[Target], rules: tuple[Rule, ...]) ->
             except PlanError as error:
                 raise PlanError(f"{target.name} (rule {target.rule}): {error}") from None
 
-    # Under all its names: a merge may untie a shared parameter, and both halves are then what the whole was.
+    # Under all its names: a merge may untie a shared parameter, and both are then trainable if the one was.
     every = model.named_parameters(remove_duplicate=False)
     setattr(model, _TRAINABLE_BEFORE, tuple(name for name, parameter in every if parameter.requires_grad))
     model.requires_grad_(False)
@@ -165,14 +167,14 @@ def describe(model: nn.Module, rules: tuple[Rule, ...]) -> AttachReport:
         counted.add(id(adapter))
         reports.append(
             ModuleReport(
-                name,
-                module.method,
-                module.rule,
-                adapter.out_features,
-                adapter.in_features,
-                sum(parameter.numel() for parameter in adapter.parameters()) if fresh else 0,
-                adapter.zero_rows if fresh else 0,
-                tuple(names[id(module)][1:]),
+                name=name,
+                method=module.method,
+                rule=module.rule,
+                out_features=adapter.out_features,
+                in_features=adapter.in_features,
+                parameters=sum(parameter.numel() for parameter in adapter.parameters()) if fresh else 0,
+                zero_rows=adapter.zero_rows if fresh else 0,
+                aliases=tuple(names[id(module)][1:]),
             )
         )
     trainable = sum(report.parameters for report in reports)
@@ -181,16 +183,16 @@ def describe(model: nn.Module, rules: tuple[Rule, ...]) -> AttachReport:
 
 
 def _count(model: nn.Module) -> int:
-    """How many numbers the parameters of ``model`` stand for: a quantised weight may hold several in one element."""
+    """How many numbers the parameters of ``model`` stand for. Quantised weights keep several of them in one element."""
     shapes = {id(base.parameter): base.shape for module in model.modules() if (base := bases.find(module)) is not None}
     return sum(math.prod(shapes.get(id(parameter), parameter.shape)) for parameter in model.parameters())
 
 
 def detach(model: nn.Module) -> int:
-    """Remove every adapter from ``model`` in place and return how many modules were restored.
+    """Remove every adapter from ``model`` in place and return how many modules had one.
 
-    The base is what it was, bit for bit, and parameters that were trainable before the attachment are trainable again.
-    Raises SurgeryError if the model has no adapters.
+    The model is then what it was before, bit for bit, and the same parameters are trainable. Raises SurgeryError if the
+    model has no adapters.
     """
     count = len({id(module) for _, module in require_adapted(model, "detach")})
     remove_adapters(model)
@@ -198,7 +200,7 @@ def detach(model: nn.Module) -> int:
 
 
 def remove_adapters(model: nn.Module) -> None:
-    """Put every base back in its adapted module's place, and give the parameters their old ``requires_grad``."""
+    """Put every frozen module back in its place, and give the parameters their old ``requires_grad``."""
     for _, parent, attribute, child in list(owners(model)):
         if isinstance(child, Adapted):
             parent._modules[attribute] = child.remove()
@@ -210,8 +212,7 @@ def remove_adapters(model: nn.Module) -> None:
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """``name -> parameter`` for everything that training would change; a shared parameter comes once, under its first
-    name."""
+    """``name -> parameter`` for everything that training changes. A shared parameter comes once, by its first name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
@@ -231,11 +232,11 @@ def rate_groups(model: nn.Module) -> dict[str, methods.RateGroup]:
 def effective_weight(model: nn.Module, name: str) -> Tensor:
     """The weight ``[out, in]`` with which the module called ``name`` acts: ``m * (W + dV) / ||W + dV||`` or ``W + dV``.
 
-    Computed by the plain formula, in float32 (float64 on a float64 base). A module without an adapter gives its own
-    weight. Raises SurgeryError if there is no such module, or none of a kind that a base knows; a block has no weight.
+    It is computed by the plain formula, in float32 (float64 on a float64 base). Without an adapter it is the module's
+    own weight. Raises SurgeryError if there is no such module, if it is a block, or if no base knows its kind.
     """
-    found = dict(bare_modules(model))
-    module = found.get(name)
+    modules = dict(bare_modules(model))
+    module = modules.get(name)
     if isinstance(module, AdaptedBlock):
         raise SurgeryError(
             f"effective_weight: '{name}' is a block with an adapter of method {module.method}, which changes a hidden "
@@ -245,8 +246,8 @@ def effective_weight(model: nn.Module, name: str) -> Tensor:
         return module.adapter.effective_weight(module.handle)
     handle = bases.find(module) if module is not None else None
     if handle is None:
-        known = [other for other, inner in found.items() if isinstance(inner, AdaptedLayer)] or [
-            other for other, inner in found.items() if bases.find(inner) is not None
+        known = [other for other, inner in modules.items() if isinstance(inner, AdaptedLayer)] or [
+            other for other, inner in modules.items() if bases.find(inner) is not None
         ]
         near = [other for other in known if other.endswith(name)] or nearest(name, known)
         what = f"is a {type(module).__name__}, which no base knows" if module is not None else "is not in the model"
@@ -258,22 +259,24 @@ def effective_weight(model: nn.Module, name: str) -> Tensor:
 
 def refuse_adapted(model: nn.Module, verb: str) -> None:
     """Raise SurgeryError if ``model`` carries adapters of ours."""
-    found = [name for name, _ in adapted_modules(model)]
-    if found:
+    names = [name for name, _ in adapted_modules(model)]
+    if names:
         raise SurgeryError(
-            f"{verb}: the model already has adapters on {len(found)} modules, such as "
-            f"{found[0] or 'the model itself'}; call trimtab.merge(model) or trimtab.detach(model) first"
+            f"{verb}: the model already has adapters on {len(names)} modules, such as "
+            f"{names[0] or 'the model itself'}; call trimtab.merge(model) or trimtab.detach(model) first"
         )
 
 
 def require_adapted(model: nn.Module, verb: str) -> list[tuple[str, Adapted]]:
-    """Every adapted module of ``model`` by name. Raises SurgeryError if there is none, or if ``model`` itself is one
-    (nothing could be put in its place)."""
+    """Every adapted module of ``model`` with its name.
+
+    Raises SurgeryError if there is none, or if ``model`` itself is one, since nothing could be put in its place.
+    """
     if isinstance(model, Adapted):
         raise SurgeryError(f"{verb}: this is one adapted layer; give the model that holds it")
-    found = list(adapted_modules(model))
-    if not found:
+    adapted = list(adapted_modules(model))
+    if not adapted:
         raise SurgeryError(
             f"{verb}: the model has no adapters; attach some first (trimtab.attach or trimtab.load_adapter)"
         )
-    return found
+    return adapted

@@ -26,12 +26,14 @@ Onto = Literal["dequantised", "requantised"]
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What a merge did.
+    """What was merged.
 
-    ``modules``: names of the merged modules. ``rounding``: the largest ``||stored - exact|| / ||exact||`` over the
-    merged weights, which is what storing them in the base's dtype costs, or quantising them anew. ``untied``: modules
-    that shared their weight with a module without an adapter and now have their own. ``dequantised``: quantised
-    modules, adapted or not, that are dense ones now.
+    Attributes:
+        modules: names of the merged modules.
+        rounding: the largest ``||stored - exact|| / ||exact||`` of a merged weight: what it costs to store it in the
+            base's dtype, or to quantise it again.
+        untied: modules that shared their weight with a module without an adapter, and now have a weight of their own.
+        dequantised: modules, adapted or not, that were quantised and now have a dense weight.
     """
 
     modules: tuple[str, ...]
@@ -46,31 +48,49 @@ def merge(model: nn.Module, onto: Onto = "dequantised") -> MergeReport:
 
     The effective weight is computed in float64 by the plain formula and rounded once, to the base's dtype. A weight
     that several adapted modules share is folded once. A weight shared with a module that has no adapter (an output
-    head tied to the embedding) is copied first, so that the other module keeps what it had;
-    ``model.config.tie_word_embeddings`` is then turned off.
+    head tied to the embedding) is copied first, so that the other module keeps what it had. Then
+    ``model.config.tie_word_embeddings`` is turned off.
 
-    ``onto`` matters where weights are quantised:
+    ``onto`` says what to do with quantised weights:
 
-    - ``dequantised``: onto the dequantised weight, which is what was trained on, so the merged model computes what the
-      adapted one did. *Every* quantised layer of the model becomes an ordinary linear layer in the dtype of the rest,
-      and ``model.config`` no longer speaks of quantisation.
-    - ``requantised``: the same, and every merged weight is then quantised again as it was. As small as before, and off
-      by a second quantisation error, which ``MergeReport.rounding`` states.
+    - ``dequantised``: merge onto the dequantised weights. The adapter was trained on them, so the merged model computes
+      what the adapted one did. *Every* quantised layer of the model becomes an ordinary linear layer in the dtype of
+      the rest, and ``model.config`` no longer mentions quantisation.
+    - ``requantised``: the same, and then quantise every merged weight again. The model is as small as before, at the
+      cost of a second quantisation error, which ``MergeReport.rounding`` states.
 
-    To merge onto the original weights instead, load the model unquantised, ``trimtab.load_adapter`` onto it, and merge
-    that: off by the first quantisation error, which the adapter was trained with.
+    To merge onto the original weights instead, load the model unquantised, load the adapter onto it with
+    ``trimtab.load_adapter``, and merge that. The result is off by the first quantisation error, with which the adapter
+    was trained.
 
     Raises SurgeryError if the model has no adapters, if one sits on a block, if one holds NaN or infinity, or if a
-    merged weight does not fit into its base's dtype; the model is then unchanged.
+    merged weight does not fit into its base's dtype. The model is then unchanged.
     """
     if onto not in get_args(Onto):
         raise SurgeryError(
             f"merge: onto is expected to be one of {', '.join(get_args(Onto))}, got {onto!r}. (To merge onto the "
             "original weights: load the model unquantised, then trimtab.load_adapter and trimtab.merge)"
         )
+    adapted = _require_mergeable(model)
+    around = _dtype_around(model)
+    # All are computed before the first is written, and again when it is: the price of never leaving half a merge.
+    for name, module in adapted:
+        handle = module.handle
+        dtype = around or handle.dtype if onto == "dequantised" and not handle.stored_dense else handle.dtype
+        _check_result(name, module, dtype)
+    dequantised = _dequantise(model, around) if onto == "dequantised" else ()
+    rounding, untied = _fold(model, adapted)
+    remove_adapters(model)
+    config = getattr(model, "config", None)
+    if untied and config is not None and getattr(config, "tie_word_embeddings", False):
+        config.tie_word_embeddings = False
+    return MergeReport(tuple(name for name, _ in adapted), rounding, untied, dequantised)
+
+
+def _require_mergeable(model: nn.Module) -> list[tuple[str, AdaptedLayer]]:
+    """The adapted layers of ``model``. Raises SurgeryError if some adapter cannot be folded into a weight."""
     every = require_adapted(model, "merge")
     blocks = [(name, module) for name, module in every if isinstance(module, AdaptedBlock)]
-    adapted = [(name, module) for name, module in every if isinstance(module, AdaptedLayer)]
     if blocks:
         raise SurgeryError(
             f"merge: {len(blocks)} adapters sit on blocks, such as {blocks[0][0]} (method {blocks[0][1].method}): an "
@@ -78,62 +98,59 @@ def merge(model: nn.Module, onto: Onto = "dequantised") -> MergeReport:
             "changed; keep the adapter beside the model, or train with a method that changes weights "
             f"({', '.join(methods.names('weight'))})"
         )
+    adapted = [(name, module) for name, module in every if isinstance(module, AdaptedLayer)]
     for name, module in adapted:
         if not is_finite(module.adapter):
             raise SurgeryError(
                 f"merge: the adapter of {name} holds NaN or infinity, and would destroy the weight it is folded into. "
                 "Nothing was changed; load an earlier checkpoint"
             )
-    # Finite tensors can have a product that is not, or one beyond what the base's dtype holds. All are looked at before
-    # the first is written; computing each twice is the price of never leaving half a merge.
-    around = _dtype_around(model)
-    for name, module in adapted:
-        handle = module.handle
-        dtype = around or handle.dtype if onto == "dequantised" and not handle.stored_dense else handle.dtype
-        stored = module.adapter.effective_weight(handle, torch.float64).to(dtype)
-        if not torch.isfinite(stored).all():
-            raise SurgeryError(
-                f"merge: the merged weight of {name} does not fit into {dtype} or is not a number. "
-                "Nothing was changed; merge in a wider dtype, or load an earlier checkpoint"
-            )
-    dequantised = _dequantise(model, around) if onto == "dequantised" else ()
+    return adapted
+
+
+def _check_result(name: str, module: AdaptedLayer, dtype: torch.dtype) -> None:
+    """Raise SurgeryError unless ``dtype`` holds the merged weight, which finite tensors do not promise."""
+    if not torch.isfinite(module.adapter.effective_weight(module.handle, torch.float64).to(dtype)).all():
+        raise SurgeryError(
+            f"merge: the merged weight of {name} does not fit into {dtype} or is not a number. "
+            "Nothing was changed; merge in a wider dtype, or load an earlier checkpoint"
+        )
+
+
+def _fold(model: nn.Module, adapted: list[tuple[str, AdaptedLayer]]) -> tuple[float, tuple[str, ...]]:
+    """Write every effective weight into its base. Returns the largest rounding, and the names of the untied modules."""
     frozen = {id(module.base) for _, module in adapted}
     untied = []
-    merged: dict[int, float] = {}
-    shared: dict[int, nn.Parameter] = {}
+    rounding: dict[int, float] = {}  # by the id of the written weight
+    own_weight: dict[int, nn.Parameter] = {}  # by the id of the shared weight that was copied
     for name, module in adapted:
         handle, key = module.handle, id(module.handle.parameter)
-        if key in merged:
+        if key in rounding:
             continue
-        if key in shared:
-            handle.module.weight = shared[key]
+        if key in own_weight:
+            handle.module.weight = own_weight[key]
             continue
         if weights_elsewhere(model, handle.parameter, frozen):
             handle.untie()
             untied.append(name)
-            shared[key] = handle.parameter
+            own_weight[key] = handle.parameter
         exact = module.adapter.effective_weight(handle, torch.float64)
         handle.write(exact)
         length = exact.norm()
         error = (handle.weight().double() - exact).norm()
-        merged[id(handle.parameter)] = float(error / length) if length > 0 else 0.0
-    remove_adapters(model)
-    config = getattr(model, "config", None)
-    if untied and config is not None and getattr(config, "tie_word_embeddings", False):
-        config.tie_word_embeddings = False
-    return MergeReport(tuple(name for name, _ in adapted), max(merged.values()), tuple(untied), dequantised)
+        rounding[id(handle.parameter)] = float(error / length) if length > 0 else 0.0
+    return max(rounding.values()), tuple(untied)
 
 
 def _dtype_around(model: nn.Module) -> torch.dtype | None:
-    """The dtype of the model's first parameter that is stored as a number and is no adapter's; None if there is
-    none."""
+    """The dtype of the model's first floating-point parameter that is not an adapter's; None if there is none."""
     own = {id(parameter) for _, module in adapted_modules(model) for parameter in module.adapter.parameters()}
     plain = (parameter for parameter in model.parameters() if id(parameter) not in own)
     return next((parameter.dtype for parameter in plain if parameter.is_floating_point()), None)
 
 
 def _dequantise(model: nn.Module, dtype: torch.dtype | None) -> tuple[str, ...]:
-    """Put a dense layer in the place of every quantised one, under an adapter or not; give their names."""
+    """Put a dense layer in the place of every quantised one, with an adapter or without, and return their names."""
     made: dict[int, nn.Module] = {}
     names = []
     for name, parent, attribute, child in list(owners(model)):
@@ -154,7 +171,7 @@ def _dequantise(model: nn.Module, dtype: torch.dtype | None) -> tuple[str, ...]:
 
 
 def _forget_quantisation(model: Any) -> None:
-    """Take away what transformers notes at a quantised model, and would write and obey."""
+    """Remove what transformers noted about the quantisation; it would save it, and go by it when loading."""
     if hasattr(model, "config") and hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     for note in ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit"):

@@ -1,4 +1,4 @@
-"""The state that a model is in while it answers or is measured: nothing trains, and what that saves."""
+"""What a model can be spared while it answers or is measured, when nothing trains."""
 
 from __future__ import annotations
 
@@ -13,15 +13,14 @@ from trimtab.surgery.adapted import adapted_modules
 
 @contextmanager
 def serving(model: nn.Module) -> Iterator[None]:
-    """A context in which no trained tensor of ``model`` changes.
+    """A context in which the caller promises that no trained tensor of ``model`` changes.
 
-    Without gradients, an adapter with a magnitude keeps its norm (numbers per output, never a matrix) from one pass to
-    the next, and compares its trained tensors with a copy each time, lest it use an old one. Here it takes the caller's
-    word, compares nothing, and for passes of a few tokens finds out once what there is to compute, which a model that
-    writes one token at a time is faster for. Where values are changed in here all the same, passes go on with the old
-    norm until the context ends.
+    Without gradients, an adapter with a magnitude keeps its norm (one number per output) from one pass to the next, and
+    each time compares its trained tensors with a copy, so that it never uses an old norm. In this context it need not
+    compare. For passes of a few tokens it also prepares once what there is to compute, which makes a model that writes
+    one token at a time faster. If values change in here all the same, the old norm is used until the context ends.
 
-    ``trimtab evaluate`` and ``trimtab generate`` work in one. Contexts may be nested.
+    ``trimtab evaluate`` and ``trimtab generate`` use it. Contexts may be nested.
     """
     adapters = [adapted.adapter for _, adapted in adapted_modules(model)]
     for adapter in adapters:
@@ -35,10 +34,10 @@ def serving(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients, and nothing trains; on the way out every module gets the mode back that it had.
+    """Eval mode, without gradients, inside ``serving``. Afterwards every module is in the mode that it had before.
 
-    Each module is remembered by itself, since a frozen part may be in eval mode inside a training model. This is
-    ``no_grad`` and not ``inference_mode``: a tensor that a module caches now must still serve a training step later.
+    The modes are kept for each module, since a frozen part may be in eval mode inside a training model. This is
+    ``no_grad`` and not ``inference_mode``, because a training step may later use a tensor that a module caches now.
     """
     before = [(module, module.training) for module in model.modules()]
     model.eval()

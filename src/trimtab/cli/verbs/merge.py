@@ -47,8 +47,8 @@ def command(
     """Fold the adapter of a run into its model and write an ordinary Hugging Face folder."""
     from trimtab.export import export_format
 
-    form = export_format("merged")
-    form.check_target(out, overwrite=overwrite)
+    merged = export_format("merged")
+    merged.check_target(out, overwrite=overwrite)
 
     from trimtab.errors import RunError
     from trimtab.evaluation.agreement import agreement, probe
@@ -66,7 +66,7 @@ def command(
         loaded = load_run(run, dtype=wanted, quantised=False)
     report = merge(loaded.model, "requantised" if onto is Onto.requantised else "dequantised")
     difference = agreement(before, probe(loaded.model))
-    form.write(loaded.model, loaded.tokenizer, out, overwrite=overwrite)
+    merged.write(loaded.model, loaded.tokenizer, out, overwrite=overwrite)
     typer.echo(f"merged {len(report.modules)} modules into {out}")
     stored = str(loaded.model.dtype).removeprefix("torch.")
     if quantisation != "none":
