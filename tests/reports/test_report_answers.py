@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from trimtab.reports.answers import Pair, groups, mixed, pairs, sample
 from trimtab.reports.folder import Prediction, TestSet, read_sets
-from trimtab.reports.prompts import template
+from trimtab.reports.run.pairs import Pair, groups, mixed, pairs, sample
+from trimtab.reports.run.prompts import template
 
 
 def _prediction(row: int, answer: str = "yes", correct: bool = True) -> Prediction:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from trimtab.reports.curves import curves, describe, draw, smoothed, thinned
 from trimtab.reports.folder import Measure
+from trimtab.reports.run.curves import curves, describe, smoothed, thinned
+from trimtab.reports.run.run_pictures import draw_curves as draw
 
 
 def _train(losses: list[float], **more: float) -> list[Measure]:

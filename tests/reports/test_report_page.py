@@ -189,7 +189,7 @@ def test_no_torch_is_imported(run: Path) -> None:
 import json, sys
 from pathlib import Path
 import trimtab.reports
-import trimtab.reports.tables as tables
+import trimtab.reports.run.run_tables as tables
 run = Path(sys.argv[1])
 assert "matplotlib" not in sys.modules, "tables wait for matplotlib"
 tables.results_table(run), tables.answers_table(run), tables.plan_table(json.loads((run / "plan.json").read_text()))
@@ -334,7 +334,7 @@ def test_rows_with_choices_of_their_own(exam_run: Path) -> None:
     assert "exam: 25.0 % before, 75.0 % after; guessing would give 25.0 %" in found.text
     assert "4 rows, choices of their own" in found.text
     assert "Accuracy 25.0 % 75.0 % +50.0" in found.text
-    assert "Accuracy by likelihood per character 50.0 % 100.0 % +50.0" in found.text
+    assert "Accuracy per character 50.0 % 100.0 % +50.0" in found.text
     assert "Dashed: guessing." in found.text
     assert "before 25.0 %, after 75.0 %; guessing 25.0 %" in found.source
     assert "Confusion" not in found.text

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from trimtab.errors import RunError
-from trimtab.reports.tables import answers_table, plan_table, results_table
+from trimtab.reports.run.run_tables import answers_table, plan_table, results_table
 
 
 def lines(table: Table, width: int = 160) -> list[list[str]]:

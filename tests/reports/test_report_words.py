@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from scipy.stats import binomtest
 
-from trimtab.reports import words
+from trimtab.reports.run.measured import interval
+from trimtab.reports.shared import words
 
 
 @pytest.mark.parametrize(
@@ -67,4 +68,4 @@ def test_characters_that_act_are_taken_out() -> None:
 def test_the_interval_is_wilsons(right: int, rows: int) -> None:
     wanted = binomtest(right, rows).proportion_ci(0.95, method="wilson")
     # The quantile of the normal distribution is written with seven figures.
-    assert words.interval(right / rows, rows) == pytest.approx((wanted.low, wanted.high), abs=1e-6)
+    assert interval(right / rows, rows) == pytest.approx((wanted.low, wanted.high), abs=1e-6)

@@ -18,8 +18,9 @@ from scipy import stats
 from tiny_runs import rows, write_rows
 from trimtab.errors import Interrupted, RunError
 from trimtab.files import read_json
-from trimtab.reports.compare import findings, study_tables, write_study_page
-from trimtab.reports.compare_plots import draw_scores
+from trimtab.reports.study.comparison import findings, study_tables
+from trimtab.reports.study.study_page import write_study_page
+from trimtab.reports.study.study_pictures import draw_scores
 from trimtab.studies import compare as comparing
 from trimtab.studies.cell import run_cell
 from trimtab.studies.compare import Selection, chosen_runs, compare

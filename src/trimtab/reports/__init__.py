@@ -1,4 +1,4 @@
-"""What a run was worth, told from the files of its folder: a page to open and tables for a terminal.
+"""What a run, a study or a search was worth, told from the files of its folder: a page, and tables for a terminal.
 
 Nothing here imports torch or loads a model, so a report can be built anywhere and again at any time.
 """
@@ -17,6 +17,6 @@ def run_page(run: Path) -> Path:
     Raises RunError where ``run`` is no run folder, or where one of its files is damaged (the message names the file).
     """
     # Here and not above: the tables of this package are wanted by verbs that should not wait for matplotlib.
-    from trimtab.reports.page import write_page
+    from trimtab.reports.run.run_page import write_run_page
 
-    return write_page(run)
+    return write_run_page(run)

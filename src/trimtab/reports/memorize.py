@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from trimtab.files import read_json, write_text
-from trimtab.reports.html_table import html_table
-from trimtab.reports.pictures import INK, LINE, MUTED, blank, page, plain, write_picture
+from trimtab.reports.shared.figures import INK, LINE, MUTED, blank, plain, write_picture
+from trimtab.reports.shared.shell import html_table, page
 
 _GUESS = 100 / 16
 # A colour, a mark and a dash each; the marks and the direct labels carry the picture where there is no colour.

@@ -14,7 +14,6 @@ from rich.table import Table
 
 from trimtab.config.yaml_text import write_yaml
 from trimtab.files import read_json, write_text
-from trimtab.reports.html_table import html_table
 from trimtab.reports.pattern_pictures import (
     PAPER,
     VIEW_WORDS,
@@ -27,7 +26,8 @@ from trimtab.reports.pattern_pictures import (
     signed,
     with_interval,
 )
-from trimtab.reports.pictures import page, write_picture
+from trimtab.reports.shared.figures import write_picture
+from trimtab.reports.shared.shell import html_table, page
 
 _SHORT = ("all", "layers", "time")
 """The views that the terminal has room for."""

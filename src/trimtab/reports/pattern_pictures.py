@@ -10,8 +10,8 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
-from trimtab.reports.changes import MARKS, depth_bar, scatter_changes, signed
-from trimtab.reports.pictures import INK, LINE, MUTED, blank, plain
+from trimtab.reports.shared.figures import INK, LINE, MUTED, blank, plain
+from trimtab.reports.study.weight_changes import MARKS, depth_bar, scatter_changes, signed
 
 PAPER = {"full": -0.62, "lora": 0.83, "dora": -0.31}
 """Correlations on VL-BART's query and value matrices (arXiv 2402.09353, section 3.2)."""

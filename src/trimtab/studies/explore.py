@@ -30,7 +30,7 @@ from trimtab.config.resolve import source_of
 from trimtab.errors import Interrupted, RunError
 from trimtab.files import locked, write_text
 from trimtab.models.load import empty_model
-from trimtab.reports.explore import write_explore_page
+from trimtab.reports.search.search_page import write_explore_page
 from trimtab.runs.folder import differences
 from trimtab.studies.explore_config import ExploreConfig, load_explore, to_yaml
 from trimtab.studies.search import Search, Watch

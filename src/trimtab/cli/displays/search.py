@@ -7,8 +7,8 @@ from typing import Any
 from rich.console import Console
 
 from trimtab.cli.displays.run import Display
-from trimtab.reports import words
-from trimtab.reports.explore import plan_words, score_words
+from trimtab.reports.search.search_words import plan_words, score_words
+from trimtab.reports.shared import words
 from trimtab.studies.search import Watch
 
 

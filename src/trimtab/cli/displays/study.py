@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from trimtab.cli.displays.run import Display
-from trimtab.reports import words
+from trimtab.reports.shared import words
 from trimtab.studies.cell import finished_cell
 from trimtab.studies.compare import StudyListener, chosen_runs
 from trimtab.studies.study import Cell, Study

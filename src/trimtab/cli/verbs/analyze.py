@@ -31,7 +31,7 @@ def command(
     from trimtab.analysis.changes import analyse
     from trimtab.analysis.write import write_changes
     from trimtab.models.locate import locate
-    from trimtab.reports.changes import changes_table, correlations_table, write_changes_page
+    from trimtab.reports.study.weight_changes import changes_table, correlations_table, write_changes_page
 
     console = Console()
     with Progress(console=console, transient=True) as progress:

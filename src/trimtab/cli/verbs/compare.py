@@ -50,7 +50,8 @@ def command(
 
     from trimtab.cli.displays.study import StudyDisplay, cells_table
     from trimtab.errors import Interrupted, RunError
-    from trimtab.reports.compare import findings, study_tables, write_study_page
+    from trimtab.reports.study.comparison import findings, study_tables
+    from trimtab.reports.study.study_page import write_study_page
     from trimtab.studies.compare import Selection, compare
     from trimtab.studies.study_results import write_results
 

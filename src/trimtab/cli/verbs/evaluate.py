@@ -83,7 +83,7 @@ def command(
             listener=display,
         )
 
-    from trimtab.reports import tables
+    from trimtab.reports.run import run_tables as tables
 
     for result in written:
         console.print(tables.evaluation_table(result))

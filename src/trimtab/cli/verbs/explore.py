@@ -32,7 +32,7 @@ def command(
 
     from trimtab.cli.displays.search import ExploreDisplay
     from trimtab.files import read_json
-    from trimtab.reports.explore import confirmation_words, trials_table
+    from trimtab.reports.search.search_words import confirmation_words, trials_table
     from trimtab.studies.explore import explore
 
     console = Console()

@@ -55,7 +55,7 @@ def command(
     from rich.console import Console
 
     from trimtab.cli.displays.run import Display
-    from trimtab.reports import tables
+    from trimtab.reports.run import run_tables as tables
 
     console = Console()
     with Display(console) as display:

@@ -44,7 +44,7 @@ def command(
     from rich.console import Console
     from rich.table import Table
 
-    from trimtab.reports import tables
+    from trimtab.reports.run import run_tables as tables
 
     console = Console()
     console.print(f"model: {loaded.model.name}", highlight=False, soft_wrap=True)

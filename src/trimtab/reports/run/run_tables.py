@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,10 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from trimtab.reports import answers, prompts, words
-from trimtab.reports.folder import Choice, Generation, MultipleChoice, Plan, Prediction, TestSet, read_run
+from trimtab.reports.folder import Plan, Prediction, read_run
+from trimtab.reports.run import pairs, prompts
+from trimtab.reports.run.measured import baseline, measured
+from trimtab.reports.shared import words
 
 # Letters of a prompt and of an answer in a terminal's row. The narrow columns leave the prompt room in 80 letters.
 _PROMPT_LETTERS, _ANSWER_LETTERS, _ANSWER_WIDTH = 120, 40, 17
@@ -32,41 +34,16 @@ def results_table(run: Path) -> Table:
     for tests in read_run(run).sets:
         if tests.result is None:
             continue
-        for place, (measure, before, after, change, baseline) in enumerate(_measures(tests)):
-            name = _text(tests.name) if place == 0 else Text()
-            rows = words.count(tests.result.rows) if place == 0 else ""
-            table.add_row(name, measure, rows, before, Text(after, style="bold"), change, _text(baseline))
+        guess = baseline(tests.result)
+        for place, row in enumerate(row for row in measured(tests) if row.brief):
+            name, rows, beside = Text(), "", ""
+            if place == 0:
+                name, rows = _text(tests.name), words.count(tests.result.rows)
+                beside = f"{words.percent(guess.share)} ({guess.brief})" if guess else ""
+            after = Text(row.words(row.after), style="bold")
+            table.add_row(name, row.name, rows, row.words(row.before), after, row.change, _text(beside))
         table.add_section()
     return table
-
-
-def _measures(tests: TestSet) -> list[tuple[str, str, str, str, str]]:
-    """Measure, before, after, change and baseline, of the few measures that a terminal should show."""
-    sides = (tests.before, tests.after)
-    if isinstance(tests.result, Choice):
-        majority = tests.result.majority
-        baseline = f"{words.percent(majority.accuracy)} (always {majority.answer})" if majority else ""
-        return [_share("accuracy", sides, baseline), _share("macro F1", sides, "", key="macro_f1")]
-    perplexity = _perplexity(sides)
-    if isinstance(tests.result, MultipleChoice):
-        baseline = f"{words.percent(tests.result.chance)} (chance)"
-        by_length = _share("accuracy per character", sides, "", key="accuracy_norm")
-        return [_share("accuracy", sides, baseline), by_length, perplexity]
-    if isinstance(tests.result, Generation):
-        found = [_share("exact match", sides, "", key="exact_match"), _share("unusable", sides, "")]
-        return [*found, perplexity] if tests.result.perplexity is not None else found
-    return [perplexity]
-
-
-def _share(name: str, sides: Sequence[Any], baseline: str, key: str | None = None) -> tuple[str, str, str, str, str]:
-    before, after = (getattr(side, key or name) if side else None for side in sides)
-    return name, words.percent(before), words.percent(after), words.points(before, after), baseline
-
-
-def _perplexity(sides: Sequence[Any]) -> tuple[str, str, str, str, str]:
-    before, after = (side.perplexity if side else None for side in sides)
-    change = f"{words.signed(100 * (after / before - 1), 1)} %" if before and after else words.DASH
-    return "perplexity", words.number(before), words.number(after), change, ""
 
 
 def answers_table(run: Path, count: int = 5) -> Table:
@@ -74,7 +51,7 @@ def answers_table(run: Path, count: int = 5) -> Table:
 
     Several test sets share the rows, at least one each. Raises RunError as ``results_table`` does.
     """
-    sets = [tests for tests in read_run(run).sets if answers.pairs(tests)]
+    sets = [tests for tests in read_run(run).sets if pairs.pairs(tests)]
     several = len(sets) > 1
     compared = any(tests.rows_before for tests in sets)
     table = _table(expand=True)
@@ -86,8 +63,8 @@ def answers_table(run: Path, count: int = 5) -> Table:
         table.add_column(title, max_width=_ANSWER_WIDTH, overflow="fold")
     for place, tests in enumerate(sets):
         share = max(1, count // len(sets) + (place < count % len(sets)))
-        template = prompts.template(answers.shown_prompts([tests]))
-        for pair in answers.mixed(tests, share):
+        template = prompts.template([pair.shown.prompt for pair in pairs.pairs(tests)])
+        for pair in pairs.mixed(tests, share):
             cells = [_text(tests.name)] if several else []
             cells += [Text(words.count(pair.shown.row)), _short(template.own_words(pair.shown.prompt), _PROMPT_LETTERS)]
             cells.append(_short(pair.shown.answer, _ANSWER_LETTERS))

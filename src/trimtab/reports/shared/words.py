@@ -1,10 +1,11 @@
-"""Numbers and foreign text in the form in which a person reads them; shared by the page and the terminal."""
+"""Numbers and foreign text in the form in which a person reads them; shared by pages, pictures and the terminal."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 DASH = "–"
@@ -82,6 +83,17 @@ def duration(seconds: float | None) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def gib(value: float, digits: int = 2) -> str:
+    """``2.5`` as ``2.50 GiB``."""
+    return f"{value:.{digits}f} GiB"
+
+
+def date(moment: datetime) -> str:
+    """``4 March 2025, 05:06 UTC``."""
+    text = f"{moment.day} {moment:%B %Y, %H:%M}"
+    return f"{text} {moment.tzname()}" if moment.tzinfo else text
+
+
 def size(count_of_bytes: int | None) -> str:
     """``9790000`` as ``9.8 MB`` (decimal, as file managers count)."""
     if count_of_bytes is None:
@@ -129,13 +141,3 @@ def shorten(text: str, limit: int) -> str:
     start = whole_start if len(whole_start) > len(start) // 2 else start
     end = whole_end if len(whole_end) > len(end) // 2 else end
     return f"{start.rstrip()} … {end.lstrip()}"
-
-
-def interval(share: float, rows: int) -> tuple[float, float]:
-    """The 95 % interval of a share that was counted on ``rows`` rows (Wilson's; it stays within 0 and 1)."""
-    if rows <= 0:
-        return 0.0, 1.0
-    z = 1.959964
-    centre = (share + z * z / (2 * rows)) / (1 + z * z / rows)
-    half = z / (1 + z * z / rows) * math.sqrt(share * (1 - share) / rows + z * z / (4 * rows * rows))
-    return max(0.0, centre - half), min(1.0, centre + half)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,9 +14,9 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from trimtab.files import read_json, write_text
-from trimtab.reports.html_table import html_table
-from trimtab.reports.pictures import INK, MUTED, blank, page, plain, write_picture
+from trimtab.files import read_json
+from trimtab.reports.shared.figures import MUTED, PAGE, blank, headed, plain, write_picture
+from trimtab.reports.shared.shell import write_page
 
 MARKS = "osD^vP*X<>"
 # Dark to light on white, and no hue that grey would not keep apart.
@@ -81,7 +80,7 @@ def scatter_changes(
         marker=mark,
         s=size,
         linewidths=0.4,
-        edgecolors="white",
+        edgecolors=PAGE,
         label=label,
     )
 
@@ -89,6 +88,8 @@ def scatter_changes(
 def depth_bar(figure: Figure, depth: Normalize, panels: Any, aspect: float) -> None:
     """What the colours of ``scatter_changes`` mean, beside ``panels``."""
     bar = figure.colorbar(ScalarMappable(depth, _DEPTH), ax=panels, pad=0.01, aspect=aspect)
+    if bar.solids is not None:  # as an image, it would be refused by the security policy of a page
+        bar.solids.set_rasterized(False)
     bar.set_label("block, first to last", fontsize=9, color=MUTED)
     bar.ax.tick_params(labelsize=8, colors=MUTED)
 
@@ -108,10 +109,9 @@ def draw(analysis: Mapping[str, Any]) -> Figure:
         for place, state in enumerate(states):
             mine = [row for row in rows if row["state"] == state]
             scatter_changes(axes, mine, depth, MARKS[place % len(MARKS)], 26, state)
-        title = f"{Path(key[0]).name}, {key[1]}: correlation {signed(said[key]['correlation'])}"
-        axes.set_title(title, fontsize=10, color=INK, loc="left")
-        axes.set_xlabel("dD: mean of 1 - cosine over the rows", fontsize=9, color=MUTED)
-        axes.set_ylabel("dM: mean change of magnitude", fontsize=9, color=MUTED)
+        headed(axes, f"{Path(key[0]).name}, {key[1]}: correlation {signed(said[key]['correlation'])}", bold=False)
+        axes.set_xlabel("dD: mean of 1 - cosine over the rows")
+        axes.set_ylabel("dM: mean change of magnitude")
         plain(axes)
         axes.ticklabel_format(style="sci", scilimits=(-3, 3))
         if len(states) > 1:
@@ -124,23 +124,12 @@ def draw(analysis: Mapping[str, Any]) -> Figure:
 def write_changes_page(folder: Path) -> Path:
     """Write ``changes.png``, ``changes.svg`` and ``changes.html`` beside the ``changes.json`` in ``folder``."""
     analysis = read_json(folder / "changes.json")
-    picture = write_picture(draw(analysis), folder, "changes", "dM over dD of every weight")
-    write_text(folder / "changes.html", _page(analysis, picture))
-    return folder / "changes.html"
-
-
-def _page(analysis: Mapping[str, Any], picture: str) -> str:
-    lines = [
-        [Path(row["tuned"]).name, row["method"], row["kind"] or "all", str(row["points"]), signed(row["correlation"])]
-        for row in analysis["correlations"]
-    ]
-    body = f"""<h1>How the weights moved: magnitude and direction</h1>
-<p class="about">Against {html.escape(str(analysis["base"]))}. One mark is one weight in one saved state.</p>
-{picture}
-<h2>Correlation of dM and dD</h2>
-<p class="fine">dM = mean |m<sub>t</sub> - m<sub>0</sub>|, dD = mean (1 - cos(V<sub>t</sub>, W<sub>0</sub>)), over the
-rows of a weight (DoRA, arXiv 2402.09353, section 3.2). Points of one run are not independent: neighbouring blocks and
-checkpoints resemble each other.</p>
-{html_table(["tuned", "method", "projection", "points", "correlation"], lines, words=range(3))}
-"""
-    return page("Magnitude and direction", body)
+    values = {
+        "base": analysis["base"],
+        "picture": write_picture(draw(analysis), folder, "changes", "dM over dD of every weight"),
+        "correlations": [
+            [Path(row["tuned"]).name, row["method"], row["kind"] or "all", row["points"], signed(row["correlation"])]
+            for row in analysis["correlations"]
+        ],
+    }
+    return write_page(folder / "changes.html", "study/weight_changes.html", values)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from trimtab.reports.folder import Prediction, TestSet
@@ -59,11 +58,11 @@ def pairs(tests: TestSet) -> list[Pair]:
 
 def groups(tests: TestSet) -> list[Group]:
     """The groups that have rows, in the order of the titles: what was won, what was lost, what stays wrong or right."""
-    found: dict[tuple[bool | None, bool | None], list[Pair]] = {key: [] for key in _TITLES}
+    by_course: dict[tuple[bool | None, bool | None], list[Pair]] = {course: [] for course in _TITLES}
     for pair in pairs(tests):
-        key = (pair.before.correct if pair.before else None, pair.after.correct if pair.after else None)
-        found[key].append(pair)
-    return [Group(*key, rows) for key, rows in found.items() if rows]
+        course = (pair.before.correct if pair.before else None, pair.after.correct if pair.after else None)
+        by_course[course].append(pair)
+    return [Group(*course, rows) for course, rows in by_course.items() if rows]
 
 
 def sample(rows: list[Pair], count: int) -> list[Pair]:
@@ -99,8 +98,3 @@ def mixed(tests: TestSet, count: int) -> list[Pair]:
 def _spread(rows: list[Pair], count: int) -> list[Pair]:
     count = min(count, len(rows))
     return [rows[(2 * place + 1) * len(rows) // (2 * count)] for place in range(count)]
-
-
-def shown_prompts(sets: Iterable[TestSet]) -> list[str]:
-    """Every prompt of ``sets``, to find out what they have in common."""
-    return [pair.shown.prompt for tests in sets for pair in pairs(tests)]

@@ -1,0 +1,200 @@
+"""The pictures of a run's page: the share of right answers as bars, and the course of training. No text from data is
+ever drawn."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+
+from trimtab.reports.run.curves import Curves, Points, describe, thinned
+from trimtab.reports.shared import words
+from trimtab.reports.shared.figures import (
+    ACCENT,
+    BEFORE,
+    FAINT,
+    INK,
+    LINE,
+    MUTED,
+    PAGE,
+    WARM,
+    Label,
+    labels_beside,
+    plain,
+    screen,
+    svg,
+    write,
+)
+
+_TEXT = 12.0
+
+
+def share_bars(
+    name: str,
+    bars: Sequence[tuple[str, float, tuple[float, float]]],
+    baseline: tuple[str, float] | None,
+    label: str,
+) -> Markup:
+    """Shares of 1 as horizontal bars on one scale from 0 to 100 %, with a baseline across all of them.
+
+    ``bars``: what each is called (``before`` is drawn pale), its share, its 95 % interval (a whisker). ``baseline``:
+    what it is called, and its share.
+    """
+    above = 24.0 if baseline is not None else 4.0
+    height = above + 34 * len(bars) + 24
+    figure = screen(360, height)
+    axes = figure.add_axes((52 / 360, 24 / height, 240 / 360, 34 * len(bars) / height))
+    _quiet(axes, keep=())
+    axes.set_xlim(0, 100)
+    axes.set_ylim(len(bars) - 0.5, -0.5)
+    axes.set_xticks([0, 25, 50, 75, 100], ["0", "25", "50", "75", "100 %"])
+    axes.set_yticks(range(len(bars)), [bar[0] for bar in bars])
+    axes.tick_params(axis="y", colors=INK)
+    axes.xaxis.grid(True, color=LINE, linewidth=1)
+    for place, (title, share, (low, high)) in enumerate(bars):
+        colour = BEFORE if title == "before" else ACCENT
+        axes.barh(place, 100 * share, height=0.6, color=colour, linewidth=0, zorder=2)
+        axes.plot([100 * low, 100 * high], [place, place], color=INK, linewidth=1.5, zorder=4, solid_capstyle="butt")
+        how = {"va": "center_baseline", "fontweight": "bold", "fontsize": _TEXT + 1, "zorder": 5}
+        box = {"facecolor": PAGE, "edgecolor": "none", "pad": 1.5}
+        _write(axes, 100 * high, place, words.percent(share), (7, 0), bbox=box, **how)
+    if baseline is not None:
+        called, share = baseline
+        axes.axvline(100 * share, color=INK, linewidth=1.5, linestyle=(0, (4, 3)), zorder=3)
+        side = "left" if share < 0.3 else "right" if share > 0.75 else "center"
+        _write(axes, 100 * share, -0.5, f"{called} {words.percent(share)}", (0, 6), ha=side, va="baseline")
+    return svg(figure, name, label)
+
+
+def draw_curves(name: str, data: Curves, width: float) -> Markup:
+    """Loss, validation accuracy if there is any and learning rate, one below the other, ``width`` CSS pixels wide."""
+    narrow = width < 500
+    parts = [(190.0 if narrow else 250.0, _loss)]
+    parts += [(90.0, _accuracy)] if data.accuracy else []
+    parts += [(44.0, _rate)] if data.rate else []
+    left, right, top, gap, bottom = 50.0, 80.0, 40.0, 34.0, 42.0
+    height = top + sum(tall for tall, _ in parts) + gap * (len(parts) - 1) + bottom
+    figure = screen(width, height)
+    panels: list[Axes] = []
+    lower = height - top
+    for tall, draw in parts:
+        lower -= tall
+        box = (left / width, lower / height, (width - left - right) / width, tall / height)
+        axes = figure.add_axes(box, sharex=panels[0] if panels else None)
+        panels.append(axes)
+        lower -= gap
+        _quiet(axes)
+        axes.yaxis.grid(True, color=LINE, linewidth=1)
+        axes.tick_params(axis="x", labelbottom=len(panels) == len(parts))
+        draw(axes, data)
+    _steps(panels, data, narrow)
+    return svg(figure, name, describe(data))
+
+
+def _loss(axes: Axes, data: Curves) -> None:
+    _title(axes, "loss (nats per token)", 22 if data.epochs else 8)
+    ends = []
+    if data.train:
+        if data.window > 1:
+            axes.plot(*_columns(thinned(data.train)), color=FAINT, linewidth=1, zorder=2)
+        axes.plot(*_columns(thinned(data.smooth)), color=ACCENT, linewidth=2.2, zorder=3)
+        ends.append(Label("train", data.smooth[-1][1], colour=ACCENT, bold=True))
+    if data.validation:
+        _validation(axes, data.validation)
+        ends.append(Label("validation", data.validation[-1][1], colour=WARM, bold=True))
+    axes.set_ylim(*data.limits)
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    _names(axes, ends)
+    best = dict(data.validation).get(data.best_step) if data.best_step is not None else None
+    if data.best_step is not None and best is not None:
+        _ring(axes, data.best_step, best)
+        # On the side of the point where the training line is not.
+        near = min(data.smooth, key=lambda point: abs(point[0] - (data.best_step or 0)), default=(0, -math.inf))
+        rise, side = (12, "bottom") if near[1] <= best else (-12, "top")
+        late = data.best_step > 0.75 * max(step for step, _ in (*data.train, *data.validation))
+        text = f"best: {words.number(best)} at step {data.best_step}"
+        _write(axes, data.best_step, best, text, (0, rise), va=side, ha="right" if late else "center", zorder=7)
+
+
+def _accuracy(axes: Axes, data: Curves) -> None:
+    _title(axes, "validation accuracy (%)")
+    points = [(step, 100 * share) for step, share in data.accuracy]
+    _validation(axes, points)
+    values = [y for _, y in points]
+    margin = max(2.0, 0.2 * (max(values) - min(values)))
+    axes.set_ylim(max(0.0, min(values) - margin), min(100.0, max(values) + margin))
+    axes.yaxis.set_major_locator(MaxNLocator(3))
+    _names(axes, [Label(f"{values[-1]:.1f} %", values[-1], colour=WARM, bold=True)])
+    for step, y in points:
+        if step == data.best_step:
+            _ring(axes, step, y)
+
+
+def _rate(axes: Axes, data: Curves) -> None:
+    _title(axes, "learning rate")
+    highest = max(y for _, y in data.rate)
+    axes.plot(*_columns(thinned(data.rate)), color=MUTED, linewidth=1.5)
+    axes.set_ylim(0, 1.15 * highest or 1.0)
+    mantissa, exponent = f"{highest:.1e}".split("e")
+    power = f"{mantissa.removesuffix('.0')}e{int(exponent)}"
+    axes.set_yticks([0, highest] if highest else [0], ["0", power] if highest else ["0"])
+
+
+def _steps(panels: Sequence[Axes], data: Curves, narrow: bool) -> None:
+    """The axis of steps under the last panel, and the ends of the epochs through all of them."""
+    steps = [step for points in (data.train, data.validation) for step, _ in points]
+    first, last = min(steps), max(steps)
+    span = last - first or 1
+    panels[-1].set_xlim(first - 0.01 * span, last + 0.02 * span)
+    panels[-1].xaxis.set_major_locator(MaxNLocator(4 if narrow else 8, integer=True))
+    panels[-1].set_xlabel("step", fontsize=_TEXT, color=INK, labelpad=4)
+    every = math.ceil(len(data.epochs) / (3 if narrow else 8)) or 1
+    for epoch, step in data.epochs[every - 1 :: every]:
+        for panel in panels:
+            panel.axvline(step, color=LINE, linewidth=1, zorder=1)
+        how = {"xycoords": ("data", "axes fraction"), "color": MUTED, "fontsize": 11}
+        late = step > last - 0.08 * span
+        _write(panels[0], step, 1.0, f"epoch {epoch}", (0, 4), ha="right" if late else "center", **how)
+
+
+def _quiet(axes: Axes, keep: Collection[str] = ("bottom",)) -> None:
+    """A panel for the screen: pale lines behind what is drawn, and no ticks."""
+    plain(axes, size=_TEXT, keep=keep)
+    for spine in axes.spines.values():
+        spine.set_color(LINE)
+    axes.tick_params(length=0, pad=5)
+    axes.set_axisbelow(True)
+
+
+def _write(axes: Axes, x: float, y: float, text: str, shift: tuple[float, float], **how: Any) -> None:
+    """Text so many pixels beside a place of the data."""
+    write(axes, x, y, text, **{"xytext": shift, "textcoords": "offset points", "fontsize": _TEXT, **how})
+
+
+def _title(axes: Axes, text: str, rise: float = 8) -> None:
+    """Above the left end of a panel, ``rise`` pixels up: quicker to read than a turned label."""
+    _write(axes, 0, 1, text, (-44, rise), xycoords="axes fraction", fontweight="bold")
+
+
+def _names(axes: Axes, ends: Sequence[Label]) -> None:
+    """The name of each line at its end."""
+    labels_beside(axes, ends, gap=16 / axes.bbox.height, joined=False, size=_TEXT)
+
+
+def _validation(axes: Axes, points: Points) -> None:
+    """Few points, each of which was measured: a mark for each."""
+    axes.plot(*_columns(points), color=WARM, linewidth=1.2, marker="o", markersize=6, zorder=4, clip_on=False)
+
+
+def _ring(axes: Axes, step: float, y: float) -> None:
+    """Around the point that was kept."""
+    ring: Any = {"markersize": 12, "markerfacecolor": "none", "markeredgecolor": INK, "markeredgewidth": 1.8}
+    axes.plot([step], [y], marker="o", linestyle="none", clip_on=False, zorder=6, **ring)
+
+
+def _columns(points: Points) -> tuple[tuple[float, ...], ...]:
+    return tuple(zip(*points, strict=True))

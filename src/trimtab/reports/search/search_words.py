@@ -1,0 +1,123 @@
+"""What ``explore.json`` says, in words, in order and as a table: shared by the terminal, the page and the pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.table import Table
+
+from trimtab.reports.shared import words
+
+Search = Mapping[str, Any]
+"""What is in ``explore.json``."""
+Trial = Mapping[str, Any]
+"""One of its trials: a plan, and what came of it."""
+
+
+def part_words(part: Mapping[str, Any]) -> str:
+    """``mora 9``, or ``none``."""
+    return part["method"] + (f" {part['rank']}" if part["rank"] else "")
+
+
+def plan_words(row: Trial) -> str:
+    """``mora 9, dora 7, none, lora 8``: the parts of a plan in the order of the groups; a uniform plan in one."""
+    parts = [part_words(part) for part in row["parts"]]
+    return parts[0] if row["kind"] == "uniform" else ", ".join(parts)
+
+
+def score_words(search: Search, value: float | None) -> str:
+    """A share in percent, a loss as a number."""
+    if value is None:
+        return words.DASH
+    return f"{value:.4f}" if search["metric"] == "loss" else words.percent(value)
+
+
+def confirmation_words(search: Search) -> str:
+    """Mixed minus uniform over the new seeds, in one sentence."""
+    said = search["confirmation"]
+    loss = search["metric"] == "loss"
+    digits, times, unit = (4, 1.0, "") if loss else (1, 100.0, " points")
+    mean, *ends = (
+        None if value is None else words.signed(times * value, digits)
+        for value in (said["difference"], said["low"], said["high"])
+    )
+    count = len(said["rows"])
+    span = f" (95 % interval over seeds {ends[0]} to {ends[1]})" if None not in ends else " (one seed has no interval)"
+    verdict = "no difference is shown"
+    if said["low"] is not None and said["low"] * said["high"] > 0:
+        verdict = "mixed is better" if (said["difference"] < 0) == loss else "uniform is better"
+    what = "loss" if loss else search["metric"].replace("_", " ")
+    seeds = f"{count} new seed{'s' if count > 1 else ''}"
+    return f"best mixed minus best uniform, {what} on {', '.join(said['on'])}, {seeds}: {mean}{unit}{span}; {verdict}"
+
+
+def own_runs(search: Search) -> list[Trial]:
+    """The trials that took a run, in order."""
+    return [row for row in search["trials"] if row["same_as"] is None]
+
+
+def numbered(search: Search, number: int | None) -> Trial | None:
+    """The trial of that number."""
+    return next((row for row in search["trials"] if row["number"] == number), None)
+
+
+def by_score(search: Search, kind: str) -> list[Trial]:
+    """The runs of one kind (``mixed`` or ``uniform``) that came to their end, the best first."""
+    sign = sign_of(search)
+    done = [row for row in own_runs(search) if row["kind"] == kind and row["state"] == "complete"]
+    return sorted(done, key=lambda row: (sign * row["score"], row["number"]))
+
+
+def best_uniform_runs(search: Search) -> list[Trial]:
+    """The best run of each uniform method, the best first."""
+    best: dict[str, Trial] = {}
+    for row in by_score(search, "uniform"):
+        best.setdefault(row["parts"][0]["method"], row)
+    return list(best.values())
+
+
+def best_quarter(search: Search) -> list[Trial]:
+    """The best quarter (three at least) of the mixed plans that came to their end; empty where there are fewer."""
+    done = by_score(search, "mixed")
+    return done[: max(3, len(done) // 4)] if len(done) >= 3 else []
+
+
+def sign_of(search: Search) -> int:
+    """What makes of scores numbers of which the smallest is the best."""
+    return 1 if search["metric"] == "loss" else -1
+
+
+def heads(search: Search) -> list[str]:
+    """The columns of the table of runs; the rate is named only where several were tried."""
+    rate = ["rate"] * (len(search["learning_rates"]) > 1)
+    return ["run", *(group["name"] for group in search["groups"]), "parameters", *rate, search["metric"], "state"]
+
+
+def ranked_cells(search: Search) -> list[tuple[Trial, list[str]]]:
+    """Every run with its cells in that table: the best first, then the pruned and the failed ones."""
+    order = {row["number"]: place for place, row in enumerate(own_runs(search), 1)}
+
+    def rank(row: Trial) -> tuple[int, float]:
+        score = 0 if row["score"] is None else sign_of(search) * row["score"]
+        return ("complete", "pruned", "failed").index(row["state"]), score
+
+    lines = []
+    for row in sorted(own_runs(search), key=rank):
+        rate = [f"{row['learning_rate']:g}"] * (len(search["learning_rates"]) > 1)
+        state = row["state"] if row["state"] != "complete" else "uniform" if row["kind"] == "uniform" else ""
+        cells = [str(order[row["number"]]), *map(part_words, row["parts"]), words.count(row["parameters"]), *rate]
+        lines.append((row, [*cells, score_words(search, row["score"]), state]))
+    return lines
+
+
+def trials_table(search: Search) -> Table:
+    """The table of runs for the terminal."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    columns = heads(search)
+    for place, head in enumerate(columns):
+        is_text = 0 < place <= len(search["groups"]) or place == len(columns) - 1
+        table.add_column(head, justify="left" if is_text else "right")
+    for row, cells in ranked_cells(search):
+        table.add_row(*cells, style="bold" if row["number"] == search["best"] else "")
+    return table

@@ -1,0 +1,1 @@
+"""The pages of several runs compared, and of what tuning did to weights."""

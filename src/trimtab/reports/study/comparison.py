@@ -1,0 +1,148 @@
+"""What a study's ``results.json`` says, in words and in tables: shared by the terminal, the page and the pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+from trimtab.reports.shared import words
+
+Line = Mapping[str, Any]
+"""A line of a study's summary: one arm on one test set, over its seeds."""
+
+
+def panels(results: Mapping[str, Any]) -> dict[tuple[str, str], list[Line]]:
+    """(task, test set) -> the lines of its summary."""
+    lines: dict[tuple[str, str], list[Line]] = {}
+    for line in results["summary"]:
+        lines.setdefault((line["task"], line["test"]), []).append(line)
+    return lines
+
+
+def panel_name(task: str, test: str) -> str:
+    """``finance: fpb``, or the test set alone where the task has no name of its own."""
+    return test if task in ("all", test) else f"{task}: {test}"
+
+
+def baseline(line: Line) -> tuple[str, float] | None:
+    """What answers without a look at the rows reach: who gives them, and the share that is right."""
+    # A study from before rows could bring their own choices does not name the chance.
+    known = (("The commonest answer", line["majority"]), ("Guessing", line.get("chance")))
+    return next(((name, share) for name, share in known if share is not None), None)
+
+
+def scale(line: Line) -> int:
+    """By what a score is multiplied before it is shown: shares are given in percent."""
+    return 1 if line["measure"] == "perplexity" else 100
+
+
+def score_of(line: Line, value: float) -> str:
+    """A score as it is named beside its mark."""
+    return words.number(value) if line["measure"] == "perplexity" else words.percent(value)
+
+
+def reference_of(results: Mapping[str, Any]) -> str:
+    """The arm that all others are compared with; in a study of pairs each has its own."""
+    others = _references(results)
+    return others[0] if len(others) == 1 else "its own reference"
+
+
+def _references(results: Mapping[str, Any]) -> list[str]:
+    return list(dict.fromkeys(line["against"] for line in results["summary"] if line["difference"] is not None))
+
+
+def findings(results: Mapping[str, Any]) -> list[str]:
+    """What may be said: a sentence for each difference that the test holds up, and what it leaves open."""
+    sentences = []
+    one_reference = len(_references(results)) == 1
+    for (task, test), lines in panels(results).items():
+        place = panel_name(task, test)
+        near: list[str] = []
+        unknown: list[str] = []
+        for line in lines:
+            if (difference := line["difference"]) is None:
+                continue
+            if difference["p_holm"] < 0.05:
+                side = "above" if difference["mean"] > 0 else "below"
+                sentences.append(
+                    f"{place}: {line['arm']} is {100 * abs(difference['mean']):.1f} points {side} {line['against']} "
+                    f"(95 % interval {_ends(difference)}; p {_p(difference['p_holm'], '= ')} after correction)."
+                )
+                continue
+            compared = line["arm"] if one_reference else f"{line['arm']} against {line['against']}"
+            beside_zero = difference["low"] > 0 or difference["high"] < 0
+            (near if beside_zero else unknown).append(f"{compared} ({_ends(difference)})")
+        if near:
+            sentences.append(
+                f"{place}: for {', '.join(near)} the interval of the difference leaves zero out, but among so many "
+                "comparisons that may be chance."
+            )
+        if unknown:
+            sentences.append(
+                f"{place}: no difference from {reference_of(results)} can be told for {', '.join(unknown)}. In "
+                "brackets: what remains possible, in points."
+            )
+    return sentences
+
+
+def columns(lines: Sequence[Line], reference: str) -> dict[str, list[str]]:
+    """The table of one test set: heading -> a cell for each line. Columns that would be empty are left out."""
+    rows = [_cells(line, reference) for line in lines]
+    table = {head: [row[head] for row in rows] for head in rows[0]}
+    return {head: cells for head, cells in table.items() if any(cells)}
+
+
+def _cells(line: Line, reference: str) -> dict[str, str]:
+    costs, difference, rate = line["costs"], line["difference"], line["learning_rate"]
+    above = f"{words.signed(100 * difference['mean'], 1)} ({_ends(difference)})" if difference else ""
+    return {
+        "arm": line["arm"],
+        "trained": words.parameters(costs["trainable_parameters"]["mean"]),
+        "rate": words.DASH if rate is None else f"{rate:g}",
+        "runs": str(line["n"]),
+        line["measure"].replace("_", " "): _with_interval(line, scale(line)),
+        "macro F1": _with_interval(line["macro_f1"], 100) if line["macro_f1"] else "",
+        f"above {reference}": above,
+        "p": _p(difference["p_holm"]) if difference else "",
+        "time": words.duration(costs["training_seconds"]["mean"]),
+        "memory": words.gib(costs["peak_memory_gib"]["mean"]),
+    }
+
+
+def _with_interval(mean: Mapping[str, Any], times: int) -> str:
+    """``81.2 ± 1.3``: the mean and half its interval; the mean alone of one run."""
+    text = f"{times * mean['mean']:.1f}"
+    return text if mean["low"] is None else f"{text} ± {times * (mean['high'] - mean['mean']):.1f}"
+
+
+def _ends(difference: Mapping[str, Any]) -> str:
+    return f"{words.signed(100 * difference['low'], 1)} to {words.signed(100 * difference['high'], 1)}"
+
+
+def _p(p: float, equals: str = "") -> str:
+    return "< 0.001" if p < 0.001 else f"{equals}{p:.3f}" if p < 0.1 else f"{equals}{p:.2f}"
+
+
+def study_tables(results: Mapping[str, Any]) -> list[Table]:
+    """For the terminal: a table for each test set."""
+    tables = []
+    for (task, test), lines in panels(results).items():
+        cells = columns(lines, reference_of(results))
+        for head in ("rate", "runs", "macro F1"):  # on the page; a terminal has not the width
+            cells.pop(head, None)
+        title = f"{panel_name(task, test)}, {words.count(lines[0]['rows'])} rows"
+        table = Table(
+            box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold", title=title, title_justify="left"
+        )
+        longest = max(len(word) for arm in cells["arm"] for word in arm.split())
+        for head in cells:
+            if head == "arm":
+                table.add_column(head, min_width=longest)
+            else:  # wide headings in two lines, so that names have room
+                table.add_column(head.replace("above ", "above\n"), justify="right", no_wrap=True)
+        for row in zip(*cells.values(), strict=True):
+            table.add_row(*row)
+        tables.append(table)
+    return tables
