@@ -25,14 +25,19 @@ from torch import nn
 
 from trimtab.methods import _weight
 from trimtab.ops.cost import Work
+from trimtab.ops.update import Update
 
 
 class Options(_weight.WeightOptions):
     start: float = Field(0.0, description="Where v starts.")
 
 
-class Update:
-    takes_ratio = False
+class ShiftUpdate(Update):
+    def __init__(self, in_features):
+        self.in_features = in_features
+
+    def delta(self, tensors):
+        return tensors[0].unsqueeze(1).expand(-1, self.in_features)
 
     def work(self, tokens, tensors, dtype):
         return Work(tokens, tokens, len(tensors[0]))
@@ -41,14 +46,13 @@ class Update:
         total = weight + tensors[0].to(weight.dtype).unsqueeze(1)
         return total if ratio is None else total * ratio.unsqueeze(1).to(weight.dtype)
 
-    def add_product(self, product, x, tensors):
-        product.add_(x.sum(1, keepdim=True) * tensors[0].to(x.dtype))
-        return ()
+    def add_product(self, product, rows, tensors, through):
+        product.add_(rows.sum(1, keepdim=True) * tensors[0].to(rows.dtype))
 
-    def add_gradient(self, grad_x, grad, ratio, x, kept, tensors):
-        if grad_x is not None:
-            grad_x.add_((grad * tensors[0].to(grad.dtype)).sum(1, keepdim=True))
-        return ((grad * x.sum(1, keepdim=True)).sum(0).to(tensors[0].dtype),)
+    def add_gradient(self, grad_rows, after, rows, tensors, through):
+        if grad_rows is not None:
+            grad_rows.add_((after.grad * tensors[0].to(after.grad.dtype)).sum(1, keepdim=True))
+        return ((after.grad * rows.sum(1, keepdim=True)).sum(0).to(tensors[0].dtype),)
 
 
 class Shift(_weight.WeightMethod):
@@ -58,11 +62,8 @@ class Shift(_weight.WeightMethod):
         super().__init__(base, options)
         self.v = nn.Parameter(torch.full((self.out_features,), options.start, dtype=self.dtype))
 
-    def delta(self, dtype):
-        return self.v.to(dtype).unsqueeze(1).expand(-1, self.in_features)
-
     def factors(self):
-        return Update(), (self.v,)
+        return ShiftUpdate(self.in_features), (self.v,)
 '''
 
 

@@ -24,31 +24,31 @@ def test_many_tokens_fold_and_few_do_not(scaled: bool) -> None:
     shape = (512, 768)
     for tokens, folds in ((1, False), (128, False), (8192, True)):
         work = low_rank(tokens, *shape, 16, FULL)
-        assert folds_output("auto", work, tokens, shape, scaled, FULL) is folds
-        assert folds_gradient("auto", work, tokens, shape, scaled) is folds
+        assert folds_output("auto", work, tokens, shape, scaled=scaled, dtype=FULL) is folds
+        assert folds_gradient("auto", work, tokens, shape, scaled=scaled) is folds
 
 
 def test_a_rounded_weight_is_never_chosen_for_the_output() -> None:
     work = low_rank(1 << 20, 64, 64, 4, HALF)
-    assert not folds_output("auto", work, 1 << 20, (64, 64), True, HALF)
-    assert folds_output("folded", work, 1 << 20, (64, 64), True, HALF)
-    assert folds_gradient("auto", work, 1 << 20, (64, 64), True)
+    assert not folds_output("auto", work, 1 << 20, (64, 64), scaled=True, dtype=HALF)
+    assert folds_output("folded", work, 1 << 20, (64, 64), scaled=True, dtype=HALF)
+    assert folds_gradient("auto", work, 1 << 20, (64, 64), scaled=True)
 
 
 @pytest.mark.parametrize("compute", ["folded", "factored"])
 def test_the_user_overrules(compute: cost.Compute) -> None:
     for tokens in (1, 1 << 20):
         work = low_rank(tokens, 64, 64, 4, FULL)
-        assert folds_output(compute, work, tokens, (64, 64), True, FULL) is (compute == "folded")
-        assert folds_gradient(compute, work, tokens, (64, 64), True) is (compute == "folded")
+        assert folds_output(compute, work, tokens, (64, 64), scaled=True, dtype=FULL) is (compute == "folded")
+        assert folds_gradient(compute, work, tokens, (64, 64), scaled=True) is (compute == "folded")
 
 
 def test_the_square_update_folds_sooner() -> None:
     """Its maps pass many times over what they turn, and forming the weight passes over it once."""
     shape = (512, 512)
     work = Square(512, 512, 128, turn=True).work(128, (), FULL)
-    assert folds_output("auto", work, 128, shape, False, FULL)
-    assert not folds_output("auto", low_rank(128, *shape, 16, FULL), 128, shape, False, FULL)
+    assert folds_output("auto", work, 128, shape, scaled=False, dtype=FULL)
+    assert not folds_output("auto", low_rank(128, *shape, 16, FULL), 128, shape, scaled=False, dtype=FULL)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -69,7 +69,7 @@ def test_a_folded_weight_is_rounded_once(dtype: torch.dtype, scaled: bool, kind:
     else:
         update = Square(in_features, out_features, 16, turn=kind == "rotation")
         tensors = (torch.randn(16, 16).to(work) / 8,)
-        delta = update.delta(tensors[0].double())
+        delta = update.delta((tensors[0].double(),))
     want = weight.double() + delta
     if ratio is not None:
         want = want * ratio.double().unsqueeze(1)

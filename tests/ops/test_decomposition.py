@@ -7,7 +7,7 @@ import torch
 
 import trimtab
 from trimtab.ops import decomposition
-from trimtab.ops.decomposition import magnitude_over_norm, recompose, squared_norms, weight_change
+from trimtab.ops.decomposition import magnitude_over_norm, squared_norms, weight_change
 
 WEIGHT = torch.tensor([[3.0, 4.0], [0.0, 0.0], [0.0, -5.0]])
 
@@ -100,15 +100,3 @@ def test_a_norm_of_zero_gives_a_ratio_and_gradients_of_zero() -> None:
     assert norm.grad is not None
     assert magnitude.grad.tolist() == [0.25, 0.0]
     assert norm.grad.tolist() == [-2 / 16, 0.0]
-
-
-@pytest.mark.parametrize("axis", ["output", "input"])
-def test_recompose_undoes_decompose(axis: decomposition.Axis) -> None:
-    weight, delta = torch.randn(6, 5).double(), torch.randn(6, 5).double()
-    magnitude, _ = trimtab.decompose(weight, axis)
-    assert torch.allclose(recompose(weight, None, magnitude, axis), weight, rtol=1e-14)
-    assert torch.equal(recompose(weight, delta, None, axis), weight + delta)
-    turned = recompose(weight, delta, magnitude, axis)
-    assert torch.allclose(trimtab.decompose(turned, axis)[0], magnitude, rtol=1e-14)
-    cosine = torch.nn.functional.cosine_similarity(turned, weight + delta, dim=1 if axis == "output" else 0)
-    assert torch.allclose(cosine, torch.ones_like(cosine), rtol=1e-14)

@@ -13,9 +13,10 @@ from torch import Tensor
 import plain_formula
 from trimtab.ops.cost import Compute
 from trimtab.ops.dropout import Keep
-from trimtab.ops.frozen_linear import Update, frozen_linear
+from trimtab.ops.frozen_linear import frozen_linear
 from trimtab.ops.low_rank import LowRank
 from trimtab.ops.square import Square
+from trimtab.ops.update import Update
 
 OUT, IN = 5, 7
 UPDATES: dict[str, tuple[Update | None, list[tuple[int, int]]]] = {

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from trimtab.ops import decomposition
-from trimtab.ops.cost import FEW
+from trimtab.ops.cost import FEW, full_digits_for_few
+from trimtab.ops.kernels import kernels_for
+from trimtab.ops.linear_map import MATRIX
 from trimtab.ops.low_rank import LowRank, squared_norms
 
 AXES: list[decomposition.Axis] = ["output", "input"]
@@ -78,5 +80,6 @@ def test_few_tokens_in_half_precision_are_rounded_once(dtype: torch.dtype) -> No
     _, a, b = draw(dtype)
     x, product = (torch.randn(FEW[dtype.itemsize], width).to(dtype) for width in (60, 40))
     want = product.double() + 0.7 * x.double() @ a.double().t() @ b.double().t()
-    LowRank(0.7).add_product(product, x, (a, b))
+    thin = LowRank(0.7).thin(x, (a, b), MATRIX, full_digits_for_few(len(x), dtype))
+    kernels_for(x).forward(product, thin=thin, ratio=None, bias=None, in_place=True)
     assert bool(((product.double() - want).abs() <= 0.51 * torch.finfo(dtype).eps * want.abs() + 1e-5).all())

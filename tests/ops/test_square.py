@@ -9,6 +9,7 @@ import torch
 
 import plain_formula
 from trimtab.ops.cost import FEW
+from trimtab.ops.linear_map import MATRIX
 from trimtab.ops.square import Square
 
 # (out, in, k): fewer, as many and more chunks than blocks; k dividing both, one or neither side; k above either side.
@@ -25,11 +26,11 @@ def test_delta_equals_the_plain_formula(square: Square) -> None:
     shape = (square.out_features, square.in_features)
     formula = plain_formula.square_rotation if square.turn else plain_formula.square_sharing
     want = formula(matrix, shape)
-    assert torch.allclose(square.delta(matrix), want, rtol=1e-13, atol=1e-13)
+    assert torch.allclose(square.delta((matrix,)), want, rtol=1e-13, atol=1e-13)
     for tokens in (1, square.side):  # few tokens are turned themselves, for many M is
         product = torch.zeros(tokens, square.out_features, dtype=torch.float64)
         x = torch.randn(tokens, square.in_features, dtype=torch.float64)
-        square.add_product(product, x, (matrix,))
+        square.add_product(product, x, (matrix,), MATRIX)
         assert torch.allclose(product, x @ want.t(), rtol=1e-12, atol=1e-12)
 
 
@@ -39,8 +40,8 @@ def test_few_tokens_in_half_precision_are_rounded_once_before_they_are_added(squ
     x = torch.randn(square.side - 1, square.in_features).to(dtype)  # of more tokens, it is M that is turned
     assert len(x) <= FEW[dtype.itemsize]
     product = torch.zeros(len(x), square.out_features, dtype=dtype)
-    square.add_product(product, x, (matrix,))
-    want = x.double() @ square.delta(matrix.double()).t()
+    square.add_product(product, x, (matrix,), MATRIX)
+    want = x.double() @ square.delta((matrix.double(),)).t()
     assert bool(((product.double() - want).abs() <= 0.51 * torch.finfo(dtype).eps * want.abs() + 1e-5).all())
 
 
@@ -61,7 +62,7 @@ def test_each_map_and_its_transpose(square: Square) -> None:
 @pytest.mark.parametrize("square", squares(), ids=str)
 def test_every_input_and_every_output_takes_part(square: Square) -> None:
     """4096 -> 1024 in small: more chunks than blocks, where the authors' code drops the surplus inputs."""
-    delta = square.delta(torch.randn(square.side, square.side, dtype=torch.float64))
+    delta = square.delta((torch.randn(square.side, square.side, dtype=torch.float64),))
     assert bool(delta.ne(0).any(0).all()), "an input that nothing reads"
     assert bool(delta.ne(0).any(1).all()), "an output that nothing reaches"
 
@@ -84,13 +85,13 @@ def test_rotation_in_float32_is_good_to_float32() -> None:
     square = Square(1600, 8, 8, turn=True)
     matrix = torch.randn(8, 8)
     want = plain_formula.square_rotation(matrix.double(), (8, 1600))
-    error = (square.delta(matrix).double() - want).abs().max() / want.abs().max()
+    error = (square.delta((matrix,)).double() - want).abs().max() / want.abs().max()
     assert error < 200 * torch.finfo(torch.float32).eps
 
 
 def test_sharing_by_hand() -> None:
     square = Square(5, 3, 2, turn=False)
-    delta = square.delta(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    delta = square.delta((torch.tensor([[1.0, 2.0], [3.0, 4.0]]),))
     assert delta.tolist() == [[1, 2, 1, 2, 1], [3, 4, 3, 4, 3], [1, 2, 1, 2, 1]]
 
 
@@ -99,7 +100,7 @@ def test_norms_without_the_sum_built(square: Square) -> None:
     """Also those of one row by itself: every block of rows, the shorter last one included."""
     weight = torch.randn(square.out_features, square.in_features, dtype=torch.float64)
     matrix = torch.randn(square.side, square.side, dtype=torch.float64)
-    want = (weight + square.delta(matrix)).square().sum(1)
+    want = (weight + square.delta((matrix,))).square().sum(1)
     got = square.squared_norms(weight, weight.square().sum(1), matrix)
     assert torch.allclose(got, want, rtol=1e-12)
     assert torch.equal(square.squared_norms(weight, want, torch.zeros_like(matrix)), want)
@@ -108,7 +109,7 @@ def test_norms_without_the_sum_built(square: Square) -> None:
 @pytest.mark.parametrize("square", squares(), ids=str)
 def test_an_update_that_cancels_a_row_never_gives_a_negative_square(square: Square) -> None:
     matrix = torch.randn(square.side, square.side)
-    weight = -square.delta(matrix)
+    weight = -square.delta((matrix,))
     got = square.squared_norms(weight, weight.square().sum(1), matrix)
     assert bool((got >= 0).all())
     assert bool((got <= 1e-5 * weight.square().sum(1)).all())

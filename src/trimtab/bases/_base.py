@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.ops.decomposition import Axis, squared_norms
+from trimtab.ops.linear_map import MATRIX, LinearMap
 
 Kind = Literal["weight", "block"]
 """What a method can sit on: a layer that multiplies with one weight, or a block of several modules around which one
@@ -61,6 +62,9 @@ class WeightBase(Base):
     """Whether the weight lies in memory as it multiplies. Else it is computed at every look, and never kept."""
     stored_transposed: ClassVar[bool] = False
     """Whether the weight lies in memory as ``[in, out]``."""
+
+    through: ClassVar[LinearMap] = MATRIX
+    """How a batch goes through the weight."""
 
     @property
     def parameter(self) -> nn.Parameter:

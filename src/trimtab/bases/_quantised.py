@@ -118,7 +118,7 @@ class QuantisedBase(_base.WeightBase):
     def multiply(self, x: Tensor) -> Tensor:
         """``x W^T + bias`` for the bare layer, as an adapted one computes it at its start."""
         dtype = self.dtype_for(x)
-        return frozen_linear(x, self.weight(dtype), self.bias, again=self.again(dtype))
+        return frozen_linear(x, self.weight(dtype), self.bias, through=self.through, again=self.again(dtype))
 
 
 def row_blocks(out_features: int, in_features: int, step: int = 1) -> list[slice]:

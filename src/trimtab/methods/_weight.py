@@ -18,11 +18,14 @@ from trimtab.bases import WeightBase
 from trimtab.methods import _base
 from trimtab.ops.autocast import without_autocast
 from trimtab.ops.cost import Compute
-from trimtab.ops.decomposition import Axis, magnitude_over_norm, recompose
+from trimtab.ops.decomposition import Axis, magnitude_over_norm
 from trimtab.ops.dropout import draw_keep
-from trimtab.ops.few_tokens import Served
-from trimtab.ops.frozen_linear import Update, frozen_linear
+from trimtab.ops.few_tokens import FewTokensLinear
+from trimtab.ops.frozen_linear import Operands, frozen_linear
+from trimtab.ops.linear_map import multiply
 from trimtab.ops.ratio import Ratio, ratio_of
+from trimtab.ops.reference import effective_weight
+from trimtab.ops.update import Update
 
 
 class WeightOptions(_base.Options):
@@ -75,7 +78,7 @@ class WeightMethod(_base.Method):
     def __init__(self, base: WeightBase, options: WeightOptions) -> None:
         super().__init__(base, options)
         self._kept: _Kept | None = None
-        self._served: Served | None = None
+        self._few_tokens: FewTokensLinear | None = None
         if options.magnitude:
             squares = base.squared_norms(options.magnitude_axis).to(self.default_dtype)
             # Kept beside the weight it was read from; never saved, since the base gives it again.
@@ -88,14 +91,15 @@ class WeightMethod(_base.Method):
 
     # What a method file says -------------------------------------------------------------------------------------
 
+    def factors(self) -> tuple[Update | None, tuple[Tensor, ...]]:
+        """The update and its trained tensors; None and nothing where only a magnitude is trained."""
+        raise NotImplementedError
+
     def delta(self, dtype: torch.dtype) -> Tensor | None:
         """``dV [out, in]`` built in full in ``dtype``, by the plain formula, differentiable; None where there is no
         update."""
-        raise NotImplementedError
-
-    def factors(self) -> tuple[Update | None, tuple[Tensor, ...]]:
-        """The update in factored form and its trained tensors."""
-        raise NotImplementedError
+        update, tensors = self.factors()
+        return None if update is None else update.delta(tuple(tensor.to(dtype) for tensor in tensors))
 
     def total(self, weight: Tensor) -> Tensor:
         """``W + dV [out, in]`` in the dtype of ``weight``, which is W."""
@@ -154,24 +158,26 @@ class WeightMethod(_base.Method):
 
     def hold(self) -> None:
         if not self._holds:
-            self._kept = self._served = None
+            self._kept = self._few_tokens = None
         super().hold()
 
     def release(self) -> None:
         super().release()
         if not self._holds:
-            self._served = None
+            self._few_tokens = None
 
-    def _as_served(self, base: WeightBase) -> Served | None:
+    def _for_few_tokens(self, base: WeightBase) -> FewTokensLinear | None:
         """The layer as passes over a few tokens run it while its tensors are held; None where they need the general
         way: a weight that is not stored as it multiplies, scaled columns, a form that the user chose."""
         options = self.options
-        if options.compute == "folded" or options.magnitude_axis == "input" or not base.stored_dense:
+        if options.compute == "folded" or options.magnitude_axis == "input":
+            return None
+        if not (base.stored_dense and base.through.reads_features):
             return None
         weight, ratio = base.weight(), None
         if self.magnitude is not None:
             ratio = ratio_of(self.magnitude, self.norm(weight), weight.dtype)
-        return Served(weight, base.bias, ratio, *self.factors())
+        return FewTokensLinear(Operands(weight, base.bias, ratio, *self.factors(), base.through))
 
     def ratio(self, weight: Tensor) -> Tensor | None:
         """``m / n`` along the magnitude's axis, differentiable; None without a magnitude."""
@@ -183,12 +189,12 @@ class WeightMethod(_base.Method):
 
     def forward(self, x: Tensor, base: WeightBase) -> Tensor:
         """The output ``[..., out]`` for ``x [..., in]`` on the frozen weight of ``base``."""
-        drops = self.training and bool(self.options.dropout)
+        drops = self.training and bool(self.options.dropout) and x.is_floating_point()
         if self._holds and not (drops or torch.is_grad_enabled() or torch.compiler.is_compiling()):
-            if self._served is None:
-                self._served = self._as_served(base)
-            if self._served is not None and self._served.takes(x):
-                return self._served(x)
+            if self._few_tokens is None:
+                self._few_tokens = self._for_few_tokens(base)
+            if self._few_tokens is not None and self._few_tokens.takes(x):
+                return self._few_tokens(x)
         dtype = base.dtype_for(x)
         weight = base.weight(dtype)
         magnitude, norm, ratios = self.magnitude, None, None
@@ -197,6 +203,9 @@ class WeightMethod(_base.Method):
             if self._kept is not None and norm is self._kept.norm:
                 ratios = self._kept.ratios
             if self.options.magnitude_axis == "input":
+                if not base.through.reads_features:
+                    total = self.total(weight.to(norm.dtype)) * self._over(norm)
+                    return multiply(base.through, x, total.to(weight.dtype), base.bias)
                 # Columns of the weight scaled are inputs scaled; in half precision the product is taken in full digits.
                 x, magnitude, norm = (x * self._over(norm)).to(x.dtype), None, None
         update, tensors = self.factors()
@@ -204,6 +213,7 @@ class WeightMethod(_base.Method):
             x,
             weight,
             base.bias,
+            through=base.through,
             update=update,
             tensors=tensors,
             keep=draw_keep(x, self.options.dropout) if drops and update is not None else None,
@@ -221,10 +231,11 @@ class WeightMethod(_base.Method):
         work = dtype or (torch.float64 if base.dtype == torch.float64 else torch.float32)
         magnitude = None if self.magnitude is None else self.magnitude.to(work)
         with without_autocast(base.parameter):
-            return recompose(self.total(base.weight().to(work)), None, magnitude, self.options.magnitude_axis)
+            total = self.total(base.weight().to(work))
+            return effective_weight(total, magnitude=magnitude, axis=self.options.magnitude_axis)
 
     def _apply(self, *args: Any, **kwargs: Any) -> WeightMethod:
-        self._kept = self._served = None
+        self._kept = self._few_tokens = None
         squares = self.square_norms
         super()._apply(*args, **kwargs)
         if squares is not None and self.square_norms is not None and self.square_norms.dtype.itemsize < 4:
@@ -233,7 +244,7 @@ class WeightMethod(_base.Method):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_kept": None, "_served": None}
+        return {**super().__getstate__(), "_kept": None, "_few_tokens": None}
 
 
 def _same(copies: Sequence[Tensor], tensors: Sequence[Tensor]) -> bool:

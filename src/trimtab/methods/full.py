@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
 from trimtab.bases import WeightBase
 from trimtab.methods import _weight
 from trimtab.methods._base import TRAINING_ONLY
+from trimtab.ops.linear_map import multiply
 
 
 class Options(_weight.WeightOptions):
@@ -47,9 +47,12 @@ class FullFineTuning(_weight.WeightMethod):
         weight = self.weight.to(base.dtype_for(x))
         ratio = self.ratio(weight)
         if ratio is None:
-            return F.linear(x, weight, base.bias)
+            return multiply(base.through, x, weight, base.bias)
         if self.options.magnitude_axis == "input":
-            return F.linear((x * ratio).to(x.dtype), weight, base.bias)
-        product = F.linear(x, weight)
+            if base.through.reads_features:
+                return multiply(base.through, (x * ratio).to(x.dtype), weight, base.bias)
+            return multiply(base.through, x, (weight * ratio).to(weight.dtype), base.bias)
+        rows = base.through.rows(x)
+        product = base.through.product(rows, weight)
         scaled = (product * ratio).to(product.dtype)
-        return scaled if base.bias is None else scaled + base.bias.to(product.dtype)
+        return base.through.output(scaled if base.bias is None else scaled + base.bias.to(product.dtype), x.shape)

@@ -22,7 +22,7 @@ from trimtab.errors import PlanError
 from trimtab.methods import _weight
 from trimtab.methods._base import TRAINING_ONLY, RateGroup
 from trimtab.ops import low_rank
-from trimtab.ops.frozen_linear import Update
+from trimtab.ops.update import Update
 
 
 class Options(_weight.WeightOptions):
@@ -84,11 +84,6 @@ class LoRA(_weight.WeightMethod):
                 nn.init.kaiming_uniform_(a, a=math.sqrt(5))
             self.A = nn.Parameter(a)
             self.B = nn.Parameter(torch.zeros(self.out_features, options.rank, dtype=self.dtype, device=base.device))
-
-    def delta(self, dtype: torch.dtype) -> Tensor | None:
-        if not self.options.rank:
-            return None
-        return self.options.scale * self.B.to(dtype).matmul(self.A.to(dtype))
 
     def factors(self) -> tuple[Update | None, tuple[Tensor, ...]]:
         if not self.options.rank:

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from trimtab.bases import WeightBase
 from trimtab.errors import PlanError
 from trimtab.methods import _weight
-from trimtab.ops.frozen_linear import Update
 from trimtab.ops.square import Square
+from trimtab.ops.update import Update
 
 
 class Options(_weight.WeightOptions):
@@ -64,9 +64,6 @@ class MoRA(_weight.WeightMethod):
         super().__init__(base, options)
         self.square = Square(in_features, out_features, k, turn=options.form == "rotation")
         self.M = nn.Parameter(torch.zeros(k, k, dtype=self.dtype, device=base.device))
-
-    def delta(self, dtype: torch.dtype) -> Tensor:
-        return self.square.delta(self.M.to(dtype))
 
     def factors(self) -> tuple[Update | None, tuple[Tensor, ...]]:
         return self.square, (self.M,)

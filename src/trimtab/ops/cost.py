@@ -32,7 +32,6 @@ RANKS_PER_PASS = {2: 120.0, 4: 20.0, 8: 10.0}
 # begins, ten times as much as one in float32. By bytes of one element.
 FEW = {2: 16, 4: 0, 8: 0}
 
-
 _expected: int | None = None
 
 
@@ -52,6 +51,11 @@ def counted(tokens: int) -> int:
     return _expected if _expected is not None and torch.compiler.is_compiling() else tokens
 
 
+def full_digits_for_few(tokens: int, dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which ``tokens`` of ``dtype`` are multiplied with an update."""
+    return torch.promote_types(dtype, torch.float32) if tokens <= FEW[dtype.itemsize] else dtype
+
+
 class Work(NamedTuple):
     """What an update costs, in passes over one element."""
 
@@ -61,7 +65,7 @@ class Work(NamedTuple):
 
 
 def folds_output(
-    compute: Compute, work: Work, tokens: int, shape: Sequence[int], scaled: bool, dtype: torch.dtype
+    compute: Compute, work: Work, tokens: int, shape: Sequence[int], *, scaled: bool, dtype: torch.dtype
 ) -> bool:
     """Whether the output is computed in folded form.
 
@@ -77,7 +81,7 @@ def folds_output(
     )
 
 
-def folds_gradient(compute: Compute, work: Work, tokens: int, shape: Sequence[int], scaled: bool) -> bool:
+def folds_gradient(compute: Compute, work: Work, tokens: int, shape: Sequence[int], *, scaled: bool) -> bool:
     """Whether the gradient of the input is computed in folded form. (In half precision, too: it is rounded anyway.)"""
     if compute != "auto":
         return compute == "folded"

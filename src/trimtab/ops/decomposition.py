@@ -67,19 +67,6 @@ def decompose(weight: Tensor, axis: Axis = "output") -> tuple[Tensor, Tensor]:
     return magnitude, work * across(magnitude_over_norm(torch.ones_like(magnitude), magnitude), axis)
 
 
-def recompose(weight: Tensor, delta: Tensor | None, magnitude: Tensor | None, axis: Axis = "output") -> Tensor:
-    """The effective weight by the plain formula: ``m * (W + dV) / ||W + dV||``, or ``W + dV`` without a magnitude.
-
-    Works in the dtype of its arguments (promote them first for more digits), is differentiable in all of them, and is
-    what every faster path is tested against. Source: DoRA, equation 5.
-    """
-    total = weight if delta is None else weight + delta
-    if magnitude is None:
-        return total
-    norm = torch.linalg.vector_norm(total, dim=1 if axis == "output" else 0)
-    return total * across(magnitude_over_norm(magnitude, norm), axis)
-
-
 def row_changes(before: Tensor, after: Tensor, axis: Axis = "output") -> tuple[Tensor, Tensor]:
     """``|m_t - m_0|`` and ``1 - cos(V_t, W_0)`` of every row (or column), in float64: what ``weight_change`` is the
     mean of."""

@@ -9,34 +9,18 @@ from __future__ import annotations
 from torch import Tensor
 
 from trimtab.ops.autocast import autocast_dtype
-from trimtab.ops.frozen_linear import Update, factored
-from trimtab.ops.ratio import Ratio
+from trimtab.ops.frozen_linear import Operands, factored
 
 TOKENS = 16
 """Most tokens of such a pass. So few make forming an effective weight dearer than multiplying by the update apart."""
 
 
-class Served:
-    """``c * (x W^T + x dV^T) + bias``, as ``frozen_linear`` does it without gradients.
+class FewTokensLinear:
+    """``c * (x W^T + x dV^T) + bias``, as ``frozen_linear`` does it without gradients, for a plain matrix W."""
 
-    Args:
-        weight: frozen ``[out, in]``.
-        bias: ``[out]``, or None.
-        ratio: ``c [out]``; None for 1.
-        update: how to multiply with ``dV``; None for none.
-        tensors: the trained tensors of ``update``.
-    """
-
-    def __init__(
-        self,
-        weight: Tensor,
-        bias: Tensor | None,
-        ratio: Ratio | None,
-        update: Update | None,
-        tensors: tuple[Tensor, ...],
-    ) -> None:
-        self._weight, self._bias, self._ratio, self._update, self._tensors = weight, bias, ratio, update, tensors
-        self._dtype, (self._out, self._in) = weight.dtype, weight.shape
+    def __init__(self, operands: Operands) -> None:
+        self._operands, self._dtype = operands, operands.weight.dtype
+        self._out, self._in = operands.weight.shape
 
     def takes(self, x: Tensor) -> bool:
         """Whether ``x [..., in]`` is for it: a few tokens, in the dtype of the weight, and no autocast."""
@@ -45,5 +29,4 @@ class Served:
     def __call__(self, x: Tensor) -> Tensor:
         """``[..., out]`` for ``x [..., in]``."""
         rows = x.reshape(-1, self._in)
-        output, *_ = factored(rows, rows, self._weight, self._bias, self._ratio, True, self._update, self._tensors)
-        return output.view(*x.shape[:-1], self._out)
+        return factored(rows, rows, self._operands, in_place=True).output.view(*x.shape[:-1], self._out)

@@ -2,7 +2,8 @@
 
 ``y = c * (x W^T + d dV^T) + bias`` with ``c = m / n``: ``x [..., in]`` the input, ``d`` the same or after dropout,
 ``W [out, in]`` frozen, ``dV`` an update that knows how to multiply without being built, ``m [out]`` the magnitude and
-``n [out]`` the norm.
+``n [out]`` the norm. How ``x`` goes through ``W`` is the map's affair (``trimtab.ops.linear_map``), what happens to the
+product after that the kernels' (``trimtab.ops.kernels``).
 
 Why one function: the update is added in place to the product (no second ``[tokens, out]`` tensor), the gradient of the
 input likewise, and the gradient of ``c`` is read off the output, ``dc = sum_t dy (y - bias) / c``, so no activation
@@ -13,80 +14,69 @@ is kept that a plain linear layer followed by a nonlinearity would not keep. For
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from trimtab.ops.autocast import autocast_dtype, without_autocast
-from trimtab.ops.cost import Compute, Work, counted, folds_gradient, folds_output
+from trimtab.ops.cost import Compute, counted, folds_gradient, folds_output, full_digits_for_few
 from trimtab.ops.dropout import Keep
+from trimtab.ops.kernels import kernels_for
+from trimtab.ops.linear_map import MATRIX, LinearMap
 from trimtab.ops.ratio import HALF, Ratio, ratio_of
+from trimtab.ops.update import BuiltUpdate, Update
 
 
-class Update(Protocol):
-    """An update ``dV [out, in]``, linear in the last of ``tensors``, its trained tensors in their own dtype."""
+class Operands(NamedTuple):
+    """What a batch is multiplied with: ``y = c (x W^T + x dV^T) + bias``."""
 
-    takes_ratio: ClassVar[bool]
-    """Whether ``add_gradient`` can be given the ratio apart from the gradient."""
-
-    def work(self, tokens: int, tensors: tuple[Tensor, ...], dtype: torch.dtype) -> Work:
-        """What multiplying with the update costs on so many tokens."""
-
-    def fold(self, weight: Tensor, ratio: Tensor | None, tensors: tuple[Tensor, ...]) -> Tensor:
-        """``c (W + dV) [out, in]`` with ``ratio = c [out]``, None for 1: a new tensor in the dtype of ``weight``, and
-        laid out as it is (a transposed weight stays one), so that multiplying with it is what the bare layer does."""
-
-    def add_product(self, product: Tensor, x: Tensor, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Add ``x dV^T`` to ``product [tokens, out]`` in place; return what the backward pass may want besides
-        ``x``."""
-
-    def add_gradient(
-        self,
-        grad_x: Tensor | None,
-        grad: Tensor,
-        ratio: Tensor | None,
-        x: Tensor,
-        kept: tuple[Tensor, ...],
-        tensors: tuple[Tensor, ...],
-    ) -> tuple[Tensor, ...]:
-        """Add ``grad dV`` to ``grad_x [tokens, in]`` in place where it is wanted; return the gradients of ``tensors``.
-
-        ``grad [tokens, out]`` is still to be multiplied by ``ratio [out]`` unless that is None. ``kept`` is what
-        ``add_product`` returned, or empty.
-        """
+    weight: Tensor
+    bias: Tensor | None
+    ratio: Ratio | None
+    update: Update | None
+    tensors: tuple[Tensor, ...]
+    through: LinearMap
 
 
-class _Computed(NamedTuple):
-    output: Tensor  # [tokens, out]
-    rows: Tensor  # the input, [tokens, in]
-    kept: tuple[Tensor, ...]  # what the update may want to see again
-    product: Tensor | None  # from which the gradient of the ratio is read; None: from the output
+class Settings(NamedTuple):
+    """How it is multiplied: what the user chose, and how the weight is had again."""
+
+    keep: Keep | None
+    keep_product: bool
+    compute: Compute
+    again: Callable[[], Tensor] | None
 
 
-def factored(
-    rows: Tensor,
-    fed: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    ratio: Ratio | None,
-    in_place: bool,
-    update: Update | None,
-    tensors: tuple[Tensor, ...],
-) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """``c (x W^T + d dV^T) + bias [tokens, out]`` for ``rows = x`` and ``fed = d``, never forming a weight; the product
-    before the ratio, which ``in_place`` gives up for the output; and what the update may want to see again."""
+class Computed(NamedTuple):
+    """What a forward pass gives."""
+
+    output: Tensor
+    """``[tokens, out]``."""
+    product: Tensor
+    """The product before the ratio; the output itself, if the ratio was applied in place."""
+    inner: Tensor | None = None
+    """``x A^T`` of a thin update, where the backward pass may use it."""
+
+
+def factored(rows: Tensor, fed: Tensor, operands: Operands, in_place: bool) -> Computed:
+    """``c (x W^T + d dV^T) + bias`` for ``rows = x`` and ``fed = d``, never forming a weight; ``in_place`` gives the
+    product before the ratio up for the output."""
+    weight, bias, ratio, update, tensors, through = operands
     # Without a ratio the bias goes into the product, exactly as the bare layer does it: step 0 is then bit for bit.
-    product = F.linear(rows, weight, bias if ratio is None else None)
-    kept = () if update is None else update.add_product(product, fed, tensors)
-    output = product
-    if ratio is not None:
-        output = ratio.times(product, in_place)
-        if bias is not None:
-            output = output.add_(bias)
-    return output, product, kept
+    product = through.product(rows, weight, bias if ratio is None else None)
+    thin = None
+    if update is not None:
+        dtype = full_digits_for_few(len(product), product.dtype)
+        thin = update.thin(fed, tensors, through, dtype)
+        if thin is None:
+            update.add_product(product, fed, tensors, through)
+    if thin is None and ratio is None:
+        return Computed(product, product)
+    bias = None if ratio is None else bias
+    output = kernels_for(product).forward(product, thin=thin, ratio=ratio, bias=bias, in_place=in_place)
+    return Computed(output, product, thin.inner if thin is not None and thin.inner.dtype == product.dtype else None)
 
 
 def _scaled(tensors: tuple[Tensor, ...], keep: Keep | None) -> tuple[Tensor, ...]:
@@ -94,34 +84,24 @@ def _scaled(tensors: tuple[Tensor, ...], keep: Keep | None) -> tuple[Tensor, ...
     return tensors if keep is None else (*tensors[:-1], tensors[-1] * keep.scale)
 
 
-def _compute(
-    x: Tensor,
-    keep: Keep | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    ratio: Ratio | None,
-    keep_product: bool,
-    compute: Compute,
-    update: Update | None,
-    tensors: tuple[Tensor, ...],
-) -> _Computed:
-    rows = x.reshape(-1, x.shape[-1])
-    fed = rows if keep is None else keep.of(x).reshape(-1, x.shape[-1])
-    # In half precision a bias larger than the product swallows the product's digits: the output is no way back.
-    readable = ratio is not None and ratio.near_one and not keep_product and (bias is None or weight.dtype not in HALF)
-    kept: tuple[Tensor, ...] = ()
-    tokens = counted(len(fed))
-    if (
-        update is not None
-        and keep is None
-        and (ratio is None or readable)
-        and folds_output(compute, update.work(tokens, tensors, x.dtype), tokens, weight.shape, readable, x.dtype)
-    ):
-        output = F.linear(rows, update.fold(weight, None if ratio is None else ratio.values, tensors), bias)
-        product = output
-    else:
-        output, product, kept = factored(rows, fed, weight, bias, ratio, readable, update, _scaled(tensors, keep))
-    return _Computed(output, rows, kept, None if readable else product)
+def _compute(x: Tensor, operands: Operands, settings: Settings) -> tuple[Computed, Tensor, bool]:
+    """The product; the rows of ``x``; and whether the output is a way back to the product, which then is not kept."""
+    weight, bias, ratio, update, tensors, through = operands
+    keep = settings.keep
+    rows = through.rows(x)
+    # In half precision a bias larger than the product swallows the product's digits: no way back from the output.
+    readable = ratio is not None and ratio.near_one and not settings.keep_product
+    readable = readable and (bias is None or weight.dtype not in HALF)
+    if update is not None and keep is None and (ratio is None or readable):
+        tokens = counted(rows.shape[0])
+        work = update.work(tokens, tensors, weight.dtype)
+        if folds_output(settings.compute, work, tokens, weight.shape, scaled=readable, dtype=weight.dtype):
+            folded = update.fold(weight, None if ratio is None else ratio.values, tensors)
+            output = through.product(rows, folded, bias)
+            return Computed(output, output), rows, readable
+    fed = rows if keep is None else through.rows(keep.of(x))
+    computed = factored(rows, fed, operands._replace(tensors=_scaled(tensors, keep)), readable)
+    return computed, rows, readable
 
 
 class _FrozenLinear(torch.autograd.Function):
@@ -129,67 +109,76 @@ class _FrozenLinear(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        keep: Keep | None,
-        weight: Tensor,
         bias: Tensor | None,
         magnitude: Tensor | None,
         norm: Tensor | None,
-        ratio: Ratio | None,
-        keep_product: bool,
-        compute: Compute,
-        update: Update | None,
-        again: Callable[[], Tensor] | None,
+        fixed: tuple[tuple[Tensor, Ratio | None, Update | None, LinearMap], Settings],
         *tensors: Tensor,
     ) -> Tensor:
-        done = _compute(x, keep, weight, bias, ratio, keep_product, compute, update, tensors)
-        output = done.output
-        if x.dim() != 2:
-            # Not a view: autograd refuses to change a view that a custom function returned in place, and models do.
-            output = torch.ops.aten._unsafe_view(output, [*x.shape[:-1], weight.shape[0]])
-        ctx.update, ctx.compute, ctx.reuse_output = update, compute, done.product is None
-        ctx.keep_scale, ctx.shape, ctx.counts = keep and keep.scale, x.shape, (len(tensors), len(done.kept))
-        ctx.near_one = ratio is not None and ratio.near_one
-        ctx.again, ctx.weight_shape = again, weight.shape
-        parts = (None, None) if ratio is None else (ratio.values, ratio.excess)
-        kept_weight = weight if again is None else None
-        rows = None if update is None else done.rows  # a frozen weight alone asks for no more than the gradient
-        witness = () if ratio is None else (output if done.product is None else done.product,)
-        mask = None if keep is None else keep.mask
-        ctx.save_for_backward(kept_weight, rows, mask, bias, magnitude, norm, *parts, *tensors, *done.kept, *witness)
+        (weight, ratio, update, through), settings = fixed
+        keep, again = settings.keep, settings.again
+        computed, rows, readable = _compute(x, Operands(weight, bias, ratio, update, tensors, through), settings)
+        output = through.output(computed.output, x.shape)
+        ctx.update, ctx.through, ctx.settings, ctx.readable = update, through, settings._replace(keep=None), readable
+        ctx.keep_scale, ctx.shape, ctx.n_tensors = keep and keep.scale, x.shape, len(tensors)
+        ctx.near_one, ctx.weight_shape = ratio is not None and ratio.near_one, weight.shape
+        ctx.save_for_backward(
+            weight if again is None else None,
+            None if update is None else rows,  # a frozen weight alone asks for no more than the gradient
+            None if keep is None else keep.mask,
+            bias,
+            magnitude,
+            norm,
+            *((None, None) if ratio is None else (ratio.values, ratio.excess)),
+            None if ratio is None else output if readable else computed.product,
+            computed.inner,
+            *tensors,
+        )
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        try:
-            saved = ctx.saved_tensors
-        except RuntimeError as error:
-            if ctx.reuse_output and "inplace" in str(error):
-                raise RuntimeError(
-                    "trimtab: a tensor that the backward pass of an adapted layer needs was changed in place. If it "
-                    "was the layer's output (an activation with inplace=True, for instance), from which the gradient "
-                    "of the magnitude is read: set keep_product=True on the rule (it keeps one more activation), or "
-                    "make the operation that follows the layer out of place."
-                ) from error
-            raise
-        weight, rows, mask, bias, magnitude, norm, values, excess = saved[:8]
-        n_tensors, n_kept = ctx.counts
-        tensors, kept = saved[8 : 8 + n_tensors], saved[8 + n_tensors : 8 + n_tensors + n_kept]
-        wants_x, _, _, wants_bias, wants_magnitude, wants_norm = ctx.needs_input_grad[:6]
-        wants_ratio = wants_magnitude or wants_norm
-        wants_tensors = any(ctx.needs_input_grad[11:])
-        ratio = None if values is None else Ratio(values, ctx.near_one, excess)
-        upstream = grad_output.reshape(-1, ctx.weight_shape[0])
+        weight, rows, mask, bias, magnitude, norm, values, excess, witness, inner, *trained = _saved(ctx)
+        tensors: tuple[Tensor, ...] = tuple(trained)
         update: Update | None = ctx.update
+        through: LinearMap = ctx.through
+        again = ctx.settings.again
+        wants_x, wants_bias, wants_magnitude, wants_norm = ctx.needs_input_grad[:4]
+        wants_ratio = wants_magnitude or wants_norm
+        ratio = None if values is None else Ratio(values, ctx.near_one, excess)
+        upstream = through.product_gradient(grad_output)
+        tokens = counted(len(upstream))
 
-        grad_bias = grad_magnitude = grad_norm = None
-        if wants_bias or (wants_ratio and bias is not None and ctx.reuse_output):
-            grad_bias = upstream.sum(0)
+        # Which form the gradient of the input takes, and what the ratio goes into: the gradient, the weight, or B.
+        thin, keep, folds = None, None, False
+        walks = update is not None and (wants_x or any(ctx.needs_input_grad[5:]))
+        if update is not None and walks:
+            keep = None if mask is None else Keep(mask.reshape(rows.shape), ctx.keep_scale)
+            fed = rows if keep is None else keep.of(rows)
+            fed_tensors = _scaled(tensors, keep)
+            thin = update.thin(fed, fed_tensors, through, upstream.dtype, inner=inner)
+            if wants_x and keep is None:
+                work, scales = update.work(tokens, tensors, upstream.dtype), ratio is not None and thin is not None
+                folds = folds_gradient(ctx.settings.compute, work, tokens, ctx.weight_shape, scaled=scales)
+        into_weight = folds or ctx.weight_shape[1] < tokens
+        into_gradient = ratio is not None and ((walks and thin is None) or (wants_x and not into_weight))
+        passed = kernels_for(upstream).backward(
+            upstream,
+            thin=thin,
+            ratio=ratio,
+            witness=None if witness is None or not wants_ratio else through.product_gradient(witness),
+            wants_bias=wants_bias or (wants_ratio and bias is not None and ctx.readable),
+            wants_scaled=into_gradient,
+        )
+
+        grad_magnitude = grad_norm = None
         if wants_ratio:
-            total = (upstream * saved[-1].reshape(upstream.shape)).sum(0)
-            if ctx.reuse_output:
-                if bias is not None and grad_bias is not None:
-                    total = total.to(norm.dtype) - bias.to(norm.dtype) * grad_bias.to(norm.dtype)
+            total = passed.witnessed
+            assert total is not None
+            if ctx.readable:
+                if bias is not None and passed.bias is not None:
+                    total = total.to(norm.dtype) - bias.to(norm.dtype) * passed.bias.to(norm.dtype)
                 grad_magnitude = total / (values * norm)
             elif ctx.near_one:
                 grad_magnitude = total / norm
@@ -199,49 +188,40 @@ class _FrozenLinear(torch.autograd.Function):
                 grad_norm = -grad_magnitude * values
             grad_magnitude = grad_magnitude.to(magnitude.dtype)
 
-        grad, factor = upstream, ratio  # factor: what grad is still to be multiplied by
-        walks = update is not None and (wants_tensors or wants_x)
-        if update is not None and walks and factor is not None and not update.takes_ratio:
-            grad, factor = factor.times(grad), None
-
-        grad_x, folds = None, False
+        grad_rows = None
         if wants_x:
-            if ctx.again is not None:
-                weight = ctx.again()
-            tokens = counted(len(upstream))
-            if update is not None and mask is None:
-                work = update.work(tokens, tensors, rows.dtype)
-                folds = folds_gradient(ctx.compute, work, tokens, weight.shape, factor is not None)
+            weight = weight if again is None else again()
+            left = None if into_gradient else ratio
             if update is not None and folds:
-                multiplier = update.fold(weight, None if factor is None else factor.values, tensors)
-            elif factor is not None and weight.shape[1] < tokens:
-                multiplier = factor.times_rows(weight, in_place=ctx.again is not None)
-            else:
-                multiplier = weight
-                if factor is not None:
-                    grad, factor = factor.times(grad), None
-            grad_x = grad.mm(multiplier)
-
-        grads: tuple[Tensor | None, ...] = (None,) * n_tensors
+                weight = update.fold(weight, None if left is None else left.values, tensors)
+            elif left is not None:
+                weight = left.times_rows(weight, in_place=again is not None)
+            grad_rows = through.input_gradient(passed.grad, weight, ctx.shape)
+        grads: tuple[Tensor | None, ...] = (None,) * len(tensors)
         if update is not None and walks:
-            keep = None if mask is None else Keep(mask.reshape(rows.shape), ctx.keep_scale)
-            fed = rows if keep is None else keep.of(rows)
             # What came through dropout goes back through it, and so is gathered apart.
-            target = None if folds or grad_x is None else grad_x if keep is None else torch.zeros_like(grad_x)
-            left = None if factor is None else factor.values
-            grads = _scaled(update.add_gradient(target, grad, left, fed, kept, _scaled(tensors, keep)), keep)
-            if grad_x is not None and target is not None and keep is not None:
-                grad_x.add_(keep.of(target))
-        return (
-            None if grad_x is None else grad_x.reshape(ctx.shape),
-            None,
-            None,
-            grad_bias if wants_bias else None,
-            grad_magnitude if wants_magnitude else None,
-            grad_norm,
-            *(None,) * 5,
-            *grads,
-        )
+            target = None if folds or grad_rows is None else grad_rows if keep is None else torch.zeros_like(grad_rows)
+            grads = _scaled(update.add_gradient(target, passed, fed, fed_tensors, through), keep)
+            if grad_rows is not None and target is not None and keep is not None:
+                grad_rows.add_(keep.of(target))
+        grad_x = None if grad_rows is None else grad_rows.reshape(ctx.shape)
+        return grad_x, passed.bias if wants_bias else None, grad_magnitude, grad_norm, None, *grads
+
+
+def _saved(ctx: Any) -> tuple[Any, ...]:
+    """What the forward pass saved; with a word on what to do where the output was changed since."""
+    try:
+        saved: tuple[Any, ...] = ctx.saved_tensors
+    except RuntimeError as error:
+        if ctx.readable and "inplace" in str(error):
+            raise RuntimeError(
+                "trimtab: a tensor that the backward pass of an adapted layer needs was changed in place. If it "
+                "was the layer's output (an activation with inplace=True, for instance), from which the gradient "
+                "of the magnitude is read: set keep_product=True on the rule (it keeps one more activation), or "
+                "make the operation that follows the layer out of place."
+            ) from error
+        raise
+    return saved
 
 
 def frozen_linear(
@@ -249,6 +229,7 @@ def frozen_linear(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
+    through: LinearMap = MATRIX,
     update: Update | None = None,
     tensors: tuple[Tensor, ...] = (),
     keep: Keep | None = None,
@@ -262,9 +243,10 @@ def frozen_linear(
     """``m / n * (x W^T + d dV^T) + bias`` with gradients for ``x``, ``bias``, ``magnitude``, ``norm`` and ``tensors``.
 
     Args:
-        x: input ``[..., in]``, in the dtype of ``weight``.
+        x: input, ``[..., in]`` in the dtype of ``weight`` for a plain matrix; else what ``through`` reads.
         weight: frozen ``[out, in]``; gets no gradient.
         bias: ``[out]``, added after the ratio.
+        through: how ``x`` goes through a weight.
         update: how to multiply with ``dV``; None for none.
         tensors: the trained tensors of ``update``.
         keep: what the update sees of ``x`` (dropout): ``d = scale * of(x)``; None for all of it.
@@ -283,26 +265,28 @@ def frozen_linear(
 
     Differentiable once: a second derivative is refused by autograd, and ``torch.func`` transforms are not supported.
     """
-    dtype = autocast_dtype(x)
+    dtype = autocast_dtype(weight)
     if dtype is not None and weight.dtype != torch.float64:  # which it leaves alone, for a plain linear layer too
-        x, weight = x.to(dtype), weight.to(dtype)
+        x, weight = x.to(dtype) if x.is_floating_point() else x, weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     if update is None:
         keep = None  # there is nobody to see less of x
+    elif not (through.reads_features or update.is_thin):
+        update = BuiltUpdate(update)
+    settings = Settings(keep, keep_product, compute, again)
     given = (x, bias, magnitude, norm, *tensors)
-    with without_autocast(x):
+    with without_autocast(weight):
         if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in given):
-            ratio = None if magnitude is None or norm is None else ratio_of(magnitude, norm, x.dtype)
-            return _FrozenLinear.apply(
-                x, keep, weight, bias, magnitude, norm, ratio, keep_product, compute, update, again, *tensors
-            )
+            ratio = None if magnitude is None or norm is None else ratio_of(magnitude, norm, weight.dtype)
+            fixed = (weight, ratio, update, through), settings
+            return _FrozenLinear.apply(x, bias, magnitude, norm, fixed, *tensors)  # type: ignore[no-any-return]
         # Nobody will ask for a gradient. (And torch.compile, outside of training, calls a function with exactly two
         # trailing tensors without its context.)
         with torch.no_grad():
-            ratio = None if ratios is None else ratios.get(x.dtype)
+            ratio = None if ratios is None else ratios.get(weight.dtype)
             if ratio is None and magnitude is not None and norm is not None:
-                ratio = ratio_of(magnitude, norm, x.dtype)
+                ratio = ratio_of(magnitude, norm, weight.dtype)
                 if ratios is not None:
-                    ratios[x.dtype] = ratio
-            done = _compute(x, keep, weight, bias, ratio, keep_product, compute, update, tensors)
-            return done.output.view(*x.shape[:-1], weight.shape[0])
+                    ratios[weight.dtype] = ratio
+            operands = Operands(weight, bias, ratio, update, tensors, through)
+            return through.output(_compute(x, operands, settings)[0].output, x.shape)

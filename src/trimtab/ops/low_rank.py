@@ -7,24 +7,29 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from trimtab.ops.cost import FEW, RANKS_PER_PASS, Work
+from trimtab.ops.cost import RANKS_PER_PASS, Work
 from trimtab.ops.decomposition import Axis, row_blocks
+from trimtab.ops.kernels.contract import BackwardPass, Thin
+from trimtab.ops.linear_map import LinearMap
+from trimtab.ops.update import Update
 
 _BLOCK = 1 << 18  # elements: what a processor's second cache holds in float32
 
 
 @dataclass(frozen=True)
-class LowRank:
+class LowRank(Update):
     """Multiplies with ``s B A``. Tensors: ``(A, B)``."""
 
     scale: float
-    takes_ratio: ClassVar[bool] = True  # it goes into B
+    is_thin: ClassVar[bool] = True
+
+    def delta(self, tensors: tuple[Tensor, ...]) -> Tensor:
+        a, b = tensors
+        return self.scale * b.matmul(a)
 
     def work(self, tokens: int, tensors: tuple[Tensor, ...], dtype: torch.dtype) -> Work:
-        """What multiplying with the update costs."""
         a, b = tensors
         rank, in_features, out_features = a.shape[0], a.shape[1], b.shape[0]
         thin = 1 + rank / RANKS_PER_PASS[dtype.itemsize]
@@ -33,7 +38,6 @@ class LowRank:
         return Work(thin * tokens * out_features, thin * tokens * in_features, fold * out_features * in_features)
 
     def fold(self, weight: Tensor, ratio: Tensor | None, tensors: tuple[Tensor, ...]) -> Tensor:
-        """``c (W + s B A)``, a new tensor ``[out, in]`` laid out as ``weight`` is, rounded once."""
         a, b = tensors
         work = torch.promote_types(weight.dtype, torch.float32)
         a, b, rows = a.to(work), b.to(work) * self.scale, None if ratio is None else ratio.to(work).unsqueeze(1)
@@ -46,37 +50,34 @@ class LowRank:
             total[block] = full if rows is None else full.mul_(rows[block])
         return total
 
-    def add_product(self, product: Tensor, x: Tensor, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        if x.shape[0] <= FEW[x.dtype.itemsize]:
-            a, b = tensors
-            update = F.linear(F.linear(x.float(), a.float()), b.float())
-            product.copy_(product.float().add_(update, alpha=self.scale))  # quicker than adding two dtypes
-            return ()
-        a, b = tensors[0].to(x.dtype), (tensors[1] * self.scale).to(x.dtype)
-        inner = x.mm(a.t())
-        product.addmm_(inner, b.t())
-        return inner, a, b
+    def thin(
+        self,
+        rows: Tensor,
+        tensors: tuple[Tensor, ...],
+        through: LinearMap,
+        dtype: torch.dtype,
+        *,
+        inner: Tensor | None = None,
+    ) -> Thin:
+        a, b = tensors
+        if inner is None:
+            inner = through.product(rows.to(dtype) if rows.is_floating_point() else rows, a.to(dtype))
+        return Thin(inner, b, self.scale)
 
     def add_gradient(
         self,
-        grad_x: Tensor | None,
-        grad: Tensor,
-        ratio: Tensor | None,
-        x: Tensor,
-        kept: tuple[Tensor, ...],
+        grad_rows: Tensor | None,
+        after: BackwardPass,
+        rows: Tensor,
         tensors: tuple[Tensor, ...],
+        through: LinearMap,
     ) -> tuple[Tensor, ...]:
-        inner, a, b = kept or (None, tensors[0].to(grad.dtype), None)
-        factor = tensors[1].new_full((1, 1), self.scale) if ratio is None else (self.scale * ratio).unsqueeze(1)
-        if b is None or ratio is not None:
-            b = (tensors[1] * factor).to(grad.dtype)
-        if inner is None:
-            inner = x.mm(a.t())
-        grad_inner = grad.mm(b)
-        if grad_x is not None:
-            grad_x.addmm_(grad_inner, a)
-        # Transposed, the second is up to twice as fast.
-        return grad_inner.t().mm(x).to(tensors[0].dtype), (inner.t().mm(grad).t() * factor).to(tensors[1].dtype)
+        a, _ = tensors
+        assert after.inner is not None
+        assert after.b is not None
+        if grad_rows is not None:
+            through.add_input_gradient(grad_rows, after.inner, a.to(after.inner.dtype))
+        return through.weight_gradient(after.inner, rows, a.shape).to(a.dtype), after.b
 
 
 def squared_norms(weight: Tensor, squares: Tensor, a: Tensor, b: Tensor, scale: float, axis: Axis) -> Tensor:
@@ -88,7 +89,7 @@ def squared_norms(weight: Tensor, squares: Tensor, a: Tensor, b: Tensor, scale: 
     """
     a_full, b_full = a.to(squares.dtype), b.to(squares.dtype)
     if axis == "output":
-        crossed = F.linear(weight, a.to(weight.dtype)).to(squares.dtype)  # W A^T: [out, rank]
+        crossed = weight.matmul(a.to(weight.dtype).t()).to(squares.dtype)  # W A^T: [out, rank]
         inner = torch.addmm(crossed, b_full, a_full.matmul(a_full.t()), beta=2 * scale, alpha=scale**2)
         return (squares + (b_full * inner).sum(1)).clamp_min(0)
     crossed = b.to(weight.dtype).t().matmul(weight).to(squares.dtype)  # B^T W: [rank, in]

@@ -17,13 +17,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trimtab.ops.cost import FEW, RANKS_PER_PASS, Work
+from trimtab.ops.cost import RANKS_PER_PASS, Work, full_digits_for_few
+from trimtab.ops.kernels.contract import BackwardPass
+from trimtab.ops.linear_map import LinearMap
+from trimtab.ops.update import Update
 
 # Passes over one element, in the units of trimtab.ops.cost: turning M for a chunk, repeating it, and adding a product
 # to some of the columns.
@@ -31,14 +34,13 @@ _TURNING, _REPEATING, _STRIDED = 8.0, 2.0, 1.6
 
 
 @dataclass(frozen=True)
-class Square:
+class Square(Update):
     """Multiplies with the square update. Tensors: ``(M,)``. ``turn``: rotation (True) or sharing (False)."""
 
     in_features: int
     out_features: int
     side: int
     turn: bool
-    takes_ratio: ClassVar[bool] = False  # what is added up here has been scaled apart
     _known: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
@@ -124,9 +126,9 @@ class Square:
             return padded.unflatten(-1, (self.groups, self.side))
         return padded.unflatten(-1, (self.times, self.groups, self.side)).sum(-3)
 
-    def delta(self, matrix: Tensor) -> Tensor:
-        """``dV [out, in]``: row ``o`` is row ``o mod k`` of M, turned back for every chunk that feeds the row's
-        group."""
+    def delta(self, tensors: tuple[Tensor, ...]) -> Tensor:
+        """Row ``o`` is row ``o mod k`` of M, turned back for every chunk that feeds the row's group."""
+        (matrix,) = tensors
         pieces = matrix.unsqueeze(1).expand(self.side, self.chunks, self.side)
         if self.turn:
             pieces = self._rotate(pieces, -1)
@@ -137,7 +139,7 @@ class Square:
         return rows.repeat(math.ceil(self.out_features / rows.shape[0]), 1)[: self.out_features]
 
     def work(self, tokens: int, tensors: tuple[Tensor, ...], dtype: torch.dtype) -> Work:
-        """What multiplying with the update costs; its products with k rows are no longer thin."""
+        """(Products with k rows are no longer thin.)"""
         elements, rows = self.out_features * self.in_features, self.side * self.in_features
         fold, thickness = elements * (1 + 2 / self.groups), self.side / RANKS_PER_PASS[dtype.itemsize]
         maps = tokens * (2 * self.in_features + 3 * self.out_features)
@@ -164,7 +166,6 @@ class Square:
             yield columns, chunk % self.groups, pieces[chunk, :, : columns.stop - columns.start]
 
     def fold(self, weight: Tensor, ratio: Tensor | None, tensors: tuple[Tensor, ...]) -> Tensor:
-        """``c (W + dV)``, a new tensor ``[out, in]`` laid out as ``weight`` is, rounded once."""
         work = torch.promote_types(weight.dtype, torch.float32)
         # Only a part of the rows is fed by each chunk, so rounding goes with adding, unless a ratio is still to come.
         kept = weight.dtype if ratio is None else work
@@ -188,39 +189,37 @@ class Square:
                 total[span].add_((added * (2 * weight[span, columns] + added)).sum(-1))
         return total.clamp_min_(0)
 
-    def add_product(self, product: Tensor, x: Tensor, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def add_product(self, product: Tensor, rows: Tensor, tensors: tuple[Tensor, ...], through: LinearMap) -> None:
         (matrix,) = tensors
-        if not self.turn or len(x) < self.side:
-            full = torch.promote_types(x.dtype, torch.float32)
-            work = full if len(x) <= FEW[x.dtype.itemsize] else x.dtype
-            compressed = self.compress(x.to(full if self.turn else work))
+        if not self.turn or len(rows) < self.side:
+            full = torch.promote_types(rows.dtype, torch.float32)
+            work = full_digits_for_few(len(rows), rows.dtype)
+            compressed = self.compress(rows.to(full if self.turn else work))
             product.add_(self.spread(compressed.to(work).matmul(matrix.to(work).t())))
-            return ()
+            return
         # M has fewer rows than the batch, so M is turned, and each chunk's product goes on all the rows that it feeds.
-        for columns, group, part in self._parts(matrix, x.dtype):
+        for columns, group, part in self._parts(matrix, rows.dtype):
             for span in self.spans(group):
-                product[:, span].addmm_(x[:, columns], part[: span.stop - span.start].t())
-        return ()
+                product[:, span].addmm_(rows[:, columns], part[: span.stop - span.start].t())
 
     def add_gradient(
         self,
-        grad_x: Tensor | None,
-        grad: Tensor,
-        ratio: Tensor | None,
-        x: Tensor,
-        kept: tuple[Tensor, ...],
+        grad_rows: Tensor | None,
+        after: BackwardPass,
+        rows: Tensor,
         tensors: tuple[Tensor, ...],
+        through: LinearMap,
     ) -> tuple[Tensor, ...]:
-        (matrix,) = tensors
+        (matrix,), grad = tensors, after.grad
         if not self.turn:
             gathered = self.gather(grad)
-            if grad_x is not None:
-                grad_x.add_(self.expand(gathered.matmul(matrix.to(grad.dtype))))
-            return (gathered.flatten(0, -2).t().matmul(self.compress(x).flatten(0, -2)).to(matrix.dtype),)
-        if grad_x is not None:
+            if grad_rows is not None:
+                grad_rows.add_(self.expand(gathered.matmul(matrix.to(grad.dtype))))
+            return (gathered.flatten(0, -2).t().matmul(self.compress(rows).flatten(0, -2)).to(matrix.dtype),)
+        if grad_rows is not None:
             for columns, group, part in self._parts(matrix, grad.dtype):
                 for span in self.spans(group):
-                    grad_x[:, columns].addmm_(grad[:, span], part[: span.stop - span.start])
+                    grad_rows[:, columns].addmm_(grad[:, span], part[: span.stop - span.start])
         # The products first, k x k each, and then the turning: it is the products that are small.
         plain = torch.zeros(
             self.side, self.side, dtype=torch.promote_types(grad.dtype, torch.float32), device=grad.device
@@ -229,7 +228,7 @@ class Square:
         cosine, sine = self._turns(plain)
         for chunk, columns in enumerate(self.columns()):
             for span in self.spans(chunk % self.groups):
-                product = grad[:, span].t().mm(x[:, columns]).to(plain.dtype)
+                product = grad[:, span].t().mm(rows[:, columns]).to(plain.dtype)
                 place = slice(0, product.shape[0]), slice(0, product.shape[1])
                 plain[place].addcmul_(product, cosine[chunk, place[1]])
                 crossed[place].addcmul_(product, sine[chunk, place[1]])

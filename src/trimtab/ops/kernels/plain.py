@@ -1,0 +1,44 @@
+"""The passes by torch's own operations, one after the other: they run on any device."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from trimtab.ops.kernels.contract import BackwardPass, Thin
+from trimtab.ops.ratio import Ratio
+
+
+def forward(product: Tensor, *, thin: Thin | None, ratio: Ratio | None, bias: Tensor | None, in_place: bool) -> Tensor:
+    """``c (p + s h B^T) + bias``. Afterwards ``product`` holds ``p + s h B^T``, or with ``in_place`` the output."""
+    if thin is not None:
+        inner, b, scale = thin
+        if inner.dtype == product.dtype:
+            product.addmm_(inner, (b * scale).to(inner.dtype).t())
+        else:  # a copy is quicker than adding two dtypes
+            product.copy_(product.to(inner.dtype).add_(F.linear(inner, b.to(inner.dtype)), alpha=scale))
+    output = product if ratio is None else ratio.times(product, in_place)
+    return output if bias is None else output.add_(bias)
+
+
+def backward(
+    grad: Tensor,
+    *,
+    thin: Thin | None,
+    ratio: Ratio | None,
+    witness: Tensor | None,
+    wants_bias: bool,
+    wants_scaled: bool,
+) -> BackwardPass:
+    """What is asked for of ``grad = dy [tokens, out]``; ``witness`` is ``y [tokens, out]``."""
+    bias = grad.sum(0) if wants_bias else None
+    witnessed = None if witness is None else (grad * witness).sum(0)
+    if ratio is not None and wants_scaled:
+        grad, ratio = ratio.times(grad), None
+    if thin is None:
+        return BackwardPass(grad, bias, witnessed)
+    inner, b, scale = thin
+    factor = b.new_full((1, 1), scale) if ratio is None else (scale * ratio.values).unsqueeze(1)
+    grad_inner = grad.mm((b * factor).to(grad.dtype))
+    grad_b = inner.t().mm(grad).t() * factor  # transposed, it is up to twice as fast
+    return BackwardPass(grad, bias, witnessed, grad_inner, grad_b.to(b.dtype))
