@@ -30,7 +30,7 @@ RANKS_PER_PASS = {2: 120.0, 4: 20.0, 8: 10.0}
 
 # So few tokens are multiplied with an update in float32: a thin product in half precision costs some 20 us before it
 # begins, ten times as much as one in float32. By bytes of one element.
-FEW = {2: 16, 4: 0, 8: 0}
+FEW = {2: 16, 4: -1, 8: -1}
 
 _expected: int | None = None
 
@@ -53,7 +53,7 @@ def counted(tokens: int) -> int:
 
 def full_digits_for_few(tokens: int, dtype: torch.dtype) -> torch.dtype:
     """The dtype in which ``tokens`` of ``dtype`` are multiplied with an update."""
-    return torch.promote_types(dtype, torch.float32) if tokens <= FEW[dtype.itemsize] else dtype
+    return torch.float32 if tokens <= FEW[dtype.itemsize] else dtype
 
 
 class Work(NamedTuple):

@@ -68,8 +68,7 @@ def factored(rows: Tensor, fed: Tensor, operands: Operands, in_place: bool) -> C
     product = through.product(rows, weight, bias if ratio is None else None)
     thin = None
     if update is not None:
-        dtype = full_digits_for_few(len(product), product.dtype)
-        thin = update.thin(fed, tensors, through, dtype)
+        thin = update.thin(fed, tensors, through, full_digits_for_few(product.shape[0], product.dtype))
         if thin is None:
             update.add_product(product, fed, tensors, through)
     if thin is None and ratio is None:
@@ -148,7 +147,7 @@ class _FrozenLinear(torch.autograd.Function):
         wants_ratio = wants_magnitude or wants_norm
         ratio = None if values is None else Ratio(values, ctx.near_one, excess)
         upstream = through.product_gradient(grad_output)
-        tokens = counted(len(upstream))
+        tokens = counted(upstream.shape[0])
 
         # Which form the gradient of the input takes, and what the ratio goes into: the gradient, the weight, or B.
         thin, keep, folds = None, None, False

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from trimtab.ops.autocast import cast
 from trimtab.ops.cost import RANKS_PER_PASS, Work
 from trimtab.ops.decomposition import Axis, row_blocks
 from trimtab.ops.kernels.contract import BackwardPass, Thin
@@ -61,7 +62,8 @@ class LowRank(Update):
     ) -> Thin:
         a, b = tensors
         if inner is None:
-            inner = through.product(rows.to(dtype) if rows.is_floating_point() else rows, a.to(dtype))
+            rows = cast(rows, dtype) if rows.is_floating_point() else rows
+            inner = through.product(rows, cast(a, dtype))
         return Thin(inner, b, self.scale)
 
     def add_gradient(
@@ -76,8 +78,9 @@ class LowRank(Update):
         assert after.inner is not None
         assert after.b is not None
         if grad_rows is not None:
-            through.add_input_gradient(grad_rows, after.inner, a.to(after.inner.dtype))
-        return through.weight_gradient(after.inner, rows, a.shape).to(a.dtype), after.b
+            through.add_input_gradient(grad_rows, after.inner, cast(a, after.inner.dtype))
+        grad_a = through.weight_gradient(after.inner, rows, a.shape)
+        return cast(grad_a, a.dtype), after.b
 
 
 def squared_norms(weight: Tensor, squares: Tensor, a: Tensor, b: Tensor, scale: float, axis: Axis) -> Tensor:

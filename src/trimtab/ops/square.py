@@ -193,7 +193,7 @@ class Square(Update):
         (matrix,) = tensors
         if not self.turn or len(rows) < self.side:
             full = torch.promote_types(rows.dtype, torch.float32)
-            work = full_digits_for_few(len(rows), rows.dtype)
+            work = full_digits_for_few(rows.shape[0], rows.dtype)
             compressed = self.compress(rows.to(full if self.turn else work))
             product.add_(self.spread(compressed.to(work).matmul(matrix.to(work).t())))
             return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from trimtab.ops.autocast import cast
 from trimtab.ops.kernels.contract import BackwardPass, Thin
 from trimtab.ops.ratio import Ratio
 
@@ -14,9 +15,9 @@ def forward(product: Tensor, *, thin: Thin | None, ratio: Ratio | None, bias: Te
     if thin is not None:
         inner, b, scale = thin
         if inner.dtype == product.dtype:
-            product.addmm_(inner, (b * scale).to(inner.dtype).t())
+            product.addmm_(inner, cast(b * scale, inner.dtype).t())
         else:  # a copy is quicker than adding two dtypes
-            product.copy_(product.to(inner.dtype).add_(F.linear(inner, b.to(inner.dtype)), alpha=scale))
+            product.copy_(cast(product, inner.dtype).add_(F.linear(inner, cast(b, inner.dtype)), alpha=scale))
     output = product if ratio is None else ratio.times(product, in_place)
     return output if bias is None else output.add_(bias)
 
@@ -38,7 +39,7 @@ def backward(
     if thin is None:
         return BackwardPass(grad, bias, witnessed)
     inner, b, scale = thin
-    factor = b.new_full((1, 1), scale) if ratio is None else (scale * ratio.values).unsqueeze(1)
-    grad_inner = grad.mm((b * factor).to(grad.dtype))
+    factor = scale if ratio is None else (scale * ratio.values).unsqueeze(1)
+    grad_inner = grad.mm(cast(b * factor, grad.dtype))
     grad_b = inner.t().mm(grad).t() * factor  # transposed, it is up to twice as fast
-    return BackwardPass(grad, bias, witnessed, grad_inner, grad_b.to(b.dtype))
+    return BackwardPass(grad, bias, witnessed, grad_inner, cast(grad_b, b.dtype))
