@@ -16,8 +16,6 @@ from typing import Any, NamedTuple
 import matplotlib
 from markupsafe import Markup, escape
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from trimtab.files import write_atomically
@@ -149,16 +147,11 @@ def svg(drawn: Figure, name: str, label: str) -> Markup:
 
     ``name`` must be unique in the page: it keeps the ids of one picture apart from those of the others.
     """
-    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": "trimtab", "path.simplify": False}
-    buffer = io.StringIO()
-    with matplotlib.rc_context(settings):
-        FigureCanvasSVG(drawn).print_svg(buffer)
-    text = buffer.getvalue()
+    text = _saved(drawn, "svg", **{"svg.fonttype": "none", "path.simplify": False}).decode()
     box = re.search(r'viewBox="([^"]+)"', text)
     assert box, "matplotlib gives every SVG a viewBox"
     inner = text[text.index(">", box.end()) + 1 : text.rindex("</svg>")]
-    # The metadata holds the time of drawing. A <style> inside an inline SVG would hold for the whole page; the page's
-    # own style sheet says the same.
+    # A <style> inside an inline SVG would hold for the whole page; the page's own style sheet says the same.
     inner = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", inner, flags=re.DOTALL)
     inner = inner.replace("xlink:href", "href")
     inner = re.sub(r'\bid="', f'id="{name}-', inner)
@@ -180,10 +173,15 @@ def svg(drawn: Figure, name: str, label: str) -> Markup:
 def write_picture(figure: Figure, folder: Path, name: str, label: str) -> Markup:
     """Write ``NAME.png`` and ``NAME.svg`` into ``folder``; give the ``<figure>`` for a page, ``label`` being what it
     says to who cannot see it."""
-    png, vector = io.BytesIO(), io.BytesIO()
-    FigureCanvasAgg(figure).print_png(png)
-    with matplotlib.rc_context({"svg.hashsalt": "trimtab"}):
-        FigureCanvasSVG(figure).print_svg(vector, metadata={"Date": None})
-    for suffix, data in (("png", png.getvalue()), ("svg", vector.getvalue())):
+    for suffix in ("png", "svg"):
+        data = _saved(figure, suffix)
         write_atomically(folder / f"{name}.{suffix}", lambda path, data=data: path.write_bytes(data))  # type: ignore[misc]
     return Markup('<figure class="picture">{}</figure>').format(svg(figure, name, label))
+
+
+def _saved(figure: Figure, form: str, **settings: Any) -> bytes:
+    """The file that holds ``figure``; the same figure gives the same bytes."""
+    buffer = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "trimtab", **settings}):
+        figure.savefig(buffer, format=form, metadata={"Date": None} if form == "svg" else None)
+    return buffer.getvalue()
