@@ -182,6 +182,7 @@ def write_picture(figure: Figure, folder: Path, name: str, label: str) -> Markup
 def _saved(figure: Figure, form: str, **settings: Any) -> bytes:
     """The file that holds ``figure``; the same figure gives the same bytes."""
     buffer = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": "trimtab", **settings}):
+    rc: Any = {"svg.hashsalt": "trimtab", **settings}
+    with matplotlib.rc_context(rc):
         figure.savefig(buffer, format=form, metadata={"Date": None} if form == "svg" else None)
     return buffer.getvalue()
