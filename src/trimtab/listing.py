@@ -19,5 +19,7 @@ def class_in(package: str, name: str, kind: type[Kind]) -> type[Kind]:
     """The one class of ``kind`` that the file ``name`` of ``package`` defines."""
     module = importlib.import_module(f"{package}.{name}")
     here = [value for value in vars(module).values() if isinstance(value, type) and value.__module__ == module.__name__]
-    (defined,) = [value for value in here if issubclass(value, kind)]
-    return defined
+    defined = [value for value in here if issubclass(value, kind)]
+    if len(defined) != 1:
+        raise TypeError(f"{module.__name__}: expected one {kind.__name__}, the file defines {len(defined)}")
+    return defined[0]

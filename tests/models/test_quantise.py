@@ -16,16 +16,19 @@ from trimtab.errors import ModelError
 from trimtab.export import export_format
 from trimtab.models.load import load_model
 from trimtab.models.locate import locate
-from trimtab.models.quantise import stored_bytes
 
-KINDS = ["int8", "nf4"]
+KINDS = bases.quantised_names()
+BITSANDBYTES = ["int8", "nf4"]
 # In bitsandbytes 0.50 a row of a 4-bit weight must be whole blocks of 64, or its own product is wrong.
 SIZES = {"hidden_size": 64, "intermediate_size": 128}
 
 
-@pytest.mark.parametrize(("kind", "size"), [("int8", 1 + 4 / 4096), ("nf4", 0.5 + 1 / 64 + 4 / 64 / 256)])
+@pytest.mark.parametrize(
+    ("kind", "size"), [("int8", 1 + 4 / 4096), ("nf4", 0.5 + 1 / 64 + 4 / 64 / 256), ("torchao_int8", 1 + 5 / 4096)]
+)
 def test_stored_bytes_of_a_weight(kind: str, size: float) -> None:
-    assert 0 <= stored_bytes((4096, 4096), kind) - size * 4096**2 <= 2048  # the tables of nf4
+    got = bases.quantised_base(kind).stored_bytes((4096, 4096), torch.bfloat16)
+    assert 0 <= got - size * 4096**2 <= 2048  # the tables of nf4
 
 
 @pytest.fixture
@@ -83,7 +86,7 @@ def test_every_linear_layer_but_the_head_is_quantised(folder: Path, kind: str, d
     assert torch.equal(model.train()(ids).logits, first), "the same function in training and when evaluated"
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", BITSANDBYTES)
 def test_the_weights_are_those_of_bitsandbytes(folder: Path, kind: str) -> None:
     ours, other = load_model(locate(str(folder)), quantisation=kind), theirs(folder, kind)
     for mine, foreign in zip(ours.modules(), other.modules(), strict=True):
@@ -94,7 +97,7 @@ def test_the_weights_are_those_of_bitsandbytes(folder: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", BITSANDBYTES)
 def test_the_adapter_loads_in_peft(folder: Path, kind: str, method: str, tmp_path: Path) -> None:
     """On the base that bitsandbytes quantises, and on ours. Float32 rounding over two blocks."""
     from peft import PeftModel

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from trimtab.bases._base import Base, BlockBase, Kind, WeightBase
 from trimtab.bases._quantised import QuantisedBase
-from trimtab.bases._registry import find, names, quantise, quantised_base, quantised_names
+from trimtab.bases._registry import find, names, quantise, quantised_base, quantised_by_size, quantised_names
 
 __all__ = [
     "Base",
@@ -22,5 +22,6 @@ __all__ = [
     "names",
     "quantise",
     "quantised_base",
+    "quantised_by_size",
     "quantised_names",
 ]

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import logging
-import pkgutil
 from functools import cache
 from typing import Literal, overload
 
 import torch
 from torch import nn
 
+from trimtab import listing
 from trimtab.bases._base import Base, BlockBase, Kind, WeightBase
 from trimtab.bases._quantised import QuantisedBase
 from trimtab.errors import ModelError, did_you_mean
 
-_PLACE = __name__.rpartition(".")[0]
+_PACKAGE = __name__.rpartition(".")[0]
 
 
 @cache
@@ -31,6 +30,12 @@ def quantised_names() -> list[str]:
     return [name for name, base in _all().items() if issubclass(base, QuantisedBase)]
 
 
+def quantised_by_size() -> list[str]:
+    """One quantised kind for each number of bits, the first by name, from the most bits to the fewest."""
+    kinds = {quantised_base(name).bits: name for name in reversed(quantised_names())}
+    return [kinds[bits] for bits in sorted(kinds, reverse=True)]
+
+
 def quantised_base(name: str) -> type[QuantisedBase]:
     """The class of the quantised base called ``name``. Raises ModelError for an unknown name."""
     base = _all().get(name)
@@ -42,19 +47,8 @@ def quantised_base(name: str) -> type[QuantisedBase]:
 
 @cache
 def _all() -> dict[str, type[Base]]:
-    folder = importlib.import_module(_PLACE).__path__
-    listed = sorted(module.name for module in pkgutil.iter_modules(folder) if not module.name.startswith("_"))
-    return {name: _class_in(name) for name in listed}
-
-
-def _class_in(name: str) -> type[Base]:
-    """The one base that the file called ``name`` defines."""
-    module = importlib.import_module(f"{_PLACE}.{name}")
-    own = [kind for _, kind in inspect.getmembers(module, inspect.isclass) if kind.__module__ == module.__name__]
-    bases = [kind for kind in own if issubclass(kind, Base)]
-    if len(bases) != 1:
-        raise TypeError(f"{module.__name__}: expected one class derived from Base, the file defines {len(bases)}")
-    return bases[0]
+    folder = importlib.import_module(_PACKAGE).__path__
+    return {name: listing.class_in(_PACKAGE, name, Base) for name in listing.names(folder)}  # type: ignore[type-abstract]
 
 
 @overload

@@ -127,6 +127,18 @@ def one_of(known: Callable[[], Sequence[str]]) -> Callable[[str], str]:
     return check
 
 
+def _quantisation(name: str) -> str:
+    if name == "none":  # without a look at the kinds there are, which takes torch
+        return name
+
+    def known() -> list[str]:
+        from trimtab import bases
+
+        return ["none", *bases.quantised_names()]
+
+    return one_of(known)(name)
+
+
 class Section(BaseModel):
     """Part of a configuration: fixed once made, and strict."""
 
@@ -291,11 +303,11 @@ class RunConfig(Section):
     model: Annotated[ModelConfig, BeforeValidator(_named)] = Field(
         description="The pretrained model: its name, or a mapping."
     )
-    quantisation: Literal["none", "int8", "nf4"] = Field(
+    quantisation: Annotated[str, AfterValidator(_quantisation)] = Field(
         "none",
         description="What becomes of the frozen linear layers while the model is loaded. int8: half of bfloat16's "
-        "memory; nf4: about a quarter of it (4 bits a weight, doubly quantised scales). The output head and the "
-        "embedding stay as they are. Needs bitsandbytes.",
+        "memory; nf4: about a quarter of it (4 bits a weight, doubly quantised scales); both need bitsandbytes. "
+        "torchao_int8: as int8, in torchao's form, which it needs. The output head and the embedding stay as they are.",
     )
     data: DataConfig = Field(description="The rows.")
     plan: Annotated[tuple[Annotated[dict[str, Any], AfterValidator(_rule)], ...], BeforeValidator(_rules)] = Field(

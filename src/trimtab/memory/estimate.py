@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import psutil
@@ -16,6 +16,7 @@ from trimtab.evaluation.batching import TOKENS
 from trimtab.machine import GIB
 from trimtab.memory.trace import Batch, Trace
 from trimtab.models.load import empty_model, load_config_only
+from trimtab.models.quantise import quantising_bytes
 from trimtab.surgery.attach import attach
 from trimtab.tasks import Inputs
 
@@ -142,6 +143,7 @@ def estimate_run(job: Job, sizes: RowSizes) -> RunMemory:
     stored = getattr(torch, said) if isinstance(said, str) else said or torch.float32
     parameters = sum(parameter.numel() for parameter in model.parameters())
     files = parameters * stored.itemsize
+    quantising = quantising_bytes(model, config.quantisation)
     attach(model, job.plan)
     trace = Trace(model, quantisation=config.quantisation)
     standing, uncounted = trace.standing, None
@@ -161,7 +163,8 @@ def estimate_run(job: Job, sizes: RowSizes) -> RunMemory:
     process = psutil.Process().memory_info().rss + LATER
     # Weights of the type they are stored in are used where the file is mapped, and never copied.
     is_mapped = stored == dtype and config.quantisation == "none"
-    moments = [MemoryEstimate(standing["weights"], files=0 if is_mapped else files, process=process)]
+    loading = MemoryEstimate(standing["weights"], files=0 if is_mapped else files, process=process)
+    moments = [replace(loading, activations=quantising)]
     for moment, found in peaks.items():
         holes = min(HOLES, 4 * parameters) + round(SHARE * found.get("activations", 0))
         moments.append(MemoryEstimate(**found, fragmentation=holes, process=process, moment=moment))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from trimtab import methods
+from trimtab import bases, methods
 from trimtab.config.resolve import Job
 from trimtab.config.run import RunConfig
 from trimtab.errors import TrimtabError
@@ -133,7 +133,7 @@ def _attempts(job: Job, sizes: RowSizes) -> Iterator[list[list[Change]]]:
     recompute: Change = {} if train.gradient_checkpointing else {"train.gradient_checkpointing": True}
     halve: Change = {} if job.precision == "bfloat16" else {"train.precision": "bfloat16"}
     smaller = list(_smaller_batches(train.batch_size, train.gradient_accumulation))
-    kinds = () if config.quantisation != "none" or trains_base else ("int8", "nf4")
+    kinds = [] if config.quantisation != "none" or trains_base else bases.quantised_by_size()
     packed: list[Change] = [{"quantisation": kind} for kind in kinds]
     together = [change for change in (recompute, halve) if change]
     yield [*([change] for change in together), smaller, packed]

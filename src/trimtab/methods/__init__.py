@@ -7,11 +7,9 @@ folder, and so is the contract suite.
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import pkgutil
 from functools import cache
 
+from trimtab import listing
 from trimtab.bases import Kind
 from trimtab.errors import PlanError, did_you_mean
 from trimtab.methods._base import Method, Options, RateGroup
@@ -22,8 +20,7 @@ __all__ = ["Method", "Options", "RateGroup", "method_class", "names", "options_c
 @cache
 def names(sits_on: Kind | None = None) -> list[str]:
     """The names of all methods, sorted; or of those that sit on one kind of base."""
-    listed = sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
-    return [name for name in listed if sits_on is None or method_class(name).sits_on == sits_on]
+    return [name for name in listing.names(__path__) if sits_on is None or method_class(name).sits_on == sits_on]
 
 
 @cache
@@ -31,12 +28,7 @@ def method_class(name: str) -> type[Method]:
     """The module class of the method called ``name``. Raises PlanError for an unknown name."""
     if name not in names():
         raise PlanError(f"unknown method '{name}': expected one of {', '.join(names())}.{did_you_mean(name, names())}")
-    module = importlib.import_module(f"{__name__}.{name}")
-    own = [kind for _, kind in inspect.getmembers(module, inspect.isclass) if kind.__module__ == module.__name__]
-    classes = [kind for kind in own if issubclass(kind, Method)]
-    if len(classes) != 1:
-        raise TypeError(f"{module.__name__}: expected one class derived from Method, the file defines {len(classes)}")
-    return classes[0]
+    return listing.class_in(__name__, name, Method)
 
 
 def options_class(name: str) -> type[Options]:

@@ -7,13 +7,11 @@ Every linear layer but the output head; embeddings, norms and biases stay as the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from trimtab import bases
 from trimtab.errors import ModelError
@@ -24,15 +22,15 @@ from trimtab.surgery.targets import output_heads
 
 @torch.no_grad()
 def quantise_model(model: PreTrainedModel, kind: str, dtype: torch.dtype, folder: Path, name: str) -> None:
-    """Turn the linear layers of ``model`` into ones of ``kind`` (``int8`` or ``nf4``), in place, and the rest into
-    ``dtype``.
+    """Turn the linear layers of ``model`` into ones of ``kind``, the name of a quantised base, in place, and the rest
+    into ``dtype``.
 
     ``model`` is as transformers loads it in the dtype of its files: its weights are mapped from ``folder``, and hold no
     memory before they are looked at. Each is read through a map of its own, which is given back with it; through the
     model's own map, the whole file would stay in memory in the end. ``name`` is what messages call the model.
 
     Raises:
-        ModelError: the model is quantised already, has no layer to quantise, or bitsandbytes is missing.
+        ModelError: the model is quantised already, has no layer to quantise, or the package of ``kind`` is missing.
     """
     if getattr(model.config, "quantization_config", None) is not None:
         raise ModelError(f"{name}: its weights are quantised already; leave out quantisation: {kind}.")
@@ -55,18 +53,15 @@ def quantise_model(model: PreTrainedModel, kind: str, dtype: torch.dtype, folder
     if not made:
         raise ModelError(f"{name}: a {type(model).__name__} has no linear layer that could be quantised.")
     _narrow(model, dtype)
-    config: Any = model.config
-    config.quantization_config = _described(kind, dtype, left)
+    bases.quantised_base(kind).describe(model, dtype, left)
 
 
 def stored_sizes(model: nn.Module, kind: str) -> dict[int, int]:
     """Bytes of each weight that `quantise_model` would pack as ``kind``, once it is; by the parameter's id."""
     if kind == "none":
         return {}
-    heads = output_heads(model)
-    handles = [bases.find(module) for module in model.modules() if id(module) not in heads]
-    weights = [handle.parameter for handle in handles if handle is not None]
-    return {id(weight): stored_bytes(weight.shape, kind) for weight in weights}
+    base = bases.quantised_base(kind)
+    return {id(weight): base.stored_bytes(shape, weight.dtype) for weight, shape in _weights_to_pack(model)}
 
 
 def weight_bytes(model: nn.Module, kind: str = "none") -> int:
@@ -75,18 +70,20 @@ def weight_bytes(model: nn.Module, kind: str = "none") -> int:
     return sum(packed.get(id(parameter), parameter.nbytes) for parameter in model.parameters())
 
 
-def stored_bytes(shape: Sequence[int], kind: str) -> int:
-    """Bytes of the weight of a linear layer, packed as ``kind``.
+def quantising_bytes(model: nn.Module, kind: str) -> int:
+    """Bytes that `quantise_model` needs beside the weights that it leaves: those of the largest layer, dense, and what
+    quantising it takes for the moment."""
+    if kind == "none":
+        return 0
+    base, weights = bases.quantised_base(kind), _weights_to_pack(model)
+    return max((weight.nbytes + base.quantising_bytes(shape, weight.dtype) for weight, shape in weights), default=0)
 
-    ``int8``: a byte for each number, and a float32 scale for each row. ``nf4``: half a byte for each, a byte of scale
-    for each 64, and for each 256 of these scales a float32 (double quantisation); then its two tables and an offset.
-    """
-    count = shape[0] * shape[1]
-    blocks = -(-count // 64)
-    return {
-        "int8": count + 4 * shape[0],
-        "nf4": -(-count // 2) + blocks + 4 * -(-blocks // 256) + 4 * (16 + 256 + 1),
-    }[kind]
+
+def _weights_to_pack(model: nn.Module) -> list[tuple[nn.Parameter, tuple[int, int]]]:
+    """The weights that `quantise_model` packs, those of all layers but the head, with their ``(out, in)``."""
+    heads = output_heads(model)
+    handles = [bases.find(module) for module in model.modules() if id(module) not in heads]
+    return [(handle.parameter, handle.shape) for handle in handles if handle is not None]
 
 
 def _map_anew(parameter: nn.Parameter, stored: Weights, name: str) -> None:
@@ -107,16 +104,3 @@ def _narrow(model: nn.Module, dtype: torch.dtype) -> None:
         if not (mixed and parameter.dtype == torch.float32):
             parameter.data = parameter.data.to(dtype)
     model.config.dtype = dtype
-
-
-def _described(kind: str, dtype: torch.dtype, left: list[str]) -> BitsAndBytesConfig:
-    """What transformers needs to load such a model, should it be saved."""
-    if kind == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=left or None)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=left or None,
-    )
