@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
+import runpy
 import shlex
 import shutil
-import subprocess
-import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from command_line import Result, cli
+from run_fixtures import here
 from tiny_runs import rows as tiny_rows
 from tiny_runs import write_model, write_rows
 from trimtab.config.read import load_config
@@ -30,12 +31,7 @@ needs_rows = pytest.mark.skipif(
 )
 
 
-def trimtab(*arguments: str, folder: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
-    """Run the command line in ``folder`` and check its exit code."""
-    command = [sys.executable, "-c", "from trimtab.cli import main; main()", *arguments]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env={**os.environ, "COLUMNS": "120"})
-    assert done.returncode == code, done.stdout + done.stderr
-    return done
+__all__ = ["cli", "here"]  # fixtures
 
 
 def test_the_harbour_set_is_what_its_readme_says() -> None:
@@ -52,31 +48,42 @@ def test_the_harbour_set_is_what_its_readme_says() -> None:
     assert openings.most_common(1)[0][1] <= 12
 
 
-@needs_wheel
-def test_the_quickstart_learns_and_leaves_a_whole_run(tmp_path: Path) -> None:
-    """A short real fine-tune: 24 of the quickstart's 60 steps, 30 of its 120 test rows."""
-    settings = ["train.max_steps=24", "train.log_every=4", "evaluation.limit=30", f"output={tmp_path / 'run'}"]
-    out = trimtab("finetune", str(ROOT / "examples" / "quickstart.yaml"), *settings, folder=tmp_path).stdout
-    run = tmp_path / "run"
-    losses = [row["loss"] for row in read_jsonl(run / "metrics.jsonl") if row["kind"] == "train"]
-    assert losses[-1] < 0.5 * losses[0]
+def quickstart(cli: Callable[..., Result], run: Path, *settings: str) -> None:
+    done = cli("finetune", str(ROOT / "examples" / "quickstart.yaml"), *settings, f"output={run}")
+    assert done.code == 0, done.err
     summary = read_json(run / "summary.json")
     assert summary["status"] == "finished"
     assert summary["trainable_parameters"] == 5_040_000  # rank 16 on 210 projections, and their magnitudes
+    assert (run / "report.html").stat().st_size > 10_000
+    for said in ("[[ ", "before", "after", "adapter (", "report:"):
+        assert said in done.out
+
+
+@needs_wheel
+def test_the_quickstart_leaves_a_whole_run(cli: Callable[..., Result], tmp_path: Path) -> None:
+    """Two of its steps on two rows each, and two test rows: the real weights, all the way."""
+    run = tmp_path / "run"
+    quickstart(cli, run, "train.max_steps=2", "train.batch_size=2", "train.log_every=1", "evaluation.limit=2")
+    assert read_json(run / "evaluation" / "harbour.after.json")["rows"] == 2
+
+
+@pytest.mark.full
+@needs_wheel
+def test_the_quickstart_learns(cli: Callable[..., Result], tmp_path: Path) -> None:
+    """A short real fine-tune: 24 of the quickstart's 60 steps, 30 of its 120 test rows."""
+    run = tmp_path / "run"
+    quickstart(cli, run, "train.max_steps=24", "train.log_every=4", "evaluation.limit=30")
+    losses = [row["loss"] for row in read_jsonl(run / "metrics.jsonl") if row["kind"] == "train"]
+    assert losses[-1] < 0.5 * losses[0]
     after = read_json(run / "evaluation" / "harbour.after.json")
     assert after["rows"] == 30
     assert after["accuracy"] < 1.0
-    assert (run / "report.html").stat().st_size > 10_000
-    for said in ("[[ ", "before", "after", "adapter (", "report:"):
-        assert said in out
 
 
-def test_the_mlp_example_adapts_and_merges(tmp_path: Path) -> None:
-    script = ROOT / "examples" / "mlp.py"
-    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def test_the_mlp_example_adapts_and_merges(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(ROOT / "examples" / "mlp.py"), run_name="__main__")
     row = r"^(LoRA|DoRA|DoRA of the tutorials|full) +([\d,]+) +\d+ % +([\d.]+) % +([\d.]+) % +(\d)e[-+](\d+)$"
-    found = re.findall(row, done.stdout, re.MULTILINE)
+    found = re.findall(row, capsys.readouterr().out, re.MULTILINE)
     # 4 x (in + out) for each of 64-128, 128-128, 128-10; DoRA: and a magnitude for each output, or each input.
     assert {name: int(trained.replace(",", "")) for name, trained, *_ in found} == {
         "LoRA": 2344,
@@ -92,17 +99,17 @@ def test_the_mlp_example_adapts_and_merges(tmp_path: Path) -> None:
 
 @needs_rows
 @needs_wheel
-def test_the_finance_example_names_its_rows_and_its_plan(tmp_path: Path) -> None:
+def test_the_finance_example_names_its_rows_and_its_plan(cli: Callable[..., Result]) -> None:
     config = load_config(ROOT / "examples" / "finance.yaml")
     assert all(Path(path).is_file() for path in (*config.data.train, *config.data.test.values()))
     assert config.train.epochs <= 3
-    plan = json.loads(trimtab("plan", str(ROOT / "examples" / "finance.yaml"), "--json", folder=tmp_path).stdout)
+    plan = json.loads(cli("plan", str(ROOT / "examples" / "finance.yaml"), "--json").out)
     assert [(rule["method"], rule["options"]["rank"], rule["modules"]) for rule in plan["rules"]] == [("dora", 16, 210)]
 
 
 @needs_wheel
-def test_the_example_study_is_five_runs(tmp_path: Path) -> None:
-    out = trimtab("compare", str(ROOT / "examples" / "study.yaml"), "--plan", folder=tmp_path).stdout
+def test_the_example_study_is_five_runs(cli: Callable[..., Result]) -> None:
+    out = cli("compare", str(ROOT / "examples" / "study.yaml"), "--plan").out
     assert [line.split()[1] for line in out.splitlines()[1:]] == ["untrained", "LoRA", "LoRA", "DoRA", "DoRA"]
 
 
@@ -111,16 +118,19 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
 
 
-def test_the_readme_python_runs(tmp_path: Path) -> None:
+def test_the_readme_python_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
     (source,) = blocks("python")
-    done = subprocess.run([sys.executable, "-c", source], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    exec(compile(source, "README.md", "exec"), {"__name__": "__main__"})
     (promised,) = re.findall(r"print\(report\.counts\)\s+# (.*)", source)
-    assert done.stdout.strip() == promised
+    assert capsys.readouterr().out.strip() == promised
 
 
-def test_the_readme_commands_run(tmp_path: Path) -> None:
-    """The README's YAML and commands, in their order, on a tiny model in place of SmolLM2."""
+@pytest.mark.usefixtures("here")
+def test_the_readme_commands_run(cli: Callable[..., Result], tmp_path: Path) -> None:
+    """The README's YAML and commands, in their order, on a tiny model in place of SmolLM2 and a few short rows."""
     model = write_model(tmp_path / "tiny", num_hidden_layers=4)
     for text in blocks("yaml"):  # each begins with its name
         name = text.split()[1]
@@ -129,9 +139,9 @@ def test_the_readme_commands_run(tmp_path: Path) -> None:
             text.replace("outer: 4", "outer: 1").replace("trials: 30", "trials: 4").replace("confirm: 5", "confirm: 1")
         )
         (tmp_path / name).write_text(text, encoding="utf-8")
-    rows = (HARBOUR / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    (tmp_path / "rows.jsonl").write_text("".join(rows[:60]), encoding="utf-8")
-    shutil.copy(HARBOUR / "test.jsonl", tmp_path / "test.jsonl")
+    for name, source, count in (("rows.jsonl", "train.jsonl", 24), ("test.jsonl", "test.jsonl", 9)):
+        lines = (HARBOUR / source).read_text(encoding="utf-8").splitlines(keepends=True)
+        (tmp_path / name).write_text("".join(sorted(lines, key=len)[:count]), encoding="utf-8")
     entry = {"base_model": "tiny", "dataset_path": "news.jsonl", "quant_bits": 16, "peft_use_dora": True}
     (tmp_path / "finetune_configs.json").write_text(json.dumps({"sentiment_16bits_r8_dora": entry}), encoding="utf-8")
     (tmp_path / "data" / "test").mkdir(parents=True)
@@ -148,7 +158,8 @@ def test_the_readme_commands_run(tmp_path: Path) -> None:
             small = f"--model {model} --pairs 4 --batch-size 4 --digits 2 --steps 2 --methods lora --budgets 2"
             words += shlex.split(f"{small} --learning-rates 1e-2 --seeds 1")
         # A run that is finished has nothing to resume, and says so.
-        done = trimtab(*words, folder=tmp_path, code=1 if "--resume" in words else 0)
-        assert "Traceback" not in done.stderr
+        done = cli(*words)
+        assert done.code == ("--resume" in words), done.err
+        assert "Traceback" not in done.err
     assert (tmp_path / "runs" / "run" / "report.html").is_file()
     assert (tmp_path / "merged" / "config.json").is_file()
