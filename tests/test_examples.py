@@ -150,13 +150,10 @@ def test_the_readme_commands_run(cli: Callable[..., Result], tmp_path: Path) -> 
 
     lines = [line for block in blocks("console") for line in block.splitlines() if line.startswith("$ trimtab")]
     assert {shlex.split(line)[2] for line in lines} == {
-        *("plan", "finetune", "evaluate", "generate", "merge", "analyze", "memorize", "explore")
+        *("plan", "finetune", "evaluate", "generate", "merge", "analyze", "explore")
     }
     for line in lines:
         words = [str(model) if word == "smollm2-135m" else word for word in shlex.split(line, comments=True)[2:]]
-        if words[0] == "memorize":
-            small = f"--model {model} --pairs 4 --batch-size 4 --digits 2 --steps 2 --methods lora --budgets 2"
-            words += shlex.split(f"{small} --learning-rates 1e-2 --seeds 1")
         # A run that is finished has nothing to resume, and says so.
         done = cli(*words)
         assert done.code == ("--resume" in words), done.err

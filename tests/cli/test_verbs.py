@@ -24,7 +24,7 @@ from trimtab.machine import memory_gib
 from trimtab.runs.load import load_run
 from trimtab.training.run import finetune
 
-VERBS = ("finetune", "plan", "evaluate", "generate", "merge", "analyze", "memorize", "compare", "explore")
+VERBS = ("finetune", "plan", "evaluate", "generate", "merge", "analyze", "compare", "explore")
 IDS = torch.tensor([[5, 40, 60, 7, 80, 33], [9, 12, 300, 200, 4, 50]])
 PROGRAM = (sys.executable, "-m", "trimtab")
 

@@ -25,7 +25,7 @@ from trimtab.studies import compare as comparing
 from trimtab.studies.cell import run_cell
 from trimtab.studies.compare import Selection, chosen_runs, compare
 from trimtab.studies.statistics import holm, paired_difference
-from trimtab.studies.study import Cell, load_study
+from trimtab.studies.study_cells import Cell, load_study
 from trimtab.studies.study_results import write_results
 
 pytestmark = pytest.mark.usefixtures("here")

@@ -17,15 +17,15 @@ from sqlalchemy.engine import Engine
 
 from tiny_runs import rows, write_model, write_rows
 from trimtab.config.read import load_config
+from trimtab.config.search import load_explore
 from trimtab.errors import ConfigError, Interrupted, PlanError, RunError
 from trimtab.files import read_json
 from trimtab.runs.folder import RunFolder
 from trimtab.studies import cell, search
 from trimtab.studies import explore as whole
 from trimtab.studies.explore import explore
-from trimtab.studies.explore_config import load_explore
 from trimtab.studies.process import run_here
-from trimtab.studies.search import Watch
+from trimtab.studies.search import SearchListener
 from trimtab.training.run import finetune
 
 Make = Callable[..., Any]
@@ -186,7 +186,7 @@ def test_what_is_known_is_told_and_not_run(make_search: Make, pretend: Any, monk
     groups = {"attention": {"match": "*attn.*"}, "mlp": {"match": "*.mlp.*"}}
     kept: list[str] = []
 
-    class Notes(Watch):
+    class Notes(SearchListener):
         def note(self, text: str) -> None:
             kept.append(text)
 
@@ -274,7 +274,7 @@ def test_a_run_that_was_cut_off_continues_from_its_checkpoint(
     config = make_search("trials=1", "base.train.save_every=1")
     steps: list[int] = []
 
-    class Stopping(Watch):
+    class Stopping(SearchListener):
         def step(self, step: int, steps_: int) -> None:
             steps.append(step)
             if len(steps) == 2:

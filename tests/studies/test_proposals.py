@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from tiny_runs import tiny_model
+from trimtab.config.search import NONE
 from trimtab.errors import ConfigError, PlanError
-from trimtab.studies.search_space import NONE, Part, Space, default_groups, find_groups
+from trimtab.studies.search_space import Part, Space, default_groups, find_groups
 from trimtab.surgery.attach import attach, detach
 from trimtab.surgery.plan import Plan
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
+from trimtab.config.search import load_explore
 from trimtab.files import read_jsonl
 from trimtab.models.load import empty_model
 from trimtab.models.locate import locate
-from trimtab.studies.explore_config import load_explore
 from trimtab.studies.search_space import Space, default_groups, find_groups
-from trimtab.studies.study import load_study
+from trimtab.studies.study_cells import load_study
 from trimtab.surgery.attach import attach, detach
 from trimtab.training.run import plan_of
 

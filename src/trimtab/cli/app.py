@@ -1,19 +1,23 @@
-"""The program ``trimtab``: its verbs, and what a mistake looks like from outside.
+"""The program ``trimtab``: each file in `trimtab.cli.verbs` is a verb of its name, found by listing the folder.
 
-Exit codes: 0 done, 1 an error of ours (said in words, without a traceback), 2 wrong usage, 130 interrupted.
+A verb's file has a ``command``, whose parameters are its arguments, and a ``SHORT_HELP`` for ``trimtab --help``. It
+imports what it works with inside ``command``, so that help answers at once, without torch.
 """
 
 from __future__ import annotations
 
-import logging
+import importlib
 import sys
 from typing import Annotated
 
 import typer
 
-from trimtab import __version__
-from trimtab.cli.verbs import analyze, compare, evaluate, explore, finetune, generate, memorize, merge, plan
-from trimtab.errors import Interrupted, TrimtabError
+from trimtab import __version__, listing
+from trimtab.cli import verbs
+from trimtab.cli.exits import exit_code
+
+_FIRST = ("finetune", "plan", "evaluate", "generate", "merge", "analyze", "compare", "explore")
+"""The order of these verbs in the help, as people use them; others follow by name."""
 
 app = typer.Typer(
     name="trimtab",
@@ -23,22 +27,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.command("finetune", short_help="Train a model on rows of data, measure it before and after.")(finetune.command)
-app.command("plan", short_help="Show which modules get what, and the memory that takes; loads no weights.")(
-    plan.command
-)
-app.command("evaluate", short_help="Measure a run, or any model, on rows.")(evaluate.command)
-app.command("generate", short_help="Ask the model of a run.")(generate.command)
-app.command("merge", short_help="Write a model folder that loads without trimtab.")(merge.command)
-app.command("analyze", short_help="How far each weight of a tuned model moved, in magnitude and direction.")(
-    analyze.command
-)
-app.command("memorize", short_help="Who learns random identifiers by heart, at equal cost.")(memorize.command)
-app.command("compare", short_help="Run a study, arms by tasks by seeds; compare them on a page.")(compare.command)
-app.command("explore", short_help="Search which layers want which method, within one budget.")(explore.command)
-
-# transformers imports these where they are installed, needed or not, and they tell what kernels they have not.
-_CHATTY = ("torchao", "bitsandbytes", "torch.utils._pytree")
 
 
 def _version(asked: bool) -> None:
@@ -56,20 +44,16 @@ def _options(
     pass
 
 
+def _add_verbs() -> None:
+    names = listing.names(verbs.__path__)
+    for name in sorted(names, key=lambda name: _FIRST.index(name) if name in _FIRST else len(_FIRST)):
+        verb = importlib.import_module(f"{verbs.__name__}.{name}")
+        app.command(name, short_help=verb.SHORT_HELP)(verb.command)
+
+
+_add_verbs()
+
+
 def main() -> None:
     """Run the command line and exit with its code."""
-    for name in _CHATTY:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    try:
-        app()
-    except Interrupted as stopped:
-        print(f"\n{stopped}", file=sys.stderr)
-        sys.exit(130)
-    except TrimtabError as error:
-        print(f"trimtab: {error}", file=sys.stderr)
-        sys.exit(1)
-    except OSError as error:
-        # The machine's fault and not ours, such as a disk that is full. (A pipe whose reader went away is typer's.)
-        place = f"{error.filename}: " if error.filename else ""
-        print(f"trimtab: {place}{error.strerror or error}", file=sys.stderr)
-        sys.exit(1)
+    sys.exit(exit_code(app))

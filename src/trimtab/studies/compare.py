@@ -14,7 +14,7 @@ from trimtab.errors import Interrupted, RunError
 from trimtab.files import locked
 from trimtab.runs.events import Listener
 from trimtab.studies.cell import finished_cell, run_cell
-from trimtab.studies.study import Cell, Study
+from trimtab.studies.study_cells import Cell, Study
 
 
 class StudyListener(Listener):

@@ -2,8 +2,8 @@
 
     folder = explore(load_explore(Path("explore.yaml")))
 
-optuna's TPE proposes a method and a weight for each group of modules; ``proposals`` makes ranks of them that spend the
-budget. Uniform plans of the same budget run first. The output folder holds
+optuna's TPE proposes a method and a weight for each group of modules; ``search_space`` makes ranks of them that
+spend the budget. Uniform plans of the same budget run first. The output folder holds
 
     explore.yaml        the resolved configuration
     study.db            optuna's study (SQLite), written after every step of the search
@@ -27,17 +27,17 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.config.resolve import source_of
+from trimtab.config.search import ExploreConfig, load_explore, search_to_yaml
 from trimtab.errors import Interrupted, RunError
 from trimtab.files import locked, write_text
 from trimtab.models.load import empty_model
 from trimtab.reports.search.search_page import write_explore_page
 from trimtab.runs.folder import differences
-from trimtab.studies.explore_config import ExploreConfig, load_explore, to_yaml
-from trimtab.studies.search import Search, Watch
+from trimtab.studies.search import Search, SearchListener
 from trimtab.studies.search_space import Space, default_groups, find_groups
 
 
-def explore(config: ExploreConfig, watch: Watch | None = None) -> Path:
+def explore(config: ExploreConfig, listener: SearchListener | None = None) -> Path:
     """Do the whole search, or what is left of it, and return its folder.
 
     Raises:
@@ -47,14 +47,14 @@ def explore(config: ExploreConfig, watch: Watch | None = None) -> Path:
     """
     if importlib.util.find_spec("optuna") is None:
         raise RunError("trimtab explore needs optuna, which is not installed: pip install 'trimtab[explore]'")
-    watch = watch or Watch()
+    listener = listener or SearchListener()
     model = empty_model(source_of(config.base))
     said = {name: (group.match, group.layers) for name, group in config.groups.items()}
     groups = find_groups(model, said or default_groups(model, config.outer))
     space = Space(groups, config.methods, config.budget, config.at_least)
-    _introduce(space, watch)
+    _introduce(space, listener)
     with _alone(config):
-        search = Search(config, space, watch)
+        search = Search(config, space, listener)
         try:
             search.run()
             search.write(search.confirm() if config.confirm else None)
@@ -69,13 +69,13 @@ def explore(config: ExploreConfig, watch: Watch | None = None) -> Path:
     return config.output
 
 
-def _introduce(space: Space, watch: Watch) -> None:
+def _introduce(space: Space, listener: SearchListener) -> None:
     """Say what is searched."""
-    watch.stage(f"Plans of at most {space.budget:,} trained parameters")
-    watch.note("groups: " + ", ".join(f"{group.name} ({group.modules} modules)" for group in space.groups))
+    listener.stage(f"Plans of at most {space.budget:,} trained parameters")
+    listener.note("groups: " + ", ".join(f"{group.name} ({group.modules} modules)" for group in space.groups))
     for method in space.trained:
         if (plan := space.uniform(method)) is not None:
-            watch.note(f"uniform {method} of rank {plan[0].rank}: {space.parameters(plan):,} parameters")
+            listener.note(f"uniform {method} of rank {plan[0].rank}: {space.parameters(plan):,} parameters")
 
 
 @contextmanager
@@ -93,5 +93,5 @@ def _alone(config: ExploreConfig) -> Iterator[None]:
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RunError(f"{folder}: not empty, and holds no search; choose another output")
     with locked(folder / "study.lock"):
-        write_text(file, to_yaml(config))
+        write_text(file, search_to_yaml(config))
         yield

@@ -8,15 +8,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from trimtab.config.read import to_yaml as run_to_yaml
+from trimtab.config.read import to_yaml
 from trimtab.config.run import RunConfig
+from trimtab.config.search import ExploreConfig
 from trimtab.errors import Interrupted, RunError, TrimtabError
 from trimtab.files import write_json, write_text
 from trimtab.runs.events import Listener, Steps
 from trimtab.runs.folder import RunFolder
 from trimtab.studies.cell import run_cell
 from trimtab.studies.confirm import confirm
-from trimtab.studies.explore_config import ExploreConfig
 from trimtab.studies.search_results import Row, best_of, found, is_over, ran, row_of
 from trimtab.studies.search_space import Part, Proposal, Space
 
@@ -26,7 +26,7 @@ _IDLE = 100
 _WEIGHTS = (0.25, 4.0)
 
 
-class Watch(Listener):
+class SearchListener(Listener):
     """A run's listener that is told of the search, too."""
 
     def trial_began(self, row: Row, runs: int, trials: int) -> None:
@@ -43,13 +43,13 @@ class _Pruned(Interrupted):
 class Search:
     """A search in progress. What is known of a trial is in optuna's study; everything else is made from that."""
 
-    def __init__(self, config: ExploreConfig, space: Space, watch: Watch) -> None:
+    def __init__(self, config: ExploreConfig, space: Space, listener: SearchListener) -> None:
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self.config = config
         self.space = space
-        self.watch = watch
+        self.listener = listener
         self.metric = config.base.train.metric
         self.states = optuna.trial.TrialState
         self.study = optuna.create_study(
@@ -73,7 +73,7 @@ class Search:
         while len(self.ran()) < self.config.trials and idle < _IDLE:
             idle = 0 if self._one() else idle + 1
         if idle == _IDLE:
-            self.watch.note(f"stopped: the last {_IDLE} proposals were known already or could not spend the budget")
+            self.listener.note(f"stopped: the last {_IDLE} proposals were known already or could not spend the budget")
 
     def confirm(self) -> dict[str, Any]:
         """Train the best mixed and the best uniform plan again with new seeds."""
@@ -82,7 +82,7 @@ class Search:
         if None in best.values():
             raise RunError("confirm: there is no mixed plan beside a uniform one to compare it with; raise trials")
         arms = {kind: self._run_config(row, tests=True) for kind, row in best.items() if row is not None}
-        return confirm(arms, self.config.confirm, self.config.output / "confirm", self.watch)
+        return confirm(arms, self.config.confirm, self.config.output / "confirm", self.listener)
 
     def write(self, confirmation: dict[str, Any] | None = None) -> None:
         """Write what is known so far: ``explore.json`` and the best runs."""
@@ -92,7 +92,7 @@ class Search:
             if known[name] is not None:
                 best = self._run_config(rows[known[name]], tests=True)
                 best = best.model_copy(update={"output": Path("runs") / f"{self.config.output.name}-{name}"})
-                write_text(self.config.output / f"{name}.yaml", run_to_yaml(best, beside=self.config.output))
+                write_text(self.config.output / f"{name}.yaml", to_yaml(best, beside=self.config.output))
         write_json(self.config.output / "explore.json", known)
 
     def _take_up(self) -> None:
@@ -171,8 +171,8 @@ class Search:
         """Run the plan of ``trial`` as a cell, and tell optuna what it gave."""
         row = self._row(trial)
         config = self._run_config(row, tests=False)
-        judge = _Judge(self.watch, trial, self.metric, config, stops=row["kind"] == "mixed")
-        self.watch.trial_began(row, runs, self.config.trials)
+        judge = _Judge(self.listener, trial, self.metric, config, stops=row["kind"] == "mixed")
+        self.listener.trial_began(row, runs, self.config.trials)
         began = time.perf_counter()
         told: dict[str, Any] = {}
         try:
@@ -193,7 +193,7 @@ class Search:
             told = {"state": self.states.FAIL}
         trial.set_user_attr("seconds", round(time.perf_counter() - began, 1))
         self.study.tell(trial, **told)
-        self.watch.trial_ended(self._row(trial))
+        self.listener.trial_ended(self._row(trial))
 
     def _row(self, trial: Any) -> Row:
         return row_of(self._trials()[trial.number], self.space)
@@ -219,8 +219,8 @@ class _Judge(Steps):
     ``stops``: whether it may be left.
     """
 
-    def __init__(self, watch: Watch, trial: Any, metric: str, config: RunConfig, stops: bool) -> None:
-        super().__init__(watch)
+    def __init__(self, listener: SearchListener, trial: Any, metric: str, config: RunConfig, stops: bool) -> None:
+        super().__init__(listener)
         self.training = False
         self._trial = trial
         self._metric = metric

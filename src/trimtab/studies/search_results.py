@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from trimtab.studies.explore_config import ExploreConfig
+from trimtab.config.search import ExploreConfig
 from trimtab.studies.search_space import Part, Space
 
 Row = dict[str, Any]

@@ -20,12 +20,10 @@ from torch import nn
 
 from trimtab import methods
 from trimtab.bases import WeightBase
+from trimtab.config.search import NONE
 from trimtab.errors import ConfigError, PlanError
 from trimtab.surgery.plan import Plan, Rule
 from trimtab.surgery.targets import block_number, find_targets
-
-NONE = "none"
-"""The word for a group that is left frozen."""
 
 KINDS = {"attention": "*attn.*", "mlp": "*.mlp.*"}
 """How the modules of a block are told apart by default."""

@@ -16,7 +16,7 @@ from trimtab.files import write_json, write_text
 from trimtab.studies.cell import finished_cell
 from trimtab.studies.compare import chosen_runs
 from trimtab.studies.statistics import holm, mean_interval, paired_difference
-from trimtab.studies.study import Cell, Study
+from trimtab.studies.study_cells import Cell, Study
 
 MEASURES = {
     "choice": "accuracy",

@@ -6,13 +6,13 @@ from typing import Any
 
 from rich.console import Console
 
-from trimtab.cli.displays.run import Display
+from trimtab.cli.displays.run import OneOfManyDisplay
 from trimtab.reports.search.search_words import plan_words, score_words
 from trimtab.reports.shared import words
-from trimtab.studies.search import Watch
+from trimtab.studies.search import SearchListener
 
 
-class ExploreDisplay(Display, Watch):
+class SearchDisplay(OneOfManyDisplay, SearchListener):
     """Draws a search on ``console``; ``metric`` is what it improves."""
 
     def __init__(self, console: Console, metric: str) -> None:
@@ -30,7 +30,3 @@ class ExploreDisplay(Display, Watch):
         score = f"{self._metric} {score_words({'metric': self._metric}, row['score'])}"
         where = f"pruned at step {row['validations'][-1][0]}, " if row["state"] == "pruned" else ""
         self.note(f"{where}{score}, {words.duration(row['seconds'])}")
-
-    def metrics(self, row: dict[str, Any]) -> None:
-        if row["kind"] == "train":
-            self._last = row  # what the bar says; a line for each would be too many

@@ -9,14 +9,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from trimtab.cli.displays.run import Display
+from trimtab.cli.displays.run import OneOfManyDisplay
 from trimtab.reports.shared import words
 from trimtab.studies.cell import finished_cell
 from trimtab.studies.compare import StudyListener, chosen_runs
-from trimtab.studies.study import Cell, Study
+from trimtab.studies.study_cells import Cell, Study
 
 
-class StudyDisplay(StudyListener, Display):
+class StudyDisplay(StudyListener, OneOfManyDisplay):
     """Draws a study on ``console``; of each run only the live line."""
 
     def __init__(self, console: Console) -> None:
@@ -44,7 +44,7 @@ class StudyDisplay(StudyListener, Display):
         super().note(f"{self._heading}: failed: {reason}")
 
     def stage(self, text: str) -> None:
-        self._stop()
+        self._bar.stop()
 
     def note(self, text: str) -> None:
         if text.startswith(("resuming", "interrupted")):
@@ -55,10 +55,6 @@ class StudyDisplay(StudyListener, Display):
 
     def evaluated(self, result: dict[str, Any]) -> None:
         pass
-
-    def metrics(self, row: dict[str, Any]) -> None:
-        if row["kind"] == "train":
-            self._last = row
 
     def _time_left(self, searching: bool) -> str:
         """As long as those of its kind took that came to their end."""

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+SHORT_HELP = "How far each weight of a tuned model moved, in magnitude and direction."
+
 
 def command(
     base: Annotated[

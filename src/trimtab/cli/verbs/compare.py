@@ -9,6 +9,8 @@ import typer
 
 from trimtab.cli.verbs._arguments import Overrides
 
+SHORT_HELP = "Run a study, arms by tasks by seeds; compare them on a page."
+
 
 def command(
     study: Annotated[Path, typer.Argument(metavar="STUDY", help="The study's YAML file.", show_default=False)],
@@ -38,7 +40,7 @@ def command(
     """
     if plan and page_only:
         raise typer.BadParameter("--plan writes nothing, and --page-only writes the page; choose one")
-    from trimtab.studies.study import load_study
+    from trimtab.studies.study_cells import load_study
 
     loaded = load_study(study, overrides or [], out=out)
     for option, given, known in (("--only", only, loaded.said.arms), ("--task", task, loaded.said.tasks)):

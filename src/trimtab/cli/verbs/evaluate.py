@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+SHORT_HELP = "Measure a run, or any model, on rows."
+
 
 def command(
     target: Annotated[
@@ -62,11 +64,11 @@ def command(
     """Evaluate a run or a model: accuracy and F1 for closed answers, exact match for open ones, perplexity for text."""
     from rich.console import Console
 
-    from trimtab.cli.displays.run import Display
+    from trimtab.cli.displays.run import RunDisplay
     from trimtab.evaluation.run import measure
 
     console = Console()
-    with Display(console) as display:
+    with RunDisplay(console) as display:
         folder, written = measure(
             target,
             data or [],

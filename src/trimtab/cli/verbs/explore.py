@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+SHORT_HELP = "Search which layers want which method, within one budget."
+
 
 def command(
     config: Annotated[Path, typer.Argument(metavar="EXPLORE", help="The search's YAML file.", show_default=False)],
@@ -24,19 +26,19 @@ def command(
     Every plan keeps to one budget of trained parameters, and uniform plans of that budget run first. The same command
     goes on with a search that was cut off, and runs nothing twice.
     """
-    from trimtab.studies.explore_config import load_explore
+    from trimtab.config.search import load_explore
 
     loaded = load_explore(config, overrides or [])
 
     from rich.console import Console
 
-    from trimtab.cli.displays.search import ExploreDisplay
+    from trimtab.cli.displays.search import SearchDisplay
     from trimtab.files import read_json
     from trimtab.reports.search.search_words import confirmation_words, trials_table
     from trimtab.studies.explore import explore
 
     console = Console()
-    display = ExploreDisplay(console, loaded.base.train.metric)
+    display = SearchDisplay(console, loaded.base.train.metric)
     with display:
         folder = explore(loaded, display)
 

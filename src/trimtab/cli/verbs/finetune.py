@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from trimtab.config.run import RunConfig
     from trimtab.runs.folder import RunFolder
 
+SHORT_HELP = "Train a model on rows of data, measure it before and after."
+
 
 def command(
     config: Annotated[
@@ -54,11 +56,11 @@ def command(
 
     from rich.console import Console
 
-    from trimtab.cli.displays.run import Display
+    from trimtab.cli.displays.run import RunDisplay
     from trimtab.reports.run import run_tables as tables
 
     console = Console()
-    with Display(console) as display:
+    with RunDisplay(console) as display:
         from trimtab.training.run import finetune
 
         folder = finetune(loaded, resume=resume, overwrite=overwrite, listener=display)

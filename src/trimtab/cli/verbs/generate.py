@@ -8,6 +8,8 @@ import typer
 
 from trimtab.cli.verbs._arguments import RunPath
 
+SHORT_HELP = "Ask the model of a run."
+
 
 def command(
     run: RunPath,

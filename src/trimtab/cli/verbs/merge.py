@@ -28,6 +28,9 @@ class Onto(StrEnum):
     requantised = "requantised"
 
 
+SHORT_HELP = "Write a model folder that loads without trimtab."
+
+
 def command(
     run: RunPath,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.", show_default=False)],

@@ -9,6 +9,8 @@ import typer
 
 from trimtab.cli.verbs._arguments import ConfigPath, Overrides
 
+SHORT_HELP = "Show which modules get what, and the memory that takes; loads no weights."
+
 
 def command(
     config: ConfigPath,

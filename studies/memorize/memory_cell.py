@@ -15,8 +15,8 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from trimtab.studies.identifiers import draw_pairs, encode_pairs, recall
-from trimtab.studies.memorize_study import MemoryStudy
+from identifiers import draw_pairs, encode_pairs, recall
+from memory_study import MemoryStudy
 from trimtab.surgery.attach import attach, detach, trainable_parameters
 from trimtab.surgery.plan import Plan
 from trimtab.tasks import Head
@@ -25,7 +25,7 @@ from trimtab.training.trainer import parameter_groups
 MAX_GRAD_NORM = 1.0
 
 
-class Point(TypedDict):
+class CurvePoint(TypedDict):
     """``accuracy``: share of characters right after ``step`` steps; ``loss``: mean over the steps since the point
     before, in nats a character (None at the start, and once it is not a number any more)."""
 
@@ -41,7 +41,7 @@ def train_cell(
     study: MemoryStudy,
     learning_rate: float,
     seed: int,
-    evaluated: Callable[[Point], None],
+    evaluated: Callable[[CurvePoint], None],
 ) -> dict[str, Any]:
     """Train ``plan`` on the pairs of ``seed`` and give the ``curve``, the ``seconds`` and where it ``diverged`` (None:
     it did not).
@@ -61,7 +61,7 @@ def train_cell(
         optimiser = torch.optim.AdamW(parameter_groups(model, learning_rate, None, 1.0, 0.0), fused=True)
         warm_up = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: min(1.0, (step + 1) / study.warmup))
         trained = list(trainable_parameters(model).values())
-        curve: list[Point] = []
+        curve: list[CurvePoint] = []
 
         def add(step: int, losses: list[float], accuracy: float) -> None:
             curve.append({"step": step, "loss": sum(losses) / len(losses) if losses else None, "accuracy": accuracy})

@@ -183,7 +183,7 @@ def _when(arm: Mapping[str, Any]) -> str:
     return f"learnt by {statistics.median_high(steps):,}"
 
 
-def write_memorize_page(folder: Path) -> Path:
+def write_memory_page(folder: Path) -> Path:
     """Write ``memorize.png``, ``memorize.svg`` and ``memorize.html`` beside the ``memorize.json`` in ``folder``."""
     found = read_json(folder / "memorize.json")
     picture = write_picture(

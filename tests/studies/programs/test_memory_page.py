@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from memory_page import _learnt, arms_table, draw, footnote, write_memory_page
 from trimtab.files import write_json
-from trimtab.reports.memorize import _learnt, arms_table, draw, footnote, write_memorize_page
 
 LABELS = {"full": "full fine-tuning", "lora": "LoRA", "dora": "DoRA", "mora-rotation": "MoRA (rotation)",
           "mora-sharing": "MoRA (sharing)", "mora-magnitude": "MoRA + magnitude"}  # fmt: skip
@@ -90,7 +90,7 @@ def test_picture(found: dict[str, Any]) -> None:
 
 def test_page(found: dict[str, Any], tmp_path: Path) -> None:
     write_json(tmp_path / "memorize.json", found)
-    page = write_memorize_page(tmp_path).read_text(encoding="utf-8")
+    page = write_memory_page(tmp_path).read_text(encoding="utf-8")
     assert {file.name for file in tmp_path.iterdir()} == {
         "memorize.html", "memorize.json", "memorize.png", "memorize.svg",
     }  # fmt: skip
@@ -100,7 +100,7 @@ def test_page(found: dict[str, Any], tmp_path: Path) -> None:
     assert page.count("<tr>") == 2 * (1 + 7)
     assert "42 cells, 10 minutes of training" in page.replace("\n", " ")
     first = (tmp_path / "memorize.svg").read_bytes()
-    write_memorize_page(tmp_path)
+    write_memory_page(tmp_path)
     assert (tmp_path / "memorize.svg").read_bytes() == first
 
 

@@ -10,16 +10,17 @@ from typing import Any
 import pytest
 import torch
 
+import memory_cell
+from identifiers import draw_pairs, encode_pairs
+from memory_bench import MemoryListener, keep_blocks, memorize
+from memory_cell import train_cell
+from memory_results import area, steps_to
+from memory_study import CONTENDERS, Arm, MemoryStudy
 from run_fixtures import model_folder, own_cache
 from tiny_runs import tiny_model, tiny_tokenizer
+from trimtab.config.read import validated
 from trimtab.errors import ConfigError, Interrupted, ModelError, RunError
 from trimtab.files import read_json
-from trimtab.studies import memorize_cell
-from trimtab.studies.identifiers import draw_pairs, encode_pairs
-from trimtab.studies.memorize import Watcher, keep_blocks, memorize
-from trimtab.studies.memorize_cell import train_cell
-from trimtab.studies.memorize_results import area, steps_to
-from trimtab.studies.memorize_study import CONTENDERS, Arm, MemoryStudy
 from trimtab.surgery.plan import Plan, Rule
 
 __all__ = ["model_folder", "own_cache"]
@@ -37,7 +38,7 @@ def small(model_folder: Path) -> Callable[..., MemoryStudy]:
     return lambda **changes: MemoryStudy(model=str(model_folder), **{**SMALL, **changes})
 
 
-class Counted(Watcher):
+class Counted(MemoryListener):
     """Keeps the names of the cells that were trained and of those that were found."""
 
     def __init__(self, stop_at: int | None = None) -> None:
@@ -103,14 +104,14 @@ def test_the_loss_is_on_the_value_alone() -> None:
 
 
 def test_a_cell_that_diverges(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = memorize_cell.Head.loss_at_labels
+    original = memory_cell.Head.loss_at_labels
     calls: list[int] = []
 
     def spoiled(*args: Any, **kwargs: Any) -> torch.Tensor:
         calls.append(1)
         return original(*args, **kwargs) * (float("nan") if len(calls) == 3 else 1.0)
 
-    monkeypatch.setattr(memorize_cell.Head, "loss_at_labels", spoiled)
+    monkeypatch.setattr(memory_cell.Head, "loss_at_labels", spoiled)
     tokenizer = tiny_tokenizer()
     plan = Plan([Rule(match="all-linear", method="lora", rank=2)])
     study = MemoryStudy(**{**SMALL, "steps": 6, "learning_rates": None})
@@ -124,11 +125,11 @@ def test_a_cell_that_diverges(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_batches_are_one_shuffle_after_the_other() -> None:
-    batches = memorize_cell._batches(6, 4, seed=0)
+    batches = memory_cell._batches(6, 4, seed=0)
     drawn = torch.cat([next(batches) for _ in range(6)])
     for epoch in drawn.split(6):
         assert sorted(epoch.tolist()) == list(range(6))
-    again = memorize_cell._batches(6, 4, seed=0)
+    again = memory_cell._batches(6, 4, seed=0)
     assert torch.equal(torch.cat([next(again) for _ in range(6)]), drawn)
 
 
@@ -191,7 +192,7 @@ def test_two_at_one_study_are_refused(small: Callable[..., MemoryStudy], tmp_pat
     study, out = small(methods=("lora",), budgets=(2,), seeds=1, learning_rates=(1e-2,), steps=2), tmp_path / "out"
     refused = []
 
-    class Second(Watcher):
+    class Second(MemoryListener):
         def began(self, cell: Any) -> None:
             for other in (study, small(pairs=7)):  # no cell is done: another task's could be written down otherwise
                 with pytest.raises(RunError, match="another process is at work here") as caught:
@@ -206,7 +207,7 @@ def test_two_at_one_study_are_refused(small: Callable[..., MemoryStudy], tmp_pat
 def test_an_interrupted_cell_leaves_the_others(
     small: Callable[..., MemoryStudy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, calls = memorize_cell.recall, []
+    original, calls = memory_cell.recall, []
 
     def interrupted(*args: Any) -> float:
         calls.append(1)
@@ -214,7 +215,7 @@ def test_an_interrupted_cell_leaves_the_others(
             raise KeyboardInterrupt
         return original(*args)
 
-    monkeypatch.setattr(memorize_cell, "recall", interrupted)
+    monkeypatch.setattr(memory_cell, "recall", interrupted)
     with pytest.raises(Interrupted, match="1 finished cells of 20"):
         memorize(small(), tmp_path / "out")
     assert [file.name for file in (tmp_path / "out" / "cells").glob("*.json")] == ["full-lr0.001-seed0.json"]
@@ -253,7 +254,7 @@ def test_cells_of_another_task(small: Callable[..., MemoryStudy], tmp_path: Path
 )
 def test_settings_that_cannot_be(said: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        MemoryStudy(**said)
+        validated(MemoryStudy, said, "study.yaml", ())
 
 
 def test_errors_come_before_any_training(small: Callable[..., MemoryStudy], tmp_path: Path) -> None:

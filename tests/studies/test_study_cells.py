@@ -12,7 +12,7 @@ import yaml
 from tiny_runs import rows, write_rows
 from trimtab.config.resolve import plan_of
 from trimtab.errors import ConfigError
-from trimtab.studies.study import load_study
+from trimtab.studies.study_cells import load_study
 
 STUDIES = Path(__file__).parents[2] / "studies"
 

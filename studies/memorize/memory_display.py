@@ -12,10 +12,10 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from trimtab.cli.displays.run import duration
-from trimtab.studies.memorize import Watcher
-from trimtab.studies.memorize_cell import Point
-from trimtab.studies.memorize_study import CONTENDERS, SEARCH_SEED, Arm, Cell, MemoryStudy
+from memory_bench import MemoryListener
+from memory_cell import CurvePoint
+from memory_study import CONTENDERS, SEARCH_SEED, Arm, MemoryCell, MemoryStudy
+from trimtab.cli.displays.progress import clock
 
 _LEVELS = "▁▂▃▄▅▆▇█"
 _QUIET_SECONDS = 60.0
@@ -27,7 +27,7 @@ def sparkline(accuracies: list[float]) -> str:
     return "".join(_LEVELS[min(int(value * len(_LEVELS)), len(_LEVELS) - 1)] for value in accuracies)
 
 
-class MemoryDisplay(Watcher):
+class MemoryDisplay(MemoryListener):
     """Draws a study on ``console``. Use it as a context: the live part ends with it, whatever happens."""
 
     def __init__(self, console: Console) -> None:
@@ -35,7 +35,7 @@ class MemoryDisplay(Watcher):
         self._live: Live | None = None
         self._study: MemoryStudy | None = None
         self._parameters: Mapping[Arm, int] = {}
-        self._curves: dict[Arm, tuple[Cell, list[float]]] = {}
+        self._curves: dict[Arm, tuple[MemoryCell, list[float]]] = {}
         self._done = self._trained = 0
         self._spent = 0.0
         self._heard = time.monotonic()
@@ -62,11 +62,11 @@ class MemoryDisplay(Watcher):
             for arm, count in parameters.items():
                 self._say(f"  {_name(arm)}: {count:,} parameters")
 
-    def began(self, cell: Cell) -> None:
+    def began(self, cell: MemoryCell) -> None:
         self._curves[cell.arm] = (cell, [])
         self._heard = time.monotonic()
 
-    def evaluated(self, cell: Cell, point: Point) -> None:
+    def evaluated(self, cell: MemoryCell, point: CurvePoint) -> None:
         assert self._study is not None
         self._curves[cell.arm][1].append(point["accuracy"])
         self._draw()
@@ -75,7 +75,7 @@ class MemoryDisplay(Watcher):
             step = f"step {point['step']:,}/{self._study.steps:,}"
             self._say(f"    {_words(cell)}: {step}, {100 * point['accuracy']:.1f} % right")
 
-    def ended(self, cell: Cell, result: Mapping[str, Any], fresh: bool) -> None:
+    def ended(self, cell: MemoryCell, result: Mapping[str, Any], fresh: bool) -> None:
         accuracies = [point["accuracy"] for point in result["curve"]]
         self._curves[cell.arm] = (cell, accuracies)
         self._done += 1
@@ -96,7 +96,7 @@ class MemoryDisplay(Watcher):
     def _left(self) -> str:
         assert self._study is not None
         left = self._study.size - self._done
-        return f", {duration(self._spent / self._trained * left)} left" if self._trained and left else ""
+        return f", {clock(self._spent / self._trained * left)} left" if self._trained and left else ""
 
     def _draw(self) -> None:
         if self._live is not None:
@@ -127,9 +127,9 @@ def _name(arm: Arm) -> str:
     return label if arm.budget is None else f"{label}, rank {arm.budget}"
 
 
-def _which(cell: Cell) -> str:
+def _which(cell: MemoryCell) -> str:
     return f"{'search' if cell.seed == SEARCH_SEED else f'seed {cell.seed}'}, lr {cell.learning_rate:g}"
 
 
-def _words(cell: Cell) -> str:
+def _words(cell: MemoryCell) -> str:
     return f"{_name(cell.arm)}, {_which(cell)}"

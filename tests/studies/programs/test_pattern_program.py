@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import math
-import runpy
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -18,19 +17,19 @@ from scipy import stats
 from transformers import AutoModelForCausalLM
 
 import trimtab
+from pattern_page import pattern_table, verdict, write_pattern_page
+from pattern_pictures import PAPER, with_interval
+from pattern_results import VIEWS, mean_correlation, summarise, write_results
+from pattern_study import AS_SET, PatternCell, load_pattern_study, run_cells
 from tiny_runs import rows, write_rows
 from trimtab.errors import ConfigError, Interrupted, PlanError, RunError
 from trimtab.files import locked, read_json
-from trimtab.reports.pattern import pattern_table, verdict, write_pattern_page
-from trimtab.reports.pattern_pictures import PAPER, with_interval
 from trimtab.runs.events import Listener
 from trimtab.runs.folder import RunFolder
 from trimtab.studies import cell as cell_module
-from trimtab.studies.pattern import AS_SET, Cell, load_study, run_study
-from trimtab.studies.pattern_results import VIEWS, mean_correlation, summarise, write_results
 from trimtab.training.run import finetune
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def arm(method: str, learning_rate: float, **options: Any) -> dict[str, Any]:
@@ -78,12 +77,12 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return done
 
 
-def results(cells: Sequence[Cell]) -> list[tuple[Cell, dict[str, Any]]]:
-    return list(run_study(cells, Listener(), []))
+def results(cells: Sequence[PatternCell]) -> list[tuple[PatternCell, dict[str, Any]]]:
+    return list(run_cells(cells, Listener(), []))
 
 
 def test_the_cells_of_a_study(study: Callable[..., Path], tmp_path: Path) -> None:
-    loaded = load_study(study(), ["train.max_steps=6"])
+    loaded = load_pattern_study(study(), ["train.max_steps=6"])
     cells = loaded.cells
     assert [(cell.level, cell.arm, cell.seed) for cell in cells] == [
         (AS_SET, "full", 0),
@@ -124,19 +123,19 @@ def test_a_wrong_study_is_refused_before_anything_runs(
     study: Callable[..., Path], changes: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(ConfigError, match=words):
-        load_study(study(**{"levels": {}, **changes}))
+        load_pattern_study(study(**{"levels": {}, **changes}))
 
 
 def test_a_plan_that_cannot_be_is_refused_before_anything_runs(study: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=r"plan\.0"):
-        load_study(study(arms={"full": arm("full", 1e-3, rank=3)}, levels={}))
+        load_pattern_study(study(arms={"full": arm("full", 1e-3, rank=3)}, levels={}))
     with pytest.raises(ConfigError, match="no such file"):
-        load_study(tmp_path / "none.yaml")
+        load_pattern_study(tmp_path / "none.yaml")
 
 
 def test_nothing_is_run_twice(study: Callable[..., Path], runs: list[Any], tmp_path: Path) -> None:
     """Cut off after two cells of six and in the middle of the third."""
-    cells = load_study(study()).cells
+    cells = load_pattern_study(study()).cells
 
     class Stops(Listener):
         steps = 0
@@ -147,7 +146,7 @@ def test_nothing_is_run_twice(study: Callable[..., Path], runs: list[Any], tmp_p
                 raise KeyboardInterrupt
 
     with pytest.raises((Interrupted, KeyboardInterrupt)):
-        list(run_study(cells, Stops(), []))
+        list(run_cells(cells, Stops(), []))
     assert len(runs) == 3
     kept = sorted(path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("cell.json"))
     assert len(kept) == 2
@@ -162,7 +161,7 @@ def test_nothing_is_run_twice(study: Callable[..., Path], runs: list[Any], tmp_p
 def test_a_cell_keeps_what_analysis_says_of_each_checkpoint(
     study: Callable[..., Path], runs: list[Any], tmp_path: Path, model_folder: Path
 ) -> None:
-    cells = load_study(study()).cells
+    cells = load_pattern_study(study()).cells
     ((_, found),) = results([cells[1]])
     measured = found["measured"]
     assert [change[:3] for change in measured["changes"]] == [
@@ -183,7 +182,7 @@ def test_a_cell_keeps_what_analysis_says_of_each_checkpoint(
         assert direction == pytest.approx(change.delta_direction, rel=1e-3)
 
 
-def made(seeds: int = 3) -> list[tuple[Cell, dict[str, Any]]]:
+def made(seeds: int = 3) -> list[tuple[PatternCell, dict[str, Any]]]:
     """Results of three arms with made-up changes: four blocks, two checkpoints, two kinds."""
     draw = np.random.default_rng(0)
     found = []
@@ -195,7 +194,7 @@ def made(seeds: int = 3) -> list[tuple[Cell, dict[str, Any]]]:
                 for block in range(4)
                 for kind in ("q_proj", "v_proj")
             ]
-            cell: Any = Cell(AS_SET, arm, seed, None)  # type: ignore[arg-type]
+            cell: Any = PatternCell(AS_SET, arm, seed, None)  # type: ignore[arg-type]
             told = {"trainable_parameters": 5, "steps": 20, "training_seconds": 1.0, "total_seconds": 2.0}
             told |= {"peak_memory_gib": 0.5, "precision": "float32", "machine": {}, "versions": {}}
             found.append((cell, {**told, "measured": {"first_loss": 2.0, "last_loss": 1.0, "changes": changes}}))
@@ -259,12 +258,12 @@ def test_the_verdict_goes_no_further_than_its_interval() -> None:
 
 @pytest.mark.parametrize("seeds", [1, 3])
 def test_the_page_is_whole(study: Callable[..., Path], tmp_path: Path, seeds: int) -> None:
-    loaded = load_study(study())
+    loaded = load_pattern_study(study())
     found = made(seeds)
-    changed = [(Cell("slower", cell.arm, cell.seed, cell.config), result) for cell, result in found[: 2 * seeds]]
+    changed = [(PatternCell("slower", cell.arm, cell.seed, cell.config), result) for cell, result in found[: 2 * seeds]]
     others = deepcopy(changed[:seeds])
     for place, (cell, result) in enumerate(others):
-        others[place] = Cell("other matrices", cell.arm, cell.seed, cell.config), result
+        others[place] = PatternCell("other matrices", cell.arm, cell.seed, cell.config), result
         for change in result["measured"]["changes"]:
             change[0] = {"q_proj": "k_proj", "v_proj": "o_proj"}[change[0]]
     write_results(loaded, found + changed + others)
@@ -284,9 +283,9 @@ def test_the_page_is_whole(study: Callable[..., Path], tmp_path: Path, seeds: in
 
 
 def test_the_program_runs_and_goes_on(
-    study: Callable[..., Path], runs: list[Any], capsys: pytest.CaptureFixture[str]
+    study: Callable[..., Path], runs: list[Any], capsys: pytest.CaptureFixture[str], program: Any
 ) -> None:
-    main = runpy.run_path(str(ROOT / "studies" / "pattern.py"))["main"]
+    main = program("pattern")
     file = study(arms={"lora": arm("lora", 1e-2, rank=2)}, levels={}, seeds=[0])
     for _ in range(2):
         assert main([str(file)]) == 0
@@ -295,17 +294,17 @@ def test_the_program_runs_and_goes_on(
         assert "pattern.html" in said
         assert len(runs) == 1
     assert main([str(file), "train.sede=1"]) == 1
-    assert "unknown key" in capsys.readouterr().out
+    assert "unknown key" in capsys.readouterr().err
     assert main([]) == 2
 
 
 def test_two_at_one_study_are_refused(
-    study: Callable[..., Path], runs: list[Any], capsys: pytest.CaptureFixture[str], tmp_path: Path
+    study: Callable[..., Path], runs: list[Any], capsys: pytest.CaptureFixture[str], tmp_path: Path, program: Any
 ) -> None:
-    main = runpy.run_path(str(ROOT / "studies" / "pattern.py"))["main"]
+    main = program("pattern")
     with locked(tmp_path / "out" / "cells" / ".lock"):
         assert main([str(study())]) == 1
-    assert "another process is at work here" in capsys.readouterr().out
+    assert "another process is at work here" in capsys.readouterr().err
     assert runs == []
 
 
@@ -315,6 +314,7 @@ def test_a_failed_run_is_told_and_the_others_go_on(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
+    program: Any,
 ) -> None:
     here = cell_module.run_apart
 
@@ -324,9 +324,9 @@ def test_a_failed_run_is_told_and_the_others_go_on(
         here(config, listener)
 
     monkeypatch.setattr(cell_module, "run_apart", run)
-    main = runpy.run_path(str(ROOT / "studies" / "pattern.py"))["main"]
+    main = program("pattern")
     assert main([str(study(levels={}, seeds=[0]))]) == 1
-    assert "failed: full, as set, seed 0: training has diverged" in capsys.readouterr().out
+    assert "full, as set, seed 0: training has diverged" in capsys.readouterr().err
     assert {row["arm"] for row in read_json(tmp_path / "out" / "pattern.json")["cells"]} == {"dora"}
     assert (tmp_path / "out" / "pattern.html").is_file()
 
@@ -337,6 +337,7 @@ def test_the_program_says_how_to_go_on_when_it_is_stopped(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
+    program: Any,
 ) -> None:
     here = cell_module.run_apart
 
@@ -346,16 +347,16 @@ def test_the_program_says_how_to_go_on_when_it_is_stopped(
         here(config, listener)
 
     monkeypatch.setattr(cell_module, "run_apart", run)
-    main = runpy.run_path(str(ROOT / "studies" / "pattern.py"))["main"]
+    main = program("pattern")
     assert main([str(study())]) == 130
-    assert "Go on with the same command" in capsys.readouterr().out
+    assert "Go on with the same command" in capsys.readouterr().err
     assert "1 runs" in (tmp_path / "out" / "pattern.html").read_text(encoding="utf-8")
 
 
 def test_the_shipped_study_is_three_methods_from_one_start() -> None:
     if not (ROOT.parent / "shared" / "data" / "finance").is_dir():
         pytest.skip("../shared/data, the finance rows, is not here")
-    study = load_study(ROOT / "studies" / "pattern.yaml")
+    study = load_pattern_study(ROOT / "studies" / "pattern" / "study.yaml")
     assert set(study.said.arms) == set(PAPER)
     assert len(study.said.seeds) >= 3
     first = [cell.config for cell in study.cells if cell.level == AS_SET]

@@ -12,9 +12,7 @@ from typing import Any
 
 from rich.table import Table
 
-from trimtab.config.yaml_text import write_yaml
-from trimtab.files import read_json, write_text
-from trimtab.reports.pattern_pictures import (
+from pattern_pictures import (
     PAPER,
     VIEW_WORDS,
     draw_changes,
@@ -26,6 +24,8 @@ from trimtab.reports.pattern_pictures import (
     signed,
     with_interval,
 )
+from trimtab.config.yaml_text import write_yaml
+from trimtab.files import read_json, write_text
 from trimtab.reports.shared.figures import write_picture
 from trimtab.reports.shared.shell import html_table, page
 

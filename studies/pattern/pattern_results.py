@@ -12,12 +12,12 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pattern_study import ChangePoint, PatternCell, PatternStudy
 from trimtab.analysis.correlation import centred, pearson
 from trimtab.files import write_json, write_text
-from trimtab.studies.pattern import Cell, Point, Study
 from trimtab.studies.statistics import mean_interval
 
-COLUMNS = ("level", "arm", "seed", *Point._fields)
+COLUMNS = ("level", "arm", "seed", *ChangePoint._fields)
 
 VIEWS = {
     "all": "over layers and checkpoints, as in the paper",
@@ -29,7 +29,7 @@ VIEWS = {
 }
 
 
-def summarise(results: Sequence[tuple[Cell, Mapping[str, Any]]]) -> dict[str, Any]:
+def summarise(results: Sequence[tuple[PatternCell, Mapping[str, Any]]]) -> dict[str, Any]:
     """The study's numbers.
 
     - ``cells``: a line for each run: what it trained, for how long, its loss.
@@ -37,9 +37,9 @@ def summarise(results: Sequence[tuple[Cell, Mapping[str, Any]]]) -> dict[str, An
       one correlation of dM and dD per seed, their mean and its 95 % interval (`mean_correlation`).
     - ``changes``: mean dM and dD over layers and seeds at each checkpoint.
     """
-    groups: dict[tuple[str, str], list[list[Point]]] = defaultdict(list)
+    groups: dict[tuple[str, str], list[list[ChangePoint]]] = defaultdict(list)
     for cell, found in results:
-        groups[cell.level, cell.arm].append([Point(*one) for one in found["measured"]["changes"]])
+        groups[cell.level, cell.arm].append([ChangePoint(*one) for one in found["measured"]["changes"]])
     correlations, changes = [], []
     for (level, arm), runs in groups.items():
         kinds = list(dict.fromkeys(point.kind for point in runs[0]))
@@ -59,7 +59,7 @@ def summarise(results: Sequence[tuple[Cell, Mapping[str, Any]]]) -> dict[str, An
     return {"cells": [_line(cell, found) for cell, found in results], "correlations": correlations, "changes": changes}
 
 
-def _correlation(cloud: Sequence[Point], view: str) -> float | None:
+def _correlation(cloud: Sequence[ChangePoint], view: str) -> float | None:
     """Pearson's correlation over the points of one run, seen in one of ``VIEWS``."""
     if view == "size":
         last = [point for point in cloud if point.step == cloud[-1].step]
@@ -95,7 +95,7 @@ def _share(value: float, of: float) -> float:
     return value / of if of else 0.0
 
 
-def _line(cell: Cell, found: Mapping[str, Any]) -> dict[str, Any]:
+def _line(cell: PatternCell, found: Mapping[str, Any]) -> dict[str, Any]:
     kept = ("trainable_parameters", "steps", "training_seconds", "total_seconds", "peak_memory_gib", "precision")
     measured = found["measured"]
     return (
@@ -105,7 +105,7 @@ def _line(cell: Cell, found: Mapping[str, Any]) -> dict[str, Any]:
     )
 
 
-def write_results(study: Study, results: Sequence[tuple[Cell, Mapping[str, Any]]]) -> None:
+def write_results(study: PatternStudy, results: Sequence[tuple[PatternCell, Mapping[str, Any]]]) -> None:
     """Write both files into the study's folder (there is at least one result); the JSON keeps what the YAML said."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

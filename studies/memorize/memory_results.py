@@ -9,9 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from memory_study import CONTENDERS, Arm, MemoryStudy
 from trimtab.files import write_json, write_text
 from trimtab.machine import describe_machine, versions
-from trimtab.studies.memorize_study import CONTENDERS, Arm, MemoryStudy
 from trimtab.studies.statistics import mean_interval
 
 REFERENCE = "lora"

@@ -24,7 +24,9 @@ from trimtab.config.read import build_config, read_mapping, to_mapping, validate
 from trimtab.config.run import RunConfig, Section
 from trimtab.config.yaml_text import parse_override, set_dotted, show, write_yaml
 from trimtab.errors import ConfigError
-from trimtab.studies.search_space import NONE
+
+NONE = "none"
+"""The word for a group that is left frozen."""
 
 
 def _budget(value: object) -> int | str:
@@ -172,7 +174,7 @@ def load_explore(path: Path | str, overrides: Sequence[str] = ()) -> ExploreConf
     return validated(ExploreConfig, raw, str(file), overridden)
 
 
-def to_yaml(config: ExploreConfig) -> str:
+def search_to_yaml(config: ExploreConfig) -> str:
     """``config`` in full as YAML text for a file in its output folder; ``load_explore`` of that gives an equal config.
 
     The local paths of the model and of the rows are written as seen from there, so that the folder may be moved

@@ -1,6 +1,6 @@
 """The pattern study: do magnitude and direction of a weight change together, or in place of each other?
 
-    python studies/pattern.py studies/pattern.yaml
+    python studies/pattern/run.py studies/pattern/study.yaml
 
 DoRA (arXiv 2402.09353, section 3.2) followed the query and value matrices of VL-BART through training and correlated
 dM with dD over layers and checkpoints: -0.62 for full fine-tuning, +0.83 for LoRA, -0.31 for DoRA. This study trains
@@ -22,11 +22,11 @@ from trimtab.analysis.changes import analyse
 from trimtab.config.read import build_config
 from trimtab.config.resolve import plan_of, source_of
 from trimtab.config.run import RunConfig, Section
+from trimtab.config.study import merge_settings, read_study
 from trimtab.errors import RunError
 from trimtab.runs.events import Listener
 from trimtab.runs.folder import RunFolder
 from trimtab.studies.cell import digest, run_cell
-from trimtab.studies.study import merge_settings, read_study
 
 AS_SET = "as set"
 """The level of the arms as the study sets them."""
@@ -34,8 +34,8 @@ AS_SET = "as set"
 _DIGITS = 8  # significant ones of a change, kept on disk
 
 
-class PatternStudy(Section):
-    """What a study's YAML may say. A later mapping is merged into an earlier one, as in `trimtab.studies.study`."""
+class PatternConfig(Section):
+    """What a study's YAML may say. A later mapping is merged into an earlier one, as in `trimtab.config.study`."""
 
     base: dict[str, Any] = Field(description="What all runs have in common: the keys of a run's YAML.")
     arms: dict[str, dict[str, Any]] = Field(min_length=1, description="Name of a method -> what differs from base.")
@@ -61,7 +61,7 @@ class PatternStudy(Section):
         return self
 
 
-class Point(NamedTuple):
+class ChangePoint(NamedTuple):
     """One weight at one checkpoint."""
 
     kind: str
@@ -73,7 +73,7 @@ class Point(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Cell:
+class PatternCell:
     """One run of the study."""
 
     level: str
@@ -86,16 +86,16 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Study:
+class PatternStudy:
     """A study that was read, with its runs."""
 
-    said: PatternStudy
+    said: PatternConfig
     folder: Path
     """Where its results go."""
-    cells: tuple[Cell, ...]
+    cells: tuple[PatternCell, ...]
 
 
-def load_study(path: Path | str, overrides: Sequence[str] = (), *, out: Path | None = None) -> Study:
+def load_pattern_study(path: Path | str, overrides: Sequence[str] = (), *, out: Path | None = None) -> PatternStudy:
     """Read a study's YAML and make the configuration of each of its runs.
 
     Args:
@@ -109,12 +109,12 @@ def load_study(path: Path | str, overrides: Sequence[str] = (), *, out: Path | N
         RunError: the rows cannot be read.
     """
     file = Path(path)
-    said = read_study(PatternStudy, file, overrides)
+    said = read_study(PatternConfig, file, overrides)
     folder = (out or file.parent / (said.output or file.stem)).absolute()
-    return Study(said, folder, tuple(_cells(said, file, folder)))
+    return PatternStudy(said, folder, tuple(_cells(said, file, folder)))
 
 
-def _cells(said: PatternStudy, file: Path, folder: Path) -> Iterator[Cell]:
+def _cells(said: PatternConfig, file: Path, folder: Path) -> Iterator[PatternCell]:
     """The arms as set first, so that a study that is stopped early has its main result."""
     levels: dict[str, dict[str, dict[str, Any]]] = {AS_SET: {arm: {} for arm in said.arms}, **said.levels}
     for level, arms in levels.items():
@@ -129,12 +129,12 @@ def _cells(said: PatternStudy, file: Path, folder: Path) -> Iterator[Cell]:
                 plan_of(config)
                 # Named by what decides its results: a level that changes nothing for an arm shares the cell.
                 where = folder / "cells" / f"{arm}-{seed}-{digest(config)}"
-                yield Cell(level, arm, seed, config.model_copy(update={"output": where}))
+                yield PatternCell(level, arm, seed, config.model_copy(update={"output": where}))
 
 
 def measure(config: RunConfig, folder: RunFolder) -> dict[str, Any]:
     """What the study keeps of a run: the loss in its first line of metrics and over the last quarter of them, and the
-    ``changes``, a `Point` for each weight and checkpoint."""
+    ``changes``, a `ChangePoint` for each weight and checkpoint."""
     losses = [row["loss"] for row in folder.read_metrics() if row["kind"] == "train"]
     last = losses[-max(1, len(losses) // 4) :]
     changes: dict[tuple[str, int | None], list[Any]] = {}
@@ -142,13 +142,13 @@ def measure(config: RunConfig, folder: RunFolder) -> dict[str, Any]:
         numbers = (one.norm, one.delta_magnitude, one.delta_direction)
         rounded = (float(f"{value:.{_DIGITS}g}") for value in numbers)
         # The adapter that the run ended with has the step of the last checkpoint, which comes first.
-        changes.setdefault((one.module, one.step), [*Point(one.kind, one.block, one.step, *rounded)])
+        changes.setdefault((one.module, one.step), [*ChangePoint(one.kind, one.block, one.step, *rounded)])
     return {"first_loss": losses[0], "last_loss": sum(last) / len(last), "changes": list(changes.values())}
 
 
-def run_study(
-    cells: Sequence[Cell], listener: Listener, failed: list[tuple[Cell, str]]
-) -> Iterator[tuple[Cell, dict[str, Any]]]:
+def run_cells(
+    cells: Sequence[PatternCell], listener: Listener, failed: list[tuple[PatternCell, str]]
+) -> Iterator[tuple[PatternCell, dict[str, Any]]]:
     """Each cell with its results (``cell.json``), run where it is not done yet.
 
     A cell that fails is put into ``failed`` with the reason, and the others go on; another call tries it again. Raises

@@ -23,37 +23,37 @@ from typing import Any
 
 import torch
 
+from budgets import matched_plan
+from memory_cell import CurvePoint, train_cell
+from memory_results import area, write_results
+from memory_study import CONTENDERS, Arm, MemoryCell, MemoryStudy
 from trimtab.errors import ConfigError, Interrupted, RunError
 from trimtab.files import locked, read_json, write_json
 from trimtab.machine import device
 from trimtab.models.load import load_tokenizer
 from trimtab.models.locate import locate
 from trimtab.runs.load import load_fitting
-from trimtab.studies.budgets import matched_plan
-from trimtab.studies.memorize_cell import Point, train_cell
-from trimtab.studies.memorize_results import area, write_results
-from trimtab.studies.memorize_study import CONTENDERS, Arm, Cell, MemoryStudy
 from trimtab.surgery.attach import attach, detach
 from trimtab.surgery.plan import ALL_LINEAR, Plan, Rule
 
 
-class Watcher:
+class MemoryListener:
     """Receives what happens in a study. Every method does nothing here; override those of interest."""
 
     def planned(self, study: MemoryStudy, parameters: Mapping[Arm, int]) -> None:
         """Before the first cell: what each arm trains."""
 
-    def began(self, cell: Cell) -> None:
+    def began(self, cell: MemoryCell) -> None:
         """``cell`` starts to train."""
 
-    def evaluated(self, cell: Cell, point: Point) -> None:
+    def evaluated(self, cell: MemoryCell, point: CurvePoint) -> None:
         """A point was added to the curve of ``cell``."""
 
-    def ended(self, cell: Cell, result: Mapping[str, Any], fresh: bool) -> None:
+    def ended(self, cell: MemoryCell, result: Mapping[str, Any], fresh: bool) -> None:
         """``cell`` is done; ``fresh``: now, and not in an earlier call."""
 
 
-def memorize(study: MemoryStudy, out: Path, watcher: Watcher | None = None) -> dict[str, Any]:
+def memorize(study: MemoryStudy, out: Path, watcher: MemoryListener | None = None) -> dict[str, Any]:
     """Run what is missing of ``study`` in the folder ``out`` and return what ``memorize.json`` holds.
 
     Raises:
@@ -65,7 +65,7 @@ def memorize(study: MemoryStudy, out: Path, watcher: Watcher | None = None) -> d
     chosen: dict[Arm, float] = {}
     with folder.claimed():
         try:
-            bench = _Bench(study, folder, watcher or Watcher())
+            bench = _Bench(study, folder, watcher or MemoryListener())
             bench.watcher.planned(study, bench.parameters)
             for arm in study.arms:
                 tried = {cell.learning_rate: bench.result(cell) for cell in study.candidates(arm)}
@@ -103,22 +103,22 @@ class StudyFolder:
         """
         file = self.path / "study.json"
         if not file.is_file() and self.path.is_dir() and any(self.path.iterdir()):
-            raise RunError(f"{self.path}: holds something other than a memory study; choose another --out")
+            raise RunError(f"{self.path}: holds something other than a memory study; choose another output")
         with locked(self.path / "cells" / ".lock"):
             here, there = self.study.task, _read(file) if file.is_file() else {}
             differ = [key for key in here if key not in there or there[key] != here[key]]
             if differ and self.done():
                 said = ", ".join(f"{key} {there.get(key)} there, {here[key]} asked for" for key in differ)
                 raise RunError(
-                    f"{file}: its cells are of another task: {said}. Ask for the same, or choose another --out"
+                    f"{file}: its cells are of another task: {said}. Ask for the same, or choose another output"
                 )
             write_json(file, here)
             yield
 
-    def file(self, cell: Cell) -> Path:
+    def file(self, cell: MemoryCell) -> Path:
         return self.path / "cells" / f"{cell}.json"
 
-    def read(self, cell: Cell) -> dict[str, Any] | None:
+    def read(self, cell: MemoryCell) -> dict[str, Any] | None:
         """The cell's result, if it is done."""
         return _read(self.file(cell)) if self.file(cell).is_file() else None
 
@@ -144,7 +144,7 @@ def _read(file: Path) -> dict[str, Any]:
 class _Bench:
     """The model, the plans, and the way from a cell to its result."""
 
-    def __init__(self, study: MemoryStudy, folder: StudyFolder, watcher: Watcher) -> None:
+    def __init__(self, study: MemoryStudy, folder: StudyFolder, watcher: MemoryListener) -> None:
         self.study, self.folder, self.watcher = study, folder, watcher
         source = locate(study.model)
         self.tokenizer = load_tokenizer(source)
@@ -160,7 +160,7 @@ class _Bench:
             return Plan([Rule(match=ALL_LINEAR, method=contender.method, **contender.options)])
         return matched_plan(self.model, contender.method, contender.options, arm.budget)
 
-    def result(self, cell: Cell) -> dict[str, Any]:
+    def result(self, cell: MemoryCell) -> dict[str, Any]:
         """What ``cell`` gave, now or before."""
         done = self.folder.read(cell)
         if done is not None:

@@ -9,9 +9,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import trimtab
+from budgets import lora_budget, matched_plan
+from memory_study import CONTENDERS
 from trimtab.errors import PlanError
-from trimtab.studies.budgets import lora_budget, matched_plan
-from trimtab.studies.memorize_study import CONTENDERS
 
 ADAPTED = [name for name, one in CONTENDERS.items() if one.has_budget]
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from trimtab.config.errors import explain
-from trimtab.errors import ConfigError, did_you_mean
+from trimtab.config.read import override, read_mapping, validated
+from trimtab.errors import did_you_mean
 from trimtab.machine import best_precision
 
 SEARCH_SEED = 0
@@ -62,7 +63,7 @@ class Arm:
 
 
 @dataclass(frozen=True)
-class Cell:
+class MemoryCell:
     """An arm at a learning rate with a seed: what is trained in one go."""
 
     arm: Arm
@@ -74,9 +75,9 @@ class Cell:
 
 
 class MemoryStudy(BaseModel):
-    """The settings of ``trimtab memorize``.
+    """What the study's YAML may say.
 
-    The defaults are small, so that a cell takes a minute or two on two cores; 30 blocks, 10,000 pairs and 32 digits
+    The defaults are small, so that a cell takes a minute or two on two cores; all blocks, 10,000 pairs and 32 digits
     would be nearer to the paper.
     """
 
@@ -99,13 +100,9 @@ class MemoryStudy(BaseModel):
     learning_rates: tuple[float, ...] | None = Field(
         None, description="What every method's search tries; null: four of its own."
     )
-
-    def __init__(self, **said: Any) -> None:
-        try:
-            super().__init__(**said)
-        except ValidationError as error:
-            problems = [explain(MemoryStudy, tuple(map(str, one["loc"])), one) for one in error.errors()]
-            raise ConfigError("; ".join(problems)) from None
+    output: str = Field(
+        "results", min_length=1, exclude=True, description="The study's folder, relative to the YAML's."
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -138,21 +135,38 @@ class MemoryStudy(BaseModel):
     @property
     def arms(self) -> list[Arm]:
         """Every contender at every budget, the one without a budget once."""
-        found = []
-        for budget in self.budgets:
-            found += [Arm(name, budget if CONTENDERS[name].has_budget else None) for name in self.methods]
-        return list(dict.fromkeys(found))
+        arms = [
+            Arm(name, budget if CONTENDERS[name].has_budget else None)
+            for budget in self.budgets
+            for name in self.methods
+        ]
+        return list(dict.fromkeys(arms))
 
-    def candidates(self, arm: Arm) -> list[Cell]:
+    def candidates(self, arm: Arm) -> list[MemoryCell]:
         """The cells of the search for the arm's learning rate."""
         rates = self.learning_rates or CONTENDERS[arm.contender].learning_rates
-        return [Cell(arm, rate, SEARCH_SEED) for rate in rates]
+        return [MemoryCell(arm, rate, SEARCH_SEED) for rate in rates]
 
-    def curves(self, arm: Arm, learning_rate: float) -> list[Cell]:
+    def curves(self, arm: Arm, learning_rate: float) -> list[MemoryCell]:
         """The cells that count."""
-        return [Cell(arm, learning_rate, SEARCH_SEED + number) for number in range(1, self.seeds + 1)]
+        return [MemoryCell(arm, learning_rate, SEARCH_SEED + number) for number in range(1, self.seeds + 1)]
 
     @property
     def size(self) -> int:
         """How many cells there are."""
         return sum(len(self.candidates(arm)) + self.seeds for arm in self.arms)
+
+
+def load_memory_study(path: Path | str, overrides: Sequence[str] = ()) -> tuple[MemoryStudy, Path]:
+    """Read the study's YAML with ``key=value`` in place of its settings; give the study and its folder.
+
+    Paths in the file are relative to its folder, those in ``overrides`` to the working directory. Raises ConfigError:
+    the file is missing or not YAML; a key is unknown; a value is not what it should be.
+    """
+    file = Path(path)
+    raw = read_mapping(file, "'model:' and 'pairs:'")
+    if isinstance(name := raw.get("model"), str) and name.startswith("."):
+        raw["model"] = str((file.parent / name).resolve())
+    overridden = [override(raw, text) for text in overrides]
+    study = validated(MemoryStudy, raw, str(file), overridden)
+    return study, file.parent / study.output

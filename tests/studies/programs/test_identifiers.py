@@ -11,9 +11,9 @@ from tokenizers.models import WordLevel
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
+from identifiers import character_accuracy, draw_pairs, encode_pairs, recall
 from tiny_runs import tiny_model, tiny_tokenizer
 from trimtab.errors import ConfigError, ModelError
-from trimtab.studies.identifiers import character_accuracy, draw_pairs, encode_pairs, recall
 
 
 def test_pairs_are_reproducible_and_distinct() -> None:

@@ -1,0 +1,34 @@
+"""What a mistake looks like from outside: a sentence on stderr and an exit code, never a traceback of ours.
+
+Exit codes: 0 done, 1 an error of ours, 2 wrong usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+
+from trimtab.errors import Interrupted, TrimtabError
+
+# transformers imports these where they are installed, needed or not, and they tell what kernels they have not.
+_CHATTY = ("torchao", "bitsandbytes", "torch.utils._pytree")
+
+
+def exit_code(work: Callable[[], int | None]) -> int:
+    """Do ``work`` and give its exit code. What it raises for the user to read is printed to stderr."""
+    for name in _CHATTY:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        return work() or 0
+    except Interrupted as stopped:
+        print(f"\n{stopped}", file=sys.stderr)
+        return 130
+    except TrimtabError as error:
+        print(f"trimtab: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        # The machine's fault and not ours, such as a full disk. (Typer itself handles a pipe whose reader went away.)
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"trimtab: {place}{error.strerror or error}", file=sys.stderr)
+        return 1

@@ -1,0 +1,47 @@
+"""Run the memory study: let each method memorise random pairs of identifiers, at equal numbers of trained parameters.
+
+    python studies/memorize/run.py studies/memorize/study.yaml [key=value ...]
+
+Settings given as key=value take the place of the file's, such as seeds=5, methods=[lora,dora] or output=elsewhere. A
+cell is a method at a budget with a learning rate and a seed. Finished cells are kept: the same command goes on where it
+stopped, and more methods, budgets, rates or seeds can be asked for later. At the end it prints a table, and writes
+``memorize.json``, ``memorize.csv`` and ``memorize.html`` with its picture into the output folder.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from memory_bench import memorize
+from memory_display import MemoryDisplay
+from memory_page import arms_table, footnote, write_memory_page
+from memory_study import load_memory_study
+from trimtab.cli.exits import exit_code
+
+
+def main(arguments: Sequence[str]) -> int:
+    if not arguments or "--help" in arguments:
+        print(__doc__)
+        return 0 if arguments else 2
+    return exit_code(lambda: run(*arguments))
+
+
+def run(file: str, *overrides: str) -> None:
+    study, out = load_memory_study(file, overrides)
+    console = Console()
+    if not console.is_terminal:
+        console.width = 130  # in a file or a pipe no line of the table has to be cut
+    with MemoryDisplay(console) as display:
+        results = memorize(study, out, display)
+    page = write_memory_page(out)
+    console.print()
+    console.print(arms_table(results))
+    for line in (footnote(results), f"results: {out / 'memorize.json'}, {out / 'memorize.csv'}", f"page: {page}"):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
