@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from trimtab.config.resolve import plan_of
 from trimtab.config.search import load_explore
 from trimtab.files import read_jsonl
 from trimtab.models.load import empty_model
@@ -16,7 +17,6 @@ from trimtab.models.locate import locate
 from trimtab.studies.search_space import Space, default_groups, find_groups
 from trimtab.studies.study_cells import load_study
 from trimtab.surgery.attach import attach, detach
-from trimtab.training.run import plan_of
 
 MIXING = Path(__file__).resolve().parents[2] / "studies" / "mixing"
 needs_wheel = pytest.mark.skipif(
