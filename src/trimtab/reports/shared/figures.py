@@ -176,7 +176,7 @@ def write_picture(figure: Figure, folder: Path, name: str, label: str) -> Markup
     for suffix in ("png", "svg"):
         data = _saved(figure, suffix)
         write_atomically(folder / f"{name}.{suffix}", lambda path, data=data: path.write_bytes(data))  # type: ignore[misc]
-    return Markup('<figure class="picture">{}</figure>').format(svg(figure, name, label))
+    return Markup('<figure class="picture" tabindex="0">{}</figure>').format(svg(figure, name, label))
 
 
 def _saved(figure: Figure, form: str, **settings: Any) -> bytes:

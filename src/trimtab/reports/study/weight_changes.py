@@ -89,7 +89,7 @@ def depth_bar(figure: Figure, depth: Normalize, panels: Any, aspect: float) -> N
     """What the colours of ``scatter_changes`` mean, beside ``panels``."""
     bar = figure.colorbar(ScalarMappable(depth, _DEPTH), ax=panels, pad=0.01, aspect=aspect)
     if bar.solids is not None:  # as an image, it would be refused by the security policy of a page
-        bar.solids.set_rasterized(False)
+        bar.solids.set(rasterized=False, edgecolor="face")
     bar.set_label("block, first to last", fontsize=9, color=MUTED)
     bar.ax.tick_params(labelsize=8, colors=MUTED)
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from scipy.stats import binomtest
 
-from trimtab.reports.run.measured import interval
 from trimtab.reports.shared import words
 
 
@@ -62,10 +60,3 @@ def test_a_text_without_spaces_is_shortened_all_the_same() -> None:
 
 def test_characters_that_act_are_taken_out() -> None:
     assert words.clean("a\x1b[31mb\x00c\td\ne\r\u009b\ud800") == "a�[31mb�c\td\ne��"
-
-
-@pytest.mark.parametrize(("right", "rows"), [(0, 5), (5, 5), (17, 40), (1030, 1212)])
-def test_the_interval_is_wilsons(right: int, rows: int) -> None:
-    wanted = binomtest(right, rows).proportion_ci(0.95, method="wilson")
-    # The quantile of the normal distribution is written with seven figures.
-    assert interval(right / rows, rows) == pytest.approx((wanted.low, wanted.high), abs=1e-6)

@@ -97,14 +97,14 @@ def test_the_page_and_its_pictures(tmp_path: Path) -> None:
     for name in ("trials", "shared", "confirmed"):
         for suffix in ("png", "svg"):
             assert (tmp_path / f"explore_{name}.{suffix}").stat().st_size > 3000
-    assert page.count('<figure class="picture"><svg') == 3
+    assert page.count('<figure class="picture" tabindex="0"><svg') == 3
 
 
 def test_without_what_is_missing(tmp_path: Path) -> None:
     few = [one for one in searched()["trials"] if one["kind"] == "uniform"]
     write_json(tmp_path / "explore.json", searched(trials=few, best=1, best_mixed=None))
     page = write_explore_page(tmp_path).read_text(encoding="utf-8")
-    assert page.count('<figure class="picture"><svg') == 1
+    assert page.count('<figure class="picture" tabindex="0"><svg') == 1
     assert "Not confirmed with new seeds" in page
 
 
