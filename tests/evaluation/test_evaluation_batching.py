@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from evaluation_cases import llama
-from trimtab.evaluation.batching import TOKENS, by_length, padded_left, padded_right
-from trimtab.evaluation.rounding import tie_margin
+from trimtab.data.batches import TOKENS, by_length
+from trimtab.evaluation.choice import _padded_right
+from trimtab.evaluation.generation import _padded_left
+from trimtab.tasks import Head
 
 CPU = torch.device("cpu")
 
@@ -28,20 +30,20 @@ def test_long_rows_come_in_smaller_batches() -> None:
 
 
 def test_padding() -> None:
-    assert padded_right([[1, 2, 3], [4]], CPU).tolist() == [[1, 2, 3], [4, 0, 0]]
-    ids, mask = padded_left([[1, 2, 3], [4]], 9, CPU)
+    assert _padded_right([[1, 2, 3], [4]], CPU).tolist() == [[1, 2, 3], [4, 0, 0]]
+    ids, mask = _padded_left([[1, 2, 3], [4]], 9, CPU)
     assert ids.tolist() == [[1, 2, 3], [9, 9, 4]]
     assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
 
 
 def test_the_margin_follows_the_coarsest_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = llama()
-    assert tie_margin(model) == tie_margin(llama().double()) == 1e-3
+    head = Head(llama())
+    assert head.tie_margin == Head(llama().double()).tie_margin == 1e-3
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert tie_margin(model) == 0.625
-    assert tie_margin(llama().half()) == pytest.approx(0.078125)
-    mixed = llama().bfloat16()
-    mixed.lm_head.float()
-    assert tie_margin(mixed) == 0.625
+        assert head.tie_margin == 0.625
+    assert Head(llama().half()).tie_margin == pytest.approx(0.078125)
+    mixed = Head(llama().bfloat16())
+    mixed.model.lm_head.float()
+    assert mixed.tie_margin == 0.625
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")
-    assert tie_margin(model) == 0.625
+    assert head.tie_margin == 0.625

@@ -152,10 +152,10 @@ def test_near_ties_are_decided_alone(monkeypatch: pytest.MonkeyPatch, tokenizer:
     exact = score_choices(Head(model), tokenizer, rows, choices, batch_size=1)
     margins = sorted(sorted(scores)[-1] - sorted(scores)[-2] for scores in exact.scores)
     assert margins[5] < 0.3 < margins[-5], "the test needs rows that noise would decide, and rows that it would not"
-    monkeypatch.setattr(module, "tie_margin", lambda model: 0.0)
+    monkeypatch.setattr(Head, "tie_margin", 0.0)
     noisy = score_choices(Noisy(model), tokenizer, rows, choices, batch_size=16)
     assert noisy.best() != exact.best()
-    monkeypatch.setattr(module, "tie_margin", lambda model: 0.625)
+    monkeypatch.setattr(Head, "tie_margin", 0.625)
     settled = score_choices(Noisy(model), tokenizer, rows, choices, batch_size=16)
     assert settled.best() == exact.best()
     for found, batch, alone in zip(settled.scores, noisy.scores, exact.scores, strict=True):
@@ -168,10 +168,10 @@ def test_near_ties_per_character_are_decided_alone(
 ) -> None:
     model, rows = llama(initializer_range=0.07), with_own_choices(questions, 60)
     exact = score_choices(Head(model), tokenizer, rows, None, batch_size=1)
-    monkeypatch.setattr(module, "tie_margin", lambda model: 0.0)
+    monkeypatch.setattr(Head, "tie_margin", 0.0)
     noisy = score_choices(Noisy(model), tokenizer, rows, None, batch_size=16)
     assert noisy.best_by_length(rows) != exact.best_by_length(rows)
-    monkeypatch.setattr(module, "tie_margin", lambda model: 0.625)
+    monkeypatch.setattr(Head, "tie_margin", 0.625)
     settled = score_choices(Noisy(model), tokenizer, rows, None, batch_size=16)
     assert settled.best() == exact.best()
     assert settled.best_by_length(rows) == exact.best_by_length(rows)

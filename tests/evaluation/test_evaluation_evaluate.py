@@ -23,7 +23,7 @@ Make = Callable[..., list[Example]]
 
 def test_choices(tokenizer: Any, questions: Make) -> None:
     model, rows = llama(), questions(["good", "bad", "plain"], 20)
-    found = evaluate(model, tokenizer, rows, name="news", choices="infer")
+    found = evaluate(Head(model), tokenizer, rows, name="news", choices="infer")
     result = found.result
     assert list(result) == [
         *("kind", "dataset", "rows", "choices", "accuracy", "macro_f1", "weighted_f1", "per_class", "confusion"),
@@ -90,7 +90,7 @@ def test_open_answers(tokenizer: Any, choices: Any) -> None:
     (good,), (colon,), (dot,) = (tokenizer(text)["input_ids"] for text in (" good", ":", "."))
     model = markov_chain(tokenizer, {colon: good, good: tokenizer.eos_token_id, dot: dot})
     rows = [example("so: ", "Good", 1), example("or: ", "bad", 2), example("no.", " ...", 3), example("a: ", "good", 4)]
-    found = evaluate(model, tokenizer, rows, name="open", choices=choices, max_new_tokens=4)
+    found = evaluate(Head(model), tokenizer, rows, name="open", choices=choices, max_new_tokens=4)
     assert list(found.result) == ["kind", "dataset", "rows", "exact_match", "unusable", "perplexity", "seconds"]
     assert found.result["kind"] == "generation"
     assert found.result["exact_match"] == 0.5
@@ -110,7 +110,12 @@ def test_plain_texts(tokenizer: Any) -> None:
     rows = [example("", None, n, text) for n, text in enumerate(["the profit rose .", "sales fell by a third"])]
     steps: list[tuple[int, int]] = []
     found = evaluate(
-        llama(), tokenizer, rows, name="texts", choices="infer", progress=lambda done, of: steps.append((done, of))
+        Head(llama()),
+        tokenizer,
+        rows,
+        name="texts",
+        choices="infer",
+        progress=lambda done, of: steps.append((done, of)),
     )
     assert list(found.result) == ["kind", "dataset", "rows", "perplexity", "tokens", "seconds"]
     assert found.result["kind"] == "perplexity"
@@ -123,20 +128,18 @@ def test_modes_and_gradients_stay_as_they_were(tokenizer: Any, questions: Make) 
     model.model.layers[1].eval()
     modes = [module.training for module in model.modules()]
     for choices in (["good", "bad"], None):
-        evaluate(model, tokenizer, questions(["good", "bad"], 4), name="news", choices=choices, max_new_tokens=2)
+        evaluate(Head(model), tokenizer, questions(["good", "bad"], 4), name="news", choices=choices, max_new_tokens=2)
         assert [module.training for module in model.modules()] == modes
     assert torch.is_grad_enabled()
     with pytest.raises(DataError):
-        evaluate(model, tokenizer, questions(["good"], 4), name="news", choices=["bad", "plain"])
+        evaluate(Head(model), tokenizer, questions(["good"], 4), name="news", choices=["bad", "plain"])
     assert [module.training for module in model.modules()] == modes
 
 
 def test_dropout_is_off(tokenizer: Any, questions: Make) -> None:
     model = llama(attention_dropout=0.9).train()
     head, rows = Head(model), questions(["good", "bad"], 6)
-    first, second = (
-        evaluate(model, tokenizer, rows, name="news", choices="infer", head=head).predictions for _ in range(2)
-    )
+    first, second = (evaluate(head, tokenizer, rows, name="news", choices="infer").predictions for _ in range(2))
     assert first == second
 
 

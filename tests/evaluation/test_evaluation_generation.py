@@ -15,7 +15,6 @@ from transformers import GenerationConfig
 from evaluation_cases import example, gpt2, llama, markov_chain
 from trimtab.data.rows import Example
 from trimtab.errors import DataError
-from trimtab.evaluation import generation as module
 from trimtab.evaluation.generation import Generated, generate_answers, same_answer
 from trimtab.tasks import Head
 
@@ -89,7 +88,7 @@ def test_equals_a_plain_loop_at_any_batch_size(
     monkeypatch: pytest.MonkeyPatch, make: Any, tokenizer: Any, questions: Make
 ) -> None:
     """Also with ties left alone: padding on the left, its mask and the positions must be right by themselves."""
-    monkeypatch.setattr(module, "tie_margin", lambda model: 0.0)
+    monkeypatch.setattr(Head, "tie_margin", 0.0)
     model, rows = make(), questions(["good"], 9)
     exact = copy.deepcopy(model).double()
     expected = [slowly(exact, tokenizer, row, 8) for row in rows]
@@ -112,9 +111,9 @@ def test_near_ties_do_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch, t
     model.lm_head.register_forward_hook(disturb)
     head = Head(model)
     assert head.sparse
-    monkeypatch.setattr(module, "tie_margin", lambda model: 0.0)
+    monkeypatch.setattr(Head, "tie_margin", 0.0)
     assert [answer.text for answer in generate_answers(head, tokenizer, rows, max_new_tokens=8)] != exact
-    monkeypatch.setattr(module, "tie_margin", lambda model: 0.625)
+    monkeypatch.setattr(Head, "tie_margin", 0.625)
     for size in (3, 16):
         found = generate_answers(head, tokenizer, rows, max_new_tokens=8, batch_size=size)
         assert [answer.text for answer in found] == exact

@@ -14,7 +14,7 @@ from evaluation_cases import example, gpt2, llama
 from trimtab.data.rows import Example
 from trimtab.data.tokens import encode
 from trimtab.errors import ModelError
-from trimtab.evaluation.perplexity import perplexity, token_loss
+from trimtab.evaluation.evaluate import perplexity, token_loss
 from trimtab.tasks import Head
 
 Make = Callable[..., list[Example]]

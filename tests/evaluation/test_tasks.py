@@ -15,6 +15,7 @@ from trimtab.data.forms import read_examples
 from trimtab.data.rows import Example
 from trimtab.errors import ConfigError, DataError
 from trimtab.evaluation.tasks import TASKS, evaluate_task, find_task
+from trimtab.tasks import Head
 
 Make = Callable[..., list[Example]]
 FINANCE = Path(__file__).resolve().parents[3] / "shared" / "data" / "finance"
@@ -38,7 +39,7 @@ def test_an_unknown_task(name: str, near: str) -> None:
 
 def test_labels_are_scored_or_written(tokenizer: Any, questions: Make) -> None:
     task, model, rows = find_task("finlora/fpb"), llama(), questions(SENTIMENT, 12)
-    scored = evaluate_task(task, model, tokenizer, rows, limit=9)
+    scored = evaluate_task(task, Head(model), tokenizer, rows, limit=9)
     assert (scored.name, scored.result["task"], scored.result["rows"]) == ("fpb", "finlora/fpb", 9)
     assert scored.result["answered_by"] == "likelihood"
     assert scored.result["choices"] == list(SENTIMENT)
@@ -51,12 +52,12 @@ def test_written_labels_that_are_right_wrong_or_none(tokenizer: Any, questions: 
     rows, end = questions(choices, 12), tokenizer.eos_token_id
     (good,), (colon,), (dot,) = (tokenizer(text)["input_ids"] for text in (" good", ":", "."))
     always = markov_chain(tokenizer, {colon: good, good: end})
-    found = evaluate_task(task, always, tokenizer, rows, generate=True, choices=choices).result
+    found = evaluate_task(task, Head(always), tokenizer, rows, generate=True, choices=choices).result
     assert found["answered_by"] == "generation"
     assert (found["accuracy"], found["unusable"]) == (pytest.approx(4 / 12), 0)
     assert found["macro_f1"] == pytest.approx(0.5 / 3)  # of "good", with precision 1/3 and recall 1
     never = markov_chain(tokenizer, {colon: dot, dot: end})
-    found = evaluate_task(task, never, tokenizer, rows, generate=True, choices=choices).result
+    found = evaluate_task(task, Head(never), tokenizer, rows, generate=True, choices=choices).result
     assert (found["unusable"], found["accuracy"], found["macro_f1"], found["weighted_f1"]) == (1, 0, 0, 0)
 
 
@@ -136,14 +137,14 @@ def test_permuted_labels_are_read_as_they_were_meant(tokenizer: Any, questions: 
     task, model = find_task("finlora/tfns"), llama()
     right = questions(["neutral", "negative", "neutral", "positive", "neutral"], 100)
     wrong = questions(["positive", "negative", "positive", "neutral", "positive"], 100)
-    one, other = (evaluate_task(task, model, tokenizer, rows, limit=10) for rows in (right, wrong))
+    one, other = (evaluate_task(task, Head(model), tokenizer, rows, limit=10) for rows in (right, wrong))
     assert "relabelled" not in one.result
     assert other.result["relabelled"] == {"neutral": "positive", "positive": "neutral"}
     assert other.predictions == one.predictions
     assert other.result["perplexity"] == one.result["perplexity"]
-    few = evaluate_task(task, model, tokenizer, wrong[:20])
+    few = evaluate_task(task, Head(model), tokenizer, wrong[:20])
     assert "relabelled" not in few.result, "of so few rows the commonest label tells nothing"
-    fpb = evaluate_task(find_task("finlora/fpb"), model, tokenizer, wrong, limit=3)
+    fpb = evaluate_task(find_task("finlora/fpb"), Head(model), tokenizer, wrong, limit=3)
     assert "relabelled" not in fpb.result
 
 
@@ -156,5 +157,5 @@ def test_the_real_rows_fit_their_tasks(name: str, rows: int, majority: str, toke
     assert {row.answer for row in found} == set(task.choices)
     assert Counter(row.answer for row in found).most_common(1)[0][0] == majority
     model = llama(max_position_embeddings=1024)
-    result = evaluate_task(task, model, tokenizer, found, limit=3).result
+    result = evaluate_task(task, Head(model), tokenizer, found, limit=3).result
     assert (result["rows"], result["choices"]) == (3, list(SENTIMENT))

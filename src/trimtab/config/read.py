@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 
 from trimtab.config.errors import explain
 from trimtab.config.run import DEFAULT_PLAN, RunConfig
-from trimtab.config.yaml_text import parse_override, parse_yaml, set_dotted, show, write_yaml
+from trimtab.config.yaml_text import parse_yaml, show, write_yaml
 from trimtab.errors import ConfigError, did_you_mean
 
 Schema = TypeVar("Schema", bound=BaseModel)
@@ -143,6 +143,46 @@ def override(raw: dict[str, Any], text: str) -> tuple[str, ...]:
         value = value[key]
     set_dotted(raw, keys, value)
     return keys
+
+
+def parse_override(text: str) -> tuple[tuple[str, ...], Any]:
+    """``"key.sub=value"`` from the command line -> the key's parts and the value, which is read as YAML.
+
+    Raises:
+        ConfigError: there is no key or no ``=``, or the value is not YAML.
+    """
+    dotted, sign, value = text.partition("=")
+    keys = tuple(dotted.strip().split("."))
+    if not sign or not all(keys):
+        raise ConfigError(f"command line: expected key.sub=value, got '{text}'.")
+    # YAML takes a leading * for an alias; here it can only be a pattern such as *.q_proj.
+    return keys, value if value.startswith("*") else parse_yaml(value, f"command line: {dotted.strip()}")
+
+
+def set_dotted(mapping: dict[str, Any], keys: tuple[str, ...], value: Any) -> None:
+    """Set what ``keys`` lead to, through mappings and, by number, through lists.
+
+    Raises:
+        ConfigError: a list has no such number, or something on the way is neither list nor mapping.
+    """
+    target: Any = mapping
+    for depth, key in enumerate(keys):
+        here = ".".join(keys[:depth])
+        index: Any = key
+        if isinstance(target, list):
+            if not key.isdecimal() or int(key) >= len(target):
+                raise ConfigError(
+                    f"command line: {here} is a list of {len(target)}, counted from 0; it has no '{key}'."
+                )
+            index = int(key)
+        elif not isinstance(target, dict):
+            raise ConfigError(f"command line: {here} is {show(target)}, which has no key '{key}'.")
+        if depth == len(keys) - 1:
+            target[index] = value
+            return
+        if isinstance(target, dict) and target.get(index) is None:
+            target[index] = {}
+        target = target[index]
 
 
 def _resolve_paths(raw: dict[str, Any], root: Path) -> None:

@@ -20,9 +20,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from trimtab.config.read import build_config, read_mapping, to_mapping, validated
+from trimtab.config.read import build_config, parse_override, read_mapping, set_dotted, to_mapping, validated
 from trimtab.config.run import RunConfig, Section
-from trimtab.config.yaml_text import parse_override, set_dotted, show, write_yaml
+from trimtab.config.yaml_text import show, write_yaml
 from trimtab.errors import ConfigError
 
 NONE = "none"

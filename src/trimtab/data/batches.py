@@ -12,6 +12,10 @@ from torch.utils.data import Sampler
 from trimtab.data.rows import EncodedRow
 from trimtab.data.tokens import IGNORED
 
+TOKENS = 8192
+"""Tokens of a batch that is measured, padding included, however many rows the caller allows: long texts come in smaller
+batches."""
+
 MEGA = 50
 """Batches whose rows are sorted by length together: enough to waste little padding, few enough to keep chance in it."""
 
@@ -105,3 +109,21 @@ class LengthGroupedBatches(Sampler[list[int]]):
 
     def _padded(self, batch: list[int]) -> int:
         return len(batch) * max(self.lengths[row] for row in batch)
+
+
+def by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Indices in batches, the longest first, so that a lack of memory shows at once.
+
+    Args:
+        lengths: tokens of each row.
+        batch_size: most rows of a batch. One that would be wider than ``TOKENS`` has fewer, but at least one.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, but is {batch_size}")
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    batches: list[list[int]] = []
+    while order:
+        rows = max(1, min(batch_size, TOKENS // max(1, lengths[order[0]])))
+        batches.append(order[:rows])
+        order = order[rows:]
+    return batches

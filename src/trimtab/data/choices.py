@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Literal
 
 from trimtab.data.rows import Example
 from trimtab.errors import DataError
@@ -47,3 +48,14 @@ def check_choices(choices: Sequence[str], examples: Sequence[Example]) -> list[s
                 f"({', '.join(clean)}); add it to the choices, or repair the row (upper and lower case differ)."
             )
     return clean
+
+
+def closed_set(named: Sequence[str] | Literal["infer"] | None, examples: Sequence[Example]) -> list[str] | None:
+    """The closed set that ``examples`` are answered from: the one that is ``named``, or with ``infer`` the one that is
+    found in them; None where there is none, or where ``infer`` finds that each row brings its own choices.
+
+    Raises DataError as `check_choices` does.
+    """
+    if named != "infer":
+        return None if named is None else check_choices(named, examples)
+    return None if all(example.choices for example in examples) else infer_choices(examples)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,16 +10,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from trimtab.data.choices import check_choices, infer_choices
+from trimtab.data.batches import Collator, by_length
+from trimtab.data.choices import closed_set
 from trimtab.data.rows import Example
-from trimtab.errors import DataError
+from trimtab.data.tokens import IGNORED, encode_all
+from trimtab.errors import DataError, ModelError
 from trimtab.evaluation import answers
 from trimtab.evaluation.answers import Judge, Outcome, prediction
-from trimtab.evaluation.choice import score_choices
+from trimtab.evaluation.choice import ChoiceScores, score_choices
 from trimtab.evaluation.generation import generate_answers
 from trimtab.evaluation.metrics import choice_metrics
-from trimtab.evaluation.perplexity import perplexity, token_loss
 from trimtab.files import write_json, write_jsonl
+from trimtab.surgery.serving import evaluating
 from trimtab.tasks import Head
 
 Progress = Callable[[int, int], None]
@@ -44,7 +47,7 @@ class Evaluation:
 
 
 def evaluate(
-    model: Any,
+    head: Head,
     tokenizer: Any,
     examples: Sequence[Example],
     *,
@@ -55,10 +58,9 @@ def evaluate(
     batch_size: int = 16,
     max_new_tokens: int = 32,
     max_length: int | None = None,
-    head: Head | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Measure ``model`` on ``examples``.
+    """Measure the model of ``head`` on ``examples``.
 
     With choices, each is scored by its log-likelihood (`choice.py`), or, if asked to, the model writes and the choice
     that it names is read (`answers.py`). Rows with choices of their own have these scored; there is no class then, and
@@ -67,7 +69,7 @@ def evaluate(
     The perplexity of choices is that of the true answers' tokens, with the end token where it is scored.
 
     Args:
-        model: a transformers causal language model; its modules' training modes stay as they are.
+        head: the model; its modules' training modes stay as they are.
         tokenizer: its fast tokenizer.
         examples: at least one row.
         name: of the data set.
@@ -79,7 +81,6 @@ def evaluate(
             perplexity move by their rounding (a few hundredths of a nat in bfloat16).
         max_new_tokens: limit of a generated answer.
         max_length: most tokens of a row; None, or more than the model has positions for: what the model has.
-        head: made of this model before, to spare the probe.
         progress: called with the number of rows done and of all rows.
 
     Raises:
@@ -89,18 +90,25 @@ def evaluate(
     if not examples:
         raise DataError(f"{name}: there are no rows to evaluate.")
     started = time.perf_counter()
-    head = head if head is not None else Head(model)
-    limit = _limit(model, max_length)
-    own = all(example.choices for example in examples)
-    closed = (None if own else infer_choices(examples)) if choices == "infer" else choices
-    if (closed is not None or own) and not generate:
-        result, predictions = _choice(head, tokenizer, examples, closed, batch_size, limit, progress)
+    closed = closed_set(choices, examples)
+    settings: dict[str, Any] = {"batch_size": batch_size, "max_length": _limit(head.model, max_length)}
+    if (closed is not None or all(example.choices for example in examples)) and not generate:
+        scored = score_choices(head, tokenizer, examples, closed, progress=progress, **settings)
+        result, predictions = _chosen(scored, examples, closed)
+        loss, tokens = scored.loss, scored.tokens
     elif any(example.answer is None for example in examples):
-        result, predictions = _perplexity(head, tokenizer, examples, batch_size, limit, progress)
+        loss, tokens = token_loss(head, tokenizer, examples, progress=progress, **settings)
+        result, predictions = {"kind": "perplexity"}, []
     else:
         if closed is not None:
-            judge = partial(answers.labels, known=check_choices(closed, examples))
-        result, predictions = _written(head, tokenizer, examples, judge, batch_size, limit, max_new_tokens, progress)
+            judge = partial(answers.labels, known=closed)
+        settings["progress"] = progress
+        written = generate_answers(head, tokenizer, examples, max_new_tokens=max_new_tokens, **settings)
+        result, predictions = judge(examples, written)
+        loss, tokens = token_loss(head, tokenizer, examples, **{**settings, "progress": None})
+    result["perplexity"] = perplexity(loss, tokens)
+    if result["kind"] == "perplexity":
+        result["tokens"] = tokens
     kind = {"kind": result.pop("kind"), "dataset": name, "rows": len(examples)}
     return Evaluation(name, {**kind, **result, "seconds": round(time.perf_counter() - started, 3)}, predictions)
 
@@ -118,36 +126,25 @@ def write(evaluation: Evaluation, folder: Path | str, stage: str) -> None:
         write_jsonl(Path(folder) / "predictions" / f"{evaluation.name}.{stage}.jsonl", evaluation.predictions)
 
 
-def _choice(
-    head: Head,
-    tokenizer: Any,
-    examples: Sequence[Example],
-    closed: Sequence[str] | None,
-    batch_size: int,
-    limit: int | None,
-    progress: Progress | None,
-) -> Outcome:
-    """Choices scored: those of a closed set, or with None each row's own."""
-    clean = None if closed is None else check_choices(closed, examples)
-    found = score_choices(head, tokenizer, examples, clean, batch_size=batch_size, max_length=limit, progress=progress)
+def _chosen(scored: ChoiceScores, examples: Sequence[Example], closed: Sequence[str] | None) -> Outcome:
+    """What the scores of choices are worth: of those of a closed set, or with None of each row's own."""
     predictions = []
-    for index, (example, best, scores) in enumerate(zip(examples, found.best(), found.scores, strict=True)):
-        choices = clean if clean is not None else example.choices
+    for index, (example, best, scores) in enumerate(zip(examples, scored.best(), scored.scores, strict=True)):
+        choices = closed if closed is not None else example.choices
         row = prediction(index, example, choices[best], choices[best] == example.answer)
         predictions.append({**row, "scores": _best_scores(choices, scores)})
-    if clean is not None:
+    if closed is not None:
         truth = [str(example.answer) for example in examples]
-        metrics = choice_metrics(truth, [row["predicted"] for row in predictions], clean)
-        result = {"kind": "choice", "choices": clean, **metrics}
-    else:
-        by_length = zip(examples, found.best_by_length(examples), strict=True)
-        result = {
-            "kind": "multiple_choice",
-            "accuracy": sum(row["correct"] for row in predictions) / len(examples),
-            "accuracy_norm": sum(row.choices[best] == row.answer for row, best in by_length) / len(examples),
-            "chance": sum(1 / len(example.choices) for example in examples) / len(examples),
-        }
-    return {**result, "perplexity": perplexity(found.loss, found.tokens)}, predictions
+        metrics = choice_metrics(truth, [row["predicted"] for row in predictions], closed)
+        return {"kind": "choice", "choices": closed, **metrics}, predictions
+    by_length = zip(examples, scored.best_by_length(examples), strict=True)
+    result = {
+        "kind": "multiple_choice",
+        "accuracy": sum(row["correct"] for row in predictions) / len(examples),
+        "accuracy_norm": sum(row.choices[best] == row.answer for row, best in by_length) / len(examples),
+        "chance": sum(1 / len(example.choices) for example in examples) / len(examples),
+    }
+    return result, predictions
 
 
 def _best_scores(choices: Sequence[str], scores: Sequence[float]) -> dict[str, float]:
@@ -157,40 +154,56 @@ def _best_scores(choices: Sequence[str], scores: Sequence[float]) -> dict[str, f
     return {choice: found[choice] for choice in best} if len(found) > KEPT_SCORES else found
 
 
-def _perplexity(
+def token_loss(
     head: Head,
     tokenizer: Any,
     examples: Sequence[Example],
-    batch_size: int,
-    limit: int | None,
-    progress: Progress | None,
-) -> Outcome:
-    loss, tokens = token_loss(head, tokenizer, examples, batch_size=batch_size, max_length=limit, progress=progress)
-    return {"kind": "perplexity", "perplexity": perplexity(loss, tokens), "tokens": tokens}, []
+    *,
+    batch_size: int = 16,
+    max_length: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[float, int]:
+    """The summed loss, in nats, of all trained tokens of the examples, and their number.
+
+    Args:
+        head: the model.
+        tokenizer: its fast tokenizer.
+        examples: rows of any form; one without a trained token counts for nothing.
+        batch_size: most rows in a forward pass; decides nothing but speed (and the last digits).
+        max_length: most tokens of a row; ``trimtab.data.tokens.encode`` says what is cut.
+        progress: called with the number of rows done and of all rows.
+
+    Raises:
+        DataError: no row has a trained token.
+    """
+    rows = encode_all(examples, tokenizer, max_length)
+    collate = Collator(pad_id=0)
+    device = head.model.get_input_embeddings().weight.device
+    total, tokens, done = 0.0, 0, 0
+    with evaluating(head.model):
+        for indices in by_length(rows.lengths, batch_size):
+            batch = collate([rows[index] for index in indices])
+            # Labels are not shifted, and the first position of a row never has one.
+            tokens += int((batch["labels"] != IGNORED).sum())
+            total += float(head.loss_at_labels(batch["input_ids"].to(device), batch["labels"].to(device), num_items=1))
+            done += len(indices)
+            if progress is not None:
+                progress(done, len(rows))
+    return total, tokens
 
 
-def _written(
-    head: Head,
-    tokenizer: Any,
-    examples: Sequence[Example],
-    judge: Judge,
-    batch_size: int,
-    limit: int | None,
-    max_new_tokens: int,
-    progress: Progress | None,
-) -> Outcome:
-    written = generate_answers(
-        head,
-        tokenizer,
-        examples,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        max_length=limit,
-        progress=progress,
-    )
-    result, predictions = judge(examples, written)
-    loss, tokens = token_loss(head, tokenizer, examples, batch_size=batch_size, max_length=limit)
-    return {**result, "perplexity": perplexity(loss, tokens)}, predictions
+def perplexity(loss: float, tokens: int) -> float:
+    """``exp(loss / tokens)``; at most ``exp(700)``, near the largest number that a float holds.
+
+    Raises:
+        ModelError: the loss is not a number.
+    """
+    if not math.isfinite(loss):
+        raise ModelError(
+            f"The loss of the model over {tokens} tokens is {loss}, not a number. Its weights are damaged or its "
+            "training diverged; train with a lower learning rate."
+        )
+    return math.exp(min(loss / tokens, 700.0))
 
 
 def _limit(model: Any, max_length: int | None) -> int | None:

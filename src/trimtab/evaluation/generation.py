@@ -18,11 +18,10 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from trimtab.data.batches import by_length
 from trimtab.data.rows import Example
 from trimtab.data.tokens import encode_prompt
 from trimtab.errors import DataError
-from trimtab.evaluation.batching import by_length, padded_left
-from trimtab.evaluation.rounding import tie_margin
 from trimtab.surgery.serving import evaluating
 from trimtab.tasks import Head
 
@@ -114,10 +113,18 @@ def _generate(head: Head, prompts: list[list[int]], ends: list[int], max_new_tok
     """The new tokens of each prompt, up to and with its first end token."""
     model = head.model
     fill = ends[0] if ends else 0
-    ids, mask = padded_left(prompts, fill, model.get_input_embeddings().weight.device)
+    ids, mask = _padded_left(prompts, fill, model.get_input_embeddings().weight.device)
     settled = LogitsProcessorList([_SettleTies(head, prompts, ids.shape[1], set(ends))])
     new = greedy(model, ids, mask, max_new_tokens=max_new_tokens, ends=ends, processors=settled)
     return [_until_end(row, set(ends)) for row in new.tolist()]
+
+
+def _padded_left(rows: Sequence[Sequence[int]], fill: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """int64 ids ``[rows, longest]`` and their mask (1 where there is a token), to generate from."""
+    width = max(map(len, rows))
+    ids = [[*[fill] * (width - len(row)), *row] for row in rows]
+    mask = [[*[0] * (width - len(row)), *[1] * len(row)] for row in rows]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
 def greedy(
@@ -179,7 +186,7 @@ class _SettleTies(LogitsProcessor):
 
     def __init__(self, head: Head, prompts: list[list[int]], width: int, ends: set[int]) -> None:
         self.head, self.prompts, self.width, self.ends = head, prompts, width, ends
-        self.margin = tie_margin(head.model)
+        self.margin = head.tie_margin
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
         best = scores.topk(2).values

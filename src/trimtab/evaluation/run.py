@@ -19,7 +19,6 @@ from trimtab.evaluation.tasks import Task, evaluate_task, find_task
 from trimtab.machine import best_precision, device
 from trimtab.models.load import load_tokenizer
 from trimtab.models.locate import locate
-from trimtab.reports import run_page
 from trimtab.runs.events import Listener
 from trimtab.runs.folder import RunFolder
 from trimtab.runs.load import is_run, load_fitting, load_run_model
@@ -54,8 +53,8 @@ def measure(
     hold their files, and each is measured as it asks for.
 
     Results and predictions go into ``out`` under the stage ``after``, or ``before`` for a model without an adapter. By
-    default that is ``runs/evaluate``; but the run's own folder, whose page is made anew, where its own test sets are
-    measured as they were in the run. Gives the folder and the results.
+    default that is ``runs/evaluate``; but the run's own folder, whose page is out of date then, where its own test sets
+    are measured as they were in the run. Gives the folder and the results.
 
     Raises ConfigError if there is nothing to evaluate on or if the arguments contradict each other, and what loading
     and evaluating raise.
@@ -107,12 +106,11 @@ def measure(
         settings: dict[str, Any] = {
             "generate": generate,
             "batch_size": batch_size or said.batch_size,
-            "head": head,
             "progress": partial(listener.evaluating, name),
         }
         if (task := named.get(name)) is not None:
             settings |= {"choices": choices, "limit": limit, "max_new_tokens": max_new_tokens}
-            found = evaluate_task(task, model, tokenizer, examples, **settings)
+            found = evaluate_task(task, head, tokenizer, examples, **settings)
             if swapped := found.result.get("relabelled"):
                 words = ", ".join(f"'{wrong}' is read as '{right}'" for wrong, right in swapped.items())
                 listener.note(f"the labels of {sets[name]} are permuted, as FinLoRA's script writes them: {words}")
@@ -120,11 +118,9 @@ def measure(
             examples = examples[:limit]
             settings["choices"] = choices or (known if own_sets else _fitting_choices(examples, known))
             settings["max_new_tokens"] = max_new_tokens or said.max_new_tokens
-            found = evaluate(model, tokenizer, examples, name=name, **settings)
+            found = evaluate(head, tokenizer, examples, name=name, **settings)
         write(found, folder, stage)
         results.append(found.result)
-    if run is not None and folder == run.path:
-        run_page(folder)
     return folder, results
 
 

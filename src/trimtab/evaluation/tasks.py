@@ -1,7 +1,7 @@
 """Named tasks of a benchmark: which rows, which labels, how a written answer is read, which figures count.
 
     task = find_task("finlora/headline")
-    evaluate_task(task, model, tokenizer, list(read_examples("headline_test.jsonl", tokenizer, root=Path.cwd())))
+    evaluate_task(task, Head(model), tokenizer, read_examples("headline_test.jsonl", tokenizer, root=Path.cwd()))
 
 The prompt is the row's context as it stands, the same for every method and for the untuned model. Labels of a closed
 set are scored by their log-likelihood, or written by the model and read if that is asked for; all else is written.
@@ -21,6 +21,7 @@ from trimtab.errors import ConfigError, did_you_mean
 from trimtab.evaluation import answers
 from trimtab.evaluation.evaluate import Evaluation, evaluate
 from trimtab.evaluation.metrics import choice_metrics
+from trimtab.tasks import Head
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def find_task(name: str) -> Task:
 
 def evaluate_task(
     task: Task,
-    model: Any,
+    head: Head,
     tokenizer: Any,
     examples: Sequence[Example],
     *,
@@ -110,11 +111,11 @@ def evaluate_task(
     max_new_tokens: int | None = None,
     **settings: Any,
 ) -> Evaluation:
-    """Measure ``model`` on the rows of ``task``.
+    """Measure the model of ``head`` on the rows of ``task``.
 
     Args:
         task: what they ask for.
-        model: as for ``evaluate``, and so are ``tokenizer`` and ``settings`` (``batch_size``, ``head``, ...).
+        head: as for ``evaluate``, and so are ``tokenizer`` and ``settings`` (``batch_size``, ``progress``, ...).
         tokenizer: the model's.
         examples: all rows of the task's file.
         generate: let the model write its label in place of scoring each.
@@ -143,7 +144,7 @@ def evaluate_task(
     }
     scored = task.answers == "label" and not generate
     found = evaluate(
-        model,
+        head,
         tokenizer,
         examples[:limit],
         name=task.dataset,

@@ -11,8 +11,8 @@ import torch
 
 from trimtab.config.resolve import Job
 from trimtab.config.run import RunConfig
+from trimtab.data.batches import TOKENS
 from trimtab.data.tokens import IGNORED
-from trimtab.evaluation.batching import TOKENS
 from trimtab.machine import GIB
 from trimtab.memory.trace import Batch, Trace
 from trimtab.models.load import empty_model, load_config_only

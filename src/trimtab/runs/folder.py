@@ -109,9 +109,11 @@ class RunFolder:
             rows.extend(read_jsonl(self.metrics))
         return rows
 
-    def cut_metrics(self, step: int) -> None:
-        """Drop the metrics after ``step``, which a resumed run writes again."""
-        write_jsonl(self.metrics, [row for row in self.read_metrics() if row["step"] <= step])
+    def cut_metrics(self, step: int) -> list[dict[str, Any]]:
+        """Drop the metrics after ``step``, which a resumed run writes again; gives those that are left."""
+        rows = [row for row in self.read_metrics() if row["step"] <= step]
+        write_jsonl(self.metrics, rows)
+        return rows
 
     def clear(self) -> None:
         """Remove what a run wrote; whatever else lies in the folder stays."""

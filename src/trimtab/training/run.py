@@ -23,8 +23,7 @@ from trimtab.config.run import RunConfig
 from trimtab.data.preview import preview
 from trimtab.data.rows import Example
 from trimtab.errors import Interrupted, TrimtabError
-from trimtab.evaluation.evaluate import Evaluation, evaluate, write
-from trimtab.evaluation.perplexity import perplexity, token_loss
+from trimtab.evaluation.evaluate import Evaluation, evaluate, perplexity, token_loss, write
 from trimtab.files import write_json
 from trimtab.machine import describe_machine, device, peak_memory_gib, versions
 from trimtab.memory.estimate import RowSizes
@@ -198,14 +197,13 @@ class _Run:
 
     def _evaluation(self, rows: list[Example], name: str) -> Evaluation:
         return evaluate(
-            self.model,
+            self._head,
             self.tokenizer,
             rows,
             name=name,
             choices=self.inputs.choices,
             batch_size=self.config.evaluation.batch_size,
             max_new_tokens=self.config.evaluation.max_new_tokens,
-            head=self._head,
             progress=lambda done, total: self.listener.evaluating(name, done, total),
         )
 
@@ -227,7 +225,7 @@ class _Run:
         callbacks: list[TrainerCallback] = [Telling(self.listener), interrupting]
         if train.early_stopping is not None:
             callbacks.append(EarlyStoppingCallback(train.early_stopping))
-        self.folder.cut_metrics(_step_of(checkpoint))
+        earlier = self.folder.cut_metrics(_step_of(checkpoint))
         if checkpoint is not None:
             self.listener.note(f"resuming at step {_step_of(checkpoint)}")
         best = train.metric if train.metric != "auto" else "accuracy" if self.inputs.scored else "loss"
@@ -246,7 +244,7 @@ class _Run:
                 record=recorder.record,
                 validate=self._validation if self.inputs.validation else None,
                 best=best,
-                best_loss=_best_loss(self.folder.read_metrics(), best),
+                best_loss=_best_loss(earlier, best),
                 callbacks=callbacks,
             )
             trainer.add_callback(Compiling(self.model, train.compile, self.listener, trainer.throughput))

@@ -85,8 +85,12 @@ def command(
             listener=display,
         )
 
+    from trimtab.reports import run_page
     from trimtab.reports.run import run_tables as tables
+    from trimtab.runs.load import is_run
 
+    if folder == Path(target) and is_run(folder):
+        run_page(folder)
     for result in written:
         console.print(tables.evaluation_table(result))
         if result["kind"] == "choice" and len(result["choices"]) <= tables.MOST_CLASSES:
