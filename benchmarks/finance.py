@@ -149,7 +149,7 @@ def score(tokenizer: Any, model: Any) -> dict[str, float]:
         rows = read_examples([f"{name}_test.jsonl"], tokenizer, root=DATA)
         choices = infer_choices(rows)
         assert choices is not None
-        best = score_choices(Head(model), tokenizer, rows, choices).best()
+        best = score_choices(Head(model), tokenizer, rows, choices).best
         right = sum(choices[at] == row.answer for at, row in zip(best, rows, strict=True))
         found[name] = 100 * right / len(rows)
     return found

@@ -59,7 +59,7 @@ def check(
         assert scores == pytest.approx(expected, abs=2e-4)
         predicted.append(expected.index(max(expected)))
         loss -= expected[choices.index(str(row.answer))]
-    assert found.best() == predicted
+    assert found.best == predicted
     assert len(set(predicted)) > 1, "a test that one answer always wins shows nothing"
     assert found.loss == pytest.approx(loss, rel=1e-5)
 
@@ -78,7 +78,7 @@ def test_where_one_answer_begins_another_the_end_decides(choices: list[str], tok
     model, rows = llama(), questions(choices)
     found = score_choices(Head(model), tokenizer, rows, choices)
     check(found, model, tokenizer, rows, choices, end=True)
-    assert found.best().count(choices.index(choices[-1])) < len(rows)
+    assert found.best.count(choices.index(choices[-1])) < len(rows)
 
 
 def test_the_longer_answer_can_win(tokenizer: Any, questions: Make) -> None:
@@ -88,8 +88,8 @@ def test_the_longer_answer_can_win(tokenizer: Any, questions: Make) -> None:
     rows, end = questions(choices, 4), tokenizer.eos_token_id
     longer = markov_chain(tokenizer, {one: zero, zero: end})
     shorter = markov_chain(tokenizer, {one: end})
-    assert score_choices(Head(longer), tokenizer, rows, choices).best() == [1] * 4
-    assert score_choices(Head(shorter), tokenizer, rows, choices).best() == [0] * 4
+    assert score_choices(Head(longer), tokenizer, rows, choices).best == [1] * 4
+    assert score_choices(Head(shorter), tokenizer, rows, choices).best == [0] * 4
 
 
 OWN = [("good", "bad firm"), ("the shop", "good", "a third of sales"), ("good news", "good", "plain", "Monday")]
@@ -118,8 +118,8 @@ def test_choices_of_their_own_equal_a_plain_loop(make: Any, batch_size: int, tok
         best.append(expected.index(max(expected)))
         each = [score / len(choice) for score, choice in zip(expected, row.choices, strict=True)]
         by_length.append(each.index(max(each)))
-    assert found.best() == best
-    assert found.best_by_length(rows) == by_length
+    assert found.best == best
+    assert found.best_by_length == by_length
     assert best != by_length, "the test needs rows where length decides"
 
 
@@ -129,7 +129,7 @@ def test_batch_size_changes_nothing(make: Any, dtype: torch.dtype, tokenizer: An
     choices = ["a good one", "bad", "plain"]
     head, rows = Head(make().to(dtype)), questions(choices, 40)
     alone, three, sixteen = (score_choices(head, tokenizer, rows, choices, batch_size=size) for size in (1, 3, 16))
-    assert alone.best() == three.best() == sixteen.best()
+    assert alone.best == three.best == sixteen.best
     step = torch.finfo(dtype).eps
     for one, other in zip(alone.scores, sixteen.scores, strict=True):
         assert one == pytest.approx(other, abs=max(1e-4, 80 * step))
@@ -154,10 +154,10 @@ def test_near_ties_are_decided_alone(monkeypatch: pytest.MonkeyPatch, tokenizer:
     assert margins[5] < 0.3 < margins[-5], "the test needs rows that noise would decide, and rows that it would not"
     monkeypatch.setattr(Head, "tie_margin", 0.0)
     noisy = score_choices(Noisy(model), tokenizer, rows, choices, batch_size=16)
-    assert noisy.best() != exact.best()
+    assert noisy.best != exact.best
     monkeypatch.setattr(Head, "tie_margin", 0.625)
     settled = score_choices(Noisy(model), tokenizer, rows, choices, batch_size=16)
-    assert settled.best() == exact.best()
+    assert settled.best == exact.best
     for found, batch, alone in zip(settled.scores, noisy.scores, exact.scores, strict=True):
         best, second = sorted(batch)[:-3:-1]
         assert found == (alone if best - second < 0.625 else batch)
@@ -170,11 +170,11 @@ def test_near_ties_per_character_are_decided_alone(
     exact = score_choices(Head(model), tokenizer, rows, None, batch_size=1)
     monkeypatch.setattr(Head, "tie_margin", 0.0)
     noisy = score_choices(Noisy(model), tokenizer, rows, None, batch_size=16)
-    assert noisy.best_by_length(rows) != exact.best_by_length(rows)
+    assert noisy.best_by_length != exact.best_by_length
     monkeypatch.setattr(Head, "tie_margin", 0.625)
     settled = score_choices(Noisy(model), tokenizer, rows, None, batch_size=16)
-    assert settled.best() == exact.best()
-    assert settled.best_by_length(rows) == exact.best_by_length(rows)
+    assert settled.best == exact.best
+    assert settled.best_by_length == exact.best_by_length
 
 
 TAGS = [f"{who} {what}" for who in ("profit", "sales", "shop", "firm") for what in ("of a third", "rose", "fell")]
@@ -252,7 +252,7 @@ def test_rows_in_blocks_are_scored_as_all_at_once(
     assert len(steps) > 5
     assert steps == sorted(steps)
     assert steps[-1] == (20, 20)
-    assert found.best() == whole.best()
+    assert found.best == whole.best
     assert (found.loss, found.tokens) == (pytest.approx(whole.loss, rel=1e-5), whole.tokens)
     for one, other in zip(found.scores, whole.scores, strict=True):
         assert one == pytest.approx(other, abs=1e-4)
@@ -263,7 +263,7 @@ def test_equal_scores_go_to_the_first(tokenizer: Any) -> None:
     with torch.no_grad():
         model.lm_head.weight.zero_()
     rows = [example("News: it is\nAnswer: ", "bad")]
-    assert score_choices(Head(model), tokenizer, rows, ["plain", "bad"]).best() == [0]
+    assert score_choices(Head(model), tokenizer, rows, ["plain", "bad"]).best == [0]
 
 
 def test_one_token_answers_need_one_pass_of_the_prompt(tokenizer: Any, questions: Make) -> None:

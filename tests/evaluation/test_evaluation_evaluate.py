@@ -49,10 +49,10 @@ def test_choices(tokenizer: Any, questions: Make) -> None:
 
 def test_choices_keep_the_order_given(tokenizer: Any, questions: Make) -> None:
     rows = questions(["good", "bad"], 4)
-    found = evaluate(llama(), tokenizer, rows, name="news", choices=["plain", "good", "bad"])
+    found = evaluate(Head(llama()), tokenizer, rows, name="news", choices=["plain", "good", "bad"])
     assert found.result["choices"] == ["plain", "good", "bad"]
     with pytest.raises(DataError, match=r"row 2: has the answer 'bad'"):
-        evaluate(llama(), tokenizer, rows, name="news", choices=["plain", "good"])
+        evaluate(Head(llama()), tokenizer, rows, name="news", choices=["plain", "good"])
 
 
 @pytest.mark.parametrize("choices", [None, "infer"])
@@ -61,7 +61,7 @@ def test_rows_with_choices_of_their_own(tokenizer: Any, questions: Make, choices
         replace(row, choices=("good", "a bad firm", "plain")[: 2 + at % 2])
         for at, row in enumerate(questions(["good"], 20))
     ]
-    found = evaluate(llama(), tokenizer, rows, name="exam", choices=choices)
+    found = evaluate(Head(llama()), tokenizer, rows, name="exam", choices=choices)
     result = found.result
     assert list(result) == [
         *("kind", "dataset", "rows", "accuracy", "accuracy_norm", "chance", "perplexity", "seconds")
@@ -79,9 +79,9 @@ def test_rows_with_choices_of_their_own(tokenizer: Any, questions: Make, choices
     assert (result["accuracy"], result["accuracy_norm"]) == (right / 20, by_length / 20)
     assert right != by_length, "the test needs rows where length decides"
     # Written instead, they are open answers; and a closed set that is named comes before the rows' own.
-    written = evaluate(llama(), tokenizer, rows[:3], name="exam", generate=True, max_new_tokens=2)
+    written = evaluate(Head(llama()), tokenizer, rows[:3], name="exam", generate=True, max_new_tokens=2)
     assert written.result["kind"] == "generation"
-    named = evaluate(llama(), tokenizer, rows[:3], name="exam", choices=["good", "a bad firm"])
+    named = evaluate(Head(llama()), tokenizer, rows[:3], name="exam", choices=["good", "a bad firm"])
     assert named.result["kind"] == "choice"
 
 
@@ -146,23 +146,23 @@ def test_dropout_is_off(tokenizer: Any, questions: Make) -> None:
 def test_a_model_may_be_shorter_than_a_row(tokenizer: Any) -> None:
     """The model's own number of positions limits rows, whatever the caller allows."""
     rows = [example("News: " + "the profit rose " * 60 + "\nAnswer: ", answer) for answer in ("good", "bad")]
-    found = evaluate(llama(), tokenizer, rows, name="long", choices=["good", "bad"], max_length=10_000)
+    found = evaluate(Head(llama()), tokenizer, rows, name="long", choices=["good", "bad"], max_length=10_000)
     assert found.result["rows"] == 2
-    assert evaluate(llama(), tokenizer, rows, name="long", max_new_tokens=4).result["rows"] == 2
+    assert evaluate(Head(llama()), tokenizer, rows, name="long", max_new_tokens=4).result["rows"] == 2
 
 
 def test_no_rows_is_an_error(tokenizer: Any) -> None:
     with pytest.raises(DataError, match="news: there are no rows"):
-        evaluate(llama(), tokenizer, [], name="news")
+        evaluate(Head(llama()), tokenizer, [], name="news")
 
 
 def test_what_is_written(tmp_path: Path, tokenizer: Any, questions: Make) -> None:
-    found = evaluate(llama(), tokenizer, questions(["good", "bad"], 10), name="news", choices="infer")
+    found = evaluate(Head(llama()), tokenizer, questions(["good", "bad"], 10), name="news", choices="infer")
     write(found, tmp_path, "before")
     assert json.loads((tmp_path / "evaluation" / "news.before.json").read_text(encoding="utf-8")) == found.result
     lines = (tmp_path / "predictions" / "news.before.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line) for line in lines] == found.predictions
-    texts = evaluate(llama(), tokenizer, [example("", None, 1, "the profit rose")], name="texts")
+    texts = evaluate(Head(llama()), tokenizer, [example("", None, 1, "the profit rose")], name="texts")
     write(texts, tmp_path, "after")
     assert (tmp_path / "evaluation" / "texts.after.json").is_file()
     assert not (tmp_path / "predictions" / "texts.after.jsonl").exists()

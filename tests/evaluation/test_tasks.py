@@ -63,7 +63,7 @@ def test_written_labels_that_are_right_wrong_or_none(tokenizer: Any, questions: 
 
 def test_labels_from_the_rows_are_found_before_the_limit(tokenizer: Any, questions: Make) -> None:
     levels = ["strong negative", "mildly negative", "mildly positive"]
-    found = evaluate_task(find_task("finlora/nwgi"), llama(), tokenizer, questions(levels, 6), limit=2)
+    found = evaluate_task(find_task("finlora/nwgi"), Head(llama()), tokenizer, questions(levels, 6), limit=2)
     assert found.result["rows"] == 2
     assert found.result["choices"] == sorted(levels)
 
@@ -72,15 +72,15 @@ def test_an_answer_that_is_no_label(tokenizer: Any, questions: Make) -> None:
     rows = questions(["negative", "good"], 4)
     for generate in (False, True):
         with pytest.raises(DataError, match=r"row 2: has the answer 'good', which is not among the choices"):
-            evaluate_task(find_task("finlora/fpb"), llama(), tokenizer, rows, generate=generate)
-    found = evaluate_task(find_task("finlora/fpb"), llama(), tokenizer, rows, choices=["negative", "good"])
+            evaluate_task(find_task("finlora/fpb"), Head(llama()), tokenizer, rows, generate=generate)
+    found = evaluate_task(find_task("finlora/fpb"), Head(llama()), tokenizer, rows, choices=["negative", "good"])
     assert found.result["choices"] == ["negative", "good"]
 
 
 def test_a_hundred_tags(tokenizer: Any) -> None:
     tags = [f"Tag{letter}{number}" for letter in "abcdefghijk" for number in range(10)]
     rows = [example(f"tag {number}? Answer: ", tag, number) for number, tag in enumerate(tags, 1)]
-    found = evaluate_task(find_task("finlora/xbrl_tags"), llama(), tokenizer, rows, limit=3, batch_size=64)
+    found = evaluate_task(find_task("finlora/xbrl_tags"), Head(llama()), tokenizer, rows, limit=3, batch_size=64)
     assert found.result["choices"] == sorted(tags)
     for row in found.predictions:  # the best of them are kept
         assert len(row["scores"]) == 20
@@ -90,7 +90,7 @@ def test_a_hundred_tags(tokenizer: Any) -> None:
 
 def test_lists_of_tags_are_written(tokenizer: Any) -> None:
     rows = [example("tags: ", "Debt,Goodwill", 1), example("tags: ", "Goodwill,Debt", 2)]
-    found = evaluate_task(find_task("finlora/finer"), llama(), tokenizer, rows, max_new_tokens=4)
+    found = evaluate_task(find_task("finlora/finer"), Head(llama()), tokenizer, rows, max_new_tokens=4)
     assert found.result["choices"] == ["Debt", "Goodwill"]
     assert (found.result["answers"], found.result["rows"], found.result["answered_by"]) == (4, 2, "generation")
 
@@ -98,7 +98,7 @@ def test_lists_of_tags_are_written(tokenizer: Any) -> None:
 @pytest.mark.parametrize("name", ["finlora/formula", "finlora/xbrl_formula", "finlora/xbrl_term"])
 def test_open_answers(name: str, tokenizer: Any) -> None:
     rows = [example("Use formula X. Answer: ", "12.5"), example("Use formula Y. Answer: ", "3", 2)]
-    found = evaluate_task(find_task(name), llama(), tokenizer, rows, max_new_tokens=3)
+    found = evaluate_task(find_task(name), Head(llama()), tokenizer, rows, max_new_tokens=3)
     assert found.result["kind"] == "generation"
     assert {"exact_match", "unusable", "seconds", "task"} <= set(found.result)
     assert ("word_f1" in found.result) == (name == "finlora/xbrl_term")
@@ -117,7 +117,7 @@ def test_questions_are_told_apart(tokenizer: Any) -> None:
     ]
     for generate in (False, True):
         settings: dict[str, Any] = {"generate": generate, "max_new_tokens": 2}
-        found = evaluate_task(find_task("finlora/headline"), llama(), tokenizer, rows, **settings)
+        found = evaluate_task(find_task("finlora/headline"), Head(llama()), tokenizer, rows, **settings)
         assert [entry["question"] for entry in found.result["questions"]] == asked
         for place, entry in enumerate(found.result["questions"]):
             mine = found.predictions[place::2]

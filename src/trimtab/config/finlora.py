@@ -136,5 +136,5 @@ def load_finlora(path: Path, name: str, overrides: Sequence[str] = ()) -> RunCon
     entries = read_entries(path)
     if name not in entries:
         raise ConfigError(f"{path}: no run '{name}'.{did_you_mean(name, entries)} Its runs: {', '.join(entries)}.")
-    entry = check_entry(path, name, entries[name])
-    return build_config(entry.to_run(name), path.parent, str(path), overrides)
+    raw = check_entry(path, name, entries[name]).to_run(name)
+    return build_config(raw, path.parent, str(path), overrides)

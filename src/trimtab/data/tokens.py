@@ -124,7 +124,8 @@ def encode_all(
     def encoded() -> tuple[Tensors, Dropped]:
         return _flatten(_encode_each(examples, tokenizer, max_length))
 
-    flat = encoded() if cache is None else cached(cache_file(cache, examples, tokenizer, max_length), encoded)
+    file = cache_file(cache, examples, tokenizer, max_length) if cache is not None else None
+    flat = cached(file, encoded) if file is not None else encoded()
     rows = EncodedRows(*flat, examples)
     if not len(rows):
         listed = "; ".join(f"{source}, row {number}: {reason}" for source, number, reason in rows.dropped[:3])

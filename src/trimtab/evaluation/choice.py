@@ -42,25 +42,17 @@ class ChoiceScores:
 
     Attributes:
         scores: ``scores[row][choice]``, log-likelihoods in nats.
+        best: the index of the likeliest choice of each row.
+        best_by_length: the index of the choice of each row that is likeliest per character.
         loss: summed token loss of the true answers, in nats.
         tokens: how many tokens that sum is over.
     """
 
     scores: list[list[float]]
+    best: list[int]
+    best_by_length: list[int]
     loss: float
     tokens: int
-
-    def best(self) -> list[int]:
-        """The index of the likeliest choice of each row."""
-        return [max(range(len(row)), key=row.__getitem__) for row in self.scores]
-
-    def best_by_length(self, examples: Sequence[Example]) -> list[int]:
-        """The index of the choice of each row that is likeliest per character, where rows have choices of their own."""
-        found = []
-        for example, row in zip(examples, self.scores, strict=True):
-            each = [score / len(choice) for score, choice in zip(row, example.choices, strict=True)]
-            found.append(each.index(max(each)))
-        return found
 
 
 def score_choices(
@@ -115,7 +107,12 @@ def score_choices(
                 )
             own, count = row.loss_of(sets[index].index(str(example.answer)))
             loss, tokens = loss + own, tokens + count
-    return ChoiceScores(scores, loss, tokens)
+    likeliest, per_character = [], []
+    for known, row_scores in zip(sets, scores, strict=True):
+        likeliest.append(row_scores.index(max(row_scores)))
+        each = [score / len(choice) for score, choice in zip(row_scores, known, strict=True)]
+        per_character.append(each.index(max(each)))
+    return ChoiceScores(scores, likeliest, per_character, loss=loss, tokens=tokens)
 
 
 def _blocks(examples: Sequence[Example], choices: int) -> list[list[int]]:

@@ -129,7 +129,7 @@ def write(evaluation: Evaluation, folder: Path | str, stage: str) -> None:
 def _chosen(scored: ChoiceScores, examples: Sequence[Example], closed: Sequence[str] | None) -> Outcome:
     """What the scores of choices are worth: of those of a closed set, or with None of each row's own."""
     predictions = []
-    for index, (example, best, scores) in enumerate(zip(examples, scored.best(), scored.scores, strict=True)):
+    for index, (example, best, scores) in enumerate(zip(examples, scored.best, scored.scores, strict=True)):
         choices = closed if closed is not None else example.choices
         row = prediction(index, example, choices[best], choices[best] == example.answer)
         predictions.append({**row, "scores": _best_scores(choices, scores)})
@@ -137,7 +137,7 @@ def _chosen(scored: ChoiceScores, examples: Sequence[Example], closed: Sequence[
         truth = [str(example.answer) for example in examples]
         metrics = choice_metrics(truth, [row["predicted"] for row in predictions], closed)
         return {"kind": "choice", "choices": closed, **metrics}, predictions
-    by_length = zip(examples, scored.best_by_length(examples), strict=True)
+    by_length = zip(examples, scored.best_by_length, strict=True)
     result = {
         "kind": "multiple_choice",
         "accuracy": sum(row["correct"] for row in predictions) / len(examples),

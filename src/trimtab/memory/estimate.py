@@ -148,13 +148,14 @@ def estimate_run(job: Job, sizes: RowSizes) -> RunMemory:
     trace = Trace(model, quantisation=config.quantisation)
     standing, uncounted = trace.standing, None
     labels = sizes.length - 1 if train.prompt_loss_weight else sizes.labels
+    evaluated = _evaluated(config, sizes)
     try:
         peaks = trace.run(
             Batch(train.batch_size, sizes.length, train.batch_size * labels),
             gradient_checkpointing=train.gradient_checkpointing,
             accumulates=train.gradient_accumulation > 1,
             averages=train.average is not None,
-            evaluated=_evaluated(config, sizes),
+            evaluated=evaluated,
             generates=sizes.generates,
         )
     except Exception as error:  # a model's code may ask for values in whatever way, and then fail in whatever way

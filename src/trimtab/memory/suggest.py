@@ -56,12 +56,13 @@ def suggest(job: Job, sizes: RowSizes) -> list[Suggestion]:
     does.
     """
     room = available_memory(device())
+    attempts = _attempts(job, sizes)
 
     def fitting(change: Change) -> Suggestion | None:
         memory = _with(job.config, sizes, change)
         return Suggestion(change, memory) if memory.hardest.needed <= room else None
 
-    for ladders in _attempts(job, sizes):
+    for ladders in attempts:
         found = []
         for *milder, strongest in filter(None, ladders):
             # Where the strongest change is not enough, the milder ones need not be looked at.

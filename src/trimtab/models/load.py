@@ -56,8 +56,9 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     """
     if source.kind == "folder":
         _check_tokenizer(Path(source.location))
+    options = _options(source)
     with _loading(source, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(_location(source), **_options(source))
+        tokenizer = AutoTokenizer.from_pretrained(_location(source), **options)
     tokenizer.padding_side = "right"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
@@ -104,8 +105,9 @@ def load_model(
     if quantisation != "none":
         from trimtab.models.quantise import quantise_model
 
+        folder = weights_folder(source)
         with _loading(source, "model"):
-            quantise_model(model, quantisation, dtype, weights_folder(source), source.name)
+            quantise_model(model, quantisation, dtype, folder, source.name)
     return model.eval()
 
 

@@ -125,7 +125,8 @@ def attach(model: nn.Module, plan: Plan | Rule | list[Rule]) -> AttachReport:
             f"attach: the model is a bare {type(model).__name__}, which cannot be replaced inside itself; wrap it, "
             "for instance torch.nn.Sequential(layer)"
         )
-    return install(model, find_targets(model, plan), plan.rules)
+    targets = find_targets(model, plan)
+    return install(model, targets, plan.rules)
 
 
 def install(model: nn.Module, targets: list[Target], rules: tuple[Rule, ...]) -> AttachReport:

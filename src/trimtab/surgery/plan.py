@@ -103,8 +103,9 @@ class Rule(BaseModel):
             word, number = self.layers.split(":")
             outer = block < int(number) or block >= count - int(number)
             return outer if word == "outer" else not outer
-        return any(first <= block <= last for first, last in self.ranges())
+        return any(first <= block <= last for first, last in self.ranges)
 
+    @property
     def ranges(self) -> list[tuple[int, int]]:
         """The ranges of block numbers that ``layers`` lists, ends included; empty for the selectors in words."""
         if not self.layers[0].isdigit():

@@ -141,7 +141,7 @@ class _Modules:
 def _check_ranges(plan: Plan, modules: _Modules) -> None:
     most = max(modules.blocks.values(), default=0)
     for number, rule in enumerate(plan.rules, 1):
-        last = max((end for _, end in rule.ranges()), default=-1)
+        last = max((end for _, end in rule.ranges), default=-1)
         if last >= most:
             there = f"has blocks 0 to {most - 1}" if most else "has no numbered blocks"
             raise PlanError(f"rule {number} (layers='{rule.layers}') names block {last}, and the model {there}")

@@ -82,11 +82,9 @@ def finetune(
     run.summarise("interrupted")
     try:
         run.evaluate("before")
-        if config.train.epochs == 0:
-            run.attached(describe(model, ()))
-        else:
-            set_seed(config.train.seed)
-            run.attached(attach(model, job.plan))
+        set_seed(config.train.seed)
+        run.attached(attach(model, job.plan) if config.train.epochs else describe(model, ()))
+        if config.train.epochs:
             if folder.has_adapter:  # interrupted after training
                 load_adapter(model, folder.adapter)
             else:
@@ -229,6 +227,7 @@ class _Run:
         if checkpoint is not None:
             self.listener.note(f"resuming at step {_step_of(checkpoint)}")
         best = train.metric if train.metric != "auto" else "accuracy" if self.inputs.scored else "loss"
+        best_loss = _best_loss(earlier, best)
         events = self.folder.tensorboard if train.tensorboard else None
         began = time.perf_counter()
         self.listener.stage("Training")
@@ -244,7 +243,7 @@ class _Run:
                 record=recorder.record,
                 validate=self._validation if self.inputs.validation else None,
                 best=best,
-                best_loss=_best_loss(earlier, best),
+                best_loss=best_loss,
                 callbacks=callbacks,
             )
             trainer.add_callback(Compiling(self.model, train.compile, self.listener, trainer.throughput))

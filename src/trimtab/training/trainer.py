@@ -152,6 +152,7 @@ class AdapterTrainer(Trainer):
         best_loss: float = math.inf,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
+        arguments = training_arguments(train, len(rows), folder, best if validate is not None else None)
         self.throughput = Throughput()
         self._adapted = model
         self._train_config = train
@@ -160,7 +161,7 @@ class AdapterTrainer(Trainer):
         self._averaging = Averaging(model, train.average or 0.0)
         super().__init__(
             model=model,
-            args=training_arguments(train, len(rows), folder, best if validate is not None else None),
+            args=arguments,
             train_dataset=rows,
             # Only its presence is asked for: evaluate() is ours.
             eval_dataset=rows if validate is not None else None,
