@@ -13,8 +13,9 @@ from typing import Any
 
 from torch import nn
 
-from trimtab import bases, methods
+from trimtab import bases
 from trimtab.errors import PlanError
+from trimtab.studies.search_space import trained_numbers
 from trimtab.surgery.plan import ALL_LINEAR, Plan, Rule
 from trimtab.surgery.targets import find_targets
 
@@ -46,8 +47,7 @@ def matched_plan(model: nn.Module, method: str, options: Mapping[str, Any], rank
     def cost(shape: tuple[int, int], of: int) -> int:
         base = bases.find(nn.Linear(shape[1], shape[0], bias=False, device="meta"))
         assert base is not None
-        built = methods.method_class(method)(base, _plan(method, options, of).rules[0].options)
-        return sum(parameter.numel() for parameter in built.parameters())
+        return trained_numbers(base, method, _plan(method, options, of).rules[0].options)
 
     def total(of: int) -> int:
         return sum(cost(shape, of) for shape in names.values())

@@ -135,10 +135,10 @@ class StudyFolder:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = read_json(file)
+        result: dict[str, Any] = read_json(file)
     except ValueError as error:
         raise RunError(f"{file}: a damaged file ({error}); remove it, and its cell is run again") from None
-    return found
+    return result
 
 
 class _Bench:
@@ -168,7 +168,7 @@ class _Bench:
             return done
         self.watcher.began(cell)
         plan = self.plans[cell.arm]
-        found = {
+        result = {
             "contender": cell.arm.contender,
             "budget": cell.arm.budget,
             "learning_rate": cell.learning_rate,
@@ -185,9 +185,9 @@ class _Bench:
                 lambda point: self.watcher.evaluated(cell, point),
             ),
         }
-        write_json(self.folder.file(cell), found)
-        self.watcher.ended(cell, found, True)
-        return found
+        write_json(self.folder.file(cell), result)
+        self.watcher.ended(cell, result, True)
+        return result
 
 
 def _count(model: Any, plan: Plan) -> int:

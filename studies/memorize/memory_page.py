@@ -36,24 +36,24 @@ _TITLES = ("method", "rank", "trained", "rate", "area, %", "end, %", "learnt by"
 EDGE = "*"
 
 
-def arms_table(found: Mapping[str, Any]) -> Table:
+def arms_table(results: Mapping[str, Any]) -> Table:
     """A line for each arm, for the terminal; ``footnote`` belongs under it."""
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     for place, title in enumerate(_TITLES):
         table.add_column(title, justify="right" if place else "left", no_wrap=True)
-    for arm in found["arms"]:
+    for arm in results["arms"]:
         table.add_row(*_cells(arm))
     return table
 
 
-def footnote(found: Mapping[str, Any]) -> str:
+def footnote(results: Mapping[str, Any]) -> str:
     """What a reader must know of single lines of the table; empty where there is nothing."""
     notes = []
-    if any(arm["at_edge"] for arm in found["arms"]):
+    if any(arm["at_edge"] for arm in results["arms"]):
         notes.append(f"{EDGE} the smallest or the largest rate tried was best: a wider search might do better.")
     notes += [
         f"{_name(arm)}: {arm['diverged']} of {len(arm['seeds'])} curves diverged; nothing counts as right from there."
-        for arm in found["arms"]
+        for arm in results["arms"]
         if arm["diverged"]
     ]
     return "\n".join(notes)
@@ -94,25 +94,25 @@ def _learnt(steps: Sequence[int | None]) -> str:
     return "-".join(ends)
 
 
-def panels(found: Mapping[str, Any]) -> Iterator[tuple[int | None, list[Mapping[str, Any]]]]:
+def panels(results: Mapping[str, Any]) -> Iterator[tuple[int | None, list[Mapping[str, Any]]]]:
     """Each budget with its arms, those without a budget in every one; one panel without a budget if there is none."""
-    budgets = list(dict.fromkeys(arm["budget"] for arm in found["arms"] if arm["budget"] is not None))
+    budgets = list(dict.fromkeys(arm["budget"] for arm in results["arms"] if arm["budget"] is not None))
     for budget in budgets or [None]:
-        yield budget, [arm for arm in found["arms"] if arm["budget"] in (budget, None)]
+        yield budget, [arm for arm in results["arms"] if arm["budget"] in (budget, None)]
 
 
-def draw(found: Mapping[str, Any]) -> Figure:
+def draw(results: Mapping[str, Any]) -> Figure:
     """A panel for each budget; a line for each method, the mean over seeds, in the band from lowest to highest."""
-    shown = list(panels(found))
+    shown = list(panels(results))
     figure = blank(8.4, 3.9 * len(shown))
     # One below the other: a step stands under the same step.
     for axes, (budget, arms) in zip(figure.subplots(len(shown), 1, squeeze=False)[:, 0], shown, strict=True):
-        _panel(axes, budget, arms, found)
+        _panel(axes, budget, arms, results)
     return figure
 
 
-def _panel(axes: Axes, budget: int | None, arms: Arms, found: Mapping[str, Any]) -> None:
-    last = found["study"]["steps"]
+def _panel(axes: Axes, budget: int | None, arms: Arms, results: Mapping[str, Any]) -> None:
+    last = results["study"]["steps"]
     for arm in arms:
         colour, mark, dash = _LOOKS[arm["contender"]]
         steps = [point["step"] for point in arm["curve"]]
@@ -185,35 +185,35 @@ def _when(arm: Mapping[str, Any]) -> str:
 
 def write_memory_page(folder: Path) -> Path:
     """Write ``memorize.png``, ``memorize.svg`` and ``memorize.html`` beside the ``memorize.json`` in ``folder``."""
-    found = read_json(folder / "memorize.json")
+    results = read_json(folder / "memorize.json")
     picture = write_picture(
-        draw(found), folder, "memorize", "Character accuracy against steps, a panel for each budget"
+        draw(results), folder, "memorize", "Character accuracy against steps, a panel for each budget"
     )
-    write_text(folder / "memorize.html", _page(found, picture))
+    write_text(folder / "memorize.html", _page(results, picture))
     return folder / "memorize.html"
 
 
-def _page(found: Mapping[str, Any], picture: str) -> str:
-    study = found["study"]
+def _page(results: Mapping[str, Any], picture: str) -> str:
+    study = results["study"]
     seeds = study["seeds"]
-    tried = max(len(arm["candidates"]) for arm in found["arms"])
+    tried = max(len(arm["candidates"]) for arm in results["arms"])
     blocks = f"the first {study['blocks']} blocks" if study["blocks"] else "all blocks"
-    notes = html.escape(footnote(found)).replace("\n", " ")
+    notes = html.escape(footnote(results)).replace("\n", " ")
     search = [
         [_name(arm), *(f"{one['learning_rate']:g}: {100 * one['area']:.1f}" for one in arm["candidates"])]
-        for arm in found["arms"]
+        for arm in results["arms"]
     ]
     rates = ["", *[f"rate {number}" for number in range(1, tried + 1)]]
-    machine = found["machine"]
+    machine, learnt = results["machine"], results["learnt"]
     body = f"""<h1>Who learns random identifiers by heart, at equal cost</h1>
 <p class="about">{study["pairs"]:,} pairs of {study["digits"]} hexadecimal digits, {blocks} of
 {html.escape(study["model"])}, {study["batch_size"]} pairs a step. A line is the mean of {seeds} seeds, its band goes
 from the lowest to the highest.</p>
 {picture}
 <section><h2>In numbers</h2>
-{html_table(_TITLES, [_cells(arm) for arm in found["arms"]])}
+{html_table(_TITLES, [_cells(arm) for arm in results["arms"]])}
 <p class="fine">Accuracy is that of the value that the model writes by itself, greedily, after the key. Area: the mean
-over all points of the curve. Learnt by: the step at which {100 * found["learnt"]:g} % of the characters are right, from
+over all points of the curve. Learnt by: the step at which {100 * learnt:g} % of the characters are right, from
 the first seed to the last. Over LoRA: the difference in area at the same budget, seed by seed on the same pairs in the
 same order. ±: half of the mean's 95 % interval over seeds (Student); where it reaches beyond 0, no difference is shown.
 Rank: where two are named, some matrices have the one and some the other, so that magnitudes, too, are paid from the
@@ -223,9 +223,9 @@ budget.</p></section>
 <p class="fine">Each rate and the area under its curve, in %, on the pairs of a seed of its own, which is in no curve
 above. Every method tries as many; the largest area is taken. {notes} The rate rises over {study["warmup"]} steps and
 stays.</p>
-<p class="fine">{found["cells"]} cells, {found["seconds"] / 60:.0f} minutes of training and evaluation on
+<p class="fine">{results["cells"]} cells, {results["seconds"] / 60:.0f} minutes of training and evaluation on
 {machine["cores"]} cores ({html.escape(str(machine["processor"]))}), frozen weights in {study["precision"]}; torch
-{found["versions"]["torch"]}, transformers {found["versions"]["transformers"]}.</p></section>
+{results["versions"]["torch"]}, transformers {results["versions"]["transformers"]}.</p></section>
 """
     return page("Memory study", body)
 

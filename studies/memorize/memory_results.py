@@ -83,12 +83,12 @@ def summarise(study: MemoryStudy, results: Results) -> dict[str, Any]:
 
 def _over_seeds(points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     # No interval: where curves jump from nothing to all, that of a few seeds would be all of the axis.
-    found = [point["accuracy"] for point in points]
+    accuracies = [point["accuracy"] for point in points]
     return {
         "step": points[0]["step"],
-        "mean": sum(found) / len(found),
-        "lowest": min(found),
-        "highest": max(found),
+        "mean": sum(accuracies) / len(accuracies),
+        "lowest": min(accuracies),
+        "highest": max(accuracies),
     }
 
 

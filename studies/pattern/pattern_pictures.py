@@ -142,8 +142,8 @@ def draw_levels(study: Mapping[str, Any], view: str) -> Figure:
     groups = {}
     for level in dict.fromkeys(row["level"] for row in study["correlations"]):
         rows = [_by_kind(study, kinds, level=level, arm=arm, view=view) for arm in arms_of(study, level)]
-        if found := [row for row in rows if row]:
-            groups[level] = found
+        if filled := [row for row in rows if row]:
+            groups[level] = filled
     return _dots(groups, kinds)[0]
 
 

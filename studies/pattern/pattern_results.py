@@ -38,8 +38,8 @@ def summarise(results: Sequence[tuple[PatternCell, Mapping[str, Any]]]) -> dict[
     - ``changes``: mean dM and dD over layers and seeds at each checkpoint.
     """
     groups: dict[tuple[str, str], list[list[ChangePoint]]] = defaultdict(list)
-    for cell, found in results:
-        groups[cell.level, cell.arm].append([ChangePoint(*one) for one in found["measured"]["changes"]])
+    for cell, result in results:
+        groups[cell.level, cell.arm].append([ChangePoint(*one) for one in result["measured"]["changes"]])
     correlations, changes = [], []
     for (level, arm), runs in groups.items():
         kinds = list(dict.fromkeys(point.kind for point in runs[0]))
@@ -56,7 +56,11 @@ def summarise(results: Sequence[tuple[PatternCell, Mapping[str, Any]]]) -> dict[
                     | {"delta_magnitude": math.fsum(point.delta_magnitude for point in there) / len(there)}
                     | {"delta_direction": math.fsum(point.delta_direction for point in there) / len(there)}
                 )
-    return {"cells": [_line(cell, found) for cell, found in results], "correlations": correlations, "changes": changes}
+    return {
+        "cells": [_line(cell, result) for cell, result in results],
+        "correlations": correlations,
+        "changes": changes,
+    }
 
 
 def _correlation(cloud: Sequence[ChangePoint], view: str) -> float | None:
@@ -86,8 +90,8 @@ def mean_correlation(values: Sequence[float]) -> dict[str, float | None]:
     if not values:
         return {"mean": None, "low": None, "high": None}
     most = 1 - 1e-12  # keeps z finite where the points lie on a line
-    found = mean_interval([math.atanh(max(-most, min(most, value))) for value in values])
-    ends = {"mean": found.mean, "low": found.low, "high": found.high}
+    interval = mean_interval([math.atanh(max(-most, min(most, value))) for value in values])
+    ends = {"mean": interval.mean, "low": interval.low, "high": interval.high}
     return {key: None if z is None else math.tanh(z) for key, z in ends.items()}
 
 
@@ -95,12 +99,12 @@ def _share(value: float, of: float) -> float:
     return value / of if of else 0.0
 
 
-def _line(cell: PatternCell, found: Mapping[str, Any]) -> dict[str, Any]:
+def _line(cell: PatternCell, result: Mapping[str, Any]) -> dict[str, Any]:
     kept = ("trainable_parameters", "steps", "training_seconds", "total_seconds", "peak_memory_gib", "precision")
-    measured = found["measured"]
+    measured = result["measured"]
     return (
         {"level": cell.level, "arm": cell.arm, "seed": cell.seed}
-        | {key: found[key] for key in kept}
+        | {key: result[key] for key in kept}
         | {"first_loss": measured["first_loss"], "last_loss": measured["last_loss"]}
     )
 
@@ -110,8 +114,8 @@ def write_results(study: PatternStudy, results: Sequence[tuple[PatternCell, Mapp
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
-    for cell, found in results:
-        writer.writerows([cell.level, cell.arm, cell.seed, *change] for change in found["measured"]["changes"])
+    for cell, result in results:
+        writer.writerows([cell.level, cell.arm, cell.seed, *change] for change in result["measured"]["changes"])
     write_text(study.folder / "pattern.csv", text.getvalue())
     machine = {key: results[-1][1][key] for key in ("machine", "versions")}
     write_json(

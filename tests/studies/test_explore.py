@@ -24,8 +24,8 @@ from trimtab.runs.folder import RunFolder
 from trimtab.studies import cell, search
 from trimtab.studies import explore as whole
 from trimtab.studies.explore import explore
+from trimtab.studies.plan_search import SearchListener
 from trimtab.studies.process import run_here
-from trimtab.studies.search import SearchListener
 from trimtab.training.run import finetune
 
 Make = Callable[..., Any]

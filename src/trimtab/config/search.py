@@ -41,11 +41,11 @@ def _methods(value: object) -> dict[str, dict[str, Any]]:
     if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
         value = dict.fromkeys(value, None)
     if isinstance(value, Mapping) and value and all(isinstance(item, str) for item in value):
-        found = {name: {} if options is None else options for name, options in value.items()}
-        if all(isinstance(options, dict) for options in found.values()) and not found.get(NONE):
-            if set(found) == {NONE}:
+        named = {name: {} if options is None else options for name, options in value.items()}
+        if all(isinstance(options, dict) for options in named.values()) and not named.get(NONE):
+            if set(named) == {NONE}:
                 raise ValueError("expected a method beside none, which trains nothing")
-            return found
+            return named
     raise ValueError("expected a list of methods (lora, dora, mora, none), or a mapping of them to their options")
 
 

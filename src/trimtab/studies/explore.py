@@ -33,7 +33,7 @@ from trimtab.files import locked, write_text
 from trimtab.models.load import empty_model
 from trimtab.reports.search.search_page import write_explore_page
 from trimtab.runs.folder import differences
-from trimtab.studies.search import Search, SearchListener
+from trimtab.studies.plan_search import Search, SearchListener
 from trimtab.studies.search_space import Space, default_groups, find_groups
 
 

@@ -18,7 +18,6 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import trimtab
 from trimtab.config.run import RunConfig
 from trimtab.errors import Interrupted, RunError, TrimtabError
 from trimtab.runs.events import Listener
@@ -33,7 +32,7 @@ def run_apart(config: RunConfig, listener: Listener) -> None:
         RunError: what the run failed with, or how its process died.
         Interrupted: by the user, who is heard here; the child finishes its step and saves a checkpoint.
     """
-    package = str(Path(trimtab.__file__).parents[1])
+    package = str(Path(__file__).parents[2])
     path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as complaints:
         # A session of its own: Ctrl-C at the terminal reaches the parent alone, which passes it on once.

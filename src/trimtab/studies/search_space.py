@@ -22,6 +22,7 @@ from trimtab import methods
 from trimtab.bases import WeightBase
 from trimtab.config.search import NONE
 from trimtab.errors import ConfigError, PlanError
+from trimtab.methods import Options
 from trimtab.surgery.plan import Plan, Rule
 from trimtab.surgery.targets import block_number, find_targets
 
@@ -64,15 +65,18 @@ def default_groups(model: nn.Module, outer: int | None) -> dict[str, tuple[tuple
 
     ``outer``: by default a quarter of the blocks. Raises PlanError where no block is left in between.
     """
-    numbers = [found[1] for name, _ in model.named_modules() if (found := block_number(name)) is not None]
-    blocks = max(numbers, default=-1) + 1
+    places = (block_number(name) for name, _ in model.named_modules())
+    blocks = max((place[1] for place in places if place is not None), default=-1) + 1
     ends = max(1, blocks // 4) if outer is None else outer
     if 2 * ends >= blocks:
         raise PlanError(
             f"outer: {ends} blocks at each end leave none between, the model has {blocks}; lower it, or name the groups"
         )
-    places = [(place, kind) for place in ("outer", "inner") for kind in KINDS]
-    return {f"{place} {kind}": ((KINDS[kind],), f"{place}:{ends}") for place, kind in places}
+    return {
+        f"{place} {kind}": ((match,), f"{place}:{ends}")
+        for place in ("outer", "inner")
+        for kind, match in KINDS.items()
+    }
 
 
 def find_groups(model: nn.Module, said: Mapping[str, tuple[Sequence[str], str]]) -> tuple[Group, ...]:
@@ -97,6 +101,12 @@ def find_groups(model: nn.Module, said: Mapping[str, tuple[Sequence[str], str]])
         weights = tuple((example[shape], count) for shape, count in counts.items())
         groups.append(Group(name, tuple(match), layers, weights))
     return tuple(groups)
+
+
+def trained_numbers(base: WeightBase, method: str, options: Options) -> int:
+    """How many numbers ``method`` trains on a weight such as ``base``. Raises PlanError where the rank is too large."""
+    adapter = methods.method_class(method)(base, options)
+    return sum(parameter.numel() for parameter in adapter.parameters())
 
 
 class Space:
@@ -139,8 +149,8 @@ class Space:
         """Trained parameters of ``part`` on ``group``; None where the rank is too large for one of its weights."""
         if part.method == NONE:
             return 0
-        found = [(self._count(base, part.method, part.rank), times) for base, times in group.weights]
-        return None if any(each is None for each, _ in found) else sum((each or 0) * times for each, times in found)
+        counts = [(self._count(base, part.method, part.rank), times) for base, times in group.weights]
+        return None if any(each is None for each, _ in counts) else sum((each or 0) * times for each, times in counts)
 
     def parameters(self, proposal: Proposal) -> int:
         """Trained parameters of the whole proposal."""
@@ -196,11 +206,9 @@ class Space:
         if key not in self._counted:
             options = methods.options_class(method)(rank=rank, **self._options.get(method, {}))  # type: ignore[call-arg]
             try:
-                adapter = methods.method_class(method)(base, options)
+                self._counted[key] = trained_numbers(base, method, options)
             except PlanError:
                 self._counted[key] = None
-            else:
-                self._counted[key] = sum(parameter.numel() for parameter in adapter.parameters())
         return self._counted[key]
 
     def _uniform_cost(self, method: str, rank: int) -> int | None:

@@ -66,7 +66,8 @@ def paired_difference(arm: Sequence[str], reference: Sequence[str]) -> Differenc
     by_seeds = float(d.mean(axis=1).var(ddof=1)) / seeds if seeds > 1 else 0.0
     variance = by_rows + by_seeds
     if variance == 0:
-        return Difference(mean, mean, mean, 1.0 if mean == 0 else 0.0, seeds, rows)
+        p = 1.0 if mean == 0 else 0.0
+        return Difference(mean=mean, low=mean, high=mean, p=p, seeds=seeds, rows=rows)
     freedom = variance**2 / (by_rows**2 / (rows - 1) + by_seeds**2 / max(1, seeds - 1))
     error = math.sqrt(variance)
     half = float(stats.t.ppf((1 + LEVEL) / 2, freedom)) * error
@@ -74,7 +75,7 @@ def paired_difference(arm: Sequence[str], reference: Sequence[str]) -> Differenc
         p = mcnemar(int((d > 0).sum()), int((d < 0).sum()))
     else:
         p = float(2 * stats.t.sf(abs(mean) / error, freedom))
-    return Difference(mean, mean - half, mean + half, p, seeds, rows)
+    return Difference(mean=mean, low=mean - half, high=mean + half, p=p, seeds=seeds, rows=rows)
 
 
 def _matrix(runs: Sequence[str]) -> np.ndarray:
@@ -89,7 +90,8 @@ def mcnemar(wins: int, losses: int) -> float:
 def holm(ps: Sequence[float]) -> list[float]:
     """The p of each comparison, corrected for how many there are (Holm 1979).
 
-    Of all that are called a difference by ``p < 0.05``, the chance that any is none stays below 0.05.
+    Call a difference every comparison whose corrected p is below 0.05: the chance that even one of them is an accident
+    stays below 5 %.
     """
     adjusted, largest = [0.0] * len(ps), 0.0
     for place, index in enumerate(sorted(range(len(ps)), key=lambda index: ps[index])):

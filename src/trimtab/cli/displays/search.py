@@ -9,7 +9,7 @@ from rich.console import Console
 from trimtab.cli.displays.run import OneOfManyDisplay
 from trimtab.reports.search.search_words import plan_words, score_words
 from trimtab.reports.shared import words
-from trimtab.studies.search import SearchListener
+from trimtab.studies.plan_search import SearchListener
 
 
 class SearchDisplay(OneOfManyDisplay, SearchListener):

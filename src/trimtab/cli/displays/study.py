@@ -69,18 +69,18 @@ def told(cell: Cell, result: dict[str, Any]) -> str:
     if cell.searching:
         scores = [_score("validation", result["kept"])]
     else:
-        scores = [_score(name, found) for name, found in result["tests"].items()]
+        scores = [_score(name, figures) for name, figures in result["tests"].items()]
     costs = [words.duration(result["total_seconds"]), f"{result['peak_memory_gib']:.2f} GiB"]
     return ", ".join([*scores, *costs])
 
 
-def _score(name: str, found: dict[str, Any]) -> str:
+def _score(name: str, figures: dict[str, Any]) -> str:
     for key, said in (("accuracy", "accuracy"), ("exact_match", "exact match")):
-        if key in found:
-            return f"{name} {said} {words.percent(found[key])}"
-    if "perplexity" in found:
-        return f"{name} perplexity {words.number(found['perplexity'])}"
-    return f"{name} loss {found['loss']:.3f}"
+        if key in figures:
+            return f"{name} {said} {words.percent(figures[key])}"
+    if "perplexity" in figures:
+        return f"{name} perplexity {words.number(figures['perplexity'])}"
+    return f"{name} loss {figures['loss']:.3f}"
 
 
 def cells_table(study: Study) -> Table:
@@ -92,9 +92,9 @@ def cells_table(study: Study) -> Table:
         for arm in study.said.arms:
             chosen = chosen_runs(study, task, arm)
             for cell in (*study.searches(task, arm), *(chosen or study.runs(task, arm, None))):
-                found = finished_cell(cell.config) if cell.searching or chosen else None
+                result = finished_cell(cell.config) if cell.searching or chosen else None
                 rate = f"{cell.learning_rate:g}" if cell.searching or chosen else "as the search finds"
                 seed = f"search {cell.seed}" if cell.searching else str(cell.seed)
                 rate = rate if cell.config.train.epochs else words.DASH
-                table.add_row(task, arm, seed, rate, told(cell, found) if found is not None else words.DASH)
+                table.add_row(task, arm, seed, rate, told(cell, result) if result is not None else words.DASH)
     return table

@@ -38,7 +38,7 @@ def command(
     console = Console()
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("weights", total=None)
-        found = list(
+        changes = list(
             analyse(
                 locate(base),
                 tuned,
@@ -48,7 +48,7 @@ def command(
                 note=lambda text: console.print(text, highlight=False, soft_wrap=True),
             )
         )
-    analysis = write_changes(out, base, found)
+    analysis = write_changes(out, base, changes)
     page = write_changes_page(out)
     console.print(changes_table(analysis))
     console.print()

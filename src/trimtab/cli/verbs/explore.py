@@ -42,12 +42,12 @@ def command(
     with display:
         folder = explore(loaded, display)
 
-    found = read_json(folder / "explore.json")
+    outcome = read_json(folder / "explore.json")
     console.print()
-    console.print(trials_table(found))
-    if found["confirmation"]:
-        console.print(f"\n{confirmation_words(found)}", highlight=False)
-    others = [folder / f"{name}.yaml" for name in ("best_mixed", "best_uniform") if found[name] is not None]
+    console.print(trials_table(outcome))
+    if outcome["confirmation"]:
+        console.print(f"\n{confirmation_words(outcome)}", highlight=False)
+    others = [folder / f"{name}.yaml" for name in ("best_mixed", "best_uniform") if outcome[name] is not None]
     for line in (
         f"\nbest: {folder / 'best.yaml'}" + (f" (also {', '.join(each.name for each in others)})" if others else ""),
         f"page: {folder / 'explore.html'}",
