@@ -50,3 +50,13 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
             raise RunError(str(error)) from None
 
     monkeypatch.setattr("trimtab.studies.cell.run_apart", run)
+
+
+@pytest.fixture
+def bare_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs without the estimate of their memory before, and with an empty page after: quicker, where neither is what is
+    tested."""
+    from trimtab.files import write_text
+
+    monkeypatch.setattr("trimtab.training.run.check_run", lambda *_: None)
+    monkeypatch.setattr("trimtab.training.run.run_page", lambda run: write_text(run / "report.html", ""))

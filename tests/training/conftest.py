@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from run_fixtures import make_yaml, model_folder, own_cache
+from run_fixtures import bare_runs, make_yaml, model_folder, own_cache
 
-__all__ = ["make_config", "make_yaml", "model_folder", "own_cache"]
+__all__ = ["bare_runs", "make_config", "make_yaml", "model_folder", "own_cache"]
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from trimtab.runs.events import Listener
 from trimtab.runs.folder import RunFolder, find_run
 from trimtab.training.run import _Run, finetune
 
+pytestmark = pytest.mark.usefixtures("bare_runs")
 TIMED = {"seconds", "tokens_per_second", "memory_gib"}
 
 

@@ -24,6 +24,7 @@ from trimtab.training.callbacks import Averaging
 from trimtab.training.run import _Run, finetune
 from trimtab.training.trainer import AdapterTrainer, parameter_groups
 
+pytestmark = pytest.mark.usefixtures("bare_runs")
 RULES = (
     trimtab.Rule(match="*_proj", method="dora", rank=4, alpha=8),
     trimtab.Rule(match="*.v_proj", method="mora", rank=4),
