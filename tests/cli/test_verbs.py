@@ -94,7 +94,7 @@ def test_finetune_when_piped(cli: Any, make_yaml: Callable[..., Path], tmp_path:
         r"step 2/5  loss \d+\.\d{4}  [\d,]+ tokens/s  \d:\d\d left  \d\.\d\d GiB",
         r"step 5: validation loss \d\.\d{4}, accuracy \d+\.\d %, macro F1 \d+\.\d %",
         r"accuracy +9 +\d+\.\d % +\d+\.\d %",
-        r"adapter \(\d+ kB\): there/adapter",
+        r"adapter \([\d.]+ kB\): there/adapter",
         r"report: there/report\.html",
         r"try it: trimtab generate there \$'Message: .+\\nAnswer:'",
     ):

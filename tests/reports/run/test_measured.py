@@ -26,9 +26,7 @@ def test_a_share_changes_by_points_and_a_perplexity_by_a_percentage(run: Path, o
     assert [(row.key, row.change) for row in measured(_set(open_run, "tales"))] == [("perplexity", "−25.0 %")]
 
 
-def test_the_headline_says_what_answers_without_a_look_would_give(
-    run: Path, open_run: Path, exam_run: Path
-) -> None:
+def test_the_headline_says_what_answers_without_a_look_would_give(run: Path, open_run: Path, exam_run: Path) -> None:
     for folder, name, beside in (
         (run, "kind", "always answering 'no' would give 50.0 %"),
         (exam_run, "exam", "guessing would give 25.0 %"),

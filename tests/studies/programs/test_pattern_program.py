@@ -271,7 +271,7 @@ def test_the_page_is_whole(study: Callable[..., Path], tmp_path: Path, seeds: in
     for name in ("pattern", "pattern-views", "pattern-sizes", "pattern-levels-all", "pattern-levels-layers"):
         assert (tmp_path / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert "<svg" in (tmp_path / "out" / f"{name}.svg").read_text(encoding="utf-8")
-    assert page.count('<figure class="picture"><svg') == 5
+    assert page.count('<figure class="picture" tabindex="0"><svg') == 5
     assert "://" not in page
     for words in ("q_proj", "v_proj", "o_proj", "together", "slower", "-0.62", "over time", "slow magnitudes", *PAPER):
         assert words in page

@@ -70,7 +70,7 @@ def told(cell: Cell, result: dict[str, Any]) -> str:
         scores = [_score("validation", result["kept"])]
     else:
         scores = [_score(name, figures) for name, figures in result["tests"].items()]
-    costs = [words.duration(result["total_seconds"]), f"{result['peak_memory_gib']:.2f} GiB"]
+    costs = [words.duration(result["total_seconds"]), words.gib(result["peak_memory_gib"])]
     return ", ".join([*scores, *costs])
 
 

@@ -57,7 +57,8 @@ def command(
     from rich.console import Console
 
     from trimtab.cli.displays.run import RunDisplay
-    from trimtab.reports.run import run_tables as tables
+    from trimtab.reports.run import run_tables
+    from trimtab.reports.shared import words
 
     console = Console()
     with RunDisplay(console) as display:
@@ -68,18 +69,15 @@ def command(
     summary = folder.read_summary()
     console.print()
     if loaded.data.test:
-        console.print(tables.results_table(folder.path))
-        console.print(tables.answers_table(folder.path))
-    minutes, seconds = divmod(round(summary["training_seconds"]), 60)
+        console.print(run_tables.results_table(folder.path))
+        console.print(run_tables.answers_table(folder.path))
     console.print(
         f"trained {summary['trainable_parameters']:,} of {summary['total_parameters']:,} parameters in "
-        f"{minutes} min {seconds} s, peak memory {summary['peak_memory_gib']:.2f} GiB",
+        f"{words.duration(summary['training_seconds'])}, peak memory {words.gib(summary['peak_memory_gib'])}",
         highlight=False,
     )
-    size = summary["adapter_bytes"]
-    written = f"{size / 1e6:.1f} MB" if size > 1e6 else f"{size / 1e3:.0f} kB"
     for line in (
-        f"adapter ({written}): {_short(folder.adapter)}",
+        f"adapter ({words.size(summary['adapter_bytes'])}): {_short(folder.adapter)}",
         f"report: {_short(folder.report)}",
         f"try it: trimtab generate {_short(folder.path)} {_question(folder)}",
     ):

@@ -20,7 +20,7 @@ def command(
         int | None,
         typer.Option(min=2, help="Estimate memory for rows of so many tokens, in place of the longest of the data."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of tables.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of run_tables.")] = False,
 ) -> None:
     """Show which modules get which method, how many parameters are trained, and how much memory the run will take.
 
@@ -46,19 +46,19 @@ def command(
     from rich.console import Console
     from rich.table import Table
 
-    from trimtab.reports.run import run_tables as tables
+    from trimtab.reports.run import run_tables
 
     console = Console()
     console.print(f"model: {loaded.model.name}", highlight=False, soft_wrap=True)
     if loaded.quantisation != "none":
         console.print(f"quantisation: {loaded.quantisation}, all linear layers but the output head", highlight=False)
-    console.print(tables.plan_table(found))
+    console.print(run_tables.plan_table(found))
     if modules:
         table = Table("module", "method", "rule", "out x in", "parameters", box=None, header_style="bold")
         for module in found["modules"]:
             size = f"{module['out']} x {module['in']}"
             table.add_row(module["module"], module["method"], str(module["rule"]), size, f"{module['parameters']:,}")
         console.print(table)
-    console.print(tables.memory_table(memory))
-    for line in tables.memory_lines(memory):
+    console.print(run_tables.memory_table(memory))
+    for line in run_tables.memory_lines(memory):
         console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -214,10 +214,11 @@ def memory_lines(memory: Mapping[str, Any]) -> list[str]:
     lines = [f"for batches of {rows} rows of {length} tokens ({memory['length_from']})"]
     if memory["uncounted"]:
         lines.append(f"without the activations, which could not be counted: {memory['uncounted']}")
-    need = f"{memory['needed']:.2f} GiB beyond Python and libraries, {memory['free']:.2f} GiB are free"
+    need = f"{words.gib(memory['needed'])} beyond Python and libraries, {words.gib(memory['free'])} are free"
     if memory["fits"]:
         return [*lines, f"it fits: {need}"]
     lines.append(f"it does not fit: {need}")
     if not memory["suggestions"]:
         return [*lines, "no change of batch, length or storage would make it fit: it takes a smaller model"]
-    return [*lines, "it would fit with", *(f"  {s['change']}: {s['needed']:.2f} GiB" for s in memory["suggestions"])]
+    changes = [f"  {one['change']}: {words.gib(one['needed'])}" for one in memory["suggestions"]]
+    return [*lines, "it would fit with", *changes]
