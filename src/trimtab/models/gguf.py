@@ -86,10 +86,13 @@ def is_dequantised(file: Path) -> bool:
 
 def gguf_config(file: Path) -> PretrainedConfig:
     """The model's configuration from the head of the file. The weights are not read."""
+    config: PretrainedConfig
     if _is_complete(target := _cached(file)):
-        return AutoConfig.from_pretrained(target)
-    with _reading(file):
-        return AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+        config = AutoConfig.from_pretrained(target)
+    else:
+        with _reading(file):
+            config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+    return config
 
 
 def _cached(file: Path) -> Path:

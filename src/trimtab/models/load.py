@@ -42,7 +42,8 @@ def load_config_only(source: Source) -> PretrainedConfig:
     with _loading(source, "configuration"):
         if source.kind == "gguf":
             return gguf_config(Path(source.location))
-        return AutoConfig.from_pretrained(source.location, **_options(source))
+        config: PretrainedConfig = AutoConfig.from_pretrained(source.location, **_options(source))
+        return config
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
@@ -95,6 +96,7 @@ def load_model(
             output_loading_info=True,
             **options,
         )
+    model: PreTrainedModel
     model, report = loaded
     if missing := sorted(report["missing_keys"]):
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
@@ -108,7 +110,8 @@ def load_model(
         folder = weights_folder(source)
         with _loading(source, "model"):
             quantise_model(model, quantisation, dtype, folder, source.name)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def empty_model(source: Source, dtype: torch.dtype = torch.float32, attention: str = "auto") -> PreTrainedModel:
@@ -120,9 +123,10 @@ def empty_model(source: Source, dtype: torch.dtype = torch.float32, attention: s
     config = load_config_only(source)
     options: dict[str, Any] = {} if attention == "auto" else {"attn_implementation": attention}
     with _loading(source, "model"), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=dtype, trust_remote_code=source.trust_remote_code, **options
         )
+        return model
 
 
 def weights_folder(source: Source) -> Path:

@@ -36,7 +36,8 @@ class Weights:
 
     def __getitem__(self, name: str) -> Tensor:
         with _open(self._files[name]) as reader:
-            return reader.get_tensor(name)
+            tensor: Tensor = reader.get_tensor(name)
+            return tensor
 
 
 @contextmanager

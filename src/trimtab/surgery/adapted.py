@@ -52,7 +52,8 @@ class AdaptedLayer(Adapted):
     handle: WeightBase
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.adapter(x, self.handle)
+        output: Tensor = self.adapter(x, self.handle)
+        return output
 
     @property
     def weight(self) -> Tensor:
