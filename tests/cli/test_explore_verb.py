@@ -45,7 +45,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         tests = {name: {"accuracy": 0.5 + 0.01 * config.train.seed} for name in config.data.test}
         return {"validation": lines, "kept": lines[-1], "tests": tests}
 
-    monkeypatch.setattr("trimtab.studies.search.run_cell", cell)
+    monkeypatch.setattr("trimtab.studies.plan_search.run_cell", cell)
     monkeypatch.setattr("trimtab.studies.confirm.run_cell", cell)
     return ran
 
@@ -77,21 +77,21 @@ def test_a_search_when_piped(cli: Callable[..., Any], search_file: Path, pretend
 def test_ctrl_c_is_code_130(
     cli: Callable[..., Any], search_file: Path, pretended: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from trimtab.studies import search
+    from trimtab.studies import plan_search
 
-    cell = search.run_cell
+    cell = plan_search.run_cell
 
     def stop(config: Any, listener: Any, **how: Any) -> Any:
         if len(pretended) == 4:
             raise KeyboardInterrupt
         return cell(config, listener, **how)
 
-    monkeypatch.setattr(search, "run_cell", stop)
+    monkeypatch.setattr(plan_search, "run_cell", stop)
     result = cli("explore", search_file)
     assert result.code == 130
     assert result.matches(r"interrupted; everything so far is in .*search\nGo on with: trimtab explore .*explore.yaml")
     assert read_json(search_file.with_suffix("") / "explore.json")["runs"] == 4
-    monkeypatch.setattr(search, "run_cell", cell)
+    monkeypatch.setattr(plan_search, "run_cell", cell)
     assert cli("explore", search_file.with_suffix("") / "explore.yaml").code == 0
     assert read_json(search_file.with_suffix("") / "explore.json")["runs"] == len(pretended) == 9
 

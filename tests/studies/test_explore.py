@@ -21,7 +21,7 @@ from trimtab.config.search import load_explore
 from trimtab.errors import ConfigError, Interrupted, PlanError, RunError
 from trimtab.files import read_json
 from trimtab.runs.folder import RunFolder
-from trimtab.studies import cell, search
+from trimtab.studies import cell, plan_search
 from trimtab.studies import explore as whole
 from trimtab.studies.explore import explore
 from trimtab.studies.plan_search import SearchListener
@@ -109,7 +109,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Any:
             return self.done[name]
 
     made = Pretend()
-    monkeypatch.setattr(search, "run_cell", made.cell)
+    monkeypatch.setattr(plan_search, "run_cell", made.cell)
     monkeypatch.setattr(whole, "write_explore_page", lambda folder: None)
     return made
 
@@ -182,7 +182,7 @@ def test_the_sampler_learns_what_scores(make_search: Make, pretend: Any) -> None
 
 
 def test_what_is_known_is_told_and_not_run(make_search: Make, pretend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(search, "_IDLE", 12)
+    monkeypatch.setattr(plan_search, "_IDLE", 12)
     groups = {"attention": {"match": "*attn.*"}, "mlp": {"match": "*.mlp.*"}}
     kept: list[str] = []
 
@@ -223,7 +223,7 @@ def test_what_is_behind_is_left(make_search: Make, pretend: Any, pruner: str) ->
 
 
 def test_a_pruned_run_is_left_in_order(make_search: Make, in_process: list[str], monkeypatch: Any) -> None:
-    monkeypatch.setattr(search.Search, "_pruner", lambda self: _Impatient())
+    monkeypatch.setattr(plan_search.Search, "_pruner", lambda self: _Impatient())
     folder = explore(make_search("trials=4"))
     (row,) = [row for row in found_in(folder)["trials"] if row["state"] == "pruned"]
     assert [step for step, _ in row["validations"]] == [1]
