@@ -106,7 +106,8 @@ def _of_adapter(
         return _effective(place, name, stored[name], base)
 
     kinds = {name: entry.method for name, entry in stored.items()}
-    return Tuned(label, step, kinds, dtype, weight, tuple(name for name in whole if name not in stored))
+    left_out = tuple(name for name in whole if name not in stored)
+    return Tuned(label, step, methods=kinds, dtype=dtype, weight=weight, left_out=left_out)
 
 
 @torch.no_grad()

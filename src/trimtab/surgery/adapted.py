@@ -24,7 +24,7 @@ class Adapted(nn.Module):
         self.handle = handle
         self.method = method
         self.rule = rule
-        self.training = handle.module.training  # of the block, not of the modules in it, which may differ
+        self.training = handle.module.training  # the modules inside a block may be in another mode
         adapter.train(self.training)
 
     @staticmethod
