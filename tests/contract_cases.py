@@ -23,6 +23,7 @@ import pairwise
 import plain_formula
 import sampling
 import trimtab
+from stored_weights import stored_weight
 from trimtab import bases, methods
 from trimtab.surgery.adapted import Adapted
 
@@ -214,7 +215,8 @@ class Reference:
     def __init__(self, adapted: Adapted, case: Case) -> None:
         self.case = case
         handle = frozen(adapted.base)
-        self.weight = handle.weight().detach().double()
+        # What is stored, rounded once to the dtype that it multiplies in; read without the handle, which is under test.
+        self.weight = stored_weight(handle.module).to(handle.dtype).double()
         self.bias = None if handle.bias is None else handle.bias.detach().double()
         # A method that the formulas do not know yet is held against its own plain formula, in float64.
         self.own = None if case.method in plain_formula.KNOWN else copy.deepcopy(adapted.adapter).double()

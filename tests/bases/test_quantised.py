@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import trimtab
 from contract_cases import QUANTISED, Holder, assert_close, quantise
+from stored_weights import stored_weight
 from trimtab import bases, methods
 from trimtab.bases import _quantised
 from trimtab.errors import ModelError
@@ -34,20 +35,6 @@ def layer(kind: str, shape: tuple[int, int] = (24, 128), dtype: torch.dtype = to
     return quantise(dense, kind)
 
 
-def reference(module: Any, kind: str) -> Tensor:
-    """The dequantised weight in float64, number by number from what is stored."""
-    if kind == "int8":
-        return module.weight.data.double() * module.weight.SCB.double().unsqueeze(1) / 127
-    if kind == "torchao_int8":
-        return module.weight.qdata.double() * module.weight.scale.double()
-    state = module.weight.quant_state
-    scales = state.state2.code.double()[state.absmax.long()]
-    scales = scales * state.state2.absmax.double().repeat_interleave(256)[: len(scales)] + state.offset.double()
-    packed = module.weight.data.flatten()
-    codes = torch.stack([packed >> 4, packed & 15], 1).flatten()[: state.shape.numel()]
-    return (state.code.double()[codes.long()] * scales.repeat_interleave(64)[: len(codes)]).view(state.shape)
-
-
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
@@ -58,7 +45,7 @@ def test_dense_value_and_norms(kind: str, dtype: torch.dtype, shape: tuple[int, 
     assert handle is not None
     assert type(handle).__module__ == f"trimtab.bases.{kind}"
     assert (handle.shape, handle.dtype, handle.stored_dense) == (shape, dtype, False)
-    want = reference(module, kind)
+    want = stored_weight(module)
     # One product of two float32 numbers, a sum for doubly quantised scales, and the rounding to the dtype.
     for asked in (None, torch.float32, torch.bfloat16):
         got = handle.weight(asked)
