@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,9 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from trimtab.files import read_json, write_text
-from trimtab.reports.shared.figures import INK, LINE, MUTED, blank, plain, write_picture
-from trimtab.reports.shared.shell import html_table, page
+from trimtab.files import read_json
+from trimtab.reports.shared.figures import LINE, MUTED, apart, blank, headed, plain, write, write_picture
+from trimtab.reports.shared.shell import write_page
 
 _GUESS = 100 / 16
 # A colour, a mark and a dash each; the marks and the direct labels carry the picture where there is no colour.
@@ -26,8 +25,8 @@ _LOOKS = {
     "mora-sharing": ("#4aa3df", "v", "-"),
     "mora-magnitude": ("#00805a", "D", "-"),
 }
-_GAP = 7.0
-"""Least distance of two labels, in per cent of the axis."""
+_GAP = 0.07
+"""Least distance of two labels, as a share of the axis."""
 
 Arms = Sequence[Mapping[str, Any]]
 
@@ -133,8 +132,8 @@ def _panel(axes: Axes, budget: int | None, arms: Arms, results: Mapping[str, Any
         low, high = ([100 * point[end] for point in arm["curve"]] for end in ("lowest", "highest"))
         axes.fill_between(steps, low, high, color=colour, alpha=0.13, linewidth=0)
     axes.axhline(_GUESS, color=MUTED, linewidth=0.8, linestyle=(0, (1, 2)))
-    axes.annotate("guessing", (0.995 * last, _GUESS), xytext=(0, -3), textcoords="offset points", fontsize=8,
-                  color=MUTED, va="top", ha="right")  # fmt: skip
+    below = {"xytext": (0, -3), "textcoords": "offset points", "va": "top", "ha": "right"}
+    write(axes, 0.995 * last, _GUESS, "guessing", fontsize=8, color=MUTED, **below)
     _labels(axes, arms, last)
     axes.set(xlim=(0, last), ylim=(0, 100))
     axes.set_yticks(range(0, 101, 20))
@@ -144,35 +143,18 @@ def _panel(axes: Axes, budget: int | None, arms: Arms, results: Mapping[str, Any
     plain(axes)
     sizes = {arm["parameters"] for arm in arms if arm["contender"] == "lora"} or {arms[-1]["parameters"]}
     title = "full fine-tuning" if budget is None else f"the cost of LoRA of rank {budget}: {max(sizes):,} parameters"
-    axes.set_title(title, fontsize=10, color=INK, loc="left")
+    headed(axes, title, bold=False)
 
 
 def _labels(axes: Axes, arms: Arms, last: int) -> None:
     """The methods' names beside the ends of their lines, the best on top, pushed apart where the lines meet."""
     ordered = sorted(arms, key=lambda arm: (arm["final"]["mean"], arm["area"]["mean"]))
-    place = float("-inf")
-    places = []
-    for arm in ordered:
-        place = max(100 * arm["final"]["mean"], place + _GAP)
-        places.append(place)
-    top = 101.0
-    for index in reversed(range(len(places))):  # what stands above the axis is pushed down again
-        top = min(places[index], top)
-        places[index] = top
-        top -= _GAP
-    for arm, at in zip(ordered, places, strict=True):
+    for arm, place in zip(ordered, apart([arm["final"]["mean"] for arm in ordered], _GAP), strict=True):
         colour, mark, _ = _LOOKS[arm["contender"]]
-        end = 100 * arm["curve"][-1]["mean"]
+        end, at = 100 * arm["curve"][-1]["mean"], 100 * place
         axes.plot([last, 1.03 * last, 1.05 * last], [end, at, at], color=colour, linewidth=0.8, clip_on=False)
         axes.plot([1.05 * last], [at], color=colour, marker=mark or "_", markersize=4.5, clip_on=False)
-        axes.annotate(
-            f"{arm['label']}: {_when(arm)}",
-            (1.07 * last, at),
-            annotation_clip=False,
-            fontsize=8.5,
-            color=INK,
-            va="center_baseline",
-        )
+        write(axes, 1.07 * last, at, f"{arm['label']}: {_when(arm)}", va="center_baseline")
 
 
 def _when(arm: Mapping[str, Any]) -> str:
@@ -186,48 +168,22 @@ def _when(arm: Mapping[str, Any]) -> str:
 def write_memory_page(folder: Path) -> Path:
     """Write ``memorize.png``, ``memorize.svg`` and ``memorize.html`` beside the ``memorize.json`` in ``folder``."""
     results = read_json(folder / "memorize.json")
-    picture = write_picture(
-        draw(results), folder, "memorize", "Character accuracy against steps, a panel for each budget"
-    )
-    write_text(folder / "memorize.html", _page(results, picture))
-    return folder / "memorize.html"
-
-
-def _page(results: Mapping[str, Any], picture: str) -> str:
-    study = results["study"]
-    seeds = study["seeds"]
-    tried = max(len(arm["candidates"]) for arm in results["arms"])
-    blocks = f"the first {study['blocks']} blocks" if study["blocks"] else "all blocks"
-    notes = html.escape(footnote(results)).replace("\n", " ")
-    search = [
-        [_name(arm), *(f"{one['learning_rate']:g}: {100 * one['area']:.1f}" for one in arm["candidates"])]
-        for arm in results["arms"]
-    ]
-    rates = ["", *[f"rate {number}" for number in range(1, tried + 1)]]
-    machine, learnt = results["machine"], results["learnt"]
-    body = f"""<h1>Who learns random identifiers by heart, at equal cost</h1>
-<p class="about">{study["pairs"]:,} pairs of {study["digits"]} hexadecimal digits, {blocks} of
-{html.escape(study["model"])}, {study["batch_size"]} pairs a step. A line is the mean of {seeds} seeds, its band goes
-from the lowest to the highest.</p>
-{picture}
-<section><h2>In numbers</h2>
-{html_table(_TITLES, [_cells(arm) for arm in results["arms"]])}
-<p class="fine">Accuracy is that of the value that the model writes by itself, greedily, after the key. Area: the mean
-over all points of the curve. Learnt by: the step at which {100 * learnt:g} % of the characters are right, from
-the first seed to the last. Over LoRA: the difference in area at the same budget, seed by seed on the same pairs in the
-same order. ±: half of the mean's 95 % interval over seeds (Student); where it reaches beyond 0, no difference is shown.
-Rank: where two are named, some matrices have the one and some the other, so that magnitudes, too, are paid from the
-budget.</p></section>
-<section><h2>The search for a learning rate</h2>
-{html_table(rates, search)}
-<p class="fine">Each rate and the area under its curve, in %, on the pairs of a seed of its own, which is in no curve
-above. Every method tries as many; the largest area is taken. {notes} The rate rises over {study["warmup"]} steps and
-stays.</p>
-<p class="fine">{results["cells"]} cells, {results["seconds"] / 60:.0f} minutes of training and evaluation on
-{machine["cores"]} cores ({html.escape(str(machine["processor"]))}), frozen weights in {study["precision"]}; torch
-{results["versions"]["torch"]}, transformers {results["versions"]["transformers"]}.</p></section>
-"""
-    return page("Memory study", body)
+    arms = results["arms"]
+    label = "Character accuracy against steps, a panel for each budget"
+    values = {
+        "results": results,
+        "study": results["study"],
+        "picture": write_picture(draw(results), folder, "memorize", label),
+        "titles": _TITLES,
+        "lines": [_cells(arm) for arm in arms],
+        "rates": ["", *(f"rate {1 + number}" for number in range(max(len(arm["candidates"]) for arm in arms)))],
+        "search": [
+            [_name(arm), *(f"{one['learning_rate']:g}: {100 * one['area']:.1f}" for one in arm["candidates"])]
+            for arm in arms
+        ],
+        "notes": footnote(results).replace("\n", " "),
+    }
+    return write_page(folder / "memorize.html", "memory_page.html", values, folder=Path(__file__).parent)
 
 
 def _name(arm: Mapping[str, Any]) -> str:

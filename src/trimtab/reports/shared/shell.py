@@ -5,7 +5,7 @@ A page needs nothing but itself: no script, no file beside it, no network.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ def write_page(target: Path, template: str, values: Mapping[str, Any], *, folder
 
 
 @cache
-def _environment(folder: Path = _REPORTS) -> jinja2.Environment:
+def _environment(folder: Path) -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(list(dict.fromkeys([folder, _REPORTS]))),
         autoescape=True,
@@ -47,30 +47,3 @@ def _environment(folder: Path = _REPORTS) -> jinja2.Environment:
     environment.globals["zip"] = zip
     environment.globals["style"] = Markup((_REPORTS / "shared" / "page.css").read_text(encoding="utf-8"))
     return environment
-
-
-def page(title: str, body: str, style: str = "") -> str:
-    """A page that stands alone: ``body`` is HTML, ``title`` plain text, ``style`` what the page adds to ours."""
-    values = {"title": title, "body": Markup(body), "more_style": Markup(style)}
-    return _environment().get_template("shared/free.html").render(values)
-
-
-def html_table(
-    heads: Sequence[str],
-    rows: Sequence[Sequence[str]],
-    *,
-    words: Collection[int] = (0,),
-    tall: bool = False,
-    marked: Collection[int] = (),
-) -> Markup:
-    """A table as HTML, for a page whose body is no template.
-
-    Args:
-        heads: the columns' titles, plain text.
-        rows: as many cells each, plain text; the first one names the row.
-        words: numbers of the columns that hold words; the others hold numbers.
-        tall: give it a height of its own, for many rows.
-        marked: numbers of the rows that stand out.
-    """
-    macro = _environment().get_template("shared/parts.html").module.table  # type: ignore[attr-defined]
-    return Markup(macro(heads, rows, words=words, tall=tall, marked=marked))
