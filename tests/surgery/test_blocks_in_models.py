@@ -226,7 +226,7 @@ def test_gradient_checkpointing_in_a_llama(tiny_llama: Make) -> None:
         trimtab.attach(model, trimtab.Plan(NESTED))
         stir(model)
         if again:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
         model.train()
         model(IDS, labels=IDS, use_cache=False).loss.backward()
         seen.append({name: one.grad for name, one in trimtab.trainable_parameters(model).items()})
