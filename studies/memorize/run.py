@@ -13,12 +13,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from rich.console import Console
-
-from memory_bench import memorize
-from memory_display import MemoryDisplay
-from memory_page import arms_table, footnote, write_memory_page
-from memory_study import load_memory_study
 from trimtab.cli.exits import exit_code
 
 
@@ -30,6 +24,13 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def run(file: str, *overrides: str) -> None:
+    from rich.console import Console
+
+    from memory_bench import memorize
+    from memory_display import MemoryDisplay
+    from memory_page import arms_table, footnote, write_memory_page
+    from memory_study import load_memory_study
+
     study, out = load_memory_study(file, overrides)
     console = Console()
     if not console.is_terminal:

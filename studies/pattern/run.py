@@ -12,17 +12,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
-from pattern_page import pattern_table, write_pattern_page
-from pattern_results import write_results
-from pattern_study import PatternCell, load_pattern_study, run_cells
-from trimtab.cli.displays.run import RunDisplay
 from trimtab.cli.exits import exit_code
-from trimtab.errors import Interrupted, RunError
-from trimtab.files import locked, read_json
+
+if TYPE_CHECKING:
+    from pattern_study import PatternCell
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -33,6 +28,15 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def run(file: str, *overrides: str) -> None:
+    from rich.console import Console
+
+    from pattern_page import pattern_table, write_pattern_page
+    from pattern_results import write_results
+    from pattern_study import load_pattern_study, run_cells
+    from trimtab.cli.displays.run import RunDisplay
+    from trimtab.errors import Interrupted, RunError
+    from trimtab.files import locked, read_json
+
     console = Console()
     if not console.is_terminal:
         console.width = 140  # in a file or a pipe no line of the table has to be cut
