@@ -1,13 +1,15 @@
 """Peak memory of runs, measured, over what ``trimtab plan`` estimates before them.
 
-    python benchmarks/memory.py                    every combination, one process after the other; about an hour
-    python benchmarks/memory.py --only dora        those whose name holds a word
+    python benchmarks/memory.py                    every run, one process after the other; an hour or two
+    python benchmarks/memory.py --only dora        those whose name holds a word: "real rows", a method
     python benchmarks/memory.py --again            estimate anew, and keep what was measured
+    python benchmarks/memory.py --process          what a run's process holds beyond the process of ``trimtab plan``
 
-Each combination is a run of SmolLM2-135M by ``trimtab finetune`` in a process of its own: three steps on rows of
-random words, all of the same number of tokens, with nothing evaluated. Measured is the largest resident memory of that
-process, as the run's own summary.json has it: Python, libraries and all. The estimate is that of ``trimtab plan`` on
-the same file, in a process of its own, too.
+Each is a run by ``trimtab finetune`` in a process of its own. Those on random words take three steps, on rows that are
+all of one length, with nothing evaluated: the tensors alone are put to the test. Those on real rows take forty, on rows
+of many lengths (of ../shared/data, which the repository does not hold), and validate and test, too: nothing may grow
+with the number of widths. Measured is the largest resident memory of the process, as the run's own summary.json has
+it: Python, libraries and all. The estimate is that of ``trimtab plan`` on the same file, in a process of its own, too.
 """
 
 from __future__ import annotations
@@ -29,15 +31,27 @@ from common import RESULTS, show, write_results
 TRIMTAB = [sys.executable, "-c", "from trimtab.cli import main; main()"]
 WORDS = ("ship", "rope", "fog", "crane", "tide", "wind", "calm", "pilot")
 SPARE_GIB = 1.0
+ROWS = Path(__file__).resolve().parents[2] / "shared" / "data"
+SHAPES = {
+    "small": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6, "num_attention_heads": 4},
+    "tiny": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2},
+}
+"""Llamas with random weights, and with the tokenizer of SmolLM2-135M."""
+STEPS = {False: 3, True: 40}
 
 
 @dataclass(frozen=True)
 class Combination:
-    """One run. ``form``: text (every token carries loss) or answers (one does). ``match``: of the plan's rule."""
+    """One run.
+
+    ``rows``: of a batch. ``data``: real rows, a folder and the beginning of its files' names; else random words.
+    ``length``: of the longest row. ``form`` of random words: text (every token carries loss) or answers (one does).
+    ``match``: of the plan's rule.
+    """
 
     method: str
     rows: int
-    length: int
+    length: int = 512
     precision: str = "bfloat16"
     quantisation: str = "none"
     checkpointing: bool = False
@@ -47,11 +61,14 @@ class Combination:
     layers: str = "all"
     dropout: float = 0.0
     accumulation: int = 1
+    model: str = "smollm2-135m"
+    data: str = ""
 
     @property
     def name(self) -> str:
         """Everything that differs from the plainest run."""
-        parts = [self.method, f"{self.rows} x {self.length}", self.precision]
+        size = f"{self.rows} rows" if self.data else f"{self.rows} x {self.length}"
+        parts = [self.method, size, self.precision]
         parts += [self.quantisation] if self.quantisation != "none" else []
         parts += ["checkpointing"] if self.checkpointing else []
         parts += [self.form] if self.form != "text" else []
@@ -60,6 +77,8 @@ class Combination:
         parts += [f"blocks {self.layers}"] if self.layers != "all" else []
         parts += [f"dropout {self.dropout}"] if self.dropout else []
         parts += [f"accumulation {self.accumulation}"] if self.accumulation > 1 else []
+        parts += [f"real rows of {self.data.split('/')[1]}"] if self.data else []
+        parts += [f"{self.model} model"] if self.model != "smollm2-135m" else []
         return ", ".join(parts)
 
 
@@ -84,44 +103,85 @@ COMBINATIONS = (
     Combination("lora", 8, 256, quantisation="nf4", checkpointing=True),
     Combination("dora", 8, 256, quantisation="nf4"),
     Combination("dora", 4, 512, quantisation="int8", checkpointing=True),
+    Combination("dora", 16, data="finance/fpb", model="small"),
+    Combination("mora", 16, data="commonsense/ARC-Challenge", model="small", precision="float32"),
+    Combination("full", 32, data="finance/fpb", model="small"),
+    Combination("lora", 32, data="commonsense/openbookqa", model="small", checkpointing=True),
+    Combination("dora", 8, data="finance/fpb", model="small", precision="float32", accumulation=2),
+    Combination("dora", 4, data="finance/fiqa"),
+    Combination("lora", 4, data="finance/fiqa", precision="float32"),
+    Combination("full", 2, data="finance/fiqa"),
+    Combination("dora", 2, data="commonsense/ARC-Challenge", quantisation="int8"),
+    Combination("lora", 4, data="finance/fiqa", quantisation="nf4", checkpointing=True),
 )
 
 
 def write_run(folder: Path, asked: Combination) -> Path:
-    """The rows and the YAML of a run."""
+    """The YAML of a run, and what it reads."""
     from trimtab.config.yaml_text import write_yaml
+
+    rule: dict[str, Any] = {"match": asked.match, "layers": asked.layers, "method": asked.method}
+    if asked.method != "full":
+        rule |= {"rank": 16, "dropout": asked.dropout}
+    model = write_llama(folder / "model", asked.model) if asked.model in SHAPES else asked.model
+    said: dict[str, Any] = {
+        "model": {"name": model, "attention": asked.attention},
+        "quantisation": asked.quantisation,
+        "data": (real_rows(asked.data) if asked.data else random_words(folder, asked)) | {"max_length": asked.length},
+        "plan": [rule],
+        "train": {
+            "max_steps": STEPS[bool(asked.data)],
+            "batch_size": asked.rows,
+            "gradient_accumulation": asked.accumulation,
+            "precision": asked.precision,
+            "gradient_checkpointing": asked.checkpointing,
+            "learning_rate": 1e-5 if asked.method == "full" else 5e-4,
+        },
+        "evaluation": {"limit": 20},
+        "output": str(folder / "run"),
+    }
+    path = folder / "run.yaml"
+    path.write_text(write_yaml(said), encoding="utf-8")
+    return path
+
+
+def random_words(folder: Path, asked: Combination) -> dict[str, Any]:
+    """Rows that are all of one length."""
     from trimtab.models.load import load_tokenizer
     from trimtab.models.locate import locate
 
     tokenizer: Any = load_tokenizer(locate("smollm2-135m"))
     chance = random.Random(0)
     rows = []
-    for _ in range(3 * asked.rows * asked.accumulation):
+    for _ in range(STEPS[False] * asked.rows * asked.accumulation):
         text = " ".join(chance.choice(WORDS) for _ in range(2 * asked.length))
         text = tokenizer.decode(tokenizer(text)["input_ids"][: asked.length - 1])
         rows.append({"text": text} if asked.form == "text" else {"prompt": text, "completion": chance.choice("ABC")})
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    rule: dict[str, Any] = {"match": asked.match, "layers": asked.layers, "method": asked.method}
-    if asked.method != "full":
-        rule |= {"rank": 16, "dropout": asked.dropout}
-    said: dict[str, Any] = {
-        "model": {"name": "smollm2-135m", "attention": asked.attention},
-        "data": {"train": "rows.jsonl", "validation": None, "max_length": asked.length},
-        "plan": [rule],
-        "train": {
-            "max_steps": 3,
-            "batch_size": asked.rows,
-            "gradient_accumulation": asked.accumulation,
-            "precision": asked.precision,
-            "gradient_checkpointing": asked.checkpointing,
-        },
-        "output": str(folder / "run"),
-    }
-    if asked.quantisation != "none":
-        said["quantisation"] = asked.quantisation
-    path = folder / "run.yaml"
-    path.write_text(write_yaml(said), encoding="utf-8")
-    return path
+    return {"train": "rows.jsonl", "validation": None}
+
+
+def real_rows(name: str) -> dict[str, Any]:
+    """Rows of many lengths, of which some are for validation, and test rows."""
+    middle, ending = ("/", "json") if name.startswith("commonsense") else ("_", "jsonl")
+    train, test = (ROWS / f"{name}{middle}{part}.{ending}" for part in ("train", "test"))
+    return {"train": str(train), "train_limit": 300, "validation": 0.1, "test": {"test": str(test)}}
+
+
+def write_llama(folder: Path, size: str) -> str:
+    """A Llama of one of ``SHAPES`` in bfloat16."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from trimtab.models.load import load_tokenizer
+    from trimtab.models.locate import locate
+
+    torch.manual_seed(0)
+    tokenizer: Any = load_tokenizer(locate("smollm2-135m"))
+    config = LlamaConfig(**SHAPES[size], vocab_size=len(tokenizer), tie_word_embeddings=True)
+    LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
 
 
 def trimtab(*arguments: str) -> str:
@@ -144,11 +204,27 @@ def measured(yaml: Path) -> float:
     return json.loads((yaml.parent / "run" / "summary.json").read_text(encoding="utf-8"))["peak_memory_gib"]
 
 
+def measure_process() -> None:
+    """What a run's process holds at its peak beyond its tensors and the process of the plan: libraries, threads,
+    compiled products. The model is so small that its tensors are few."""
+    from trimtab.memory.estimate import BEYOND
+
+    for precision in ("bfloat16", "float32"):
+        with tempfile.TemporaryDirectory() as name:
+            yaml = write_run(Path(name), Combination("dora", 4, data="finance/fiqa", model="tiny", precision=precision))
+            tensors = planned(yaml)["peak"] * 2**10 - BEYOND / 2**20
+            peak = measured(yaml) * 2**10
+        print(f"{precision}: {peak:.0f} MiB, {peak - tensors:.0f} more than the plan's process and tensors", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", default="", metavar="WORD", help="combinations whose name holds this")
     parser.add_argument("--again", action="store_true", help="estimate anew what has been measured before")
+    parser.add_argument("--process", action="store_true", help="measure what a run's process holds beyond the plan's")
     said = parser.parse_args()
+    if said.process:
+        return measure_process()
     results = RESULTS / "memory.json"
     before = json.loads(results.read_text(encoding="utf-8"))["found"] if results.is_file() else []
     known = {row["name"]: row for row in before}
@@ -175,11 +251,11 @@ def main() -> None:
             "moments": memory["moments"],
         }
         print(f"{asked.name}: {peak:.2f} / {memory['peak']:.2f} = {peak / memory['peak']:.3f}", flush=True)
-        write_results("memory", {"steps": 3, "model": "smollm2-135m", "rank": 16}, list(known.values()))
+        write_results("memory", {"steps": "3; 40 on real rows", "rank": 16}, list(known.values()))
 
     found = [known[asked.name] for asked in COMBINATIONS if asked.name in known]
     show(
-        "SmolLM2-135M, three steps: the process's peak memory in GiB",
+        "The process's peak memory in GiB; SmolLM2-135M unless a run is said to be of another model",
         ["run", "highest", "estimated", "measured", "measured / estimated"],
         [
             [row["name"], row["highest"], f"{row['estimated']:.2f}", f"{row['measured']:.2f}", f"{row['ratio']:.3f}"]

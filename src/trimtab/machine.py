@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path, PurePosixPath
@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     import torch
 
 GIB = 2**30
+
+PRODUCTS_KEPT = 64
+"""Compiled products that torch keeps. A step makes 15 to 40 for batches of one width, which all blocks share; if fewer
+were kept, each block would compile its own anew."""
 
 
 def best_precision() -> Literal["bfloat16", "float32"]:
@@ -38,6 +42,18 @@ def device() -> torch.device:
 
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return accelerator or torch.device("cpu")
+
+
+def keep_few_products(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Let torch and oneDNN keep no more than ``PRODUCTS_KEPT`` compiled products each, unless the user says otherwise.
+
+    In bfloat16 on a processor torch compiles a product for every new shape and keeps 1,024 in each of two places, so a
+    run whose batches have many widths grows by gigabytes. Both variables are read once, at the first such product: the
+    command line and the processes of a study set them when they start. A program of one's own calls this function, or
+    sets the variables, before it computes anything.
+    """
+    for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+        environment.setdefault(name, str(PRODUCTS_KEPT))
 
 
 def memory_gib() -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from trimtab.config.read import load_config
 from trimtab.files import read_json, read_jsonl
 from trimtab.machine import memory_gib
 from trimtab.runs.load import load_run
+from trimtab.studies import process
 from trimtab.training.run import finetune
 
 VERBS = ("finetune", "plan", "evaluate", "generate", "merge", "analyze", "compare", "explore")
@@ -66,6 +68,23 @@ assert not heavy, heavy
 
 def test_version(cli: Any) -> None:
     assert cli("--version").out == f"trimtab {trimtab.__version__}\n"
+
+
+def test_the_command_line_and_the_processes_of_a_study_keep_few_products(
+    cli: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    assert cli("--version").code == 0
+    assert os.environ["LRU_CACHE_CAPACITY"] == os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "64"
+
+    def called() -> None:
+        raise InterruptedError
+
+    monkeypatch.setattr(process, "keep_few_products", called)
+    with pytest.raises(InterruptedError):  # before anything else is done there
+        process._main()
 
 
 def test_libraries_keep_their_chatter_to_themselves(make_yaml: Callable[..., Path]) -> None:

@@ -143,4 +143,4 @@ def test_files_are_counted_where_weights_are_converted(job: Job) -> None:
     halves = changed(job, model=job.config.model.model_copy(update={"dtype": "bfloat16"}))
     whole, half = (estimate_run(each, SIZES).moments[0] for each in (job, halves))
     assert (whole.files, half.files) == (0, 2 * half.weights)
-    assert half.process > estimate.LATER
+    assert half.process > estimate.BEYOND

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 
 from trimtab.errors import Interrupted, TrimtabError
+from trimtab.machine import keep_few_products
 
 # transformers imports these where they are installed, needed or not, and they tell what kernels they have not.
 _CHATTY = ("torchao", "bitsandbytes", "torch.utils._pytree")
@@ -17,6 +18,7 @@ _CHATTY = ("torchao", "bitsandbytes", "torch.utils._pytree")
 
 def exit_code(work: Callable[[], int | None]) -> int:
     """Do ``work`` and give its exit code. What it raises for the user to read is printed to stderr."""
+    keep_few_products()
     for name in _CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:

@@ -20,10 +20,11 @@ from trimtab.models.quantise import quantising_bytes
 from trimtab.surgery.attach import attach
 from trimtab.tasks import Inputs
 
-LATER = 15 * 2**20
-"""Bytes that a run's process holds at its peak besides tensors and what it held when the estimate was made."""
+BEYOND = 220 * 2**20
+"""Bytes that a run's process holds at its peak beyond its tensors and what the process of ``trimtab plan`` holds:
+training's libraries, threads, compiled products. ``python benchmarks/memory.py --process`` measures it."""
 
-HOLES, SHARE = 350 * 2**20, 0.2
+HOLES, SHARE = 240 * 2**20, 0.2
 """glibc's free memory between tensors while a model runs: so much (of a small model, no more than it has weights), and
 this share of the activations. Fitted to the runs of ``benchmarks/memory.py``. Giving freed memory back at once avoids
 it, and made a step take nearly half as long again."""
@@ -161,7 +162,7 @@ def estimate_run(job: Job, sizes: RowSizes) -> RunMemory:
     except Exception as error:  # a model's code may ask for values in whatever way, and then fail in whatever way
         peaks = {"training": standing}
         uncounted = f"{type(error).__name__}: {str(error).strip().split(chr(10))[0][:200]}"
-    process = psutil.Process().memory_info().rss + LATER
+    process = psutil.Process().memory_info().rss + BEYOND
     # Weights of the type they are stored in are used where the file is mapped, and never copied.
     is_mapped = stored == dtype and config.quantisation == "none"
     loading = MemoryEstimate(standing["weights"], files=0 if is_mapped else files, process=process)

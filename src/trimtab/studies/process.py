@@ -20,6 +20,7 @@ from typing import Any
 
 from trimtab.config.run import RunConfig
 from trimtab.errors import Interrupted, RunError, TrimtabError
+from trimtab.machine import keep_few_products
 from trimtab.runs.events import Listener
 
 _TOLD = ("stage", "note", "training_began", "step", "metrics", "training_ended", "evaluated", "evaluating")
@@ -123,6 +124,7 @@ def _end_with_parent() -> None:
 
 
 def _main() -> None:
+    keep_few_products()
     stream = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what a library prints must not mix with what we tell
     # A shell that starts a command in the background lets it ignore SIGINT, and children inherit that.

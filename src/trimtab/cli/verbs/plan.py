@@ -30,7 +30,6 @@ def command(
 
     loaded = load_config(config, overrides or [])
 
-    import trimtab.training.run  # noqa: F401 -- its libraries are part of what a run's process holds
     from trimtab.config.resolve import Job
     from trimtab.memory.suggest import describe_memory
     from trimtab.models.load import empty_model
