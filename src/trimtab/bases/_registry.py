@@ -48,7 +48,7 @@ def quantised_base(name: str) -> type[QuantisedBase]:
 @cache
 def _all() -> dict[str, type[Base]]:
     folder = importlib.import_module(_PACKAGE).__path__
-    return {name: listing.class_in(_PACKAGE, name, Base) for name in listing.names(folder)}  # type: ignore[type-abstract]
+    return {name: listing.class_in(_PACKAGE, name, Base) for name in listing.names(folder)}
 
 
 @overload

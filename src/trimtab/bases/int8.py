@@ -96,7 +96,7 @@ def _parameter(weight: Tensor) -> nn.Parameter:
 def _layer_class() -> Any:
     from bitsandbytes.nn import Linear8bitLt
 
-    class Int8Linear(Linear8bitLt):  # type: ignore[misc]
+    class Int8Linear(Linear8bitLt):
         """bitsandbytes' int8 layer, which here multiplies with its dequantised weight."""
 
         __qualname__ = "Int8Linear"

@@ -59,7 +59,7 @@ class NF4Base(_quantised.QuantisedBase):
         # bitsandbytes 0.50 makes of it on AVX-512 is wrong by a fifth of the norm.
         whole = count % state.blocksize == 0
         shape = (count // state.blocksize, state.blocksize) if whole else (1, count + count % 2)
-        dense = torch.ops.bitsandbytes.dequantize_4bit.default(
+        dense: Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
             stored.unsqueeze(1), scales, state.blocksize, state.quant_type, shape, state.dtype
         )
         return dense.flatten()[:count].view(-1, in_features).to(dtype)
@@ -179,7 +179,7 @@ def _parameter(
 def _layer_class() -> Any:
     from bitsandbytes.nn import Linear4bit
 
-    class NF4Linear(Linear4bit):  # type: ignore[misc]
+    class NF4Linear(Linear4bit):
         """bitsandbytes' 4-bit layer, which here multiplies with its dequantised weight."""
 
         __qualname__ = "NF4Linear"
@@ -187,7 +187,7 @@ def _layer_class() -> Any:
         def __init__(self, dtype: torch.dtype, weight: nn.Parameter, bias: Tensor | None) -> None:
             state = weight.quant_state  # type: ignore[attr-defined]
             out_features, in_features = state.shape
-            super().__init__(
+            super().__init__(  # type: ignore[no-untyped-call]
                 in_features, out_features, bias=False, compute_dtype=dtype, quant_type=state.quant_type, device="meta"
             )
             self.weight, self.bias, self.quant_state = weight, bias, state  # type: ignore[assignment]

@@ -72,7 +72,7 @@ def _test(value: object) -> dict[str, str]:
 
 def _choices(value: object) -> Literal["auto"] | tuple[str, ...] | None:
     if value is None or value == "auto":
-        return value  # type: ignore[return-value]
+        return value
     if isinstance(value, list | tuple) and all(isinstance(item, str) and item.strip() for item in value):
         if len(value) > 1 and len(set(value)) == len(value):
             return tuple(value)

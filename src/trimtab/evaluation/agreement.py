@@ -37,7 +37,8 @@ def probe(model: Any) -> Tensor:
     length = min(LENGTH, getattr(config, "max_position_embeddings", None) or LENGTH)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(config.vocab_size, (ROWS, length), generator=generator).to(model.device)
-    return model.eval()(input_ids=ids, use_cache=False).logits.float()
+    logits: Tensor = model.eval()(input_ids=ids, use_cache=False).logits
+    return logits.float()
 
 
 def agreement(before: Tensor, after: Tensor) -> Agreement:

@@ -188,7 +188,7 @@ class _SettleTies(LogitsProcessor):
         self.head, self.prompts, self.width, self.ends = head, prompts, width, ends
         self.margin = head.tie_margin
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         best = scores.topk(2).values
         for row in (best[:, 0] - best[:, 1] < self.margin).nonzero().flatten().tolist():
             written = input_ids[row, self.width :].tolist()

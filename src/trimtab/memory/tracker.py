@@ -38,13 +38,13 @@ class Ledger(TorchDispatchMode):
     """
 
     def __init__(self, answers: Mapping[Any, Callable[..., Any]]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.held: Counter[Label] = Counter()
         self.peak: Counter[Label] = Counter()
         self._answers = answers
         self._label: Label = (OTHER, None)
         self._sum = self._highest = 0
-        self._storages: dict[int, tuple[weakref.ref, int, Label]] = {}
+        self._storages: dict[int, tuple[weakref.ref[Any], int, Label]] = {}
 
     def mark(self) -> None:
         """Begin a new search for the peak."""

@@ -237,7 +237,7 @@ class WeightMethod(_base.Method):
     def _apply(self, *args: Any, **kwargs: Any) -> WeightMethod:
         self._kept = self._few_tokens = None
         squares = self.square_norms
-        super()._apply(*args, **kwargs)
+        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
         if squares is not None and self.square_norms is not None and self.square_norms.dtype.itemsize < 4:
             # model.half(): squares overflow float16, and bfloat16 would lose what a small update adds to them.
             self.square_norms = squares.to(self.square_norms.device)

@@ -278,7 +278,8 @@ def frozen_linear(
         if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in given):
             ratio = None if magnitude is None or norm is None else ratio_of(magnitude, norm, weight.dtype)
             fixed = (weight, ratio, update, through), settings
-            return _FrozenLinear.apply(x, bias, magnitude, norm, fixed, *tensors)  # type: ignore[no-any-return]
+            output: Tensor = _FrozenLinear.apply(x, bias, magnitude, norm, fixed, *tensors)  # type: ignore[no-untyped-call]
+            return output
         # Nobody will ask for a gradient. (And torch.compile, outside of training, calls a function with exactly two
         # trailing tensors without its context.)
         with torch.no_grad():

@@ -68,7 +68,8 @@ class MatrixMap:
         if len(shape) == 2:
             return product
         # Not a view: autograd refuses to change a view that a custom function returned in place, and models do.
-        return torch.ops.aten._unsafe_view(product, [*shape[:-1], product.shape[-1]])
+        shaped: Tensor = torch.ops.aten._unsafe_view(product, [*shape[:-1], product.shape[-1]])
+        return shaped
 
     def product_gradient(self, grad_output: Tensor) -> Tensor:
         return grad_output.reshape(-1, grad_output.shape[-1])

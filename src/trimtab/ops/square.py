@@ -104,7 +104,8 @@ class Square(Update):
         if self.turn:
             pieces = self._rotate(pieces, 1)
         pieces = F.pad(pieces, (0, 0, 0, self.rounds * self.groups - self.chunks))
-        return pieces.unflatten(-2, (self.rounds, self.groups)).sum(-3)
+        rounds: Tensor = pieces.unflatten(-2, (self.rounds, self.groups))
+        return rounds.sum(-3)
 
     def expand(self, groups: Tensor) -> Tensor:
         """The transpose of ``compress``: ``[..., groups, k] -> [..., in]``."""
@@ -122,9 +123,9 @@ class Square(Update):
     def gather(self, grad: Tensor) -> Tensor:
         """The transpose of ``spread``: ``[..., out] -> [..., groups, k]``."""
         padded = F.pad(grad, (0, self.times * self.groups * self.side - self.out_features))
-        if self.times == 1:
-            return padded.unflatten(-1, (self.groups, self.side))
-        return padded.unflatten(-1, (self.times, self.groups, self.side)).sum(-3)
+        sides = (self.groups, self.side)
+        pieces: Tensor = padded.unflatten(-1, sides if self.times == 1 else (self.times, *sides))
+        return pieces if self.times == 1 else pieces.sum(-3)
 
     def delta(self, tensors: tuple[Tensor, ...]) -> Tensor:
         """Row ``o`` is row ``o mod k`` of M, turned back for every chunk that feeds the row's group."""

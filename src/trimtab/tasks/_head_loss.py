@@ -34,7 +34,8 @@ def head_loss(head: nn.Module, hidden: Tensor, targets: Tensor, denominator: int
     divisor = torch.as_tensor(denominator, dtype=_wide_type(hidden), device=hidden.device)
     parameters = [parameter for parameter in head.parameters() if parameter.requires_grad]
     if torch.is_grad_enabled() and (hidden.requires_grad or parameters):
-        return _HeadLoss.apply(hidden, targets, divisor, head, *parameters)  # type: ignore[no-untyped-call]
+        loss: Tensor = _HeadLoss.apply(hidden, targets, divisor, head, *parameters)  # type: ignore[no-untyped-call]
+        return loss
     total = hidden.new_zeros((), dtype=_wide_type(hidden))
     for states, wanted in zip(hidden.split(FROZEN_CHUNK), targets.split(FROZEN_CHUNK), strict=True):
         total += _summed(head, states, wanted)

@@ -182,7 +182,7 @@ class AdapterTrainer(Trainer):
         self.throughput.add(sum(len(row["input_ids"]) for row in rows))
         return self._collator(rows)
 
-    def get_train_dataloader(self) -> DataLoader:
+    def get_train_dataloader(self) -> DataLoader[Any]:
         rows: Any = self.train_dataset
         if not self._train_config.group_by_length:
             generator = torch.Generator().manual_seed(self.args.seed)
@@ -195,7 +195,8 @@ class AdapterTrainer(Trainer):
         else:
             batches = LengthGroupedBatches(rows.lengths, self.args.train_batch_size, self.args.seed)
             loader = DataLoader(rows, batch_sampler=batches, collate_fn=self._collate)
-        return self.accelerator.prepare(loader)
+        prepared: DataLoader[Any] = self.accelerator.prepare(loader)
+        return prepared
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:

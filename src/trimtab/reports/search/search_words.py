@@ -17,7 +17,7 @@ Trial = Mapping[str, Any]
 
 def part_words(part: Mapping[str, Any]) -> str:
     """``mora 9``, or ``none``."""
-    return part["method"] + (f" {part['rank']}" if part["rank"] else "")
+    return f"{part['method']} {part['rank']}" if part["rank"] else str(part["method"])
 
 
 def plan_words(row: Trial) -> str:
