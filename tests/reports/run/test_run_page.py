@@ -190,6 +190,7 @@ import json, sys
 from pathlib import Path
 import trimtab.reports
 import trimtab.reports.run.run_tables as tables
+import trimtab.reports.search.search_words, trimtab.reports.study.comparison
 run = Path(sys.argv[1])
 assert "matplotlib" not in sys.modules, "tables wait for matplotlib"
 tables.results_table(run), tables.answers_table(run), tables.plan_table(json.loads((run / "plan.json").read_text()))
