@@ -12,6 +12,7 @@ import pytest
 from safetensors import safe_open
 
 from trimtab.data import cache, tokens
+from trimtab.data.cache import encode_once
 from trimtab.data.rows import Example
 from trimtab.data.tokens import EncodedRows, encode_all
 
@@ -38,13 +39,13 @@ def no_tokenising(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
 def test_second_run_reads_the_file(tokenizer: Any, tmp_path: Path, no_tokenising: Callable[[], None]) -> None:
     plain = encode_all(EXAMPLES, tokenizer, 6)
-    first = encode_all(EXAMPLES, tokenizer, 6, tmp_path / "cache")
+    first = encode_once(EXAMPLES, tokenizer, 6, tmp_path / "cache")
     (path,) = (tmp_path / "cache").iterdir()
     assert path.suffix == ".safetensors"
     with safe_open(path, "pt") as file:
         assert set(file.keys()) == {"ids", "trained", "lengths", "kept", "cut"}
     no_tokenising()
-    second = encode_all(EXAMPLES, tokenizer, 6, tmp_path / "cache")
+    second = encode_once(EXAMPLES, tokenizer, 6, tmp_path / "cache")
     assert content(plain) == content(first) == content(second)
     assert first.dropped == [("a.jsonl", 2, "it is empty")]
     assert first.cut == 1
@@ -53,10 +54,10 @@ def test_second_run_reads_the_file(tokenizer: Any, tmp_path: Path, no_tokenising
 def test_where_rows_come_from_is_not_in_the_key(
     tokenizer: Any, tmp_path: Path, no_tokenising: Callable[[], None]
 ) -> None:
-    encode_all(EXAMPLES, tokenizer, None, tmp_path)
+    encode_once(EXAMPLES, tokenizer, None, tmp_path)
     no_tokenising()
     moved = [replace(example, source="b.jsonl", number=example.number + 10) for example in EXAMPLES]
-    rows = encode_all(moved, tokenizer, None, tmp_path)
+    rows = encode_once(moved, tokenizer, None, tmp_path)
     assert rows.origins == [("b.jsonl", 11), ("b.jsonl", 13)]
     assert rows.dropped == [("b.jsonl", 12, "it is empty")]
 
@@ -96,7 +97,7 @@ def test_key_depends_on_all_that_matters(make_tokenizer: Callable[..., Any], tmp
 
 @pytest.mark.parametrize("damage", ["one bit", "half", "empty", "other content"])
 def test_damaged_file_is_made_anew(tokenizer: Any, tmp_path: Path, damage: str, caplog: Any) -> None:
-    whole = content(encode_all(EXAMPLES, tokenizer, None, tmp_path))
+    whole = content(encode_once(EXAMPLES, tokenizer, None, tmp_path))
     (path,) = tmp_path.iterdir()
     good = path.read_bytes()
     assert cache.load(path) is not None
@@ -108,7 +109,7 @@ def test_damaged_file_is_made_anew(tokenizer: Any, tmp_path: Path, damage: str, 
     }[damage]
     path.write_bytes(bad)
     with caplog.at_level(logging.WARNING):
-        assert content(encode_all(EXAMPLES, tokenizer, None, tmp_path)) == whole
+        assert content(encode_once(EXAMPLES, tokenizer, None, tmp_path)) == whole
     assert "damaged" in caplog.text
     assert cache.load(path) is not None
 
@@ -116,6 +117,6 @@ def test_damaged_file_is_made_anew(tokenizer: Any, tmp_path: Path, damage: str, 
 def test_folder_that_cannot_be_written(tokenizer: Any, tmp_path: Path, caplog: Any) -> None:
     (tmp_path / "file").write_text("in the way")
     with caplog.at_level(logging.WARNING):
-        rows = encode_all(EXAMPLES, tokenizer, None, tmp_path / "file")
+        rows = encode_once(EXAMPLES, tokenizer, None, tmp_path / "file")
     assert len(rows) == 2
     assert "could not be kept" in caplog.text

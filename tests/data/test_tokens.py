@@ -13,6 +13,7 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
+from trimtab.data.cache import encode_once
 from trimtab.data.forms import read_examples
 from trimtab.data.rows import EncodedRow, Example
 from trimtab.data.tokens import IGNORED, encode, encode_all, encode_pair, encode_prompt
@@ -294,7 +295,8 @@ def test_slow_tokenizer_is_refused() -> None:
 
     for call in (
         lambda: encode(plain("a"), SlowTokenizer(), None),
-        lambda: encode_all([plain("a")], SlowTokenizer(), None, Path("unused")),
+        lambda: encode_all([plain("a")], SlowTokenizer(), None),
+        lambda: encode_once([plain("a")], SlowTokenizer(), None, Path("unused")),
         lambda: encode_pair("a", "b", SlowTokenizer(), end=False),
     ):
         with pytest.raises(DataError, match="SlowTokenizer is a slow tokenizer"):

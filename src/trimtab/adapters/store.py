@@ -75,15 +75,16 @@ def load_adapter(model: nn.Module, folder: Path | str) -> AttachReport:
     place = Path(folder)
     stored = read_adapter(place)
     known = _modules(model)
-    carried = bool(dict(adapted_modules(model)))
+    carried = {name_on_disk(name): module for name, module in adapted_modules(model)}
     if carried:
-        _check_same(place, model, stored)
+        _check_same(place, carried, stored)
     else:
         _check_modules(place, known, stored)
     rules, number = _rules(stored)
     if not carried:
         try:
-            install(model, _targets(known, stored, number), rules)
+            targets = _targets(known, stored, number)
+            install(model, targets, rules)
         except PlanError as error:
             raise AdapterError(f"{place}: this adapter does not fit the model: {error}") from None
     try:
@@ -193,9 +194,8 @@ def _check_modules(place: Path, known: dict[str, nn.Module], stored: dict[str, S
         )
 
 
-def _check_same(place: Path, model: nn.Module, stored: dict[str, StoredAdapter]) -> None:
+def _check_same(place: Path, present: dict[str, Adapted], stored: dict[str, StoredAdapter]) -> None:
     """Raise AdapterError unless the model's adapters sit on the stored modules and have the stored options."""
-    present = {name_on_disk(name): module for name, module in adapted_modules(model)}
     wrong = sorted(set(present) ^ set(stored)) or [
         name for name, module in present.items() if module.adapter.options.computes() != stored[name].options.computes()
     ]

@@ -9,15 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from trimtab.data.rows import Example
+from trimtab.data.tokens import Dropped, EncodedRows, Tensors, encode_flat, encoded_rows, require_fast
 from trimtab.files import write_atomically
 
 VERSION = 1
@@ -29,26 +29,24 @@ NAMES = ("ids", "trained", "lengths", "kept", "cut")
 log = logging.getLogger(__name__)
 
 
-Tensors = dict[str, torch.Tensor]
-Dropped = list[tuple[int, str]]
-"""Index of the example, and the reason, for each that has no row."""
+def encode_once(examples: Sequence[Example], tokenizer: Any, max_length: int | None, folder: Path) -> EncodedRows:
+    """As `trimtab.data.tokens.encode_all`, and kept in ``folder`` for the next run.
 
-
-def cached(path: Path, make: Callable[[], tuple[Tensors, Dropped]]) -> tuple[Tensors, Dropped]:
-    """What the file ``path`` holds; made, and kept there, if there is no such file or it is not as it was written.
-
-    A disk that refuses is worth a warning and no more: the rows are there, and the file is a shortcut.
+    Rows are found again by their texts, their trained spans, the tokenizer's content and ``max_length``; a damaged file
+    is made anew. A disk that refuses is worth a warning and no more: the rows are there, and the file is a shortcut.
     """
+    require_fast(tokenizer)
+    path = cache_file(folder, examples, tokenizer, max_length)
     kept = load(path)
     if kept is not None:
-        return kept
-    tensors, dropped = make()
+        return encoded_rows(*kept, examples)
+    tensors, dropped = encode_flat(examples, tokenizer, max_length)
     metadata = {"dropped": json.dumps(dropped), "digest": _digest(tensors, dropped)}
     try:
         write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
     except (OSError, SafetensorError) as error:
         log.warning("The tokenised rows could not be kept in %s (%s); the next run tokenises them again.", path, error)
-    return tensors, dropped
+    return encoded_rows(tensors, dropped, examples)
 
 
 def load(path: Path) -> tuple[Tensors, Dropped] | None:

@@ -7,18 +7,20 @@ answer if it ends after the boundary. Tokenised apart, the space before an answe
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import Dataset
 
-from trimtab.data.cache import Dropped, Tensors, cache_file, cached
 from trimtab.data.rows import EncodedRow, Example
 from trimtab.errors import DataError
 
 IGNORED = -100
 """The label of a position that carries no loss, as in Hugging Face's models."""
+
+Tensors = dict[str, torch.Tensor]
+Dropped = list[tuple[int, str]]
+"""Index of the example, and the reason, for each that has no row."""
 
 CHUNK = 1000
 """Texts handed to the tokenizer at once: enough to keep all its threads busy."""
@@ -104,29 +106,30 @@ def encode_prompt(prompt: str, tokenizer: Any) -> list[int]:
     return ids[:first]
 
 
-def encode_all(
-    examples: Sequence[Example], tokenizer: Any, max_length: int | None, cache: Path | None = None
-) -> EncodedRows:
+def encode_all(examples: Sequence[Example], tokenizer: Any, max_length: int | None) -> EncodedRows:
     """Encode every example as ``encode`` does, in batches.
 
     Args:
         examples: the rows; those that keep no trained token are left out and listed in ``.dropped``.
         tokenizer: a fast transformers tokenizer.
         max_length: tokens that a row may have, or None for no limit.
-        cache: a folder to keep the result in. It is found again by the texts, their trained spans, the tokenizer's
-            content and ``max_length``; a damaged file is made anew. None: nothing is kept.
 
     Raises:
         DataError: no example is left, or the tokenizer gives no offsets or has no end-of-sequence token.
     """
-    _require_fast(tokenizer)
+    tensors, dropped = encode_flat(examples, tokenizer, max_length)
+    return encoded_rows(tensors, dropped, examples)
 
-    def encoded() -> tuple[Tensors, Dropped]:
-        return _flatten(_encode_each(examples, tokenizer, max_length))
 
-    file = cache_file(cache, examples, tokenizer, max_length) if cache is not None else None
-    flat = cached(file, encoded) if file is not None else encoded()
-    rows = EncodedRows(*flat, examples)
+def encode_flat(examples: Sequence[Example], tokenizer: Any, max_length: int | None) -> tuple[Tensors, Dropped]:
+    """What ``encode_all`` makes its rows of: their tensors, and the examples that have no row."""
+    require_fast(tokenizer)
+    return _flatten(_encode_each(examples, tokenizer, max_length))
+
+
+def encoded_rows(tensors: Tensors, dropped: Dropped, examples: Sequence[Example]) -> EncodedRows:
+    """The rows of ``encode_flat``. Raises DataError if there are none."""
+    rows = EncodedRows(tensors, dropped, examples)
     if not len(rows):
         listed = "; ".join(f"{source}, row {number}: {reason}" for source, number, reason in rows.dropped[:3])
         raise DataError(f"None of the {len(examples)} rows has a token to train on ({listed or 'there are no rows'}).")
@@ -223,7 +226,8 @@ def _tokenise(texts: list[str], tokenizer: Any) -> list[tuple[list[int], list[tu
     return list(zip(out["input_ids"], out["offset_mapping"], strict=True))
 
 
-def _require_fast(tokenizer: Any) -> None:
+def require_fast(tokenizer: Any) -> None:
+    """Raise DataError unless ``tokenizer`` is a fast one, which says where in a text each token is."""
     if not getattr(tokenizer, "is_fast", False):
         raise DataError(
             f"{type(tokenizer).__name__} is a slow tokenizer and gives no character offsets, which are needed to find "
@@ -233,7 +237,7 @@ def _require_fast(tokenizer: Any) -> None:
 
 def _prefix(tokenizer: Any) -> list[int]:
     """The special tokens that the tokenizer itself puts before a text, such as a BOS."""
-    _require_fast(tokenizer)
+    require_fast(tokenizer)
     out = tokenizer("a", return_special_tokens_mask=True, verbose=False)
     mask = out["special_tokens_mask"]
     return list(out["input_ids"][: mask.index(0) if 0 in mask else 0])

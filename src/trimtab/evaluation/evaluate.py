@@ -90,8 +90,8 @@ def evaluate(
     if not examples:
         raise DataError(f"{name}: there are no rows to evaluate.")
     started = time.perf_counter()
-    closed = closed_set(choices, examples)
     settings: dict[str, Any] = {"batch_size": batch_size, "max_length": _limit(head.model, max_length)}
+    closed = closed_set(choices, examples)
     if (closed is not None or all(example.choices for example in examples)) and not generate:
         scored = score_choices(head, tokenizer, examples, closed, progress=progress, **settings)
         result, predictions = _chosen(scored, examples, closed)

@@ -145,11 +145,11 @@ def estimate_run(job: Job, sizes: RowSizes) -> RunMemory:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     files = parameters * stored.itemsize
     quantising = quantising_bytes(model, config.quantisation)
+    evaluated = _evaluated(config, sizes)
     attach(model, job.plan)
     trace = Trace(model, quantisation=config.quantisation)
     standing, uncounted = trace.standing, None
     labels = sizes.length - 1 if train.prompt_loss_weight else sizes.labels
-    evaluated = _evaluated(config, sizes)
     try:
         peaks = trace.run(
             Batch(train.batch_size, sizes.length, train.batch_size * labels),

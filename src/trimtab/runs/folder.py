@@ -125,8 +125,9 @@ class RunFolder:
             file.unlink(missing_ok=True)
 
 
-def find_run(config: RunConfig, *, resume: bool, overwrite: bool) -> tuple[RunFolder, Path | None]:
-    """The run folder that ``config`` names, and the checkpoint to resume from, if any. Nothing is changed yet.
+def find_run(config: RunConfig, *, resume: bool, overwrite: bool) -> tuple[RunFolder, Path | None, dict[str, Any]]:
+    """The run folder that ``config`` names; of a run to be resumed also its newest checkpoint, if there is one, and its
+    summary. Nothing is changed yet.
 
     Raises RunError if the folder holds a run already and neither ``resume`` nor ``overwrite`` is asked for, if it
     holds something else, or if there is nothing to resume.
@@ -134,14 +135,15 @@ def find_run(config: RunConfig, *, resume: bool, overwrite: bool) -> tuple[RunFo
     folder = RunFolder(config.output)
     if folder.path.exists() and not folder.path.is_dir():
         raise RunError(f"{folder.path}: a file is in the way; choose another output")
-    status = folder.read_summary().get("status")
+    summary = folder.read_summary()
+    status = summary.get("status")
     if resume:
         if status is None or not folder.config.is_file():
             raise RunError(f"{folder.path}: there is no run to resume; start it without --resume")
         if status == "finished":
             raise RunError(f"{folder.path}: this run is finished; there is nothing to resume")
         _check_same(config, folder)
-        return folder, folder.latest_checkpoint()
+        return folder, folder.latest_checkpoint(), summary
     if folder.path.is_dir() and any(folder.path.iterdir()):
         if status is None:
             raise RunError(f"{folder.path}: a folder that is not empty and holds no run; choose another output")
@@ -151,7 +153,7 @@ def find_run(config: RunConfig, *, resume: bool, overwrite: bool) -> tuple[RunFo
                 f"{folder.path}: this folder holds a run already ({status}). To keep both, choose another output; "
                 f"{advice}to replace it, add --overwrite"
             )
-    return folder, None
+    return folder, None, {}
 
 
 def start_run(config: RunConfig, folder: RunFolder) -> None:

@@ -123,7 +123,7 @@ class _Modules:
         matched: dict[int, str] = {}
         for key in self.handles[rule.sits_on]:
             for name in self.names[key]:
-                if self.is_named_by(rule, key, name) and self._is_in_layers_of(rule, name):
+                if self.is_named_by(rule, key, name) and rule.selects(*self._block(name)):
                     matched[key] = name
                     break
         nested = {id(inner) for key in matched for inner in list(self.by_id[key].modules())[1:]}
@@ -133,9 +133,10 @@ class _Modules:
         """Whether ``rule`` names this module, which its method could sit on; its layers are another question."""
         return (rule.all_linear and key not in self.heads) or rule.matches(name)
 
-    def _is_in_layers_of(self, rule: Rule, name: str) -> bool:
+    def _block(self, name: str) -> tuple[int | None, int]:
+        """The number of the block in which a module is, and how many such blocks there are; None and 0 outside."""
         place = block_number(name)
-        return rule.selects(place[1], self.blocks[place[0]]) if place else rule.selects(None, 0)
+        return (place[1], self.blocks[place[0]]) if place else (None, 0)
 
 
 def _check_ranges(plan: Plan, modules: _Modules) -> None:

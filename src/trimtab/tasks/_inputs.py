@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.config.run import RunConfig
+from trimtab.data.cache import encode_once
 from trimtab.data.choices import check_choices, infer_choices
 from trimtab.data.forms import read_examples
 from trimtab.data.rows import Example
 from trimtab.data.split import draw, split_off
-from trimtab.data.tokens import EncodedRows, encode_all
+from trimtab.data.tokens import EncodedRows
 from trimtab.errors import ConfigError
 from trimtab.models.gguf import cache_folder
 from trimtab.runs.events import Listener
@@ -83,7 +84,7 @@ def read_inputs(config: RunConfig, tokenizer: Any, listener: Listener) -> Inputs
     for name, tested in tests.items():
         listener.note(f"{len(tested)} test rows in '{name}'")
 
-    rows = encode_all(training, tokenizer, data.max_length, cache_folder().with_name("tokens"))
+    rows = encode_once(training, tokenizer, data.max_length, cache_folder().with_name("tokens"))
     for source, number, reason in rows.dropped[:5]:
         listener.note(f"left out: {source}, row {number}: {reason}")
     if len(rows.dropped) > 5:

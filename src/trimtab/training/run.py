@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ def finetune(
     job = Job.of(config)
     if config.train.tensorboard:
         require_tensorboard()
-    folder, checkpoint = find_run(config, resume=resume, overwrite=overwrite)
+    folder, checkpoint, before = find_run(config, resume=resume, overwrite=overwrite)
     task = tasks.find("causal_lm")
     tokenizer = load_tokenizer(job.source)
     listener.stage("Reading the rows")
@@ -78,12 +78,24 @@ def finetune(
 
     if not resume:
         start_run(config, folder)
-    run = _Run(job, folder, task=task, inputs=inputs, model=model, tokenizer=tokenizer, listener=listener, began=began)
+    run = _Run(
+        job,
+        folder,
+        before,
+        task=task,
+        inputs=inputs,
+        model=model,
+        tokenizer=tokenizer,
+        listener=listener,
+        began=began,
+    )
     run.summarise("interrupted")
+    stopped: BaseException | None = None
     try:
         run.evaluate("before")
         set_seed(config.train.seed)
-        run.attached(attach(model, job.plan) if config.train.epochs else describe(model, ()))
+        report = attach(model, job.plan) if config.train.epochs else describe(model, ())
+        run.attached(report)
         if config.train.epochs:
             if folder.has_adapter:  # interrupted after training
                 load_adapter(model, folder.adapter)
@@ -93,16 +105,14 @@ def finetune(
                 run.summarise("interrupted")
             folder.link_adapter()
             run.evaluate("after")
-    except (KeyboardInterrupt, TrimtabError) as stopped:
-        run.summarise("interrupted")
-        run_page(folder.path)
-        if isinstance(stopped, TrimtabError):
-            raise
-        raise Interrupted(
-            f"interrupted; everything so far is in {folder.path}\nGo on with: {folder.resume_command}"
-        ) from None
-    run.summarise("finished")
+    except (KeyboardInterrupt, TrimtabError) as error:
+        stopped = error
+    run.summarise("finished" if stopped is None else "interrupted")
     run_page(folder.path)
+    if isinstance(stopped, KeyboardInterrupt):
+        raise Interrupted(f"interrupted; everything so far is in {folder.path}\nGo on with: {folder.resume_command}")
+    if stopped is not None:
+        raise stopped
     return folder
 
 
@@ -113,6 +123,7 @@ class _Run:
         self,
         job: Job,
         folder: RunFolder,
+        before: Mapping[str, Any],
         *,
         task: Task,
         inputs: Inputs,
@@ -130,7 +141,6 @@ class _Run:
         self.listener = listener
         self._head = task.head(model)
         self._began = began
-        before = folder.read_summary()
         self._earlier_seconds = float(before.get("training_seconds", 0.0)), float(before.get("total_seconds", 0.0))
         self._facts: dict[str, Any] = {
             "model": job.config.model.name,
@@ -227,7 +237,6 @@ class _Run:
         if checkpoint is not None:
             self.listener.note(f"resuming at step {_step_of(checkpoint)}")
         best = train.metric if train.metric != "auto" else "accuracy" if self.inputs.scored else "loss"
-        best_loss = _best_loss(earlier, best)
         events = self.folder.tensorboard if train.tensorboard else None
         began = time.perf_counter()
         self.listener.stage("Training")
@@ -243,7 +252,7 @@ class _Run:
                 record=recorder.record,
                 validate=self._validation if self.inputs.validation else None,
                 best=best,
-                best_loss=best_loss,
+                earlier=earlier,
                 callbacks=callbacks,
             )
             trainer.add_callback(Compiling(self.model, train.compile, self.listener, trainer.throughput))
@@ -266,13 +275,6 @@ class _Run:
 
 def _step_of(checkpoint: Path | None) -> int:
     return int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint is not None else 0
-
-
-def _best_loss(rows: Sequence[Mapping[str, Any]], metric: str) -> float:
-    """The loss of the best validation among lines of ``metrics.jsonl``; infinity if there was none."""
-    sign = 1 if metric == "loss" else -1
-    found = [(sign * row[metric], row["loss"]) for row in rows if row["kind"] == "validation"]
-    return min(found)[1] if found else math.inf
 
 
 def _quiet_libraries() -> None:

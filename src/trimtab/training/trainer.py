@@ -115,6 +115,13 @@ def training_arguments(train: TrainConfig, rows: int, folder: Path, best: str | 
     )
 
 
+def _best_loss(rows: Sequence[Mapping[str, Any]], metric: str) -> float:
+    """The loss of the best validation among lines of ``metrics.jsonl``; infinity if there was none."""
+    sign = 1 if metric == "loss" else -1
+    found = [(sign * row[metric], row["loss"]) for row in rows if row["kind"] == "validation"]
+    return min(found)[1] if found else math.inf
+
+
 class AdapterTrainer(Trainer):
     """A Trainer whose checkpoints hold the adapter alone, and whose validation is ours.
 
@@ -129,7 +136,7 @@ class AdapterTrainer(Trainer):
         record: is given each line for ``metrics.jsonl``, which it completes with the time.
         validate: gives the validation metrics by name, or None for no validation.
         best: the one of them that decides which step was best.
-        best_loss: validation loss of the best step of a run that is resumed.
+        earlier: the lines of ``metrics.jsonl`` of a run that is resumed, among them its validations.
         callbacks: see and steer the loop.
 
     Attributes:
@@ -149,7 +156,7 @@ class AdapterTrainer(Trainer):
         record: Callable[[dict[str, Any]], None],
         validate: Callable[[], Mapping[str, float]] | None = None,
         best: str = "loss",
-        best_loss: float = math.inf,
+        earlier: Sequence[Mapping[str, Any]] = (),
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         arguments = training_arguments(train, len(rows), folder, best if validate is not None else None)
@@ -170,7 +177,7 @@ class AdapterTrainer(Trainer):
         )
         self.remove_callback(PrinterCallback)
         self._folder = folder
-        self._best_loss = best_loss
+        self._best_loss = _best_loss(earlier, best)
         self._validate_rows = validate
         self._record = record
         self._since_last_log = Lap(self.throughput)

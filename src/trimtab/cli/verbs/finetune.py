@@ -76,23 +76,23 @@ def command(
         f"{words.duration(summary['training_seconds'])}, peak memory {words.gib(summary['peak_memory_gib'])}",
         highlight=False,
     )
+    question = _question(folder, summary["form"])
     for line in (
         f"adapter ({words.size(summary['adapter_bytes'])}): {_short(folder.adapter)}",
         f"report: {_short(folder.report)}",
-        f"try it: trimtab generate {_short(folder.path)} {_question(folder)}",
+        f"try it: trimtab generate {_short(folder.path)} {question}",
     ):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def _question(folder: RunFolder) -> str:
+def _question(folder: RunFolder, form: str) -> str:
     """A prompt as a shell takes it: of the run's first test row, since the model answers to prompts of that kind; dots
     where there is none, or where ``generate`` puts what it is given into a template."""
     from trimtab.data import forms
     from trimtab.files import read_jsonl
 
     file = next(iter(sorted((folder.path / "predictions").glob("*.after.jsonl"))), None)
-    form = folder.read_summary().get("form")
-    if file is None or form is None or forms.find(form).has_template:
+    if file is None or forms.find(form).has_template:
         return '"..."'
     prompt = next(iter(read_jsonl(file)))["prompt"].rstrip()
     if not prompt.replace("\n", "").isprintable():
