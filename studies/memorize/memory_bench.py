@@ -53,7 +53,7 @@ class MemoryListener:
         """``cell`` is done; ``fresh``: now, and not in an earlier call."""
 
 
-def memorize(study: MemoryStudy, out: Path, watcher: MemoryListener | None = None) -> dict[str, Any]:
+def memorize(study: MemoryStudy, out: Path, listener: MemoryListener | None = None) -> dict[str, Any]:
     """Run what is missing of ``study`` in the folder ``out`` and return what ``memorize.json`` holds.
 
     Raises:
@@ -65,8 +65,8 @@ def memorize(study: MemoryStudy, out: Path, watcher: MemoryListener | None = Non
     chosen: dict[Arm, float] = {}
     with folder.claimed():
         try:
-            bench = _Bench(study, folder, watcher or MemoryListener())
-            bench.watcher.planned(study, bench.parameters)
+            bench = _Bench(study, folder, listener or MemoryListener())
+            bench.listener.planned(study, bench.parameters)
             for arm in study.arms:
                 tried = {cell.learning_rate: bench.result(cell) for cell in study.candidates(arm)}
                 chosen[arm] = max(tried, key=lambda rate: _merit(tried[rate]))
@@ -144,8 +144,8 @@ def _read(file: Path) -> dict[str, Any]:
 class _Bench:
     """The model, the plans, and the way from a cell to its result."""
 
-    def __init__(self, study: MemoryStudy, folder: StudyFolder, watcher: MemoryListener) -> None:
-        self.study, self.folder, self.watcher = study, folder, watcher
+    def __init__(self, study: MemoryStudy, folder: StudyFolder, listener: MemoryListener) -> None:
+        self.study, self.folder, self.listener = study, folder, listener
         source = locate(study.model)
         self.tokenizer = load_tokenizer(source)
         self.model: Any = load_fitting(source, study.precision)
@@ -164,9 +164,9 @@ class _Bench:
         """What ``cell`` gave, now or before."""
         done = self.folder.read(cell)
         if done is not None:
-            self.watcher.ended(cell, done, False)
+            self.listener.ended(cell, done, False)
             return done
-        self.watcher.began(cell)
+        self.listener.began(cell)
         plan = self.plans[cell.arm]
         result = {
             "contender": cell.arm.contender,
@@ -180,13 +180,13 @@ class _Bench:
                 self.tokenizer,
                 plan,
                 self.study,
-                cell.learning_rate,
-                cell.seed,
-                lambda point: self.watcher.evaluated(cell, point),
+                learning_rate=cell.learning_rate,
+                seed=cell.seed,
+                evaluated=lambda point: self.listener.evaluated(cell, point),
             ),
         }
         write_json(self.folder.file(cell), result)
-        self.watcher.ended(cell, result, True)
+        self.listener.ended(cell, result, True)
         return result
 
 

@@ -39,6 +39,7 @@ def train_cell(
     tokenizer: Any,
     plan: Plan,
     study: MemoryStudy,
+    *,
     learning_rate: float,
     seed: int,
     evaluated: Callable[[CurvePoint], None],

@@ -19,7 +19,7 @@ SEARCH_SEED = 0
 
 @dataclass(frozen=True)
 class Contender:
-    """One who takes part.
+    """A method as it takes part in the study.
 
     Attributes:
         label: its name for people.

@@ -1,7 +1,7 @@
-"""Runs what is missing of a study, and gathers what is there.
+"""Runs whatever a study still lacks.
 
 First the searches for learning rates, then seed after seed, so that a study that is cut off is a smaller study. A cell
-that fails is kept in mind and the others go on.
+that fails is noted, and the others are still run.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def chosen_runs(study: Study, task: str, arm: str) -> list[Cell] | None:
 
 
 def _preference(cell: Cell, row: Mapping[str, Any]) -> tuple[float, ...]:
-    """Lower is better: the validation metric of the run, and its loss where that is even."""
+    """A key that sorts the best run first: by its validation metric, and by its loss among equals."""
     metric = cell.config.train.metric
     metric = "accuracy" if metric == "auto" else metric
     return (-row[metric], row["loss"]) if metric in row and metric != "loss" else (row["loss"],)

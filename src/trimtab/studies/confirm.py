@@ -1,7 +1,7 @@
 """Two plans trained again with new seeds, and what they differ by.
 
-The best of many scores is too good: it was picked for it. So the two plans meet again, each with the same seeds that no
-run has seen, on the test rows where there are any.
+The best of many scores is partly luck, which is why it is the best. So the two plans meet again, both with the same new
+seeds, on the test rows where there are any.
 """
 
 from __future__ import annotations

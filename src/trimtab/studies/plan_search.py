@@ -21,7 +21,7 @@ from trimtab.studies.search_results import Row, best_of, found, is_over, ran, ro
 from trimtab.studies.search_space import Part, Proposal, Space
 
 _IDLE = 100
-"""After so many proposals in a row that need no run (known, or not within the budget) the space counts as searched."""
+"""After this many proposals in a row that needed no run (known already, or not within the budget) the search ends."""
 
 _WEIGHTS = (0.25, 4.0)
 
@@ -37,7 +37,7 @@ class SearchListener(Listener):
 
 
 class _Pruned(Interrupted):
-    """A run was left because it is behind."""
+    """A run was stopped early, since it is behind the others."""
 
 
 class Search:
@@ -71,7 +71,7 @@ class Search:
         """Propose and run until there are as many runs as asked for."""
         idle = 0
         while len(self.ran()) < self.config.trials and idle < _IDLE:
-            idle = 0 if self._one() else idle + 1
+            idle = 0 if self._next_proposal() else idle + 1
         if idle == _IDLE:
             self.listener.note(f"stopped: the last {_IDLE} proposals were known already or could not spend the budget")
 
@@ -96,14 +96,14 @@ class Search:
         write_json(self.config.output / "explore.json", known)
 
     def _take_up(self) -> None:
-        """Ask first for what was cut off."""
+        """Put the trials that were cut off at the head of the queue."""
         for trial in self._trials():
             if trial.state == self.states.RUNNING:
                 self.study.enqueue_trial(trial.params, user_attrs=trial.user_attrs)
                 self.study.tell(trial.number, state=self.states.FAIL)
 
     def _queue_uniform(self) -> None:
-        """Ask next for a uniform plan, unless all were asked for or something else is waiting."""
+        """Queue the next uniform plan, unless all of them were proposed or something else is waiting."""
         trials = self._trials()
         there = [(trial.user_attrs.get("uniform"), trial.user_attrs.get("rate")) for trial in trials]
         every = [(method, rate) for method in self.space.trained for rate in self.config.rates]
@@ -115,8 +115,8 @@ class Search:
                 even |= {f"{group.name}: method": method, f"{group.name}: weight": 1.0}
             self.study.enqueue_trial(even, user_attrs={"uniform": method, "rate": rate})
 
-    def _one(self) -> bool:
-        """Ask for one proposal and deal with it. Whether it took a run."""
+    def _next_proposal(self) -> bool:
+        """Ask for one proposal and run it, unless the same plan was run before. Gives whether it was run."""
         known = self.ran()
         trial, proposal, rate = self._ask()
         if proposal is None:
@@ -214,9 +214,9 @@ class Search:
 
 
 class _Judge(Steps):
-    """Passes on how a run goes, tells optuna of its validations, and leaves it where it is behind.
+    """Passes on how a run goes, tells optuna of its validations, and stops the run when it is behind.
 
-    ``stops``: whether it may be left.
+    ``stops``: whether it may be stopped.
     """
 
     def __init__(self, listener: SearchListener, trial: Any, metric: str, config: RunConfig, stops: bool) -> None:

@@ -67,7 +67,7 @@ def test_every_method_learns_by_heart(name: str) -> None:
     plan = Plan([Rule(match="all-linear", method=contender.method, **contender.options, **rank)])
     study = MemoryStudy(precision="float32", pairs=4, digits=3, batch_size=4, steps=60, warmup=5, evaluate_every=30)
     points: list[Any] = []
-    found = train_cell(model, tokenizer, plan, study, 2e-2, 1, points.append)
+    found = train_cell(model, tokenizer, plan, study, learning_rate=2e-2, seed=1, evaluated=points.append)
     assert found["curve"] == points
     assert [point["step"] for point in points] == [0, 30, 60]
     assert points[0]["loss"] is None
@@ -85,7 +85,10 @@ def test_same_seed_same_curve_and_same_batches_for_all() -> None:
     model = tiny_model(len(tokenizer))
     study = MemoryStudy(**{**SMALL, "learning_rates": None})
     plan = Plan([Rule(match="all-linear", method="lora", rank=2)])
-    curves = [train_cell(model, tokenizer, plan, study, 1e-2, seed, lambda _: None)["curve"] for seed in (1, 1, 2)]
+    curves = [
+        train_cell(model, tokenizer, plan, study, learning_rate=1e-2, seed=seed, evaluated=lambda _: None)["curve"]
+        for seed in (1, 1, 2)
+    ]
     assert curves[0] == curves[1] != curves[2]
 
 
@@ -95,7 +98,7 @@ def test_the_loss_is_on_the_value_alone() -> None:
     model = tiny_model(len(tokenizer))
     study = MemoryStudy(pairs=6, digits=3, batch_size=6, steps=1, warmup=1, evaluate_every=1)
     plan = Plan([Rule(match="all-linear", method="lora", rank=2)])
-    found = train_cell(model, tokenizer, plan, study, 1e-2, 3, lambda _: None)
+    found = train_cell(model, tokenizer, plan, study, learning_rate=1e-2, seed=3, evaluated=lambda _: None)
     ids = encode_pairs(draw_pairs(6, 3, 3), tokenizer).input_ids
     with torch.no_grad():
         logits = model(ids).logits[:, 3:6].double()  # what comes after the colon and the value's first two
@@ -115,7 +118,9 @@ def test_a_cell_that_diverges(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = tiny_tokenizer()
     plan = Plan([Rule(match="all-linear", method="lora", rank=2)])
     study = MemoryStudy(**{**SMALL, "steps": 6, "learning_rates": None})
-    found = train_cell(tiny_model(len(tokenizer)), tokenizer, plan, study, 1e-2, 1, lambda _: None)
+    found = train_cell(
+        tiny_model(len(tokenizer)), tokenizer, plan, study, learning_rate=1e-2, seed=1, evaluated=lambda _: None
+    )
     assert found["diverged"] == 3
     assert len(calls) == 3
     assert [(point["loss"] is None, point["step"]) for point in found["curve"]] == [
