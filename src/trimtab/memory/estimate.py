@@ -25,18 +25,17 @@ BEYOND = 220 * 2**20
 training's libraries, threads, compiled products. ``python benchmarks/memory.py --process`` measures it."""
 
 HOLES, SHARE = 240 * 2**20, 0.2
-"""glibc's free memory between tensors while a model runs: so much (of a small model, no more than it has weights), and
-this share of the activations. Fitted to the runs of ``benchmarks/memory.py``. Giving freed memory back at once avoids
-it, and made a step take nearly half as long again."""
+"""What glibc holds free between tensors while a model runs: so many bytes (of a small model, no more than its weights
+take), and this share of the activations. Fitted to the runs of ``benchmarks/memory.py``. An allocator that gives freed
+memory back at once holds nothing, but made a step take nearly half as long again."""
 
-
-OTHERS = ("files", "process")
-"""Parts of an estimate that are no room to be found: given back on demand, or held already."""
+NO_ROOM = ("files", "process")
+"""Parts of an estimate for which no room has to be free: the system takes them back, or they are held already."""
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes by what they are for, at the moment when their sum is largest."""
+    """Bytes by what they are for, at the moment at which their sum is largest."""
 
     weights: int
     adapters: int = 0
@@ -45,14 +44,14 @@ class MemoryEstimate:
     activations: int = 0
     """What is kept for the backward pass, and the temporary tensors of that moment."""
     fragmentation: int = 0
-    """What the allocator holds free between tensors, where the next one does not fit."""
+    """What the allocator holds free between tensors, in holes that are too small for the next one."""
     files: int = 0
     """Pages of weight files from which a model is being converted. They count as the process's memory, but the system
     takes them back where it needs them."""
     process: int = 0
     """What the process holds besides tensors: Python, libraries, tokenizer, rows."""
     moment: str = "loading"
-    """When that is: ``loading``, ``evaluating`` or ``training``."""
+    """Which moment that is: ``loading``, ``evaluating`` or ``training``."""
 
     @property
     def total(self) -> int:
@@ -73,16 +72,16 @@ class MemoryEstimate:
     @property
     def told(self) -> str:
         """What is needed, in words: ``weights 0.25, activations 0.73`` (GiB)."""
-        return ", ".join(f"{name} {size / GIB:.2f}" for name, size in self.parts().items() if name not in OTHERS)
+        return ", ".join(f"{name} {size / GIB:.2f}" for name, size in self.parts().items() if name not in NO_ROOM)
 
 
 @dataclass(frozen=True)
 class RowSizes:
-    """What of a run's rows decides its memory.
+    """All that a run's rows mean for its memory.
 
     Attributes:
         length: tokens of the longest row.
-        labels: positions of such a row that carry loss.
+        labels: positions of a long row that carry loss.
         evaluated: whether there are validation or test rows.
         generates: whether their answers are generated.
     """
@@ -94,7 +93,7 @@ class RowSizes:
 
     @classmethod
     def of(cls, config: RunConfig, inputs: Inputs) -> RowSizes:
-        """Of rows that have been read."""
+        """The sizes of rows that have been read."""
         lengths = inputs.rows.lengths
         longest = sorted(range(len(lengths)), key=lambda row: -lengths[row])[: config.train.batch_size]
         labels = sum(label != IGNORED for row in longest for label in inputs.rows[row]["labels"])
@@ -119,20 +118,20 @@ class RunMemory:
 
     @property
     def peak(self) -> MemoryEstimate:
-        """That of the moment when the process is largest."""
+        """The estimate of the moment at which the process is largest."""
         return max(self.moments, key=lambda estimate: estimate.total)
 
     @property
     def hardest(self) -> MemoryEstimate:
-        """That of the moment which needs most beyond what the process holds already."""
+        """The estimate of the moment that needs most beyond what the process holds already."""
         return max(self.moments, key=lambda estimate: estimate.needed)
 
 
 def estimate_run(job: Job, sizes: RowSizes) -> RunMemory:
     """What a run of ``job`` over rows of ``sizes`` will take on the processor.
 
-    A step of the run's own code is traced on tensors without values (``trimtab.memory.trace``); the process's own
-    part is what it holds now. Takes a fraction of a second to a few seconds, whatever the size of the model.
+    A step of the run's own code is traced on tensors without values (``trimtab.memory.trace``). What the process holds
+    besides tensors is what it holds now and ``BEYOND``. This takes a second or two, whatever the size of the model.
 
     Raises:
         ModelError, PlanError: what the run itself would raise for its model and its plan.
@@ -159,17 +158,17 @@ def estimate_run(job: Job, sizes: RowSizes) -> RunMemory:
             evaluated=evaluated,
             generates=sizes.generates,
         )
-    except Exception as error:  # a model's code may ask for values in whatever way, and then fail in whatever way
+    except Exception as error:  # a model's code may ask for a value, and then fail in any way
         peaks = {"training": standing}
         uncounted = f"{type(error).__name__}: {str(error).strip().split(chr(10))[0][:200]}"
     process = psutil.Process().memory_info().rss + BEYOND
-    # Weights of the type they are stored in are used where the file is mapped, and never copied.
+    # Weights that stay in the type of their files are used from the mapped file and never copied.
     is_mapped = stored == dtype and config.quantisation == "none"
     loading = MemoryEstimate(standing["weights"], files=0 if is_mapped else files, process=process)
     moments = [replace(loading, activations=quantising)]
-    for moment, found in peaks.items():
-        holes = min(HOLES, 4 * parameters) + round(SHARE * found.get("activations", 0))
-        moments.append(MemoryEstimate(**found, fragmentation=holes, process=process, moment=moment))
+    for moment, held in peaks.items():
+        holes = min(HOLES, 4 * parameters) + round(SHARE * held.get("activations", 0))
+        moments.append(MemoryEstimate(**held, fragmentation=holes, process=process, moment=moment))
     return RunMemory(tuple(moments), uncounted)
 
 

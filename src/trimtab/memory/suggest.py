@@ -1,4 +1,4 @@
-"""Whether a run fits into the machine's memory, and which changes of its settings would make it fit."""
+"""Whether a run fits into the memory of this machine, and which changes of its settings would make it fit."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ def check_run(job: Job, sizes: RowSizes) -> None:
 
 
 def suggest(job: Job, sizes: RowSizes) -> list[Suggestion]:
-    """Changes with which a run fits that does not, each estimated by itself; those that alter its results least first.
+    """Changes that make a run fit, each estimated by itself; first those that alter its results least.
 
-    Of each kind of change the mildest that fits is given. Several changes together come into play where no single one
-    does.
+    Of each kind of change, the mildest that fits is given. Only where no single change is enough are several tried
+    together.
     """
     room = available_memory(device())
     attempts = _attempts(job, sizes)
@@ -63,13 +63,13 @@ def suggest(job: Job, sizes: RowSizes) -> list[Suggestion]:
         return Suggestion(change, memory) if memory.hardest.needed <= room else None
 
     for ladders in attempts:
-        found = []
+        enough = []
         for *milder, strongest in filter(None, ladders):
             # Where the strongest change is not enough, the milder ones need not be looked at.
             if last := fitting(strongest):
-                found.append(next((fits for change in milder if (fits := fitting(change))), last))
-        if found:
-            return found
+                enough.append(next((fits for change in milder if (fits := fitting(change))), last))
+        if enough:
+            return enough
     return []
 
 
@@ -128,7 +128,7 @@ def _capped(config: RunConfig) -> RowSizes:
 
 
 def _attempts(job: Job, sizes: RowSizes) -> Iterator[list[list[Change]]]:
-    """Ladders of changes, each from mild to strong; then the same with more and more at once."""
+    """Ladders of changes, each from mild to strong: first of single changes, then of more and more at once."""
     config, train = job.config, job.config.train
     trains_base = any(methods.method_class(rule["method"]).trains_base for rule in config.plan)
     recompute: Change = {} if train.gradient_checkpointing else {"train.gradient_checkpointing": True}
@@ -149,7 +149,7 @@ def _attempts(job: Job, sizes: RowSizes) -> Iterator[list[list[Change]]]:
 
 
 def _smaller_batches(rows: int, accumulation: int) -> Iterator[Change]:
-    """Half the rows at a time, and as many more passes to a step."""
+    """Half the rows, then half of those, and so on, with as many more passes to a step."""
     size = rows
     while size > 1:
         size //= 2

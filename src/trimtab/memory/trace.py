@@ -1,9 +1,9 @@
 """One training step of a model, traced for its memory without weights and without computing.
 
-The step is the library's own code on fake tensors, so nothing here knows how a block or a method is made. Of equal
-blocks in a row, three are run: the first, which may have no gradient to hand on, the last, whose output another kind
-of module reads, and one that stands for all between them. Its copies hold what it holds before its turn, between its
-forward and its backward pass, or after its turn.
+The step is the library's own code, run on fake tensors, so this file knows nothing of how a block or a method is made.
+Of equal blocks in a row only three are run: the first, which may have no gradient to hand on; the last, whose output is
+read by a module of another kind; and one that stands for all those between them. These hold what that one held before
+its turn, between its forward and its backward pass, or after its turn, according to the moment.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Bytes = Mapping[str, int]
 
 @dataclass(frozen=True)
 class Batch:
-    """The size of a batch: ``rows`` of ``length`` tokens, ``labels`` positions of which carry loss."""
+    """The size of a batch: ``rows`` of ``length`` tokens. ``labels`` of all its positions carry loss."""
 
     rows: int
     length: int
@@ -40,7 +40,7 @@ class Batch:
 
 @dataclass
 class _Stretch:
-    """A part of a pass between two turns of blocks: its own peak, and how far each block was."""
+    """A part of a pass, from one block's turn to the next: its own peak, and how far each block had come by then."""
 
     stages: dict[int, str]
     peak: Counter[Label]
@@ -48,7 +48,7 @@ class _Stretch:
 
 @dataclass
 class _Pass:
-    """What was held before, between and after the turns of the blocks, and at the peak of each stretch."""
+    """What was held before the forward pass, after it and after the backward pass, and at the peak of each stretch."""
 
     before: Counter[Label]
     stages: dict[int, str]
@@ -58,14 +58,14 @@ class _Pass:
 
 
 class Trace:
-    """A model, which must be on the meta device and carry its adapters, made ready to be traced. It is spoiled by it.
+    """A model made ready to be traced, once.
 
     Args:
-        model: a transformers causal language model.
+        model: a transformers causal language model on the meta device, with its adapters. It cannot be used afterwards.
         quantisation: how the base weights of linear layers other than the head are stored.
 
     Attributes:
-        standing: what is there whatever the batch: weights, adapters, their gradients and AdamW's moments.
+        standing: what is held whatever the batch is: weights, adapters, their gradients and AdamW's moments.
     """
 
     def __init__(self, model: Any, *, quantisation: str = "none") -> None:
@@ -79,14 +79,14 @@ class Trace:
         aten = torch.ops.aten
         self._ledger = Ledger(
             {
-                # At the start of a training magnitudes are norms and updates are zero: what is looked at is nothing,
-                # and what is checked (rows that are not packed, masks that hide nothing) is as it should be.
+                # When training starts, updates are zero and magnitudes equal the norms: a number that the code looks at
+                # is 0, and a check (that rows are not packed, that a mask hides nothing) comes out as it should.
                 aten._local_scalar_dense.default: lambda value: value.dtype == torch.bool or 0.0,
                 aten.nonzero.default: lambda mask: mask.new_empty((self._labels, mask.dim()), dtype=torch.int64),
-                # Asked where it is found out what a model does around its head: it gives on what it was given, or not.
+                # `Head` probes what a model does around its output head: whether a tensor was handed on as it is.
                 aten.equal.default: lambda one, other: one.untyped_storage()._cdata == other.untyped_storage()._cdata,
                 aten.allclose.default: lambda *_: True,
-                torch.ops.prim.device.default: lambda _: torch.device("cpu"),  # half of all questions
+                torch.ops.prim.device.default: lambda _: torch.device("cpu"),  # half of all calls: a quick way
             }
         )
         self._pass: _Pass | None = None
@@ -108,19 +108,19 @@ class Trace:
         evaluated: Batch | None = None,
         generates: bool = False,
     ) -> dict[str, Bytes]:
-        """The peaks of ``training`` and of ``evaluating``, each by what the bytes are for.
+        """What is held at the highest moment of ``training``, and of ``evaluating``, by what the bytes are for.
 
         Args:
             batch: of one forward pass in training.
             gradient_checkpointing: whether blocks are recomputed.
-            accumulates: whether gradients are there already when the forward pass begins.
-            averages: whether there is a second copy of what is trained.
-            evaluated: a batch that is evaluated between two steps; None for none.
+            accumulates: whether gradients are held already when the forward pass begins.
+            averages: whether a second copy of what is trained is held.
+            evaluated: a batch that is evaluated between two steps; None: nothing is.
             generates: whether evaluation keeps keys and values.
         """
         ledger, model = self._ledger, self._model
         with ExitStack() as stack:
-            # For a graph, transformers would make masks that it leaves out where it may look at values.
+            # transformers leaves out a mask that hides nothing, but not while it believes to be traced for a graph.
             stack.callback(setattr, masking_utils, "is_tracing", masking_utils.is_tracing)
             masking_utils.is_tracing = lambda tensor=None: False
             stack.enter_context(FakeTensorMode())
@@ -131,15 +131,15 @@ class Trace:
             head = self._head()
             optimiser = self._optimiser(trained, accumulates)
             means = [self._like(parameter, "optimiser", block) for parameter, block in trained.items() if averages]
-            found: dict[str, Bytes] = {}
+            peaks: dict[str, Bytes] = {}
             if evaluated is not None:
-                found["evaluating"] = self._evaluate(head, evaluated, generates)
+                peaks["evaluating"] = self._evaluate(head, evaluated, generates)
             model.train()
             if gradient_checkpointing:
                 model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-            found["training"] = self._train(head, batch, list(trained), optimiser)
+            peaks["training"] = self._train(head, batch, list(trained), optimiser)
             del means
-        return found
+        return peaks
 
     def _head(self) -> Head:
         """Probed without blocks, which take no part in what it finds out."""
@@ -152,11 +152,14 @@ class Trace:
         return head
 
     def _materialise(self) -> dict[nn.Parameter, int | None]:
-        """Give every module fake tensors on the processor in place of those on the meta device; the trained ones are
-        returned with the number of their block."""
+        """Give every module fake tensors on the processor in place of those on the meta device.
+
+        Returns:
+            The parameters that are trained, each with the number of its block.
+        """
         modules = list(self._model.modules())
         block_of = {id(inner): number for number, block in enumerate(self._blocks) for inner in block.modules()}
-        adapters = {id(inner) for found in modules if isinstance(found, Adapted) for inner in found.adapter.modules()}
+        adapters = {id(inner) for each in modules if isinstance(each, Adapted) for inner in each.adapter.modules()}
         done: dict[int, tuple[Tensor, Tensor]] = {}
         trained: dict[nn.Parameter, int | None] = {}
         for module in modules:
@@ -184,7 +187,7 @@ class Trace:
             return torch.zeros_like(parameter, requires_grad=False)
 
     def _optimiser(self, trained: Mapping[nn.Parameter, int | None], accumulates: bool) -> torch.optim.Optimizer:
-        """AdamW with its states in being, as from the second step on."""
+        """AdamW after a first step, with its states in place, as every later step meets it."""
         optimiser = torch.optim.AdamW(list(trained), fused=True)
         for parameter, block in trained.items():
             parameter.grad = self._like(parameter, "gradients", block)
@@ -234,7 +237,7 @@ class Trace:
         return ids, labels
 
     def _turn(self, stages: Mapping[int, str]) -> None:
-        """Blocks enter another stage: a new stretch begins."""
+        """Some blocks enter another stage, so a new stretch begins."""
         if self._pass is not None:
             self._pass.stretches.append(_Stretch(dict(self._pass.stages), self._ledger.peak))
             self._pass.stages.update(stages)
@@ -251,19 +254,22 @@ class Trace:
         done.after = self._ledger.held.copy()
         self._ledger.within(None)
         peaks = (self._whole(done, stretch) for stretch in done.stretches)
-        highest = max(peaks, key=lambda found: sum(found.values()))
+        highest = max(peaks, key=lambda held: sum(held.values()))
         highest[OTHER] += self._unpacked  # one weight at a time is dequantised for a product
         return highest
 
     def _whole(self, done: _Pass, stretch: _Stretch) -> Counter[str]:
-        """The peak of ``stretch`` with all the copies that were not run."""
-        found: Counter[str] = Counter()
+        """The peak of ``stretch``, with all the blocks that were not run."""
+        whole: Counter[str] = Counter()
         for (kind, _), size in stretch.peak.items():
-            found[kind] += size
+            whole[kind] += size
         for number, stage in stretch.stages.items():
             choices = {
                 "waiting": [done.before],
-                "forward": [done.before, done.kept],  # copies before it have had their turn, or those after it not yet
+                "forward": [
+                    done.before,
+                    done.kept,
+                ],  # blocks before it had their turn, those after it not yet
                 "kept": [done.kept],
                 "backward": [done.kept, done.after],
                 "done": [done.after],
@@ -272,8 +278,8 @@ class Trace:
                 {kind: size for (kind, block), size in held.items() if block == number and size} for held in choices
             ]
             for kind, size in max(shares, key=lambda share: sum(share.values())).items():
-                found[kind] += (self._copies[number] - 1) * size
-        return found
+                whole[kind] += (self._copies[number] - 1) * size
+        return whole
 
     def _hooks(self) -> Iterator[Any]:
         for number, block in enumerate(self._blocks):
@@ -304,7 +310,7 @@ class Trace:
 
 
 def _shorten(model: nn.Module) -> list[int]:
-    """Of each run of equal blocks leave three; for each block that is left, how many it stands for."""
+    """Leave three of each row of equal blocks. Gives, for each block that is left, how many it stands for."""
     counts: list[int] = []
     for blocks in block_lists(model):
         kept: list[nn.Module] = []

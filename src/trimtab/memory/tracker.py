@@ -4,9 +4,13 @@
         with ledger.labelled("weights"):
             weight = torch.empty(4096, 4096)
 
-PyTorch's fake tensors have shapes and no values; every operation on them, autograd's own included, passes through the
-ledger, which notes each new storage and when it is freed. So what is kept for the backward pass, and what is there for
-a moment only, is counted as the code really makes and drops it, whatever the architecture and the method.
+PyTorch's fake tensors have shapes and no values. Every operation on them, autograd's own included, passes through the
+ledger, which notes each new storage and when it is freed. So what is kept for the backward pass, and what exists for a
+moment only, is counted as the code makes and drops it, whatever the architecture and the method.
+
+PyTorch's own ``torch.distributed._tools.MemTracker`` does not serve here. Its peak is one sum, not one for each turn of
+a block, so all 30 blocks of SmolLM2-135M would have to be traced (12 s; three take 1.7 s). It knows no weight that is
+stored packed, and code that looks at a value fails under it.
 """
 
 from __future__ import annotations
@@ -27,10 +31,10 @@ OTHER = "activations"
 
 
 class Ledger(TorchDispatchMode):
-    """Counts bytes by label from the operation that makes a storage until it is freed.
+    """Counts bytes by label, each storage from the operation that makes it until it is freed.
 
     Args:
-        answers: what operations give whose result depends on values, which fake tensors do not have.
+        answers: for operations whose result depends on values, which fake tensors do not have: what they give.
 
     Attributes:
         held: bytes at this moment, by label.
@@ -47,7 +51,7 @@ class Ledger(TorchDispatchMode):
         self._storages: dict[int, tuple[weakref.ref[Any], int, Label]] = {}
 
     def mark(self) -> None:
-        """Begin a new search for the peak."""
+        """Look for the peak anew from this moment on."""
         self._highest, self.peak = self._sum, self.held.copy()
 
     @contextmanager
@@ -64,7 +68,7 @@ class Ledger(TorchDispatchMode):
         self._label = (self._label[0], block)
 
     def relabel(self, tensor: Tensor, kind: str, block: int | None) -> None:
-        """Book the storage of ``tensor`` under another label."""
+        """Count the storage of ``tensor`` under another label."""
         key = tensor.untyped_storage()._cdata
         storage, size, before = self._storages[key]
         self.held[before] -= size
@@ -81,14 +85,11 @@ class Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         answer = self._answers.get(func)
-        found = func(*args, **(kwargs or {})) if answer is None else answer(*args)
-        if isinstance(found, Tensor):
-            self._note(found)
-        elif isinstance(found, tuple | list):
-            for part in found:
-                if isinstance(part, Tensor):
-                    self._note(part)
-        return found
+        result = func(*args, **(kwargs or {})) if answer is None else answer(*args)
+        for part in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(part, Tensor):
+                self._note(part)
+        return result
 
     def _note(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
