@@ -64,7 +64,8 @@ def draw_changes(study: Mapping[str, Any], points: Sequence[Mapping[str, str]]) 
         for axes, arm in zip(line, arms, strict=True):
             for place, step in enumerate(steps):
                 rows = [row for row in mine if (row["arm"], row["kind"], int(row["step"])) == (arm, kind, step)]
-                scatter_changes(axes, rows, depth, _MARKS[place % len(_MARKS)], 22, f"step {step}")
+                mark = _MARKS[place % len(_MARKS)]
+                scatter_changes(axes, rows, depth, mark=mark, size=22, label=f"step {step}")
             (said,) = lines_of(study, level=level, arm=arm, kind=kind, view="all")
             axes.set_title(f"{arm}, {kind}: {with_interval(said)}", fontsize=10, color=INK, loc="left")
             axes.ticklabel_format(style="sci", scilimits=(-3, 3))

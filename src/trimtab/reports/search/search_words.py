@@ -35,21 +35,23 @@ def score_words(search: Search, value: float | None) -> str:
 
 def confirmation_words(search: Search) -> str:
     """Mixed minus uniform over the new seeds, in one sentence."""
-    said = search["confirmation"]
+    confirmation = search["confirmation"]
+    difference, low, high = (confirmation[key] for key in ("difference", "low", "high"))
     loss = search["metric"] == "loss"
-    digits, times, unit = (4, 1.0, "") if loss else (1, 100.0, " points")
-    mean, *ends = (
-        None if value is None else words.signed(times * value, digits)
-        for value in (said["difference"], said["low"], said["high"])
+
+    def points(value: float) -> str:
+        return words.signed(value, 4) if loss else words.signed(100 * value, 1)
+
+    span, verdict = "(one seed has no interval)", "no difference is shown"
+    if low is not None:
+        span = f"(95 % interval over seeds {points(low)} to {points(high)})"
+        if low * high > 0:
+            verdict = f"{'mixed' if (difference < 0) == loss else 'uniform'} is better"
+    count = len(confirmation["rows"])
+    return (
+        f"best mixed minus best uniform, {search['metric'].replace('_', ' ')} on {', '.join(confirmation['on'])}, "
+        f"{count} new seed{'s' if count > 1 else ''}: {points(difference)}{'' if loss else ' points'} {span}; {verdict}"
     )
-    count = len(said["rows"])
-    span = f" (95 % interval over seeds {ends[0]} to {ends[1]})" if None not in ends else " (one seed has no interval)"
-    verdict = "no difference is shown"
-    if said["low"] is not None and said["low"] * said["high"] > 0:
-        verdict = "mixed is better" if (said["difference"] < 0) == loss else "uniform is better"
-    what = "loss" if loss else search["metric"].replace("_", " ")
-    seeds = f"{count} new seed{'s' if count > 1 else ''}"
-    return f"best mixed minus best uniform, {what} on {', '.join(said['on'])}, {seeds}: {mean}{unit}{span}; {verdict}"
 
 
 def own_runs(search: Search) -> list[Trial]:

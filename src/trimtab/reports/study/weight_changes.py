@@ -67,7 +67,7 @@ def signed(value: float | None) -> str:
 
 
 def scatter_changes(
-    axes: Axes, rows: Sequence[Mapping[str, Any]], depth: Normalize, mark: str, size: float, label: str
+    axes: Axes, rows: Sequence[Mapping[str, Any]], depth: Normalize, *, mark: str, size: float, label: str
 ) -> None:
     """dM over dD of ``rows``, whose numbers may be text as a CSV has them, in the colours of ``depth``."""
     axes.scatter(
@@ -99,7 +99,7 @@ def draw(analysis: Mapping[str, Any]) -> Figure:
     groups: dict[tuple[str, str], list[Mapping[str, Any]]] = defaultdict(list)
     for row in analysis["changes"]:
         groups[row["tuned"], row["method"]].append(row)
-    said = {(row["tuned"], row["method"]): row for row in analysis["correlations"] if row["kind"] is None}
+    correlations = {(row["tuned"], row["method"]): row for row in analysis["correlations"] if row["kind"] is None}
     blocks = [row["block"] for row in analysis["changes"] if row["block"] is not None]
     depth = Normalize(min(blocks, default=0), max(blocks, default=1))
     figure = blank(4.4 * len(groups) + 0.9, 4.4)
@@ -108,8 +108,9 @@ def draw(analysis: Mapping[str, Any]) -> Figure:
         states = list(dict.fromkeys(row["state"] for row in rows))
         for place, state in enumerate(states):
             mine = [row for row in rows if row["state"] == state]
-            scatter_changes(axes, mine, depth, MARKS[place % len(MARKS)], 26, state)
-        headed(axes, f"{Path(key[0]).name}, {key[1]}: correlation {signed(said[key]['correlation'])}", bold=False)
+            scatter_changes(axes, mine, depth, mark=MARKS[place % len(MARKS)], size=26, label=state)
+        correlation = signed(correlations[key]["correlation"])
+        headed(axes, f"{Path(key[0]).name}, {key[1]}: correlation {correlation}", bold=False)
         axes.set_xlabel("dD: mean of 1 - cosine over the rows")
         axes.set_ylabel("dM: mean change of magnitude")
         plain(axes)
