@@ -36,14 +36,8 @@ def changes_table(analysis: Mapping[str, Any]) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     for key, rows in groups.items():
         ranks = [row["effective_rank"] for row in rows]
-        table.add_row(
-            *key[first:],
-            str(len(rows)),
-            f"{_mean(rows, 'delta_magnitude'):.3g}",
-            f"{_mean(rows, 'delta_direction'):.3g}",
-            f"{_mean(rows, 'relative'):.3g}",
-            "" if None in ranks else f"{sum(ranks) / len(ranks):.1f}",
-        )
+        means = (f"{_mean(rows, name):.3g}" for name in ("delta_magnitude", "delta_direction", "relative"))
+        table.add_row(*key[first:], str(len(rows)), *means, "" if None in ranks else f"{sum(ranks) / len(ranks):.1f}")
     return table
 
 
