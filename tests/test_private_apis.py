@@ -1,0 +1,174 @@
+"""What the library uses of others without their promise: names that begin with an underscore, modules that do, and
+tables that torch's modules keep. Each has a test here that says which version took it away; until then it may be used.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib.metadata
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+SOURCE = Path(__file__).resolve().parents[1] / "src" / "trimtab"
+# The tests below hold these.
+TESTED = {
+    *("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks", "_apply"),
+    *("_compiled_call_impl", "_call_impl", "_dynamo", "_functorch", "_subclasses", "_python_dispatch"),
+    *("_is_avx512_bf16_supported", "_is_amx_tile_supported", "_cdata", "_local_scalar_dense", "_unsafe_view"),
+    *("_foreach_lerp_", "_convert_weight_packed_for_cpu_inverse"),
+}
+# Promised in their documentation, for all that: of named tuples, and of the operating system.
+PROMISED = {"_replace", "_asdict", "_fields", "_make", "_exit", "__future__"}
+
+
+def without(library: str, name: str) -> str:
+    return f"{library} {importlib.metadata.version(library)} has no {name} as the library uses it"
+
+
+def private(tree: ast.Module) -> Iterator[str]:
+    """The names with an underscore that one file reads from what it did not make itself."""
+    made = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    made |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and _own(node)}
+    made |= {node.target.id for node in ast.walk(tree) if isinstance(node, ast.AnnAssign) and _is_name(node.target)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and not _own(node):
+            yield from {node.attr} - made
+        elif isinstance(node, ast.ImportFrom) and not str(node.module).startswith("trimtab"):
+            yield from (part for part in str(node.module).split("."))
+            yield from (alias.name for alias in node.names)
+
+
+def _own(node: ast.Attribute) -> bool:
+    return isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+
+
+def _is_name(node: ast.AST) -> bool:
+    return isinstance(node, ast.Name)
+
+
+def test_every_private_name_in_use_has_its_test() -> None:
+    used: dict[str, set[str]] = {}
+    defined = {
+        node.name
+        for path in SOURCE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.FunctionDef | ast.ClassDef)
+    }
+    for path in SOURCE.rglob("*.py"):
+        for name in private(ast.parse(path.read_text("utf-8"))):
+            if name.startswith("_") and not name.endswith("__") and name not in defined - TESTED:
+                used.setdefault(name, set()).add(str(path.relative_to(SOURCE)))
+    assert used.keys() - PROMISED <= TESTED, {name: used[name] for name in used.keys() - PROMISED - TESTED}
+    assert TESTED - {"_apply"} <= used.keys(), "nobody uses these any more: their tests can go"
+
+
+def test_the_tables_of_a_module() -> None:
+    layer = nn.Linear(2, 3)
+    layer.register_buffer("kept", torch.zeros(1))
+    model = nn.Sequential(layer)
+    assert model._modules == {"0": layer}, without("torch", "Module._modules")
+    model._modules["0"] = other = nn.Linear(2, 3)
+    assert model[0] is other, without("torch", "Module._modules, by which a module is replaced,")
+    assert set(layer._parameters) == {"weight", "bias"}, without("torch", "Module._parameters")
+    assert set(layer._buffers) == {"kept"}, without("torch", "Module._buffers")
+
+
+def test_hooks_of_a_module_can_be_seen() -> None:
+    layer = nn.Linear(2, 3)
+    assert not layer._forward_hooks
+    assert not layer._forward_pre_hooks
+    layer.register_forward_hook(lambda *_: None)
+    layer.register_forward_pre_hook(lambda *_: None)
+    assert len(layer._forward_hooks) == 1, without("torch", "Module._forward_hooks")
+    assert len(layer._forward_pre_hooks) == 1, without("torch", "Module._forward_pre_hooks")
+
+
+def test_what_moves_a_module_goes_through_apply() -> None:
+    class Seen(nn.Linear):
+        calls = 0
+
+        def _apply(self, *args: Any, **kwargs: Any) -> Any:
+            self.calls += 1
+            return super()._apply(*args, **kwargs)
+
+    layer = Seen(2, 3)
+    layer.half()
+    layer.to("meta")
+    assert layer.calls == 2, without("torch", "Module._apply, through which .half() and .to() go,")
+
+
+def test_a_compiled_call_stands_beside_the_plain_one() -> None:
+    layer = nn.Linear(2, 3)
+    x = torch.randn(1, 2)
+    assert layer._compiled_call_impl is None, without("torch", "Module._compiled_call_impl")
+    layer._compiled_call_impl = lambda x: "compiled"
+    assert layer(x) == "compiled", without("torch", "Module._compiled_call_impl, called where it is set,")
+    assert torch.equal(layer._call_impl(x), nn.functional.linear(x, layer.weight, layer.bias))
+
+
+def test_settings_of_the_compiler() -> None:
+    from torch._dynamo.exc import TorchDynamoException
+
+    from trimtab.training.compiling import SETTINGS
+
+    assert issubclass(TorchDynamoException, Exception)
+    with torch._dynamo.config.patch(SETTINGS):
+        assert all(getattr(torch._dynamo.config, name) == value for name, value in SETTINGS.items())
+    with torch._functorch.config.patch(force_non_lazy_backward_lowering=True):
+        assert torch._functorch.config.force_non_lazy_backward_lowering
+
+
+def test_what_the_estimate_of_a_run_is_traced_with() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen = []
+
+    class Listening(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with FakeTensorMode(), Listening():
+        x = torch.zeros(2, 3)
+        view = x[0]
+    assert seen[0] is torch.ops.aten.zeros.default, without("torch", "TorchDispatchMode")
+    assert x.untyped_storage()._cdata == view.untyped_storage()._cdata, without("torch", "UntypedStorage._cdata")
+    assert x.untyped_storage()._cdata != torch.zeros(1).untyped_storage()._cdata
+
+
+@pytest.mark.parametrize("name", ["_local_scalar_dense", "_unsafe_view"])
+def test_operations_of_torch(name: str) -> None:
+    assert hasattr(torch.ops.aten, name), without("torch", f"operation aten.{name}")
+    whole = torch.ops.aten._unsafe_view(torch.arange(6), [2, 3])
+    assert whole._base is None, without("torch", "aten._unsafe_view, which is no view for autograd,")
+
+
+def test_one_step_towards_a_mean_for_many_tensors() -> None:
+    means, new = [torch.zeros(2)], [torch.ones(2)]
+    torch._foreach_lerp_(means, new, 0.25)
+    assert means[0].tolist() == [0.25, 0.25], without("torch", "_foreach_lerp_")
+
+
+def test_what_the_processor_can_do() -> None:
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        ask = getattr(torch.cpu, name, None)
+        assert ask is not None, without("torch", f"torch.cpu.{name}")
+        assert isinstance(ask(), bool)
+
+
+def test_a_weight_that_bitsandbytes_packed_can_be_unpacked() -> None:
+    functional = pytest.importorskip("bitsandbytes.functional")
+    unpack = getattr(functional, "_convert_weight_packed_for_cpu_inverse", None)
+    assert unpack is not None, without("bitsandbytes", "_convert_weight_packed_for_cpu_inverse")
+    pack = functools.partial(functional._convert_weight_packed_for_cpu, block_n=32)
+    stored, state = functional.quantize_4bit(torch.randn(64, 64), quant_type="nf4", blocksize=64)
+    packed, changed = pack(stored, state)
+    again, _ = unpack(packed, changed)
+    assert torch.equal(again.flatten(), stored.flatten()), without("bitsandbytes", "way back from a packed weight")
