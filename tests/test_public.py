@@ -89,8 +89,11 @@ def test_importing_is_quick() -> None:
 
 def test_using_the_core_imports_no_optional_package() -> None:
     code = (
-        "import sys, trimtab; trimtab.attach, trimtab.load_adapter, trimtab.decompose\n"
-        "heavy = {'transformers', 'datasets', 'peft', 'sklearn', 'matplotlib', 'bitsandbytes'} & set(sys.modules)\n"
+        "import sys, trimtab, torch; trimtab.load_adapter, trimtab.decompose\n"
+        "model = torch.nn.Sequential(torch.nn.Linear(4, 4))\n"
+        "trimtab.attach(model, trimtab.Rule(match='0', method='dora', rank=2)); trimtab.merge(model)\n"
+        "optional = {'transformers', 'datasets', 'peft', 'sklearn', 'matplotlib', 'bitsandbytes', 'torchao'}\n"
+        "heavy = optional & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -10,7 +10,7 @@ import torch
 
 import trimtab
 from trimtab import methods
-from trimtab.methods._base import TRAINING_ONLY
+from trimtab.methods._method import TRAINING_ONLY
 from trimtab.surgery.adapted import adapted_modules
 
 Make = Callable[..., Any]

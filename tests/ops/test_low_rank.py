@@ -36,7 +36,7 @@ def squares_of(weight: Tensor, axis: decomposition.Axis, dtype: torch.dtype) -> 
 def test_three_terms_equal_the_dense_norm(axis: decomposition.Axis, scale: float, dtype: torch.dtype) -> None:
     """To a few roundings of the dtype that multiplies with W; in half precision only the middle term feels them."""
     weight, a, b = draw(dtype)
-    got = squared_norms(weight, squares_of(weight, axis, a.dtype), a, b, scale, axis)
+    got = squared_norms(weight, squares_of(weight, axis, a.dtype), a, b, scale=scale, axis=axis)
     want = dense(weight, a, b, scale, axis)
     assert got.dtype == a.dtype
     assert bool(((got.double() - want).abs() <= 4 * torch.finfo(dtype).eps * want).all())
@@ -48,7 +48,7 @@ def test_gradients(axis: decomposition.Axis) -> None:
     squares = squares_of(weight, axis, torch.float64)
     a.requires_grad_()
     b.requires_grad_()
-    assert torch.autograd.gradcheck(lambda a, b: squared_norms(weight, squares, a, b, 0.7, axis), (a, b))
+    assert torch.autograd.gradcheck(lambda a, b: squared_norms(weight, squares, a, b, scale=0.7, axis=axis), (a, b))
 
 
 @pytest.mark.parametrize("axis", AXES)
@@ -62,7 +62,7 @@ def test_an_update_that_cancels_a_row_never_gives_a_negative_square(
     a, b = a.to(dtype).float(), b.to(dtype).float()
     weight = (b @ a).to(dtype)
     squares = squares_of(weight, axis, torch.float32)
-    got = squared_norms(weight, squares, a, -b, 1.0, axis)
+    got = squared_norms(weight, squares, a, -b, scale=1.0, axis=axis)
     assert bool((got >= 0).all())
     assert bool((got <= 8 * torch.finfo(dtype).eps * squares).all())
 
@@ -71,7 +71,7 @@ def test_an_update_that_cancels_a_row_never_gives_a_negative_square(
 def test_an_update_of_zero_leaves_the_squares_bit_for_bit(axis: decomposition.Axis) -> None:
     weight, a, b = draw(torch.bfloat16)
     squares = squares_of(weight, axis, torch.float32)
-    assert torch.equal(squared_norms(weight, squares, a, torch.zeros_like(b), 2.0, axis), squares)
+    assert torch.equal(squared_norms(weight, squares, a, torch.zeros_like(b), scale=2.0, axis=axis), squares)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -60,7 +60,7 @@ class NF4Base(_quantised.QuantisedBase):
         whole = count % state.blocksize == 0
         shape = (count // state.blocksize, state.blocksize) if whole else (1, count + count % 2)
         dense: Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
-            stored.unsqueeze(1), scales, state.blocksize, state.quant_type, shape, state.dtype
+            stored.unsqueeze(1), scales, state.blocksize, state.quant_type, shape=shape, dtype=state.dtype
         )
         return dense.flatten()[:count].view(-1, in_features).to(dtype)
 

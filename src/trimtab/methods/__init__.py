@@ -12,7 +12,7 @@ from functools import cache
 from trimtab import listing
 from trimtab.bases import Kind
 from trimtab.errors import PlanError, did_you_mean
-from trimtab.methods._base import Method, Options, RateGroup
+from trimtab.methods._method import Method, Options, RateGroup
 
 __all__ = ["Method", "Options", "RateGroup", "method_class", "names", "options_class"]
 

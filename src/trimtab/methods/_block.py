@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 from trimtab.bases import BlockBase
 from trimtab.errors import SurgeryError
-from trimtab.methods import _base
+from trimtab.methods import _method
 from trimtab.ops.dropout import dropout
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 
 
-class BlockOptions(_base.Options):
+class BlockOptions(_method.Options):
     """What an adapter block can be told."""
 
     bottleneck: int = Field(
@@ -40,7 +40,7 @@ class BlockOptions(_base.Options):
     )
 
 
-class BlockMethod(_base.Method):
+class BlockMethod(_method.Method):
     """``down [bottleneck, in]``, ``down_bias [bottleneck]``, ``up [out, bottleneck]`` and ``up_bias [out]``.
 
     A method file defines ``forward(x, h)``: what becomes of the block's output ``h [..., out]``, given its input ``x``,
@@ -50,7 +50,7 @@ class BlockMethod(_base.Method):
     sits_on = "block"
     options_type = BlockOptions
     options: BlockOptions
-    rate_groups: ClassVar[Mapping[str, _base.RateGroup]] = {"down_bias": "bias", "up_bias": "bias"}
+    rate_groups: ClassVar[Mapping[str, _method.RateGroup]] = {"down_bias": "bias", "up_bias": "bias"}
 
     def __init__(self, base: BlockBase, options: BlockOptions, shape: tuple[int, int]) -> None:
         super().__init__(base, options, shape)

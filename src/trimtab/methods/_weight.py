@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from trimtab.bases import WeightBase
-from trimtab.methods import _base
+from trimtab.methods import _method
 from trimtab.ops.autocast import without_autocast
 from trimtab.ops.cost import Compute
 from trimtab.ops.decomposition import Axis, magnitude_over_norm
@@ -28,14 +28,14 @@ from trimtab.ops.reference import effective_weight
 from trimtab.ops.update import Update
 
 
-class WeightOptions(_base.Options):
+class WeightOptions(_method.Options):
     """What any method on a weight can be told."""
 
     magnitude: bool = Field(False, description="Train a magnitude per output (or input) beside the update.")
     magnitude_axis: Axis = Field(
         "output", description="output: one magnitude per output row (the standard); input: one per input column."
     )
-    detach_norm: Annotated[bool, _base.TRAINING_ONLY] = Field(
+    detach_norm: Annotated[bool, _method.TRAINING_ONLY] = Field(
         True,
         description="Treat the norm as a constant in the backward pass (DoRA, section 4.3); false: exact gradient.",
     )
@@ -46,7 +46,7 @@ class WeightOptions(_base.Options):
             "what costs less on the shapes at hand, and never a rounded weight in the forward pass."
         ),
     )
-    keep_product: Annotated[bool, _base.TRAINING_ONLY] = Field(
+    keep_product: Annotated[bool, _method.TRAINING_ONLY] = Field(
         False,
         description=(
             "Keep one more activation for the magnitude's gradient: for models that change a layer's output in place."
@@ -60,7 +60,7 @@ class _Kept(NamedTuple):
     ratios: dict[torch.dtype, Ratio]
 
 
-class WeightMethod(_base.Method):
+class WeightMethod(_method.Method):
     """The trained tensors of one method on one frozen weight, and what they do.
 
     Args:
@@ -73,7 +73,7 @@ class WeightMethod(_base.Method):
     sits_on = "weight"
     options_type = WeightOptions
     options: WeightOptions
-    rate_groups: ClassVar[Mapping[str, _base.RateGroup]] = {"magnitude": "magnitude"}
+    rate_groups: ClassVar[Mapping[str, _method.RateGroup]] = {"magnitude": "magnitude"}
 
     def __init__(self, base: WeightBase, options: WeightOptions) -> None:
         super().__init__(base, options)
@@ -177,7 +177,10 @@ class WeightMethod(_base.Method):
         weight, ratio = base.weight(), None
         if self.magnitude is not None:
             ratio = ratio_of(self.magnitude, self.norm(weight), weight.dtype)
-        return FewTokensLinear(Operands(weight, base.bias, ratio, *self.factors(), base.through))
+        update, tensors = self.factors()
+        return FewTokensLinear(
+            Operands(weight=weight, bias=base.bias, ratio=ratio, update=update, tensors=tensors, through=base.through)
+        )
 
     def ratio(self, weight: Tensor) -> Tensor | None:
         """``m / n`` along the magnitude's axis, differentiable; None without a magnitude."""

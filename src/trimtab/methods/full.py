@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from trimtab.bases import WeightBase
 from trimtab.methods import _weight
-from trimtab.methods._base import TRAINING_ONLY
+from trimtab.methods._method import TRAINING_ONLY
 from trimtab.ops.linear_map import multiply
 
 

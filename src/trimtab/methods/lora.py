@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from trimtab.bases import WeightBase
 from trimtab.errors import PlanError
 from trimtab.methods import _weight
-from trimtab.methods._base import TRAINING_ONLY, RateGroup
+from trimtab.methods._method import TRAINING_ONLY, RateGroup
 from trimtab.ops import low_rank
 from trimtab.ops.update import Update
 
@@ -94,6 +94,5 @@ class LoRA(_weight.WeightMethod):
         assert self.square_norms is not None
         if not self.options.rank:
             return self.square_norms
-        return low_rank.squared_norms(
-            weight, self.square_norms, self.A, self.B, self.options.scale, self.options.magnitude_axis
-        )
+        scale, axis = self.options.scale, self.options.magnitude_axis
+        return low_rank.squared_norms(weight, self.square_norms, self.A, self.B, scale=scale, axis=axis)

@@ -111,17 +111,18 @@ class _FrozenLinear(torch.autograd.Function):
         bias: Tensor | None,
         magnitude: Tensor | None,
         norm: Tensor | None,
-        fixed: tuple[tuple[Tensor, Ratio | None, Update | None, LinearMap], Settings],
+        fixed: tuple[Operands, Settings],
         *tensors: Tensor,
     ) -> Tensor:
-        (weight, ratio, update, through), settings = fixed
+        operands, settings = fixed[0]._replace(bias=bias, tensors=tensors), fixed[1]
+        weight, ratio, update, through = operands.weight, operands.ratio, operands.update, operands.through
         keep, again = settings.keep, settings.again
-        computed, rows, readable = _compute(x, Operands(weight, bias, ratio, update, tensors, through), settings)
+        computed, rows, readable = _compute(x, operands, settings)
         output = through.output(computed.output, x.shape)
         ctx.update, ctx.through, ctx.settings, ctx.readable = update, through, settings._replace(keep=None), readable
         ctx.keep_scale, ctx.shape, ctx.n_tensors = keep and keep.scale, x.shape, len(tensors)
         ctx.near_one, ctx.weight_shape = ratio is not None and ratio.near_one, weight.shape
-        ctx.save_for_backward(
+        saved = (
             weight if again is None else None,
             None if update is None else rows,  # a frozen weight alone asks for no more than the gradient
             None if keep is None else keep.mask,
@@ -133,6 +134,7 @@ class _FrozenLinear(torch.autograd.Function):
             computed.inner,
             *tensors,
         )
+        ctx.save_for_backward(*saved)
         return output
 
     @staticmethod
@@ -277,8 +279,10 @@ def frozen_linear(
     with without_autocast(weight):
         if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in given):
             ratio = None if magnitude is None or norm is None else ratio_of(magnitude, norm, weight.dtype)
-            fixed = (weight, ratio, update, through), settings
-            output: Tensor = _FrozenLinear.apply(x, bias, magnitude, norm, fixed, *tensors)  # type: ignore[no-untyped-call]
+            # What gets a gradient is an argument of its own; bias and tensors join the operands again inside.
+            operands = Operands(weight=weight, bias=None, ratio=ratio, update=update, tensors=(), through=through)
+            inputs = x, bias, magnitude, norm, (operands, settings), *tensors
+            output: Tensor = _FrozenLinear.apply(*inputs)  # type: ignore[no-untyped-call]
             return output
         # Nobody will ask for a gradient. (And torch.compile, outside of training, calls a function with exactly two
         # trailing tensors without its context.)
@@ -288,5 +292,5 @@ def frozen_linear(
                 ratio = ratio_of(magnitude, norm, weight.dtype)
                 if ratios is not None:
                     ratios[weight.dtype] = ratio
-            operands = Operands(weight, bias, ratio, update, tensors, through)
+            operands = Operands(weight=weight, bias=bias, ratio=ratio, update=update, tensors=tensors, through=through)
             return through.output(_compute(x, operands, settings)[0].output, x.shape)

@@ -83,7 +83,7 @@ class LowRank(Update):
         return cast(grad_a, a.dtype), after.b
 
 
-def squared_norms(weight: Tensor, squares: Tensor, a: Tensor, b: Tensor, scale: float, axis: Axis) -> Tensor:
+def squared_norms(weight: Tensor, squares: Tensor, a: Tensor, b: Tensor, *, scale: float, axis: Axis) -> Tensor:
     """``||W + s B A||^2`` per row ``[out]`` or column ``[in]``, without building the sum.
 
     ``||W||^2 + 2 s <W A^T, B> + s^2 <B (A A^T), B>`` row by row, with ``squares = ||W||^2`` computed once.
