@@ -15,7 +15,7 @@ from uuid import uuid4
 from trimtab.errors import RunError
 
 
-def write_atomically(path: Path | str, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path | str, write: Callable[[Path], object]) -> None:
     """Let ``write`` fill a temporary sibling of ``path``, then move that into place in one step."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -40,7 +40,7 @@ def _umask() -> int:
 def write_folder(target: Path, fill: Callable[[Path], None], *, replace: bool) -> None:
     """Let ``fill`` write into a new folder beside ``target``, then give it that name in one step.
 
-    If there is a folder at ``target`` by then, ``replace`` decides whether it goes or stays; an empty one goes.
+    If ``target`` exists by then, ``replace`` decides whether it is replaced or kept; an empty folder is replaced.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     fresh = target.with_name(f".{target.name}.{uuid4().hex}")
@@ -67,11 +67,7 @@ def write_folder(target: Path, fill: Callable[[Path], None], *, replace: bool) -
 
 def write_text(path: Path | str, text: str) -> None:
     """Write ``text`` as UTF-8."""
-
-    def write(temporary: Path) -> None:
-        temporary.write_text(text, encoding="utf-8")
-
-    write_atomically(path, write)
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def write_json(path: Path | str, value: Any) -> None:
@@ -99,11 +95,11 @@ def read_jsonl(path: Path | str) -> Iterator[Any]:
 
 @contextmanager
 def locked(file: Path) -> Iterator[None]:
-    """Hold the lock ``file``. It is let go of when the process ends, however it ends.
+    """Hold the lock ``file``, which is released in any case when the process ends.
 
     Raises RunError if another process holds it.
     """
-    from filelock import FileLock, Timeout  # only a study wants it, and all that reads a file imports this module
+    from filelock import FileLock, Timeout  # only studies lock, and nearly everything imports this module
 
     file.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -1,5 +1,4 @@
 """Rows of data files become examples, then token ids and labels, then batches.
 
-Nothing is imported here: ``rows``, ``sources`` and ``forms`` do without torch, and whoever wants only them should not
-pay for it.
+Nothing is imported here, because ``rows``, ``sources`` and ``forms`` work without torch.
 """

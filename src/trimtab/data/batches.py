@@ -1,4 +1,4 @@
-"""Encoded rows become padded batches, and rows of like lengths come together so that little is padded."""
+"""Encoded rows become padded batches. Rows of similar length share a batch, which keeps the padding small."""
 
 from __future__ import annotations
 
@@ -13,25 +13,24 @@ from trimtab.data.rows import EncodedRow
 from trimtab.data.tokens import IGNORED
 
 TOKENS = 8192
-"""Tokens of a batch that is measured, padding included, however many rows the caller allows: long texts come in smaller
-batches."""
+"""Most tokens, padding included, of a batch that is evaluated, however many rows the caller allows."""
 
 MEGA = 50
-"""Batches whose rows are sorted by length together: enough to waste little padding, few enough to keep chance in it."""
+"""Batches whose rows are sorted by length together: enough to save padding, and few enough that the order of the rows
+stays random."""
 
 
 @dataclass(frozen=True)
 class Collator:
-    """Pads rows on the right to the longest of the batch.
+    """Pads rows on the right to the longest of the batch, and returns int64 tensors ``[rows, tokens]`` by name.
 
-    Calling it with rows ``{"input_ids", "labels"}`` gives int64 tensors of the same names, ``[rows, tokens]``. There
-    is no attention mask: in a causal model no token looks right, so padding there reaches no token that carries loss.
+    By default there is no attention mask: no token of a causal model attends to padding on its right.
 
     Attributes:
         pad_id: the token that fills ``input_ids``; labels are filled with -100.
         multiple_of: round the width up to a multiple of this.
         mask: add ``attention_mask`` (1 where there is a token), for models that are not causal and for generation.
-        prompts: add ``prompt_labels``: the tokens that carry no loss, but the first of each row, as labels.
+        prompts: add ``prompt_labels``: labels for the tokens that carry no loss, except the first of each row.
     """
 
     pad_id: int
@@ -59,16 +58,16 @@ class Collator:
 
 
 class LengthGroupedBatches(Sampler[list[int]]):
-    """Batches of row indices of like lengths, shuffled anew each epoch, for ``DataLoader(batch_sampler=...)``.
+    """Batches of row indices, grouped by length and shuffled anew each epoch, for ``DataLoader(batch_sampler=...)``.
 
-    Every row comes once an epoch. Rows are shuffled, sorted by length within groups of ``MEGA`` batches, cut into
-    batches, and the batches are shuffled. In epoch 0 the batch that pads to the most tokens comes first, so that a lack
-    of memory shows at once. The order is a function of ``seed`` and the epoch alone, so a run resumes by setting the
-    epoch and skipping the batches that are done (as transformers' Trainer does).
+    Every epoch has each row once. Rows are shuffled, sorted by length within groups of ``MEGA`` batches, cut into
+    batches, and the batches are shuffled. In epoch 0 the batch with the most padded tokens comes first, so that a lack
+    of memory shows at once. The order depends on ``seed`` and the epoch alone, so a run resumes by setting the epoch
+    and skipping the batches that are done, as transformers' Trainer does.
 
     Args:
         lengths: tokens of each row.
-        batch_size: rows in a batch; the last group may leave one smaller batch.
+        batch_size: rows in a batch; the last one may be smaller.
         seed: any integer.
         drop_last: leave that smaller batch out.
     """
@@ -87,8 +86,7 @@ class LengthGroupedBatches(Sampler[list[int]]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        whole, rest = divmod(len(self.lengths), self.batch_size)
-        return whole + (1 if rest and not self.drop_last else 0)
+        return len(self.lengths) // self.batch_size if self.drop_last else -(-len(self.lengths) // self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
         chance = random.Random(f"{self.seed} {self.epoch}")
@@ -103,27 +101,22 @@ class LengthGroupedBatches(Sampler[list[int]]):
             batches.pop()
         chance.shuffle(batches)
         if self.epoch == 0 and batches:
-            heaviest = max(range(len(batches)), key=lambda at: self._padded(batches[at]))
-            batches.insert(0, batches.pop(heaviest))
+            padded = [len(batch) * max(self.lengths[row] for row in batch) for batch in batches]
+            batches.insert(0, batches.pop(padded.index(max(padded))))
         return iter(batches)
 
-    def _padded(self, batch: list[int]) -> int:
-        return len(batch) * max(self.lengths[row] for row in batch)
 
+def by_length(lengths: Sequence[int], batch_size: int, most: int = TOKENS) -> list[list[int]]:
+    """Cut row indices into batches, the longest rows first, so that a lack of memory shows at once.
 
-def by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Indices in batches, the longest first, so that a lack of memory shows at once.
-
-    Args:
-        lengths: tokens of each row.
-        batch_size: most rows of a batch. One that would be wider than ``TOKENS`` has fewer, but at least one.
+    A batch has at most ``batch_size`` rows, and fewer where it would hold more than ``most`` tokens, but at least one.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, but is {batch_size}")
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     batches: list[list[int]] = []
     while order:
-        rows = max(1, min(batch_size, TOKENS // max(1, lengths[order[0]])))
+        rows = max(1, min(batch_size, most // max(1, lengths[order[0]])))
         batches.append(order[:rows])
         order = order[rows:]
     return batches

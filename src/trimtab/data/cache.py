@@ -1,7 +1,7 @@
 """The safetensors file that keeps tokenised rows between runs.
 
-It holds the tensors of `trimtab.data.tokens.EncodedRows`; its metadata hold ``dropped`` (JSON), the rows that were left
-out, and ``digest``, a sha256 of all of it. A file whose content has another digest is not used.
+It holds the tensors of `trimtab.data.tokens.EncodedRows`. Its metadata hold ``dropped``, the rows that were left out,
+as JSON, and ``digest``, the SHA-256 of both. A file whose digest does not match is not used.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from trimtab.data.rows import Example
-from trimtab.data.tokens import Dropped, EncodedRows, Tensors, encode_flat, encoded_rows, require_fast
+from trimtab.data.tokens import Dropped, EncodedRows, Tensors, encode_flat, require_fast
 from trimtab.files import write_atomically
 
 VERSION = 1
-"""Part of every key; raised whenever the same rows would be encoded in another way."""
+"""Part of every file's name; raise it when the same rows would be encoded differently."""
 
 NAMES = ("ids", "trained", "lengths", "kept", "cut")
 """The tensors of the file, in the order in which they enter its digest."""
@@ -30,27 +30,27 @@ log = logging.getLogger(__name__)
 
 
 def encode_once(examples: Sequence[Example], tokenizer: Any, max_length: int | None, folder: Path) -> EncodedRows:
-    """As `trimtab.data.tokens.encode_all`, and kept in ``folder`` for the next run.
+    """Encode rows as `trimtab.data.tokens.encode_all` does, and keep the result in ``folder`` for the next run.
 
-    Rows are found again by their texts, their trained spans, the tokenizer's content and ``max_length``; a damaged file
-    is made anew. A disk that refuses is worth a warning and no more: the rows are there, and the file is a shortcut.
+    Rows are found again by everything that their encoding depends on (`cache_file`). A damaged file is made anew. If
+    the file cannot be written, a warning is logged and the rows are used all the same.
     """
     require_fast(tokenizer)
     path = cache_file(folder, examples, tokenizer, max_length)
     kept = load(path)
     if kept is not None:
-        return encoded_rows(*kept, examples)
+        return EncodedRows(*kept, examples)
     tensors, dropped = encode_flat(examples, tokenizer, max_length)
     metadata = {"dropped": json.dumps(dropped), "digest": _digest(tensors, dropped)}
     try:
         write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
     except (OSError, SafetensorError) as error:
         log.warning("The tokenised rows could not be kept in %s (%s); the next run tokenises them again.", path, error)
-    return encoded_rows(tensors, dropped, examples)
+    return EncodedRows(tensors, dropped, examples)
 
 
 def load(path: Path) -> tuple[Tensors, Dropped] | None:
-    """What is in the file, or None if there is no such file or it is not as it was written."""
+    """The content of the file, or None if it is missing or damaged."""
     if not path.is_file():
         return None
     try:
@@ -75,9 +75,9 @@ def _digest(tensors: Tensors, dropped: Dropped) -> str:
 
 
 def cache_file(folder: Path, examples: Iterable[Example], tokenizer: Any, max_length: int | None) -> Path:
-    """The file for these rows: named by all that their encoding depends on, which is not where a row comes from."""
+    """The file for these rows. Its name is a digest of everything that their encoding depends on."""
     content = json.loads(tokenizer.backend_tokenizer.to_str())
-    # Whoever called the tokenizer last left its padding and truncation in there; encoding uses neither.
+    # Padding and truncation are those of the tokenizer's last call, and encoding uses neither.
     content.pop("padding", None)
     content.pop("truncation", None)
     digest = hashlib.sha256(json.dumps([VERSION, content, tokenizer.eos_token_id, max_length]).encode())

@@ -1,4 +1,4 @@
-"""The closed set that the answers of some rows come from: found in the rows, or named and checked against them."""
+"""Closed sets of answers: inferred from the rows, or named by the user and checked against the rows."""
 
 from __future__ import annotations
 
@@ -13,19 +13,18 @@ MOST_CHOICES, MOST_WORDS, FEWEST_REPEATS = 20, 5, 5
 
 
 def infer_choices(examples: Sequence[Example]) -> list[str] | None:
-    """The closed set that the answers come from, sorted; None if it does not look like one.
+    """The different answers of the rows, sorted, if they look like a closed set; else None.
 
-    It does with 2 to 20 different answers of at most five words each, repeated five times on average.
+    A closed set has 2 to 20 different answers of at most five words each, each repeated five times on average.
     """
-    answers = [example.answer for example in examples]
-    found = {answer for answer in answers if answer is not None}
+    choices = {example.answer for example in examples if example.answer is not None}
     closed = (
-        None not in answers
-        and 2 <= len(found) <= MOST_CHOICES
-        and all(len(answer.split()) <= MOST_WORDS for answer in found)
-        and len(answers) >= FEWEST_REPEATS * len(found)
+        all(example.answer is not None for example in examples)
+        and 2 <= len(choices) <= MOST_CHOICES
+        and all(len(choice.split()) <= MOST_WORDS for choice in choices)
+        and len(examples) >= FEWEST_REPEATS * len(choices)
     )
-    return sorted(found) if closed else None
+    return sorted(choices) if closed else None
 
 
 def check_choices(choices: Sequence[str], examples: Sequence[Example]) -> list[str]:
@@ -44,17 +43,16 @@ def check_choices(choices: Sequence[str], examples: Sequence[Example]) -> list[s
         if example.answer not in clean:
             what = "has no answer" if example.answer is None else f"has the answer '{example.answer}'"
             raise DataError(
-                f"{example.source}, row {example.number}: {what}, which is not among the choices "
-                f"({', '.join(clean)}); add it to the choices, or repair the row (upper and lower case differ)."
+                f"{example.place}: {what}, which is not among the choices ({', '.join(clean)}); add it to the "
+                "choices, or repair the row (upper and lower case differ)."
             )
     return clean
 
 
 def closed_set(named: Sequence[str] | Literal["infer"] | None, examples: Sequence[Example]) -> list[str] | None:
-    """The closed set that ``examples`` are answered from: the one that is ``named``, or with ``infer`` the one that is
-    found in them; None where there is none, or where ``infer`` finds that each row brings its own choices.
+    """The closed set that is ``named``, or with ``infer`` the one that the rows' answers form; None if there is none.
 
-    Raises DataError as `check_choices` does.
+    Rows that all bring choices of their own have none in common. Raises DataError as `check_choices` does.
     """
     if named != "infer":
         return None if named is None else check_choices(named, examples)

@@ -1,10 +1,10 @@
-"""Rows shown as the model will see them, with the part that carries loss marked."""
+"""Shows rows as the model will see them, with the parts that carry loss marked."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import groupby, islice
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -16,19 +16,19 @@ Parts = tuple[tuple[str, bool], ...]
 """Pieces of a text, each with whether it carries loss."""
 
 LONGEST = 1500
-"""Characters of one part that are shown; of a longer one, the middle is left out."""
+"""Most characters of a part that are shown; a longer one loses its middle."""
 
 
 @dataclass(frozen=True)
 class Preview:
     """Rows to print.
 
-    ``str`` gives plain text with ``[[...]]`` around what carries loss, and so does a rich console that writes to a file
-    or a pipe; on a terminal with colours that part is bold, underlined and green instead.
+    ``str`` and a rich console without colours put ``[[...]]`` around what carries loss; on a terminal with colours
+    that part is bold, underlined and green instead.
     """
 
     rows: tuple[tuple[str, Parts], ...]
-    """Of each row, a heading, and its text in parts."""
+    """A heading and the parts of the text, for each row."""
 
     def __str__(self) -> str:
         return "\n\n".join(
@@ -49,8 +49,7 @@ class Preview:
 
 
 def preview(rows: EncodedRows, tokenizer: Any, count: int = 2) -> Preview:
-    """The first ``count`` rows, decoded from their token ids, special tokens and all, by the tokenizer that encoded
-    them."""
+    """The first ``count`` rows, decoded from their token ids with all special tokens."""
     shown = []
     for (source, number), row in islice(zip(rows.origins, rows, strict=True), count):
         ids, labels = row["input_ids"], row["labels"]
@@ -61,16 +60,14 @@ def preview(rows: EncodedRows, tokenizer: Any, count: int = 2) -> Preview:
 
 
 def _parts(ids: Sequence[int], labels: Sequence[int], tokenizer: Any) -> Iterator[tuple[str, bool]]:
-    """Runs of tokens that carry loss or do not, as text."""
-    start = 0
-    before = ""
-    for at in range(1, len(ids) + 1):
-        if at < len(ids) and (labels[at] != IGNORED) == (labels[start] != IGNORED):
-            continue
+    """The text of each run of tokens that carry loss, or do not."""
+    end, before = 0, ""
+    for trained, run in groupby(label != IGNORED for label in labels):
+        end += sum(1 for _ in run)
         # The text up to here, less the text before: decoded alone, a run could lose the space before its first word.
-        through = tokenizer.decode(list(ids[:at]), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        yield _printable(_abridged(through[len(before) :])), labels[start] != IGNORED
-        start, before = at, through
+        through = tokenizer.decode(list(ids[:end]), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        yield _printable(_abridged(through[len(before) :])), trained
+        before = through
 
 
 def _abridged(text: str) -> str:
@@ -81,6 +78,7 @@ def _abridged(text: str) -> str:
 
 
 def _printable(text: str) -> str:
-    """Control characters by name: a row must not move the cursor or colour the terminal."""
-    shown = (char if char in "\n\t" or char.isprintable() else char.encode("unicode_escape").decode() for char in text)
-    return "".join(shown)
+    """Escape control characters, so that a row cannot move the cursor or colour the terminal."""
+    return "".join(
+        char if char in "\n\t" or char.isprintable() else char.encode("unicode_escape").decode() for char in text
+    )

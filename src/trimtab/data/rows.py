@@ -1,12 +1,8 @@
-"""The shapes that a row has on its way into a model.
-
-`Row` is a row as it was read, `Example` one text and the parts of it that carry loss, `EncodedRow` token ids and their
-labels. After that come batches: tensors by name, with many rows in each.
-"""
+"""The three shapes of a row before it is put into a batch: `Row`, `Example`, `EncodedRow`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypedDict
 
 
@@ -19,22 +15,21 @@ class Row:
     number: int
     """Line of a jsonl file, else row of its file (a header not counted), from 1."""
     place: str
-    """The two for a message: ``"train.jsonl, line 7"``."""
+    """Both, for a message: ``"train.jsonl, line 7"``."""
     value: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Example:
-    """One row, as the model will read it.
+    """One row as the model will read it: a text, and the parts of it that carry loss.
 
     Where there is an answer and no chat template puts anything after it, ``prompt + answer == text``. White space
     between the two is at the end of ``prompt``, whichever side of the row it came from.
     """
 
     source: str
-    """The file as the user named it, or the hub id."""
     number: int
-    """Line of a jsonl file, else row of its file without a header; both from 1."""
+    """Both as in `Row`."""
     text: str
     """The whole text that the model reads."""
     trained: tuple[tuple[int, int], ...]
@@ -50,12 +45,23 @@ class Example:
     form: str = ""
     """The form in which the row was written, a name in ``trimtab.data.forms``."""
 
+    @property
+    def place(self) -> str:
+        """Where the row stands, for a message."""
+        return f"{self.source}, row {self.number}"
+
+    def with_answer(self, answer: str, *, ends: bool) -> Example:
+        """The same prompt, followed by ``answer`` in place of its own."""
+        text = self.prompt + answer
+        start = len(self.prompt.rstrip(" "))
+        return replace(self, text=text, trained=((start, len(text)),), answer=answer, ends=ends)
+
 
 class EncodedRow(TypedDict):
     """Token ids of one example and its labels, lists of the same length.
 
-    ``labels[t] == input_ids[t]`` where position ``t`` is to be predicted, -100 elsewhere; they are not shifted.
-    ``labels[0]`` is always -100, since nothing comes before it to predict it from.
+    ``labels[t]`` is ``input_ids[t]`` where that token carries loss and -100 elsewhere; labels are not shifted.
+    ``labels[0]`` is always -100, since no token comes before it.
     """
 
     input_ids: list[int]

@@ -1,7 +1,7 @@
-"""Where rows come from: a jsonl, json, csv, tsv or parquet file, or a dataset on the hub.
+"""Reads rows from jsonl, json, csv, tsv and parquet files, and from datasets on the hub.
 
-Text is parsed here, since a message must name the line that is wrong; the hub is left to ``datasets``, which from
-version 4 on runs no code that a dataset brings. The network is used for a hub id and for nothing else.
+Text files are parsed here so that a message can name the line that is wrong. Hub datasets are read by ``datasets``,
+which from version 4 on runs no code that comes with a dataset. Only a hub id uses the network.
 """
 
 from __future__ import annotations
@@ -25,18 +25,20 @@ def read_rows(source: str, *, root: Path) -> Iterator[Row]:
 
     Args:
         source: a file (``.jsonl``, ``.ndjson``, ``.json``, ``.csv``, ``.tsv``, ``.parquet``), or a hub dataset as
-            ``owner/name``, ``owner/name:split``, ``owner/name/config`` or ``owner/name/config:split``. The split is
-            ``train`` if not said; slices such as ``train[:500]`` work. What exists, or ends like a file, is a file.
+            ``owner/name``, ``owner/name:split``, ``owner/name/config`` or ``owner/name/config:split``. The default
+            split is ``train``; slices such as ``train[:500]`` work. A path that exists, or has the ending of a data
+            file, is a file.
         root: the folder that relative paths start from.
 
-    Raises:
-        DataError: the source is missing, cannot be reached, or is damaged, or it holds no row.
+    Raises DataError if the source is missing, cannot be reached, is damaged, or holds no row.
     """
     if not source.strip():
         raise DataError("The name of a data file is empty; give a path or a hub dataset such as owner/name.")
     path = root / Path(source).expanduser()
     hub = _HUB_ID.fullmatch(source)
-    if path.exists() or hub is None or _looks_like_a_file(source, path, root):
+    # A missing "owner/name" is more likely a mistyped path if it ends like a data file or "owner" is a folder here.
+    like_a_path = path.suffix.lower() in _READERS or (root / source.split("/")[0]).is_dir()
+    if path.exists() or hub is None or like_a_path:
         rows = _read_file(source, path)
     else:
         rows = _read_hub(source, hub["name"], hub["config"], hub["split"] or "train")
@@ -46,11 +48,6 @@ def read_rows(source: str, *, root: Path) -> Iterator[Row]:
         yield row
     if not count:
         raise DataError(f"{source} holds no rows.")
-
-
-def _looks_like_a_file(source: str, path: Path, root: Path) -> bool:
-    """Whether a missing ``owner/name`` is more likely a mistyped path than a dataset on the hub."""
-    return path.suffix.lower() in _READERS or (root / source.split("/")[0]).is_dir()
 
 
 def _read_file(source: str, path: Path) -> Iterator[Row]:
@@ -76,8 +73,7 @@ def _missing(source: str, path: Path) -> str:
     if not folder.is_dir():
         return f"There is no data file {source}: its folder {folder} does not exist."
     files = _data_files(folder)
-    near = nearest(path.name, files)
-    if near:
+    if near := nearest(path.name, files):
         return f"There is no data file {source} in {folder}. Did you mean {' or '.join(near)}?"
     return f"There is no data file {source} in {folder}; data files there: {', '.join(files[:8]) or 'none'}."
 
@@ -87,7 +83,7 @@ def _data_files(folder: Path) -> list[str]:
 
 
 def _decode(source: str, raw: bytes, line: int = 1) -> str:
-    """UTF-8 text, a byte-order mark removed; ``line`` is the number of its first line."""
+    """``raw`` as UTF-8 text without a byte-order mark; its first line has the number ``line``."""
     try:
         return raw.decode("utf-8-sig" if line == 1 else "utf-8")
     except UnicodeDecodeError as error:
@@ -99,7 +95,7 @@ def _decode(source: str, raw: bytes, line: int = 1) -> str:
 
 
 def _kind(value: Any) -> str:
-    """What a JSON value is called in JSON."""
+    """The name of a value's type in JSON, for a message."""
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     names: dict[type, str] = {dict: "an object", list: "a list", str: "a string"}
@@ -139,7 +135,7 @@ def _json(source: str, path: Path) -> Iterator[Row]:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
         if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data" and error.lineno > 1:
-            # One object a line under the wrong name, which is how many hub datasets store their files.
+            # One object per line in a file named .json: many hub datasets store their rows in this way.
             yield from _jsonl(source, path)
             return
         place = f"{source}, line {error.lineno}" if isinstance(error, json.JSONDecodeError) else source
@@ -171,7 +167,7 @@ def _list_in(source: str, value: Any) -> list[Any]:
 
 
 def _csv(source: str, path: Path) -> Iterator[Row]:
-    # Every field stays a string: guessing types would turn an answer "1" into a number and "None" into a gap.
+    # Fields stay strings: guessing types would turn the answer "1" into a number, and "None" into a missing value.
     records = _csv_records(source, path)
     if not records:
         return
@@ -190,7 +186,7 @@ def _csv(source: str, path: Path) -> Iterator[Row]:
 
 
 def _csv_records(source: str, path: Path) -> list[tuple[int, list[str]]]:
-    """The fields of every record that is not blank, with the number of its last line."""
+    """The fields of every record that is not blank, each with the number of the record's last line."""
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     text = _decode(source, path.read_bytes())
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
@@ -204,7 +200,7 @@ def _csv_records(source: str, path: Path) -> list[tuple[int, list[str]]]:
 
 
 def _parquet(source: str, path: Path) -> Iterator[Row]:
-    # Read in place: `datasets` would first copy the file into its own cache folder.
+    # pyarrow reads the file in place; `datasets` would first copy it into its own cache.
     import pyarrow
     from pyarrow.parquet import ParquetFile
 
@@ -236,7 +232,7 @@ def _read_hub(source: str, name: str, config: str | None, split: str) -> Iterato
             f"the network (and HF_HUB_OFFLINE), or download the rows and name their file. ({_first_line(error)})"
         ) from error
     except Exception as error:
-        # What the hub's readers raise is not documented; whatever it is, it is about this dataset.
+        # What the hub's readers raise is not documented.
         raise DataError(f"{source}: the hub dataset '{name}' cannot be read: {_first_line(error)}") from error
 
 

@@ -1,12 +1,12 @@
 """Examples become token ids and labels.
 
-Prompt and answer are tokenised as one text, and the boundary is found by character offsets: a token belongs to the
-answer if it ends after the boundary. Tokenised apart, the space before an answer would become a token of its own.
+Prompt and answer are tokenised as one text: if they were tokenised apart, the space before the answer would become a
+token of its own. The boundary is found by character offsets: a token belongs to the answer if it ends after it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -27,31 +27,35 @@ CHUNK = 1000
 
 
 class EncodedRows(Dataset[EncodedRow]):
-    """Encoded rows as `encode_all` makes them: a map-style dataset that holds them end to end in a few flat tensors.
+    """A map-style dataset of encoded rows, which are kept end to end in a few flat tensors.
+
+    Raises DataError if there is no row.
 
     Args:
         tensors: ``ids``, int32 ``[tokens]``, all rows end to end; ``trained``, bool ``[tokens]``, whether the token
             carries loss; ``lengths``, int64 ``[rows]``; ``kept``, int64 ``[rows]``, the index of each row's example;
-            ``cut``, bool ``[rows]``, whether the row lost tokens to the limit of length.
+            ``cut``, bool ``[rows]``, whether the row was shortened to ``max_length``.
         dropped: index and reason for each example that has no row.
         examples: those that were encoded.
 
     Attributes:
         lengths: tokens of each row.
-        origins: ``(source, number)`` of each row, as its example has them.
-        cut: how many rows were shortened to the limit of length.
+        origins: ``(source, number)`` of each row's example.
+        cut: how many rows were shortened to ``max_length``.
         dropped: ``(source, number, reason)`` of each example that was left out.
     """
 
-    def __init__(
-        self, tensors: Mapping[str, torch.Tensor], dropped: Sequence[tuple[int, str]], examples: Sequence[Example]
-    ) -> None:
+    def __init__(self, tensors: Tensors, dropped: Dropped, examples: Sequence[Example]) -> None:
         self._ids, self._trained, lengths = tensors["ids"], tensors["trained"], tensors["lengths"]
         self._starts: list[int] = (lengths.cumsum(0) - lengths).tolist()
         self.lengths: list[int] = lengths.tolist()
         self.origins = [(examples[at].source, examples[at].number) for at in tensors["kept"].tolist()]
         self.cut = int(tensors["cut"].sum())
         self.dropped = [(examples[at].source, examples[at].number, reason) for at, reason in dropped]
+        if not self.lengths:
+            listed = "; ".join(f"{source}, row {number}: {reason}" for source, number, reason in self.dropped[:3])
+            listed = listed or "there are no rows"
+            raise DataError(f"None of the {len(examples)} rows has a token to train on ({listed}).")
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -68,25 +72,25 @@ class EncodedRows(Dataset[EncodedRow]):
 def encode(example: Example, tokenizer: Any, max_length: int | None) -> EncodedRow:
     """Token ids and labels of one example.
 
-    A text longer than ``max_length`` tokens is cut: from the left of the prompt where there is an answer (the last
-    answer is kept whole, with at least one token before it), from the right where there is none (and then no
-    end-of-sequence token follows). Special tokens that the tokenizer itself puts before a text are never cut; those
-    that it puts after one are left out, since ``example.ends`` decides about the end.
+    A text longer than ``max_length`` tokens is cut. If it has an answer, the prompt is cut from the left; the last
+    answer is kept whole, with at least one token before it. If it has none, the text is cut from the right, and no
+    end-of-sequence token follows. Special tokens that the tokenizer puts before a text are never cut. Those that it
+    puts after one are left out: ``example.ends`` says whether an end-of-sequence token follows.
 
-    Raises:
-        DataError: no token is left to train on, or the tokenizer gives no offsets or has no end-of-sequence token.
+    Raises DataError if no token is left to train on, or if the tokenizer gives no offsets or has no end-of-sequence
+    token.
     """
     result = next(_encode_each([example], tokenizer, max_length))
     if isinstance(result, str):
-        raise DataError(f"{example.source}, row {example.number}: {result}.")
+        raise DataError(f"{example.place}: {result}.")
     return result[0]
 
 
 def encode_pair(prompt: str, answer: str, tokenizer: Any, *, end: bool) -> tuple[list[int], int]:
     """Token ids of ``prompt + answer`` as one text, and the index of the answer's first token.
 
-    The two are joined as they are; ``Example.prompt`` has the white space that belongs between them. Spaces that end
-    the prompt count as the answer's. With ``end``, the end-of-sequence token is the last id.
+    The two are joined as they are; ``Example.prompt`` ends with the white space that belongs between them. Spaces at
+    the end of the prompt count as the answer's. With ``end``, the end-of-sequence token is the last id.
     """
     prefix = _prefix(tokenizer)
     ids, offsets = _with_prefix(*_tokenise([prompt + answer], tokenizer)[0], prefix)
@@ -95,13 +99,13 @@ def encode_pair(prompt: str, answer: str, tokenizer: Any, *, end: bool) -> tuple
 
 
 def encode_prompt(prompt: str, tokenizer: Any) -> list[int]:
-    """What comes before the answer's first token, to generate from: the ids of ``encode_pair`` up to its index.
+    """The token ids to generate an answer from: those of ``encode_pair`` up to the answer's first token.
 
-    Spaces that end the prompt are left out: the answer's first token brings its own. Empty, where the prompt is empty
-    and the tokenizer puts nothing before a text.
+    Spaces at the end of the prompt are left out, since the answer's first token includes its own. The result is empty
+    if the prompt is empty and the tokenizer puts nothing before a text.
     """
-    # White space at the end of a text is tokenised otherwise than before a word ("\n\n" is one token or two), so a
-    # letter stands in for the answer. After anything else it might merge with the prompt, which is taken as it is.
+    # White space is tokenised differently at the end of a text and before a word ("\n\n" is one token or two), so a
+    # letter stands in for the answer. After anything else, the letter might merge with the end of the prompt.
     ids, first = encode_pair(prompt, "x" if prompt[-1:].isspace() else "", tokenizer, end=False)
     return ids[:first]
 
@@ -109,37 +113,42 @@ def encode_prompt(prompt: str, tokenizer: Any) -> list[int]:
 def encode_all(examples: Sequence[Example], tokenizer: Any, max_length: int | None) -> EncodedRows:
     """Encode every example as ``encode`` does, in batches.
 
-    Args:
-        examples: the rows; those that keep no trained token are left out and listed in ``.dropped``.
-        tokenizer: a fast transformers tokenizer.
-        max_length: tokens that a row may have, or None for no limit.
-
-    Raises:
-        DataError: no example is left, or the tokenizer gives no offsets or has no end-of-sequence token.
+    Examples without a trained token are left out and listed in ``.dropped``. Raises DataError if no example is left,
+    or if the tokenizer gives no offsets or has no end-of-sequence token.
     """
-    tensors, dropped = encode_flat(examples, tokenizer, max_length)
-    return encoded_rows(tensors, dropped, examples)
+    return EncodedRows(*encode_flat(examples, tokenizer, max_length), examples)
 
 
 def encode_flat(examples: Sequence[Example], tokenizer: Any, max_length: int | None) -> tuple[Tensors, Dropped]:
-    """What ``encode_all`` makes its rows of: their tensors, and the examples that have no row."""
-    require_fast(tokenizer)
-    return _flatten(_encode_each(examples, tokenizer, max_length))
-
-
-def encoded_rows(tensors: Tensors, dropped: Dropped, examples: Sequence[Example]) -> EncodedRows:
-    """The rows of ``encode_flat``. Raises DataError if there are none."""
-    rows = EncodedRows(tensors, dropped, examples)
-    if not len(rows):
-        listed = "; ".join(f"{source}, row {number}: {reason}" for source, number, reason in rows.dropped[:3])
-        raise DataError(f"None of the {len(examples)} rows has a token to train on ({listed or 'there are no rows'}).")
-    return rows
+    """The tensors of `EncodedRows`, and the examples that have no row."""
+    ids: list[torch.Tensor] = [torch.zeros(0, dtype=torch.int32)]
+    trained: list[torch.Tensor] = [torch.zeros(0, dtype=torch.bool)]
+    kept: list[int] = []
+    cut: list[bool] = []
+    dropped: Dropped = []
+    for index, result in enumerate(_encode_each(examples, tokenizer, max_length)):
+        if isinstance(result, str):
+            dropped.append((index, result))
+            continue
+        row, was_cut = result
+        ids.append(torch.tensor(row["input_ids"], dtype=torch.int32))
+        trained.append(torch.tensor(row["labels"]) != IGNORED)
+        kept.append(index)
+        cut.append(was_cut)
+    tensors = {
+        "ids": torch.cat(ids),
+        "trained": torch.cat(trained),
+        "lengths": torch.tensor([len(row) for row in ids[1:]], dtype=torch.int64),
+        "kept": torch.tensor(kept, dtype=torch.int64),
+        "cut": torch.tensor(cut, dtype=torch.bool),
+    }
+    return tensors, dropped
 
 
 def _encode_each(
     examples: Sequence[Example], tokenizer: Any, max_length: int | None
 ) -> Iterator[tuple[EncodedRow, bool] | str]:
-    """Each example's row and whether tokens were left out to keep to the limit of length; or why it has none."""
+    """Each example's row and whether it was shortened to ``max_length``, or the reason why it has none."""
     prefix = _prefix(tokenizer)
     end = _end_id(tokenizer) if any(example.ends for example in examples) else -1
     for start in range(0, len(examples), CHUNK):
@@ -159,9 +168,9 @@ def _encode_one(
     end: int,
     max_length: int | None,
 ) -> tuple[EncodedRow, bool] | str:
-    """Label, end and cut the tokens of one text, of which the first ``head`` are the tokenizer's own."""
-    # A token that straddles a span's edge counts as inside. One whose offsets were trimmed to nothing (a lone space)
-    # is placed by where it ends.
+    """Label, end and cut the tokens of one text; its first ``head`` tokens were put there by the tokenizer."""
+    # A token that straddles a span's edge counts as inside. Some tokenizers trim a lone space to no width:
+    # it belongs to the span in which it ends.
     labels = [
         token if any(last > a and (first < b or last <= b) for a, b in example.trained) else IGNORED
         for token, (first, last) in zip(ids, offsets, strict=True)
@@ -176,39 +185,13 @@ def _encode_one(
     elif excess > 0:
         answer = _first_after(offsets, example.trained[-1][0])
         if head + excess > answer - (0 if head else 1):
-            return (
-                f"max_length {max_length} leaves no room for a prompt before its answer of {len(ids) - answer} tokens"
-            )
+            left = len(ids) - answer
+            return f"max_length {max_length} leaves no room for a prompt before its answer of {left} tokens"
         ids, labels = ids[:head] + ids[head + excess :], labels[:head] + labels[head + excess :]
     labels[:1] = [IGNORED] * len(labels[:1])
     if all(label == IGNORED for label in labels):
         return f"max_length {max_length} leaves it no token to train on" if excess > 0 else "it is a single token"
     return {"input_ids": ids, "labels": labels}, excess > 0
-
-
-def _flatten(results: Iterable[tuple[EncodedRow, bool] | str]) -> tuple[Tensors, Dropped]:
-    ids: list[torch.Tensor] = [torch.zeros(0, dtype=torch.int32)]
-    trained: list[torch.Tensor] = [torch.zeros(0, dtype=torch.bool)]
-    kept: list[int] = []
-    cut: list[bool] = []
-    dropped: list[tuple[int, str]] = []
-    for index, result in enumerate(results):
-        if isinstance(result, str):
-            dropped.append((index, result))
-            continue
-        row, was_cut = result
-        ids.append(torch.tensor(row["input_ids"], dtype=torch.int32))
-        trained.append(torch.tensor(row["labels"]) != IGNORED)
-        kept.append(index)
-        cut.append(was_cut)
-    tensors = {
-        "ids": torch.cat(ids),
-        "trained": torch.cat(trained),
-        "lengths": torch.tensor([len(row) for row in ids[1:]], dtype=torch.int64),
-        "kept": torch.tensor(kept, dtype=torch.int64),
-        "cut": torch.tensor(cut, dtype=torch.bool),
-    }
-    return tensors, dropped
 
 
 def _tokenise(texts: list[str], tokenizer: Any) -> list[tuple[list[int], list[tuple[int, int]]]]:
@@ -246,14 +229,14 @@ def _prefix(tokenizer: Any) -> list[int]:
 def _with_prefix(
     ids: list[int], offsets: list[tuple[int, int]], prefix: list[int]
 ) -> tuple[list[int], list[tuple[int, int]]]:
-    """Put ``prefix`` before the ids unless they begin with it already, as a chat template's text may."""
+    """Put ``prefix`` before the ids, unless they begin with it: the text of a chat template may contain it."""
     if not prefix or ids[: len(prefix)] == prefix:
         return ids, offsets
     return prefix + ids, [(0, 0)] * len(prefix) + offsets
 
 
 def _first_after(offsets: list[tuple[int, int]], boundary: int) -> int:
-    """Index of the first token that ends after ``boundary``; the number of tokens if none does."""
+    """The index of the first token that ends after ``boundary``; the number of tokens if none does."""
     return next((index for index, (_, last) in enumerate(offsets) if last > boundary), len(offsets))
 
 

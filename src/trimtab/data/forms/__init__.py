@@ -1,7 +1,6 @@
 """The forms of rows. One file is one form, and the file's name is the form's name in a configuration.
 
-A form says by which keys its rows are recognised, what becomes of a row, and how a prompt is put to a model that was
-trained on such rows (`_form.py`). Putting such a file into this folder is all it takes. All rows of a run have the same
+`_form.py` says what a form has to define. A new file in this folder is found by itself. All rows of a run have the same
 form.
 """
 
@@ -39,16 +38,15 @@ def find(name: str) -> Form:
 
 
 def read_examples(source: str | Sequence[str], tokenizer: Any, *, root: Path, form: str = "auto") -> list[Example]:
-    """Read a file, a hub dataset, or several of them one after the other.
+    """Read a file or a hub dataset (see ``sources.read_rows``), or a list of them one after the other.
 
     Args:
-        source: what ``sources.read_rows`` takes, or a list of it.
+        source: one or several.
         tokenizer: a transformers tokenizer; only a form with a chat template uses it.
         root: the folder that relative paths start from.
-        form: the name of a form, or ``"auto"`` to recognise it from the keys of the first row.
+        form: the name of a form, or ``"auto"`` to recognise it by the keys of the first row.
 
-    Raises:
-        DataError: a source cannot be read, or a row is not of the shape of its form; the message names file and row.
+    Raises DataError if a source cannot be read, or a row does not fit its form; the message names file and row.
     """
     chosen = None if form == "auto" else find(form)
     sources = [source] if isinstance(source, str) else source
@@ -75,7 +73,7 @@ def _all() -> list[Form]:
 
 
 def _form_of(row: Row) -> Form | None:
-    """The first form whose keys this row has. A null counts as missing: columnar files fill gaps with it."""
+    """The first form all of whose keys this row has. A null counts as missing: columnar files fill gaps with nulls."""
     present = {key for key, value in row.value.items() if value is not None}
     return next((form for form in _all() if present.issuperset(form.keys)), None)
 

@@ -1,4 +1,4 @@
-"""What a form of rows has to say of itself, and what the forms share: reading texts out of a row, and joining two."""
+"""The base class of the forms, and what they share: reading texts from a row, and joining a prompt and an answer."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from trimtab.errors import DataError
 
 
 class Form(ABC):
-    """One way to write rows down. The name of a form is that of its file."""
+    """One way to write rows down. A form has the name of its file."""
 
     keys: ClassVar[tuple[str, ...]]
-    """The keys that a row of this form has, by which it is recognised. Any further key is allowed."""
+    """The keys that every row of this form has, and by which it is recognised. Further keys are allowed."""
     precedence: ClassVar[int]
-    """Where a row has the keys of several forms, the one of the lowest number is taken."""
+    """If a row has the keys of several forms, the form with the lowest precedence is taken."""
     has_template: ClassVar[bool] = False
-    """Whether the form puts a template of its own around what a person asks."""
+    """Whether the form puts a template around the user's question."""
 
     def __init__(self) -> None:
         self.name = type(self).__module__.rpartition(".")[2]
 
     @abstractmethod
     def example(self, row: Row, tokenizer: Any) -> Example:
-        """What becomes of ``row``. Raises DataError, which names its place, if it is not of this form."""
+        """``row`` as an example. Raises DataError, which names the place, if the row is not of this form."""
 
     def check(self, tokenizer: Any, place: str) -> None:  # noqa: B027 -- most forms need nothing
         """Raise DataError if ``tokenizer`` lacks what this form needs; ``place`` is that of the first row."""
 
     def prompt(self, text: str, tokenizer: Any) -> str:
-        """What a model that was trained on such rows reads where a person asks ``text``."""
+        """The prompt that puts the user's question ``text`` as in the rows of this form."""
         return text
 
     def text(self, row: Row, key: str, *, filled: bool = False, optional: bool = False) -> str:
-        """The text under ``key``. ``filled``: not only white space. ``optional``: empty where the key is missing."""
+        """The text under ``key``, with ``filled`` an error if it is blank, with ``optional`` empty if it is missing."""
         value = row.value.get(key)
         if value is None and optional:
             return ""
@@ -49,7 +49,7 @@ class Form(ABC):
         return value
 
     def expected(self, row: Row, key: str, kind: str) -> str:
-        """A sentence on the value under ``key``, which is missing or is not ``kind``."""
+        """The sentence for a message about the value under ``key``, which is missing or is not ``kind``."""
         value = row.value.get(key)
         if value is None:
             state = "is null" if key in row.value else "is missing"
@@ -60,10 +60,9 @@ class Form(ABC):
 def pair(row: Row, prompt: str, completion: str) -> Example:
     """Join prompt and completion into one text.
 
-    Spaces that meet at the boundary become exactly one, and it counts as trained: in byte-level vocabularies it is
-    part of the answer's first token, and where it is a token of its own the model must write it too. Without any space
-    there, the two are joined as they are. White space after the completion goes: the end-of-sequence token marks the
-    end.
+    Spaces at the boundary become exactly one, which is trained: in byte-level vocabularies it is part of the answer's
+    first token, and where it is a token of its own the model has to write it, too. If there is no space, the two are
+    joined as they are. White space after the completion is removed, since the end-of-sequence token marks the end.
     """
     head, tail = prompt.rstrip(" "), completion.rstrip().lstrip(" ")
     gap = " " if prompt.endswith(" ") or completion.startswith(" ") else ""
@@ -81,8 +80,10 @@ def pair(row: Row, prompt: str, completion: str) -> Example:
 
 
 def require_encodable(value: str, what: str) -> None:
-    """Raise DataError if ``value`` holds half of a surrogate pair. JSON can spell one; it has no UTF-8 form, and
-    tokenizers fail on it without giving a reason."""
+    """Raise DataError if ``value`` holds half a surrogate pair, which JSON can spell and UTF-8 cannot.
+
+    Tokenizers fail on it without giving a reason.
+    """
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -93,12 +94,12 @@ def require_encodable(value: str, what: str) -> None:
 
 
 def keys_of(row: Row, most: int = 12) -> str:
-    """The keys of ``row`` for a message."""
+    """The keys of ``row``, for a message."""
     names = [f"{key} (null)" if value is None else str(key) for key, value in row.value.items()]
     return (", ".join(names[:most]) + (", ..." if len(names) > most else "")) or "none at all"
 
 
 def short(value: Any) -> str:
-    """``value`` for a message, in at most sixty characters."""
+    """``value`` in at most sixty characters, for a message."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -1,4 +1,4 @@
-"""Alpaca's rows: ``{"instruction": ..., "input": ..., "output": ...}``, put into Alpaca's own template.
+"""Alpaca's rows, ``{"instruction": ..., "input": ..., "output": ...}``, in Alpaca's own template.
 
 ``input`` may be missing or empty.
 """

@@ -1,14 +1,13 @@
-"""Conversations, ``{"messages": [{"role": ..., "content": ...}, ...]}``, become one text through the tokenizer's own
-chat template, and the assistant's turns are found in it.
+"""Conversations, ``{"messages": [{"role": ..., "content": ...}, ...]}``, rendered by the tokenizer's chat template.
 
-A template is a program, so a turn's place is found by running it on the messages before the turn and looking whether
-what comes out begins the whole text. A template that marks the assistant's part itself (``{% generation %}``) is
-believed.
+The assistant's turns carry loss. If the template marks them itself (``{% generation %}``), its marks are used. If not,
+the messages before a turn are rendered alone: if the whole text begins with the result, the turn starts at its end.
 """
 
 from __future__ import annotations
 
 import re
+from itertools import groupby
 from typing import Any
 
 from trimtab.data.forms import _form
@@ -58,7 +57,7 @@ def _name(tokenizer: Any) -> str:
 
 
 def _message(place: str, message: Any) -> dict[str, Any]:
-    """A message with its keys that are not null. Raises DataError if it is not one, or says nothing."""
+    """``message`` without keys that are null. Raises DataError if it is malformed, or an empty turn to be learned."""
     if not isinstance(message, dict):
         raise DataError(
             f"{place}: must be an object with 'role' and 'content', but is {type(message).__name__} "
@@ -81,12 +80,10 @@ def _message(place: str, message: Any) -> dict[str, Any]:
 
 
 def follow_template(messages: Messages, tokenizer: Any, row: Row) -> Example:
-    """Render the messages of ``row`` and find the assistant's turns, each with the token that ends it.
+    """Render the messages of ``row`` and locate the assistant's turns, each with the token that ends it.
 
-    Messages after the last assistant turn carry no loss and are left out, as is white space after that turn.
-
-    Raises:
-        DataError: the template refuses the messages, or its text cannot be traced back to them.
+    Messages after the last assistant turn carry no loss and are left out, as is white space after that turn. Raises
+    DataError if the template refuses the messages, or if a turn cannot be located in the text.
     """
     place = row.place
     turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
@@ -98,7 +95,9 @@ def follow_template(messages: Messages, tokenizer: Any, row: Row) -> Example:
         spans = [_find_turn(messages, index, text, tokenizer, place) for index in turns]
     start, stop = spans[-1]
     text = text[:stop]
-    specials = _specials(tokenizer)
+    # Any special token may end a turn.
+    added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    specials = tuple({*tokenizer.all_special_tokens, *added})
     begin, answer = _locate_answer(text, start, messages[-1]["content"].strip(), specials)
     return Example(
         source=row.source,
@@ -125,27 +124,27 @@ def _render(messages: Messages, tokenizer: Any, place: str, *, generation: bool 
 
 
 def _find_turn(messages: Messages, index: int, text: str, tokenizer: Any, place: str) -> tuple[int, int]:
-    """Where the turn ``messages[index]`` begins in ``text`` (after its header) and ends (after its end mark)."""
+    """The start of turn ``messages[index]`` in ``text``, after its header, and its end, after its end mark."""
     before = _render(messages[:index], tokenizer, place, generation=True)
     start = len(before)
     if not text.startswith(before):
-        # Some templates open the model's turn with more than a past turn has ("<think>"): take what the two share.
+        # Some templates open a new turn with more than a past turn has ("<think>"): the turn starts where they differ.
         if not text.startswith(_render(messages[:index], tokenizer, place)):
             raise _lost(place, index, "what comes before it is rendered in another way once it is there")
         start = next(at for at in range(start) if text[at : at + 1] != before[at])
     through = _render(messages[: index + 1], tokenizer, place).rstrip()
     if text.startswith(through) and len(through) > start:
         return start, len(through)
-    # Some templates render the last turn in another way than a past one (Qwen3 puts empty reasoning before it). What
-    # ends a turn is the same in both, so the turn is found by its content and that ending.
+    # Some templates render the last turn differently from a past one (Qwen3 puts empty reasoning before it). Both end
+    # in the same way, so we search for the content together with that ending.
     content = messages[index]["content"].strip()
     if content not in through:
         raise _lost(place, index, "its content is changed")
-    wanted = content + through[through.rfind(content) + len(content) :]
-    found = text.find(wanted, start)
-    if found < 0:
+    turn = content + through[through.rfind(content) + len(content) :]
+    begin = text.find(turn, start)
+    if begin < 0:
         raise _lost(place, index, "its content is changed, or left out, once another turn follows")
-    return start, found + len(wanted)
+    return start, begin + len(turn)
 
 
 def _lost(place: str, index: int, reason: str) -> DataError:
@@ -165,31 +164,20 @@ def _marked_spans(messages: Messages, tokenizer: Any, place: str) -> list[tuple[
         return_assistant_tokens_mask=True,
         tokenizer_kwargs={"return_offsets_mapping": True},
     )
-    spans: list[tuple[int, int]] = []
-    inside = False
-    for marked, (first, last) in zip(out["assistant_masks"], out["offset_mapping"], strict=True):
-        if marked and inside:
-            spans[-1] = (spans[-1][0], last)
-        elif marked:
-            spans.append((first, last))
-        inside = bool(marked)
+    tokens = zip(out["assistant_masks"], out["offset_mapping"], strict=True)
+    runs = [[offsets for _, offsets in run] for marked, run in groupby(tokens, key=lambda token: token[0]) if marked]
+    spans = [(run[0][0], run[-1][1]) for run in runs]
     if not spans:
         raise DataError(f"{place}: the chat template marks no text as the assistant's; check its generation marks.")
     return spans
 
 
-def _specials(tokenizer: Any) -> tuple[str, ...]:
-    """The text of every special token, any of which may end a turn."""
-    added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return tuple({*tokenizer.all_special_tokens, *added})
-
-
 def _locate_answer(text: str, start: int, content: str, specials: tuple[str, ...]) -> tuple[int, str]:
-    """Where the last answer begins in ``text`` and what it says, without the token that ends the turn."""
-    found = text.find(content, start)
-    if found >= 0:
-        return found, content
-    # The template rewrites the content (it may lay reasoning out anew): the answer is the turn as it stands.
+    """The start of the last answer in ``text``, and the answer itself without the token that ends the turn."""
+    begin = text.find(content, start)
+    if begin >= 0:
+        return begin, content
+    # The template changed the content, for instance the layout of reasoning: the answer is then the turn as rendered.
     turn = text[start:]
     for special in specials:
         turn = turn.removesuffix(special)

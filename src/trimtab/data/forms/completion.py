@@ -9,7 +9,7 @@ from trimtab.data.rows import Example, Row
 
 
 class Completion(_form.Form):
-    """A prompt and what is to be written after it."""
+    """A prompt and its completion."""
 
     keys = ("prompt", "completion")
     precedence = 2

@@ -9,7 +9,7 @@ from trimtab.data.rows import Example, Row
 
 
 class FinLoRA(_form.Form):
-    """A context and what is to be written after it."""
+    """A context, which is the prompt, and a target, which is the completion."""
 
     keys = ("context", "target")
     precedence = 1

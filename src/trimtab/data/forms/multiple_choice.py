@@ -1,12 +1,12 @@
-"""Rows that bring their own answers to choose from: a question, the choices, and which of them is right.
+"""Multiple-choice rows: a question, the choices of this row, and which of them is right.
 
-Two spellings are read. The hub's: ``question``, ``choices`` and ``answer`` or ``answerKey``, where the choices are a
-list of texts, or ``{"text": [...], "label": [...]}`` as in ARC. And that of LLM-Adapters' commonsense sets
-(arXiv 2304.01933), whose choices stand in the ``instruction`` ("Answer1: ... Answer2: ...") and whose ``answer`` is the
-name of one ("answer2"). By their keys these rows are ``alpaca``, so this form must be named for them.
+Two layouts are read. On the hub, rows have ``question``, ``choices`` and ``answer`` or ``answerKey``, where the choices
+are a list of texts, or ``{"text": [...], "label": [...]}`` as in ARC. In LLM-Adapters' commonsense sets (arXiv
+2304.01933) the ``instruction`` contains the choices ("Answer1: ... Answer2: ...") and ``answer`` names one ("answer2").
+These rows have the keys of ``alpaca``, so the configuration has to name this form.
 
-The model reads the question alone and is to write the answer's text; each choice is then scored as that text. (Small
-models answer such questions far better than they find the name of an answer.)
+The model reads the question alone and learns to write the text of the right choice; in evaluation the text of each
+choice is scored. Small models do far better at this than at naming the right choice by its label.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from trimtab.data.rows import Example, Row
 from trimtab.errors import DataError
 
 PROMPT = "Question: {question}\nAnswer:"
-"""What stands before an answer; the form in which such sets are commonly evaluated."""
+"""The prompt with which such sets are commonly evaluated."""
 
 _INSTRUCTION = re.compile(
     r"(?s)Please choose the correct \w+ [^:]*: (?P<question>.*?)\n\n(?P<choices>(?P<word>[A-Z][a-z]+)1: .*?)"
@@ -51,13 +51,13 @@ class Question(NamedTuple):
 
     question: str
     choices: tuple[str, ...]
-    """At least two, all different; equal ones of the row are one."""
+    """At least two, without duplicates."""
     answer: str
-    """The right one."""
+    """The right choice."""
 
 
 def read_question(row: Mapping[str, Any]) -> Question:
-    """The question that ``row`` asks. Raises ValueError, which says what is wrong, if it is not of either spelling."""
+    """The question in ``row``. Raises ValueError, which says what is wrong, if the row has neither layout."""
     if "question" not in row and "instruction" in row:
         return _from_instruction(row)
     choices: Any = row.get("choices")
@@ -74,15 +74,15 @@ def read_question(row: Mapping[str, Any]) -> Question:
 
 def _from_instruction(row: Mapping[str, Any]) -> Question:
     instruction, answer = row.get("instruction"), row.get("answer")
-    found = _INSTRUCTION.fullmatch(instruction) if isinstance(instruction, str) else None
-    if found is None:
+    match = _INSTRUCTION.fullmatch(instruction) if isinstance(instruction, str) else None
+    if match is None:
         raise ValueError(
             "its 'instruction' is not of the form 'Please choose the correct answer to the question: ... Answer1: ... "
             "Answer2: ... Answer format: ...'"
         )
-    _, *parts = re.split(rf"(?:^|\s+){found['word']}(\d+): ?", found["choices"])
-    labels = [found["word"].lower() + number for number in parts[::2]]
-    return _question(found["question"], parts[1::2], labels, answer, "answer")
+    _, *parts = re.split(rf"(?:^|\s+){match['word']}(\d+): ?", match["choices"])
+    labels = [match["word"].lower() + number for number in parts[::2]]
+    return _question(match["question"], parts[1::2], labels, answer, "answer")
 
 
 def _question(question: Any, choices: list[Any], labels: list[Any] | None, answer: Any, key: str) -> Question:

@@ -1,4 +1,4 @@
-"""Rows ``{"text": ...}``: plain text, all of which is learned."""
+"""Rows ``{"text": ...}``: plain text, all of which carries loss."""
 
 from __future__ import annotations
 
