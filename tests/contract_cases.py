@@ -39,9 +39,6 @@ APART = {"dtype"}
 # Made of a linear layer, once its weight has its values. None of them knows float64.
 QUANTISED = {"int8", "nf4", "torchao_int8"}
 ALWAYS_BIASED = {"conv1d", *QUANTISED}
-# torchao's own layer multiplies by the scales after the product, all of it rounded to the dtype: in half precision
-# single roundings of the product, the scale, their product and the sum with the bias, of a unit at most each.
-OWN_PRODUCT = {"torchao_int8": 4.0}
 
 
 class Block(nn.Module):

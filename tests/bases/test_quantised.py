@@ -164,7 +164,7 @@ def test_checkpointing_and_copies(kind: str) -> None:
         assert all(torch.equal(one, two) for one, two in zip(found[0], other, strict=True))
 
 
-@pytest.mark.parametrize("kind", ["int8", "nf4"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_bare_layer_multiplies_with_its_dequantised_weight(kind: str) -> None:
     """In training and when evaluated, as often as one likes: bitsandbytes' own would quantise the batch or repack the
     weight."""

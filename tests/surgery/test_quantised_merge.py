@@ -36,7 +36,7 @@ def logits(model: Any) -> torch.Tensor:
 @pytest.mark.parametrize("method", methods.names("weight"))
 @pytest.mark.parametrize("model", KINDS, indirect=True)
 def test_merging_onto_the_dequantised_weight_is_exact(model: Any, method: str) -> None:
-    """Equal to float32 rounding; torchao's own product of the layers without an adapter scales after it multiplies."""
+    """Equal to float32 rounding."""
     options: dict[str, Any] = {} if method == "full" else {"rank": 2}
     report = trimtab.attach(model, trimtab.Rule(match="*.[qv]_proj", method=method, magnitude=True, **options))
     assert report.total_parameters == sum(p.numel() for p in _dense_twin(model).parameters())

@@ -2,7 +2,9 @@
 
     W[o, i] = scale[o, i // group] * q[o, i]        q int8
 
-The layer stays an ``nn.Linear``; what it holds is a tensor of another kind (``torchao.quantization.Int8Tensor``).
+The layer stays an ``nn.Linear``; what it holds is a tensor of another kind (``torchao.quantization.Int8Tensor``). One
+that is quantised here multiplies with its dequantised weight, as an adapted one does; torchao's own product multiplies
+by the scales afterwards, and rounds once more on the way.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ class TorchaoInt8Base(_quantised.QuantisedBase):
 
     @staticmethod
     def knows(module: nn.Module) -> bool:
-        if type(module) is not nn.Linear:
+        if type(module) not in (nn.Linear, TorchaoInt8Linear):
             return False
         weight: Any = module.weight
         return (
@@ -49,7 +51,7 @@ class TorchaoInt8Base(_quantised.QuantisedBase):
 
     @classmethod
     def quantised(cls, weight: Tensor, bias: nn.Parameter | Tensor | None, dtype: torch.dtype) -> nn.Module:
-        layer: Any = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        layer: Any = TorchaoInt8Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         layer.weight, layer.bias = _parameter(weight.to(dtype)), bias
         return layer  # type: ignore[no-any-return]
 
@@ -71,6 +73,13 @@ class TorchaoInt8Base(_quantised.QuantisedBase):
     def quantising_bytes(cls, shape: tuple[int, int], dtype: torch.dtype) -> int:
         """torchao quantises all of a weight at once, with two copies of it in float32 on the way."""
         return 2 * 4 * shape[0] * shape[1]
+
+
+class TorchaoInt8Linear(nn.Linear):
+    """A linear layer that multiplies with its dequantised weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return TorchaoInt8Base(self).multiply(x)
 
 
 def _parameter(weight: Tensor) -> nn.Parameter:
