@@ -15,7 +15,7 @@ from trimtab.errors import ModelError
 from trimtab.machine import GIB
 from trimtab.memory import estimate
 from trimtab.memory.estimate import MemoryEstimate, RowSizes, RunMemory, estimate_run
-from trimtab.memory.suggest import check_run, describe_memory, suggest
+from trimtab.memory.suggest import check_run, describe_run, suggest
 from trimtab.memory.trace import Trace
 
 SIZES = RowSizes(length=64, labels=63)
@@ -112,14 +112,14 @@ def test_a_model_that_cannot_be_traced_is_counted_without_activations(
 
 
 def test_rows_are_read_where_they_are(job: Job) -> None:
-    found = describe_memory(job)
+    found = describe_run(job)["memory"]
     assert found["length_from"] == "the longest row"
     assert found["length"] < job.config.data.max_length
     assert found["fits"]
-    assert describe_memory(job, 100)["length"] == 100
+    assert describe_run(job, 100)["memory"]["length"] == 100
     gone = changed(job, data=job.config.data.model_copy(update={"train": ("gone.jsonl",)}))
-    assert describe_memory(gone)["length"] == job.config.data.max_length
-    assert "gone.jsonl is not here" in describe_memory(gone)["length_from"]
+    assert describe_run(gone)["memory"]["length"] == job.config.data.max_length
+    assert "gone.jsonl is not here" in describe_run(gone)["memory"]["length_from"]
 
 
 def test_llama_3_1_8b_from_its_config_alone(tmp_path: Path) -> None:

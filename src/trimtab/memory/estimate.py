@@ -17,7 +17,7 @@ from trimtab.machine import GIB
 from trimtab.memory.trace import Batch, Trace
 from trimtab.models.load import empty_model, load_config_only
 from trimtab.models.quantise import quantising_bytes
-from trimtab.surgery.attach import attach
+from trimtab.surgery.attach import AttachReport, attach
 from trimtab.tasks import Inputs
 
 BEYOND = 220 * 2**20
@@ -110,11 +110,13 @@ class RowSizes:
 class RunMemory:
     """The estimates of a run's moments: loading, evaluating, training.
 
-    ``uncounted``: why the activations could not be counted, where that is so.
+    ``uncounted``: why the activations could not be counted, where that is so. ``attached``: what the plan does to the
+    model.
     """
 
     moments: tuple[MemoryEstimate, ...]
     uncounted: str | None = None
+    attached: AttachReport | None = None
 
     @property
     def peak(self) -> MemoryEstimate:
@@ -145,7 +147,7 @@ def estimate_run(job: Job, sizes: RowSizes) -> RunMemory:
     files = parameters * stored.itemsize
     quantising = quantising_bytes(model, config.quantisation)
     evaluated = _evaluated(config, sizes)
-    attach(model, job.plan)
+    attached = attach(model, job.plan)
     trace = Trace(model, quantisation=config.quantisation)
     standing, uncounted = trace.standing, None
     labels = sizes.length - 1 if train.prompt_loss_weight else sizes.labels
@@ -169,7 +171,7 @@ def estimate_run(job: Job, sizes: RowSizes) -> RunMemory:
     for moment, held in peaks.items():
         holes = min(HOLES, 4 * parameters) + round(SHARE * held.get("activations", 0))
         moments.append(MemoryEstimate(**held, fragmentation=holes, process=process, moment=moment))
-    return RunMemory(tuple(moments), uncounted)
+    return RunMemory(tuple(moments), uncounted, attached)
 
 
 def _evaluated(config: RunConfig, sizes: RowSizes) -> Batch | None:

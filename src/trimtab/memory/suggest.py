@@ -91,8 +91,8 @@ def read_sizes(job: Job) -> tuple[RowSizes, str]:
     return sizes, "the longest row"
 
 
-def describe_memory(job: Job, length: int | None = None) -> dict[str, Any]:
-    """What ``trimtab plan`` says about memory, as plain values; all sizes in GiB.
+def describe_run(job: Job, length: int | None = None) -> dict[str, Any]:
+    """What ``trimtab plan`` says, as plain values: what the plan does to the model, and ``memory``, all sizes in GiB.
 
     ``length``: tokens of a row, all of which carry loss, in place of what the data has.
     """
@@ -102,7 +102,8 @@ def describe_memory(job: Job, length: int | None = None) -> dict[str, Any]:
         sizes, origin = replace(_capped(job.config), length=length, labels=length - 1), "--length"
     memory, room = estimate_run(job, sizes), available_memory(device())
     fits = memory.hardest.needed <= room
-    return {
+    assert memory.attached is not None
+    described = {
         "batch_size": job.config.train.batch_size,
         "length": sizes.length,
         "length_from": origin,
@@ -120,6 +121,7 @@ def describe_memory(job: Job, length: int | None = None) -> dict[str, Any]:
             for suggestion in ([] if fits else suggest(job, sizes))
         ],
     }
+    return {**memory.attached.to_dict(), "memory": described}
 
 
 def _capped(config: RunConfig) -> RowSizes:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -69,9 +70,13 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
 
 
 def load_model(
-    source: Source, dtype: torch.dtype = torch.float32, attention: str = "auto", quantisation: str = "none"
+    source: Source,
+    dtype: torch.dtype = torch.float32,
+    attention: str = "auto",
+    quantisation: str = "none",
+    model_class: str = "AutoModelForCausalLM",
 ) -> PreTrainedModel:
-    """The causal language model in ``dtype``, in eval mode, on the processor.
+    """The model in ``dtype``, in eval mode, on the processor.
 
     Args:
         source: from ``locate``.
@@ -79,6 +84,7 @@ def load_model(
         attention: ``auto`` (what transformers prefers), ``sdpa`` or ``eager``.
         quantisation: what its linear layers are turned into while they are read: ``none``, or the name of a quantised
             base such as ``int8`` or ``nf4``.
+        model_class: the class of transformers that makes a model of a folder.
 
     Raises:
         ModelError: it cannot be fetched or read, has no safetensors, lacks weights, is not a causal language model,
@@ -88,7 +94,7 @@ def load_model(
         _check_weights(Path(source.location))
     options = _options(source) | ({} if attention == "auto" else {"attn_implementation": attention})
     with _loading(source, "model"):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = getattr(transformers, model_class).from_pretrained(
             _location(source),
             # In the dtype of the files, weights are only mapped, and quantising reads them one by one.
             dtype=dtype if quantisation == "none" else "auto",

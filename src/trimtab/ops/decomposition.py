@@ -35,10 +35,11 @@ def squared_norms(weight: Tensor, axis: Axis = "output") -> Tensor:
     out_features, in_features = weight.shape
     blocks = row_blocks(out_features, in_features)
     if axis == "output":
-        return torch.cat([weight[block].double().square().sum(1) for block in blocks])
+        norms = [torch.linalg.vector_norm(weight[block], dim=1, dtype=torch.float64) for block in blocks]
+        return torch.cat(norms).square()
     total = torch.zeros(in_features, dtype=torch.float64, device=weight.device)
     for block in blocks:
-        total = total + weight[block].double().square().sum(0)
+        total = total + torch.linalg.vector_norm(weight[block], dim=0, dtype=torch.float64).square()
     return total
 
 

@@ -73,7 +73,9 @@ def finetune(
     if config.train.prompt_loss_weight:
         listener.note(f"in training, a token of the prompt counts {config.train.prompt_loss_weight:g} of a marked one")
     listener.stage(f"Loading {config.model.name}")
-    model: Any = load_model(job.source, job.dtype, config.model.attention, config.quantisation)
+    model: Any = load_model(
+        job.source, job.dtype, config.model.attention, config.quantisation, model_class=task.model_class
+    )
     model = model.to(device())
 
     if not resume:

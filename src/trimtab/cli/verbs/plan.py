@@ -31,15 +31,11 @@ def command(
     loaded = load_config(config, overrides or [])
 
     from trimtab.config.resolve import Job
-    from trimtab.memory.suggest import describe_memory
-    from trimtab.models.load import empty_model
-    from trimtab.surgery.attach import attach
+    from trimtab.memory.suggest import describe_run
 
-    job = Job.of(loaded)
-    found = attach(empty_model(job.source), job.plan).to_dict()
-    memory = describe_memory(job, length)
+    described = describe_run(Job.of(loaded), length)
     if as_json:
-        typer.echo(json.dumps({**found, "memory": memory}, indent=2))
+        typer.echo(json.dumps(described, indent=2))
         return
 
     from rich.console import Console
@@ -51,13 +47,13 @@ def command(
     console.print(f"model: {loaded.model.name}", highlight=False, soft_wrap=True)
     if loaded.quantisation != "none":
         console.print(f"quantisation: {loaded.quantisation}, all linear layers but the output head", highlight=False)
-    console.print(run_tables.plan_table(found))
+    console.print(run_tables.plan_table(described))
     if modules:
         table = Table("module", "method", "rule", "out x in", "parameters", box=None, header_style="bold")
-        for module in found["modules"]:
+        for module in described["modules"]:
             size = f"{module['out']} x {module['in']}"
             table.add_row(module["module"], module["method"], str(module["rule"]), size, f"{module['parameters']:,}")
         console.print(table)
-    console.print(run_tables.memory_table(memory))
-    for line in run_tables.memory_lines(memory):
+    console.print(run_tables.memory_table(described["memory"]))
+    for line in run_tables.memory_lines(described["memory"]):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
