@@ -260,3 +260,40 @@ class _Missing:
     def find_spec(self, name: str, *_: object) -> None:
         if name.split(".")[0] == self.package:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+def _bytes_held(weight: Any, kind: str) -> int:
+    """Bytes of all tensors that a quantised weight consists of."""
+    if kind == "int8":
+        parts = [weight.data, weight.SCB]
+    elif kind == "nf4":
+        state = weight.quant_state
+        parts = [weight.data, state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
+    else:
+        parts = [weight.qdata, weight.scale, weight.zero_point]
+    return sum(part.nbytes for part in parts)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_bytes_of_a_weight_are_told_exactly(kind: str, dtype: torch.dtype) -> None:
+    for shape in (*SHAPES, (200, 320)):
+        module: Any = layer(kind, shape, dtype)
+        assert bases.quantised_base(kind).stored_bytes(shape, dtype) == _bytes_held(module.weight, kind)
+
+
+def test_what_quantising_takes_is_told() -> None:
+    """Beside the dense weight, which is there, and the quantised one: never more than is said."""
+    dense = bases.find(nn.Linear(2048, 1024, dtype=torch.bfloat16))
+    assert dense is not None
+    for kind in KINDS:
+        bases.quantise(dense, kind)
+        base = bases.quantised_base(kind)
+        room = base.stored_bytes((1024, 2048), torch.bfloat16) + base.quantising_bytes((1024, 2048), torch.bfloat16)
+        assert _allocated(lambda: bases.quantise(dense, kind)) <= room, kind  # noqa: B023
+
+
+def test_an_unknown_kind_names_the_nearest() -> None:
+    with pytest.raises(ModelError, match=r"quantisation 'nf5': expected one of int8, nf4, torchao_int8.*'nf4'\?"):
+        bases.quantised_base("nf5")
+    assert bases.quantised_by_size() == ["int8", "nf4"], "one for each number of bits, the first by name"
