@@ -1,4 +1,4 @@
-"""How far two states of a model agree: their logits on the same random tokens."""
+"""Compares two states of a model by their logits on the same random tokens."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ ROWS, LENGTH = 2, 32
 
 @dataclass(frozen=True)
 class Agreement:
-    """``difference``: ``||after - before|| / ||before||`` of the logits; ``same_choice``: the share of tokens after
-    which the likeliest next token is the same."""
+    """How far two states of a model agree."""
 
     difference: float
+    """``||after - before|| / ||before||`` of the logits."""
     same_choice: float
+    """The share of ``tokens`` after which the likeliest next token is the same."""
     tokens: int
 
     def __str__(self) -> str:
@@ -29,9 +30,9 @@ class Agreement:
 
 @torch.no_grad()
 def probe(model: Any) -> Tensor:
-    """The logits of ``model`` on the same few random tokens every time, ``[rows, length, vocabulary]`` in float32.
+    """The logits ``[rows, length, vocabulary]`` of ``model`` in float32, on few random tokens that are always the same.
 
-    Memory: 64 x vocabulary x 4 bytes.
+    They take 64 x vocabulary x 4 bytes.
     """
     config = model.config.get_text_config()
     length = min(LENGTH, getattr(config, "max_position_embeddings", None) or LENGTH)
@@ -42,6 +43,6 @@ def probe(model: Any) -> Tensor:
 
 
 def agreement(before: Tensor, after: Tensor) -> Agreement:
-    """Compare two ``probe``s."""
+    """Compare two results of ``probe``."""
     same = before.argmax(-1) == after.argmax(-1)
     return Agreement(float((after - before).norm() / before.norm()), float(same.float().mean()), same.numel())

@@ -1,10 +1,9 @@
-"""Rows with a closed set of answers, or with choices of their own: which of them does the model find likeliest?
+"""Scores the choices of each row, which are a closed set or the row's own, by their log-likelihood.
 
-The score of an answer is its log-likelihood given the prompt: the sum of its tokens' log-probabilities, with prompt and
-answer tokenised as one text. Where one answer's tokens begin another's ("answer1", "answer10") the shorter one could
-never lose, so then the end-of-sequence token is scored too, for every answer of every row that has these choices.
-Otherwise it is left out: answers that begin differently are different events as they stand, and three answers of one
-token cost one forward pass.
+The score of an answer is the sum of its tokens' log-probabilities given the prompt, with prompt and answer tokenised as
+one text. If the tokens of one answer begin another ("answer1", "answer10"), the shorter one could never lose. The
+end-of-sequence token is then scored, too, for every answer of every row that has these choices. Otherwise it is left
+out: answers with different tokens exclude each other without it, and three answers of one token cost one forward pass.
 """
 
 from __future__ import annotations
@@ -27,23 +26,24 @@ from trimtab.surgery.serving import evaluating
 from trimtab.tasks import Head
 
 WORTHWHILE = 8
-"""Tokens from which on a common beginning is kept: fewer cost less than the copies of their keys and values."""
+"""Fewest tokens of a shared beginning that is run once. Running fewer again costs less than copying their keys and
+values."""
 
 MANY = 8
-"""Sequences of a row from which on its whole prompt is run once for them, and no longer together with other rows."""
+"""A row with at least so many sequences is run by itself, with its prompt computed once."""
 
 BLOCK = 16_000_000
-"""Characters of prompts, each counted once for every choice, that are held as tokens at a time: about 200 MB."""
+"""Characters, each prompt counted once for every choice, that are held as tokens at a time: about 200 MB."""
 
 
 @dataclass(frozen=True)
 class ChoiceScores:
-    """Scores of rows by choices.
+    """The scores of all rows.
 
     Attributes:
         scores: ``scores[row][choice]``, log-likelihoods in nats.
-        best: the index of the likeliest choice of each row.
-        best_by_length: the index of the choice of each row that is likeliest per character.
+        best: for each row, the index of the likeliest choice.
+        best_by_length: for each row, the index of the choice that is likeliest per character.
         loss: summed token loss of the true answers, in nats.
         tokens: how many tokens that sum is over.
     """
@@ -65,16 +65,16 @@ def score_choices(
     max_length: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ChoiceScores:
-    """Score every choice for every row.
+    """Score every choice for every row, all of which have an answer.
 
-    ``batch_size`` decides nothing but speed. In another batch the same row is rounded otherwise, so a row whose best
-    two choices are closer than that (`Head.tie_margin`), by the score or, where they are its own, by that per
-    character, is scored again by itself, without padding.
+    ``batch_size`` changes the speed and nothing else. A row is rounded differently in another batch. If that could
+    decide between its best choices (`Head.tie_margin`), by their scores or, for choices of its own, by their scores per
+    character, these choices are scored again alone, without padding.
 
     Args:
         head: the model.
         tokenizer: its fast tokenizer.
-        examples: rows with an answer each.
+        examples: the rows.
         choices: as ``check_choices`` returns them; None: each row's own.
         batch_size: most sequences in a forward pass.
         max_length: most tokens of a prompt with its longest choice; longer prompts lose their beginning.
@@ -91,7 +91,10 @@ def score_choices(
     scores: list[list[float]] = [[] for _ in examples]
     loss, tokens, done = 0.0, 0, 0
     sets = [tuple(choices) if choices is not None else example.choices for example in examples]
-    for block in _blocks(examples, max(map(len, sets), default=0)):
+    # All rows are tokenised and scored together, unless a hundred choices make too much text.
+    most = max(map(len, sets), default=0)
+    sizes = [most * (len(example.prompt) + 1) for example in examples]
+    for block in map(sorted, by_length(sizes, max(1, len(examples)), BLOCK)):
         chosen = [examples[index] for index in block]
         rows = _prepare(tokenizer, chosen, [sets[index] for index in block], max_length, prefix)
         for finished in _run_rows(head, rows, batch_size):
@@ -102,8 +105,8 @@ def score_choices(
             scores[index] = row.scores()
             if not all(map(math.isfinite, scores[index])):
                 raise ModelError(
-                    f"{example.source}, row {example.number}: the model's score of an answer is {scores[index][0]}, "
-                    "not a number. Its weights are damaged or its training diverged; train with a lower learning rate."
+                    f"{example.place}: the model's score of an answer is {scores[index][0]}, not a number. Its weights "
+                    "are damaged or its training diverged; train with a lower learning rate."
                 )
             own, count = row.loss_of(sets[index].index(str(example.answer)))
             loss, tokens = loss + own, tokens + count
@@ -115,22 +118,8 @@ def score_choices(
     return ChoiceScores(scores, likeliest, per_character, loss=loss, tokens=tokens)
 
 
-def _blocks(examples: Sequence[Example], choices: int) -> list[list[int]]:
-    """Indices of rows that are tokenised and scored together: all, unless a hundred choices make too much text.
-
-    Those with the longest prompts come first, so that a lack of memory or of room shows at once.
-    """
-    order = sorted(range(len(examples)), key=lambda index: -len(examples[index].prompt))
-    blocks: list[list[int]] = []
-    while order:
-        rows = max(1, BLOCK // (choices * (len(examples[order[0]].prompt) + 1)))
-        blocks.append(sorted(order[:rows]))
-        order = order[rows:]
-    return blocks
-
-
 def _run_rows(head: Head, rows: Sequence[_Row], batch_size: int) -> Iterator[int]:
-    """Fill in the scores of ``rows``; yields, again and again, how many of them are done."""
+    """Fill in the scores of ``rows``; after each batch, yield how many rows are done."""
     margin = head.tie_margin
     few = [row for row in rows if len(row.sequences) < MANY]
     done = 0
@@ -153,35 +142,34 @@ def _run_rows(head: Head, rows: Sequence[_Row], batch_size: int) -> Iterator[int
 
 @dataclass
 class _Row:
-    """The sequences that one row needs, and where in them each choice's tokens are."""
+    """The token sequences that are run for one row, and where each choice's tokens are in them."""
 
     sequences: list[TokenSequence]
     places: list[list[tuple[TokenSequence, int, int]]]
-    """For each choice, of each of its scored tokens: the sequence, the position before it, and the token."""
+    """For each choice and each of its scored tokens: the sequence, the position before the token, and the token."""
     unscored: list[int]
-    """For each choice: how many of its places are before its own first token, shared by all choices."""
+    """For each choice: how many of its places come before the first token of the choice itself."""
     lengths: list[list[int]]
-    """What the scores are divided by wherever choices are compared: 1, and the characters of a row's own choices."""
+    """What scores are divided by when choices are compared: 1, and for a row's own choices their characters, too."""
 
     def scores(self) -> list[float]:
         return [sum(sequence.asked[at][token] for sequence, at, token in places) for places in self.places]
 
     def loss_of(self, choice: int) -> tuple[float, int]:
-        """Summed loss and number of one choice's own tokens."""
+        """The summed loss, and the number, of the tokens of one choice."""
         own = self.places[choice][self.unscored[choice] :]
         return -sum(sequence.asked[at][token] for sequence, at, token in own), len(own)
 
     def undecided(self, margin: float) -> list[TokenSequence]:
-        """The sequences of the choices that come within ``margin`` of the best one, by the score or by that per
-        character; none, if it is alone there."""
+        """The sequences of the choices whose order ``margin`` leaves open, under any of ``lengths``; possibly none."""
         scores = self.scores()
         near = sorted(set().union(*(self._near(scores, margin, lengths) for lengths in self.lengths)))
         return list({id(sequence): sequence for sequence in (self.places[at][0][0] for at in near)}.values())
 
     def _near(self, scores: Sequence[float], margin: float, lengths: Sequence[int]) -> set[int]:
-        """The choices within ``margin`` of the best one, all divided by ``lengths``; none, if it is alone there.
+        """The best choice by score over ``lengths`` and those within ``margin`` of it; none, if it is alone there.
 
-        Roundings of several tokens add up like chances.
+        The margin is for one token. Rounding errors are independent, so over n tokens they grow with the root of n.
         """
         scores = [score / length for score, length in zip(scores, lengths, strict=True)]
         margins = [
@@ -195,7 +183,7 @@ class _Row:
 def _prepare(
     tokenizer: Any, examples: Sequence[Example], sets: Sequence[tuple[str, ...]], max_length: int | None, prefix: int
 ) -> list[_Row]:
-    """The rows to run, with the choices of each; ``prefix``: the number of tokens that a text begins with by itself."""
+    """The rows to run, each with its set of choices; the tokenizer puts ``prefix`` tokens before every text."""
     encoded = _encode(tokenizer, examples, sets, end=False)
     ending = {
         choices
@@ -212,8 +200,8 @@ def _prepare(
         if excess > 0:
             if min(start for _, start in answers) - excess <= prefix:
                 raise DataError(
-                    f"{example.source}, row {example.number}: in {max_length} tokens its choices leave no room for a "
-                    "prompt; allow more tokens, or shorten the choices."
+                    f"{example.place}: in {max_length} tokens its choices leave no room for a prompt; allow more "
+                    "tokens, or shorten the choices."
                 )
             answers = [(ids[:prefix] + ids[prefix + excess :], start - excess) for ids, start in answers]
         rows.append(_row(example, answers, choices))
@@ -223,32 +211,21 @@ def _prepare(
 def _encode(
     tokenizer: Any, examples: Sequence[Example], sets: Sequence[tuple[str, ...]], *, end: bool
 ) -> list[list[tuple[list[int], int]]]:
-    """Of each row and choice: the token ids of prompt and answer, and the index of the answer's first token."""
-    texts = [
-        Example(
-            source=example.source,
-            number=example.number,
-            text=example.prompt + choice,
-            trained=((len(example.prompt.rstrip(" ")), len(example.prompt + choice)),),
-            prompt=example.prompt,
-            answer=choice,
-            ends=end,
-        )
-        for example, choices in zip(examples, sets, strict=True)
-        for choice in choices
-    ]
+    """For each row and choice: the token ids of prompt and answer, and the index of the answer's first token."""
+    pairs = zip(examples, sets, strict=True)
+    texts = [example.with_answer(choice, ends=end) for example, choices in pairs for choice in choices]
     encoded = encode_all(texts, tokenizer, None)
     if encoded.dropped:
         source, number, _ = encoded.dropped[0]
         raise _no_prompt(next(text for text in texts if (text.source, text.number) == (source, number)))
-    pairs = (
+    tokens = (
         (row["input_ids"], next(at for at, label in enumerate(row["labels"]) if label != IGNORED)) for row in encoded
     )
-    return [list(islice(pairs, len(choices))) for choices in sets]
+    return [list(islice(tokens, len(choices))) for choices in sets]
 
 
 def _one_begins_another(answers: list[list[int]]) -> bool:
-    """Whether some list is a beginning of another. Sorted, it would stand right before one that it begins."""
+    """Whether some list is the beginning of another. In sorted order it comes right before one that it begins."""
     ordered = sorted(answers)
     return any(after[: len(before)] == before for before, after in pairwise(ordered))
 
@@ -259,11 +236,11 @@ def _row(example: Example, answers: list[tuple[list[int], int]], choices: Sequen
         if before == after:
             same = [f"'{choice}'" for choice, (ids, _) in zip(choices, answers, strict=True) if ids == before]
             raise DataError(
-                f"{example.source}, row {example.number}: the choices {' and '.join(same)} are the same tokens to this "
-                "tokenizer, so the model cannot tell them apart; leave one out or spell it otherwise."
+                f"{example.place}: the choices {' and '.join(same)} are the same tokens to this tokenizer, so the "
+                "model cannot tell them apart; leave one out or spell it otherwise."
             )
-    # All are scored from the same token on, or some would have to predict a token that others are given: an answer
-    # may merge with the end of the prompt, and then its own first token comes earlier than another's.
+    # An answer may merge with the end of the prompt, and its first token then comes earlier than another's. All are
+    # scored from the earliest on, or some would have to predict a token that others are given.
     shared = next(at for at, (a, b) in enumerate(zip_longest(ordered[0], ordered[-1])) if a != b)
     start = min(shared, *(first for _, first in answers))
     if start < 1:
@@ -288,42 +265,38 @@ def _row(example: Example, answers: list[tuple[list[int], int]], choices: Sequen
 
 @dataclass
 class TokenSequence:
-    """Token ids to run, and the log-probabilities to read from the run: position -> next token -> nats."""
+    """Token ids to run, and what is asked of the run: the log-probability of ``token`` after ``position``."""
 
     ids: list[int]
     asked: dict[int, dict[int, float]] = field(default_factory=dict)
+    """position -> token -> nats, which are NaN before the run."""
 
     def ask(self, position: int, token: int) -> None:
-        """Ask for ``token`` after ``position``."""
         self.asked.setdefault(position, {})[token] = math.nan
 
 
 def _run(head: Head, sequences: Sequence[TokenSequence], start: int = 0, past: Any = None) -> None:
-    """One forward pass; fills in what is asked of each sequence.
+    """Run one forward pass, and fill in what is asked of each sequence.
 
-    ``past`` holds the keys and values of the first ``start`` tokens of each, of which nothing is asked.
+    ``past`` holds the keys and values of the first ``start`` tokens, about which nothing is asked.
     """
     device = head.model.get_input_embeddings().weight.device
     ids = _padded_right([sequence.ids[start:] for sequence in sequences], device)
-    asked = [(row, at, list(found)) for row, sequence in enumerate(sequences) for at, found in sequence.asked.items()]
+    asked = [(row, at, list(tokens)) for row, one in enumerate(sequences) for at, tokens in one.asked.items()]
     most = max(len(tokens) for _, _, tokens in asked)
     positions = torch.tensor([row * ids.shape[1] + at - start for row, at, _ in asked], device=device)
-    tokens = torch.tensor([wanted + wanted[:1] * (most - len(wanted)) for _, _, wanted in asked], device=device)
-    values = head.log_probabilities(ids, positions, tokens, past).tolist()
-    for (row, at, wanted), line in zip(asked, values, strict=True):
-        sequences[row].asked[at] = dict(zip(wanted, line[: len(wanted)], strict=True))
+    padded = torch.tensor([tokens + tokens[:1] * (most - len(tokens)) for _, _, tokens in asked], device=device)
+    values = head.log_probabilities(ids, positions, padded, past).tolist()
+    for (row, at, tokens), line in zip(asked, values, strict=True):
+        sequences[row].asked[at] = dict(zip(tokens, line, strict=False))
 
 
 class Beginning:
-    """The tokens that all of some sequences begin with: run once, and then on them only what follows in each.
+    """Runs the tokens that all sequences begin with once, and then only the rest of each sequence.
 
-    The instruction before every row of a task, or one prompt before a hundred answers, which would otherwise be read
-    once for each of them. Where that is shorter than ``WORTHWHILE``, or the model keeps no keys and values or cannot
-    repeat them, whole sequences are run. The weights must stay as they are meanwhile.
-
-    Args:
-        head: the model.
-        sequences: of nothing within their beginning is anything asked.
+    Such a beginning is the instruction before every row of a task, or one prompt before a hundred answers. If it is
+    shorter than ``WORTHWHILE``, or if the model keeps no keys and values that can be repeated, whole sequences are run.
+    The weights must not change while this object is used.
     """
 
     def __init__(self, head: Head, sequences: Sequence[TokenSequence]) -> None:
@@ -332,7 +305,7 @@ class Beginning:
         self._past = head.remember(sequences[0].ids[: self.start]) if self.start >= WORTHWHILE else None
 
     def run(self, sequences: Sequence[TokenSequence]) -> None:
-        """One forward pass for some of the sequences; fills in what is asked of them."""
+        """Run one forward pass for some of the sequences, and fill in what is asked of them."""
         if self._past is None:
             _run(self.head, sequences)
         else:
@@ -348,9 +321,9 @@ def _padded_right(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor
 
 
 def _shared(sequences: Sequence[TokenSequence]) -> int:
-    """How many tokens all sequences begin with, before the first position that is asked about.
+    """How many tokens all sequences have in common, before the first position that is asked about.
 
-    What the first and the last have in common in the order of a dictionary, all between them have, too.
+    Sequences that are sorted between two others share all that these two share.
     """
     ordered = sorted(sequence.ids for sequence in sequences)
     common = takewhile(lambda pair: pair[0] == pair[1], zip(ordered[0], ordered[-1], strict=False))
@@ -359,6 +332,6 @@ def _shared(sequences: Sequence[TokenSequence]) -> int:
 
 def _no_prompt(example: Example) -> DataError:
     return DataError(
-        f"{example.source}, row {example.number}: no token comes before the answer, so there is nothing to predict it "
-        "from; give the row a prompt."
+        f"{example.place}: no token comes before the answer, so there is nothing to predict it from; give the row a "
+        "prompt."
     )

@@ -1,11 +1,11 @@
-"""Open answers: what does the model write, and is it the right answer?
+"""Lets a model write open answers.
 
-Generation is greedy and follows nothing but the model's logits: sampling, penalties and limits that came with the model
-are put aside. It stops at an end token or after a number of tokens.
+Generation is greedy and uses the model's logits alone; sampling, penalties and limits that came with the model are put
+aside. It stops at an end token or after a number of tokens.
 
-Rows are generated together, padded on the left. In another batch the same row is rounded otherwise, and where two
-tokens are as good as equal that would decide which is written. So at such a step the row's logits are computed once
-more from its tokens alone, unpadded and without a cache; hence what is written does not depend on the batch.
+Rows are generated in batches, padded on the left. A row is rounded differently in another batch, which could decide
+between two tokens that are nearly equal. At such a step the row's logits are computed again from its own tokens,
+without padding and cache, so that what is written does not depend on the batch.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Generated:
 
     Attributes:
         text: without special tokens and outer white space.
-        usable: whether it is not empty and came to an end before the limit of tokens.
+        usable: whether it is not empty and ended before the limit of tokens.
     """
 
     text: str
@@ -40,7 +40,7 @@ class Generated:
 
 
 def same_answer(one: str, other: str) -> bool:
-    """Exact match, except for the amount of white space and for upper and lower case."""
+    """Whether the two match exactly, apart from upper and lower case and the amount of white space."""
     return one.casefold().split() == other.casefold().split()
 
 
@@ -61,42 +61,39 @@ def generate_answers(
         tokenizer: its fast tokenizer.
         examples: rows with a prompt.
         max_new_tokens: the limit; an answer that reaches it without an end token is not usable.
-        batch_size: rows generated together; decides nothing but speed.
-        max_length: most tokens of a prompt and ``max_new_tokens``; longer prompts lose their beginning.
+        batch_size: rows generated together; it changes the speed and nothing else.
+        max_length: most tokens of a prompt and ``max_new_tokens`` together; longer prompts lose their beginning.
         progress: called with the number of rows done and of all rows.
 
-    Raises:
-        DataError: a prompt is empty, or ``max_length`` leaves no room for one.
+    Raises DataError if a prompt is empty, or if ``max_length`` leaves no room for one.
     """
     prefix = len(encode_prompt("", tokenizer))
     prompts = [_prompt(example, tokenizer, prefix, max_length, max_new_tokens) for example in examples]
     ends = end_tokens(head.model, tokenizer)
-    found: list[Generated | None] = [None] * len(prompts)
-    done = 0
+    answers: dict[int, Generated] = {}
     with evaluating(head.model):
         for batch in by_length([len(ids) + max_new_tokens for ids in prompts], batch_size):
             written = _generate(head, [prompts[index] for index in batch], ends, max_new_tokens)
-            for index, ids in zip(batch, written, strict=True):
-                ended = ids[-1:] != [] and ids[-1] in ends
-                text = tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True).strip()
-                found[index] = Generated(text, ended and text != "")
-            done += len(batch)
+            for index, new in zip(batch, written.tolist(), strict=True):
+                stop = next((at for at, token in enumerate(new) if token in ends), None)
+                text = tokenizer.decode(new[:stop], skip_special_tokens=True).strip()
+                answers[index] = Generated(text, stop is not None and text != "")
             if progress is not None:
-                progress(done, len(prompts))
-    return [answer for answer in found if answer is not None]
+                progress(len(answers), len(prompts))
+    return [answers[index] for index in range(len(prompts))]
 
 
 def _prompt(example: Example, tokenizer: Any, prefix: int, max_length: int | None, max_new_tokens: int) -> list[int]:
     ids = encode_prompt(example.prompt, tokenizer)
-    place = f"{example.source}, row {example.number}"
     if not ids:
-        raise DataError(f"{place}: the prompt is empty, so there is nothing to answer; give the row a prompt.")
+        raise DataError(f"{example.place}: the prompt is empty, so there is nothing to answer; give the row a prompt.")
     if max_length is None:
         return ids
     room = max_length - max_new_tokens
     if room <= prefix:
         raise DataError(
-            f"{place}: {max_new_tokens} new tokens leave no room for a prompt in {max_length} tokens; allow fewer."
+            f"{example.place}: {max_new_tokens} new tokens leave no room for a prompt in {max_length} tokens; allow "
+            "fewer."
         )
     excess = max(0, len(ids) - room)
     return ids[:prefix] + ids[prefix + excess :]
@@ -109,14 +106,12 @@ def end_tokens(model: Any, tokenizer: Any) -> list[int]:
     return sorted({int(token) for token in [tokenizer.eos_token_id, *own] if token is not None})
 
 
-def _generate(head: Head, prompts: list[list[int]], ends: list[int], max_new_tokens: int) -> list[list[int]]:
-    """The new tokens of each prompt, up to and with its first end token."""
+def _generate(head: Head, prompts: list[list[int]], ends: list[int], max_new_tokens: int) -> Tensor:
+    """The new tokens of each prompt, filled up after its first end token."""
     model = head.model
-    fill = ends[0] if ends else 0
-    ids, mask = _padded_left(prompts, fill, model.get_input_embeddings().weight.device)
+    ids, mask = _padded_left(prompts, ends[0] if ends else 0, model.get_input_embeddings().weight.device)
     settled = LogitsProcessorList([_SettleTies(head, prompts, ids.shape[1], set(ends))])
-    new = greedy(model, ids, mask, max_new_tokens=max_new_tokens, ends=ends, processors=settled)
-    return [_until_end(row, set(ends)) for row in new.tolist()]
+    return greedy(model, ids, mask, max_new_tokens=max_new_tokens, ends=ends, processors=settled)
 
 
 def _padded_left(rows: Sequence[Sequence[int]], fill: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -136,15 +131,15 @@ def greedy(
     ends: Sequence[int] = (),
     processors: LogitsProcessorList | None = None,
 ) -> Tensor:
-    """What ``model`` writes by its logits alone: ``[rows, at most max_new_tokens]``, filled up after an end token.
+    """The tokens ``[rows, at most max_new_tokens]`` that ``model`` writes, filled up after an end token.
 
     Args:
-        model: a transformers causal language model; its own settings of generation are put aside for the while.
+        model: a transformers causal language model; its own generation settings are put aside meanwhile.
         ids: ``[rows, tokens]``, padded on the left.
         mask: of the same shape, 1 where there is a token.
         max_new_tokens: the limit.
-        ends: tokens that end a row; none: every row is written up to the limit.
-        processors: change the logits before the best is taken.
+        ends: tokens that end a row; without any, every row is written up to the limit.
+        processors: change the logits before the best token is taken.
     """
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -154,7 +149,7 @@ def greedy(
         eos_token_id=list(ends) or None,
         pad_token_id=ends[0] if ends else 0,
     )
-    # What this leaves open, generate() would fill in from the model's own settings, its penalties among them.
+    # generate() would take everything that this leaves open, such as penalties, from the model's own settings.
     kept, model.generation_config = model.generation_config, config
     hook = model.get_output_embeddings().register_forward_pre_hook(_contiguous)
     try:
@@ -168,21 +163,16 @@ def greedy(
 
 
 def _contiguous(_head: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The output head's input in one piece.
+    """Make the output head's input contiguous.
 
     After a prompt it is a slice, the last position of each row. From a slice and a frozen weight ``linear`` makes a
-    batched product, with a copy of the weight for every row: 57 MB each in SmolLM2-135M.
+    batched product with a copy of the weight for every row, 57 MB each in SmolLM2-135M.
     """
     return given[0].contiguous(), *given[1:]
 
 
-def _until_end(ids: list[int], ends: set[int]) -> list[int]:
-    stop = next((at + 1 for at, token in enumerate(ids) if token in ends), len(ids))
-    return ids[:stop]
-
-
 class _SettleTies(LogitsProcessor):
-    """Replaces the logits of a row whose best two tokens are as good as equal by those of the row alone."""
+    """Computes the logits of a row again, from that row alone, where its best two tokens are nearly equal."""
 
     def __init__(self, head: Head, prompts: list[list[int]], width: int, ends: set[int]) -> None:
         self.head, self.prompts, self.width, self.ends = head, prompts, width, ends
