@@ -60,8 +60,8 @@ class ModuleBlockBase(_base.BlockBase):
         return next((one.device for one in self.module.parameters()), torch.get_default_device())
 
     def input(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
-        found = args[0] if args else kwargs.get(self._input)
-        return found if isinstance(found, Tensor) else None
+        state = args[0] if args else kwargs.get(self._input)
+        return state if isinstance(state, Tensor) else None
 
     def changed(self, output: Any, change: Callable[[Tensor], Tensor]) -> Any:
         if isinstance(output, Tensor):

@@ -7,7 +7,7 @@ and is read as well.)
 
 A processor with AVX512-BF16 is a trap: there the layer's own forward pass repacks the weight in place the first time
 that it is evaluated, and what is dequantised after that is another matrix. A base switches that off for its layer, and
-turns a weight back that was repacked earlier; its scales were rounded to bfloat16 then, and stay so.
+undoes the repacking where it has happened already. The scales were rounded to bfloat16 by it, and stay so.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def _parameter(
         for part in weight.flatten().split(_quantised.BLOCK)
     ]
     stored, scales = torch.cat([part for part, _ in parts]), torch.cat([scales for _, scales in parts])
-    said = {
+    recorded = {
         "shape": weight.shape,
         "dtype": dtype,
         "blocksize": blocksize,
@@ -158,8 +158,8 @@ def _parameter(
     if nested:
         offset = scales.mean()
         scales, blocks = quantize_blockwise(scales - offset, blocksize=256)
-        said |= {"offset": offset, "state2": blocks}
-    state = QuantState(absmax=scales, **said)
+        recorded |= {"offset": offset, "state2": blocks}
+    state = QuantState(absmax=scales, **recorded)
     if module is not None:
         module.quant_state = state
     parameter: nn.Parameter = Params4bit(

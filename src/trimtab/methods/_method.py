@@ -68,7 +68,7 @@ class Method(nn.Module):
         self._holds = 0
 
     def hold(self) -> None:
-        """From here to ``release`` the trained tensors keep their values: the caller's word for it."""
+        """The caller promises that the trained tensors keep their values until ``release``."""
         self._holds += 1
 
     def release(self) -> None:
@@ -76,7 +76,7 @@ class Method(nn.Module):
         self._holds -= 1
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_holds": 0}  # a copy is not what was promised for
+        return {**self.__dict__, "_holds": 0}  # the promise was made for this one, not for a copy
 
     def effective_weight(self, base: Any, dtype: torch.dtype | None = None) -> Tensor:
         """The weight ``[out, in]`` with which the module acts. Raises SurgeryError where a method changes none."""

@@ -55,7 +55,7 @@ class WeightOptions(_method.Options):
 
 
 class _Kept(NamedTuple):
-    copies: tuple[Tensor, ...] | None  # None: good for as long as the trained tensors are held
+    copies: tuple[Tensor, ...] | None  # None: no comparison is needed while the trained tensors are held
     norm: Tensor
     ratios: dict[torch.dtype, Ratio]
 
@@ -136,8 +136,8 @@ class WeightMethod(_method.Method):
         return self.squared_norms(weight).sqrt() if kept is None else kept.norm
 
     def _what_is_kept(self, weight: Tensor) -> _Kept | None:
-        """The norm and what else passes without gradients have in common, beside a copy of the trained tensors: made
-        anew if these do not hold the same values any more. None where comparing would cost as much as computing.
+        """What passes without gradients share: the norm and the ratios made of it, with a copy of the trained tensors
+        that they belong to. Computed again when a trained tensor has changed. None where comparing would cost as much.
 
         Version counters of the tensors would not do: fused optimisers and ``parameter.data`` go round them.
         """
@@ -167,8 +167,9 @@ class WeightMethod(_method.Method):
             self._few_tokens = None
 
     def _for_few_tokens(self, base: WeightBase) -> FewTokensLinear | None:
-        """The layer as passes over a few tokens run it while its tensors are held; None where they need the general
-        way: a weight that is not stored as it multiplies, scaled columns, a form that the user chose."""
+        """The layer for passes over a few tokens while its tensors are held. None where such a pass has to go the
+        general way: for a quantised weight, scaled columns, a layer that is no plain matrix, or a form that the user
+        chose."""
         options = self.options
         if options.compute == "folded" or options.magnitude_axis == "input":
             return None
@@ -192,6 +193,7 @@ class WeightMethod(_method.Method):
 
     def forward(self, x: Tensor, base: WeightBase) -> Tensor:
         """The output ``[..., out]`` for ``x [..., in]`` on the frozen weight of ``base``."""
+        # What a look-up is given are numbers of rows, of which none can be dropped.
         drops = self.training and bool(self.options.dropout) and x.is_floating_point()
         if self._holds and not (drops or torch.is_grad_enabled() or torch.compiler.is_compiling()):
             if self._few_tokens is None:

@@ -24,7 +24,7 @@ class Options(_weight.WeightOptions):
     """What full fine-tuning can be told."""
 
     dropout: Annotated[float, TRAINING_ONLY] = Field(
-        0.0, ge=0.0, le=0.0, description="None: there is no update whose input could be dropped."
+        0.0, ge=0.0, le=0.0, description="Must be 0: there is no update whose input could be dropped."
     )
     compute: Literal["auto"] = Field("auto", description="There is one form only: the trained weight itself.")
 

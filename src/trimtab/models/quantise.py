@@ -1,4 +1,4 @@
-"""Quantise a model while its weights are read: one dense weight is in memory at a time, and what is quantised already.
+"""Quantise a model while its weights are read: only one of them is in memory in full at a time.
 
     model = load_model(locate("smollm2-135m"), torch.bfloat16, quantisation="nf4")
 
@@ -26,8 +26,8 @@ def quantise_model(model: PreTrainedModel, kind: str, dtype: torch.dtype, folder
     into ``dtype``.
 
     ``model`` is as transformers loads it in the dtype of its files: its weights are mapped from ``folder``, and hold no
-    memory before they are looked at. Each is read through a map of its own, which is given back with it; through the
-    model's own map, the whole file would stay in memory in the end. ``name`` is what messages call the model.
+    memory before they are looked at. Each is read through a map of its own, and its pages go with that map; through the
+    model's own map, the whole file would be in memory at the end. ``name`` is what messages call the model.
 
     Raises:
         ModelError: the model is quantised already, has no layer to quantise, or the package of ``kind`` is missing.
@@ -90,10 +90,10 @@ def _map_anew(parameter: nn.Parameter, stored: Weights, name: str) -> None:
     """Let ``parameter`` see its own tensor in the file through another map, where the file has one that is the same."""
     if name not in stored:  # under another name, or laid out in another way
         return
-    found = stored[name]
-    same = found.shape == parameter.shape and found.dtype == parameter.dtype
-    if same and torch.equal(found[0], parameter[0]) and torch.equal(found[-1], parameter[-1]):
-        parameter.data = found
+    mapped = stored[name]
+    same = mapped.shape == parameter.shape and mapped.dtype == parameter.dtype
+    if same and torch.equal(mapped[0], parameter[0]) and torch.equal(mapped[-1], parameter[-1]):
+        parameter.data = mapped
 
 
 def _narrow(model: nn.Module, dtype: torch.dtype) -> None:

@@ -7,8 +7,8 @@
 elements are passed over, so the choice follows from the shapes. The weights below are passes over one element, in
 units of one in-place pass, fitted to measurements: ``python benchmarks/layer.py --fit`` prints them anew.
 
-Blocks that ``torch.compile`` takes for batches of all sizes choose once, as for the size that is `expected`: every
-choice by the size at hand would compile them once more for either side of it.
+A block that ``torch.compile`` compiles for batches of all sizes chooses once, for the size that is `expected`: a choice
+by the size at hand would have it compiled once more for each outcome.
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ def row_changes(before: Tensor, after: Tensor, axis: Axis = "output") -> tuple[T
 def weight_change(before: Tensor, after: Tensor, axis: Axis = "output") -> WeightChange:
     """``dM = mean |m_t - m_0|`` and ``dD = mean (1 - cos(V_t, W_0))`` over the rows (DoRA, section 3.2), in float64.
 
-    ``before`` and ``after`` are weights of one shape ``[out, in]``. A row that is zero in both has not changed; one
+    ``before`` and ``after`` are weights of one shape ``[out, in]``. A row that is zero in both has not changed; a row
     that is zero in only one of them counts as turned by a right angle (cosine 0). Raises ``ValueError`` if the shapes
     differ.
     """

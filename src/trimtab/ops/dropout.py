@@ -4,8 +4,8 @@ On a processor ``torch.nn.functional.dropout`` draws one random number per eleme
 1,000 x 576 values in bfloat16 it takes twice the time of the layer's whole matrix product. One 64-bit draw holds four
 16-bit numbers, or eight of 8 bits where these are fine enough, and each decides one element.
 
-What is remembered for the backward pass is one byte an element; what was kept of the input is taken out of it again
-there. So the projections that read one input keep that input between them, and not a copy each.
+The backward pass needs one byte an element, the mask, and applies it to the input once more. So the projections that
+read one input share that input, and none keeps a copy of what dropout left of it.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ def draw_keep(x: Tensor, probability: float) -> Keep | None:
 
 
 def _random_words(count: int) -> Tensor:
-    """So many int64, uniform over all that the type holds: from a generator twice as fast as torch's own, which gives
-    it its seed."""
+    """``count`` random int64, uniform over the whole range of the type. They come from a generator that is twice as
+    fast as torch's own, which only gives the seed."""
     seed = torch.empty((), dtype=torch.int64).random_()
-    if type(seed) is not Tensor:  # while a step is traced it stands for a number and has none
+    if type(seed) is not Tensor:  # while a step is traced the seed has no value
         return torch.empty(count, dtype=torch.int64).random_(-(2**63), None)
     return torch.from_numpy(np.random.SFC64(int(seed)).random_raw(count).view(np.int64))
 

@@ -1,7 +1,7 @@
 """A frozen product with an update and a ratio, for passes over a few tokens where nothing trains.
 
-A model that writes runs each layer on one token: the arithmetic takes some microseconds, and finding out which
-arithmetic it is takes longer. Where nobody wants a gradient and no trained tensor changes, that is found out once.
+A model that generates text runs each layer on one token: the arithmetic takes some microseconds, and deciding which
+arithmetic to do takes longer. Where nobody wants a gradient and no trained tensor changes, that is decided once.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from trimtab.ops.autocast import autocast_dtype
 from trimtab.ops.frozen_linear import Operands, factored
 
 TOKENS = 16
-"""Most tokens of such a pass. So few make forming an effective weight dearer than multiplying by the update apart."""
+"""The most tokens of such a pass. For so few, forming an effective weight costs more than a product with the update."""
 
 
 class FewTokensLinear:

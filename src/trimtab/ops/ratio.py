@@ -52,7 +52,7 @@ def ratio_of(magnitude: Tensor, norm: Tensor, dtype: torch.dtype) -> Ratio:
     """``m / n`` for ``magnitude [out]`` and ``norm [out]``, to multiply tensors of ``dtype`` with; not
     differentiable."""
     with torch.no_grad():
-        # A look at the values would make an accelerator wait, and a compiler break its graph: there it is not known.
+        # Reading the values would make an accelerator wait and a compiler break its graph, so there it stays unknown.
         if norm.device.type == "cpu" and not torch.compiler.is_compiling():
             values = magnitude.to(norm.dtype) / norm
             excess = values - 1

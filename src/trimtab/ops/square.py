@@ -58,7 +58,7 @@ class Square(Update):
 
     @property
     def times(self) -> int:
-        """How often the groups, side by side, are begun until ``out`` is full."""
+        """How often the groups are laid side by side until ``out`` is full; the last time perhaps only in part."""
         return math.ceil(self.out_features / (self.groups * self.side))
 
     def columns(self) -> Iterator[slice]:
@@ -154,8 +154,8 @@ class Square(Update):
         return Work(product, turning + each * self.times * self.in_features, turning + fold)
 
     def _parts(self, matrix: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, int, Tensor]]:
-        """``dV`` without its zeros: ``(columns, group, rows [k, columns])`` for the chunks that feed each group; turned
-        in full digits and then rounded to ``dtype``."""
+        """``dV`` without its zeros: ``(columns, group, rows [k, columns])`` for every chunk of the inputs and the group
+        that it feeds, computed in float32 or wider and then rounded to ``dtype``."""
         matrix = matrix.to(torch.promote_types(dtype, torch.float32))
         if not self.turn:
             times = math.ceil(self.in_features / self.side)
@@ -181,7 +181,7 @@ class Square(Update):
     def squared_norms(self, weight: Tensor, squares: Tensor, matrix: Tensor) -> Tensor:
         """``||W + dV||^2`` per row ``[out]``: ``||W||^2 + <2 W + dV, dV>`` over those columns where dV is not zero.
 
-        In the dtype of ``squares``, which is ``||W||^2`` computed once; never below zero, where rounding might take it.
+        Computed in the dtype of ``squares``, which is ``||W||^2``. Rounding cannot take it below zero.
         """
         total = squares.clone()
         for columns, group, part in self._parts(matrix, squares.dtype):
