@@ -76,12 +76,14 @@ def row_changes(before: Tensor, after: Tensor, axis: Axis = "output") -> tuple[T
             f"weight_change: expected two weights of one shape [out, in], got {list(before.shape)} and "
             f"{list(after.shape)}"
         )
-    square_before, square_after = squared_norms(before, axis), squared_norms(after, axis)
-    dots = []
-    for block in row_blocks(*before.shape):
-        products = before[block].double() * after[block].double()
-        dots.append(products.sum(1 if axis == "output" else 0))
-    dot = torch.cat(dots) if axis == "output" else torch.stack(dots).sum(0)
+
+    def products(one: Tensor, other: Tensor) -> Tensor:
+        blocks = row_blocks(*one.shape)
+        sums = [(one[block].double() * other[block].double()).sum(1 if axis == "output" else 0) for block in blocks]
+        return torch.cat(sums) if axis == "output" else torch.stack(sums).sum(0)
+
+    # All three are summed in the same way, so that a row that did not change has a cosine of exactly 1.
+    square_before, square_after, dot = products(before, before), products(after, after), products(before, after)
     length = (square_before * square_after).sqrt()
     cosine = torch.where(length > 0, dot / length.clamp_min(torch.finfo(torch.float64).tiny), torch.zeros_like(dot))
     still = (square_before == 0) & (square_after == 0)
