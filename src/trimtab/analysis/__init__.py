@@ -1,1 +1,1 @@
-"""What tuning did to a model: weights of a tuned model against those of its base."""
+"""Compares the weights of a tuned model with those of its base."""

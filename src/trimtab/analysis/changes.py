@@ -2,9 +2,9 @@
 
     dM = mean |m_t - m_0|        dD = mean (1 - cos(V_t, W_0))        over the rows of a weight
 
-Source: DoRA (arXiv 2402.09353, section 3.2), where the correlation of the two tells full fine-tuning (they trade
-against each other) from LoRA (they move together). Beside them stand how large the update is, how many directions it
-has, and which rows moved most. Weights are read one at a time.
+Source: DoRA (arXiv 2402.09353, section 3.2), where the correlation of the two tells full fine-tuning (negative) from
+LoRA (positive). The size and the effective rank of the update, and the rows that moved most, are computed as well.
+Weights are read one at a time.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ KEPT_SINGULAR_VALUES = 16
 
 @dataclass(frozen=True)
 class Extreme:
-    """The row of a weight in which something is largest."""
+    """The row of a weight with the largest value of some measure, and that value."""
 
     row: int
     value: float
@@ -41,7 +41,7 @@ class Extreme:
 
 @dataclass(frozen=True)
 class Change:
-    """One weight in one tuned state against the base."""
+    """One weight of one tuned state, compared with the base."""
 
     tuned: str
     """The folder that the user named."""
@@ -54,21 +54,21 @@ class Change:
     """The last part of the module's name, such as q_proj."""
     block: int | None
     norm: float
-    """Root mean square of the norms of the base's rows: ``||W_0|| / sqrt(out)``, Frobenius."""
+    """Root mean square of the norms of the base's rows: ``||W_0|| / sqrt(out)``, with the Frobenius norm."""
     delta_magnitude: float
     """dM."""
     delta_direction: float
     """dD."""
     relative: float
-    """``||W_t - W_0|| / ||W_0||``, Frobenius."""
+    """``||W_t - W_0|| / ||W_0||``, with the Frobenius norm."""
     most_grown: Extreme
     """The largest ``|m_t - m_0|``."""
     most_turned: Extreme
     """The largest ``1 - cos``."""
     effective_rank: float | None
-    """``exp`` of the entropy of the update's normalised singular values (Roy and Vetterli 2007); None: not asked."""
+    """Of the update; None if singular values were not asked for."""
     singular_values: tuple[float, ...]
-    """The largest of the update, in falling order."""
+    """The largest of the update, in descending order."""
 
 
 def analyse(
@@ -80,15 +80,15 @@ def analyse(
     progress: Callable[[int, int], None] | None = None,
     note: Callable[[str], None] | None = None,
 ) -> Iterator[Change]:
-    """Every changed weight of every state in ``tuned``, in order.
+    """Yield every changed weight of every state in ``tuned``, in order.
 
     Args:
         base: the model that was tuned.
         tuned: model folders, adapters or runs.
         match: glob over module names.
-        spectra: compute singular values, too; of a large weight that takes longer than all else.
+        spectra: also compute singular values, which takes most of the time on large weights.
         progress: called with the number of weights done and of all.
-        note: is told, once for each of ``tuned``, what of it is left out.
+        note: called with a sentence about what is left out, once for each of ``tuned``.
 
     Raises:
         ModelError: a folder is no tuned form of the base, or no weight matches.
@@ -115,11 +115,14 @@ def analyse(
 
 
 def _layers(base: Source) -> dict[str, bases.WeightBase]:
-    """Every layer that a base knows, but the output head, by name."""
+    """Every layer of a kind that a base knows, except the output head, by name."""
     model = empty_model(base)
     head = model.get_output_embeddings()
-    found = {name: bases.find(module) for name, module in model.named_modules() if module is not head}
-    return {name: handle for name, handle in found.items() if handle is not None}
+    return {
+        name: handle
+        for name, module in model.named_modules()
+        if module is not head and (handle := bases.find(module)) is not None
+    }
 
 
 @torch.no_grad()
@@ -155,8 +158,11 @@ def _extreme(values: Tensor) -> Extreme:
 
 
 def _singular_values(update: Tensor) -> Tensor:
-    """All singular values of ``update [out, in]``, falling: from the smaller Gram matrix, whose eigenvalues are their
-    squares. What lies below 1e-8 of the largest is rounding there and comes out as 0."""
+    """All singular values of ``update [out, in]``, in descending order.
+
+    They are the roots of the eigenvalues of the smaller Gram matrix, which is faster than a decomposition. Values below
+    1e-8 of the largest are lost in its rounding, and are set to 0.
+    """
     gram = update @ update.t() if update.shape[0] <= update.shape[1] else update.t() @ update
     squares = torch.linalg.eigvalsh(gram).flip(0)
     return torch.where(squares > 1e-16 * squares[0], squares, 0.0).clamp_min(0).sqrt()
@@ -175,5 +181,5 @@ def effective_rank(singular_values: Tensor) -> float:
 
 
 def correlation(changes: Sequence[Change]) -> float | None:
-    """Pearson's correlation of dM and dD over ``changes``; None for fewer than three, or where one does not vary."""
+    """Pearson's correlation of dM and dD over ``changes``; None as in `pearson`."""
     return pearson([one.delta_magnitude for one in changes], [one.delta_direction for one in changes])

@@ -1,4 +1,4 @@
-"""The weights of something tuned, whatever form it is in: a model folder, an adapter, or every checkpoint of a run."""
+"""The tuned weights in a model folder, in an adapter, or in every checkpoint of a run."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Tuned:
     """One state of tuned weights.
 
     Attributes:
-        label: what to call it: the name of its folder.
-        step: the training step it was saved at; None if unknown.
-        methods: of each module that it may have changed, the method.
-        dtype: what the base weights were rounded to before they were tuned; None: as stored.
+        label: the name of its folder.
+        step: the training step at which it was saved; None if unknown.
+        methods: the method of each module that may have changed.
+        dtype: what the base weights were rounded to before tuning; None if they were used as stored.
         weight: the tuned weight ``[out, in]`` of a module, given its name and the base's weight ``[out, in]``.
         left_out: modules whose adapter changes no weight.
     """
@@ -39,10 +39,10 @@ class Tuned:
 
 
 def find_tuned(place: Path, layers: dict[str, bases.WeightBase]) -> list[Tuned]:
-    """The states in ``place``, the earliest first; ``layers`` are the modules of the base that hold weights.
+    """The states in ``place``, the earliest first; ``layers`` are the layers of the base.
 
     Raises:
-        ModelError: it is none of the three forms, has a module that the base has not, or changes no weight.
+        ModelError: ``place`` is none of the three, has a module that the base lacks, or changes no weight.
         AdapterError: an adapter in it cannot be read.
     """
     run = RunFolder(place)
@@ -62,12 +62,12 @@ def find_tuned(place: Path, layers: dict[str, bases.WeightBase]) -> list[Tuned]:
 def _of_run(run: RunFolder, layers: dict[str, bases.WeightBase]) -> list[Tuned]:
     summary = run.read_summary()
     dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(summary.get("precision", ""))
-    found = [_of_adapter(folder, folder.name, step, dtype, layers) for step, folder in run.complete_checkpoints()]
+    states = [_of_adapter(folder, folder.name, step, dtype, layers) for step, folder in run.complete_checkpoints()]
     if run.has_adapter:
-        found.append(_of_adapter(run.adapter, "adapter", summary.get("steps"), dtype, layers))
-    if not found:
+        states.append(_of_adapter(run.adapter, "adapter", summary.get("steps"), dtype, layers))
+    if not states:
         raise ModelError(f"{run.path}: this run has neither checkpoints nor an adapter yet.")
-    return found
+    return states
 
 
 def _of_folder(place: Path, layers: dict[str, bases.WeightBase]) -> Tuned:
@@ -77,10 +77,10 @@ def _of_folder(place: Path, layers: dict[str, bases.WeightBase]) -> Tuned:
         raise ModelError(f"{place}: none of the base's {len(layers)} weights is in it; it is another model.")
 
     def weight(name: str, base: Tensor) -> Tensor:
-        found = layers[name].as_stored(weights[f"{name}.weight"])
-        if found.shape != base.shape:
-            raise ModelError(f"{place}: {name} is {list(found.shape)}, the base's is {list(base.shape)}.")
-        return found
+        own = layers[name].as_stored(weights[f"{name}.weight"])
+        if own.shape != base.shape:
+            raise ModelError(f"{place}: {name} is {list(own.shape)}, the base's is {list(base.shape)}.")
+        return own
 
     # Without an adapter, the weights themselves were trained.
     method = next(name for name in methods.names("weight") if methods.method_class(name).trains_base)
@@ -91,10 +91,10 @@ def _of_adapter(
     place: Path, label: str, step: int | None, dtype: torch.dtype | None, layers: dict[str, bases.WeightBase]
 ) -> Tuned:
     whole = read_adapter(place)
-    stored = {name: one for name, one in whole.items() if methods.method_class(one.method).sits_on == "weight"}
+    stored = {name: entry for name, entry in whole.items() if methods.method_class(entry.method).sits_on == "weight"}
     if not stored:
-        said = ", ".join(sorted({entry.method for entry in whole.values()}))
-        raise ModelError(f"{place}: all of its {len(whole)} adapters ({said}) sit on blocks and change no weight.")
+        kinds = ", ".join(sorted({entry.method for entry in whole.values()}))
+        raise ModelError(f"{place}: all of its {len(whole)} adapters ({kinds}) sit on blocks and change no weight.")
     missing = [name for name in stored if name not in layers]
     if missing:
         raise ModelError(
@@ -105,19 +105,19 @@ def _of_adapter(
     def weight(name: str, base: Tensor) -> Tensor:
         return _effective(place, name, stored[name], base)
 
-    kinds = {name: entry.method for name, entry in stored.items()}
+    used = {name: entry.method for name, entry in stored.items()}
     left_out = tuple(name for name in whole if name not in stored)
-    return Tuned(label, step, methods=kinds, dtype=dtype, weight=weight, left_out=left_out)
+    return Tuned(label, step, methods=used, dtype=dtype, weight=weight, left_out=left_out)
 
 
 @torch.no_grad()
 def _effective(place: Path, name: str, stored: StoredAdapter, weight: Tensor) -> Tensor:
-    """``m (W + dV) / ||W + dV|| [out, in]`` in float64 for the stored adapter of one module."""
+    """The effective weight ``[out, in]`` of one module in float64."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     layer.weight = nn.Parameter(weight, requires_grad=False)
     base = bases.find(layer)
     assert base is not None
-    with torch.random.fork_rng(devices=[]):  # a method draws its start, which is overwritten here
+    with torch.random.fork_rng(devices=[]):  # a method draws its initial values, which are overwritten below
         method = methods.method_class(stored.method)(base, stored.options)
     expected = {key: value.shape for key, value in method.named_parameters()}
     if expected != {key: value.shape for key, value in stored.tensors.items()}:
