@@ -78,7 +78,7 @@ def test_a_run_is_loaded_with_its_adapter(folder: Path, expected: dict[str, torc
 
     run = load_run(folder / "run")
     torch.testing.assert_close(logits(run.model, expected["ids"]), expected["run"], **TOLERANCE)
-    assert run.folder.read_summary()["best_step"] == 6
+    assert run.folder.read_summary().best_step == 6
 
 
 def test_a_run_is_evaluated_to_the_same_figures(folder: Path) -> None:
@@ -89,7 +89,7 @@ def test_a_run_is_evaluated_to_the_same_figures(folder: Path) -> None:
     was = read_json(BEFORE / "run" / "evaluation" / "harbour.after.json")
     now = read_json(folder / "run" / "evaluation" / "harbour.after.json")
     assert list(now) == list(was)
-    assert now == results[0]
+    assert now == results[0].plain()
     for key in was.keys() - {"seconds", "perplexity"}:
         assert now[key] == was[key], key
     assert now["perplexity"] == pytest.approx(was["perplexity"], rel=1e-4)
@@ -119,7 +119,7 @@ def test_an_interrupted_run_goes_on_to_what_the_whole_run_came_to(
     from trimtab.training.run import finetune
 
     done = finetune(config_of(folder, "interrupted"), resume=True)
-    summary, whole = done.read_summary(), read_json(BEFORE / "run" / "summary.json")
+    summary, whole = read_json(done.summary), read_json(BEFORE / "run" / "summary.json")
     assert list(summary) == list(whole)
     timed = {"created", "training_seconds", "total_seconds", "peak_memory_gib", "machine", "versions"}
     timed |= {"model", "adapter_bytes"}  # the adapter names the model by its path

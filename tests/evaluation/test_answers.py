@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 
 from evaluation_cases import example
 from trimtab.evaluation import answers
+from trimtab.evaluation.evaluate import RECORDS
 from trimtab.evaluation.generation import Generated
+from trimtab.metrics import measure, word_f1
 
 SENTIMENT = ["negative", "neutral", "positive"]
 LEVELS = ["strong negative", "mildly negative", "neutral", "mildly positive", "strong positive"]
@@ -16,6 +20,13 @@ LEVELS = ["strong negative", "mildly negative", "neutral", "mildly positive", "s
 def written(*texts: str) -> list[Generated]:
     """Texts as a model writes them."""
     return [Generated(text, usable=bool(text)) for text in texts]
+
+
+def as_files(judged: answers.Judged) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The figures and details of a result, and its predictions, as their files hold them."""
+    figures = measure(judged.kind, judged.outcomes)
+    result = RECORDS[judged.kind](kind=judged.kind, rows=len(judged.rows), figures=figures, **judged.details).plain()
+    return result, [row.plain() for row in judged.rows]
 
 
 @pytest.mark.parametrize(
@@ -70,7 +81,7 @@ def test_metrics_of_written_labels() -> None:
     texts = ["negative", "neutral", "positive", "positive", "no idea", "negative or positive", "neutral.", "???"]
     said = ["negative", "neutral", "positive", "positive", "", "", "neutral", ""]
     rows = [example("News: x\nAnswer: ", label, number) for number, label in enumerate(truth, 1)]
-    result, predictions = answers.labels(rows, written(*texts), known=SENTIMENT)
+    result, predictions = as_files(answers.labels(rows, written(*texts), known=SENTIMENT))
 
     assert result["kind"] == "choice"
     assert result["choices"] == SENTIMENT
@@ -92,7 +103,7 @@ def test_metrics_of_written_labels() -> None:
 
 def test_a_label_that_never_occurs_counts_in_the_macro_average() -> None:
     rows = [example("x ", "positive"), example("y ", "positive", 2)]
-    result, _ = answers.labels(rows, written("positive", "positive"), known=SENTIMENT)
+    result, _ = as_files(answers.labels(rows, written("positive", "positive"), known=SENTIMENT))
     assert (result["accuracy"], result["weighted_f1"], result["unusable"]) == (1, 1, 0)
     assert result["macro_f1"] == pytest.approx(1 / 3)
 
@@ -102,7 +113,7 @@ def test_several_labels_are_counted_one_by_one() -> None:
     truth = ["Debt,Goodwill,Revenues,Debt", "SharePrice, Debt", "Goodwill"]
     texts = ["Debt, Revenues, revenues", "1. SharePrice\n2. Debt", "Assets,Goodwill,Debt"]
     rows = [example("tags: ", label, number) for number, label in enumerate(truth, 1)]
-    result, predictions = answers.labels(rows, written(*texts), known=known, several=True)
+    result, predictions = as_files(answers.labels(rows, written(*texts), known=known, several=True))
     flat = ["Debt", "Goodwill", "Revenues", "Debt", "SharePrice", "Debt", "Goodwill"]
     said = ["Debt", "Revenues", "Revenues", "", "SharePrice", "Debt", ""]  # the fourth is missing, "Assets" unknown
     assert result["answers"] == 7
@@ -131,7 +142,7 @@ def test_several_labels_are_counted_one_by_one() -> None:
     ],
 )
 def test_numbers(text: str, true: str, correct: bool, usable: bool) -> None:
-    result, (row,) = answers.numbers([example("x ", true)], written(text))
+    result, (row,) = as_files(answers.numbers([example("x ", true)], written(text)))
     assert (row["correct"], row["usable"]) == (correct, usable)
     assert (result["exact_match"], result["unusable"]) == (correct, not usable)
 
@@ -139,16 +150,21 @@ def test_numbers(text: str, true: str, correct: bool, usable: bool) -> None:
 def test_formulas_match_but_for_white_space() -> None:
     rows = [example("x ", "(us-gaap:Revenues - us-gaap:Costs) / 2", number) for number in (1, 2, 3)]
     texts = ("(us-gaap:Revenues-us-gaap:Costs)/2\nso", "us-gaap:Revenues / 2", "")
-    result, found = answers.formulas(rows, written(*texts))
+    result, found = as_files(answers.formulas(rows, written(*texts)))
     assert [row["correct"] for row in found] == [True, False, False]
-    assert result == {"kind": "generation", "exact_match": pytest.approx(1 / 3), "unusable": pytest.approx(1 / 3)}
+    assert result == {
+        "kind": "generation",
+        "rows": 3,
+        "exact_match": pytest.approx(1 / 3),
+        "unusable": pytest.approx(1 / 3),
+    }
 
 
 def test_words_in_common() -> None:
     # 2 of 3 and of 4 words: precision 2/3, recall 1/2.
-    assert answers.word_f1("The net debt", "a debt, net of cash") == pytest.approx(2 * 2 / (3 + 5))
-    assert answers.word_f1("debt debt", "Debt!") == pytest.approx(2 / 3)
-    assert answers.word_f1("", "") == 1
+    assert word_f1("The net debt", "a debt, net of cash") == pytest.approx(2 * 2 / (3 + 5))
+    assert word_f1("debt debt", "Debt!") == pytest.approx(2 / 3)
+    assert word_f1("", "") == 1
     rows = [example("x ", "net debt"), example("y ", "cash", 2)]
-    result, _ = answers.texts(rows, written("net debt", ""))
+    result, _ = as_files(answers.texts(rows, written("net debt", "")))
     assert (result["word_f1"], result["exact_match"], result["unusable"]) == (0.5, 0.5, 0.5)

@@ -14,7 +14,8 @@ from evaluation_cases import example, gpt2, llama
 from trimtab.data.rows import Example
 from trimtab.data.tokens import encode
 from trimtab.errors import ModelError
-from trimtab.evaluation.evaluate import perplexity, token_loss
+from trimtab.evaluation.evaluate import checked, token_loss
+from trimtab.metrics import Outcomes, measure
 from trimtab.tasks import Head
 
 Make = Callable[..., list[Example]]
@@ -50,13 +51,13 @@ def test_weighs_tokens_and_not_rows(make: Any, batch_size: int, tokenizer: Any, 
 
 
 def test_the_mean_is_of_tokens() -> None:
-    assert perplexity(6.0, 3) == pytest.approx(math.exp(2.0))
+    assert measure("perplexity", Outcomes(loss=6.0, tokens=3))["perplexity"] == pytest.approx(math.exp(2.0))
 
 
 def test_no_float_is_too_small_for_a_bad_model() -> None:
-    assert math.isfinite(perplexity(1e6, 1))
+    assert math.isfinite(measure("perplexity", Outcomes(loss=1e6, tokens=1))["perplexity"])
     with pytest.raises(ModelError, match="nan, not a number"):
-        perplexity(math.nan, 3)
+        checked(math.nan, 3)
 
 
 def test_a_limit_cuts_rows(tokenizer: Any) -> None:

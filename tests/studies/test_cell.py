@@ -43,7 +43,7 @@ def test_a_cell_gives_what_the_run_gives_and_leaves_one_file(
     run = finetune(make_config("plain", **settings))
     summary = run.read_summary()
     for key in ("trainable_parameters", "total_parameters", "steps", "epochs", "train_rows", "status", "best_step"):
-        assert found[key] == summary[key]
+        assert found[key] == getattr(summary, key)
     for key, stage in (("tests", "after"), ("before", "before")):
         want = read_json(run.evaluation("harbour", stage))
         predictions = read_jsonl(run.path / "predictions" / f"harbour.{stage}.jsonl")
@@ -51,9 +51,9 @@ def test_a_cell_gives_what_the_run_gives_and_leaves_one_file(
         assert mine.pop("correct") == "".join(str(int(row["correct"])) for row in predictions)
         assert {**mine, "seconds": 0} == {**want, "seconds": 0}
     assert [row["loss"] for row in found["validation"]] == [
-        row["loss"] for row in run.read_metrics() if row["kind"] == "validation"
+        row.loss for row in run.read_metrics() if row.kind == "validation"
     ]
-    assert found["kept"]["step"] == summary["best_step"]
+    assert found["kept"]["step"] == summary.best_step
     assert 0 < found["training_seconds"] < found["total_seconds"]
     assert len(listener.column("loss")) == found["steps"]  # heard across the processes
     assert [file.name for file in config.output.rglob("*")] == ["cell.json"]

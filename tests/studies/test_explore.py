@@ -156,7 +156,7 @@ def test_a_search_and_its_best_plan(make_search: Make, in_process: list[str], tm
     assert loaded.output == Path.cwd() / "runs" / f"{folder.name}-best"
     assert list(loaded.data.test) == ["test"]
     run = finetune(loaded.model_copy(update={"output": tmp_path / "again"}))
-    assert min(row["loss"] for row in run.read_metrics() if row["kind"] == "validation") == best["score"]
+    assert min(row.loss for row in run.read_metrics() if row.kind == "validation") == best["score"]
     assert run.evaluation("test", "after").is_file()
 
     # The confirmation: the two best plans, two new seeds, on the test rows.
@@ -228,8 +228,8 @@ def test_a_pruned_run_is_left_in_order(make_search: Make, in_process: list[str],
     (row,) = [row for row in found_in(folder)["trials"] if row["state"] == "pruned"]
     assert [step for step, _ in row["validations"]] == [1]
     run = RunFolder(folder / "trials" / in_process[-1] / "run")
-    assert run.read_summary()["status"] == "interrupted"
-    assert [line["step"] for line in run.read_metrics() if line["kind"] == "validation"] == [1]
+    assert run.read_summary().status == "interrupted"
+    assert [line.step for line in run.read_metrics() if line.kind == "validation"] == [1]
     assert not run.checkpoints.exists()
     assert run.report.is_file()
 

@@ -104,7 +104,7 @@ def test_the_run_folder(make_config: Callable[..., Any], tmp_path: Path, model_f
         assert (expected - bare(IDS).logits).abs().max() > 0.1  # it learned something
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     result = read_json(folder.evaluation("harbour", "after"))
-    again = measure(str(folder.path), [])[1][0]
+    again = measure(str(folder.path), [])[1][0].plain()
     assert {key: again[key] for key in ("accuracy", "confusion", "rows")} == {
         key: result[key] for key in ("accuracy", "confusion", "rows")
     }
@@ -114,7 +114,7 @@ def test_validation_from_a_file(make_config: Callable[..., Any], tmp_path: Path)
     held = write_rows(tmp_path / "held.jsonl", rows(7))
     folder = finetune(make_config(data={"validation": str(held)}))
     summary = folder.read_summary()
-    assert (summary["train_rows"], summary["validation_rows"], summary["best_step"]) == (24, 7, 6)
+    assert (summary.train_rows, summary.validation_rows, summary.best_step) == (24, 7, 6)
 
 
 def test_fewer_rows_are_the_same_ones_whatever_the_seed(make_config: Callable[..., Any]) -> None:
@@ -143,7 +143,7 @@ def test_every_form_of_rows(make_config: Callable[..., Any], tmp_path: Path, for
     assert kind == {"text": "perplexity", "multiple_choice": "multiple_choice"}.get(form, "choice")
     assert any(f"'{form}'" in note for note in listener.notes)
     assert len(listener.column("loss")) == 2
-    assert folder.read_summary()["status"] == "finished"
+    assert folder.read_summary().status == "finished"
 
 
 def test_open_answers_are_generated(make_config: Callable[..., Any], tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def test_open_answers_are_generated(make_config: Callable[..., Any], tmp_path: P
     validation = [row for row in read_jsonl(folder.metrics) if row["kind"] == "validation"]
     assert validation[0].keys() == {"kind", "step", "epoch", "loss", "seconds"}
     # Measured again as in the run, though the answers of these rows alone could pass for anything.
-    assert measure(str(folder.path), [])[1][0]["rows"] == 4
+    assert measure(str(folder.path), [])[1][0].rows == 4
 
 
 def test_the_validation_loss_is_that_of_the_rows(make_config: Callable[..., Any], tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ def test_bfloat16_and_float32(make_config: Callable[..., Any]) -> None:
     for precision in ("bfloat16", "float32"):
         listener = Kept()
         folder = finetune(make_config(precision, train={"precision": precision, "max_steps": 3}), listener=listener)
-        assert folder.read_summary()["precision"] == precision
+        assert folder.read_summary().precision == precision
         assert load_run(folder.path).model.dtype == getattr(torch, precision)
         losses[precision] = listener.column("loss")
     # bfloat16 has 8 bits of mantissa: losses agree to a few percent, and never to the last digit.
@@ -224,7 +224,7 @@ def test_a_model_too_large_for_the_memory(make_config: Callable[..., Any], monke
     monkeypatch.setenv("TRIMTAB_MEMORY_GIB", "0.00001")
     with pytest.raises(ModelError, match=r"Training .* needs about .*free.*TRIMTAB_MEMORY_GIB"):
         finetune(config, overwrite=True)
-    assert folder.read_summary()["status"] == "finished"  # the old run is untouched
+    assert folder.read_summary().status == "finished"  # the old run is untouched
     with pytest.raises(ModelError, match=r"Loading .* needs about"):
         load_run(folder.path)
 
@@ -268,8 +268,8 @@ def test_rows_with_choices_of_their_own(make_config: Callable[..., Any], tmp_pat
     validation = [row for row in read_jsonl(folder.metrics) if row["kind"] == "validation"]
     assert validation[0].keys() == {"kind", "step", "epoch", "loss", "accuracy", "seconds"}
     best = max(validation, key=lambda row: (row["accuracy"], -row["loss"]))
-    assert folder.read_summary()["best_step"] == best["step"]
-    again = measure(str(folder.path), [])[1][0]
+    assert folder.read_summary().best_step == best["step"]
+    again = measure(str(folder.path), [])[1][0].plain()
     assert (again["kind"], again["accuracy"]) == ("multiple_choice", after["accuracy"])
     assert "guessing would give 33.3 %" in folder.report.read_text()
 

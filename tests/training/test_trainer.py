@@ -254,7 +254,7 @@ def test_the_best_adapter_is_kept(
     folder = finetune(
         make_config(count=30, data={"validation": 0.2}, train={"epochs": 3, "keep_checkpoints": 9}), listener=listener
     )
-    assert folder.read_summary()["best_step"] == best
+    assert folder.read_summary().best_step == best
     assert listener.column("step", "validation") == [6, 12, 18]
     assert any(f"step {best}" in note for note in listener.notes)
     kept = load_file(folder.adapter / "adapter_model.safetensors")
@@ -272,7 +272,7 @@ def test_the_last_adapter_is_kept_where_the_best_is_not_wanted(
     kept = load_file(folder.adapter / "adapter_model.safetensors")
     last = load_file(folder.checkpoints / "checkpoint-12" / "adapter_model.safetensors")
     assert all(torch.equal(kept[name], last[name]) for name in kept)
-    assert folder.read_summary()["best_step"] is None
+    assert folder.read_summary().best_step is None
 
 
 def test_early_stopping(make_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,7 +280,7 @@ def test_early_stopping(make_config: Callable[..., Any], monkeypatch: pytest.Mon
     config = make_config(count=30, data={"validation": 0.2}, train={"epochs": 5, "early_stopping": 2})
     folder = finetune(config)
     summary = folder.read_summary()
-    assert (summary["status"], summary["steps"], summary["best_step"]) == ("finished", 24, 12)
+    assert (summary.status, summary.steps, summary.best_step) == ("finished", 24, 12)
 
 
 def test_validation_by_steps_includes_the_last_step(make_config: Callable[..., Any]) -> None:

@@ -15,6 +15,7 @@ from trimtab.adapters.store import read_adapter
 from trimtab.errors import AdapterError, ModelError
 from trimtab.models.tensors import Weights
 from trimtab.runs.folder import RunFolder
+from trimtab.runs.records import Summary
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,11 @@ def find_tuned(place: Path, layers: dict[str, bases.WeightBase]) -> list[Tuned]:
 
 
 def _of_run(run: RunFolder, layers: dict[str, bases.WeightBase]) -> list[Tuned]:
-    summary = run.read_summary()
-    dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(summary.get("precision", ""))
+    summary = run.read_summary() or Summary()
+    dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(summary.precision or "")
     states = [_of_adapter(folder, folder.name, step, dtype, layers) for step, folder in run.complete_checkpoints()]
     if run.has_adapter:
-        states.append(_of_adapter(run.adapter, "adapter", summary.get("steps"), dtype, layers))
+        states.append(_of_adapter(run.adapter, "adapter", summary.steps, dtype, layers))
     if not states:
         raise ModelError(f"{run.path}: this run has neither checkpoints nor an adapter yet.")
     return states

@@ -26,6 +26,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from trimtab import metrics
 from trimtab.config.yaml_text import show
 from trimtab.data import forms
 from trimtab.errors import nearest
@@ -256,7 +257,7 @@ class TrainConfig(Section):
     validate_every: Annotated[Literal["epoch"] | int | float, BeforeValidator(_validate_every)] = Field(
         "epoch", description="When to validate: epoch, a number of steps, or a fraction of all steps below 1."
     )
-    metric: Literal["auto", "loss", "accuracy", "macro_f1"] = Field(
+    metric: Annotated[str, AfterValidator(one_of(lambda: ["auto", *metrics.choosing()]))] = Field(
         "auto", description="What decides which step was best. auto: accuracy where answers are closed, else loss."
     )
     keep_best: bool = Field(True, description="End with the adapter of the best validation, not of the last step.")

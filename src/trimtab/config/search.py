@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from trimtab import metrics
 from trimtab.config.read import build_config, parse_override, read_mapping, set_dotted, to_mapping, validated
 from trimtab.config.run import RunConfig, Section
 from trimtab.config.yaml_text import show, write_yaml
@@ -132,7 +133,8 @@ class ExploreConfig(Section):
             raise ValueError("base.data.validation: is null, but plans are chosen by their score on validation rows")
         if self.base.train.metric == "auto":
             raise ValueError(
-                "base.train.metric: name what is to be improved: accuracy or macro_f1 (closed answers), or loss"
+                "base.train.metric: name what is to be improved: "
+                f"{' or '.join(metrics.choosing('choice')[1:])} (closed answers), or loss"
             )
         if self.outer is not None and self.groups:
             raise ValueError("outer: belongs to the default groups, and groups names others; leave one out")

@@ -8,33 +8,51 @@ it is counted apart; it never becomes a class, so F1 is over the true labels alo
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
 
 from trimtab.data.rows import Example
+from trimtab.evaluation.closed_set import class_details
 from trimtab.evaluation.generation import Generated, same_answer
-from trimtab.evaluation.metrics import choice_metrics
+from trimtab.metrics import Kind, Outcomes
+from trimtab.runs.results import Prediction
 
-Outcome = tuple[dict[str, Any], list[dict[str, Any]]]
-"""A result without what all results have, and its predictions, one a row."""
 
-Judge = Callable[[Sequence[Example], Sequence[Generated]], Outcome]
-"""Makes an outcome of rows and of what was written to each."""
+@dataclass(frozen=True)
+class Judged:
+    """Rows with what the model made of each, from which a result is computed.
+
+    Attributes:
+        kind: of the result.
+        outcomes: what its metrics are computed from.
+        rows: a prediction for each.
+        details: the other fields of the result, by name.
+    """
+
+    kind: Kind
+    outcomes: Outcomes
+    rows: list[Prediction]
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+Judge = Callable[[Sequence[Example], Sequence[Generated]], Judged]
+"""Judges what was written to each of the rows."""
 
 _NUMBER = re.compile(r"[-+]?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
 
 
-def prediction(index: int, example: Example, predicted: str, correct: bool) -> dict[str, Any]:
-    """What every prediction says of its row."""
-    return {
-        "row": index + 1,
-        "prompt": example.prompt,
-        "answer": example.answer,
-        "predicted": predicted,
-        "correct": correct,
-    }
+def prediction(index: int, example: Example, predicted: str, correct: bool, **more: Any) -> Prediction:
+    """The prediction of the row at ``index``."""
+    return Prediction(
+        row=index + 1,
+        prompt=example.prompt,
+        answer=str(example.answer),
+        predicted=predicted,
+        correct=correct,
+        **more,
+    )
 
 
 def label_reader(labels: Sequence[str]) -> Callable[[str], str | None]:
@@ -54,48 +72,44 @@ def label_reader(labels: Sequence[str]) -> Callable[[str], str | None]:
     return read
 
 
-def exact(examples: Sequence[Example], answers: Sequence[Generated]) -> Outcome:
+def exact(examples: Sequence[Example], answers: Sequence[Generated]) -> Judged:
     """Open answers: the whole text must match. Unusable: empty, or without an end."""
-    rows = [
-        {
-            **prediction(index, example, answer.text, same_answer(answer.text, str(example.answer))),
-            "usable": answer.usable,
-        }
+    return _open(
+        prediction(index, example, answer.text, same_answer(answer.text, str(example.answer)), usable=answer.usable)
         for index, (example, answer) in enumerate(zip(examples, answers, strict=True))
-    ]
-    return _open(rows), rows
+    )
 
 
 def labels(
     examples: Sequence[Example], answers: Sequence[Generated], *, known: Sequence[str], several: bool = False
-) -> Outcome:
+) -> Judged:
     """Labels of a closed set ``known``, one a row, or ``several``, separated by commas (or line by line).
 
-    Of several, answer by answer is counted: what is missing is unusable, what is too much is not looked at.
+    Of several, answer by answer is counted: one that is missing is unusable, and any beyond the true number is ignored.
     """
     read = label_reader(known)
     truth: list[str] = []
-    found: list[str | None] = []
+    labels_read: list[str | None] = []
     rows = []
     for index, (example, answer) in enumerate(zip(examples, answers, strict=True)):
         true = parts(str(example.answer)) if several else [str(example.answer)]
         said = [read(part) for part in (parts(answer.text) if several else [answer.text])][: len(true)]
         said += [None] * (len(true) - len(said))
-        row = prediction(index, example, answer.text, said == true)
-        rows.append({**row, "usable": None not in said, "read": said if several else said[0]})
+        as_read = said if several else said[0]
+        rows.append(prediction(index, example, answer.text, said == true, usable=None not in said, read_as=as_read))
         truth += true
-        found += said
-    result = {
-        "kind": "choice",
-        **({"answers": len(truth)} if several else {}),
-        "choices": list(known),
-        **choice_metrics(truth, [label or "" for label in found], known),
-        "unusable": found.count(None) / len(found),
-    }
-    return result, rows
+        labels_read += said
+    outcomes = Outcomes(
+        truth=truth,
+        predicted=[label or "" for label in labels_read],
+        choices=list(known),
+        usable=[label is not None for label in labels_read],
+    )
+    counted = {"answers": len(truth)} if several else {}
+    return Judged("choice", outcomes, rows, {**counted, **class_details(outcomes)})
 
 
-def numbers(examples: Sequence[Example], answers: Sequence[Generated]) -> Outcome:
+def numbers(examples: Sequence[Example], answers: Sequence[Generated]) -> Judged:
     """The first number of the first line must have the value of the true one; signs of currency and commas do not
     count. Unusable: no number."""
 
@@ -106,7 +120,7 @@ def numbers(examples: Sequence[Example], answers: Sequence[Generated]) -> Outcom
     return _first_lines(examples, answers, same, lambda text: _number(text) is not None)
 
 
-def formulas(examples: Sequence[Example], answers: Sequence[Generated]) -> Outcome:
+def formulas(examples: Sequence[Example], answers: Sequence[Generated]) -> Judged:
     """The first line must match but for its white space and its case. Unusable: empty."""
 
     def same(text: str, true: str) -> bool:
@@ -115,19 +129,10 @@ def formulas(examples: Sequence[Example], answers: Sequence[Generated]) -> Outco
     return _first_lines(examples, answers, same, bool)
 
 
-def texts(examples: Sequence[Example], answers: Sequence[Generated]) -> Outcome:
+def texts(examples: Sequence[Example], answers: Sequence[Generated]) -> Judged:
     """Explanations: besides exact matches, the mean F1 over the words that the two texts share. Unusable: empty."""
-    result, rows = exact(examples, answers)
-    rows = [{**row, "usable": row["predicted"] != ""} for row in rows]
-    shares = [word_f1(row["predicted"], row["answer"]) for row in rows]
-    return {**result, **_open(rows), "word_f1": sum(shares) / len(shares)}, rows
-
-
-def word_f1(one: str, other: str) -> float:
-    """F1 of the words in common, counted as often as they stand in both; case and punctuation do not count."""
-    first, second = (Counter(re.findall(r"\w+", text.casefold())) for text in (one, other))
-    total = first.total() + second.total()
-    return 2 * (first & second).total() / total if total else 1.0
+    rows = exact(examples, answers).rows
+    return _open((row.changed(usable=row.predicted != "") for row in rows), explanations=True)
 
 
 def parts(text: str) -> list[str]:
@@ -140,21 +145,24 @@ def _first_lines(
     answers: Sequence[Generated],
     same: Callable[[str, str], bool],
     usable: Callable[[str], bool],
-) -> Outcome:
-    rows = []
-    for index, (example, answer) in enumerate(zip(examples, answers, strict=True)):
+) -> Judged:
+    def judged(index: int, example: Example, answer: Generated) -> Prediction:
         line = _first_line(answer.text)
-        row = prediction(index, example, answer.text, same(line, str(example.answer)))
-        rows.append({**row, "usable": usable(line)})
-    return _open(rows), rows
+        return prediction(index, example, answer.text, same(line, str(example.answer)), usable=usable(line))
+
+    return _open(judged(index, *pair) for index, pair in enumerate(zip(examples, answers, strict=True)))
 
 
-def _open(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    return {
-        "kind": "generation",
-        "exact_match": sum(row["correct"] for row in rows) / len(rows),
-        "unusable": sum(not row["usable"] for row in rows) / len(rows),
-    }
+def _open(predictions: Iterable[Prediction], *, explanations: bool = False) -> Judged:
+    rows = list(predictions)
+    outcomes = Outcomes(
+        truth=[row.answer for row in rows],
+        predicted=[row.predicted for row in rows],
+        correct=[row.correct for row in rows],
+        usable=[row.usable for row in rows],
+        explanations=explanations,
+    )
+    return Judged("generation", outcomes, rows)
 
 
 def _first_line(text: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -16,11 +16,21 @@ from trimtab.data.rows import Example
 from trimtab.data.tokens import IGNORED, encode_all
 from trimtab.errors import DataError, ModelError
 from trimtab.evaluation import answers
-from trimtab.evaluation.answers import Judge, Outcome, prediction
+from trimtab.evaluation.answers import Judge, Judged, prediction
 from trimtab.evaluation.choice import ChoiceScores, score_choices
+from trimtab.evaluation.closed_set import class_details
 from trimtab.evaluation.generation import generate_answers
-from trimtab.evaluation.metrics import choice_metrics
-from trimtab.files import write_json, write_jsonl
+from trimtab.files import write_jsonl
+from trimtab.metrics import Kind, Outcomes
+from trimtab.metrics import measure as compute_metrics
+from trimtab.runs.results import (
+    ChoiceResult,
+    GenerationResult,
+    MultipleChoiceResult,
+    PerplexityResult,
+    Prediction,
+    Result,
+)
 from trimtab.surgery.serving import evaluating
 from trimtab.tasks import Head
 
@@ -36,14 +46,31 @@ class Evaluation:
 
     Attributes:
         name: of the data set.
-        result: the figures, ready for JSON; ``kind`` says which there are: choice, multiple_choice, generation or
-            perplexity.
-        predictions: one row each, in the order of the examples; none for perplexity alone.
+        record: the figures; its ``kind`` says which there are.
+        rows: a prediction for each, in the order of the examples; none for perplexity alone.
     """
 
     name: str
-    result: dict[str, Any]
-    predictions: list[dict[str, Any]]
+    record: Result
+    rows: list[Prediction]
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """The record as its file holds it."""
+        return self.record.plain()
+
+    @property
+    def predictions(self) -> list[dict[str, Any]]:
+        """The rows as their file holds them."""
+        return [row.plain() for row in self.rows]
+
+
+RECORDS: dict[Kind, type[Result]] = {
+    "choice": ChoiceResult,
+    "multiple_choice": MultipleChoiceResult,
+    "generation": GenerationResult,
+    "perplexity": PerplexityResult,
+}
 
 
 def evaluate(
@@ -94,23 +121,27 @@ def evaluate(
     closed = closed_set(choices, examples)
     if (closed is not None or all(example.choices for example in examples)) and not generate:
         scored = score_choices(head, tokenizer, examples, closed, progress=progress, **settings)
-        result, predictions = _chosen(scored, examples, closed)
-        loss, tokens = scored.loss, scored.tokens
+        judged, loss, tokens = _chosen(scored, examples, closed), scored.loss, scored.tokens
     elif any(example.answer is None for example in examples):
         loss, tokens = token_loss(head, tokenizer, examples, progress=progress, **settings)
-        result, predictions = {"kind": "perplexity"}, []
+        judged = Judged("perplexity", Outcomes(), [], {"tokens": tokens})
     else:
         if closed is not None:
             judge = partial(answers.labels, known=closed)
         settings["progress"] = progress
         written = generate_answers(head, tokenizer, examples, max_new_tokens=max_new_tokens, **settings)
-        result, predictions = judge(examples, written)
+        judged = judge(examples, written)
         loss, tokens = token_loss(head, tokenizer, examples, **{**settings, "progress": None})
-    result["perplexity"] = perplexity(loss, tokens)
-    if result["kind"] == "perplexity":
-        result["tokens"] = tokens
-    kind = {"kind": result.pop("kind"), "dataset": name, "rows": len(examples)}
-    return Evaluation(name, {**kind, **result, "seconds": round(time.perf_counter() - started, 3)}, predictions)
+    outcomes = replace(judged.outcomes, loss=checked(loss, tokens), tokens=tokens)
+    record = RECORDS[judged.kind](
+        kind=judged.kind,
+        dataset=name,
+        rows=len(examples),
+        figures=compute_metrics(judged.kind, outcomes),
+        seconds=round(time.perf_counter() - started, 3),
+        **judged.details,
+    )
+    return Evaluation(name, record, judged.rows)
 
 
 def write(evaluation: Evaluation, folder: Path | str, stage: str) -> None:
@@ -121,37 +152,34 @@ def write(evaluation: Evaluation, folder: Path | str, stage: str) -> None:
         folder: the run folder; made if missing.
         stage: ``"before"`` or ``"after"``.
     """
-    write_json(Path(folder) / "evaluation" / f"{evaluation.name}.{stage}.json", evaluation.result)
-    if evaluation.predictions:
+    evaluation.record.write(Path(folder) / "evaluation" / f"{evaluation.name}.{stage}.json")
+    if evaluation.rows:
         write_jsonl(Path(folder) / "predictions" / f"{evaluation.name}.{stage}.jsonl", evaluation.predictions)
 
 
-def _chosen(scored: ChoiceScores, examples: Sequence[Example], closed: Sequence[str] | None) -> Outcome:
+def _chosen(scored: ChoiceScores, examples: Sequence[Example], closed: Sequence[str] | None) -> Judged:
     """What the scores of choices are worth: of those of a closed set, or with None of each row's own."""
-    predictions = []
-    for index, (example, best, scores) in enumerate(zip(examples, scored.best, scored.scores, strict=True)):
-        choices = closed if closed is not None else example.choices
-        row = prediction(index, example, choices[best], choices[best] == example.answer)
-        predictions.append({**row, "scores": _best_scores(choices, scores)})
+    sets = [closed if closed is not None else example.choices for example in examples]
+    rows = [
+        prediction(at, example, choices[best], choices[best] == example.answer, scores=_best_scores(choices, scores))
+        for at, (example, choices, best, scores) in enumerate(
+            zip(examples, sets, scored.best, scored.scores, strict=True)
+        )
+    ]
+    outcomes = Outcomes(truth=[row.answer for row in rows], predicted=[row.predicted for row in rows])
     if closed is not None:
-        truth = [str(example.answer) for example in examples]
-        metrics = choice_metrics(truth, [row["predicted"] for row in predictions], closed)
-        return {"kind": "choice", "choices": closed, **metrics}, predictions
-    by_length = zip(examples, scored.best_by_length, strict=True)
-    result = {
-        "kind": "multiple_choice",
-        "accuracy": sum(row["correct"] for row in predictions) / len(examples),
-        "accuracy_norm": sum(row.choices[best] == row.answer for row, best in by_length) / len(examples),
-        "chance": sum(1 / len(example.choices) for example in examples) / len(examples),
-    }
-    return result, predictions
+        outcomes = replace(outcomes, choices=closed)
+        return Judged("choice", outcomes, rows, class_details(outcomes))
+    by_length = [choices[best] for choices, best in zip(sets, scored.best_by_length, strict=True)]
+    chance = sum(1 / len(choices) for choices in sets) / len(sets)
+    return Judged("multiple_choice", replace(outcomes, by_length=by_length), rows, {"chance": chance})
 
 
 def _best_scores(choices: Sequence[str], scores: Sequence[float]) -> dict[str, float]:
     """The scores of all choices, in their order; of more than ``KEPT_SCORES``, of the best so many."""
-    found = {choice: round(score, 6) for choice, score in zip(choices, scores, strict=True)}
-    best = sorted(found, key=found.__getitem__, reverse=True)[:KEPT_SCORES]
-    return {choice: found[choice] for choice in best} if len(found) > KEPT_SCORES else found
+    rounded = {choice: round(score, 6) for choice, score in zip(choices, scores, strict=True)}
+    best = sorted(rounded, key=rounded.__getitem__, reverse=True)[:KEPT_SCORES]
+    return {choice: rounded[choice] for choice in best} if len(rounded) > KEPT_SCORES else rounded
 
 
 def token_loss(
@@ -192,18 +220,14 @@ def token_loss(
     return total, tokens
 
 
-def perplexity(loss: float, tokens: int) -> float:
-    """``exp(loss / tokens)``; at most ``exp(700)``, near the largest number that a float holds.
-
-    Raises:
-        ModelError: the loss is not a number.
-    """
+def checked(loss: float, tokens: int) -> float:
+    """``loss``, over that many tokens. Raises ModelError if it is not a number."""
     if not math.isfinite(loss):
         raise ModelError(
             f"The loss of the model over {tokens} tokens is {loss}, not a number. Its weights are damaged or its "
             "training diverged; train with a lower learning rate."
         )
-    return math.exp(min(loss / tokens, 700.0))
+    return loss
 
 
 def _limit(model: Any, max_length: int | None) -> int | None:

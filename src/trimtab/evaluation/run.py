@@ -22,6 +22,7 @@ from trimtab.models.locate import locate
 from trimtab.runs.events import Listener
 from trimtab.runs.folder import RunFolder
 from trimtab.runs.load import is_run, load_fitting, load_run_model
+from trimtab.runs.results import Result
 from trimtab.tasks import Head
 
 ELSEWHERE = Path("runs/evaluate")
@@ -43,7 +44,7 @@ def measure(
     limit: int | None = None,
     out: Path | None = None,
     listener: Listener | None = None,
-) -> tuple[Path, list[dict[str, Any]]]:
+) -> tuple[Path, list[Result]]:
     """Evaluate ``target``, a run folder or the name of a model, on the files ``data`` (default: the run's test sets).
 
     What is None is as in the run; for a model: the defaults of a run. Choices on other rows than the run's test sets:
@@ -98,7 +99,8 @@ def measure(
 
     folder = out or (run.path if run is not None and as_in_run else ELSEWHERE)
     stage = "after" if (run is not None and not base) or adapter is not None else "before"
-    known = run.read_summary().get("choices") if run is not None else None
+    summary = run.read_summary() if run is not None else None
+    known = summary.choices if summary is not None else None
     head = Head(model)
     results = []
     for name, examples in rows.items():
@@ -110,17 +112,17 @@ def measure(
         }
         if (task := named.get(name)) is not None:
             settings |= {"choices": choices, "limit": limit, "max_new_tokens": max_new_tokens}
-            found = evaluate_task(task, head, tokenizer, examples, **settings)
-            if swapped := found.result.get("relabelled"):
+            measured = evaluate_task(task, head, tokenizer, examples, **settings)
+            if swapped := measured.record.relabelled:
                 words = ", ".join(f"'{wrong}' is read as '{right}'" for wrong, right in swapped.items())
                 listener.note(f"the labels of {sets[name]} are permuted, as FinLoRA's script writes them: {words}")
         else:
             examples = examples[:limit]
             settings["choices"] = choices or (known if own_sets else _fitting_choices(examples, known))
             settings["max_new_tokens"] = max_new_tokens or said.max_new_tokens
-            found = evaluate(head, tokenizer, examples, name=name, **settings)
-        write(found, folder, stage)
-        results.append(found.result)
+            measured = evaluate(head, tokenizer, examples, name=name, **settings)
+        write(measured, folder, stage)
+        results.append(measured.record)
     return folder, results
 
 

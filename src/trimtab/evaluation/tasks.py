@@ -20,7 +20,8 @@ from trimtab.data.rows import Example
 from trimtab.errors import ConfigError, did_you_mean
 from trimtab.evaluation import answers
 from trimtab.evaluation.evaluate import Evaluation, evaluate
-from trimtab.evaluation.metrics import choice_metrics
+from trimtab.metrics import Outcomes, measure
+from trimtab.runs.results import Prediction, QuestionScore
 from trimtab.tasks import Head
 
 
@@ -143,7 +144,7 @@ def evaluate_task(
         "text": answers.texts,
     }
     scored = task.answers == "label" and not generate
-    found = evaluate(
+    measured = evaluate(
         head,
         tokenizer,
         examples[:limit],
@@ -154,12 +155,14 @@ def evaluate_task(
         max_new_tokens=max_new_tokens or task.max_new_tokens,
         **settings,
     )
-    extra: dict[str, Any] = {"task": task.name, "answered_by": "likelihood" if scored else "generation"}
+    more: dict[str, Any] = {"task": task.name, "answered_by": "likelihood" if scored else "generation"}
     if relabelled:
-        extra["relabelled"] = relabelled
+        more["relabelled"] = relabelled
     if task.question is not None and task.answers == "label":
-        extra |= _by_question(task.question, found.predictions, labels)
-    return replace(found, result={**found.result, **extra})
+        more["questions"] = questions = _by_question(task.question, measured.rows, labels)
+        mean = sum(question.figures["weighted_f1"] or 0.0 for question in questions) / len(questions)
+        more["figures"] = {**measured.record.figures, "mean_weighted_f1": mean}
+    return replace(measured, record=measured.record.changed(**more))
 
 
 def _labels_in(task: Task, examples: Sequence[Example]) -> list[str]:
@@ -182,17 +185,16 @@ def _with_answer(example: Example, answer: str) -> Example:
     return replace(example, text=text, answer=answer, trained=((len(example.prompt.rstrip(" ")), len(text)),))
 
 
-def _by_question(pattern: str, predictions: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> dict[str, Any]:
-    """Figures for each question that the prompts ask, and the plain mean of their weighted F1."""
-    groups: dict[str, list[Mapping[str, Any]]] = {}
+def _by_question(pattern: str, predictions: Sequence[Prediction], labels: Sequence[str]) -> list[QuestionScore]:
+    """The figures of each question that the prompts ask."""
+    groups: dict[str, list[Prediction]] = {}
     for row in predictions:
-        match = re.search(pattern, row["prompt"])
+        match = re.search(pattern, row.prompt)
         groups.setdefault(match[1] if match else "", []).append(row)
-    figures = []
+    scores = []
     for question, rows in groups.items():
-        said = [str(row.get("read", row["predicted"])) for row in rows]
-        metrics = choice_metrics([row["answer"] for row in rows], said, labels)
-        kept = {key: metrics[key] for key in ("accuracy", "macro_f1", "weighted_f1")}
-        figures.append({"question": question, "rows": len(rows), **kept})
-    mean = sum(entry["weighted_f1"] for entry in figures) / len(figures)
-    return {"questions": figures, "mean_weighted_f1": mean}
+        # What was written is read as a label; what was scored is one already.
+        said = [str(row.read_as if "read_as" in row.model_fields_set else row.predicted) for row in rows]
+        outcomes = Outcomes(truth=[row.answer for row in rows], predicted=said, choices=labels)
+        scores.append(QuestionScore(question=question, rows=len(rows), figures={**measure("choice", outcomes)}))
+    return scores

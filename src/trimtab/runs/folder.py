@@ -10,10 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from trimtab.config.read import load_config, to_yaml
 from trimtab.config.run import RunConfig
 from trimtab.errors import RunError
 from trimtab.files import read_json, read_jsonl, write_jsonl, write_text
+from trimtab.runs.records import MetricsLine, Summary
 
 
 @dataclass(frozen=True)
@@ -92,28 +95,36 @@ class RunFolder:
         found = self.complete_checkpoints()
         return found[-1][1] if found else None
 
-    def read_summary(self) -> dict[str, Any]:
-        """The run's summary; empty where there is none yet. Raises RunError if it is damaged."""
+    def read_summary(self) -> Summary | None:
+        """The run's summary; None where there is none yet. Raises RunError if it is damaged."""
         if not self.summary.is_file():
-            return {}
+            return None
         try:
-            found = read_json(self.summary)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            return Summary.read(read_json(self.summary))
+        except (json.JSONDecodeError, UnicodeDecodeError, ValidationError) as error:
             raise RunError(f"{self.summary}: a damaged file ({error})") from None
-        return found if isinstance(found, dict) else {}
 
-    def read_metrics(self) -> list[dict[str, Any]]:
+    @property
+    def status(self) -> str | None:
+        """``interrupted`` or ``finished``; None where there is no run. Raises as ``read_summary`` does."""
+        summary = self.read_summary()
+        return summary.status if summary is not None else None
+
+    def read_metrics(self) -> list[MetricsLine]:
         """The lines of ``metrics.jsonl``, up to one that was cut off when the run was killed."""
+        return [MetricsLine.read(row) for row in self._lines_of_metrics()]
+
+    def _lines_of_metrics(self) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = []
         with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
             rows.extend(read_jsonl(self.metrics))
         return rows
 
-    def cut_metrics(self, step: int) -> list[dict[str, Any]]:
+    def cut_metrics(self, step: int) -> list[MetricsLine]:
         """Drop the metrics after ``step``, which a resumed run writes again; gives those that are left."""
-        rows = [row for row in self.read_metrics() if row["step"] <= step]
+        rows = [row for row in self._lines_of_metrics() if row["step"] <= step]
         write_jsonl(self.metrics, rows)
-        return rows
+        return [MetricsLine.read(row) for row in rows]
 
     def clear(self) -> None:
         """Remove what a run wrote; whatever else lies in the folder stays."""
@@ -125,7 +136,7 @@ class RunFolder:
             file.unlink(missing_ok=True)
 
 
-def find_run(config: RunConfig, *, resume: bool, overwrite: bool) -> tuple[RunFolder, Path | None, dict[str, Any]]:
+def find_run(config: RunConfig, *, resume: bool, overwrite: bool) -> tuple[RunFolder, Path | None, Summary | None]:
     """The run folder that ``config`` names; of a run to be resumed also its newest checkpoint, if there is one, and its
     summary. Nothing is changed yet.
 
@@ -136,7 +147,7 @@ def find_run(config: RunConfig, *, resume: bool, overwrite: bool) -> tuple[RunFo
     if folder.path.exists() and not folder.path.is_dir():
         raise RunError(f"{folder.path}: a file is in the way; choose another output")
     summary = folder.read_summary()
-    status = summary.get("status")
+    status = summary.status if summary is not None else None
     if resume:
         if status is None or not folder.config.is_file():
             raise RunError(f"{folder.path}: there is no run to resume; start it without --resume")
@@ -153,7 +164,7 @@ def find_run(config: RunConfig, *, resume: bool, overwrite: bool) -> tuple[RunFo
                 f"{folder.path}: this folder holds a run already ({status}). To keep both, choose another output; "
                 f"{advice}to replace it, add --overwrite"
             )
-    return folder, None, {}
+    return folder, None, None
 
 
 def start_run(config: RunConfig, folder: RunFolder) -> None:

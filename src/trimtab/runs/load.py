@@ -8,16 +8,16 @@ from typing import Any
 
 import torch
 
+from trimtab.adapters.store import load_adapter
 from trimtab.config.read import load_config
+from trimtab.config.resolve import precision_of, source_of
 from trimtab.config.run import RunConfig
 from trimtab.errors import RunError
-from trimtab.adapters.store import load_adapter
+from trimtab.machine import check_fits, device
 from trimtab.models.load import empty_model, load_model, load_tokenizer
 from trimtab.models.locate import Source
 from trimtab.models.quantise import weight_bytes
 from trimtab.runs.folder import RunFolder
-from trimtab.machine import check_fits, device
-from trimtab.config.resolve import precision_of, source_of
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,8 @@ def load_run_model(
     if adapter and not folder.has_adapter:
         raise RunError(f"{folder.path}: this run has no adapter yet. Let it finish first: {folder.resume_command}")
     # What the run computed in is on record: this machine may prefer another precision.
-    said = folder.read_summary().get("precision") or precision_of(config)
+    summary = folder.read_summary()
+    said = (summary and summary.precision) or precision_of(config)
     trained = said if config.model.dtype == "auto" else config.model.dtype
     quantisation = config.quantisation if quantised else "none"
     model = load_fitting(source_of(config), trained, config.model.attention, quantisation)

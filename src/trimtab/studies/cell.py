@@ -28,6 +28,7 @@ from trimtab.errors import RunError
 from trimtab.files import read_json, read_jsonl, write_json
 from trimtab.runs.events import Listener
 from trimtab.runs.folder import RunFolder
+from trimtab.runs.records import Summary
 from trimtab.studies.process import run_apart
 
 
@@ -66,7 +67,7 @@ def run_cell(
     if (done := finished_cell(config)) is not None:
         return done
     folder = RunFolder(config.output / "run")
-    if folder.read_summary().get("status") != "finished":
+    if folder.status != "finished":
         run_apart(config.model_copy(update={"output": folder.path}), listener or Listener())
     found = {"identity": identity(config), **_results(folder, config)}
     if measure is not None:
@@ -126,11 +127,11 @@ def digest(config: RunConfig) -> str:
 
 def _results(folder: RunFolder, config: RunConfig) -> dict[str, Any]:
     stage = "after" if config.train.epochs else "before"
-    rows = [row for row in folder.read_metrics() if row["kind"] == "validation"]
-    summary = folder.read_summary()
-    kept = next((row for row in rows if row["step"] == summary.get("best_step")), rows[-1] if rows else None)
+    rows = [line.plain() for line in folder.read_metrics() if line.kind == "validation"]
+    summary = folder.read_summary() or Summary()
+    kept = next((row for row in rows if row["step"] == summary.best_step), rows[-1] if rows else None)
     return {
-        **summary,
+        **summary.plain(),
         "tests": dict(_evaluations(folder, config, stage)),
         "before": dict(_evaluations(folder, config, "before")),
         "validation": rows,

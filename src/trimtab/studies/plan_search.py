@@ -238,8 +238,8 @@ class _Judge(Steps):
     def training_began(self, step: int, steps: int) -> None:
         self.training = True
         for row in self._earlier:
-            if row["kind"] == "validation" and row["step"] <= step:
-                self.report(row)
+            if row.kind == "validation" and row.step <= step:
+                self.report(row.plain())
         super().training_began(step, steps)
 
     def metrics(self, row: Row) -> None:

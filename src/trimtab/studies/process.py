@@ -103,7 +103,7 @@ def run_here(config: RunConfig, listener: Listener) -> None:
     from trimtab.runs.folder import RunFolder
     from trimtab.training.run import finetune
 
-    resume = RunFolder(config.output).read_summary().get("status") is not None
+    resume = RunFolder(config.output).status is not None
     finetune(config, resume=resume, listener=listener)
 
 

@@ -15,6 +15,7 @@ from trimtab.data.rows import Example
 from trimtab.data.split import draw, split_off
 from trimtab.data.tokens import EncodedRows
 from trimtab.errors import ConfigError
+from trimtab.metrics import choosing
 from trimtab.models.gguf import cache_folder
 from trimtab.runs.events import Listener
 
@@ -71,15 +72,16 @@ def read_inputs(config: RunConfig, tokenizer: Any, listener: Listener) -> Inputs
             check_choices(choices, measured)
     if config.evaluation.limit is not None:
         tests = {name: tested[: config.evaluation.limit] for name, tested in tests.items()}
-    if validation and not scored and config.train.metric in ("accuracy", "macro_f1"):
+    metric = config.train.metric
+    if validation and not scored and metric not in ("auto", *choosing("perplexity")):
         raise ConfigError(
-            f"train.metric: {config.train.metric} is for a closed set of answers, and these are open; choose loss, or "
+            f"train.metric: {metric} is for a closed set of answers, and these are open; choose loss, or "
             "name the answers in data.choices"
         )
-    if validation and own and config.train.metric == "macro_f1":
+    if validation and own and metric not in ("auto", *(known := choosing("multiple_choice"))):
         raise ConfigError(
-            "train.metric: macro_f1 is for a closed set of answers, and here each row brings its own; choose accuracy "
-            "or loss"
+            f"train.metric: {metric} is for a closed set of answers, and here each row brings its own; choose "
+            f"{' or '.join(known[::-1])}"
         )
     for name, tested in tests.items():
         listener.note(f"{len(tested)} test rows in '{name}'")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from trimtab.config.run import RunConfig
 from trimtab.data.batches import Collator
+from trimtab.metrics import choosing
 from trimtab.runs.events import Listener
 from trimtab.tasks import _inputs, _task
 from trimtab.tasks._head import Head
@@ -22,7 +23,7 @@ class CausalLM(_task.Task):
     """The next token, from all that came before it."""
 
     model_class = "AutoModelForCausalLM"
-    metrics = ("loss", "accuracy", "macro_f1")
+    metrics = tuple(choosing())
 
     def read(self, config: RunConfig, tokenizer: Any, listener: Listener) -> _inputs.Inputs:
         return _inputs.read_inputs(config, tokenizer, listener)

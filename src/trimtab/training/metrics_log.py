@@ -14,6 +14,7 @@ from typing import Any
 from trimtab.errors import RunError
 from trimtab.machine import memory_gib
 from trimtab.runs.events import Listener
+from trimtab.runs.records import MetricsLine
 
 
 def require_tensorboard() -> None:
@@ -44,11 +45,12 @@ class Recorder:
 
             self._events = SummaryWriter(str(tensorboard))
 
-    def record(self, row: dict[str, Any]) -> None:
+    def record(self, line: MetricsLine) -> None:
         """Add one line, with the time since training began and, for training, the memory in use."""
-        row = {**row, "seconds": round(time.perf_counter() - self._began, 2)}
-        if row["kind"] == "train":
-            row["memory_gib"] = round(memory_gib(), 3)
+        line = line.changed(seconds=round(time.perf_counter() - self._began, 2))
+        if line.kind == "train":
+            line = line.changed(memory_gib=round(memory_gib(), 3))
+        row = line.plain()
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
         if self._events is not None:

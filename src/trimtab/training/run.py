@@ -6,7 +6,6 @@ folder = finetune(load_config(Path("run.yaml")))
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -16,15 +15,14 @@ from typing import Any
 from torch import nn
 from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 
-from trimtab import tasks
+from trimtab import metrics, tasks
 from trimtab.adapters.store import load_adapter, save_adapter
 from trimtab.config.resolve import Job
 from trimtab.config.run import RunConfig
 from trimtab.data.preview import preview
 from trimtab.data.rows import Example
 from trimtab.errors import Interrupted, TrimtabError
-from trimtab.evaluation.evaluate import Evaluation, evaluate, perplexity, token_loss, write
-from trimtab.files import write_json
+from trimtab.evaluation.evaluate import Evaluation, checked, evaluate, token_loss, write
 from trimtab.machine import describe_machine, device, peak_memory_gib, versions
 from trimtab.memory.estimate import RowSizes
 from trimtab.memory.suggest import check_run
@@ -32,6 +30,7 @@ from trimtab.models.load import load_model, load_tokenizer
 from trimtab.reports import run_page
 from trimtab.runs.events import Listener
 from trimtab.runs.folder import RunFolder, find_run, start_run
+from trimtab.runs.records import Machine, PlanRecord, Summary
 from trimtab.surgery.attach import AttachReport, attach, describe
 from trimtab.tasks import Inputs, Task
 from trimtab.training.callbacks import Interrupting, Telling
@@ -125,7 +124,7 @@ class _Run:
         self,
         job: Job,
         folder: RunFolder,
-        before: Mapping[str, Any],
+        before: Summary | None,
         *,
         task: Task,
         inputs: Inputs,
@@ -143,24 +142,25 @@ class _Run:
         self.listener = listener
         self._head = task.head(model)
         self._began = began
-        self._earlier_seconds = float(before.get("training_seconds", 0.0)), float(before.get("total_seconds", 0.0))
-        self._facts: dict[str, Any] = {
-            "model": job.config.model.name,
-            "created": before.get("created") or datetime.now(UTC).isoformat(timespec="seconds"),
-            "steps": before.get("steps", 0),
-            "epochs": before.get("epochs", 0.0),
-            "training_seconds": self._earlier_seconds[0],
-            "precision": job.precision,
-            "quantisation": job.config.quantisation,
-            "best_step": before.get("best_step"),
-            "form": inputs.form,
-            "choices": inputs.choices,
-            "train_rows": len(inputs.rows),
-            "validation_rows": len(inputs.validation),
-            "train_tokens": sum(inputs.rows.lengths),
-            "versions": versions(),
-            "machine": describe_machine(),
-        }
+        before = before or Summary()
+        self._earlier_seconds = before.training_seconds or 0.0, before.total_seconds or 0.0
+        self._summary = Summary(
+            model=job.config.model.name,
+            created=before.created or datetime.now(UTC),
+            steps=before.steps or 0,
+            epochs=before.epochs or 0.0,
+            training_seconds=self._earlier_seconds[0],
+            precision=job.precision,
+            quantisation=job.config.quantisation,
+            best_step=before.best_step,
+            form=inputs.form,
+            choices=inputs.choices,
+            train_rows=len(inputs.rows),
+            validation_rows=len(inputs.validation),
+            train_tokens=sum(inputs.rows.lengths),
+            versions=versions(),
+            machine=Machine(**describe_machine()),
+        )
 
     def summarise(self, status: str) -> None:
         """Write ``summary.json``."""
@@ -168,22 +168,19 @@ class _Run:
             sum(file.stat().st_size for file in self.folder.adapter.glob("*")) if self.folder.adapter.is_dir() else 0
         )
         total = self._earlier_seconds[1] + time.perf_counter() - self._began
-        write_json(
-            self.folder.summary,
-            {
-                "status": status,
-                **self._facts,
-                "total_seconds": round(total, 2),
-                "peak_memory_gib": round(peak_memory_gib(), 3),
-                "adapter_bytes": adapter,
-            },
-        )
+        self._summary.changed(
+            status=status,
+            total_seconds=round(total, 2),
+            peak_memory_gib=round(peak_memory_gib(), 3),
+            adapter_bytes=adapter,
+        ).write(self.folder.summary)
 
     def attached(self, report: AttachReport) -> None:
         """Note what the plan did to the model."""
-        write_json(self.folder.plan, report.to_dict())
-        self._facts["total_parameters"] = report.total_parameters
-        self._facts["trainable_parameters"] = report.trainable_parameters
+        PlanRecord.of(report).write(self.folder.plan)
+        self._summary = self._summary.changed(
+            total_parameters=report.total_parameters, trainable_parameters=report.trainable_parameters
+        )
         share = 100 * report.trainable_parameters / max(1, report.total_parameters)
         self.listener.note(
             f"{len(report.modules)} modules adapted: {report.trainable_parameters:,} of {report.total_parameters:,} "
@@ -201,9 +198,9 @@ class _Run:
             if stage == "before" and self.folder.evaluation(name, stage).is_file():
                 continue
             self.listener.stage(f"Evaluating {name} {stage} training")
-            found = self._evaluation(rows, name)
-            write(found, self.folder.path, stage)
-            self.listener.evaluated(found.result)
+            evaluation = self._evaluation(rows, name)
+            write(evaluation, self.folder.path, stage)
+            self.listener.evaluated(evaluation.result)
 
     def _evaluation(self, rows: list[Example], name: str) -> Evaluation:
         return evaluate(
@@ -218,15 +215,15 @@ class _Run:
         )
 
     def _validation(self) -> Mapping[str, float]:
-        """Loss on the validation rows; accuracy where answers are scored, and F1 where they are one closed set."""
+        """The metrics of the validation rows that can choose the best step: the loss, and where answers are scored,
+        those of scored answers."""
         rows = self.inputs.validation
         if not self.inputs.scored:
             size, length = self.config.evaluation.batch_size, self.config.data.max_length
             loss, tokens = token_loss(self._head, self.tokenizer, rows, batch_size=size, max_length=length)
-            return {"loss": math.log(perplexity(loss, tokens))}
-        result = self._evaluation(rows, "validation").result
-        found = {"loss": math.log(result["perplexity"])}
-        return found | {key: result[key] for key in ("accuracy", "macro_f1") if key in result}
+            outcomes = metrics.Outcomes(loss=checked(loss, tokens), tokens=tokens)
+            return metrics.of_validation(metrics.measure("perplexity", outcomes))
+        return metrics.of_validation(self._evaluation(rows, "validation").record.figures)
 
     def train(self, checkpoint: Path | None) -> None:
         """Train, and leave the model with the adapter that the run ends with."""
@@ -238,7 +235,7 @@ class _Run:
         earlier = self.folder.cut_metrics(_step_of(checkpoint))
         if checkpoint is not None:
             self.listener.note(f"resuming at step {_step_of(checkpoint)}")
-        best = train.metric if train.metric != "auto" else "accuracy" if self.inputs.scored else "loss"
+        best = metrics.best_by(train.metric, scored=self.inputs.scored)
         events = self.folder.tensorboard if train.tensorboard else None
         began = time.perf_counter()
         self.listener.stage("Training")
@@ -263,15 +260,17 @@ class _Run:
                     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
             finally:
                 self.listener.training_ended()
-                self._facts["steps"] = trainer.state.global_step
-                self._facts["epochs"] = round(trainer.state.epoch or 0.0, 4)
-                self._facts["training_seconds"] = round(self._earlier_seconds[0] + time.perf_counter() - began, 2)
+                self._summary = self._summary.changed(
+                    steps=trainer.state.global_step,
+                    epochs=round(trainer.state.epoch or 0.0, 4),
+                    training_seconds=round(self._earlier_seconds[0] + time.perf_counter() - began, 2),
+                )
         if interrupting.asked:
             raise KeyboardInterrupt
         keeps_best = bool(self.inputs.validation) and train.keep_best
         step = trainer.settle(keep_best=keeps_best)
         if keeps_best:
-            self._facts["best_step"] = step
+            self._summary = self._summary.changed(best_step=step)
             self.listener.note(f"kept the adapter of step {step}, the best in validation")
 
 

@@ -20,6 +20,8 @@ from trimtab.data.rows import EncodedRow
 from trimtab.data.tokens import EncodedRows
 from trimtab.errors import RunError
 from trimtab.methods import RateGroup
+from trimtab.metrics import METRICS, Metric
+from trimtab.runs.records import MetricsLine
 from trimtab.surgery.attach import rate_groups, trainable_parameters
 from trimtab.tasks import Head, Task
 from trimtab.training.callbacks import Averaging
@@ -67,7 +69,7 @@ def total_steps(train: TrainConfig, rows: int) -> int:
     return max(1, whole if train.max_steps is None else min(whole, train.max_steps))
 
 
-def training_arguments(train: TrainConfig, rows: int, folder: Path, best: str | None) -> TrainingArguments:
+def training_arguments(train: TrainConfig, rows: int, folder: Path, best: Metric | None) -> TrainingArguments:
     """``train`` in the words of transformers' Trainer, for ``rows`` rows.
 
     Args:
@@ -102,8 +104,8 @@ def training_arguments(train: TrainConfig, rows: int, folder: Path, best: str | 
         save_strategy="steps",
         save_steps=save,
         save_total_limit=train.keep_checkpoints,
-        metric_for_best_model=best,
-        greater_is_better=best != "loss" if best is not None else None,
+        metric_for_best_model=best.name if best is not None else None,
+        greater_is_better=best.higher_is_better if best is not None else None,
         seed=train.seed,
         data_seed=train.seed,
         restore_callback_states_from_checkpoint=True,  # the patience of early stopping
@@ -115,11 +117,11 @@ def training_arguments(train: TrainConfig, rows: int, folder: Path, best: str | 
     )
 
 
-def _best_loss(rows: Sequence[Mapping[str, Any]], metric: str) -> float:
-    """The loss of the best validation among lines of ``metrics.jsonl``; infinity if there was none."""
-    sign = 1 if metric == "loss" else -1
-    found = [(sign * row[metric], row["loss"]) for row in rows if row["kind"] == "validation"]
-    return min(found)[1] if found else math.inf
+def _best_loss(lines: Sequence[MetricsLine], best: Metric) -> float:
+    """The loss of the best validation among lines of metrics; infinity if there was none."""
+    validations = [(line.figure(best.name), line.loss) for line in lines if line.kind == "validation"]
+    costs = [(best.cost(value), loss) for value, loss in validations if value is not None and loss is not None]
+    return min(costs)[1] if costs else math.inf
 
 
 class AdapterTrainer(Trainer):
@@ -153,10 +155,10 @@ class AdapterTrainer(Trainer):
         head: Head,
         tokenizer: Any,
         folder: Path,
-        record: Callable[[dict[str, Any]], None],
+        record: Callable[[MetricsLine], None],
         validate: Callable[[], Mapping[str, float]] | None = None,
-        best: str = "loss",
-        earlier: Sequence[Mapping[str, Any]] = (),
+        best: Metric = METRICS["loss"],
+        earlier: Sequence[MetricsLine] = (),
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         arguments = training_arguments(train, len(rows), folder, best if validate is not None else None)
@@ -234,16 +236,17 @@ class AdapterTrainer(Trainer):
         """Validate, write the line, and hand the metrics on under the prefix that the Trainer expects."""
         assert self._validate_rows is not None
         with self.throughput.paused(), self._averaging.in_place(), plainly():
-            found = dict(self._validate_rows())
+            figures = dict(self._validate_rows())
         self._record(
-            {
-                "kind": "validation",
-                "step": self.state.global_step,
-                "epoch": round(self.state.epoch or 0.0, 4),
-                **found,
-            }
+            MetricsLine(
+                kind="validation",
+                step=self.state.global_step,
+                epoch=round(self.state.epoch or 0.0, 4),
+                loss=figures["loss"],
+                figures={name: value for name, value in figures.items() if name != "loss"},
+            )
         )
-        metrics = {f"eval_{name}": value for name, value in found.items()}
+        metrics = {f"eval_{name}": value for name, value in figures.items()}
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
@@ -267,16 +270,17 @@ class AdapterTrainer(Trainer):
         if not (math.isfinite(logs["loss"]) and math.isfinite(logs.get("grad_norm", 0.0))):
             raise self._diverged()
         tokens, seconds = self._since_last_log.read()
-        row = {
-            "kind": "train",
-            "step": self.state.global_step,
-            "epoch": round(self.state.epoch or 0.0, 4),
-            "loss": logs["loss"],
-            "learning_rate": logs.get("learning_rate"),
-            "grad_norm": logs.get("grad_norm"),
-            "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
-        }
-        self._record(row)
+        self._record(
+            MetricsLine(
+                kind="train",
+                step=self.state.global_step,
+                epoch=round(self.state.epoch or 0.0, 4),
+                loss=logs["loss"],
+                learning_rate=logs.get("learning_rate"),
+                grad_norm=logs.get("grad_norm"),
+                tokens_per_second=round(tokens / max(seconds, 1e-9), 1),
+            )
+        )
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
 
     def _diverged(self) -> RunError:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from trimtab.reports.folder import Measure
 from trimtab.reports.run.curves import curves, describe, smoothed, thinned
 from trimtab.reports.run.run_pictures import draw_curves as draw
+from trimtab.runs.records import MetricsLine
 
 
-def _train(losses: list[float], **more: float) -> list[Measure]:
-    return [Measure(kind="train", step=step, loss=loss, **more) for step, loss in enumerate(losses, start=1)]
+def _train(losses: list[float], **more: float) -> list[MetricsLine]:
+    return [MetricsLine(kind="train", step=step, loss=loss, **more) for step, loss in enumerate(losses, start=1)]
 
 
 def test_smoothing_is_a_mean_and_not_shifted() -> None:
@@ -49,7 +49,7 @@ def test_a_loss_that_is_no_number_is_left_out_and_counted() -> None:
 
 
 def test_epochs_end_where_they_end() -> None:
-    measures = [Measure(kind="train", step=step, loss=1.0, epoch=step / 16) for step in range(10, 41, 10)]
+    measures = [MetricsLine(kind="train", step=step, loss=1.0, epoch=step / 16) for step in range(10, 41, 10)]
     assert curves(measures, None).epochs == [(1, pytest.approx(16.0)), (2, pytest.approx(32.0))]
 
 
@@ -67,7 +67,7 @@ def test_odd_runs_can_be_drawn(losses: list[float], width: int) -> None:
 
 
 def test_validation_alone_can_be_drawn() -> None:
-    data = curves([Measure(kind="validation", step=9, loss=0.7, accuracy=1.0)], 9)
+    data = curves([MetricsLine(kind="validation", step=9, loss=0.7, figures={"accuracy": 1.0})], 9)
     assert "best: 0.700 at step 9" in draw("x", data, 880)
     assert (
         describe(data)

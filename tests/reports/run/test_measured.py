@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from scipy.stats import binomtest
 
-from trimtab.reports.folder import TestSet, read_sets
 from trimtab.reports.run.measured import baseline, headline, interval, measured
+from trimtab.runs.read import TestSet, read_sets
 
 
 def _set(run: Path, name: str) -> TestSet:
@@ -16,14 +16,17 @@ def _set(run: Path, name: str) -> TestSet:
 
 
 def test_a_share_changes_by_points_and_a_perplexity_by_a_percentage(run: Path, open_run: Path) -> None:
-    told = {row.key: (row.words(row.before), row.words(row.after), row.change) for row in measured(_set(run, "kind"))}
+    told = {
+        row.metric.name: (row.words(row.before), row.words(row.after), row.change)
+        for row in measured(_set(run, "kind"))
+    }
     assert told == {
         "accuracy": ("33.3 %", "66.7 %", "+33.3"),
         "macro_f1": ("25.0 %", "62.5 %", "+37.5"),
         "weighted_f1": ("25.0 %", "62.5 %", "+37.5"),
         "perplexity": ("4.000", "2.000", "−50.0 %"),
     }
-    assert [(row.key, row.change) for row in measured(_set(open_run, "tales"))] == [("perplexity", "−25.0 %")]
+    assert [(row.metric.name, row.change) for row in measured(_set(open_run, "tales"))] == [("perplexity", "−25.0 %")]
 
 
 def test_the_headline_says_what_answers_without_a_look_would_give(run: Path, open_run: Path, exam_run: Path) -> None:

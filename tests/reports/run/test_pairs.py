@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from trimtab.reports.folder import Prediction, TestSet, read_sets
 from trimtab.reports.run.pairs import Pair, groups, mixed, pairs, sample
 from trimtab.reports.run.prompts import template
+from trimtab.runs.read import TestSet, read_sets
+from trimtab.runs.results import Prediction
 
 
 def _prediction(row: int, answer: str = "yes", correct: bool = True) -> Prediction:

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from trimtab.errors import RunError
 from trimtab.reports.run.run_tables import answers_table, plan_table, results_table
+from trimtab.runs.records import PlanRecord
 
 
 def lines(table: Table, width: int = 160) -> list[list[str]]:
@@ -81,7 +82,7 @@ def test_text_from_data_is_no_markup(run: Path) -> None:
 
 @pytest.mark.parametrize("width", [80, 160])
 def test_plan(run: Path, width: int) -> None:
-    rows = lines(plan_table(json.loads((run / "plan.json").read_text())), width)
+    rows = lines(plan_table(PlanRecord.read(json.loads((run / "plan.json").read_text()))), width)
     assert rows[0] == ["rule", "method", "match", "layers", "options", "modules", "parameters", "percent"]
     first = next(row for row in rows if row[:2] == ["1", "dora"])
     assert first[2:4] == ["all-linear", "all"]

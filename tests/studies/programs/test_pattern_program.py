@@ -71,7 +71,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     def here(config: Any, listener: Listener) -> None:
         done.append(config)
-        finetune(config, resume=RunFolder(config.output).read_summary().get("status") is not None, listener=listener)
+        finetune(config, resume=RunFolder(config.output).status is not None, listener=listener)
 
     monkeypatch.setattr(cell_module, "run_apart", here)
     return done
@@ -169,7 +169,7 @@ def test_a_cell_keeps_what_analysis_says_of_each_checkpoint(
     ]
     # The same run by itself: its last state is the adapter.
     run = finetune(cells[1].config.model_copy(update={"output": tmp_path / "alone"}))
-    losses = [row["loss"] for row in run.read_metrics()]
+    losses = [row.loss for row in run.read_metrics()]
     assert (measured["first_loss"], measured["last_loss"]) == (losses[0], losses[3])  # a quarter of four lines
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -8,13 +8,13 @@ from typing import Any, Self
 from rich.console import Console
 
 from trimtab.cli.displays.progress import ProgressLine
+from trimtab.metrics import compared
 from trimtab.runs.events import Listener
-
-_SHARES = (("accuracy", "accuracy"), ("macro_f1", "macro F1"), ("exact_match", "exact match"))
 
 
 def _shares(row: dict[str, Any]) -> list[str]:
-    return [f"{words} {100 * row[key]:.1f} %" for key, words in _SHARES if key in row]
+    shown = [metric for metric in compared() if metric.share and metric.name in row]
+    return [f"{metric.label} {100 * row[metric.name]:.1f} %" for metric in shown]
 
 
 class RunDisplay(Listener):

@@ -88,13 +88,14 @@ def command(
     from trimtab.reports import run_page
     from trimtab.reports.run import run_tables
     from trimtab.runs.load import is_run
+    from trimtab.runs.results import ChoiceResult
 
     if folder == Path(target) and is_run(folder):
         run_page(folder)
     for result in written:
         console.print(run_tables.evaluation_table(result))
-        if result["kind"] == "choice" and len(result["choices"]) <= run_tables.MOST_CLASSES:
+        if isinstance(result, ChoiceResult) and len(result.choices) <= run_tables.MOST_CLASSES:
             console.print(run_tables.confusion_table(result))
-        if "questions" in result:
+        if result.questions:
             console.print(run_tables.questions_table(result))
     console.print(f"results and predictions: {folder}", highlight=False, soft_wrap=True)

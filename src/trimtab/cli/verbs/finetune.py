@@ -67,32 +67,33 @@ def command(
         folder = finetune(loaded, resume=resume, overwrite=overwrite, listener=display)
 
     summary = folder.read_summary()
+    assert summary is not None, "a run that ended has a summary"
     console.print()
     if loaded.data.test:
         console.print(run_tables.results_table(folder.path))
         console.print(run_tables.answers_table(folder.path))
     console.print(
-        f"trained {summary['trainable_parameters']:,} of {summary['total_parameters']:,} parameters in "
-        f"{words.duration(summary['training_seconds'])}, peak memory {words.gib(summary['peak_memory_gib'])}",
+        f"trained {summary.trainable_parameters:,} of {summary.total_parameters:,} parameters in "
+        f"{words.duration(summary.training_seconds or 0.0)}, peak memory {words.gib(summary.peak_memory_gib or 0.0)}",
         highlight=False,
     )
-    question = _question(folder, summary["form"])
+    question = _question(folder, summary.form)
     for line in (
-        f"adapter ({words.size(summary['adapter_bytes'])}): {_short(folder.adapter)}",
+        f"adapter ({words.size(summary.adapter_bytes or 0)}): {_short(folder.adapter)}",
         f"report: {_short(folder.report)}",
         f"try it: trimtab generate {_short(folder.path)} {question}",
     ):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def _question(folder: RunFolder, form: str) -> str:
+def _question(folder: RunFolder, form: str | None) -> str:
     """A prompt as a shell takes it: of the run's first test row, since the model answers to prompts of that kind; dots
     where there is none, or where ``generate`` puts what it is given into a template."""
     from trimtab.data import forms
     from trimtab.files import read_jsonl
 
     file = next(iter(sorted((folder.path / "predictions").glob("*.after.jsonl"))), None)
-    if file is None or forms.find(form).has_template:
+    if file is None or form is None or forms.find(form).has_template:
         return '"..."'
     prompt = next(iter(read_jsonl(file)))["prompt"].rstrip()
     if not prompt.replace("\n", "").isprintable():

@@ -49,7 +49,8 @@ def command(
     if not text.strip():
         raise DataError("the prompt is empty: there is nothing to go on from")
     tokenizer, config = loaded.tokenizer, loaded.model.config.get_text_config()
-    form = loaded.folder.read_summary().get("form") if chat is None else "chat" if chat else None
+    summary = loaded.folder.read_summary()
+    form = (summary and summary.form) if chat is None else "chat" if chat else None
     if form is not None:
         text = forms.find(form).prompt(text, tokenizer)
     ids = encode_prompt(text, tokenizer)

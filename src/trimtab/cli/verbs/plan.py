@@ -42,17 +42,19 @@ def command(
     from rich.table import Table
 
     from trimtab.reports.run import run_tables
+    from trimtab.runs.records import PlanRecord
 
     console = Console()
     console.print(f"model: {loaded.model.name}", highlight=False, soft_wrap=True)
     if loaded.quantisation != "none":
         console.print(f"quantisation: {loaded.quantisation}, all linear layers but the output head", highlight=False)
-    console.print(run_tables.plan_table(described))
+    plan = PlanRecord.read(described)
+    console.print(run_tables.plan_table(plan))
     if modules:
         table = Table("module", "method", "rule", "out x in", "parameters", box=None, header_style="bold")
-        for module in described["modules"]:
-            size = f"{module['out']} x {module['in']}"
-            table.add_row(module["module"], module["method"], str(module["rule"]), size, f"{module['parameters']:,}")
+        for module in plan.modules:
+            size = f"{module.rows} x {module.columns}"
+            table.add_row(module.module, module.method, str(module.rule), size, f"{module.parameters:,}")
         console.print(table)
     console.print(run_tables.memory_table(described["memory"]))
     for line in run_tables.memory_lines(described["memory"]):

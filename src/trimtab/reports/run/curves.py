@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from trimtab.reports.folder import Measure
 from trimtab.reports.shared import words
+from trimtab.runs.records import MetricsLine
 
 Points = list[tuple[int, float]]
 
@@ -58,7 +58,7 @@ class Curves:
         return sum(1 for _, y in self.train if not low <= y <= high)
 
 
-def curves(metrics: Sequence[Measure], best_step: int | None) -> Curves:
+def curves(metrics: Sequence[MetricsLine], best_step: int | None) -> Curves:
     """The points of a run's metrics (in the order of steps)."""
     train = [measure for measure in metrics if measure.kind == "train"]
     validation = [measure for measure in metrics if measure.kind == "validation"]
@@ -69,7 +69,7 @@ def curves(metrics: Sequence[Measure], best_step: int | None) -> Curves:
         smooth=smoothed(losses, window),
         window=window,
         validation=_points(validation, lambda measure: measure.loss),
-        accuracy=_points(validation, lambda measure: measure.accuracy),
+        accuracy=_points(validation, lambda measure: measure.figure("accuracy")),
         rate=_points(train, lambda measure: measure.learning_rate),
         epochs=_epochs(metrics),
         best_step=best_step,
@@ -77,7 +77,7 @@ def curves(metrics: Sequence[Measure], best_step: int | None) -> Curves:
     )
 
 
-def _points(measures: Sequence[Measure], value: Callable[[Measure], float | None]) -> Points:
+def _points(measures: Sequence[MetricsLine], value: Callable[[MetricsLine], float | None]) -> Points:
     points = ((measure.step, value(measure)) for measure in measures)
     return [(step, y) for step, y in points if y is not None and math.isfinite(y)]
 
@@ -115,7 +115,7 @@ def thinned(points: Points, most: int = _MOST_POINTS) -> Points:
     return kept
 
 
-def _epochs(metrics: Sequence[Measure]) -> list[tuple[int, float]]:
+def _epochs(metrics: Sequence[MetricsLine]) -> list[tuple[int, float]]:
     """Where each epoch ended, between two logged steps in proportion."""
     known = [(measure.epoch, float(measure.step)) for measure in metrics if measure.epoch is not None]
     ends = []

@@ -6,49 +6,29 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from trimtab.reports.folder import Choice, Generation, MultipleChoice, Result, TestSet
+from trimtab.metrics import Metric, main_metric, of_kind
 from trimtab.reports.shared import words
-
-# Kind of result -> what it measures, the main one first: key, name, and whether a terminal has room for it.
-_MEASURES: dict[str, tuple[tuple[str, str, bool], ...]] = {
-    "choice": (
-        ("accuracy", "accuracy", True),
-        ("macro_f1", "macro F1", True),
-        ("weighted_f1", "weighted F1", False),
-        ("perplexity", "perplexity", False),
-    ),
-    "multiple_choice": (
-        ("accuracy", "accuracy", True),
-        ("accuracy_norm", "accuracy per character", True),
-        ("perplexity", "perplexity", True),
-    ),
-    "generation": (
-        ("exact_match", "exact match", True),
-        ("unusable", "unusable", True),
-        ("perplexity", "perplexity", True),
-    ),
-    "perplexity": (("perplexity", "perplexity", True),),
-}
+from trimtab.runs.read import TestSet
+from trimtab.runs.results import ChoiceResult, MultipleChoiceResult, Result
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One measure of a test set; a side that was not measured is None."""
+    """One metric of a test set; a side that was not measured is None. ``brief``: a terminal has room for it."""
 
-    key: str
-    name: str
+    metric: Metric
     brief: bool
     before: float | None
     after: float | None
 
     def words(self, value: float | None) -> str:
-        """``value`` as this measure is given: a share in percent, a perplexity as a number."""
-        return words.number(value) if self.key == "perplexity" else words.percent(value)
+        """``value`` as this metric is given: a share in percent, any other as a number."""
+        return words.percent(value) if self.metric.share else words.number(value)
 
     @property
     def change(self) -> str:
-        """The change of a share in points, that of a perplexity in percent."""
-        if self.key != "perplexity":
+        """The change of a share in points, that of a number in percent."""
+        if self.metric.share:
             return words.points(self.before, self.after)
         if not self.before or not self.after:
             return words.DASH
@@ -65,13 +45,15 @@ class Measured:
 
 
 def measured(tests: TestSet) -> list[Measured]:
-    """The measures of a test set, the main one first; a perplexity only where one was taken."""
-    assert tests.result is not None, "only test sets with a result have measures"
-    rows = [
-        Measured(key, name, brief, *(getattr(side, key) if side else None for side in (tests.before, tests.after)))
-        for key, name, brief in _MEASURES[tests.result.kind]
+    """The metrics that a test set was measured by, the main one first."""
+    assert tests.result is not None, "only test sets with a result have metrics"
+    sides = [side.figures if side else {} for side in (tests.before, tests.after)]
+    main, kind = main_metric(tests.result.kind), tests.result.kind
+    return [
+        Measured(metric, kind in metric.in_terminal, *(side.get(metric.name) for side in sides))
+        for metric in of_kind(kind)
+        if metric is main or any(side.get(metric.name) is not None for side in sides)
     ]
-    return [row for row in rows if row.key != "perplexity" or row.before is not None or row.after is not None]
 
 
 class Baseline(NamedTuple):
@@ -86,9 +68,9 @@ class Baseline(NamedTuple):
 
 def baseline(result: Result | None) -> Baseline | None:
     """What ``result`` is to be held against; None where nothing can be guessed."""
-    if isinstance(result, MultipleChoice):
+    if isinstance(result, MultipleChoiceResult):
         return Baseline("guessing", result.chance, "guessing", "chance")
-    if isinstance(result, Choice) and result.majority:
+    if isinstance(result, ChoiceResult) and result.majority:
         answer = words.shorten(result.majority.answer, 40)
         how = f"always answering '{answer}'"
         return Baseline("commonest answer", result.majority.accuracy, how, f"always {answer}")
@@ -109,12 +91,12 @@ class Headline(NamedTuple):
 def headline(tests: TestSet) -> Headline:
     """The main measure of a test set before and after, in words."""
     main, result = measured(tests)[0], tests.result
-    name = "" if main.key == "accuracy" else f"{main.name} "
+    name = "" if main.metric.name == "accuracy" else f"{main.metric.label} "
     beside = ""
     if guess := baseline(result):
         beside = f"{guess.how} would give {words.percent(guess.share)}"
-    elif isinstance(result, Generation) and result.unusable:
-        beside = f"{words.percent(result.unusable)} of the answers cannot be used"
+    elif result is not None and (unusable := result.figures.get("unusable")):
+        beside = f"{words.percent(unusable)} of the answers cannot be used"
     return Headline(tests.name, f"{name}{main.course}", beside)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from trimtab.reports.folder import Prediction, TestSet
+from trimtab.runs.read import TestSet
+from trimtab.runs.results import Prediction
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,15 @@ from typing import NamedTuple
 
 from markupsafe import Markup
 
-from trimtab.reports.folder import Choice, Run, TestSet, read_run
+from trimtab.metrics import METRICS, Metric
 from trimtab.reports.run import pairs, prompts
 from trimtab.reports.run.curves import curves, describe
 from trimtab.reports.run.measured import baseline, headline, interval, measured
 from trimtab.reports.run.run_pictures import draw_curves, share_bars
 from trimtab.reports.shared import words
 from trimtab.reports.shared.shell import write_page
+from trimtab.runs.read import Run, TestSet, read_run
+from trimtab.runs.results import ChoiceResult
 
 _WIDE, _NARROW = 880, 358
 # Up to so many letters, answers stand beside each other rather than below.
@@ -50,6 +52,7 @@ def write_run_page(run: Path) -> Path:
         "baseline": baseline,
         "bars": bars,
         "confusion": confusion,
+        "validated": validated(known),
         "curve": data,
         "curve_text": describe(data),
         # For a wide and for a narrow screen.
@@ -63,6 +66,12 @@ def write_run_page(run: Path) -> Path:
         "paths": {"run": shlex.quote(str(run)), "config": shlex.quote(str(Path(run) / "config.yaml"))},
     }
     return write_page(Path(run) / "report.html", "run/run.html", values)
+
+
+def validated(run: Run) -> list[Metric]:
+    """The metrics besides the loss that the validations took."""
+    taken = {name for line in run.measures("validation") for name in line.figures}
+    return [METRICS[name] for name in METRICS if name in taken]
 
 
 class Tile(NamedTuple):
@@ -121,7 +130,7 @@ class Cell:
     right: bool
 
 
-def confusion(result: Choice) -> list[tuple[str, int, list[Cell]]]:
+def confusion(result: ChoiceResult) -> list[tuple[str, int, list[Cell]]]:
     """Per true answer: its name, how many rows it has, and the cells in the order of the choices."""
     table = []
     for true, (answer, counts) in enumerate(zip(result.choices, result.confusion, strict=True)):
@@ -134,14 +143,15 @@ def confusion(result: Choice) -> list[tuple[str, int, list[Cell]]]:
 def bars(tests: TestSet, name: str) -> Markup | None:
     """The picture of a test set's main share before and after; None for plain text, which has none."""
     main = measured(tests)[0]
-    if main.key == "perplexity":
+    if not main.metric.share:
         return None
     sides = [
         (title, share, interval(share, side.rows))
         for title, side, share in (("before", tests.before, main.before), ("after", tests.after, main.after))
         if side is not None and share is not None
     ]
-    label = f"{main.name.capitalize()}: " + ", ".join(f"{title} {words.percent(share)}" for title, share, _ in sides)
+    told = ", ".join(f"{title} {words.percent(share)}" for title, share, _ in sides)
+    label = f"{main.metric.label.capitalize()}: {told}"
     guess = baseline(tests.result)
     if guess is not None:
         label += f"; {guess.name} {words.percent(guess.share)}"

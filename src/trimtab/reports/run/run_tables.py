@@ -10,10 +10,13 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from trimtab.reports.folder import Plan, Prediction, read_run
+from trimtab.metrics import of_kind
 from trimtab.reports.run import pairs, prompts
 from trimtab.reports.run.measured import baseline, measured
 from trimtab.reports.shared import words
+from trimtab.runs.read import read_run
+from trimtab.runs.records import PlanRecord
+from trimtab.runs.results import ChoiceResult, MultipleChoiceResult, Prediction, Result
 
 # Letters of a prompt and of an answer in a terminal's row. The narrow columns leave the prompt room in 80 letters.
 _PROMPT_LETTERS, _ANSWER_LETTERS, _ANSWER_WIDTH = 120, 40, 17
@@ -41,7 +44,7 @@ def results_table(run: Path) -> Table:
                 name, rows = _text(tests.name), words.count(tests.result.rows)
                 beside = f"{words.percent(guess.share)} ({guess.brief})" if guess else ""
             after = Text(row.words(row.after), style="bold")
-            table.add_row(name, row.name, rows, row.words(row.before), after, row.change, _text(beside))
+            table.add_row(name, row.metric.label, rows, row.words(row.before), after, row.change, _text(beside))
         table.add_section()
     return table
 
@@ -86,65 +89,60 @@ def _answer(prediction: Prediction | None) -> Text:
     return text.append("nothing", style="italic")
 
 
-def evaluation_table(result: Mapping[str, Any]) -> Table:
-    """The figures of one evaluation result (``evaluation/NAME.STAGE.json``), a line each."""
+def evaluation_table(result: Result) -> Table:
+    """The figures of one evaluation result, a line each."""
     table = _table()
-    for title in (str(result["dataset"]), "value"):
+    for title in (result.dataset, "value"):
         table.add_column(_text(title), justify="right" if title == "value" else "left")
-    lines = [("rows", words.count(result["rows"]))]
-    for key, name in (
-        ("accuracy", "accuracy"),
-        ("accuracy_norm", "accuracy by likelihood per character"),
-        ("chance", "chance"),
-        ("macro_f1", "macro F1"),
-        ("weighted_f1", "weighted F1"),
-        ("mean_weighted_f1", "mean of weighted F1 over questions"),
-        ("exact_match", "exact match"),
-        ("word_f1", "F1 over words"),
-        ("unusable", "unusable"),
-    ):
-        if key in result:
-            lines.append((name, words.percent(result[key])))
-    if majority := result.get("majority"):
-        lines.append((f"commonest answer ({majority['answer']})", words.percent(majority["accuracy"])))
-    lines += [("perplexity", words.number(result["perplexity"])), ("seconds", words.number(result["seconds"]))]
-    for name, value in lines:
-        table.add_row(_text(name), value)
+    lines = [("rows", words.count(result.rows))]
+    numbers = []
+    for metric in of_kind(result.kind):
+        value = result.figures.get(metric.name)
+        if not metric.share:
+            numbers.append((metric.described, words.number(value)))
+        elif value is not None:
+            lines.append((metric.described, words.percent(value)))
+    if isinstance(result, MultipleChoiceResult):
+        lines.append(("chance", words.percent(result.chance)))
+    if isinstance(result, ChoiceResult) and result.majority:
+        lines.append((f"commonest answer ({result.majority.answer})", words.percent(result.majority.accuracy)))
+    for name, text in [*lines, *numbers, ("seconds", words.number(result.seconds))]:
+        table.add_row(_text(name), text)
     return table
 
 
-def confusion_table(result: Mapping[str, Any]) -> Table:
-    """How often each true answer was taken for which, of a result with a closed set of answers; and how often what was
-    written could not be used."""
+def confusion_table(result: ChoiceResult) -> Table:
+    """How often each true answer was taken for which, and how often what was written could not be used."""
     table = _table(title=_text("true answer down, predicted across"), title_justify="left")
     table.add_column("")
-    for choice in result["choices"]:
+    for choice in result.choices:
         table.add_column(_text(choice), justify="right")
-    if result.get("unusable"):
+    unusable = bool(result.figures.get("unusable"))
+    if unusable:
         table.add_column(Text("unusable", style="italic"), justify="right")
-    for place, (choice, row) in enumerate(zip(result["choices"], result["confusion"], strict=True)):
+    for place, (choice, row) in enumerate(zip(result.choices, result.confusion, strict=True)):
         cells = [Text(words.count(number), style="bold" if at == place else "") for at, number in enumerate(row)]
-        if result.get("unusable"):
-            cells.append(Text(words.count(result["per_class"][choice]["rows"] - sum(row))))
+        if unusable:
+            cells.append(Text(words.count(result.per_class[choice].rows - sum(row))))
         table.add_row(_text(choice), *cells)
     return table
 
 
-def questions_table(result: Mapping[str, Any]) -> Table:
+def questions_table(result: Result) -> Table:
     """The figures of each question of a result whose rows ask different things."""
     table = _table()
     table.add_column("question", overflow="fold")
-    for title in ("rows", "accuracy", "macro F1", "weighted F1"):
+    shown = [metric for metric in of_kind("choice") if any(metric.name in asked.figures for asked in result.questions)]
+    for title in ("rows", *(metric.label for metric in shown)):
         table.add_column(title, justify="right")
-    for asked in result["questions"]:
-        shares = (words.percent(asked[key]) for key in ("accuracy", "macro_f1", "weighted_f1"))
-        table.add_row(_text(asked["question"]), words.count(asked["rows"]), *shares)
+    for asked in result.questions:
+        shares = (words.percent(asked.figures.get(metric.name)) for metric in shown)
+        table.add_row(_text(asked.question), words.count(asked.rows), *shares)
     return table
 
 
-def plan_table(plan: Mapping[str, Any]) -> Table:
-    """One line per rule of a ``plan.json`` that is already read, and a line for all of them."""
-    known = Plan.model_validate(plan)
+def plan_table(known: PlanRecord) -> Table:
+    """One line per rule of a plan, and a line for all of them."""
     table = _table(show_footer=True)
     of_all = words.small_percent(known.trainable_parameters, known.total_parameters)
     table.add_column("rule", justify="right")

@@ -1,4 +1,4 @@
-"""A run folder read into plain values: the one place where reports meet files on disk.
+"""A run folder read as records: the one place where what a run wrote is read back.
 
 Every file may be missing (a run can be stopped at any moment). A file that is there must be whole.
 """
@@ -8,188 +8,18 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import ValidationError
 
 from trimtab.errors import RunError
 from trimtab.files import read_json
+from trimtab.metrics import KINDS
+from trimtab.runs.records import MetricsLine, PlanRecord, Summary
+from trimtab.runs.results import Prediction, Result, read_result
 
 T = TypeVar("T")
-
-
-class _Record(BaseModel):
-    """Keys that are not listed are ignored, so that a newer run still gives a page."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
-
-
-class Rule(_Record):
-    """One rule of a plan and what it came to."""
-
-    rule: int
-    method: str
-    match: str | list[str]
-    layers: Any = "all"
-    options: dict[str, Any] = {}
-    modules: int
-    parameters: int
-
-
-class Module(_Record):
-    """One module that got an adapter; ``rows`` and ``columns`` are the shape ``[out, in]`` of its base."""
-
-    module: str
-    method: str
-    rule: int
-    rows: int = Field(alias="out")
-    columns: int = Field(alias="in")
-    parameters: int
-
-
-class Plan(_Record):
-    """``plan.json``."""
-
-    total_parameters: int
-    trainable_parameters: int
-    rules: list[Rule]
-    modules: list[Module] = []
-
-    @property
-    def methods(self) -> list[str]:
-        """The methods in the order of the rules, each once."""
-        return list(dict.fromkeys(rule.method for rule in self.rules))
-
-
-class Measure(_Record):
-    """A line of ``metrics.jsonl``. A loss that is no number is kept: the page says so."""
-
-    model_config = ConfigDict(allow_inf_nan=True)
-
-    kind: str
-    step: int
-    epoch: float | None = None
-    loss: float | None = None
-    learning_rate: float | None = None
-    tokens_per_second: float | None = None
-    accuracy: float | None = None
-    macro_f1: float | None = None
-
-
-class Majority(_Record):
-    """What always giving the commonest answer would reach."""
-
-    answer: str
-    accuracy: float
-
-
-class ClassScore(_Record):
-    """How well one answer is found; ``rows`` is how often it is the true one."""
-
-    precision: float
-    recall: float
-    f1: float
-    rows: int
-
-
-class Choice(_Record):
-    """A test set whose answers are a closed set. ``confusion[i][j]``: rows of true answer i that got answer j."""
-
-    kind: Literal["choice"]
-    rows: int
-    choices: list[str]
-    accuracy: float
-    macro_f1: float
-    weighted_f1: float
-    confusion: list[list[int]]
-    per_class: dict[str, ClassScore] = {}
-    majority: Majority | None = None
-    perplexity: float | None = None
-
-    @model_validator(mode="after")
-    def _square(self) -> Choice:
-        size = len(self.choices)
-        if len(self.confusion) != size or any(len(row) != size for row in self.confusion):
-            raise ValueError(f"'confusion' should have {size} rows of {size} counts, as there are {size} choices")
-        return self
-
-
-class MultipleChoice(_Record):
-    """A test set whose rows bring their own choices. ``accuracy_norm`` is by the log-likelihood per character."""
-
-    kind: Literal["multiple_choice"]
-    rows: int
-    accuracy: float
-    accuracy_norm: float
-    chance: float
-    perplexity: float | None = None
-
-
-class Generation(_Record):
-    """A test set with open answers."""
-
-    kind: Literal["generation"]
-    rows: int
-    exact_match: float
-    unusable: float
-    perplexity: float | None = None
-
-
-class Perplexity(_Record):
-    """A test set of plain text."""
-
-    kind: Literal["perplexity"]
-    rows: int
-    perplexity: float | None
-    tokens: int | None = None
-
-
-Result = Choice | MultipleChoice | Generation | Perplexity
-_KINDS = ("choice", "multiple_choice", "generation", "perplexity")
-
-
-class Prediction(_Record):
-    """One row of a test set with what the model made of it."""
-
-    row: int
-    prompt: str
-    answer: str
-    predicted: str
-    correct: bool
-    usable: bool = True
-
-
-class Machine(_Record):
-    """Where a run was trained."""
-
-    processor: str | None = None
-    cores: int | None = None
-    memory_gib: float | None = None
-
-
-class Summary(_Record):
-    """``summary.json``; a run that was stopped early leaves parts of it out."""
-
-    status: str = "interrupted"
-    model: str | None = None
-    created: datetime | None = None
-    steps: int | None = None
-    epochs: float | None = None
-    training_seconds: float | None = None
-    total_seconds: float | None = None
-    peak_memory_gib: float | None = None
-    total_parameters: int | None = None
-    trainable_parameters: int | None = None
-    adapter_bytes: int | None = None
-    precision: str | None = None
-    best_step: int | None = None
-    train_rows: int | None = None
-    validation_rows: int | None = None
-    train_tokens: int | None = None
-    versions: dict[str, str] = {}
-    machine: Machine = Machine()
 
 
 @dataclass(frozen=True)
@@ -216,8 +46,8 @@ class Run:
 
     path: Path
     config: str | None
-    plan: Plan | None
-    metrics: list[Measure]
+    plan: PlanRecord | None
+    metrics: list[MetricsLine]
     sets: list[TestSet]
     summary: Summary | None
     adapter: bool
@@ -227,12 +57,9 @@ class Run:
         """Whether the run ended before its time; a run without a summary did not reach its end either."""
         return self.summary is None or self.summary.status == "interrupted"
 
-    def measures(self, kind: str) -> list[Measure]:
+    def measures(self, kind: str) -> list[MetricsLine]:
         """The metrics of one kind: ``train`` or ``validation``."""
         return [measure for measure in self.metrics if measure.kind == kind]
-
-
-_RESULT: TypeAdapter[Result] = TypeAdapter(Annotated[Result, Field(discriminator="kind")])
 
 
 def read_run(path: Path | str) -> Run:
@@ -253,10 +80,10 @@ def read_run(path: Path | str) -> Run:
     return Run(
         path=run,
         config=_read(run / "config.yaml", lambda file: file.read_text(encoding="utf-8")),
-        plan=_read(run / "plan.json", lambda file: Plan.model_validate(read_json(file))),
+        plan=_read(run / "plan.json", lambda file: PlanRecord.read(read_json(file))),
         metrics=_read(run / "metrics.jsonl", _metrics) or [],
         sets=sets,
-        summary=_read(run / "summary.json", lambda file: Summary.model_validate(read_json(file))),
+        summary=_read(run / "summary.json", lambda file: Summary.read(read_json(file))),
         adapter=(run / "adapter").is_dir(),
     )
 
@@ -272,7 +99,7 @@ def read_sets(run: Path) -> list[TestSet]:
 def _read_set(run: Path, name: str) -> TestSet:
     def result(stage: str) -> Result | None:
         file = run / "evaluation" / f"{name}.{stage}.json"
-        return _read(file, lambda file: _RESULT.validate_python(read_json(file)))
+        return _read(file, lambda file: read_result(read_json(file)))
 
     def predictions(stage: str) -> list[Prediction]:
         return _read(run / "predictions" / f"{name}.{stage}.jsonl", _predictions) or []
@@ -306,12 +133,12 @@ def _lines(file: Path) -> Iterable[tuple[int, str, bool]]:
                 yield number, line, line.endswith("\n")
 
 
-def _metrics(file: Path) -> list[Measure]:
+def _metrics(file: Path) -> list[MetricsLine]:
     """Sorted by step. A resumed run repeats the steps since its checkpoint: the later line counts."""
-    last: dict[tuple[str, int], Measure] = {}
+    last: dict[tuple[str, int], MetricsLine] = {}
     for number, line, whole in _lines(file):
         try:
-            measure = Measure.model_validate(json.loads(line))
+            measure = MetricsLine.read(json.loads(line))
         except json.JSONDecodeError as error:
             if not whole:  # a run that was killed while it appended its last line
                 break
@@ -326,7 +153,7 @@ def _predictions(file: Path) -> list[Prediction]:
     rows = []
     for number, line, _ in _lines(file):
         try:
-            rows.append(Prediction.model_validate(json.loads(line)))
+            rows.append(Prediction.read(json.loads(line)))
         except json.JSONDecodeError as error:
             raise _damaged(file, f"line {number}: {error}") from error
         except ValidationError as error:
@@ -338,7 +165,7 @@ def _reason(error: ValidationError) -> str:
     """The first complaint, with the key it is about."""
     first = error.errors()[0]
     # The name of a variant ("choice") is pydantic's step, not a key of the file.
-    where = ".".join(str(part) for part in first["loc"] if part not in _KINDS)
+    where = ".".join(str(part) for part in first["loc"] if part not in (*KINDS, "figures"))
     place = f"'{where}': " if where else ""
     return f"{place}{first['msg'].removeprefix('Value error, ')}"
 

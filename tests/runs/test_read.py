@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from trimtab.errors import RunError
-from trimtab.reports.folder import Choice, read_run
+from trimtab.runs.read import read_run
+from trimtab.runs.results import ChoiceResult
 
 
 def test_everything_is_read(run: Path) -> None:
@@ -18,7 +19,7 @@ def test_everything_is_read(run: Path) -> None:
     assert known.plan.modules[0].rows == 12
     assert known.plan.modules[0].columns == 16
     assert [tests.name for tests in known.sets] == ["kind"]
-    assert isinstance(known.sets[0].after, Choice)
+    assert isinstance(known.sets[0].after, ChoiceResult)
     assert len(known.measures("train")) == 40
     assert [measure.step for measure in known.measures("validation")] == [20, 40]
     assert not known.interrupted

@@ -1,0 +1,37 @@
+"""What is known of answers from a closed set besides their metrics, by scikit-learn over exactly that set.
+
+The classes are the choices, whatever the predictions were: a wrong answer never makes a class of its own, which would
+lower the macro average by how many different mistakes there are. A choice that neither occurs nor is predicted has
+F1 0.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trimtab.metrics import Outcomes
+from trimtab.runs.results import ClassScore, Majority
+
+
+def class_details(rows: Outcomes) -> dict[str, Any]:
+    """The fields of a `ChoiceResult` that say how each class fared: ``choices``, ``per_class``, ``confusion`` and
+    ``majority``.
+
+    A prediction that is not among the choices is wrong: it lowers the recall of the true class and is in no column of
+    ``confusion[true][predicted]``. The majority answer is the most frequent one of the truth itself, the first of
+    equals.
+    """
+    from sklearn.metrics import confusion_matrix
+
+    labels, classes = list(rows.choices), rows.classes
+    columns = (column.tolist() for column in classes)
+    most = int(classes.rows.argmax())
+    return {
+        "choices": labels,
+        "per_class": {
+            label: ClassScore(precision=precision, recall=recall, f1=f1, rows=int(count))
+            for label, precision, recall, f1, count in zip(labels, *columns, strict=True)
+        },
+        "confusion": confusion_matrix(rows.truth, rows.predicted, labels=labels).tolist(),
+        "majority": Majority(answer=labels[most], accuracy=float(classes.rows[most] / classes.rows.sum())),
+    }

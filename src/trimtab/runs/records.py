@@ -1,0 +1,201 @@
+"""What the files of a run folder say: one definition of each, which the run writes and all others read.
+
+    summary.json    Summary          metrics.jsonl         MetricsLine, one a line
+    plan.json       PlanRecord       evaluation/, predictions/    see `trimtab.runs.results`
+
+Whoever makes a record names its fields, and a field that there is not is an error. A file is read with more patience:
+keys that are unknown are left out, so that what a newer version wrote can still be shown, and so are old ones.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_serializer,
+    model_serializer,
+    model_validator,
+)
+
+from trimtab.files import write_json
+from trimtab.metrics import METRICS
+
+if TYPE_CHECKING:
+    from trimtab.surgery.attach import AttachReport
+
+
+class Record(BaseModel):
+    """What a file says. Its fields stand in the file in their order."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, populate_by_name=True)
+
+    @classmethod
+    def read(cls, values: Any) -> Self:
+        """The record of plain values that came from a file; raises pydantic's ValidationError."""
+        return cls.model_validate(values, extra="ignore")
+
+    def plain(self) -> dict[str, Any]:
+        """The values as the file holds them; what was never said is left out."""
+        return self.model_dump(mode="json", by_alias=True, exclude_unset=True)
+
+    def changed(self, **values: Any) -> Self:
+        """A copy with other values, which are checked as those of a new record are."""
+        return type(self)(**{**{name: getattr(self, name) for name in self.model_fields_set}, **values})
+
+    def write(self, file: Path) -> None:
+        """Write the file in one step."""
+        write_json(file, self.plain())
+
+
+class FlatRecord(Record):
+    """A record with something of each of several metrics. In the file each stands by the metric's name among the other
+    keys; here they are ``figures``, which a subclass declares."""
+
+    order: ClassVar[tuple[str, ...]] = ("figures",)
+    """How the keys follow each other: metrics that are not named stand at the place of ``figures``."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or "figures" in values:
+            return values
+        names = [name for name in METRICS if name in values and name not in cls.model_fields]
+        rest = {key: value for key, value in values.items() if key not in names}
+        return {**rest, "figures": {name: values[name] for name in names}}
+
+    @model_serializer(mode="wrap")
+    def _flatten(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values = handler(self)
+        figures = values.pop("figures", {})
+        free = [name for name in METRICS if name in figures and name not in self.order]
+        keys = [name for key in self.order for name in (free if key == "figures" else [key])]
+        known = {**values, **figures}
+        return {key: known[key] for key in keys if key in known}
+
+
+class FiguresRecord(FlatRecord):
+    """A record with metrics."""
+
+    figures: dict[str, float | None] = {}
+
+
+class RuleRecord(Record):
+    """One rule of a plan and what it came to."""
+
+    rule: int
+    method: str
+    match: str | list[str]
+    layers: Any = "all"
+    options: dict[str, Any] = {}
+    modules: int
+    parameters: int
+
+
+class ModuleRecord(Record):
+    """One module that got an adapter; ``rows`` and ``columns`` are the shape ``[out, in]`` of its base."""
+
+    module: str
+    method: str
+    rule: int
+    rows: int = Field(alias="out")
+    columns: int = Field(alias="in")
+    parameters: int
+
+
+class PlanRecord(Record):
+    """``plan.json``: what the plan did to the model. ``zero_rows``: module -> rows of zeros, which stay zero."""
+
+    total_parameters: int
+    trainable_parameters: int
+    zero_rows: dict[str, int] = {}
+    rules: list[RuleRecord]
+    modules: list[ModuleRecord] = []
+
+    @classmethod
+    def of(cls, report: AttachReport) -> PlanRecord:
+        """What ``attach`` reports."""
+        return cls.model_validate(report.to_dict())
+
+    @property
+    def methods(self) -> list[str]:
+        """The methods in the order of the rules, each once."""
+        return list(dict.fromkeys(rule.method for rule in self.rules))
+
+
+class MetricsLine(FiguresRecord):
+    """A line of ``metrics.jsonl``: of training, or of a validation, whose metrics are ``figures``.
+
+    A loss that is no number is read: the page says so.
+    """
+
+    model_config = ConfigDict(allow_inf_nan=True)
+    order: ClassVar[tuple[str, ...]] = (
+        *("kind", "step", "epoch", "loss", "learning_rate", "grad_norm", "tokens_per_second"),
+        *("figures", "seconds", "memory_gib"),
+    )
+
+    kind: str
+    step: int
+    epoch: float | None = None
+    loss: float | None = None
+    learning_rate: float | None = None
+    grad_norm: float | None = None
+    tokens_per_second: float | None = None
+    seconds: float | None = None
+    memory_gib: float | None = None
+
+    def figure(self, name: str) -> float | None:
+        """The metric of that name, the loss among them; None where the line does not have it."""
+        return self.loss if name == "loss" else self.figures.get(name)
+
+
+class Machine(Record):
+    """Where a run was trained."""
+
+    processor: str | None = None
+    cores: int | None = None
+    memory_gib: float | None = None
+
+
+class Summary(Record):
+    """``summary.json``; a run that was stopped early leaves parts of it out.
+
+    Attributes:
+        status: ``interrupted`` until the run is ``finished``.
+        precision: what the run computed in.
+        best_step: whose adapter the run ended with; None: that of the last one.
+        form: of the rows; ``choices``: the closed set of their answers, if they have one.
+        train_tokens: of all training rows once.
+    """
+
+    status: str = "interrupted"
+    model: str | None = None
+    created: datetime | None = None
+    steps: int | None = None
+    epochs: float | None = None
+    training_seconds: float | None = None
+    precision: str | None = None
+    quantisation: str | None = None
+    best_step: int | None = None
+    form: str | None = None
+    choices: list[str] | None = None
+    train_rows: int | None = None
+    validation_rows: int | None = None
+    train_tokens: int | None = None
+    versions: dict[str, str] = {}
+    machine: Machine = Machine()
+    total_parameters: int | None = None
+    trainable_parameters: int | None = None
+    total_seconds: float | None = None
+    peak_memory_gib: float | None = None
+    adapter_bytes: int | None = None
+
+    @field_serializer("created")
+    def _iso(self, moment: datetime | None) -> str | None:
+        return moment.isoformat(timespec="seconds") if moment is not None else None

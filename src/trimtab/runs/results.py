@@ -1,0 +1,143 @@
+"""What evaluations say: ``evaluation/NAME.STAGE.json``, a result, and ``predictions/NAME.STAGE.jsonl``, a line a row.
+
+The metrics of a result are its ``figures``; `trimtab.metrics` has the table of them.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import Field, TypeAdapter, model_validator
+from pydantic_core import PydanticCustomError
+
+from trimtab.metrics import main_metric
+from trimtab.runs.records import FiguresRecord, Record
+
+
+class Majority(Record):
+    """What always giving the commonest answer would reach."""
+
+    answer: str
+    accuracy: float
+
+
+class ClassScore(Record):
+    """How well one answer is recognised; ``rows`` is how often it is the true one."""
+
+    precision: float
+    recall: float
+    f1: float
+    rows: int
+
+
+class QuestionScore(FiguresRecord):
+    """The figures of the rows that ask one question, where rows ask different ones."""
+
+    order: ClassVar[tuple[str, ...]] = ("question", "rows", "figures")
+
+    question: str
+    rows: int
+
+
+class _Result(FiguresRecord):
+    """What all kinds of result have. ``task`` and what follows it: of a benchmark's task alone."""
+
+    order: ClassVar[tuple[str, ...]] = (
+        *("kind", "dataset", "rows", "answers", "choices", "figures", "per_class", "confusion", "majority", "chance"),
+        *("unusable", "word_f1", "perplexity", "tokens", "seconds"),
+        *("task", "answered_by", "relabelled", "questions", "mean_weighted_f1", "correct"),
+    )
+
+    kind: str
+    dataset: str = ""
+    rows: int
+    seconds: float | None = None
+    task: str | None = None
+    answered_by: str | None = None
+    relabelled: dict[str, str] = Field(default_factory=dict)
+    questions: list[QuestionScore] = Field(default_factory=list)
+    correct: str | None = None
+    """In the results of a study's cell: a ``1`` or a ``0`` for each row."""
+
+    @model_validator(mode="after")
+    def _has_its_main_metric(self) -> Self:
+        name = main_metric(self.kind).name
+        # A perplexity too large for a number may be null.
+        if name not in self.figures or (self.figures[name] is None and name != "perplexity"):
+            raise PydanticCustomError("missing", "'{name}' should be a number", {"name": name})
+        return self
+
+    @property
+    def main(self) -> float | None:
+        """The metric by which results of this kind are compared."""
+        return self.figures[main_metric(self.kind).name]
+
+
+class ChoiceResult(_Result):
+    """Rows whose answers are a closed set. ``confusion[i][j]``: rows of true answer i that got answer j.
+
+    ``answers``: how many there are, where a row has several.
+    """
+
+    kind: Literal["choice"] = "choice"
+    answers: int | None = None
+    choices: list[str]
+    per_class: dict[str, ClassScore] = Field(default_factory=dict)
+    confusion: list[list[int]]
+    majority: Majority | None = None
+
+    @model_validator(mode="after")
+    def _square(self) -> Self:
+        size = len(self.choices)
+        if len(self.confusion) != size or any(len(row) != size for row in self.confusion):
+            raise ValueError(f"'confusion' should have {size} rows of {size} counts, as there are {size} choices")
+        return self
+
+
+class MultipleChoiceResult(_Result):
+    """Rows that bring their own choices. ``chance``: what guessing would reach."""
+
+    kind: Literal["multiple_choice"] = "multiple_choice"
+    chance: float
+
+
+class GenerationResult(_Result):
+    """Rows with open answers."""
+
+    kind: Literal["generation"] = "generation"
+
+
+class PerplexityResult(_Result):
+    """Rows of plain text."""
+
+    kind: Literal["perplexity"] = "perplexity"
+    tokens: int | None = None
+
+
+Result = ChoiceResult | MultipleChoiceResult | GenerationResult | PerplexityResult
+
+_RESULT: TypeAdapter[Result] = TypeAdapter(Annotated[Result, Field(discriminator="kind")])
+
+
+def read_result(values: Any) -> Result:
+    """The result of plain values that came from a file; raises pydantic's ValidationError."""
+    return _RESULT.validate_python(values, extra="ignore")
+
+
+class Prediction(Record):
+    """One row of a test set with what the model made of it.
+
+    Attributes:
+        row: its number, from 1.
+        usable: whether what the model wrote could be read; ``read``: as which of the choices, or as which several.
+        scores: choice -> its log-likelihood; the best of them, where there are many.
+    """
+
+    row: int
+    prompt: str
+    answer: str
+    predicted: str
+    correct: bool
+    usable: bool = True
+    read_as: str | list[str | None] | None = Field(None, alias="read")
+    scores: dict[str, float] = Field(default_factory=dict)
