@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from trimtab.cli.importing import importing
+
 SHORT_HELP = "Measure a run, or any model, on rows."
 
 
@@ -65,7 +67,9 @@ def command(
     from rich.console import Console
 
     from trimtab.cli.displays.run import RunDisplay
-    from trimtab.evaluation.run import measure
+
+    with importing():
+        from trimtab.evaluation.run import measure
 
     console = Console()
     with RunDisplay(console) as display:

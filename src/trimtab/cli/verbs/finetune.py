@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from trimtab.cli.importing import importing
 from trimtab.cli.verbs._arguments import Overrides
 
 if TYPE_CHECKING:
@@ -62,7 +63,8 @@ def command(
 
     console = Console()
     with RunDisplay(console) as display:
-        from trimtab.training.run import finetune
+        with importing():
+            from trimtab.training.run import finetune
 
         folder = finetune(loaded, resume=resume, overwrite=overwrite, listener=display)
 

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from trimtab.cli.importing import importing
 from trimtab.cli.verbs._arguments import RunPath
 
 SHORT_HELP = "Ask the model of a run."
@@ -33,21 +34,20 @@ def command(
 
     text = sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt
 
-    from trimtab.runs.load import load_run
+    with importing():
+        import torch
+        from transformers import TextStreamer
 
-    loaded = load_run(run, adapter=not base)
-
-    import torch
-    from transformers import TextStreamer
-
-    from trimtab.data import forms
-    from trimtab.data.tokens import encode_prompt
-    from trimtab.errors import DataError
-    from trimtab.evaluation.generation import end_tokens
-    from trimtab.surgery.serving import serving
+        from trimtab.data import forms
+        from trimtab.data.tokens import encode_prompt
+        from trimtab.errors import DataError
+        from trimtab.evaluation.generation import end_tokens
+        from trimtab.runs.load import load_run
+        from trimtab.surgery.serving import serving
 
     if not text.strip():
         raise DataError("the prompt is empty: there is nothing to go on from")
+    loaded = load_run(run, adapter=not base)
     tokenizer, config = loaded.tokenizer, loaded.model.config.get_text_config()
     summary = loaded.folder.read_summary()
     form = (summary and summary.form) if chat is None else "chat" if chat else None

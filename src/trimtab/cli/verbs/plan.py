@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from trimtab.cli.importing import importing
 from trimtab.cli.verbs._arguments import ConfigPath, Overrides
 
 SHORT_HELP = "Show which modules get what, and the memory that takes; loads no weights."
@@ -30,8 +31,9 @@ def command(
 
     loaded = load_config(config, overrides or [])
 
-    from trimtab.config.resolve import Job
-    from trimtab.memory.suggest import describe_run
+    with importing():
+        from trimtab.config.resolve import Job
+        from trimtab.memory.suggest import describe_run
 
     described = describe_run(Job.of(loaded), length)
     if as_json:
