@@ -39,12 +39,13 @@ def results_table(run: Path) -> Table:
             continue
         guess = baseline(tests.result)
         for place, row in enumerate(row for row in measured(tests) if row.brief):
-            name, rows, beside = Text(), "", ""
-            if place == 0:
-                name, rows = _text(tests.name), words.count(tests.result.rows)
-                beside = f"{words.percent(guess.share)} ({guess.brief})" if guess else ""
-            after = Text(row.words(row.after), style="bold")
-            table.add_row(name, row.metric.label, rows, row.words(row.before), after, row.change, _text(beside))
+            figures: list[str | Text] = [row.words(row.before), Text(row.words(row.after), style="bold"), row.change]
+            if place:
+                table.add_row("", row.metric.label, "", *figures)
+                continue
+            beside = f"{words.percent(guess.share)} ({guess.brief})" if guess else ""
+            rows = words.count(tests.result.rows)
+            table.add_row(_text(tests.name), row.metric.label, rows, *figures, _text(beside))
         table.add_section()
     return table
 
@@ -155,16 +156,10 @@ def plan_table(known: PlanRecord) -> Table:
     table.add_column("parameters", footer=words.count(known.trainable_parameters), **figures)
     table.add_column("percent", footer=of_all, **figures)
     for rule in known.rules:
-        table.add_row(
-            str(rule.rule),
-            _text(rule.method),
-            _text("\n".join(words.listing(rule.match))),
-            _text(str(rule.layers)),
-            _text(", ".join(words.options(rule.options)) or words.DASH),
-            words.count(rule.modules),
-            words.count(rule.parameters),
-            words.small_percent(rule.parameters, known.total_parameters),
-        )
+        options = ", ".join(words.options(rule.options)) or words.DASH
+        said = (rule.method, "\n".join(words.listing(rule.match)), str(rule.layers), options)
+        share = words.small_percent(rule.parameters, known.total_parameters)
+        table.add_row(str(rule.rule), *map(_text, said), words.count(rule.modules), words.count(rule.parameters), share)
     return table
 
 
