@@ -140,13 +140,13 @@ def estimate_run(job: Job, sizes: RowSizes) -> RunMemory:
     """
     config, source, dtype = job.config, job.source, job.dtype
     train = config.train
+    evaluated = _evaluated(config, sizes)
     model: Any = empty_model(source, dtype, config.model.attention)
     said = None if source.kind == "gguf" else load_config_only(source).dtype
     stored = getattr(torch, said) if isinstance(said, str) else said or torch.float32
     parameters = sum(parameter.numel() for parameter in model.parameters())
     files = parameters * stored.itemsize
     quantising = quantising_bytes(model, config.quantisation)
-    evaluated = _evaluated(config, sizes)
     attached = attach(model, job.plan)
     trace = Trace(model, quantisation=config.quantisation)
     standing, uncounted = trace.standing, None
