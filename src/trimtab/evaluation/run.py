@@ -14,8 +14,8 @@ from trimtab.config.run import EvaluationConfig
 from trimtab.data.forms import read_examples
 from trimtab.data.rows import Example
 from trimtab.errors import ConfigError, DataError
+from trimtab.evaluation.benchmark_tasks import BenchmarkTask, evaluate_task, find_task
 from trimtab.evaluation.evaluate import evaluate, write
-from trimtab.evaluation.tasks import Task, evaluate_task, find_task
 from trimtab.machine import best_precision, device
 from trimtab.models.load import load_tokenizer
 from trimtab.models.locate import locate
@@ -50,7 +50,7 @@ def measure(
     What is None is as in the run; for a model: the defaults of a run. Choices on other rows than the run's test sets:
     the run's, if these rows are answered so, else a closed set is looked for in the rows. ``form`` is a name in
     ``trimtab.data.forms``. With ``generate`` the model writes its answer also where the answers are a closed set.
-    With ``tasks``, named as in ``trimtab.evaluation.tasks``, ``data`` is the file of a single one or the folders that
+    With ``tasks``, named as in ``evaluation.benchmark_tasks``, ``data`` is the file of a single one or the folders that
     hold their files, and each is measured as it asks for.
 
     Results and predictions go into ``out`` under the stage ``after``, or ``before`` for a model without an adapter. By
@@ -131,7 +131,7 @@ def _fitting_choices(examples: Sequence[Example], known: list[str] | None) -> li
     return known if known and all(example.answer in known for example in examples) else "infer"
 
 
-def _rows_of(task: Task, places: Sequence[str], *, alone: bool) -> str:
+def _rows_of(task: BenchmarkTask, places: Sequence[str], *, alone: bool) -> str:
     """The file with the rows of ``task`` among files and folders; where it is the only task, a file by any name.
 
     Raises DataError, which names the file that is looked for, if it is not there.

@@ -90,7 +90,9 @@ class Head:
         denominator = max(positions.numel(), 1) if num_items is None else num_items
         others = None if lesser is None else _labelled(lesser)
         if self._body is None:
-            return self._own_loss(input_ids, labels, positions.numel(), denominator, others, weight)
+            return self._own_loss(
+                input_ids, labels, positions.numel(), denominator=denominator, others=others, weight=weight
+            )
         head = self.model.get_output_embeddings()
         if others is None:
             return head_loss(head, self._hidden(self._body, input_ids, positions), targets, denominator)

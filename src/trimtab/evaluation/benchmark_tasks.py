@@ -26,7 +26,7 @@ from trimtab.tasks import Head
 
 
 @dataclass(frozen=True)
-class Task:
+class BenchmarkTask:
     """What one task asks for.
 
     Attributes:
@@ -61,39 +61,44 @@ _SENTIMENT = ("negative", "neutral", "positive")
 # FinLoRA's test sets. TFNS stores 0, 1, 2 for bearish, bullish, neutral; its script reads them as negative, neutral,
 # positive. Two of three tweets are neutral, so a file where most are positive was made by it.
 FINLORA = (
-    Task("finlora/fpb", "fpb_test.jsonl", choices=_SENTIMENT),
-    Task("finlora/fiqa", "fiqa_test.jsonl", choices=_SENTIMENT),
-    Task(
+    BenchmarkTask("finlora/fpb", "fpb_test.jsonl", choices=_SENTIMENT),
+    BenchmarkTask("finlora/fiqa", "fiqa_test.jsonl", choices=_SENTIMENT),
+    BenchmarkTask(
         "finlora/tfns",
         "tfns_test.jsonl",
         choices=_SENTIMENT,
         permuted={"neutral": "positive", "positive": "neutral"},
         commonest="neutral",
     ),
-    Task("finlora/nwgi", "nwgi_test.jsonl"),
-    Task(
+    BenchmarkTask("finlora/nwgi", "nwgi_test.jsonl"),
+    BenchmarkTask(
         "finlora/headline",
         "headline_test.jsonl",
         choices=("No", "Yes"),
         question=r"(?s)Instruction:\s*(.*?)\s*(?:Please choose|\nInput:)",
     ),
-    Task("finlora/ner", "ner_test.jsonl", choices=("location", "organization", "person")),
-    Task("finlora/finer", "finer_test_batched.jsonl", "labels", max_new_tokens=256),
-    Task("finlora/fnxl", "fnxl_test_batched.jsonl", "labels", max_new_tokens=256),
-    Task("finlora/xbrl_tags", "xbrl_extract_tags_test.jsonl", max_new_tokens=64),
-    Task("finlora/xbrl_value", "xbrl_extract_value_test.jsonl", "number", max_new_tokens=32),
-    Task("finlora/xbrl_formula", "xbrl_extract_formula_test.jsonl", "formula", max_new_tokens=128),
-    Task("finlora/xbrl_formula_calc", "xbrl_extract_formula_calculations_test.jsonl", "formula", max_new_tokens=96),
-    Task("finlora/formula", "formula_test.jsonl", "number", max_new_tokens=32),
-    Task("finlora/xbrl_term", "xbrl_term_test.jsonl", "text", max_new_tokens=96),
-    Task("finlora/financebench", "financebench_test.jsonl", "text", max_new_tokens=96),
-    *(Task(f"finlora/{exam}", f"{exam}_test.jsonl") for exam in ("cfa_level1", "cfa_level2", "cfa_level3", "cpa_reg")),
+    BenchmarkTask("finlora/ner", "ner_test.jsonl", choices=("location", "organization", "person")),
+    BenchmarkTask("finlora/finer", "finer_test_batched.jsonl", "labels", max_new_tokens=256),
+    BenchmarkTask("finlora/fnxl", "fnxl_test_batched.jsonl", "labels", max_new_tokens=256),
+    BenchmarkTask("finlora/xbrl_tags", "xbrl_extract_tags_test.jsonl", max_new_tokens=64),
+    BenchmarkTask("finlora/xbrl_value", "xbrl_extract_value_test.jsonl", "number", max_new_tokens=32),
+    BenchmarkTask("finlora/xbrl_formula", "xbrl_extract_formula_test.jsonl", "formula", max_new_tokens=128),
+    BenchmarkTask(
+        "finlora/xbrl_formula_calc", "xbrl_extract_formula_calculations_test.jsonl", "formula", max_new_tokens=96
+    ),
+    BenchmarkTask("finlora/formula", "formula_test.jsonl", "number", max_new_tokens=32),
+    BenchmarkTask("finlora/xbrl_term", "xbrl_term_test.jsonl", "text", max_new_tokens=96),
+    BenchmarkTask("finlora/financebench", "financebench_test.jsonl", "text", max_new_tokens=96),
+    *(
+        BenchmarkTask(f"finlora/{exam}", f"{exam}_test.jsonl")
+        for exam in ("cfa_level1", "cfa_level2", "cfa_level3", "cpa_reg")
+    ),
 )
 
 TASKS = {task.name: task for task in FINLORA}
 
 
-def find_task(name: str) -> Task:
+def find_task(name: str) -> BenchmarkTask:
     """The task of that name. Raises ConfigError, which names the nearest, if there is none."""
     if name not in TASKS:
         raise ConfigError(f"no task '{name}'.{did_you_mean(name, TASKS)} The tasks: {', '.join(TASKS)}.")
@@ -101,7 +106,7 @@ def find_task(name: str) -> Task:
 
 
 def evaluate_task(
-    task: Task,
+    task: BenchmarkTask,
     head: Head,
     tokenizer: Any,
     examples: Sequence[Example],
@@ -165,13 +170,13 @@ def evaluate_task(
     return replace(measured, record=measured.record.changed(**more))
 
 
-def _labels_in(task: Task, examples: Sequence[Example]) -> list[str]:
+def _labels_in(task: BenchmarkTask, examples: Sequence[Example]) -> list[str]:
     """Every label that is a true answer of some row."""
     texts = [example.answer for example in examples if example.answer is not None]
     return sorted({label for text in texts for label in (answers.parts(text) if task.answers == "labels" else [text])})
 
 
-def _relabelling(task: Task, examples: Sequence[Example]) -> dict[str, str]:
+def _relabelling(task: BenchmarkTask, examples: Sequence[Example]) -> dict[str, str]:
     """How the labels of ``examples`` must be read otherwise than they stand; empty: not at all."""
     counts = Counter(example.answer for example in examples)
     most = counts.most_common(1)[0][0] if counts else None

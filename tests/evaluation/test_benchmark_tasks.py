@@ -14,7 +14,7 @@ from evaluation_cases import example, llama, markov_chain
 from trimtab.data.forms import read_examples
 from trimtab.data.rows import Example
 from trimtab.errors import ConfigError, DataError
-from trimtab.evaluation.tasks import TASKS, evaluate_task, find_task
+from trimtab.evaluation.benchmark_tasks import TASKS, evaluate_task, find_task
 from trimtab.tasks import Head
 
 Make = Callable[..., list[Example]]
