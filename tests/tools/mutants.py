@@ -325,7 +325,7 @@ def main() -> None:
         lived += lives
         if lives:
             print(f"{number}/{len(chosen)}: lives: {mutant}", flush=True)
-    write_page(results, said.sample)
+        write_page(results, said.sample)  # after each: an hour that is cut off has its page
     print(f"{len(chosen) - lived} of {len(chosen)} found; {PAGE.relative_to(ROOT)} lists the others")
 
 
