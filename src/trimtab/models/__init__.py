@@ -1,1 +1,1 @@
-"""Models on disk: which one a name means, how it is read and quantised, and what GGUF files hold."""
+"""Models on disk: finds them by name, reads them, quantises them, and converts GGUF files."""

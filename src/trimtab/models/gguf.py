@@ -1,7 +1,7 @@
-"""GGUF files. Each is dequantised once, into a cache of ordinary Hugging Face model folders.
+"""Reads GGUF files. Each is dequantised once, into a cache of ordinary Hugging Face model folders.
 
-The cache is the folder that the environment variable TRIMTAB_CACHE names, else ``trimtab`` in the user's cache folder.
-Everything in it can be deleted at any time.
+The environment variable TRIMTAB_CACHE names the cache; the default is ``trimtab`` in the user's cache folder. All of it
+can be deleted at any time.
 """
 
 from __future__ import annotations
@@ -27,36 +27,35 @@ from trimtab.errors import ModelError
 from trimtab.files import write_folder
 from trimtab.machine import GIB, check_fits
 
-# A dequantised value is a 4 to 8 bit number times a 16 bit scale, plus an offset. bfloat16 rounds that: SmolLM2-135M's
-# Q4_1 file by 0.14 % of the weights' norm (float16: 0.02 %). float32 is exact for every type of block, and costs 540 MB
-# of disk for this model; it is cast, if so asked, when it is loaded.
+# A dequantised value is a 4 to 8 bit number times a 16 bit scale, plus an offset. float32 holds that exactly for every
+# type of block, and takes 540 MB of disk for SmolLM2-135M. bfloat16 would round its Q4_1 file by 0.14 % of the weights'
+# norm (float16: 0.02 %); loading can still cast it.
 DTYPE = torch.float32
 
 # Part of each cached folder's name. Raise it when the conversion changes.
 _VERSION = 1
 
-# Vocabularies that were learned with every digit apart. How text is split stands in the file's "tokenizer.ggml.pre".
-# For these vocabularies transformers (5.23) does not follow it, and gives other tokens where spaces precede a digit.
+# Vocabularies that split numbers into single digits. A file says how text is split in its "tokenizer.ggml.pre", which
+# transformers (5.23) ignores for these: it gives other tokens where spaces come before a digit.
 _DIGITS_APART = ("smollm", "starcoder", "refact", "command-r", "codeshell")
 
 _log = logging.getLogger(__name__)
 
 
 def cache_folder() -> Path:
-    """Where dequantised models are kept."""
+    """The folder of dequantised models."""
     if own := os.environ.get("TRIMTAB_CACHE"):
         return Path(own).expanduser() / "models"
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "trimtab" / "models"
 
 
 def dequantised_folder(file: Path) -> Path:
-    """The model folder made from ``file``, which is made now if it is not in the cache.
+    """The model folder that was made from ``file``; it is made now if it is not in the cache.
 
-    Several processes may do so at once. Several threads may not, since transformers itself is not safe there.
+    Several processes may call this at once, but not several threads, since transformers is not thread-safe here.
 
-    Raises:
-        ModelError: the file cannot be read, is of an architecture that transformers does not read, or needs more
-            memory or disk than there is.
+    Raises ModelError if the file cannot be read, if transformers does not read its architecture, or if there is too
+    little memory or disk.
     """
     target = _cached(file)
     if not _is_complete(target):
@@ -85,7 +84,7 @@ def is_dequantised(file: Path) -> bool:
 
 
 def gguf_config(file: Path) -> PretrainedConfig:
-    """The model's configuration from the head of the file. The weights are not read."""
+    """The model's configuration, from the head of the file. The weights are not read."""
     config: PretrainedConfig
     if _is_complete(target := _cached(file)):
         config = AutoConfig.from_pretrained(target)
@@ -102,7 +101,7 @@ def _cached(file: Path) -> Path:
 
 
 def _is_complete(folder: Path) -> bool:
-    """Whether all files are there. Something that clears old files out of caches may have taken some of them."""
+    """Whether no file is missing; a tool that removes old files from caches may have taken some."""
     names = ("config.json", "tokenizer.json", "tokenizer_config.json")
     return all((folder / name).is_file() for name in names) and any(folder.glob("*.safetensors"))
 
@@ -130,13 +129,13 @@ def _dequantised(file: Path, reader: GGUFReader) -> Any:
             f"{free / GIB:.1f} GiB. Set TRIMTAB_CACHE to a folder with enough room."
         )
     options: dict[str, Any] = {"dtype": DTYPE}
-    # transformers leaves blocks packed where it has a kernel that multiplies by them, unless it is told not to.
+    # Unless told otherwise, transformers leaves blocks packed if it has a kernel that multiplies by them.
     if hasattr(transformers, "GgufConfig"):
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    # Its progress bar cannot be switched off. It is welcome on a terminal, but not in a log.
+    # Its progress bar cannot be switched off, and belongs on a terminal but not in a log.
     with contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO()):
         read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, **options)
-    # transformers refuses to save a model that it read from GGUF, so the values move to one that it made itself.
+    # transformers refuses to save a model that it read from GGUF, so its values move into a new model.
     config = read.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config

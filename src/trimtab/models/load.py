@@ -1,11 +1,11 @@
-"""Hugging Face model folders (``config.json``, ``*.safetensors``, a tokenizer), read.
+"""Reads Hugging Face model folders: ``config.json``, ``*.safetensors`` and a tokenizer.
 
     source = locate("smollm2-135m")
     tokenizer = load_tokenizer(source)
     model = load_model(source, torch.bfloat16)
 
-A GGUF file is first turned into such a folder. Weights are read from safetensors only, so that nothing is ever
-unpickled. A missing weight is an error here, since transformers would fill it with random values.
+A GGUF file is first converted into such a folder. Weights are read from safetensors only, so nothing is unpickled.
+A missing weight is an error, since transformers would fill it with random values.
 """
 
 from __future__ import annotations
@@ -37,8 +37,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenize
 def load_config_only(source: Source) -> PretrainedConfig:
     """The model's configuration. Its weights are not read.
 
-    Raises:
-        ModelError: it cannot be fetched or read, or transformers does not know the architecture.
+    Raises ModelError if it cannot be fetched or read, or if transformers does not know the architecture.
     """
     with _loading(source, "configuration"):
         if source.kind == "gguf":
@@ -48,13 +47,12 @@ def load_config_only(source: Source) -> PretrainedConfig:
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
-    """The tokenizer, padding on the right. One without a token for padding pads with the end of text.
+    """The tokenizer, which pads on the right. If it has no padding token, it pads with its end-of-sequence token.
 
-    So the padding token may be one that the model has to learn to write. Labels must therefore be made from the lengths
-    of rows, never by leaving out the padding token.
+    The model may have to learn to write that token, so labels must be made from the lengths of rows, and never by
+    leaving out the padding token.
 
-    Raises:
-        ModelError: it cannot be fetched or read, or has no token to pad with.
+    Raises ModelError if it cannot be fetched or read, or has no token to pad with.
     """
     if source.kind == "folder":
         _check_tokenizer(Path(source.location))
@@ -82,9 +80,8 @@ def load_model(
         source: from ``locate``.
         dtype: the floating point type of the weights.
         attention: ``auto`` (what transformers prefers), ``sdpa`` or ``eager``.
-        quantisation: what its linear layers are turned into while they are read: ``none``, or the name of a quantised
-            base such as ``int8`` or ``nf4``.
-        model_class: the class of transformers that makes a model of a folder.
+        quantisation: ``none``, or the quantised base that its linear layers are packed as while they are read.
+        model_class: the class of transformers that reads the folder.
 
     Raises:
         ModelError: it cannot be fetched or read, has no safetensors, lacks weights, is not a causal language model,
@@ -96,7 +93,7 @@ def load_model(
     with _loading(source, "model"):
         loaded: Any = getattr(transformers, model_class).from_pretrained(
             _location(source),
-            # In the dtype of the files, weights are only mapped, and quantising reads them one by one.
+            # In the dtype of the files, weights are only mapped, and are read one by one while they are quantised.
             dtype=dtype if quantisation == "none" else "auto",
             use_safetensors=True,
             output_loading_info=True,
@@ -121,10 +118,9 @@ def load_model(
 
 
 def empty_model(source: Source, dtype: torch.dtype = torch.float32, attention: str = "auto") -> PreTrainedModel:
-    """The model on the meta device, from its configuration alone: every shape is there, and no weight is.
+    """The model on the meta device, made from its configuration: with every shape, and without weights.
 
-    Raises:
-        ModelError: as in ``load_config_only``, or it is not a causal language model.
+    Raises ModelError as ``load_config_only`` does, or if it is not a causal language model.
     """
     config = load_config_only(source)
     options: dict[str, Any] = {} if attention == "auto" else {"attn_implementation": attention}
@@ -136,10 +132,9 @@ def empty_model(source: Source, dtype: torch.dtype = torch.float32, attention: s
 
 
 def weights_folder(source: Source) -> Path:
-    """The folder with the model's ``*.safetensors``; a hub model is fetched for it, a GGUF file is dequantised.
+    """The folder with the model's ``*.safetensors``. A hub model is fetched for it, and a GGUF file is dequantised.
 
-    Raises:
-        ModelError: it cannot be fetched, or has no weights in safetensors.
+    Raises ModelError if it cannot be fetched, or has no weights in safetensors.
     """
     with _loading(source, "weights"):
         if source.kind == "hub":
@@ -154,7 +149,7 @@ def weights_folder(source: Source) -> Path:
 
 
 def _location(source: Source) -> str:
-    """The folder or hub id to read from. A GGUF file is dequantised into a folder first."""
+    """The folder or hub id to read from. A GGUF file is first dequantised into a folder."""
     if source.kind != "gguf":
         return source.location
     return str(dequantised_folder(Path(source.location)))
@@ -186,7 +181,7 @@ def _check_weights(folder: Path) -> None:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keep transformers' bars and notices off the terminal, which belongs to the command line. Errors still raise."""
+    """Keep transformers' progress bars and notices off the terminal. Errors still raise."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -200,13 +195,13 @@ def quiet_transformers() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _loading(source: Source, what: str) -> Iterator[None]:
-    """Turn whatever transformers raises over ``source`` into a ModelError that says what to do."""
+    """Turn whatever transformers raises about ``source`` into a ModelError that says what to do."""
     try:
         with quiet_transformers():
             yield
     except ModelError:
         raise
-    except Exception as error:  # OSError, ValueError, KeyError, ImportError and more: they have no common root
+    except Exception as error:  # OSError, ValueError, KeyError, ImportError and more have no other common base
         text = " ".join(str(error).split())
         if "trust_remote_code" in text and not source.trust_remote_code:
             text = "It needs its own Python code to run. If you have read and trust it: model.trust_remote_code=true"

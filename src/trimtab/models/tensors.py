@@ -1,4 +1,4 @@
-"""The weights of a model folder, read one tensor at a time, so that a model of any size takes the memory of one."""
+"""Reads the weights of a model folder one tensor at a time, so that no more than one has to be in memory."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from trimtab.errors import ModelError
 
 
 class Weights:
-    """The tensors in the ``*.safetensors`` of ``folder`` by name; reading one maps its file and copies nothing else.
+    """The tensors in the ``*.safetensors`` of ``folder``, by name. Reading one maps its file and copies nothing else.
 
-    Raises:
-        ModelError: there are none, or a file is damaged.
+    Raises ModelError if there are none, or if a file is damaged.
     """
 
     def __init__(self, folder: Path) -> None:
