@@ -12,6 +12,7 @@ from typing import Any
 
 from trimtab.errors import Interrupted, RunError
 from trimtab.files import locked
+from trimtab.metrics import best_by
 from trimtab.runs.events import Listener
 from trimtab.studies.cell import finished_cell, run_cell
 from trimtab.studies.study_cells import Cell, Study
@@ -106,9 +107,8 @@ def chosen_runs(study: Study, task: str, arm: str) -> list[Cell] | None:
 
 def _preference(cell: Cell, row: Mapping[str, Any]) -> tuple[float, ...]:
     """A key that sorts the best run first: by its validation metric, and by its loss among equals."""
-    metric = cell.config.train.metric
-    metric = "accuracy" if metric == "auto" else metric
-    return (-row[metric], row["loss"]) if metric in row and metric != "loss" else (row["loss"],)
+    best = best_by(cell.config.train.metric, scored="accuracy" in row)
+    return (best.cost(row[best.name]), row["loss"]) if best.name in row else (row["loss"],)
 
 
 def _missing(study: Study, task: str, arm: str) -> int:

@@ -13,6 +13,7 @@ from trimtab.config.run import RunConfig
 from trimtab.config.search import ExploreConfig
 from trimtab.errors import Interrupted, RunError, TrimtabError
 from trimtab.files import write_json, write_text
+from trimtab.metrics import METRICS
 from trimtab.runs.events import Listener, Steps
 from trimtab.runs.folder import RunFolder
 from trimtab.studies.cell import run_cell
@@ -55,7 +56,7 @@ class Search:
         self.study = optuna.create_study(
             storage=f"sqlite:///{config.output / 'study.db'}",
             study_name="explore",
-            direction="minimize" if self.metric == "loss" else "maximize",
+            direction="maximize" if METRICS[self.metric].higher_is_better else "minimize",
             load_if_exists=True,
         )
         self._take_up()

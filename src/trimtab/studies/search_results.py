@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trimtab.config.search import ExploreConfig
+from trimtab.metrics import METRICS
 from trimtab.studies.search_space import Part, Space
 
 Row = dict[str, Any]
@@ -51,9 +52,8 @@ def row_of(trial: Any, space: Space) -> Row:
 
 def best_of(rows: Sequence[Row], metric: str, kind: str | None = None) -> Row | None:
     """The completed row with the best score, the earliest of equals; of one ``kind`` or of both."""
-    sign = 1 if metric == "loss" else -1
     done = [row for row in rows if row["state"] == "complete" and kind in (None, row["kind"])]
-    return min(done, key=lambda row: (sign * row["score"], row["number"]), default=None)
+    return min(done, key=lambda row: (METRICS[metric].cost(row["score"]), row["number"]), default=None)
 
 
 def found(

@@ -13,22 +13,17 @@ from dataclasses import asdict
 from typing import Any
 
 from trimtab.files import write_json, write_text
+from trimtab.metrics import KINDS, compared, main_metric
 from trimtab.studies.cell import finished_cell
 from trimtab.studies.compare import chosen_runs
 from trimtab.studies.statistics import holm, mean_interval, paired_difference
 from trimtab.studies.study_cells import Cell, Study
 
-MEASURES = {
-    "choice": "accuracy",
-    "multiple_choice": "accuracy",
-    "generation": "exact_match",
-    "perplexity": "perplexity",
-}
-"""Kind of an evaluation -> what a study compares."""
-
 _COSTS = ("trainable_parameters", "training_seconds", "peak_memory_gib")
 _FACTS = (*_COSTS, "steps", "train_rows", "train_tokens", "total_seconds", "precision")
-_FIGURES = ("accuracy", "macro_f1", "exact_match", "perplexity")
+_FIGURES = tuple(metric.name for metric in compared())
+_BESIDE = [metric for metric in compared() if metric not in map(main_metric, KINDS)]
+"""Metrics that a line gives beside the one it compares."""
 
 
 def write_results(study: Study, failed: Sequence[tuple[Cell, str]] = ()) -> dict[str, Any]:
@@ -104,7 +99,7 @@ def _summary(study: Study, runs: Sequence[dict[str, Any]]) -> list[dict[str, Any
                 if not mine:
                     continue
                 found = [run["tests"][test] for run in mine]
-                measure = MEASURES[found[0]["kind"]]
+                measure = main_metric(found[0]["kind"]).name
                 line = {
                     "task": task,
                     "test": test,
@@ -116,9 +111,7 @@ def _summary(study: Study, runs: Sequence[dict[str, Any]]) -> list[dict[str, Any
                     "seeds": [run["seed"] for run in mine],
                     "learning_rate": mine[0]["learning_rate"] if mine[0]["steps"] else None,
                     **asdict(mean_interval([one[measure] for one in found])),
-                    "macro_f1": asdict(mean_interval([one["macro_f1"] for one in found]))
-                    if "macro_f1" in found[0]
-                    else None,
+                    **{metric.name: _spread(found, metric.name) for metric in _BESIDE},
                     "costs": {key: asdict(mean_interval([run[key] for run in mine])) for key in _COSTS},
                     "against": (other := study.against(arm)),
                     "difference": _difference(mine, by_arm[other], test) if other is not None else None,
@@ -128,6 +121,11 @@ def _summary(study: Study, runs: Sequence[dict[str, Any]]) -> list[dict[str, Any
     for difference, p in zip(compared, holm([one["p"] for one in compared]), strict=True):
         difference["p_holm"] = p
     return lines
+
+
+def _spread(tests: Sequence[dict[str, Any]], name: str) -> dict[str, Any] | None:
+    """The mean of a metric with its interval; None where these test results do not have it."""
+    return asdict(mean_interval([test[name] for test in tests])) if all(name in test for test in tests) else None
 
 
 def _difference(

@@ -8,6 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from trimtab.metrics import METRICS
 from trimtab.reports.search.search_words import (
     Search,
     best_quarter,
@@ -133,7 +134,7 @@ def _times(search: Search) -> int:
 
 
 def _metric_words(search: Search) -> str:
-    return {"loss": "loss (nats per token)", "accuracy": "accuracy (%)", "macro_f1": "macro F1 (%)"}[search["metric"]]
+    return METRICS[search["metric"]].axis
 
 
 def _headline(search: Search) -> str:

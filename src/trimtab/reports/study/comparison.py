@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
+from trimtab.metrics import METRICS, compared
 from trimtab.reports.shared import words
 
 Line = Mapping[str, Any]
@@ -35,12 +36,12 @@ def baseline(line: Line) -> tuple[str, float] | None:
 
 def scale(line: Line) -> int:
     """By what a score is multiplied before it is shown: shares are given in percent."""
-    return 1 if line["measure"] == "perplexity" else 100
+    return METRICS[line["measure"]].scale
 
 
 def score_of(line: Line, value: float) -> str:
     """A score as it is named beside its mark."""
-    return words.number(value) if line["measure"] == "perplexity" else words.percent(value)
+    return words.percent(value) if METRICS[line["measure"]].share else words.number(value)
 
 
 def reference_of(results: Mapping[str, Any]) -> str:
@@ -103,7 +104,11 @@ def _cells(line: Line, reference: str) -> dict[str, str]:
         "rate": words.DASH if rate is None else f"{rate:g}",
         "runs": str(line["n"]),
         line["measure"].replace("_", " "): _with_interval(line, scale(line)),
-        "macro F1": _with_interval(line["macro_f1"], 100) if line["macro_f1"] else "",
+        **{
+            metric.label: _with_interval(line[metric.name], metric.scale) if line.get(metric.name) else ""
+            for metric in compared()
+            if metric.name != line["measure"]
+        },
         f"above {reference}": above,
         "p": _p(difference["p_holm"]) if difference else "",
         "time": words.duration(costs["training_seconds"]["mean"]),
