@@ -52,9 +52,9 @@ def explain(schema: type[BaseModel], keys: tuple[str, ...], problem: Any) -> str
 
 def _section(schema: type[BaseModel], keys: tuple[str, ...]) -> type[BaseModel]:
     for key in keys:
-        found = _model(schema.model_fields[key].annotation)
-        assert found is not None
-        schema = found
+        section = _model(schema.model_fields[key].annotation)
+        assert section is not None
+        schema = section
     return schema
 
 
@@ -66,11 +66,11 @@ def _model(annotation: Any) -> type[BaseModel] | None:
 
 def _sections(schema: type[BaseModel]) -> dict[str, list[str]]:
     """Dotted name of each section ("" for the whole) -> its keys."""
-    found = {"": list(schema.model_fields)}
+    sections = {"": list(schema.model_fields)}
     for name, field in schema.model_fields.items():
         if (model := _model(field.annotation)) is not None:
-            found[name] = list(model.model_fields)
-    return found
+            sections[name] = list(model.model_fields)
+    return sections
 
 
 def _suggest(schema: type[BaseModel], keys: tuple[str, ...]) -> str:

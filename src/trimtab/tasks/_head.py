@@ -110,8 +110,8 @@ class Head:
         where the model has none that can be repeated."""
         device = self.model.get_input_embeddings().weight.device
         with torch.no_grad():
-            found = (self._body or self.model)(input_ids=torch.tensor([list(ids)], device=device), use_cache=True)
-        past = getattr(found, "past_key_values", None)
+            output = (self._body or self.model)(input_ids=torch.tensor([list(ids)], device=device), use_cache=True)
+        past = getattr(output, "past_key_values", None)
         return past if hasattr(past, "batch_repeat_interleave") else None
 
     def log_probabilities(
@@ -133,7 +133,7 @@ class Head:
         """
         with torch.no_grad():
             states, apply = self._states(input_ids, positions, past)
-            found = []
+            chunks = []
             for chunk, wanted in zip(states.split(SCORED_AT_ONCE), tokens.split(SCORED_AT_ONCE), strict=True):
                 raw = apply(chunk)
                 logits = wide(raw)
@@ -144,8 +144,8 @@ class Head:
                     if linear.bias is not None:
                         exact += linear.bias[wanted]
                     logits.scatter_(1, wanted, exact)
-                found.append(logits.gather(1, wanted) - logits.logsumexp(1, keepdim=True))
-        return torch.cat(found)
+                chunks.append(logits.gather(1, wanted) - logits.logsumexp(1, keepdim=True))
+        return torch.cat(chunks)
 
     def _states(
         self, input_ids: Tensor, positions: Tensor, past: Any | None = None

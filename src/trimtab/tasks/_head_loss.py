@@ -75,11 +75,11 @@ class _HeadLoss(torch.autograd.Function):
             with torch.enable_grad():
                 loss = _summed(head, states, targets[chunk])
                 wanted = ([states] if of_hidden is not None else []) + list(parameters)
-                found = list(torch.autograd.grad(loss / mantissa, wanted, allow_unused=True))
+                gradients = list(torch.autograd.grad(loss / mantissa, wanted, allow_unused=True))
             total += loss.detach()
             if of_hidden is not None:
-                of_hidden[chunk] = found.pop(0)
-            for kept, gradient in zip(of_parameters, found, strict=True):
+                of_hidden[chunk] = gradients.pop(0)
+            for kept, gradient in zip(of_parameters, gradients, strict=True):
                 if gradient is not None:
                     kept += gradient
         ctx.types = [parameter.dtype for parameter in parameters]
