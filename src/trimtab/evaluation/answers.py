@@ -1,14 +1,14 @@
-"""What a model wrote, read and judged: which label is it, which number, and is it the right one?
+"""Reads and judges what a model wrote: which label or number it is, and whether that is right.
 
-A label counts where it stands as words of their own, in any case, in the first line that is not empty: a model that
-finds no end goes on with something else. A text that names no label, or two, is unusable. That is a wrong answer, and
-it is counted apart; it never becomes a class, so F1 is over the true labels alone.
+A label has to stand as words of its own, in upper or lower case, in the first line that is not empty; a model that
+writes on after its answer adds other text below. An answer that names no label, or two, is unusable. It counts as wrong
+and is also counted apart. It is never a class of its own, so F1 is computed over the true labels alone.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
@@ -22,12 +22,12 @@ from trimtab.runs.results import Prediction
 
 @dataclass(frozen=True)
 class Judged:
-    """Rows with what the model made of each, from which a result is computed.
+    """The judged rows of a data set, from which a result is computed.
 
     Attributes:
-        kind: of the result.
+        kind: the kind of the result.
         outcomes: what its metrics are computed from.
-        rows: a prediction for each.
+        rows: a prediction for each row.
         details: the other fields of the result, by name.
     """
 
@@ -38,7 +38,7 @@ class Judged:
 
 
 Judge = Callable[[Sequence[Example], Sequence[Generated]], Judged]
-"""Judges what was written to each of the rows."""
+"""Judges the answers that were written to some rows."""
 
 _NUMBER = re.compile(r"[-+]?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
 
@@ -56,9 +56,9 @@ def prediction(index: int, example: Example, predicted: str, correct: bool, **mo
 
 
 def label_reader(labels: Sequence[str]) -> Callable[[str], str | None]:
-    """A function from a text to the one of ``labels`` that its first line names; None where that is none or several.
+    """A function that returns the one of ``labels`` that the first line of a text names, or None if none or several.
 
-    Upper and lower case are the same but for a label of one letter (``A`` is an answer, ``a`` an article).
+    Case matters for a label of one letter only (``A`` is an answer, ``a`` an article).
     """
     ordered = sorted(labels, key=len, reverse=True)  # "strong negative" before "negative"
     patterns = [r"\s+".join(map(re.escape, label.split())) for label in ordered]
@@ -66,26 +66,23 @@ def label_reader(labels: Sequence[str]) -> Callable[[str], str | None]:
     pattern = re.compile(rf"(?<!\w)(?:{'|'.join(marked)})(?!\w)")
 
     def read(text: str) -> str | None:
-        found = {ordered[match.lastindex - 1] for match in pattern.finditer(_first_line(text)) if match.lastindex}
-        return found.pop() if len(found) == 1 else None
+        named = {ordered[match.lastindex - 1] for match in pattern.finditer(_first_line(text)) if match.lastindex}
+        return named.pop() if len(named) == 1 else None
 
     return read
 
 
 def exact(examples: Sequence[Example], answers: Sequence[Generated]) -> Judged:
-    """Open answers: the whole text must match. Unusable: empty, or without an end."""
-    return _open(
-        prediction(index, example, answer.text, same_answer(answer.text, str(example.answer)), usable=answer.usable)
-        for index, (example, answer) in enumerate(zip(examples, answers, strict=True))
-    )
+    """Open answers: the whole text must match. One that is empty or has no end is unusable."""
+    return _open(examples, answers, same_answer, lambda answer: answer.usable)
 
 
 def labels(
     examples: Sequence[Example], answers: Sequence[Generated], *, known: Sequence[str], several: bool = False
 ) -> Judged:
-    """Labels of a closed set ``known``, one a row, or ``several``, separated by commas (or line by line).
+    """Labels of the closed set ``known``: one for each row, or ``several``, separated by commas or line breaks.
 
-    Of several, answer by answer is counted: one that is missing is unusable, and any beyond the true number is ignored.
+    Several are counted one by one: a missing one is unusable, and any beyond the true number is ignored.
     """
     read = label_reader(known)
     truth: list[str] = []
@@ -110,51 +107,49 @@ def labels(
 
 
 def numbers(examples: Sequence[Example], answers: Sequence[Generated]) -> Judged:
-    """The first number of the first line must have the value of the true one; signs of currency and commas do not
-    count. Unusable: no number."""
+    """Numbers: the first one in the first line must equal the true one; currency signs and commas do not count.
+
+    An answer without a number is unusable.
+    """
 
     def same(text: str, true: str) -> bool:
-        wanted = _number(true)
-        return same_answer(text, true) if wanted is None else _number(text) == wanted
+        wanted, line = _number(true), _first_line(text)
+        return same_answer(line, true) if wanted is None else _number(line) == wanted
 
-    return _first_lines(examples, answers, same, lambda text: _number(text) is not None)
+    return _open(examples, answers, same, lambda answer: _number(_first_line(answer.text)) is not None)
 
 
 def formulas(examples: Sequence[Example], answers: Sequence[Generated]) -> Judged:
-    """The first line must match but for its white space and its case. Unusable: empty."""
+    """Formulas: the first line must match, apart from white space and case. An empty answer is unusable."""
 
     def same(text: str, true: str) -> bool:
-        return "".join(text.casefold().split()) == "".join(true.casefold().split())
+        return "".join(_first_line(text).casefold().split()) == "".join(true.casefold().split())
 
-    return _first_lines(examples, answers, same, bool)
+    return _open(examples, answers, same, lambda answer: _first_line(answer.text) != "")
 
 
 def texts(examples: Sequence[Example], answers: Sequence[Generated]) -> Judged:
-    """Explanations: besides exact matches, the mean F1 over the words that the two texts share. Unusable: empty."""
-    rows = exact(examples, answers).rows
-    return _open((row.changed(usable=row.predicted != "") for row in rows), explanations=True)
+    """Explanations: exact matches, and the mean F1 over the words in common. An empty answer is unusable."""
+    return _open(examples, answers, same_answer, lambda answer: answer.text != "", explanations=True)
 
 
 def parts(text: str) -> list[str]:
-    """The answers in a text that holds several: separated by commas or line breaks, without outer white space."""
+    """The answers in a text with several, which are separated by commas or line breaks."""
     return [part.strip() for part in re.split(r"[,\n]", text) if part.strip()]
 
 
-def _first_lines(
+def _open(
     examples: Sequence[Example],
     answers: Sequence[Generated],
     same: Callable[[str, str], bool],
-    usable: Callable[[str], bool],
+    usable: Callable[[Generated], bool],
+    *,
+    explanations: bool = False,
 ) -> Judged:
-    def judged(index: int, example: Example, answer: Generated) -> Prediction:
-        line = _first_line(answer.text)
-        return prediction(index, example, answer.text, same(line, str(example.answer)), usable=usable(line))
-
-    return _open(judged(index, *pair) for index, pair in enumerate(zip(examples, answers, strict=True)))
-
-
-def _open(predictions: Iterable[Prediction], *, explanations: bool = False) -> Judged:
-    rows = list(predictions)
+    rows = [
+        prediction(index, example, answer.text, same(answer.text, str(example.answer)), usable=usable(answer))
+        for index, (example, answer) in enumerate(zip(examples, answers, strict=True))
+    ]
     outcomes = Outcomes(
         truth=[row.answer for row in rows],
         predicted=[row.predicted for row in rows],
@@ -170,5 +165,5 @@ def _first_line(text: str) -> str:
 
 
 def _number(text: str) -> Decimal | None:
-    found = _NUMBER.search(text)
-    return Decimal(re.sub(r"[$,]", "", found[0])) if found else None
+    match = _NUMBER.search(text)
+    return Decimal(re.sub(r"[$,]", "", match[0])) if match else None

@@ -3,8 +3,8 @@
     task = find_task("finlora/headline")
     evaluate_task(task, Head(model), tokenizer, read_examples("headline_test.jsonl", tokenizer, root=Path.cwd()))
 
-The prompt is the row's context as it stands, the same for every method and for the untuned model. Labels of a closed
-set are scored by their log-likelihood, or written by the model and read if that is asked for; all else is written.
+The prompt is the row's context as it stands, for every method and for the untuned model. Labels of a closed set are
+scored by their log-likelihood, or generated and read if that is asked for; all other answers are generated.
 """
 
 from __future__ import annotations
@@ -30,15 +30,14 @@ class BenchmarkTask:
     """What one task asks for.
 
     Attributes:
-        name: as on the command line.
-        file: what the benchmark calls the file of its test rows.
-        answers: what an answer is: one label of a closed set; several, separated by commas; a number; a formula; or an
-            explanation.
-        choices: the labels; empty: those that occur in the rows.
+        name: its name on the command line.
+        file: the benchmark's name for the file of its test rows.
+        answers: one label of a closed set; several, separated by commas; a number; a formula; or an explanation.
+        choices: the labels; if empty, those that occur in the rows.
         max_new_tokens: longest written answer.
-        question: a pattern whose first group, in the prompt, is what is asked, where rows ask different things.
-        permuted: how to read the labels of a file that has them permuted.
-        commonest: the label that tells such a file: in a file as it should be, this one is the commonest.
+        question: where rows ask different things, a pattern whose first group in the prompt is the question.
+        permuted: if a file has its labels permuted, how to read each.
+        commonest: the most frequent label of a file that is not permuted.
     """
 
     name: str
@@ -52,7 +51,7 @@ class BenchmarkTask:
 
     @property
     def dataset(self) -> str:
-        """The name without that of the benchmark, which results are filed under."""
+        """The name under which results are stored: the task's without the benchmark's."""
         return self.name.rpartition("/")[2]
 
 
@@ -124,25 +123,23 @@ def evaluate_task(
         head: as for ``evaluate``, and so are ``tokenizer`` and ``settings`` (``batch_size``, ``progress``, ...).
         tokenizer: the model's.
         examples: all rows of the task's file.
-        generate: let the model write its label in place of scoring each.
+        generate: let the model write its label, and do not score each.
         choices: the labels, in place of the task's.
-        limit: measure on the first so many rows only; labels are found in all of them.
+        limit: measure only so many of the rows; the labels are still taken from all.
         max_new_tokens: in place of the task's.
 
-    Returns:
-        What ``evaluate`` gives, and in the result: ``task``; ``answered_by``, generation or likelihood; where rows ask
-        different things, figures for each of the ``questions`` and the ``mean_weighted_f1`` over them; ``relabelled``,
-        where the labels of the file were permuted.
+    The result also has ``task``; ``answered_by``, generation or likelihood; if rows ask different things, figures for
+    each of the ``questions`` and their ``mean_weighted_f1``; and ``relabelled``, if the file's labels were permuted.
 
-    Raises:
-        DataError: a row's answer is not among the labels, and what ``evaluate`` raises.
+    Raises DataError if a row's answer is not among the labels, and what ``evaluate`` raises.
     """
     relabelled = _relabelling(task, examples)
     if relabelled:
-        examples = [_with_answer(row, relabelled.get(str(row.answer), str(row.answer))) for row in examples]
+        answers_read = [relabelled.get(str(row.answer), str(row.answer)) for row in examples]
+        examples = [row.with_answer(read, ends=row.ends) for row, read in zip(examples, answers_read, strict=True)]
     labels = list(choices or task.choices or _labels_in(task, examples))
     judges: dict[str, answers.Judge] = {
-        "label": answers.exact,  # not asked: `evaluate` reads labels by itself
+        "label": answers.exact,  # not used, since `evaluate` reads the labels of a closed set itself
         "labels": partial(answers.labels, known=labels, several=True),
         "number": answers.numbers,
         "formula": answers.formulas,
@@ -177,17 +174,11 @@ def _labels_in(task: BenchmarkTask, examples: Sequence[Example]) -> list[str]:
 
 
 def _relabelling(task: BenchmarkTask, examples: Sequence[Example]) -> dict[str, str]:
-    """How the labels of ``examples`` must be read otherwise than they stand; empty: not at all."""
-    counts = Counter(example.answer for example in examples)
-    most = counts.most_common(1)[0][0] if counts else None
-    # Of fewer rows, the commonest label tells nothing.
-    permuted = len(examples) >= 100 and task.permuted.get(str(most)) == task.commonest
-    return dict(task.permuted) if permuted else {}
-
-
-def _with_answer(example: Example, answer: str) -> Example:
-    text = example.prompt + answer
-    return replace(example, text=text, answer=answer, trained=((len(example.prompt.rstrip(" ")), len(text)),))
+    """How to read the labels of ``examples`` if they are permuted; else empty."""
+    if len(examples) < 100:  # too few to tell by their commonest label
+        return {}
+    ((commonest, _),) = Counter(example.answer for example in examples).most_common(1)
+    return dict(task.permuted) if task.permuted.get(str(commonest)) == task.commonest else {}
 
 
 def _by_question(pattern: str, predictions: Sequence[Prediction], labels: Sequence[str]) -> list[QuestionScore]:

@@ -1,8 +1,7 @@
-"""What is known of answers from a closed set besides their metrics, by scikit-learn over exactly that set.
+"""Figures for each class of a closed set of answers.
 
-The classes are the choices, whatever the predictions were: a wrong answer never makes a class of its own, which would
-lower the macro average by how many different mistakes there are. A choice that neither occurs nor is predicted has
-F1 0.
+The classes are the choices, whatever was predicted: if wrong answers were classes of their own, the macro average would
+fall with the number of different mistakes. A choice that neither occurs nor is predicted has an F1 of 0.
 """
 
 from __future__ import annotations
@@ -14,12 +13,10 @@ from trimtab.runs.results import ClassScore, Majority
 
 
 def class_details(rows: Outcomes) -> dict[str, Any]:
-    """The fields of a `ChoiceResult` that say how each class fared: ``choices``, ``per_class``, ``confusion`` and
-    ``majority``.
+    """The fields ``choices``, ``per_class``, ``confusion`` and ``majority`` of a `ChoiceResult`.
 
     A prediction that is not among the choices is wrong: it lowers the recall of the true class and is in no column of
-    ``confusion[true][predicted]``. The majority answer is the most frequent one of the truth itself, the first of
-    equals.
+    ``confusion[true][predicted]``. The majority answer is the most frequent true one, and the first of equals.
     """
     from sklearn.metrics import confusion_matrix
 

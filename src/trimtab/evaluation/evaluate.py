@@ -1,4 +1,4 @@
-"""Measure a model on labelled rows, and write down what came out."""
+"""Measures a model on labelled rows, and writes the result."""
 
 from __future__ import annotations
 
@@ -35,9 +35,10 @@ from trimtab.surgery.serving import evaluating
 from trimtab.tasks import Head
 
 Progress = Callable[[int, int], None]
+"""Called with the number of rows done and of all rows."""
 
 KEPT_SCORES = 20
-"""Scores of a row that its prediction keeps."""
+"""Most scores that a prediction keeps."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,8 @@ class Evaluation:
 
     Attributes:
         name: of the data set.
-        record: the figures; its ``kind`` says which there are.
-        rows: a prediction for each, in the order of the examples; none for perplexity alone.
+        record: the result, with its figures.
+        rows: a prediction for each example; none if only the perplexity is measured.
     """
 
     name: str
@@ -56,12 +57,12 @@ class Evaluation:
 
     @property
     def result(self) -> dict[str, Any]:
-        """The record as its file holds it."""
+        """The record as plain values, as in its file."""
         return self.record.plain()
 
     @property
     def predictions(self) -> list[dict[str, Any]]:
-        """The rows as their file holds them."""
+        """The rows as plain values, as in their file."""
         return [row.plain() for row in self.rows]
 
 
@@ -89,26 +90,26 @@ def evaluate(
 ) -> Evaluation:
     """Measure the model of ``head`` on ``examples``.
 
-    With choices, each is scored by its log-likelihood (`choice.py`), or, if asked to, the model writes and the choice
-    that it names is read (`answers.py`). Rows with choices of their own have these scored; there is no class then, and
-    so no F1, but the accuracy by the log-likelihood per character, too. Without any, answers are generated and compared
-    (`generation.py`). Rows without an answer, plain texts, have a perplexity only; one such row among others suffices.
-    The perplexity of choices is that of the true answers' tokens, with the end token where it is scored.
+    Choices are scored by their log-likelihood (`choice.py`). With ``generate``, the model writes instead, and the
+    choice that it names is read (`answers.py`). Choices of a row's own form no classes, so they have no F1, but they
+    have a second accuracy, by the log-likelihood per character. Open answers are generated (`generation.py`) and
+    judged. If a row has no answer, the rows are plain texts, and only their perplexity is measured. The perplexity of
+    choices is over the tokens of the true answers, including the end token where it is scored.
 
     Args:
         head: the model; its modules' training modes stay as they are.
         tokenizer: its fast tokenizer.
         examples: at least one row.
         name: of the data set.
-        choices: the closed set of answers; ``"infer"`` to look for one in the rows; None for open answers, or for
-            rows that bring their own choices, all of them.
-        generate: let the model write its answer also where there are choices.
-        judge: what makes figures of open answers; by default, exact match.
-        batch_size: most sequences in a forward pass. No prediction and no metric of them depends on it; scores and
-            perplexity move by their rounding (a few hundredths of a nat in bfloat16).
-        max_new_tokens: limit of a generated answer.
-        max_length: most tokens of a row; None, or more than the model has positions for: what the model has.
-        progress: called with the number of rows done and of all rows.
+        choices: the closed set of answers; ``"infer"`` to look for one in the rows; None for open answers, or if all
+            rows have choices of their own.
+        generate: let the model write its answer even if there are choices.
+        judge: judges open answers; the default is an exact match.
+        batch_size: most sequences in a forward pass. Predictions and their metrics do not depend on it; scores and
+            perplexity change by rounding (a few hundredths of a nat in bfloat16).
+        max_new_tokens: the limit of a generated answer.
+        max_length: most tokens of a row; the default, and the limit, is what the model has positions for.
+        progress: called as the rows get done.
 
     Raises:
         DataError: there are no rows, or a row or the choices cannot be used; the message names the row.
@@ -145,12 +146,9 @@ def evaluate(
 
 
 def write(evaluation: Evaluation, folder: Path | str, stage: str) -> None:
-    """Write ``evaluation/NAME.STAGE.json`` and, if there are any, ``predictions/NAME.STAGE.jsonl`` into a run folder.
+    """Write ``evaluation/NAME.STAGE.json`` and any predictions, ``predictions/NAME.STAGE.jsonl``, into a run folder.
 
-    Args:
-        evaluation: what `evaluate` returned.
-        folder: the run folder; made if missing.
-        stage: ``"before"`` or ``"after"``.
+    ``stage`` is ``"before"`` or ``"after"``.
     """
     evaluation.record.write(Path(folder) / "evaluation" / f"{evaluation.name}.{stage}.json")
     if evaluation.rows:
@@ -158,7 +156,7 @@ def write(evaluation: Evaluation, folder: Path | str, stage: str) -> None:
 
 
 def _chosen(scored: ChoiceScores, examples: Sequence[Example], closed: Sequence[str] | None) -> Judged:
-    """What the scores of choices are worth: of those of a closed set, or with None of each row's own."""
+    """The rows judged by the scores of the ``closed`` set, or of each row's own choices if that is None."""
     sets = [closed if closed is not None else example.choices for example in examples]
     rows = [
         prediction(at, example, choices[best], choices[best] == example.answer, scores=_best_scores(choices, scores))
@@ -176,7 +174,7 @@ def _chosen(scored: ChoiceScores, examples: Sequence[Example], closed: Sequence[
 
 
 def _best_scores(choices: Sequence[str], scores: Sequence[float]) -> dict[str, float]:
-    """The scores of all choices, in their order; of more than ``KEPT_SCORES``, of the best so many."""
+    """The scores of all choices, in their order; if there are more than ``KEPT_SCORES``, of the best ones."""
     rounded = {choice: round(score, 6) for choice, score in zip(choices, scores, strict=True)}
     best = sorted(rounded, key=rounded.__getitem__, reverse=True)[:KEPT_SCORES]
     return {choice: rounded[choice] for choice in best} if len(rounded) > KEPT_SCORES else rounded
@@ -189,20 +187,12 @@ def token_loss(
     *,
     batch_size: int = 16,
     max_length: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> tuple[float, int]:
-    """The summed loss, in nats, of all trained tokens of the examples, and their number.
+    """The summed loss, in nats, of all trained tokens of the examples, and the number of these tokens.
 
-    Args:
-        head: the model.
-        tokenizer: its fast tokenizer.
-        examples: rows of any form; one without a trained token counts for nothing.
-        batch_size: most rows in a forward pass; decides nothing but speed (and the last digits).
-        max_length: most tokens of a row; ``trimtab.data.tokens.encode`` says what is cut.
-        progress: called with the number of rows done and of all rows.
-
-    Raises:
-        DataError: no row has a trained token.
+    Rows without a trained token are left out; DataError is raised if no row has one. ``batch_size`` changes the speed,
+    and the last digits. Longer rows are cut to ``max_length`` tokens as ``trimtab.data.tokens.encode`` says.
     """
     rows = encode_all(examples, tokenizer, max_length)
     collate = Collator(pad_id=0)
@@ -211,7 +201,6 @@ def token_loss(
     with evaluating(head.model):
         for indices in by_length(rows.lengths, batch_size):
             batch = collate([rows[index] for index in indices])
-            # Labels are not shifted, and the first position of a row never has one.
             tokens += int((batch["labels"] != IGNORED).sum())
             total += float(head.loss_at_labels(batch["input_ids"].to(device), batch["labels"].to(device), num_items=1))
             done += len(indices)
@@ -221,7 +210,7 @@ def token_loss(
 
 
 def checked(loss: float, tokens: int) -> float:
-    """``loss``, over that many tokens. Raises ModelError if it is not a number."""
+    """``loss``, which is summed over ``tokens``. Raises ModelError if it is not a number."""
     if not math.isfinite(loss):
         raise ModelError(
             f"The loss of the model over {tokens} tokens is {loss}, not a number. Its weights are damaged or its "
@@ -231,7 +220,7 @@ def checked(loss: float, tokens: int) -> float:
 
 
 def _limit(model: Any, max_length: int | None) -> int | None:
-    """The smaller of what the caller allows and how many positions the model has; None if neither is known."""
+    """``max_length`` or the number of positions of the model, whichever is smaller; None if neither is known."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     known = [limit for limit in (max_length, positions) if limit is not None and limit > 0]
     return min(known, default=None)
