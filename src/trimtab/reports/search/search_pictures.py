@@ -8,11 +8,11 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from trimtab.metrics import METRICS
 from trimtab.reports.search.search_words import (
     Search,
     best_quarter,
     best_uniform_runs,
+    metric_of,
     numbered,
     own_runs,
     plan_words,
@@ -38,7 +38,8 @@ _DASHES = ("solid", (0, (6, 2)), (0, (2, 2)), (0, (6, 2, 1, 2)))
 
 def draw_trials(search: Search) -> Figure:
     """Score against the number of the run; the best run of each uniform method is a line across."""
-    times = _times(search)
+    metric = metric_of(search)
+    times = metric.scale
     rows = list(enumerate(own_runs(search), 1))
     figure = blank(9.2, 4.6)
     axes = figure.subplots()
@@ -61,7 +62,7 @@ def draw_trials(search: Search) -> Figure:
         labels.append(Label(text, times * best["score"], bold=True))
     labels_beside(axes, labels)
     axes.set_xlabel("run, in order")
-    axes.set_ylabel(f"validation {_metric_words(search)}" + (", lower is better" if search["metric"] == "loss" else ""))
+    axes.set_ylabel(f"validation {metric.axis}" + ("" if metric.higher_is_better else ", lower is better"))
     axes.set_xlim(0.3, len(rows) + 0.7)
     plain(axes)
     if axes.get_legend_handles_labels()[0]:
@@ -107,7 +108,8 @@ def draw_confirmed(search: Search) -> Figure:
     """Mixed minus uniform: a mark for each new seed, and the mean with its 95 % interval."""
     confirmation = search["confirmation"]
     seeds = confirmation["rows"]
-    loss, times = search["metric"] == "loss", _times(search)
+    metric = metric_of(search)
+    times = metric.scale
     figure = blank(7.6, 2.1 + 0.22 * len(seeds))
     axes = figure.subplots()
     plain(axes)
@@ -121,20 +123,12 @@ def draw_confirmed(search: Search) -> Figure:
     named_rows(axes, [*(f"seed {row['seed']}" for row in seeds), "mean"], mean + 1)
     reach = 1.15 * max(map(abs, axes.get_xlim()))
     axes.set_xlim(-reach, reach)
-    sides = ("mixed", "uniform") if loss else ("uniform", "mixed")
+    sides = ("uniform", "mixed") if metric.higher_is_better else ("mixed", "uniform")
     for name, at, align in zip(sides, (0.01, 0.99), ("left", "right"), strict=True):
         axes.text(at, 1.02, f"{name} better", transform=axes.transAxes, ha=align, fontsize=8.5, color=MUTED)
-    axes.set_xlabel(f"mixed minus uniform: {_metric_words(search).replace('(%)', '(points)')}")
+    axes.set_xlabel(f"mixed minus uniform: {metric.axis.replace('(%)', '(points)')}")
     axes.set_title("The two best plans with new seeds", fontsize=10, color=INK, pad=18)
     return figure
-
-
-def _times(search: Search) -> int:
-    return 1 if search["metric"] == "loss" else 100
-
-
-def _metric_words(search: Search) -> str:
-    return METRICS[search["metric"]].axis
 
 
 def _headline(search: Search) -> str:

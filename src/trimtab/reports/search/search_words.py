@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
+from trimtab.metrics import METRICS, Metric
 from trimtab.reports.shared import words
 
 Search = Mapping[str, Any]
@@ -30,27 +31,27 @@ def score_words(search: Search, value: float | None) -> str:
     """A share in percent, a loss as a number."""
     if value is None:
         return words.DASH
-    return f"{value:.4f}" if search["metric"] == "loss" else words.percent(value)
+    return words.percent(value) if metric_of(search).share else f"{value:.4f}"
 
 
 def confirmation_words(search: Search) -> str:
     """Mixed minus uniform over the new seeds, in one sentence."""
     confirmation = search["confirmation"]
     difference, low, high = (confirmation[key] for key in ("difference", "low", "high"))
-    loss = search["metric"] == "loss"
+    metric = metric_of(search)
 
     def points(value: float) -> str:
-        return words.signed(value, 4) if loss else words.signed(100 * value, 1)
+        return words.signed(metric.scale * value, 1 if metric.share else 4)
 
     span, verdict = "(one seed has no interval)", "no difference is shown"
     if low is not None:
         span = f"(95 % interval over seeds {points(low)} to {points(high)})"
         if low * high > 0:
-            verdict = f"{'mixed' if (difference < 0) == loss else 'uniform'} is better"
-    count = len(confirmation["rows"])
+            verdict = f"{'mixed' if metric.cost(difference) < 0 else 'uniform'} is better"
+    count, unit = len(confirmation["rows"]), " points" if metric.share else ""
     return (
-        f"best mixed minus best uniform, {search['metric'].replace('_', ' ')} on {', '.join(confirmation['on'])}, "
-        f"{count} new seed{'s' if count > 1 else ''}: {points(difference)}{'' if loss else ' points'} {span}; {verdict}"
+        f"best mixed minus best uniform, {metric.label} on {', '.join(confirmation['on'])}, "
+        f"{count} new seed{'s' if count > 1 else ''}: {points(difference)}{unit} {span}; {verdict}"
     )
 
 
@@ -66,9 +67,9 @@ def numbered(search: Search, number: int | None) -> Trial | None:
 
 def by_score(search: Search, kind: str) -> list[Trial]:
     """The runs of one kind (``mixed`` or ``uniform``) that came to their end, the best first."""
-    sign = sign_of(search)
+    metric = metric_of(search)
     done = [row for row in own_runs(search) if row["kind"] == kind and row["state"] == "complete"]
-    return sorted(done, key=lambda row: (sign * row["score"], row["number"]))
+    return sorted(done, key=lambda row: (metric.cost(row["score"]), row["number"]))
 
 
 def best_uniform_runs(search: Search) -> list[Trial]:
@@ -85,9 +86,9 @@ def best_quarter(search: Search) -> list[Trial]:
     return done[: max(3, len(done) // 4)] if len(done) >= 3 else []
 
 
-def sign_of(search: Search) -> int:
-    """What makes of scores numbers of which the smallest is the best."""
-    return 1 if search["metric"] == "loss" else -1
+def metric_of(search: Search) -> Metric:
+    """What the search improves."""
+    return METRICS[search["metric"]]
 
 
 def heads(search: Search) -> list[str]:
@@ -101,7 +102,7 @@ def ranked_cells(search: Search) -> list[tuple[Trial, list[str]]]:
     order = {row["number"]: place for place, row in enumerate(own_runs(search), 1)}
 
     def rank(row: Trial) -> tuple[int, float]:
-        score = 0 if row["score"] is None else sign_of(search) * row["score"]
+        score = 0 if row["score"] is None else metric_of(search).cost(row["score"])
         return ("complete", "pruned", "failed").index(row["state"]), score
 
     lines = []

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from trimtab.metrics import METRICS, compared
+from trimtab.metrics import METRICS, Metric, compared
 from trimtab.reports.shared import words
 
 Line = Mapping[str, Any]
@@ -34,14 +34,14 @@ def baseline(line: Line) -> tuple[str, float] | None:
     return next(((name, share) for name, share in known if share is not None), None)
 
 
-def scale(line: Line) -> int:
-    """By what a score is multiplied before it is shown: shares are given in percent."""
-    return METRICS[line["measure"]].scale
+def metric_of(line: Line) -> Metric:
+    """What the arms are compared by on this test set."""
+    return METRICS[line["measure"]]
 
 
 def score_of(line: Line, value: float) -> str:
     """A score as it is named beside its mark."""
-    return words.percent(value) if METRICS[line["measure"]].share else words.number(value)
+    return words.percent(value) if metric_of(line).share else words.number(value)
 
 
 def reference_of(results: Mapping[str, Any]) -> str:
@@ -103,7 +103,7 @@ def _cells(line: Line, reference: str) -> dict[str, str]:
         "trained": words.parameters(costs["trainable_parameters"]["mean"]),
         "rate": words.DASH if rate is None else f"{rate:g}",
         "runs": str(line["n"]),
-        line["measure"].replace("_", " "): _with_interval(line, scale(line)),
+        metric_of(line).label: _with_interval(line, metric_of(line).scale),
         **{
             metric.label: _with_interval(line[metric.name], metric.scale) if line.get(metric.name) else ""
             for metric in compared()

@@ -25,7 +25,7 @@ from trimtab.reports.shared.figures import (
     plain,
     write,
 )
-from trimtab.reports.study.comparison import Line, baseline, panel_name, panels, scale, score_of
+from trimtab.reports.study.comparison import Line, baseline, metric_of, panel_name, panels, score_of
 
 _DOT, _WIDTH = 5.5, 9.0
 _BESIDE = 1.6
@@ -43,7 +43,8 @@ def draw_scores(results: Mapping[str, Any]) -> Figure:
 
 
 def _scores(axes: Axes, lines: Sequence[Line], series: Mapping[str, str | None], reference: str) -> None:
-    measure, times = lines[0]["measure"], scale(lines[0])
+    metric = metric_of(lines[0])
+    times = metric.scale
     plain(axes)
     axes.set_xscale("log")
     trained = [line for line in lines if line["costs"]["trainable_parameters"]["mean"]]
@@ -59,7 +60,7 @@ def _scores(axes: Axes, lines: Sequence[Line], series: Mapping[str, str | None],
         y, is_reference = times * line["mean"], line["arm"] == reference
         if line["low"] is not None:
             ends = [line["low"], line["high"]]
-            if measure != "perplexity":
+            if metric.share:
                 ends = [max(ends[0], 0), min(ends[1], 1)]
             axes.plot([x, x], [times * end for end in ends], color=MUTED, linewidth=1.2, zorder=2)
         axes.plot(x, y, "D" if is_reference else "o", color=INK, markersize=_DOT, zorder=3)
@@ -68,7 +69,7 @@ def _scores(axes: Axes, lines: Sequence[Line], series: Mapping[str, str | None],
         axes.set_xlim(min(places) / _BESIDE, max(places) * _BESIDE)
     axes.margins(y=0.08)
     flat = [(line["arm"], line["mean"]) for line in lines if line not in trained]
-    if (blind := baseline(lines[0])) is not None and measure == "accuracy":
+    if (blind := baseline(lines[0])) is not None and metric.name == "accuracy":
         flat.append((blind[0].removeprefix("The ").lower(), blind[1]))
     _flat_lines(axes, [(f"{name} {score_of(lines[0], value)}", times * value) for name, value in flat], bool(trained))
     labels_beside(axes, labels)
@@ -78,7 +79,7 @@ def _scores(axes: Axes, lines: Sequence[Line], series: Mapping[str, str | None],
     axes.xaxis.set_minor_formatter(told if max(places, default=1) < 300 * min(places, default=1) else NullFormatter())
     axes.tick_params(which="minor", labelsize=8, colors=MUTED)
     axes.set_xlabel("trained parameters (logarithmic)")
-    axes.set_ylabel(measure.replace("_", " ") + (", %" if times == 100 else ""))
+    axes.set_ylabel(metric.label + (", %" if metric.share else ""))
 
 
 def _flat_lines(axes: Axes, flat: Sequence[tuple[str, float]], trained: bool) -> None:
@@ -129,8 +130,8 @@ def draw_differences(results: Mapping[str, Any]) -> Figure | None:
         names = [line["arm"] if len(others) == 1 else f"{line['arm']} − {line['against']}" for line in lines]
         named_rows(axes, [] if number % 2 and names == left else names, len(lines))
         left = names
-        measure = lines[0]["measure"].replace("_", " ")
-        above = f"{measure} above {others.pop()}" if len(others) == 1 else f"difference in {measure}"
+        label = metric_of(lines[0]).label
+        above = f"{label} above {others.pop()}" if len(others) == 1 else f"difference in {label}"
         axes.set_xlabel(f"{above}, points")
         headed(axes, panel_name(task, test))
     return figure
