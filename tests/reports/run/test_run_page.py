@@ -193,9 +193,10 @@ import trimtab.reports.run.run_tables as tables
 import trimtab.reports.search.search_words, trimtab.reports.study.comparison
 run = Path(sys.argv[1])
 assert "matplotlib" not in sys.modules, "tables wait for matplotlib"
+from trimtab.runs.read import read_run
 from trimtab.runs.records import PlanRecord
 plan = PlanRecord.read(json.loads((run / "plan.json").read_text()))
-tables.results_table(run), tables.answers_table(run), tables.plan_table(plan)
+tables.results_table(read_run(run)), tables.answers_table(read_run(run)), tables.plan_table(plan)
 trimtab.reports.run_page(run)
 assert "torch" not in sys.modules
 assert "matplotlib.pyplot" not in sys.modules

@@ -60,6 +60,7 @@ def command(
     from trimtab.cli.displays.run import RunDisplay
     from trimtab.reports.run import run_tables
     from trimtab.reports.shared import words
+    from trimtab.runs.read import read_run
 
     console = Console()
     with RunDisplay(console) as display:
@@ -72,8 +73,9 @@ def command(
     assert summary is not None, "a run that ended has a summary"
     console.print()
     if loaded.data.test:
-        console.print(run_tables.results_table(folder.path))
-        console.print(run_tables.answers_table(folder.path))
+        run = read_run(folder.path)
+        console.print(run_tables.results_table(run))
+        console.print(run_tables.answers_table(run))
     console.print(
         f"trained {summary.trainable_parameters:,} of {summary.total_parameters:,} parameters in "
         f"{words.duration(summary.training_seconds or 0.0)}, peak memory {words.gib(summary.peak_memory_gib or 0.0)}",

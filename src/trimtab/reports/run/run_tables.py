@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -14,7 +13,7 @@ from trimtab.metrics import of_kind
 from trimtab.reports.run import pairs, prompts
 from trimtab.reports.run.measured import baseline, measured
 from trimtab.reports.shared import words
-from trimtab.runs.read import read_run
+from trimtab.runs.read import Run
 from trimtab.runs.records import PlanRecord
 from trimtab.runs.results import ChoiceResult, MultipleChoiceResult, Prediction, Result
 
@@ -24,17 +23,14 @@ MOST_CLASSES = 12
 """Classes whose confusion a terminal has room for."""
 
 
-def results_table(run: Path) -> Table:
-    """One line per test set and measure: before, after, the change, and what the commonest answer or guessing gives.
-
-    Raises RunError where the folder is no run or a file of it is damaged.
-    """
+def results_table(run: Run) -> Table:
+    """One line per test set and measure: before, after, the change, and what the commonest answer or guessing gives."""
     table = _table()
     for title in ("test set", "measure"):
         table.add_column(title)
     for title in ("rows", "before", "after", "change", "baseline"):
         table.add_column(title, justify="right")
-    for tests in read_run(run).sets:
+    for tests in run.sets:
         if tests.result is None:
             continue
         guess = baseline(tests.result)
@@ -50,12 +46,12 @@ def results_table(run: Path) -> Table:
     return table
 
 
-def answers_table(run: Path, count: int = 5) -> Table:
+def answers_table(run: Run, count: int = 5) -> Table:
     """About ``count`` rows with the true answer and those given before and after, most of them rows that changed.
 
-    Several test sets share the rows, at least one each. Raises RunError as ``results_table`` does.
+    Several test sets share the rows, at least one each.
     """
-    sets = [tests for tests in read_run(run).sets if pairs.pairs(tests)]
+    sets = [tests for tests in run.sets if pairs.pairs(tests)]
     several = len(sets) > 1
     compared = any(tests.rows_before for tests in sets)
     table = _table(expand=True)
