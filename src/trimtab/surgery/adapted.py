@@ -1,4 +1,4 @@
-"""The module that stands where an adapted module stood: the frozen module and its adapter, side by side."""
+"""The module that takes the place of an adapted module, and holds it and its adapter."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Adapted(nn.Module):
         return kind(handle, adapter, method, rule)
 
     def remove(self) -> nn.Module:
-        """The frozen module, without whatever the adapter put onto it."""
+        """The frozen module, after removing whatever the adapter put onto it."""
         return self.base
 
     def extra_repr(self) -> str:
@@ -42,11 +42,11 @@ class Adapted(nn.Module):
 
 
 class AdaptedLayer(Adapted):
-    """A frozen layer that is one matrix product, with an adapter.
+    """A frozen layer with a weight, and its adapter.
 
-    ``weight`` is the effective weight, laid out as the frozen layer stores its own. So code that reads a layer's weight
-    instead of calling the layer (fused attention, tied heads) gets what the layer computes with. It is computed each
-    time it is read, has no gradient, and writing to it changes nothing.
+    ``weight`` is the effective weight, in the layout of the frozen layer's own weight. Code that reads a layer's weight
+    and does not call the layer (fused attention, tied heads) therefore gets the right one. It is computed each time it
+    is read, has no gradient, and writing to it has no effect.
     """
 
     handle: WeightBase
@@ -75,9 +75,9 @@ class AdaptedLayer(Adapted):
 class AdaptedBlock(Adapted):
     """A frozen block with an adapter that changes the hidden state in its output.
 
-    It does so in a hook on the block. Therefore other hooks, such as those that record hidden states, get the changed
-    output, and PyTorch's fused encoder layer, which would not call the block, is not used while the hook is there. An
-    attribute that is not the adapter's is looked up on the block.
+    The change is made in a hook on the block. So other hooks, such as those that record hidden states, get the changed
+    output; and PyTorch's fused encoder layer, which would bypass the block, is not used while the hook is there.
+    Attributes that this module lacks are looked up on the block.
     """
 
     handle: BlockBase
@@ -101,19 +101,19 @@ class AdaptedBlock(Adapted):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            # While it is being copied, it has no block yet and is asked for names such as __deepcopy__.
+            # While this module is being copied, it has no block yet and is asked for names such as __deepcopy__.
             if name.startswith("__") or "base" not in self.__dict__.get("_modules", {}):
                 raise
             return getattr(self.base, name)
 
 
 def bare(module: nn.Module) -> nn.Module:
-    """``module``, or the frozen module in it if it is an adapted one."""
+    """``module`` itself, or the frozen module in it if it is adapted."""
     return module.base if isinstance(module, Adapted) else module
 
 
 def block_lists(model: nn.Module) -> Iterator[nn.ModuleList]:
-    """The lists of repeated blocks of ``model``. Their blocks are of one class; a list inside a block is none."""
+    """The lists of repeated blocks in ``model``, whose blocks are all of one class; no list inside a block is one."""
     for module in model.children():
         if isinstance(module, nn.ModuleList) and len({type(bare(child)) for child in module}) == 1:
             yield module
@@ -122,9 +122,9 @@ def block_lists(model: nn.Module) -> Iterator[nn.ModuleList]:
 
 
 def bare_modules(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Every module with its name as it would be without adapters. A module comes once for each name that it has.
+    """Every module under the name that it would have without adapters, once for each of its names.
 
-    An adapted module comes in the place of the one that it adapts.
+    An adapted module takes the place of the module that it adapts.
     """
     yield name, model
     for attribute, child in bare(model)._modules.items():
@@ -142,7 +142,7 @@ def adapted_modules(model: nn.Module) -> Iterator[tuple[str, Adapted]]:
 
 
 def owners(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
-    """Every place that holds a module, as (full name, parent, attribute, child). A shared child has several places."""
+    """Every place where a module hangs, as (full name, parent, attribute, child). A shared child has several places."""
     for prefix, parent in model.named_modules():
         for attribute, child in parent._modules.items():
             if child is not None:
@@ -150,7 +150,7 @@ def owners(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
 
 
 def weights_elsewhere(model: nn.Module, parameter: nn.Parameter, inside: set[int]) -> bool:
-    """Whether a module that is not among the ids in ``inside`` holds ``parameter``, too."""
+    """Whether any module whose id is not in ``inside`` holds ``parameter``."""
     return any(
         held is parameter
         for module in model.modules()
@@ -161,5 +161,5 @@ def weights_elsewhere(model: nn.Module, parameter: nn.Parameter, inside: set[int
 
 @torch.no_grad()
 def is_finite(adapter: Method) -> bool:
-    """Whether no trained tensor holds NaN or infinity."""
+    """Whether all trained tensors are free of NaN and infinity."""
     return all(bool(torch.isfinite(parameter).all()) for parameter in adapter.parameters())

@@ -1,4 +1,4 @@
-"""Put a plan's adapters onto a model, take them off again, and look at what they do."""
+"""Attaches a plan's adapters to a model, removes them, and inspects what they do."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from trimtab.surgery.adapted import Adapted, AdaptedBlock, AdaptedLayer, adapted
 from trimtab.surgery.plan import Plan, Rule
 from trimtab.surgery.targets import Target, find_targets
 
-# The attribute of a model that says which of its parameters were trainable before adapters came, for detach to restore.
+# The attribute of a model with the names of the parameters that were trainable before, which detach restores.
 _TRAINABLE_BEFORE = "_trimtab_trainable_before"
 
 
@@ -39,11 +39,11 @@ class AttachReport:
     """What was attached.
 
     Attributes:
-        modules: one entry per adapted module.
+        modules: one entry for each adapted module.
         rules: those of the plan.
         trainable_parameters: how many numbers are trained; shared ones count once.
         total_parameters: how many numbers the bare model has; shared ones count once.
-        zero_rows: module name -> how many of its magnitudes belong to a row of zeros and stay untrained.
+        zero_rows: module name -> how many of its magnitudes belong to rows of zeros, and stay untrained.
     """
 
     modules: tuple[ModuleReport, ...]
@@ -65,19 +65,17 @@ class AttachReport:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain values: what ``plan.json`` of a run folder holds."""
+        """The report as plain values, as in ``plan.json`` of a run folder."""
         rules = []
         for number, rule in enumerate(self.rules, 1):
             mine = [module for module in self.modules if module.rule == number]
-            said = rule.describe()
-            match, layers, method = said.pop("match"), said.pop("layers"), said.pop("method")
             rules.append(
                 {
                     "rule": number,
-                    "method": method,
-                    "match": match if isinstance(match, str) else ", ".join(match),
-                    "layers": layers,
-                    "options": said,
+                    "method": rule.method,
+                    "match": ", ".join(rule.match),
+                    "layers": rule.layers,
+                    "options": rule.options.said(),
                     "modules": len(mine),
                     "parameters": sum(module.parameters for module in mine),
                 }
@@ -102,14 +100,14 @@ class AttachReport:
 
 
 def attach(model: nn.Module, plan: Plan | Rule | list[Rule]) -> AttachReport:
-    """Attach adapters to ``model`` in place, as ``plan`` says, and freeze everything else.
+    """Attach the adapters of ``plan`` to ``model`` in place, and freeze everything else.
 
-    No adapter changes the model's outputs yet. A module with several names gets one adapter, and so do modules that
-    share one weight. If anything is wrong, the model is left unchanged.
+    The outputs of the model do not change until it is trained. A module with several names gets one adapter, and so do
+    modules that share one weight. If anything is wrong, the model is left unchanged.
 
     Raises:
-        PlanError: a rule that ends with no module, or options that do not suit a module it matches.
-        SurgeryError: the model has adapters already, or is itself a layer, with no place to put another in.
+        PlanError: a rule ends with no module, or its options do not suit a module that it matches.
+        SurgeryError: the model has adapters already, or is itself a layer, which cannot be replaced in place.
     """
     if isinstance(plan, Rule):
         plan = Plan([plan])
@@ -130,7 +128,7 @@ def attach(model: nn.Module, plan: Plan | Rule | list[Rule]) -> AttachReport:
 
 
 def install(model: nn.Module, targets: list[Target], rules: tuple[Rule, ...]) -> AttachReport:
-    """Build every adapter, then put all of them in. Nothing is changed before everything is built."""
+    """Put an adapter onto every target. The model is not changed before all adapters are built."""
     adapters: dict[int, methods.Method] = {}
     for target in targets:
         key = id(target.base.identity)
@@ -140,7 +138,7 @@ def install(model: nn.Module, targets: list[Target], rules: tuple[Rule, ...]) ->
             except PlanError as error:
                 raise PlanError(f"{target.name} (rule {target.rule}): {error}") from None
 
-    # Under all its names: a merge may untie a shared parameter, and both are then trainable if the one was.
+    # A shared parameter is noted under all its names: if a merge unties it, both are trainable where the one was.
     every = model.named_parameters(remove_duplicate=False)
     setattr(model, _TRAINABLE_BEFORE, tuple(name for name, parameter in every if parameter.requires_grad))
     model.requires_grad_(False)
@@ -155,7 +153,7 @@ def install(model: nn.Module, targets: list[Target], rules: tuple[Rule, ...]) ->
 
 
 def describe(model: nn.Module, rules: tuple[Rule, ...]) -> AttachReport:
-    """The report of a model that carries adapters; ``rules`` are those of its plan."""
+    """The report of a model with adapters; ``rules`` are those of its plan."""
     names: dict[int, list[str]] = defaultdict(list)
     for name, module in bare_modules(model):
         if isinstance(module, Adapted):
@@ -164,7 +162,7 @@ def describe(model: nn.Module, rules: tuple[Rule, ...]) -> AttachReport:
     counted: set[int] = set()
     for name, module in adapted_modules(model):
         adapter = module.adapter
-        fresh = id(adapter) not in counted  # modules that share a weight share an adapter, which counts once
+        fresh = id(adapter) not in counted  # modules that share a weight share an adapter, whose numbers count once
         counted.add(id(adapter))
         reports.append(
             ModuleReport(
@@ -179,20 +177,16 @@ def describe(model: nn.Module, rules: tuple[Rule, ...]) -> AttachReport:
             )
         )
     trainable = sum(report.parameters for report in reports)
-    total = _count(model) - trainable
-    return AttachReport(tuple(reports), rules, trainable, total)
-
-
-def _count(model: nn.Module) -> int:
-    """How many numbers the parameters of ``model`` stand for. Quantised weights keep several of them in one element."""
+    # A quantised weight packs several numbers into one element, so its base knows how many there are.
     shapes = {id(base.parameter): base.shape for module in model.modules() if (base := bases.find(module)) is not None}
-    return sum(math.prod(shapes.get(id(parameter), parameter.shape)) for parameter in model.parameters())
+    numbers = sum(math.prod(shapes.get(id(parameter), parameter.shape)) for parameter in model.parameters())
+    return AttachReport(tuple(reports), rules, trainable, numbers - trainable)
 
 
 def detach(model: nn.Module) -> int:
-    """Remove every adapter from ``model`` in place and return how many modules had one.
+    """Remove every adapter from ``model`` in place, and return how many modules had one.
 
-    The model is then what it was before, bit for bit, and the same parameters are trainable. Raises SurgeryError if the
+    The model is then bit for bit what it was before, and the same parameters are trainable. Raises SurgeryError if the
     model has no adapters.
     """
     count = len({id(module) for _, module in require_adapted(model, "detach")})
@@ -213,12 +207,12 @@ def remove_adapters(model: nn.Module) -> None:
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """``name -> parameter`` for everything that training changes. A shared parameter comes once, by its first name."""
+    """``name -> parameter`` for everything that is trained. A shared parameter is listed once, by its first name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def rate_groups(model: nn.Module) -> dict[str, methods.RateGroup]:
-    """``name -> rate group`` for everything in ``trainable_parameters``. Each method knows those of its own tensors."""
+    """``name -> rate group`` for everything in ``trainable_parameters``; each method says those of its tensors."""
     known = {
         id(parameter): module.adapter.rate_groups.get(key, "weight")
         for _, module in adapted_modules(model)
@@ -231,9 +225,9 @@ def rate_groups(model: nn.Module) -> dict[str, methods.RateGroup]:
 
 
 def effective_weight(model: nn.Module, name: str) -> Tensor:
-    """The weight ``[out, in]`` with which the module called ``name`` acts: ``m * (W + dV) / ||W + dV||`` or ``W + dV``.
+    """The weight ``[out, in]`` that the module ``name`` computes with: ``m * (W + dV) / ||W + dV||`` or ``W + dV``.
 
-    It is computed by the plain formula, in float32 (float64 on a float64 base). Without an adapter it is the module's
+    It is computed by the plain formula in float32 (float64 on a float64 base). Without an adapter it is the module's
     own weight. Raises SurgeryError if there is no such module, if it is a block, or if no base knows its kind.
     """
     modules = dict(bare_modules(model))
@@ -259,7 +253,7 @@ def effective_weight(model: nn.Module, name: str) -> Tensor:
 
 
 def refuse_adapted(model: nn.Module, verb: str) -> None:
-    """Raise SurgeryError if ``model`` carries adapters of ours."""
+    """Raise SurgeryError if ``model`` has adapters."""
     names = [name for name, _ in adapted_modules(model)]
     if names:
         raise SurgeryError(
@@ -271,7 +265,7 @@ def refuse_adapted(model: nn.Module, verb: str) -> None:
 def require_adapted(model: nn.Module, verb: str) -> list[tuple[str, Adapted]]:
     """Every adapted module of ``model`` with its name.
 
-    Raises SurgeryError if there is none, or if ``model`` itself is one, since nothing could be put in its place.
+    Raises SurgeryError if there is none, or if ``model`` itself is one, which cannot be replaced in place.
     """
     if isinstance(model, Adapted):
         raise SurgeryError(f"{verb}: this is one adapted layer; give the model that holds it")

@@ -1,4 +1,4 @@
-"""Fold every adapter into its base: afterwards the model is an ordinary one, and inference costs nothing extra."""
+"""Merges every adapter into its base, which leaves an ordinary model that costs nothing extra to run."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class MergeReport:
 
     Attributes:
         modules: names of the merged modules.
-        rounding: the largest ``||stored - exact|| / ||exact||`` of a merged weight: what it costs to store it in the
-            base's dtype, or to quantise it again.
+        rounding: the largest ``||stored - exact|| / ||exact||`` of a merged weight, which is the error of storing it in
+            the base's dtype or of quantising it again.
         untied: modules that shared their weight with a module without an adapter, and now have a weight of their own.
         dequantised: modules, adapted or not, that were quantised and now have a dense weight.
     """
@@ -46,12 +46,12 @@ class MergeReport:
 def merge(model: nn.Module, onto: Onto = "dequantised") -> MergeReport:
     """Fold every adapter of ``model`` into its base in place, and remove it.
 
-    The effective weight is computed in float64 by the plain formula and rounded once, to the base's dtype. A weight
-    that several adapted modules share is folded once. A weight shared with a module that has no adapter (an output
-    head tied to the embedding) is copied first, so that the other module keeps what it had. Then
+    The effective weight is computed in float64 by the plain formula, and rounded once to the base's dtype. A weight
+    that several adapted modules share is merged once. A weight that is shared with a module without an adapter (an
+    output head tied to the embedding) is copied first, so that the other module keeps its weight, and
     ``model.config.tie_word_embeddings`` is turned off.
 
-    ``onto`` says what to do with quantised weights:
+    ``onto`` says what happens to quantised weights:
 
     - ``dequantised``: merge onto the dequantised weights. The adapter was trained on them, so the merged model computes
       what the adapted one did. *Every* quantised layer of the model becomes an ordinary linear layer in the dtype of
@@ -60,8 +60,8 @@ def merge(model: nn.Module, onto: Onto = "dequantised") -> MergeReport:
       cost of a second quantisation error, which ``MergeReport.rounding`` states.
 
     To merge onto the original weights instead, load the model unquantised, load the adapter onto it with
-    ``trimtab.load_adapter``, and merge that. The result is off by the first quantisation error, with which the adapter
-    was trained.
+    ``trimtab.load_adapter``, and merge that. The result then lacks the quantisation error that the adapter was trained
+    with.
 
     Raises SurgeryError if the model has no adapters, if one sits on a block, if one holds NaN or infinity, or if a
     merged weight does not fit into its base's dtype. The model is then unchanged.
@@ -73,7 +73,7 @@ def merge(model: nn.Module, onto: Onto = "dequantised") -> MergeReport:
         )
     adapted = _require_mergeable(model)
     around = _dtype_around(model)
-    # All are computed before the first is written, and again when it is: the price of never leaving half a merge.
+    # Every weight is computed and checked before the first is written, so that no merge stops halfway.
     for name, module in adapted:
         handle = module.handle
         dtype = around or handle.dtype if onto == "dequantised" and not handle.stored_dense else handle.dtype
@@ -88,7 +88,7 @@ def merge(model: nn.Module, onto: Onto = "dequantised") -> MergeReport:
 
 
 def _require_mergeable(model: nn.Module) -> list[tuple[str, AdaptedLayer]]:
-    """The adapted layers of ``model``. Raises SurgeryError if some adapter cannot be folded into a weight."""
+    """The adapted layers of ``model``. Raises SurgeryError if some adapter cannot be merged into a weight."""
     every = require_adapted(model, "merge")
     blocks = [(name, module) for name, module in every if isinstance(module, AdaptedBlock)]
     if blocks:
@@ -109,7 +109,7 @@ def _require_mergeable(model: nn.Module) -> list[tuple[str, AdaptedLayer]]:
 
 
 def _check_result(name: str, module: AdaptedLayer, dtype: torch.dtype) -> None:
-    """Raise SurgeryError unless ``dtype`` holds the merged weight, which finite tensors do not promise."""
+    """Raise SurgeryError if ``dtype`` cannot hold the merged weight; finite trained tensors do not rule that out."""
     if not torch.isfinite(module.adapter.effective_weight(module.handle, torch.float64).to(dtype)).all():
         raise SurgeryError(
             f"merge: the merged weight of {name} does not fit into {dtype} or is not a number. "
@@ -118,7 +118,7 @@ def _check_result(name: str, module: AdaptedLayer, dtype: torch.dtype) -> None:
 
 
 def _fold(model: nn.Module, adapted: list[tuple[str, AdaptedLayer]]) -> tuple[float, tuple[str, ...]]:
-    """Write every effective weight into its base. Returns the largest rounding, and the names of the untied modules."""
+    """Write every effective weight into its base. Return the largest rounding and the names of the untied modules."""
     frozen = {id(module.base) for _, module in adapted}
     untied = []
     rounding: dict[int, float] = {}  # by the id of the written weight
@@ -150,7 +150,7 @@ def _dtype_around(model: nn.Module) -> torch.dtype | None:
 
 
 def _dequantise(model: nn.Module, dtype: torch.dtype | None) -> tuple[str, ...]:
-    """Put a dense layer in the place of every quantised one, with an adapter or without, and return their names."""
+    """Replace every quantised layer, adapted or not, by a dense one, and return their names."""
     made: dict[int, nn.Module] = {}
     names = []
     for name, parent, attribute, child in list(owners(model)):
@@ -171,7 +171,7 @@ def _dequantise(model: nn.Module, dtype: torch.dtype | None) -> tuple[str, ...]:
 
 
 def _forget_quantisation(model: Any) -> None:
-    """Remove what transformers noted about the quantisation; it would save it, and go by it when loading."""
+    """Remove transformers' notes about the quantisation, which it would save and follow when it loads the model."""
     if hasattr(model, "config") and hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     for note in ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit"):

@@ -1,4 +1,4 @@
-"""Rules and plans: which modules, in which layers, get which method with which options."""
+"""Rules and plans, which say which modules in which layers get which method with which options."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class Rule(BaseModel):
     """Which modules get which method.
 
     Args:
-        match: a glob over module names such as ``"*.q_proj"`` (``fnmatch``), a list of them, or ``"all-linear"``:
-            every linear layer but the output head. Only modules of the kind that the method sits on are looked at;
-            of blocks inside one another the outermost is taken.
-        layers: blocks by number: ``"all"``, ``"outer:K"`` (the first K and the last K), ``"inner:K"`` (all but
+        match: a glob over module names such as ``"*.q_proj"`` (``fnmatch``), a list of them, or ``"all-linear"`` for
+            every linear layer except the output head. Only modules of the kind that the method sits on can match; of
+            nested blocks, only the outermost is taken.
+        layers: blocks by number: ``"all"``, ``"outer:K"`` (the first K and the last K), ``"inner:K"`` (all except
             those), or ranges such as ``"0-3,26-29"``.
-        method: name of a method: ``lora``, ``dora``, ``mora``, ``full`` on linear layers, ``serial``, ``parallel`` on
-            blocks.
+        method: the name of a method: ``lora``, ``dora``, ``mora`` and ``full`` sit on linear layers, ``serial`` and
+            ``parallel`` on blocks.
         **options: the method's own options (``rank=8, alpha=16``).
 
     Raises PlanError for an unknown method, option or layer selector.
@@ -85,16 +85,15 @@ class Rule(BaseModel):
 
     @property
     def all_linear(self) -> bool:
-        """Whether this rule asks for every linear layer but the output head; a block is none."""
+        """Whether this rule asks for every linear layer except the output head."""
         return ALL_LINEAR in self.match and self.sits_on == "weight"
 
     def matches(self, name: str) -> bool:
-        """Whether a glob of this rule matches ``name`` (``all-linear`` is not a glob and is handled by the plan)."""
+        """Whether a glob of this rule matches ``name``; ``all-linear`` is no glob, and is handled in `targets`."""
         return any(fnmatch.fnmatchcase(name, glob) for glob in self.match)
 
     def selects(self, block: int | None, count: int) -> bool:
-        """Whether ``layers`` takes block number ``block`` of ``count``; a module outside any block is taken by
-        ``all`` only."""
+        """Whether ``layers`` selects block number ``block`` of ``count``; None, outside all blocks, needs ``all``."""
         if self.layers == "all":
             return True
         if block is None:
@@ -107,14 +106,14 @@ class Rule(BaseModel):
 
     @property
     def ranges(self) -> list[tuple[int, int]]:
-        """The ranges of block numbers that ``layers`` lists, ends included; empty for the selectors in words."""
+        """The ranges of block numbers in ``layers``, with both ends; empty for ``all``, ``outer`` and ``inner``."""
         if not self.layers[0].isdigit():
             return []
         ends = (part.split("-") for part in self.layers.split(","))
         return [(int(pair[0]), int(pair[-1])) for pair in ends]
 
     def describe(self) -> dict[str, Any]:
-        """The rule as a mapping that gives it back: ``Rule(**rule.describe())``."""
+        """The rule as a mapping, such that ``Rule(**rule.describe())`` equals it."""
         match = self.match[0] if len(self.match) == 1 else list(self.match)
         return {"match": match, "layers": self.layers, "method": self.method, **self.options.said()}
 

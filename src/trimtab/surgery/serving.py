@@ -1,4 +1,4 @@
-"""What a model can be spared while it answers or is measured, when nothing trains."""
+"""Contexts that make a model faster while it is used and not trained."""
 
 from __future__ import annotations
 
@@ -15,12 +15,10 @@ from trimtab.surgery.adapted import adapted_modules
 def serving(model: nn.Module) -> Iterator[None]:
     """A context in which the caller promises that no trained tensor of ``model`` changes.
 
-    Without gradients, an adapter with a magnitude keeps its norm (one number per output) from one pass to the next, and
-    each time compares its trained tensors with a copy, so that it never uses an old norm. In this context it need not
-    compare. For passes of a few tokens it also prepares once what there is to compute, which makes a model that writes
-    one token at a time faster. If values change in here all the same, the old norm is used until the context ends.
-
-    ``trimtab evaluate`` and ``trimtab generate`` use it. Contexts may be nested.
+    Without gradients, an adapter with a magnitude keeps its norm (one number per output) from one pass to the next. So
+    as never to use an outdated norm, it compares its trained tensors with a copy in each pass, but not in this context.
+    For passes of a few tokens it also prepares tensors once, which speeds up writing one token at a time. If trained
+    tensors do change in this context, the outdated norm is used until it ends. Contexts may be nested.
     """
     adapters = [adapted.adapter for _, adapted in adapted_modules(model)]
     for adapter in adapters:
@@ -34,10 +32,10 @@ def serving(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode, without gradients, inside ``serving``. Afterwards every module is in the mode that it had before.
+    """Eval mode, without gradients, inside ``serving``. Afterwards every module has the mode that it had before.
 
-    The modes are kept for each module, since a frozen part may be in eval mode inside a training model. This is
-    ``no_grad`` and not ``inference_mode``, because a training step may later use a tensor that a module caches now.
+    Modes are restored module by module, since a frozen part may be in eval mode inside a training model. Gradients are
+    off by ``no_grad`` and not by ``inference_mode``, because a training step may later use tensors that are cached now.
     """
     before = [(module, module.training) for module in model.modules()]
     model.eval()

@@ -1,4 +1,4 @@
-"""A plan meets a model: which of its modules get an adapter, of which method. The model is only looked at."""
+"""Finds out which modules of a model get an adapter of which method under a plan. The model is not changed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trimtab.errors import PlanError, nearest
 from trimtab.surgery.adapted import Adapted
 from trimtab.surgery.plan import Plan, Rule
 
-# Where a model does not say which module is its output head, a top-level child of one of these names is taken for it.
+# The names of output heads, looked for among the top-level children of a model that does not say which is its head.
 _HEAD_NAMES = {"lm_head", "classifier", "score", "qa_outputs", "head"}
 
 
@@ -23,7 +23,7 @@ class Target:
     """One module that gets an adapter."""
 
     names: tuple[str, ...]
-    """Every name that it has in the model. The first one is its name in reports and on disk."""
+    """All its names in the model. The first one is its name in reports and on disk."""
     module: nn.Module
     base: bases.Base
     rule: int
@@ -37,15 +37,15 @@ class Target:
 
 
 def find_targets(model: nn.Module, plan: Plan) -> list[Target]:
-    """Which modules of ``model`` get which method under ``plan``, in the model's order.
+    """The modules of ``model`` that ``plan`` selects, in the model's order.
 
     Raises PlanError if a rule ends with no module, if it names blocks that do not exist, or if modules that share a
-    weight would be treated differently.
+    weight would get different rules.
     """
     modules = _Modules(model, {rule.sits_on for rule in plan.rules})
     _check_ranges(plan, modules)
     decided: dict[int, int] = {}  # id of a module -> number of the last rule that matches it
-    matched: dict[int, dict[int, str]] = {}  # number of a rule -> what it matches, before later rules have their say
+    matched: dict[int, dict[int, str]] = {}  # number of a rule -> all modules that it matches
     for number, rule in enumerate(plan.rules, 1):
         matched[number] = modules.matched_by(rule)
         decided.update(dict.fromkeys(matched[number], number))
@@ -63,7 +63,7 @@ def find_targets(model: nn.Module, plan: Plan) -> list[Target]:
 
 
 def block_number(name: str) -> tuple[str, int] | None:
-    """``("model.layers", 3)`` for ``"model.layers.3.self_attn.q_proj"``: the first number in the path counts blocks."""
+    """``("model.layers", 3)`` for ``"model.layers.3.self_attn.q_proj"``; the first number in a name is the block's."""
     parts = name.split(".")
     for place, part in enumerate(parts):
         if part.isdigit():
@@ -72,9 +72,9 @@ def block_number(name: str) -> tuple[str, int] | None:
 
 
 def output_heads(model: nn.Module) -> set[int]:
-    """The ids of the modules that ``all-linear`` leaves alone."""
+    """The ids of the modules that ``all-linear`` leaves out."""
     heads = set()
-    for module in model.modules():  # the model that knows its head may be wrapped in another
+    for module in model.modules():  # the model that knows its head may be inside another one
         getter = getattr(module, "get_output_embeddings", None)
         try:
             head = getter() if getter is not None else None
@@ -89,7 +89,7 @@ def output_heads(model: nn.Module) -> set[int]:
 
 
 class _Modules:
-    """The modules of a model as rules see them, each known by its id, since one module may have several names."""
+    """The modules of a model by their ids, since one module may have several names."""
 
     def __init__(self, model: nn.Module, kinds: Iterable[bases.Kind]) -> None:
         self.by_id: dict[int, nn.Module] = {}
@@ -102,13 +102,13 @@ class _Modules:
                 self.by_id[id(module)] = module
                 self.names[id(module)].append(name)
         self.heads = output_heads(model)
-        # What a method of each kind could sit on.
+        # The modules that a method of each kind could sit on.
         self.handles: dict[bases.Kind, dict[int, bases.Base]] = {kind: {} for kind in kinds}
         for kind, handles in self.handles.items():
             for key, module in self.by_id.items():
                 if key not in inside_adapted and (handle := bases.find(module, kind)) is not None:
                     handles[key] = handle
-        # How many blocks each list of blocks has: {"model.layers": 30}
+        # The number of blocks in each list of blocks: {"model.layers": 30}
         self.blocks: dict[str, int] = defaultdict(int)
         for _, name in self.every_name():
             if (place := block_number(name)) is not None:
@@ -119,7 +119,7 @@ class _Modules:
         return [(key, name) for key, names in self.names.items() for name in names]
 
     def matched_by(self, rule: Rule) -> dict[int, str]:
-        """The modules that ``rule`` matches, each with the name by which it does; of nested ones the outermost."""
+        """The modules that ``rule`` matches, each with a name that matches; of nested ones, only the outermost."""
         matched: dict[int, str] = {}
         for key in self.handles[rule.sits_on]:
             for name in self.names[key]:
@@ -130,7 +130,7 @@ class _Modules:
         return {key: name for key, name in matched.items() if key not in nested}
 
     def is_named_by(self, rule: Rule, key: int, name: str) -> bool:
-        """Whether ``rule`` names this module, which its method could sit on; its layers are another question."""
+        """Whether ``rule`` matches this module in any layer; its method must be able to sit on the module."""
         return (rule.all_linear and key not in self.heads) or rule.matches(name)
 
     def _block(self, name: str) -> tuple[int | None, int]:
@@ -159,7 +159,7 @@ def _check_rules(plan: Plan, decided: dict[int, int], matched: dict[int, dict[in
 
 
 def _why_overruled(matched: dict[int, str], decided: dict[int, int]) -> str:
-    """What is said of a rule whose modules all went to later rules; empty if it matches none."""
+    """The message about a rule whose modules are all decided by later rules; empty if it matches none."""
     if not matched:
         return ""
     key, name = next(iter(matched.items()))
@@ -170,7 +170,7 @@ def _why_overruled(matched: dict[int, str], decided: dict[int, int]) -> str:
 
 
 def _why_none(rule: Rule, modules: _Modules) -> str:
-    """What is said of a rule that matches no module in the layers that it selects."""
+    """The message about a rule that matches no module in the layers that it selects."""
     possible = modules.handles[rule.sits_on]
     named = [
         (key, name)
@@ -195,7 +195,7 @@ def _why_none(rule: Rule, modules: _Modules) -> str:
 
 
 def _near_misses(rule: Rule, candidates: list[str]) -> str:
-    """A sentence with names or globs that would have matched."""
+    """A sentence with names or globs that would match."""
     shapes = sorted({re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", name) for name in candidates})
     tails = sorted({name.rsplit(".", 1)[-1] for name in candidates})
     nested = any("." in name for name in candidates)
@@ -211,7 +211,7 @@ def _near_misses(rule: Rule, candidates: list[str]) -> str:
 
 
 def _check_ties(targets: list[Target]) -> None:
-    """Raise PlanError unless modules that share one weight are treated alike."""
+    """Raise PlanError unless modules that share one weight have the same rule."""
     first: dict[int, Target] = {}
     for target in targets:
         other = first.setdefault(id(target.base.identity), target)
