@@ -1,1 +1,1 @@
-"""What a run takes before it runs: the room there is, a traced step, and changes that would make it fit."""
+"""What a run takes, before it runs: a step traced without values, an estimate, and changes that make a run fit."""

@@ -19,15 +19,20 @@ from trimtab.models.load import empty_model, load_config_only
 from trimtab.models.quantise import quantising_bytes
 from trimtab.surgery.attach import AttachReport, attach
 from trimtab.tasks import Inputs
+from trimtab.tasks._head_loss import FROZEN_CHUNK
 
 BEYOND = 220 * 2**20
 """Bytes that a run's process holds at its peak beyond its tensors and what the process of ``trimtab plan`` holds:
 training's libraries, threads, compiled products. ``python benchmarks/memory.py --process`` measures it."""
 
-HOLES, SHARE = 240 * 2**20, 0.2
+HOLES, PER_LOGITS, SHARE = 60 * 2**20, 7.5, 0.2
 """What glibc holds free between tensors while a model runs: so many bytes (of a small model, no more than its weights
-take), and this share of the activations. Fitted to the runs of ``benchmarks/memory.py``. An allocator that gives freed
-memory back at once holds nothing, but made a step take nearly half as long again."""
+take), so many times the logits that exist at once, and this share of the activations. Fitted to the runs of
+``benchmarks/memory.py``. An allocator that gives freed memory back at once holds nothing, but made a step take nearly
+half as long again."""
+
+RETURNED = 32 * 2**20
+"""A freed block of this size goes back to the system at once, whatever glibc does with smaller ones."""
 
 NO_ROOM = ("files", "process")
 """Parts of an estimate for which no room has to be free: the system takes them back, or they are held already."""
@@ -146,14 +151,16 @@ def estimate_run(job: Job, sizes: RowSizes) -> RunMemory:
     stored = getattr(torch, said) if isinstance(said, str) else said or torch.float32
     parameters = sum(parameter.numel() for parameter in model.parameters())
     files = parameters * stored.itemsize
+    vocabulary = model.config.get_text_config().vocab_size
     quantising = quantising_bytes(model, config.quantisation)
     attached = attach(model, job.plan)
     trace = Trace(model, quantisation=config.quantisation)
     standing, uncounted = trace.standing, None
     labels = sizes.length - 1 if train.prompt_loss_weight else sizes.labels
+    batch = Batch(train.batch_size, sizes.length, train.batch_size * labels)
     try:
         peaks = trace.run(
-            Batch(train.batch_size, sizes.length, train.batch_size * labels),
+            batch,
             gradient_checkpointing=train.gradient_checkpointing,
             accumulates=train.gradient_accumulation > 1,
             averages=train.average is not None,
@@ -169,7 +176,9 @@ def estimate_run(job: Job, sizes: RowSizes) -> RunMemory:
     loading = MemoryEstimate(standing["weights"], files=0 if is_mapped else files, process=process)
     moments = [replace(loading, activations=quantising)]
     for moment, held in peaks.items():
-        holes = min(HOLES, 4 * parameters) + round(SHARE * held.get("activations", 0))
+        scored = (evaluated if moment == "evaluating" and evaluated else batch).labels
+        logits = min(4 * vocabulary * min(scored, FROZEN_CHUNK), RETURNED)
+        holes = min(HOLES, 4 * parameters) + round(PER_LOGITS * logits + SHARE * held.get("activations", 0))
         moments.append(MemoryEstimate(**held, fragmentation=holes, process=process, moment=moment))
     return RunMemory(tuple(moments), uncounted, attached)
 
