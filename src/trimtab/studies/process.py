@@ -48,6 +48,7 @@ def run_apart(config: RunConfig, listener: Listener) -> None:
             start_new_session=True,
         )
         assert child.stdin is not None
+        assert child.stdout is not None
         try:
             with contextlib.suppress(BrokenPipeError):  # a child that died at once; its exit code tells
                 child.stdin.write(json.dumps(config.model_dump(mode="json")) + "\n")
@@ -58,6 +59,7 @@ def run_apart(config: RunConfig, listener: Listener) -> None:
             child.wait()
             with contextlib.suppress(BrokenPipeError):
                 child.stdin.close()
+            child.stdout.close()
         if failure is not None:
             kind, message = failure
             raise (Interrupted if kind == "Interrupted" else RunError)(message)
