@@ -1,2 +1,2 @@
-"""Adapters on disk. ``store`` saves and loads them, ``formats/`` has one file for each format, and ``safe_read`` reads
-what others wrote."""
+"""Adapters on disk. ``store`` saves and loads them, ``formats/`` has a file for each format, and ``safe_read`` reads
+files that others wrote."""

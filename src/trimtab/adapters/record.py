@@ -1,4 +1,4 @@
-"""What every format of adapters is read into: the adapter of one module, under the module's name on disk."""
+"""The adapter of one module as every format reads it, and the name of a module on disk."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from trimtab.methods import Options
 
 @dataclass(frozen=True)
 class StoredAdapter:
-    """The adapter of one module. Where the format has them: ``shape``, which is ``(out, in)`` of the weight that the
-    adapter was made for, and ``base``, that weight itself."""
+    """The adapter of one module."""
 
     method: str
     options: Options
     tensors: dict[str, Tensor]
     shape: tuple[int, ...] | None = None
+    """``(out, in)`` of the weight that the adapter was made for, if the format stores it."""
     base: Tensor | None = None
+    """That weight itself, if the format stores it."""
 
 
 def name_on_disk(name: str) -> str:

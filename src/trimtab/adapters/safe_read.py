@@ -1,29 +1,31 @@
-"""Reading files that somebody else wrote. One that is damaged, or made to do harm, ends in an AdapterError.
+"""Reads files that somebody else wrote. One that is damaged, or made to do harm, raises AdapterError.
 
-No file can make this code run anything: descriptions are parsed as JSON, tensors are read from safetensors, and a
-pickle is never opened, whatever its name.
+No file can make this code run anything: descriptions are parsed as JSON, tensors are read from safetensors, and
+pickles are never opened.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from trimtab.errors import AdapterError
+from trimtab.errors import AdapterError, PlanError
 
-_MOST_BYTES = 64 * 2**20  # of a description; that of ten thousand modules has three million
+_MOST_BYTES = 64 * 2**20  # of a description; one of ten thousand modules has three million
 _LONGEST_NAME = 512
-_LARGEST_INTEGER = 2**53  # JSON promises no more; and sizes are multiplied, so they must not be boundless
+_LARGEST_INTEGER = 2**53  # JSON guarantees no more, and sizes are multiplied, so they must have a limit
 _DTYPES = ("F64", "F32", "BF16", "F16")
 
 
 def read_description(path: Path) -> dict[str, Any]:
-    """The JSON object in ``path``. Raises AdapterError for whatever ``parse_description`` refuses."""
+    """The JSON object in ``path``. Raises AdapterError for everything that ``parse_description`` refuses."""
     try:
         if path.stat().st_size > _MOST_BYTES:
             raise ValueError(f"larger than {_MOST_BYTES} bytes")
@@ -33,10 +35,10 @@ def read_description(path: Path) -> dict[str, Any]:
 
 
 def parse_description(text: str) -> dict[str, Any]:
-    """``text`` as a JSON object, strictly.
+    """Parse ``text`` as a JSON object, strictly.
 
-    Raises ValueError for text that is not JSON, for a value other than an object, for a key that stands twice in one
-    object (another reader might take the other value), and for NaN, infinity and integers beyond 2**53.
+    Raises ValueError for text that is not JSON, for a value other than an object, for a key that is twice in one object
+    (another reader might take the other value), and for NaN, infinity and integers beyond 2**53.
     """
     try:
         value = json.loads(
@@ -72,10 +74,20 @@ def _integer(text: str) -> int:
     return value
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and header of a safetensors file, which is opened once, so that the two belong together.
+@contextmanager
+def damage_in(path: Path, what: str) -> Iterator[None]:
+    """Turn whatever a malformed description raises into an AdapterError, which calls ``path`` a damaged ``what``."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, PlanError) as error:
+        text = shown(" ".join(str(error).split()), 400)
+        raise AdapterError(f"{path}: a damaged {what} ({type(error).__name__}: {text})") from None
 
-    Raises AdapterError if it is missing, damaged, or holds anything but floating-point numbers.
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the header of a safetensors file. It is opened once, so that both are from the same file.
+
+    Raises AdapterError if it is missing or damaged, or if a tensor does not hold floating-point numbers.
     """
     if not path.is_file():
         raise AdapterError(f"{path}: missing; the adapter is incomplete")
@@ -93,7 +105,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def shown(name: object, most: int = 120) -> str:
-    """A ``name`` from a file as a message may print it: cut short, and without control characters."""
+    """A ``name`` from a file for a message, shortened and without control characters."""
     text = str(name)
     text = text if text.isprintable() else ascii(text)
     return text if len(text) <= most else f"{text[:most]}..."

@@ -1,4 +1,4 @@
-"""Save and load the adapter of a model, in the first format that can express it."""
+"""Saves and loads the adapters of a model, in the first format that can express them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from trimtab.surgery.attach import AttachReport, describe, install, remove_adapt
 from trimtab.surgery.plan import Rule
 from trimtab.surgery.targets import Target
 
-# Threads of one process that save into one folder wait for each other.
+# Threads of one process that save into the same folder wait for each other.
 _SAVING = threading.Lock()
 
 
@@ -29,14 +29,14 @@ def save_adapter(model: nn.Module, folder: Path | str) -> Path:
     """Write the adapters of ``model`` into ``folder``, which is made if there is none, and return it.
 
     LoRA and DoRA are written as PEFT writes them (``adapter_config.json``, ``adapter_model.safetensors``), provided
-    that one PEFT configuration can describe all of them and that PEFT computes the same from it. Anything else (MoRA,
+    that one PEFT configuration can describe all of them and that PEFT computes the same from it. Everything else (MoRA,
     full, a mix of methods, the magnitude alone or over the input axis, a layer that hangs in two places, a magnitude
-    over rows of zeros) is written as ``trimtab.json`` and ``trimtab_adapter.safetensors``, which PEFT does not take
-    for an adapter of its own. If an earlier save left files of another format in the folder, they are removed.
+    over rows of zeros) is written as ``trimtab.json`` and ``trimtab_adapter.safetensors``, which PEFT does not mistake
+    for an adapter of its own. Files of another format from an earlier save are removed.
 
-    The old files stay until the new ones are complete, so a save that fails before then leaves the old adapter as it
-    was. A save that is cut off while the files are moved leaves a folder without a configuration, which neither
-    ``load_adapter`` nor PEFT takes for an adapter.
+    The old files stay until the new ones are complete, so a save that fails before that keeps the old adapter. A save
+    that is interrupted while files are moved leaves a folder without a configuration, which neither ``load_adapter``
+    nor PEFT takes for an adapter.
 
     Raises:
         SurgeryError: the model has no adapters.
@@ -50,7 +50,7 @@ def save_adapter(model: nn.Module, folder: Path | str) -> Path:
         target.mkdir(parents=True, exist_ok=True)
         with _SAVING, tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as fresh:
             writer.save(model, adapted, Path(fresh))
-            # The configuration goes first and comes last, so that it never stands beside the tensors of another save.
+            # The configuration is removed first and written last, so that it is never beside tensors of another save.
             for one in known:
                 (target / one.files[0]).unlink(missing_ok=True)
             for name in reversed(writer.files):
@@ -65,12 +65,11 @@ def save_adapter(model: nn.Module, folder: Path | str) -> Path:
 def load_adapter(model: nn.Module, folder: Path | str) -> AttachReport:
     """Attach the adapter stored in ``folder``, ours or PEFT's own, to ``model`` in place.
 
-    A model that already carries adapters takes over the stored values if its adapters sit on the same modules and
-    would compute the same from the same tensors. Otherwise it is an error.
+    If ``model`` has adapters already, they take over the stored values. They must sit on the same modules, and compute
+    the same from the same tensors.
 
-    Raises:
-        AdapterError: no adapter there, a damaged or unsupported one, or one that was made for another model. The
-            model is then unchanged.
+    Raises AdapterError if there is no adapter, or one that is damaged, not supported, or made for another model. The
+    model is then unchanged.
     """
     place = Path(folder)
     stored = read_adapter(place)
@@ -103,10 +102,9 @@ def load_adapter(model: nn.Module, folder: Path | str) -> AttachReport:
 
 
 def read_adapter(folder: Path | str) -> dict[str, StoredAdapter]:
-    """What the adapter in ``folder``, ours or PEFT's own, holds of each module.
+    """The adapter in ``folder``, ours or PEFT's own, by module.
 
-    Raises:
-        AdapterError: no adapter there, or a damaged, unsupported or empty one.
+    Raises AdapterError if there is no adapter, or one that is damaged, not supported or empty.
     """
     place = Path(folder)
     stored = _format_of(place).load(place)
@@ -116,12 +114,12 @@ def read_adapter(folder: Path | str) -> dict[str, StoredAdapter]:
 
 
 def _modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Every module under each of its names, as they are on disk."""
+    """Every module under each of its names on disk."""
     return {name_on_disk(name): module for name, module in bare_modules(model)}
 
 
 def _base_of(module: nn.Module, entry: StoredAdapter) -> bases.Base | None:
-    """The base that the stored method would have in ``module``; None if there is none of its kind."""
+    """The base on which the stored method would sit in ``module``; None if there is none of its kind."""
     return bases.find(module, methods.method_class(entry.method).sits_on)
 
 
@@ -160,7 +158,7 @@ def _rules(stored: dict[str, StoredAdapter]) -> tuple[tuple[Rule, ...], dict[str
 
 
 def _targets(known: dict[str, nn.Module], stored: dict[str, StoredAdapter], number: dict[str, int]) -> list[Target]:
-    """Exactly the stored modules. Their names are not matched as globs, since a name may hold any character."""
+    """The stored modules as targets. Their names are not matched as globs, since they may contain any character."""
     names: dict[int, list[str]] = defaultdict(list)
     for name, module in known.items():
         names[id(module)].append(name)
@@ -174,7 +172,7 @@ def _targets(known: dict[str, nn.Module], stored: dict[str, StoredAdapter], numb
 
 
 def _check_modules(place: Path, known: dict[str, nn.Module], stored: dict[str, StoredAdapter]) -> None:
-    """Raise AdapterError if some stored module is not in the model, or of a kind that cannot be adapted."""
+    """Raise AdapterError if some stored module is not in the model, or is of a kind that cannot be adapted."""
     missing = [name for name in stored if name not in known or not name]
     if missing:
         near = nearest(missing[0], known)
@@ -207,7 +205,7 @@ def _check_same(place: Path, present: dict[str, Adapted], stored: dict[str, Stor
 
 
 def _check_tensors(place: Path, present: dict[str, Adapted], stored: dict[str, StoredAdapter]) -> None:
-    """Raise AdapterError unless exactly the trained tensors are stored, each in its shape, and for these weights."""
+    """Raise AdapterError unless exactly the trained tensors are stored, in their shapes and for these weights."""
     problems = []
     first: dict[int, str] = {}
     for name, entry in stored.items():
@@ -218,7 +216,7 @@ def _check_tensors(place: Path, present: dict[str, Adapted], stored: dict[str, S
                 problems.append(
                     f"{name}.{shown(key)}: expected {expected.get(key, 'nothing')}, got {got.get(key, 'nothing')}"
                 )
-        # The trained tensors alone may fit a weight of another shape: a small square, for instance, fits many.
+        # Trained tensors may also fit a weight of another shape; a small square matrix, for instance, fits many.
         adapter, handle = present[name].adapter, present[name].handle
         shape = (adapter.out_features, adapter.in_features)
         if entry.shape is not None and entry.shape != shape:

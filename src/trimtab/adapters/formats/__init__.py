@@ -1,6 +1,6 @@
-"""The formats of an adapter on disk. One file is one format; a new file in this folder is found by itself.
+"""The formats of an adapter on disk. One file is one format, and a new file in this folder is found by itself.
 
-Each file defines one class derived from ``AdapterFormat`` (`_adapter_format.py`). No other file names a format.
+Each file defines one subclass of ``AdapterFormat`` (`_adapter_format.py`). No other file names a format.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a format of adapters is."""
+"""The base class of the adapter formats."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from trimtab.surgery.adapted import Adapted
 
 
 class AdapterFormat(ABC):
-    """One way to keep an adapter in a folder, as two files."""
+    """One way to store an adapter in a folder, as two files."""
 
     files: ClassVar[tuple[str, str]]
-    """The description and the tensors. A folder that holds the description holds an adapter of this format."""
+    """The description and the tensors. A folder with such a description holds an adapter of this format."""
     label: ClassVar[str] = ""
     """Whose format it is, for messages; empty for our own."""
     preference: ClassVar[int]
-    """A model is saved in the format of the lowest number that can express its adapters."""
+    """Of the formats that can express a model's adapters, the one with the lowest number is used."""
 
     @abstractmethod
     def can_express(self, model: nn.Module, adapted: dict[str, Adapted]) -> bool:
@@ -32,4 +32,4 @@ class AdapterFormat(ABC):
 
     @abstractmethod
     def load(self, folder: Path) -> dict[str, StoredAdapter]:
-        """What is stored of each module. Raises AdapterError for files that are damaged or not supported."""
+        """The stored adapter of each module. Raises AdapterError for files that are damaged or not supported."""

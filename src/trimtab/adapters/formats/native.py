@@ -1,4 +1,4 @@
-"""Our own adapter format, for whatever no other format can express.
+"""Our own adapter format, for everything that no other format can express.
 
     trimtab.json                    {"format": "trimtab adapter", "version": 1, "base": name of the model or null,
                                      "modules": {module: {"method": name, "options": {...}, "shape": [out, in],
@@ -6,12 +6,12 @@
     trimtab_adapter.safetensors     every trained tensor, under the name MODULE.TENSOR
 
 The header of the tensors has, under "modules", the SHA-256 of the description's "modules" (as JSON with sorted keys and
-no spaces). So a description is never read with the tensors of another save.
+no spaces), so that a description is never read with the tensors of another save.
 
-The tensors of a module are those of its method, in the shapes that its docstring gives: ``A`` and ``B`` of lora and
-dora, ``M`` of mora, ``weight`` of full, each with a ``magnitude`` or without; ``down``, ``down_bias``, ``up`` and
-``up_bias`` of serial and parallel, where ``out`` and ``in`` are the widths of a block's hidden states. Options are
-written in full, so that an adapter keeps its meaning when a default changes.
+The tensors of a module are those of its method, in the shapes given there: ``A`` and ``B`` of lora and dora, ``M`` of
+mora, ``weight`` of full, each with a ``magnitude`` or without; ``down``, ``down_bias``, ``up`` and ``up_bias`` of
+serial and parallel, where ``out`` and ``in`` are the widths of a block's hidden states. All options are written, so
+that an adapter keeps its meaning when a default changes.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from torch import nn
 from trimtab import methods
 from trimtab.adapters.formats._adapter_format import AdapterFormat
 from trimtab.adapters.record import StoredAdapter
-from trimtab.adapters.safe_read import read_description, read_tensors, shown
-from trimtab.errors import AdapterError, PlanError
+from trimtab.adapters.safe_read import damage_in, read_description, read_tensors, shown
+from trimtab.errors import AdapterError
 from trimtab.files import write_json
 from trimtab.surgery.adapted import Adapted
 
@@ -44,7 +44,6 @@ class NativeFormat(AdapterFormat):
     preference = 100  # for what no other format can express
 
     def can_express(self, model: nn.Module, adapted: dict[str, Adapted]) -> bool:
-        """Always: every method and every option has a place here."""
         return True
 
     def save(self, model: nn.Module, adapted: dict[str, Adapted], folder: Path) -> None:
@@ -64,10 +63,7 @@ class NativeFormat(AdapterFormat):
         write_json(folder / self.files[0], description)
 
     def load(self, folder: Path) -> dict[str, StoredAdapter]:
-        """What is stored of each module.
 
-        Raises AdapterError if a file is damaged, or if the two are not from the same save.
-        """
         one, two = self.files
         path = folder / one
         described = read_description(path)
@@ -87,18 +83,13 @@ class NativeFormat(AdapterFormat):
             )
         stored: dict[str, StoredAdapter] = {}
         expected: dict[str, list[int]] = {}
-        try:
+        with damage_in(path, "description of an adapter"):
             for name, entry in modules.items():
                 options = methods.options_class(entry["method"])(**entry["options"])
                 shapes = {key: list(shape) for key, shape in entry["tensors"].items()}
                 expected |= {f"{name}.{key}": shape for key, shape in shapes.items()}
                 mine = {key: tensors[f"{name}.{key}"] for key in shapes if f"{name}.{key}" in tensors}
                 stored[name] = StoredAdapter(entry["method"], options, mine, tuple(entry["shape"]))
-        except (KeyError, TypeError, ValueError, AttributeError, PlanError) as error:
-            text = shown(" ".join(str(error).split()), 400)
-            raise AdapterError(
-                f"{path}: a damaged description of an adapter ({type(error).__name__}: {text})"
-            ) from None
         got = {name: list(tensor.shape) for name, tensor in tensors.items()}
         odd = sorted(name for name in expected.keys() | got.keys() if expected.get(name) != got.get(name))
         if odd:

@@ -5,10 +5,10 @@
     base_model.model.MODULE.lora_magnitude_vector     [out], DoRA only
     base_model.model.MODULE.base_layer.weight         a copy of the base, which PEFT adds for an output head; read only
 
-Some options matter for further training only and have no place in PEFT's configuration, such as ``detach_norm`` or a
-dropout for each module. So the header of the safetensors file, where PEFT does not look, has under ``"trimtab"`` the
-method and options of every module as JSON. By them we also see whether the two files are from one save. PEFT itself is
-not needed to read or write any of this.
+Some options matter only for further training and have no place in PEFT's configuration, such as ``detach_norm`` or a
+dropout for each module. The header of the safetensors file, which PEFT ignores, therefore has the method and options of
+every module as JSON under ``"trimtab"``. They also tell whether the two files are from one save. PEFT itself is not
+needed for any of this.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from trimtab import methods
 from trimtab.adapters.formats._adapter_format import AdapterFormat
 from trimtab.adapters.record import StoredAdapter, name_on_disk
-from trimtab.adapters.safe_read import parse_description, read_description, read_tensors, shown
+from trimtab.adapters.safe_read import damage_in, parse_description, read_description, read_tensors, shown
 from trimtab.bases import Base, WeightBase
-from trimtab.errors import AdapterError, PlanError
+from trimtab.errors import AdapterError
 from trimtab.files import write_json
 from trimtab.methods import lora
 from trimtab.surgery.adapted import Adapted, owners
@@ -39,11 +39,11 @@ _PREFIX = "base_model.model."
 _TENSORS = {"A": "lora_A.weight", "B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 _BASE = "base_layer.weight"
 _HEADER = "trimtab"
-# A pattern can be written to take hours. Honest ones are short, and all of a configuration take no time to speak of.
+# A pattern can be made to take hours. Honest ones are short, and all of a configuration take next to no time.
 _SECONDS_FOR_PATTERNS = 10.0
 _LONGEST_PATTERN = 1000
 
-# Settings of a PEFT configuration that change what the adapter computes, and that we do not have.
+# Settings of a PEFT configuration that change what the adapter computes, and that we do not support.
 _REFUSED = {
     "modules_to_save": "whole modules stored beside the adapter; merge them into the base with PEFT first",
     "layer_replication": "a base with repeated layers",
@@ -59,7 +59,7 @@ _REFUSED = {
     "monteclora_config": "MonteCLoRA",
     "megatron_config": "Megatron's parallel layers",
 }
-# Initialisations that also change the base weights, so that the adapter is worth nothing on the original ones.
+# Initialisations that also change the base weights, so that the adapter is useless on the original ones.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -71,7 +71,6 @@ class PeftFormat(AdapterFormat):
     preference = 0  # the tools that people run read it
 
     def can_express(self, model: nn.Module, adapted: dict[str, Adapted]) -> bool:
-        """Whether one PEFT configuration describes all of these adapters, so that PEFT computes the same outputs."""
         options = [
             module.adapter.options for module in adapted.values() if isinstance(module.adapter.options, lora.Options)
         ]
@@ -84,7 +83,7 @@ class PeftFormat(AdapterFormat):
             and len({one.rank_stabilised for one in options}) == 1
             # PEFT divides by the norm even where it is zero, which gives NaN.
             and not any(module.adapter.zero_rows for module in adapted.values())
-            # Where a layer hangs in two places, PEFT adapts the first only; it merges twice into a shared weight.
+            # PEFT adapts only the first place of a layer that hangs in two, and merges twice into a shared weight.
             and sum(isinstance(child, Adapted) for *_, child in owners(model)) == len(adapted)
             and len({id(module.adapter) for module in adapted.values()}) == len(adapted)
         )
@@ -95,19 +94,15 @@ class PeftFormat(AdapterFormat):
             for name, module in adapted.items()
             for key, value in module.adapter.named_parameters()
         }
-        said = {
+        options = {
             name: {"method": module.method, "options": module.adapter.options.model_dump()}
             for name, module in adapted.items()
         }
-        save_file(tensors, folder / self.files[1], metadata={"format": "pt", _HEADER: json.dumps(said)})
+        save_file(tensors, folder / self.files[1], metadata={"format": "pt", _HEADER: json.dumps(options)})
         write_json(folder / self.files[0], _configuration(model, adapted))
 
     def load(self, folder: Path) -> dict[str, StoredAdapter]:
-        """What is stored of each module.
 
-        Raises AdapterError for a damaged file, for anything but LoRA and DoRA, and for a setting that we do not have,
-        which the message names.
-        """
         path = folder / self.files[0]
         config = read_description(path)
         _refuse(path, config)
@@ -119,17 +114,11 @@ class PeftFormat(AdapterFormat):
             )
         tensors, header = read_tensors(weights)
         modules = _by_module(weights, tensors)
-        try:
+        with damage_in(path, "configuration"):
             in_config = _options(config, list(modules))
             in_header = _options_in_header(header) if _HEADER in header else in_config
-        except (KeyError, TypeError, ValueError, AttributeError, PlanError) as error:
-            text = shown(" ".join(str(error).split()), 400)
-            raise AdapterError(f"{path}: a damaged configuration ({type(error).__name__}: {text})") from None
-        odd = [
-            name
-            for name in {**in_config, **in_header}
-            if _outputs(in_config.get(name)) != _outputs(in_header.get(name))
-        ]
+        every = in_config | in_header
+        odd = [name for name in every if _outputs(in_config.get(name)) != _outputs(in_header.get(name))]
         if odd:
             raise AdapterError(
                 f"{path} is not the one that {self.files[1]} was saved with: they differ at {len(odd)} modules, "
@@ -147,7 +136,7 @@ def _configuration(model: nn.Module, adapted: dict[str, Adapted]) -> dict[str, A
     rank = Counter(ranks.values()).most_common(1)[0][0]
     alpha = Counter(alphas.values()).most_common(1)[0][0]
     first = next(iter(options.values()))
-    # The class decides: a bare LlamaModel, too, has a configuration whose "architectures" name a causal model.
+    # The class decides, since the configuration of a bare LlamaModel also names a causal model ("architectures").
     kind = type(getattr(model, "_orig_mod", model)).__name__
     return {
         "peft_type": "LORA",
@@ -178,14 +167,14 @@ def _plain(number: float) -> float | int:
 
 
 def _exactly(name: str) -> str:
-    """A pattern for ``name`` alone. Without the ``^`` PEFT would also take longer names that end in it."""
+    """A pattern for ``name`` alone. Without the ``^``, PEFT would also match longer names that end in it."""
     return f"^{re.escape(name)}"
 
 
 def _targets(model: nn.Module, adapted: dict[str, Adapted]) -> list[str] | str:
-    """The shortest ``target_modules`` that means exactly these modules to PEFT, which matches the ends of names."""
+    """The shortest ``target_modules`` by which PEFT, which matches the ends of names, selects exactly these modules."""
     wanted = set(adapted)
-    inside = {id(inner) for module in adapted.values() for inner in module.modules()}  # the module itself, too
+    inside = {id(inner) for module in adapted.values() for inner in module.modules()}  # with the module itself
     others = [name_on_disk(name) for name, module in model.named_modules() if id(module) not in inside]
     tails = {name.rsplit(".", 1)[-1] for name in wanted}
     for candidate in (tails, wanted):
@@ -201,10 +190,10 @@ def _ends(name: str) -> list[str]:
 
 
 def _by_module(weights: Path, tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """``module -> our name of the tensor -> tensor``. Raises AdapterError for a tensor that has no place there."""
+    """``module -> our name of the tensor -> tensor``. Raises AdapterError for a tensor that does not belong there."""
     modules: dict[str, dict[str, Tensor]] = {}
     ours = {theirs: own for own, theirs in _TENSORS.items()}
-    # Older PEFT releases called the magnitude's tensor ".weight", and some gave it a second axis.
+    # Older PEFT releases added ".weight" to the magnitude's name, and some gave it a second axis.
     ours |= {f"{_TENSORS['magnitude']}.weight": "magnitude", _BASE: _BASE}
     pattern = re.compile(rf"{re.escape(_PREFIX)}(.+)\.({'|'.join(map(re.escape, ours))})")
     for key, tensor in tensors.items():
@@ -221,7 +210,7 @@ def _by_module(weights: Path, tensors: dict[str, Tensor]) -> dict[str, dict[str,
 
 
 def _refuse(path: Path, config: dict[str, Any]) -> None:
-    """Raise AdapterError for a configuration that asks for something that we do not have."""
+    """Raise AdapterError for a configuration that asks for something that we do not support."""
     kind = config.get("peft_type")
     if kind != "LORA":
         raise AdapterError(f"{path}: peft_type is {shown(kind)}; only LORA (with or without use_dora) can be loaded")
@@ -239,7 +228,7 @@ def _refuse(path: Path, config: dict[str, Any]) -> None:
 
 
 def _options(config: dict[str, Any], names: list[str]) -> dict[str, tuple[str, methods.Options]]:
-    """``module -> (method, options)`` as PEFT's configuration has them."""
+    """``module -> (method, options)`` from PEFT's configuration."""
     method = "dora" if config.get("use_dora") else "lora"
     ranks = _pattern(config.get("rank_pattern") or {}, config["r"])
     alphas = _pattern(config.get("alpha_pattern") or {}, config["lora_alpha"])
@@ -252,7 +241,7 @@ def _options(config: dict[str, Any], names: list[str]) -> dict[str, tuple[str, m
 
 
 def _options_in_header(header: dict[str, str]) -> dict[str, tuple[str, methods.Options]]:
-    """The same as our header has them."""
+    """``module -> (method, options)`` from our header."""
     return {
         name: (entry["method"], methods.options_class(entry["method"])(**entry["options"]))
         for name, entry in parse_description(header[_HEADER]).items()
@@ -260,7 +249,7 @@ def _options_in_header(header: dict[str, str]) -> dict[str, tuple[str, methods.O
 
 
 def _outputs(entry: tuple[str, methods.Options] | None) -> Any:
-    """The options that decide the outputs, as far as PEFT has them. In all others the two files may differ."""
+    """The options that decide the outputs, as far as PEFT has them; in all others the two files may differ."""
     options = entry[1] if entry else None
     if not isinstance(options, lora.Options):
         return None
@@ -268,21 +257,20 @@ def _outputs(entry: tuple[str, methods.Options] | None) -> Any:
 
 
 def _pattern(patterns: dict[str, Any], default: Any) -> Callable[[str], Any]:
-    """What ``patterns`` give a module, by its name.
+    """A function from a module's name to its value in ``patterns``, or else to ``default``.
 
-    As in PEFT, each key is a regular expression, and the first one that matches the end of the name decides.
-
-    Raises ValueError, here or in the call, for a key that is no regular expression, or one that takes too long.
+    As in PEFT, each key is a regular expression, and the first one that matches the end of the name decides. This
+    function or the returned one raises ValueError for a key that is no regular expression, or that takes too long.
     """
     if all(key == _exactly(re.sub(r"\\(.)", r"\1", key[1:])) for key in patterns):  # whole names, as we write them
         return lambda name: patterns.get(_exactly(name), default)
     compiled = []
     for key, value in patterns.items():
-        # Counted repeats unfold into gigabytes when compiled, and name no module.
+        # Counted repeats can compile to gigabytes, and no honest pattern has them.
         if len(key) > _LONGEST_PATTERN or "{" in key:
             raise ValueError(f"the pattern {shown(key)} is too long, or counts repeats")
         try:
-            re.compile(pattern := rf"(.*\.)?({key})$")  # PEFT reads this language, and regex a wider one
+            re.compile(pattern := rf"(.*\.)?({key})$")  # PEFT uses re; the language of regex is wider
             compiled.append((key, regex.compile(pattern), value))
         except (re.error, regex.error, RecursionError, OverflowError) as error:
             raise ValueError(f"{shown(key)} is not a regular expression ({error})") from None
