@@ -1,18 +1,17 @@
-"""Evaluation outside a run: of a finished run's adapter, or of any model, on any rows."""
+"""Evaluates a finished run, or any model, on any rows."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from trimtab.adapters.store import load_adapter
 from trimtab.config.read import load_config
 from trimtab.config.resolve import source_of
 from trimtab.config.run import EvaluationConfig
 from trimtab.data.forms import read_examples
-from trimtab.data.rows import Example
 from trimtab.errors import ConfigError, DataError
 from trimtab.evaluation.benchmark_tasks import BenchmarkTask, evaluate_task, find_task
 from trimtab.evaluation.evaluate import evaluate, write
@@ -26,7 +25,7 @@ from trimtab.runs.results import Result
 from trimtab.tasks import Head
 
 ELSEWHERE = Path("runs/evaluate")
-"""Where results go by default that are not those of a run on its own test sets."""
+"""Where results go by default, unless they are those of a run on its own test sets."""
 
 
 def measure(
@@ -47,18 +46,18 @@ def measure(
 ) -> tuple[Path, list[Result]]:
     """Evaluate ``target``, a run folder or the name of a model, on the files ``data`` (default: the run's test sets).
 
-    What is None is as in the run; for a model: the defaults of a run. Choices on other rows than the run's test sets:
-    the run's, if these rows are answered so, else a closed set is looked for in the rows. ``form`` is a name in
-    ``trimtab.data.forms``. With ``generate`` the model writes its answer also where the answers are a closed set.
-    With ``tasks``, named as in ``evaluation.benchmark_tasks``, ``data`` is the file of a single one or the folders that
-    hold their files, and each is measured as it asks for.
+    Arguments that are None are taken from the run, or for a model from the defaults of a run. On rows that are not the
+    run's test sets, the run's choices are used only if all rows are answered by them; otherwise a closed set is looked
+    for in the rows. ``form`` is a name in ``trimtab.data.forms``. With ``generate`` the model writes its answers even
+    if they are a closed set. With ``tasks``, named as in ``evaluation.benchmark_tasks``, ``data`` is the file of the
+    only task or the folders with the tasks' files.
 
-    Results and predictions go into ``out`` under the stage ``after``, or ``before`` for a model without an adapter. By
-    default that is ``runs/evaluate``; but the run's own folder, whose page is out of date then, where its own test sets
-    are measured as they were in the run. Gives the folder and the results.
+    Results and predictions are written into ``out`` under the stage ``after``, or ``before`` for a model without an
+    adapter. The default is ``runs/evaluate``, or the run's own folder if its own test sets are measured as in the run;
+    the run's page is then out of date. Returns the folder and the results.
 
-    Raises ConfigError if there is nothing to evaluate on or if the arguments contradict each other, and what loading
-    and evaluating raise.
+    Raises ConfigError if there is nothing to evaluate on or if the arguments contradict each other, and whatever
+    loading and evaluating raise.
     """
     listener = listener or Listener()
     run = RunFolder(Path(target)) if is_run(Path(target)) else None
@@ -70,24 +69,19 @@ def measure(
     own = dict(config.data.test) if config is not None else {}
     wanted = [find_task(name) for name in dict.fromkeys(tasks)]
     named = {task.dataset: task for task in wanted}
-    if wanted:
-        sets = {task.dataset: _rows_of(task, data or list(own.values()), alone=len(wanted) == 1) for task in wanted}
-    else:
-        sets = {Path(name).stem: name for name in data} or own
-    if len(sets) < len(wanted or data):
-        raise ConfigError("two of the files have one name, and would overwrite each other's results; rename one")
-    if not sets:
+    files = _files(wanted, data, own)
+    if not files:
         raise ConfigError(f"{target}: nothing to evaluate on; name the rows with --data FILE")
-    said = config.evaluation if config is not None else EvaluationConfig()
+    defaults = config.evaluation if config is not None else EvaluationConfig()
     own_sets = run is not None and not data and not wanted
     as_in_run = own_sets and choices is None and form is None and limit is None and not generate
     if own_sets and limit is None:
-        limit = said.limit
+        limit = defaults.limit
 
     source = source_of(config) if config is not None else locate(target)
     tokenizer = load_tokenizer(source)
     form = form or (config.data.form if config is not None else "auto")
-    rows = {name: read_examples(path, tokenizer, root=Path.cwd(), form=form) for name, path in sets.items()}
+    rows = {name: read_examples(path, tokenizer, root=Path.cwd(), form=form) for name, path in files.items()}
     listener.stage(f"Loading {target}")
     if run is not None and config is not None:
         model: Any = load_run_model(run, config, adapter=not base)
@@ -107,7 +101,7 @@ def measure(
         listener.stage(f"Evaluating {name}")
         settings: dict[str, Any] = {
             "generate": generate,
-            "batch_size": batch_size or said.batch_size,
+            "batch_size": batch_size or defaults.batch_size,
             "progress": partial(listener.evaluating, name),
         }
         if (task := named.get(name)) is not None:
@@ -115,26 +109,34 @@ def measure(
             measured = evaluate_task(task, head, tokenizer, examples, **settings)
             if swapped := measured.record.relabelled:
                 words = ", ".join(f"'{wrong}' is read as '{right}'" for wrong, right in swapped.items())
-                listener.note(f"the labels of {sets[name]} are permuted, as FinLoRA's script writes them: {words}")
+                listener.note(f"the labels of {files[name]} are permuted, as FinLoRA's script writes them: {words}")
         else:
             examples = examples[:limit]
-            settings["choices"] = choices or (known if own_sets else _fitting_choices(examples, known))
-            settings["max_new_tokens"] = max_new_tokens or said.max_new_tokens
+            fits = own_sets or (known and all(example.answer in known for example in examples))
+            settings["choices"] = choices or (known if fits else "infer")
+            settings["max_new_tokens"] = max_new_tokens or defaults.max_new_tokens
             measured = evaluate(head, tokenizer, examples, name=name, **settings)
         write(measured, folder, stage)
         results.append(measured.record)
     return folder, results
 
 
-def _fitting_choices(examples: Sequence[Example], known: list[str] | None) -> list[str] | Literal["infer"]:
-    """``known``, if all of ``examples`` have one of these answers; else what is found in them."""
-    return known if known and all(example.answer in known for example in examples) else "infer"
+def _files(tasks: Sequence[BenchmarkTask], data: Sequence[str], own: dict[str, str]) -> dict[str, str]:
+    """The files of rows to evaluate on, by the names of the data sets; ``own`` are the run's test sets."""
+    if tasks:
+        places = data or list(own.values())
+        files = {task.dataset: _rows_of(task, places, alone=len(tasks) == 1) for task in tasks}
+    else:
+        files = {Path(name).stem: name for name in data} or own
+    if len(files) < len(tasks or data):
+        raise ConfigError("two of the files have one name, and would overwrite each other's results; rename one")
+    return files
 
 
 def _rows_of(task: BenchmarkTask, places: Sequence[str], *, alone: bool) -> str:
-    """The file with the rows of ``task`` among files and folders; where it is the only task, a file by any name.
+    """The file with the rows of ``task``, among files and folders. If the task is ``alone``, it may have any name.
 
-    Raises DataError, which names the file that is looked for, if it is not there.
+    Raises DataError, which names the file, if it is not there.
     """
     if alone and len(places) == 1 and not Path(places[0]).is_dir():
         return places[0]
