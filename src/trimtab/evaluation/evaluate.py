@@ -21,16 +21,9 @@ from trimtab.evaluation.choice import ChoiceScores, score_choices
 from trimtab.evaluation.closed_set import class_details
 from trimtab.evaluation.generation import generate_answers
 from trimtab.files import write_jsonl
-from trimtab.metrics import Kind, Outcomes
+from trimtab.metrics import Outcomes
 from trimtab.metrics import measure as compute_metrics
-from trimtab.runs.results import (
-    ChoiceResult,
-    GenerationResult,
-    MultipleChoiceResult,
-    PerplexityResult,
-    Prediction,
-    Result,
-)
+from trimtab.runs.results import RESULTS, Prediction, Result
 from trimtab.surgery.serving import evaluating
 from trimtab.tasks import Head
 
@@ -64,14 +57,6 @@ class Evaluation:
     def predictions(self) -> list[dict[str, Any]]:
         """The rows as plain values, as in their file."""
         return [row.plain() for row in self.rows]
-
-
-RECORDS: dict[Kind, type[Result]] = {
-    "choice": ChoiceResult,
-    "multiple_choice": MultipleChoiceResult,
-    "generation": GenerationResult,
-    "perplexity": PerplexityResult,
-}
 
 
 def evaluate(
@@ -134,7 +119,7 @@ def evaluate(
         judged = judge(examples, written)
         loss, tokens = token_loss(head, tokenizer, examples, **{**settings, "progress": None})
     outcomes = replace(judged.outcomes, loss=checked(loss, tokens), tokens=tokens)
-    record = RECORDS[judged.kind](
+    record = RESULTS[judged.kind](
         kind=judged.kind,
         dataset=name,
         rows=len(examples),

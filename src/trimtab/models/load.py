@@ -54,11 +54,11 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
 
     Raises ModelError if it cannot be fetched or read, or has no token to pad with.
     """
-    if source.kind == "folder":
-        _check_tokenizer(Path(source.location))
-    options = _options(source)
+    if source.kind == "folder" and not any((Path(source.location) / name).is_file() for name in _TOKENIZER_FILES):
+        expected = ", ".join(_TOKENIZER_FILES)
+        raise ModelError(f"{source.location}: no tokenizer: expected one of {expected} beside config.json.")
     with _loading(source, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(_location(source), **options)
+        tokenizer = AutoTokenizer.from_pretrained(_location(source), **_options(source))
     tokenizer.padding_side = "right"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
@@ -150,9 +150,7 @@ def weights_folder(source: Source) -> Path:
 
 def _location(source: Source) -> str:
     """The folder or hub id to read from. A GGUF file is first dequantised into a folder."""
-    if source.kind != "gguf":
-        return source.location
-    return str(dequantised_folder(Path(source.location)))
+    return str(dequantised_folder(Path(source.location))) if source.kind == "gguf" else source.location
 
 
 def _options(source: Source) -> dict[str, Any]:
@@ -160,11 +158,6 @@ def _options(source: Source) -> dict[str, Any]:
     if source.kind == "hub" and source.revision is not None:
         options["revision"] = source.revision
     return options
-
-
-def _check_tokenizer(folder: Path) -> None:
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-        raise ModelError(f"{folder}: no tokenizer: expected one of {', '.join(_TOKENIZER_FILES)} beside config.json.")
 
 
 def _check_weights(folder: Path) -> None:

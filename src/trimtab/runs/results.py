@@ -5,7 +5,7 @@ The metrics of a result are its ``figures``; `trimtab.metrics` has the table of 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import Field, TypeAdapter, model_validator
 from pydantic_core import PydanticCustomError
@@ -115,6 +115,9 @@ class PerplexityResult(_Result):
 
 
 Result = ChoiceResult | MultipleChoiceResult | GenerationResult | PerplexityResult
+
+RESULTS: dict[str, type[Result]] = {kind.model_fields["kind"].default: kind for kind in get_args(Result)}
+"""The class of each kind of result."""
 
 _RESULT: TypeAdapter[Result] = TypeAdapter(Annotated[Result, Field(discriminator="kind")])
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from trimtab.bases import Base, BlockBase, WeightBase
@@ -157,9 +156,3 @@ def weights_elsewhere(model: nn.Module, parameter: nn.Parameter, inside: set[int
         if id(module) not in inside
         for held in module._parameters.values()
     )
-
-
-@torch.no_grad()
-def is_finite(adapter: Method) -> bool:
-    """Whether all trained tensors are free of NaN and infinity."""
-    return all(bool(torch.isfinite(parameter).all()) for parameter in adapter.parameters())

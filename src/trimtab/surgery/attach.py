@@ -117,7 +117,11 @@ def attach(model: nn.Module, plan: Plan | Rule | list[Rule]) -> AttachReport:
         raise PlanError(f"attach: expected a Plan, a Rule or a list of rules, got {type(plan).__name__}")
     if not isinstance(model, nn.Module):
         raise SurgeryError(f"attach: expected a torch.nn.Module, got {type(model).__name__}")
-    refuse_adapted(model, "attach")
+    if names := [name for name, _ in adapted_modules(model)]:
+        raise SurgeryError(
+            f"attach: the model already has adapters on {len(names)} modules, such as "
+            f"{names[0] or 'the model itself'}; call trimtab.merge(model) or trimtab.detach(model) first"
+        )
     if bases.find(model) is not None:
         raise SurgeryError(
             f"attach: the model is a bare {type(model).__name__}, which cannot be replaced inside itself; wrap it, "
@@ -250,16 +254,6 @@ def effective_weight(model: nn.Module, name: str) -> Tensor:
         raise SurgeryError(f"effective_weight: '{name}' {what}.{hint}")
     weight = handle.weight().detach()
     return weight.clone() if weight.dtype in (torch.float32, torch.float64) else weight.float()
-
-
-def refuse_adapted(model: nn.Module, verb: str) -> None:
-    """Raise SurgeryError if ``model`` has adapters."""
-    names = [name for name, _ in adapted_modules(model)]
-    if names:
-        raise SurgeryError(
-            f"{verb}: the model already has adapters on {len(names)} modules, such as "
-            f"{names[0] or 'the model itself'}; call trimtab.merge(model) or trimtab.detach(model) first"
-        )
 
 
 def require_adapted(model: nn.Module, verb: str) -> list[tuple[str, Adapted]]:

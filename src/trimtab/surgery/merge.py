@@ -15,7 +15,6 @@ from trimtab.surgery.adapted import (
     AdaptedBlock,
     AdaptedLayer,
     adapted_modules,
-    is_finite,
     owners,
     weights_elsewhere,
 )
@@ -100,7 +99,7 @@ def _require_mergeable(model: nn.Module) -> list[tuple[str, AdaptedLayer]]:
         )
     adapted = [(name, module) for name, module in every if isinstance(module, AdaptedLayer)]
     for name, module in adapted:
-        if not is_finite(module.adapter):
+        if not all(torch.isfinite(parameter).all() for parameter in module.adapter.parameters()):
             raise SurgeryError(
                 f"merge: the adapter of {name} holds NaN or infinity, and would destroy the weight it is folded into. "
                 "Nothing was changed; load an earlier checkpoint"

@@ -29,7 +29,7 @@ from trimtab import methods
 from trimtab.adapters.formats._adapter_format import AdapterFormat
 from trimtab.adapters.record import StoredAdapter, name_on_disk
 from trimtab.adapters.safe_read import damage_in, parse_description, read_description, read_tensors, shown
-from trimtab.bases import Base, WeightBase
+from trimtab.bases import WeightBase
 from trimtab.errors import AdapterError
 from trimtab.files import write_json
 from trimtab.methods import lora
@@ -136,6 +136,7 @@ def _configuration(model: nn.Module, adapted: dict[str, Adapted]) -> dict[str, A
     rank = Counter(ranks.values()).most_common(1)[0][0]
     alpha = Counter(alphas.values()).most_common(1)[0][0]
     first = next(iter(options.values()))
+    weights = [module.handle for module in adapted.values()]
     # The class decides, since the configuration of a bare LlamaModel also names a causal model ("architectures").
     kind = type(getattr(model, "_orig_mod", model)).__name__
     return {
@@ -149,17 +150,13 @@ def _configuration(model: nn.Module, adapted: dict[str, Adapted]) -> dict[str, A
         "rank_pattern": {_exactly(name): value for name, value in ranks.items() if value != rank},
         "alpha_pattern": {_exactly(name): _plain(value) for name, value in alphas.items() if value != alpha},
         "target_modules": _targets(model, adapted),
-        "fan_in_fan_out": all(_is_transposed(module.handle) for module in adapted.values()),
+        "fan_in_fan_out": all(isinstance(base, WeightBase) and base.stored_transposed for base in weights),
         "bias": "none",
         "modules_to_save": None,
         "init_lora_weights": True,
         "use_dora": first.magnitude,
         "use_rslora": first.rank_stabilised,
     }
-
-
-def _is_transposed(base: Base) -> bool:
-    return isinstance(base, WeightBase) and base.stored_transposed
 
 
 def _plain(number: float) -> float | int:

@@ -15,4 +15,5 @@ class Completion(_form.Form):
     precedence = 2
 
     def example(self, row: Row, tokenizer: Any) -> Example:
-        return _form.pair(row, self.text(row, "prompt"), self.text(row, "completion", filled=True))
+        prompt, completion = self.keys
+        return _form.pair(row, self.text(row, prompt), self.text(row, completion, filled=True))
