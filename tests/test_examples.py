@@ -118,6 +118,15 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
 
 
+@pytest.mark.parametrize("page", ["README.md", "studies/README.md"])
+def test_the_files_that_a_page_names_are_there(page: str) -> None:
+    named = set(
+        re.findall(r"`((?:src|studies|benchmarks|examples|tests)/[\w./-]+\.\w+)`", (ROOT / page).read_text("utf-8"))
+    )
+    assert named, "a page that names no file needs no such test"
+    assert not sorted(name for name in named if not (ROOT / name).is_file())
+
+
 def test_the_readme_python_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -21,7 +21,7 @@ def command(
         int | None,
         typer.Option(min=2, help="Estimate memory for rows of so many tokens, in place of the longest of the data."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of run_tables.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of tables.")] = False,
 ) -> None:
     """Show which modules get which method, how many parameters are trained, and how much memory the run will take.
 

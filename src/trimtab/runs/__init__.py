@@ -1,0 +1,1 @@
+"""The folder of a run: its files, and how a run that is there is read."""
