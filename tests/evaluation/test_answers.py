@@ -9,9 +9,9 @@ from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 
 from evaluation_cases import example
 from trimtab.evaluation import answers
-from trimtab.evaluation.evaluate import RECORDS
 from trimtab.evaluation.generation import Generated
 from trimtab.metrics import measure, word_f1
+from trimtab.runs.results import RESULTS
 
 SENTIMENT = ["negative", "neutral", "positive"]
 LEVELS = ["strong negative", "mildly negative", "neutral", "mildly positive", "strong positive"]
@@ -25,7 +25,7 @@ def written(*texts: str) -> list[Generated]:
 def as_files(judged: answers.Judged) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The figures and details of a result, and its predictions, as their files hold them."""
     figures = measure(judged.kind, judged.outcomes)
-    result = RECORDS[judged.kind](kind=judged.kind, rows=len(judged.rows), figures=figures, **judged.details).plain()
+    result = RESULTS[judged.kind](kind=judged.kind, rows=len(judged.rows), figures=figures, **judged.details).plain()
     return result, [row.plain() for row in judged.rows]
 
 
