@@ -1,4 +1,4 @@
-"""Every error that a user can meet. All are TrimtabErrors.
+"""Every error that a user can meet. The command line prints a TrimtabError without a traceback, and exits with 1.
 
 A message names the place, what was expected, what came, and what to do.
 """
@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 
 class TrimtabError(Exception):
-    """Base of every error that trimtab raises on purpose; the command line prints it without a traceback."""
+    """Base of every error that trimtab raises on purpose."""
 
 
 class ConfigError(TrimtabError):

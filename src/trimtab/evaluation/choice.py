@@ -30,7 +30,7 @@ WORTHWHILE = 8
 values."""
 
 MANY = 8
-"""A row with at least so many sequences is run by itself, with its prompt computed once."""
+"""Fewest sequences for which a row is run by itself, with its prompt computed once."""
 
 BLOCK = 16_000_000
 """Characters, each prompt counted once for every choice, that are held as tokens at a time: about 200 MB."""

@@ -112,7 +112,7 @@ def bare(module: nn.Module) -> nn.Module:
 
 
 def block_lists(model: nn.Module) -> Iterator[nn.ModuleList]:
-    """The lists of repeated blocks in ``model``, whose blocks are all of one class; no list inside a block is one."""
+    """The lists of repeated blocks in ``model``: lists of modules of one class, outside of any other such list."""
     for module in model.children():
         if isinstance(module, nn.ModuleList) and len({type(bare(child)) for child in module}) == 1:
             yield module

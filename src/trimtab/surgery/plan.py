@@ -93,7 +93,7 @@ class Rule(BaseModel):
         return any(fnmatch.fnmatchcase(name, glob) for glob in self.match)
 
     def selects(self, block: int | None, count: int) -> bool:
-        """Whether ``layers`` selects block number ``block`` of ``count``; None, outside all blocks, needs ``all``."""
+        """Whether ``layers`` selects block number ``block`` of ``count``; None is a module outside of all blocks."""
         if self.layers == "all":
             return True
         if block is None:

@@ -15,10 +15,10 @@ from trimtab.surgery.adapted import adapted_modules
 def serving(model: nn.Module) -> Iterator[None]:
     """A context in which the caller promises that no trained tensor of ``model`` changes.
 
-    Without gradients, an adapter with a magnitude keeps its norm (one number per output) from one pass to the next. So
-    as never to use an outdated norm, it compares its trained tensors with a copy in each pass, but not in this context.
-    For passes of a few tokens it also prepares tensors once, which speeds up writing one token at a time. If trained
-    tensors do change in this context, the outdated norm is used until it ends. Contexts may be nested.
+    Without gradients, an adapter with a magnitude keeps its norm (one number per output) from one pass to the next.
+    Each pass compares the trained tensors with a copy, so that an outdated norm is never used, but not in this context.
+    For passes of a few tokens, tensors are also prepared once, which speeds up writing one token at a time. If trained
+    tensors change in this context all the same, the outdated norm is used until it ends. Contexts may be nested.
     """
     adapters = [adapted.adapter for _, adapted in adapted_modules(model)]
     for adapter in adapters:
