@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from run_fixtures import here, make_yaml, model_folder, own_cache
+from run_fixtures import bare_runs, here, make_yaml, model_folder, own_cache
 
-__all__ = ["here", "make_config", "make_yaml", "model_folder", "own_cache"]
+__all__ = ["bare_runs", "here", "make_config", "make_yaml", "model_folder", "own_cache"]
 
 
 @pytest.fixture

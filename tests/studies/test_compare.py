@@ -28,7 +28,7 @@ from trimtab.studies.statistics import holm, paired_difference
 from trimtab.studies.study_cells import Cell, load_study
 from trimtab.studies.study_results import write_results
 
-pytestmark = pytest.mark.usefixtures("here")
+pytestmark = pytest.mark.usefixtures("here", "bare_runs")
 
 LORA = {"match": "all-linear", "method": "lora", "rank": 2, "alpha": 4}
 

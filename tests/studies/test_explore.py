@@ -29,6 +29,7 @@ from trimtab.studies.process import run_here
 from trimtab.training.run import finetune
 
 Make = Callable[..., Any]
+pytestmark = pytest.mark.usefixtures("bare_runs")
 
 
 @pytest.fixture(scope="session")
