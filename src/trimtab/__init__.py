@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 # Name -> module that defines it. Read at first use, so that `trimtab --help` and the reports never import torch.
 _PUBLIC = {
     "AdapterError": "errors",
-    "AttachReport": "surgery.attach",
+    "AttachReport": "surgery.attach_report",
     "ConfigError": "errors",
     "DataError": "errors",
     "Interrupted": "errors",
@@ -68,7 +68,8 @@ if TYPE_CHECKING:  # what the lazy names are, for type checkers and editors
         TrimtabError,
     )
     from trimtab.ops.decomposition import WeightChange, decompose, weight_change
-    from trimtab.surgery.attach import AttachReport, attach, detach, effective_weight, trainable_parameters
+    from trimtab.surgery.attach import attach, detach, effective_weight, trainable_parameters
+    from trimtab.surgery.attach_report import AttachReport
     from trimtab.surgery.merge import MergeReport, merge
     from trimtab.surgery.plan import Plan, Rule
     from trimtab.surgery.serving import serving

@@ -16,10 +16,17 @@ from trimtab.adapters.formats import AdapterFormat, all_formats
 from trimtab.adapters.record import StoredAdapter, name_on_disk
 from trimtab.adapters.safe_read import shown
 from trimtab.errors import AdapterError, PlanError, nearest
-from trimtab.surgery.adapted import Adapted, adapted_modules, bare_modules
-from trimtab.surgery.attach import AttachReport, describe, install, remove_adapters, require_adapted
-from trimtab.surgery.plan import Rule
-from trimtab.surgery.targets import Target
+from trimtab.surgery.adapted import (
+    Adapted,
+    adapted_modules,
+    bare_modules,
+    describe,
+    install,
+    remove_adapters,
+    require_adapted,
+)
+from trimtab.surgery.attach_report import AttachReport
+from trimtab.surgery.plan import Rule, Target
 
 # Threads of one process that save into the same folder wait for each other.
 _SAVING = threading.Lock()

@@ -17,7 +17,8 @@ from trimtab.machine import GIB
 from trimtab.memory.trace import Batch, Trace
 from trimtab.models.load import empty_model, load_config_only
 from trimtab.models.quantise import quantising_bytes
-from trimtab.surgery.attach import AttachReport, attach
+from trimtab.surgery.attach import attach
+from trimtab.surgery.attach_report import AttachReport
 from trimtab.tasks import Inputs
 from trimtab.tasks._head_loss import FROZEN_CHUNK
 

@@ -27,7 +27,7 @@ from trimtab.files import write_json
 from trimtab.metrics import METRICS
 
 if TYPE_CHECKING:
-    from trimtab.surgery.attach import AttachReport
+    from trimtab.surgery.attach_report import AttachReport
 
 
 class Record(BaseModel):

@@ -1,14 +1,23 @@
-"""The module that takes the place of an adapted module, and holds it and its adapter."""
+"""Adapted modules: what takes the place of a frozen module, how it is put in and taken out, and which a model has."""
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
+from trimtab import bases, methods
 from trimtab.bases import Base, BlockBase, WeightBase
+from trimtab.errors import PlanError, SurgeryError
 from trimtab.methods import Method
+from trimtab.surgery.attach_report import AttachReport, ModuleReport
+from trimtab.surgery.plan import Rule, Target
+
+# The attribute of a model that keeps the names of what was trainable before its adapters came.
+_TRAINABLE_BEFORE = "_trimtab_trainable_before"
 
 
 class Adapted(nn.Module):
@@ -156,3 +165,86 @@ def weights_elsewhere(model: nn.Module, parameter: nn.Parameter, inside: set[int
         if id(module) not in inside
         for held in module._parameters.values()
     )
+
+
+def require_adapted(model: nn.Module, verb: str) -> list[tuple[str, Adapted]]:
+    """Every adapted module of ``model`` with its name.
+
+    Raises SurgeryError if there is none, or if ``model`` itself is one, which cannot be replaced in place.
+    """
+    if isinstance(model, Adapted):
+        raise SurgeryError(f"{verb}: this is one adapted layer; give the model that holds it")
+    adapted = list(adapted_modules(model))
+    if not adapted:
+        raise SurgeryError(
+            f"{verb}: the model has no adapters; attach some first (trimtab.attach or trimtab.load_adapter)"
+        )
+    return adapted
+
+
+def install(model: nn.Module, targets: list[Target], rules: tuple[Rule, ...]) -> AttachReport:
+    """Put an adapter onto every target. The model is not changed before all adapters are built."""
+    adapters: dict[int, Method] = {}
+    for target in targets:
+        key = id(target.base.identity)
+        if key not in adapters:
+            try:
+                adapters[key] = methods.method_class(target.method)(target.base, target.options)
+            except PlanError as error:
+                raise PlanError(f"{target.name} (rule {target.rule}): {error}") from None
+
+    # A shared parameter is noted under all its names: if a merge unties it, both are trainable where the one was.
+    every = model.named_parameters(remove_duplicate=False)
+    setattr(model, _TRAINABLE_BEFORE, tuple(name for name, parameter in every if parameter.requires_grad))
+    model.requires_grad_(False)
+    replacement = {
+        id(target.module): Adapted.around(target.base, adapters[id(target.base.identity)], target.method, target.rule)
+        for target in targets
+    }
+    for _, parent, attribute, child in list(owners(model)):
+        if id(child) in replacement:
+            parent._modules[attribute] = replacement[id(child)]
+    return describe(model, rules)
+
+
+def describe(model: nn.Module, rules: tuple[Rule, ...]) -> AttachReport:
+    """The report of a model with adapters; ``rules`` are those of its plan."""
+    names: dict[int, list[str]] = defaultdict(list)
+    for name, module in bare_modules(model):
+        if isinstance(module, Adapted):
+            names[id(module)].append(name)
+    reports = []
+    counted: set[int] = set()
+    for name, module in adapted_modules(model):
+        adapter = module.adapter
+        fresh = id(adapter) not in counted  # modules that share a weight share an adapter, whose numbers count once
+        counted.add(id(adapter))
+        reports.append(
+            ModuleReport(
+                name=name,
+                method=module.method,
+                rule=module.rule,
+                out_features=adapter.out_features,
+                in_features=adapter.in_features,
+                parameters=sum(parameter.numel() for parameter in adapter.parameters()) if fresh else 0,
+                zero_rows=adapter.zero_rows if fresh else 0,
+                aliases=tuple(names[id(module)][1:]),
+            )
+        )
+    trainable = sum(report.parameters for report in reports)
+    # A quantised weight packs several numbers into one element, so its base knows how many there are.
+    shapes = {id(base.parameter): base.shape for module in model.modules() if (base := bases.find(module)) is not None}
+    numbers = sum(math.prod(shapes.get(id(parameter), parameter.shape)) for parameter in model.parameters())
+    return AttachReport(tuple(reports), rules, trainable, numbers - trainable)
+
+
+def remove_adapters(model: nn.Module) -> None:
+    """Put every frozen module back in its place, and give the parameters their old ``requires_grad``."""
+    for _, parent, attribute, child in list(owners(model)):
+        if isinstance(child, Adapted):
+            parent._modules[attribute] = child.remove()
+    before = set(getattr(model, _TRAINABLE_BEFORE, ()))
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        parameter.requires_grad_(name in before)
+    if hasattr(model, _TRAINABLE_BEFORE):
+        delattr(model, _TRAINABLE_BEFORE)

@@ -16,9 +16,10 @@ from trimtab.surgery.adapted import (
     AdaptedLayer,
     adapted_modules,
     owners,
+    remove_adapters,
+    require_adapted,
     weights_elsewhere,
 )
-from trimtab.surgery.attach import remove_adapters, require_adapted
 
 Onto = Literal["dequantised", "requantised"]
 

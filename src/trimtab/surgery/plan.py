@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import fnmatch
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from torch import nn
 
 from trimtab import bases, methods
 from trimtab.errors import PlanError, did_you_mean
@@ -88,30 +89,6 @@ class Rule(BaseModel):
         """Whether this rule asks for every linear layer except the output head."""
         return ALL_LINEAR in self.match and self.sits_on == "weight"
 
-    def matches(self, name: str) -> bool:
-        """Whether a glob of this rule matches ``name``; ``all-linear`` is no glob, and is handled in `targets`."""
-        return any(fnmatch.fnmatchcase(name, glob) for glob in self.match)
-
-    def selects(self, block: int | None, count: int) -> bool:
-        """Whether ``layers`` selects block number ``block`` of ``count``; None is a module outside of all blocks."""
-        if self.layers == "all":
-            return True
-        if block is None:
-            return False
-        if ":" in self.layers:
-            word, number = self.layers.split(":")
-            outer = block < int(number) or block >= count - int(number)
-            return outer if word == "outer" else not outer
-        return any(first <= block <= last for first, last in self.ranges)
-
-    @property
-    def ranges(self) -> list[tuple[int, int]]:
-        """The ranges of block numbers in ``layers``, with both ends; empty for ``all``, ``outer`` and ``inner``."""
-        if not self.layers[0].isdigit():
-            return []
-        ends = (part.split("-") for part in self.layers.split(","))
-        return [(int(pair[0]), int(pair[-1])) for pair in ends]
-
     def describe(self) -> dict[str, Any]:
         """The rule as a mapping, such that ``Rule(**rule.describe())`` equals it."""
         match = self.match[0] if len(self.match) == 1 else list(self.match)
@@ -144,3 +121,21 @@ class Plan(BaseModel):
         if not made:
             raise PlanError("the plan is empty: give it at least one rule")
         super().__init__(rules=tuple(made))
+
+
+@dataclass(frozen=True)
+class Target:
+    """One module that gets an adapter."""
+
+    names: tuple[str, ...]
+    """All its names in the model. The first one is its name in reports and on disk."""
+    module: nn.Module
+    base: bases.Base
+    rule: int
+    """Counted from 1."""
+    method: str
+    options: methods.Options
+
+    @property
+    def name(self) -> str:
+        return self.names[0]

@@ -2,38 +2,20 @@
 
 from __future__ import annotations
 
+import fnmatch
 import re
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from torch import nn
 
-from trimtab import bases, methods
+from trimtab import bases
 from trimtab.errors import PlanError, nearest
 from trimtab.surgery.adapted import Adapted
-from trimtab.surgery.plan import Plan, Rule
+from trimtab.surgery.plan import Plan, Rule, Target
 
 # The names of output heads, looked for among the top-level children of a model that does not say which is its head.
 _HEAD_NAMES = {"lm_head", "classifier", "score", "qa_outputs", "head"}
-
-
-@dataclass(frozen=True)
-class Target:
-    """One module that gets an adapter."""
-
-    names: tuple[str, ...]
-    """All its names in the model. The first one is its name in reports and on disk."""
-    module: nn.Module
-    base: bases.Base
-    rule: int
-    """Counted from 1."""
-    method: str
-    options: methods.Options
-
-    @property
-    def name(self) -> str:
-        return self.names[0]
 
 
 def find_targets(model: nn.Module, plan: Plan) -> list[Target]:
@@ -123,7 +105,7 @@ class _Modules:
         matched: dict[int, str] = {}
         for key in self.handles[rule.sits_on]:
             for name in self.names[key]:
-                if self.is_named_by(rule, key, name) and rule.selects(*self._block(name)):
+                if self.is_named_by(rule, key, name) and _selects(rule, *self._block(name)):
                     matched[key] = name
                     break
         nested = {id(inner) for key in matched for inner in list(self.by_id[key].modules())[1:]}
@@ -131,7 +113,7 @@ class _Modules:
 
     def is_named_by(self, rule: Rule, key: int, name: str) -> bool:
         """Whether ``rule`` matches this module in any layer; its method must be able to sit on the module."""
-        return (rule.all_linear and key not in self.heads) or rule.matches(name)
+        return (rule.all_linear and key not in self.heads) or _globs_match(rule, name)
 
     def _block(self, name: str) -> tuple[int | None, int]:
         """The number of the block in which a module is, and how many such blocks there are; None and 0 outside."""
@@ -139,10 +121,36 @@ class _Modules:
         return (place[1], self.blocks[place[0]]) if place else (None, 0)
 
 
+def _globs_match(rule: Rule, name: str) -> bool:
+    """Whether a glob of ``rule`` matches ``name``; ``all-linear`` is no glob, and `_Modules.is_named_by` handles it."""
+    return any(fnmatch.fnmatchcase(name, glob) for glob in rule.match)
+
+
+def _selects(rule: Rule, block: int | None, count: int) -> bool:
+    """Whether ``rule.layers`` selects block number ``block`` of ``count``; None is a module outside of all blocks."""
+    if rule.layers == "all":
+        return True
+    if block is None:
+        return False
+    if ":" in rule.layers:
+        word, number = rule.layers.split(":")
+        outer = block < int(number) or block >= count - int(number)
+        return outer if word == "outer" else not outer
+    return any(first <= block <= last for first, last in _ranges(rule))
+
+
+def _ranges(rule: Rule) -> list[tuple[int, int]]:
+    """The ranges of block numbers in ``rule.layers``, with both ends; none for ``all``, ``outer`` and ``inner``."""
+    if not rule.layers[0].isdigit():
+        return []
+    ends = (part.split("-") for part in rule.layers.split(","))
+    return [(int(pair[0]), int(pair[-1])) for pair in ends]
+
+
 def _check_ranges(plan: Plan, modules: _Modules) -> None:
     most = max(modules.blocks.values(), default=0)
     for number, rule in enumerate(plan.rules, 1):
-        last = max((end for _, end in rule.ranges), default=-1)
+        last = max((end for _, end in _ranges(rule)), default=-1)
         if last >= most:
             there = f"has blocks 0 to {most - 1}" if most else "has no numbered blocks"
             raise PlanError(f"rule {number} (layers='{rule.layers}') names block {last}, and the model {there}")
@@ -175,7 +183,7 @@ def _why_none(rule: Rule, modules: _Modules) -> str:
     named = [
         (key, name)
         for key, name in modules.every_name()
-        if rule.matches(name) or (key in possible and modules.is_named_by(rule, key, name))
+        if _globs_match(rule, name) or (key in possible and modules.is_named_by(rule, key, name))
     ]
     if any(key in possible for key, _ in named):
         return "its names match, but in no block that 'layers' selects"

@@ -31,7 +31,9 @@ from trimtab.reports import run_page
 from trimtab.runs.events import Listener
 from trimtab.runs.folder import RunFolder, find_run, start_run
 from trimtab.runs.records import Machine, PlanRecord, Summary
-from trimtab.surgery.attach import AttachReport, attach, describe
+from trimtab.surgery.adapted import describe
+from trimtab.surgery.attach import attach
+from trimtab.surgery.attach_report import AttachReport
 from trimtab.tasks import Inputs, Task
 from trimtab.training.callbacks import Interrupting, Telling
 from trimtab.training.compiling import Compiling
