@@ -16,6 +16,6 @@ __all__ = ["make_config", "make_yaml", "model_folder", "own_cache"]
 @pytest.fixture
 def make_config(make_yaml: Callable[..., Path]) -> Callable[..., Any]:
     """The same, loaded."""
-    from trimtab.config.run import load_config
+    from trimtab.config.read import load_config
 
     return lambda *said, **sections: load_config(make_yaml(*said, **sections))
