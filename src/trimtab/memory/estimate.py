@@ -26,11 +26,11 @@ BEYOND = 220 * 2**20
 """Bytes that a run's process holds at its peak beyond its tensors and what the process of ``trimtab plan`` holds:
 training's libraries, threads, compiled products. ``python benchmarks/memory.py --process`` measures it."""
 
-HOLES, PER_LOGITS, SHARE = 60 * 2**20, 7.5, 0.2
+HOLES, PER_LOGITS, SHARE = 100 * 2**20, 6.0, 0.22
 """What glibc holds free between tensors while a model runs: so many bytes (of a small model, no more than its weights
-take), so many times the logits that exist at once, and this share of the activations. Fitted to the runs of
-``benchmarks/memory.py``. An allocator that gives freed memory back at once holds nothing, but made a step take nearly
-half as long again."""
+take), so many times the logits that exist at once, and this share of what a step makes and frees: activations and
+gradients. Fitted to the runs of ``benchmarks/memory.py``. An allocator that gives freed memory back at once holds
+nothing, but made a step take nearly half as long again."""
 
 RETURNED = 32 * 2**20
 """A freed block of this size goes back to the system at once, whatever glibc does with smaller ones."""
@@ -179,7 +179,8 @@ def estimate_run(job: Job, sizes: RowSizes) -> RunMemory:
     for moment, held in peaks.items():
         scored = (evaluated if moment == "evaluating" and evaluated else batch).labels
         logits = min(4 * vocabulary * min(scored, FROZEN_CHUNK), RETURNED)
-        holes = min(HOLES, 4 * parameters) + round(PER_LOGITS * logits + SHARE * held.get("activations", 0))
+        passing = held.get("activations", 0) + held.get("gradients", 0)
+        holes = min(HOLES, 4 * parameters) + round(PER_LOGITS * logits + SHARE * passing)
         moments.append(MemoryEstimate(**held, fragmentation=holes, process=process, moment=moment))
     return RunMemory(tuple(moments), uncounted, attached)
 
