@@ -35,6 +35,27 @@ def test_a_rounded_weight_is_never_chosen_for_the_output() -> None:
     assert folds_gradient("auto", work, 1 << 20, (64, 64), scaled=True)
 
 
+def test_the_choice_turns_where_the_passes_are_even() -> None:
+    """Of a weight of 10 x 20, formed in 900 passes and scaled in 0.6 of one each: 1,020. An output of 30 tokens is scaled
+    in 300; a gradient in 1.5 passes over 10 x 20, or 10 x 15 where there are 15 tokens. A draw is for the factored."""
+    for more, folds in ((0.0, False), (0.5, True)):
+        work = Work(product=720 + more, gradient=720 + more, fold=900)
+        assert folds_output("auto", work, 30, (10, 20), scaled=True, dtype=FULL) is folds
+        assert folds_gradient("auto", work, 30, (10, 20), scaled=True) is folds
+        work = Work(product=900 + more, gradient=795 + more, fold=900)
+        assert folds_gradient("auto", work, 15, (10, 20), scaled=True) is folds
+        assert folds_output("auto", work, 30, (10, 20), scaled=False, dtype=FULL) is folds
+        assert not folds_gradient("auto", work, 15, (10, 20), scaled=False)
+
+
+def test_passes_of_a_low_rank_update() -> None:
+    """Rank 4 on 5 x 7 and 3 tokens: one pass and 4 / 20 of one for the product, in bfloat16 4 / 120, in float64 4 / 10;
+    a weight in bfloat16 is formed in 1.7 passes and 4 / 20."""
+    assert low_rank(3, 5, 7, 4, FULL) == pytest.approx((1.2 * 15, 1.2 * 21, 1.2 * 35))
+    assert low_rank(3, 5, 7, 4, HALF) == pytest.approx((15 + 15 / 30, 21 + 21 / 30, 1.9 * 35))
+    assert low_rank(3, 5, 7, 4, torch.float64) == pytest.approx((1.4 * 15, 1.4 * 21, 1.4 * 35))
+
+
 @pytest.mark.parametrize("compute", ["folded", "factored"])
 def test_the_user_overrules(compute: cost.Compute) -> None:
     for tokens in (1, 1 << 20):
