@@ -36,8 +36,9 @@ def test_a_rounded_weight_is_never_chosen_for_the_output() -> None:
 
 
 def test_the_choice_turns_where_the_passes_are_even() -> None:
-    """Of a weight of 10 x 20, formed in 900 passes and scaled in 0.6 of one each: 1,020. An output of 30 tokens is scaled
-    in 300; a gradient in 1.5 passes over 10 x 20, or 10 x 15 where there are 15 tokens. A draw is for the factored."""
+    """Of a weight of 10 x 20, formed in 900 passes and scaled in 0.6 of one each: 1,020. An output of 30 tokens is
+    scaled in 300; a gradient in 1.5 passes over 10 x 20, or 10 x 15 where there are 15 tokens. A draw is for the
+    factored one."""
     for more, folds in ((0.0, False), (0.5, True)):
         work = Work(product=720 + more, gradient=720 + more, fold=900)
         assert folds_output("auto", work, 30, (10, 20), scaled=True, dtype=FULL) is folds
