@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from trimtab.runs.events import Listener
+from trimtab.runs.study_records import CellRecord
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -130,6 +131,24 @@ def write_config(path: Path, model_folder: Path, train_file: Path, **sections: A
         said[name] = {**said[name], **value} if isinstance(value, dict) and name in said else value
     path.write_text(yaml.safe_dump(said, sort_keys=False), encoding="utf-8")
     return path
+
+
+def cell_of(validation: Sequence[dict[str, Any]], tests: dict[str, Any] | None = None) -> CellRecord:
+    """A cell that was not run, with these validations, the last of which was kept, and these results of test sets."""
+    return CellRecord(
+        identity={},
+        trainable_parameters=1000,
+        training_seconds=60.0,
+        total_seconds=90.0,
+        peak_memory_gib=1.25,
+        steps=1000,
+        train_rows=24,
+        train_tokens=100,
+        precision="float32",
+        tests=tests or {},
+        validation=list(validation),
+        kept=validation[-1],
+    )
 
 
 class Kept(Listener):

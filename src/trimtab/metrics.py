@@ -265,10 +265,14 @@ def best_by(said: str, *, scored: bool) -> Metric:
 
 def of_validation(figures: Mapping[str, float | None]) -> dict[str, float]:
     """What the line of a validation says: the loss, and of the ``figures`` of its rows those that can choose."""
-    perplexity = figures["perplexity"]
-    assert perplexity is not None, "the rows of a validation carry loss"
-    kept = {name: value for name in choosing() if (value := figures.get(name)) is not None}
-    return {"loss": math.log(perplexity), **kept}
+    return {name: of_result(name, figures) for name in choosing() if name == "loss" or figures.get(name) is not None}
+
+
+def of_result(name: str, figures: Mapping[str, float | None]) -> float:
+    """The metric ``name``, one that can choose, of a result: its loss is the logarithm of its perplexity."""
+    value = figures["perplexity" if name == "loss" else name]
+    assert value is not None, "rows that are answered or continued have a loss"
+    return math.log(value) if name == "loss" else value
 
 
 def compared() -> list[Metric]:

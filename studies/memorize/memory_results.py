@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +63,8 @@ def summarise(study: MemoryStudy, results: Results) -> dict[str, Any]:
                 "seconds": sum(run["seconds"] for run in [*search, *curves]),
                 "diverged": sum(run["diverged"] is not None for run in curves),
                 "curve": [_over_seeds(same) for same in points],
-                "area": asdict(mean_interval([area(run["curve"]) for run in curves])),
-                "final": asdict(mean_interval([run["curve"][-1]["accuracy"] for run in curves])),
+                "area": mean_interval([area(run["curve"]) for run in curves]).plain(),
+                "final": mean_interval([run["curve"][-1]["accuracy"] for run in curves]).plain(),
                 "steps_to_learnt": [steps_to(run["curve"], LEARNT) for run in curves],
                 "against_reference": _against(curves, results.get(Arm(REFERENCE, arm.budget)), arm),
             }
@@ -107,7 +106,7 @@ def _against(
     if reference is None or arm.contender == REFERENCE:
         return None
     pairs = zip(curves, reference[1], strict=True)
-    return asdict(mean_interval([area(one["curve"]) - area(other["curve"]) for one, other in pairs]))
+    return mean_interval([area(one["curve"]) - area(other["curve"]) for one, other in pairs]).plain()
 
 
 def write_results(out: Path, study: MemoryStudy, results: Results) -> dict[str, Any]:

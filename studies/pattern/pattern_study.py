@@ -157,7 +157,7 @@ def run_cells(
     for number, cell in enumerate(cells, 1):
         listener.stage(f"Cell {number} of {len(cells)}: {cell}")
         try:
-            yield cell, run_cell(cell.config, listener, measure=partial(measure, cell.config))
+            yield cell, run_cell(cell.config, listener, measure=partial(measure, cell.config)).plain()
         except RunError as error:
             failed.append((cell, str(error)))
             listener.note(f"failed: {error}")

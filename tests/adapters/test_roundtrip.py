@@ -28,6 +28,7 @@ from adapter_tools import (
 )
 from trimtab import AdapterError, Rule
 from trimtab.adapters.safe_read import read_tensors
+from trimtab.runs.records import PlanRecord
 from trimtab.surgery.adapted import adapted_modules
 
 Make = Callable[..., Any]
@@ -67,7 +68,7 @@ def test_a_round_trip_keeps_every_bit(
         name: (one.method, one.adapter.options) for name, one in ours.items()
     }
     assert report.trainable_parameters == sum(tensor.numel() for tensor in adapter_tensors(model).values())
-    assert sum(rule["modules"] for rule in report.to_dict()["rules"]) == len(ours)
+    assert sum(rule.modules for rule in PlanRecord.of(report).rules) == len(ours)
 
 
 def test_a_loaded_adapter_can_be_trained_on_and_saved_the_same(tiny_llama: Make, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from adapter_tools import (
     trained,
 )
 from trimtab import AdapterError, Rule, SurgeryError
+from trimtab.runs.records import PlanRecord
 from trimtab.surgery.adapted import adapted_modules
 
 Make = Callable[..., Any]
@@ -39,7 +40,7 @@ def test_values_are_taken_over_by_the_same_adapters(plan: str, tiny_llama: Make,
     assert same_tensors(adapter_tensors(other), adapter_tensors(model))
     # An optimizer that holds the parameters goes on holding them.
     assert {name: id(value) for name, value in trimtab.trainable_parameters(other).items()} == parameters
-    assert sum(rule["modules"] for rule in report.to_dict()["rules"]) == len(report.modules)
+    assert sum(rule.modules for rule in PlanRecord.of(report).rules) == len(report.modules)
 
 
 def test_the_report_counts_the_rules_of_the_folder(tiny_llama: Make, tmp_path: Path) -> None:
@@ -49,8 +50,8 @@ def test_the_report_counts_the_rules_of_the_folder(tiny_llama: Make, tmp_path: P
     trimtab.save_adapter(model, tmp_path)
     for target in (model, tiny_llama()):
         report = trimtab.load_adapter(target, tmp_path)
-        (rule,) = report.to_dict()["rules"]
-        assert (rule["modules"], rule["parameters"]) == (4, report.trainable_parameters)
+        (rule,) = PlanRecord.of(report).rules
+        assert (rule.modules, rule.parameters) == (4, report.trainable_parameters)
 
 
 def test_training_options_of_the_model_stay_when_values_are_taken_over(tiny_llama: Make, tmp_path: Path) -> None:

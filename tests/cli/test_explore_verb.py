@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import yaml
 
-from tiny_runs import rows, write_model, write_rows
+from tiny_runs import cell_of, rows, write_model, write_rows
 from trimtab.config.read import load_config
 from trimtab.files import read_json
+from trimtab.runs.study_records import CellRecord
 
 
 @pytest.fixture
@@ -33,7 +34,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Plans with more MoRA are better; gives the names of the cells. A cell called ``stop`` in it is interrupted."""
     ran: list[str] = []
 
-    def cell(config: Any, listener: Any, **_: Any) -> dict[str, Any]:
+    def cell(config: Any, listener: Any, **_: Any) -> CellRecord:
         ran.append(config.output.name)
         listener.training_began(0, 2)
         lines = []
@@ -42,8 +43,9 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             lines.append({"kind": "validation", "step": step, "loss": 1.0, "accuracy": score, "macro_f1": score})
             listener.step(step, 2)
             listener.metrics(lines[-1])
-        tests = {name: {"accuracy": 0.5 + 0.01 * config.train.seed} for name in config.data.test}
-        return {"validation": lines, "kept": lines[-1], "tests": tests}
+        closed = {"kind": "choice", "rows": 100, "choices": ["calm"], "confusion": [[100]]}
+        tests = {name: {**closed, "accuracy": 0.5 + 0.01 * config.train.seed} for name in config.data.test}
+        return cell_of(lines, tests)
 
     monkeypatch.setattr("trimtab.studies.plan_search.run_cell", cell)
     monkeypatch.setattr("trimtab.studies.confirm.run_cell", cell)

@@ -37,27 +37,27 @@ def test_a_cell_gives_what_the_run_gives_and_leaves_one_file(
     ballast = bytearray(700 * 2**20)
     ballast[::4096] = b"1" * len(ballast[::4096])
     found = run_cell(config, listener)
-    assert 0.1 < found["peak_memory_gib"] < memory_gib() - 0.3
+    assert 0.1 < found.peak_memory_gib < memory_gib() - 0.3
     del ballast
 
     run = finetune(make_config("plain", **settings))
     summary = run.read_summary()
     for key in ("trainable_parameters", "total_parameters", "steps", "epochs", "train_rows", "status", "best_step"):
-        assert found[key] == getattr(summary, key)
+        assert getattr(found, key) == getattr(summary, key)
     for key, stage in (("tests", "after"), ("before", "before")):
         want = read_json(run.evaluation("harbour", stage))
         predictions = read_jsonl(run.path / "predictions" / f"harbour.{stage}.jsonl")
-        mine = found[key]["harbour"]
+        mine = getattr(found, key)["harbour"].plain()
         assert mine.pop("correct") == "".join(str(int(row["correct"])) for row in predictions)
         assert {**mine, "seconds": 0} == {**want, "seconds": 0}
-    assert [row["loss"] for row in found["validation"]] == [
+    assert [row.loss for row in found.validation] == [
         row.loss for row in run.read_metrics() if row.kind == "validation"
     ]
-    assert found["kept"]["step"] == summary.best_step
-    assert 0 < found["training_seconds"] < found["total_seconds"]
-    assert len(listener.column("loss")) == found["steps"]  # heard across the processes
+    assert found.kept.step == summary.best_step
+    assert 0 < found.training_seconds < found.total_seconds
+    assert len(listener.column("loss")) == found.steps  # heard across the processes
     assert [file.name for file in config.output.rglob("*")] == ["cell.json"]
-    assert read_json(config.output / "cell.json")["identity"] == found["identity"]
+    assert read_json(config.output / "cell.json") == found.plain()
 
 
 @pytest.mark.usefixtures("here")
@@ -81,6 +81,18 @@ def test_what_is_done_is_not_done_again(
         run_cell(config)
 
 
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [("{", "Expecting property name"), ("[]", "Input should be"), ("{}", "'identity': Field required")],
+)
+def test_a_damaged_cell_is_told(make_config: Callable[..., Any], text: str, reason: str) -> None:
+    config = make_config()
+    config.output.mkdir()
+    (config.output / "cell.json").write_text(text)
+    with pytest.raises(RunError, match=rf"cell\.json: a damaged file \({reason}.*\); remove it to run this cell again"):
+        finished_cell(config)
+
+
 @pytest.mark.usefixtures("here")
 def test_the_same_files_elsewhere_are_the_same_cell(make_config: Callable[..., Any], tmp_path: Path) -> None:
     config = make_config(data={"validation": str(write_rows(tmp_path / "held.jsonl", rows(9)))})
@@ -96,12 +108,12 @@ def test_the_same_files_elsewhere_are_the_same_cell(make_config: Callable[..., A
 def test_no_epochs_measure_the_model_as_it_is(make_config: Callable[..., Any], test_rows: str) -> None:
     config = make_config(data={"test": test_rows}, train={"epochs": 0}, evaluation={"before": False})
     found = run_cell(config)
-    assert (found["steps"], found["trainable_parameters"]) == (0, 0)
-    assert found["total_parameters"] > 10_000
+    assert (found.steps, found.trainable_parameters) == (0, 0)
+    assert found.total_parameters > 10_000
     plain = finetune(make_config("plain", data={"test": test_rows}, train={"max_steps": 1}))
     want = read_json(plain.evaluation("test", "before"))
-    assert found["tests"]["test"]["accuracy"] == want["accuracy"]
-    assert found["tests"]["test"]["perplexity"] == want["perplexity"]
+    assert found.tests["test"].figures["accuracy"] == want["accuracy"]
+    assert found.tests["test"].figures["perplexity"] == want["perplexity"]
 
 
 class _Stop(Kept):
@@ -130,8 +142,8 @@ def test_an_interrupted_cell_goes_on(
     found = run_cell(config, listener)
     assert any(note.startswith("resuming at step") for note in listener.notes)
     whole = run_cell(make_config("whole", **settings))
-    assert found["tests"]["test"]["perplexity"] == whole["tests"]["test"]["perplexity"]
-    assert found["steps"] == whole["steps"] == 36
+    assert found.tests["test"].figures == whole.tests["test"].figures
+    assert found.steps == whole.steps == 36
 
 
 @pytest.fixture
@@ -184,7 +196,7 @@ def test_a_cell_that_fails_says_why_and_can_be_tried_again(make_config: Callable
     with pytest.raises(RunError, match=r"later\.jsonl"):
         run_cell(config)
     write_rows(missing, rows(6))
-    assert run_cell(config)["tests"]["later"]["rows"] == 6
+    assert run_cell(config).tests["later"].rows == 6
 
 
 def test_the_child_goes_when_its_parent_is_killed(make_config: Callable[..., Any], tmp_path: Path) -> None:

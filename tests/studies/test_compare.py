@@ -21,6 +21,8 @@ from trimtab.files import read_json
 from trimtab.reports.study.comparison import findings, study_tables
 from trimtab.reports.study.study_page import write_study_page
 from trimtab.reports.study.study_pictures import draw_scores
+from trimtab.runs.read import read_study_results
+from trimtab.runs.study_records import CellRecord, StudyResults
 from trimtab.studies import compare as comparing
 from trimtab.studies.cell import run_cell
 from trimtab.studies.compare import Selection, chosen_runs, compare
@@ -90,33 +92,31 @@ def test_a_study_runs_once_and_says_what_its_runs_say(
     assert not list((study.folder / "cells").rglob("*.safetensors"))
 
     results = write_results(study)
-    assert results == read_json(study.folder / "results.json")
+    assert results.plain() == read_json(study.folder / "results.json")
     for arm in ("lora", "dora"):
-        tried = [run for run in results["searches"] if run["arm"] == arm]
-        best = min(tried, key=lambda run: (-run["validation"]["accuracy"], run["validation"]["loss"]))
-        assert [run["taken"] for run in tried] == [run is best for run in tried]
-        assert {run["learning_rate"] for run in results["runs"] if run["arm"] == arm} == {best["learning_rate"]}
-    lines = {line["arm"]: line for line in results["summary"]}
-    correct = {
-        arm: [run["tests"]["harbour"]["correct"] for run in results["runs"] if run["arm"] == arm] for arm in lines
-    }
+        tried = [run for run in results.searches if run.arm == arm]
+        best = min(tried, key=lambda run: (-run.validation.figures["accuracy"], run.validation.loss))
+        assert [run.taken for run in tried] == [run is best for run in tried]
+        assert {run.learning_rate for run in results.runs if run.arm == arm} == {best.learning_rate}
+    lines = {line.arm: line for line in results.summary}
+    correct = {arm: [run.tests["harbour"].correct for run in results.runs if run.arm == arm] for arm in lines}
     for arm, line in lines.items():
         shares = [run.count("1") / 21 for run in correct[arm]]
-        assert line["mean"] == pytest.approx(sum(shares) / len(shares))
+        assert line.mean == pytest.approx(sum(shares) / len(shares))
         if len(shares) == 2 and shares[0] != shares[1]:
             want = stats.ttest_1samp(shares, 0).confidence_interval(0.95)
-            assert (line["low"], line["high"]) == pytest.approx((want.low, want.high))
-    assert lines["lora"]["difference"] is None
+            assert (line.low, line.high) == pytest.approx((want.low, want.high))
+    assert lines["lora"].difference is None
     compared = [paired_difference(correct[arm], correct["lora"]) for arm in ("dora", "untrained")]
     for arm, found, p in zip(("dora", "untrained"), compared, holm([one.p for one in compared]), strict=True):
-        said = lines[arm]["difference"]
-        assert (said["mean"], said["p"], said["p_holm"]) == (found.mean, found.p, p)
-    assert lines["untrained"]["costs"]["trainable_parameters"]["mean"] == 0
+        said = lines[arm].difference
+        assert (said.mean, said.p, said.p_holm) == (found.mean, found.p, p)
+    assert lines["untrained"].costs.trainable_parameters.mean == 0
     with (study.folder / "results.csv").open() as file:
         table = list(csv.DictReader(file))
-    assert [(row["arm"], row["seed"]) for row in table] == [(run["arm"], str(run["seed"])) for run in results["runs"]]
+    assert [(row["arm"], row["seed"]) for row in table] == [(run.arm, str(run.seed)) for run in results.runs]
     assert float(table[0]["accuracy"]) == pytest.approx(correct["lora"][0].count("1") / 21)
-    assert str(tmp_path) not in json.dumps(results).replace(str(results["said"]["base"]["model"]), "")
+    assert str(tmp_path) not in json.dumps(results.plain()).replace(str(results.said["base"]["model"]), "")
 
 
 class _StopsAt:
@@ -140,13 +140,13 @@ def test_a_study_that_was_cut_off_goes_on(
     with pytest.raises(Interrupted):
         compare(study)
     results = write_results(study)
-    assert [(run["arm"], run["seed"]) for run in results["runs"]] == [("lora", 0), ("dora", 0)]
-    assert len(results["missing"]) == 3
+    assert [(run.arm, run.seed) for run in results.runs] == [("lora", 0), ("dora", 0)]
+    assert len(results.missing) == 3
     assert "Not finished: 2 of 5 runs are done" in write_study_page(study.folder).read_text(encoding="utf-8")
     ran = request.getfixturevalue("ran")
     assert compare(study) == []
     assert ran == ["untrained/seed-0", "lora/seed-1", "dora/seed-1"]
-    assert write_results(study)["missing"] == []
+    assert write_results(study).missing == []
 
 
 def test_a_cell_that_fails_does_not_stop_the_others(make_study: Callable[..., Path]) -> None:
@@ -156,7 +156,7 @@ def test_a_cell_that_fails_does_not_stop_the_others(make_study: Callable[..., Pa
     assert (cell.arm, cell.seed) == ("broken", 0)
     assert "rule 1" in reason
     results = write_results(study, [(cell, reason)])
-    assert [run["arm"] for run in results["runs"]] == ["lora"]
+    assert [run.arm for run in results.runs] == ["lora"]
     page = write_study_page(study.folder).read_text(encoding="utf-8")
     assert "broken on all, seed 0" in page
     assert "ends with no module" in page
@@ -179,11 +179,11 @@ def test_another_configuration_is_run_beside_the_first(make_study: Callable[...,
     study = load_study(make_study(arms=changed, seeds=[0]))
     compare(study)
     assert ran == ["lora/seed-0", "dora/seed-0", "dora/seed-0"]  # LoRA has not changed
-    (parameters,) = (run["trainable_parameters"] for run in write_results(study)["runs"] if run["arm"] == "dora")
+    (parameters,) = (run.trainable_parameters for run in write_results(study).runs if run.arm == "dora")
     compare(load_study(make_study(arms=arms, seeds=[0])))
     assert len(ran) == 3  # the first one's results are still there
     results = write_results(load_study(make_study(arms=arms, seeds=[0])))
-    assert parameters < next(run["trainable_parameters"] for run in results["runs"] if run["arm"] == "dora")
+    assert parameters < next(run.trainable_parameters for run in results.runs if run.arm == "dora")
 
 
 def test_a_part_of_a_study(make_study: Callable[..., Path], ran: list[str]) -> None:
@@ -191,7 +191,7 @@ def test_a_part_of_a_study(make_study: Callable[..., Path], ran: list[str]) -> N
     study = load_study(make_study(tasks=tasks, seeds=[0]))
     compare(study, selection=Selection(frozenset({"two"}), frozenset({"dora"})))
     assert ran == ["dora/seed-0"]
-    assert [run["task"] for run in write_results(study)["runs"]] == ["two"]
+    assert [run.task for run in write_results(study).runs] == ["two"]
     write_study_page(study.folder)
 
 
@@ -209,7 +209,13 @@ def test_two_at_one_study_are_refused(make_study: Callable[..., Path]) -> None:
 # --- what is said, from results that are made up
 
 
-CLOSED = {"kind": "choice", "macro_f1": 0.3, "majority": {"answer": "calm", "accuracy": 0.4}}
+CLOSED = {
+    "kind": "choice",
+    "choices": ["calm"],
+    "confusion": [[1]],
+    "macro_f1": 0.3,
+    "majority": {"answer": "calm", "accuracy": 0.4},
+}
 EXAM = {"kind": "multiple_choice", "accuracy_norm": 0.6, "chance": 0.25}
 
 
@@ -228,8 +234,8 @@ def made_up(
             trained = 0 if arm == "untrained" else 1000 * (1 + len(cells))
             share = correct.count("1") / len(correct)
             tests = kind | {"rows": len(correct), "accuracy": share, "correct": correct}
-            cells[cell.config.output] = {
-                "identity": None,
+            values = {
+                "identity": {},
                 "trainable_parameters": trained,
                 "training_seconds": 60.0,
                 "total_seconds": 90.0,
@@ -241,7 +247,10 @@ def made_up(
                 "machine": {"processor": "an <abacus>", "cores": 2, "memory_gib": 8},
                 "versions": {"torch": "2", "trimtab": "0"},
                 "tests": {"harbour": tests},
+                "validation": [],
+                "kept": None,
             }
+            cells[cell.config.output] = CellRecord(**values)
     from trimtab.studies import study_results
 
     study.folder.mkdir(exist_ok=True)
@@ -293,9 +302,9 @@ def test_a_claim_is_made_where_the_test_holds_it_up_and_nowhere_else(
 def test_the_interval_of_a_share_ends_where_shares_do(make_study: Callable[..., Path], tmp_path: Path) -> None:
     """Two seeds far apart, whose interval of Student's reaches from below 0 to above 100 %."""
     results, _ = made_up(tmp_path, make_study, {"lora": ["10" * 20, "11" * 20], "dora": ["10" * 20, "10" * 20]})
-    wild = next(line for line in results["summary"] if line["arm"] == "lora")
-    assert wild["low"] < 0
-    assert wild["high"] > 1
+    wild = next(line for line in results.summary if line.arm == "lora")
+    assert wild.low < 0
+    assert wild.high > 1
     (axes,) = draw_scores(results).axes
     drawn = [height for line in axes.lines for height in line.get_ydata()]
     assert (min(drawn), max(drawn)) == (0, 100)
@@ -303,9 +312,10 @@ def test_the_interval_of_a_share_ends_where_shares_do(make_study: Callable[..., 
 
 def test_points_of_like_size_stay_near_their_place(make_study: Callable[..., Path], tmp_path: Path) -> None:
     results, _ = made_up(tmp_path, make_study, {"lora": ["10" * 20], "dora": ["11" * 20]}, seeds=[0])
-    for line, trained in zip(results["summary"], (1_000_000, 1_050_000), strict=True):
+    values = results.plain()
+    for line, trained in zip(values["summary"], (1_000_000, 1_050_000), strict=True):
         line["costs"]["trainable_parameters"]["mean"] = trained
-    (axes,) = draw_scores(results).axes
+    (axes,) = draw_scores(StudyResults(**values)).axes
     dora, lora = sorted(float(line.get_xdata()[0]) for line in axes.lines if line.get_marker() in "oD")
     assert 0.98e6 < dora < 1.02e6 < 1.03e6 < lora < 1.07e6
     low, high = axes.get_xlim()
@@ -321,30 +331,30 @@ def test_arms_may_be_compared_in_pairs(make_study: Callable[..., Path], tmp_path
     }
     right = {arm: [f"{'1' * (50 + step)}{'0' * (50 - step)}"] * 2 for step, arm in enumerate(arms)}
     results, folder = made_up(tmp_path, make_study, right, arms=arms)
-    lines = {line["arm"]: line for line in results["summary"]}
-    assert [lines[arm]["against"] for arm in arms] == [None, None, "other", "lora"]
-    assert lines["dora"]["difference"]["mean"] == pytest.approx(0.01)
+    lines = {line.arm: line for line in results.summary}
+    assert [lines[arm].against for arm in arms] == [None, None, "other", "lora"]
+    assert lines["dora"].difference.mean == pytest.approx(0.01)
     assert "dora against other (" in findings(results)[0]
     write_study_page(folder)
 
 
 def test_a_page_of_one_seed_and_of_texts_without_answers(make_study: Callable[..., Path], tmp_path: Path) -> None:
     results, folder = made_up(tmp_path, make_study, {"lora": ["10" * 20], "dora": ["11" * 20]}, seeds=[0])
-    assert results["summary"][0]["low"] is None
+    assert results.summary[0].low is None
     write_study_page(folder)
     write_rows(tmp_path / "train.jsonl", rows(24, "text"))
     write_rows(tmp_path / "test.jsonl", rows(9, "text"))
     study = load_study(make_study(seeds=[0, 1], output="texts"))
     assert compare(study) == []
     results = write_results(study)
-    assert {line["measure"] for line in results["summary"]} == {"perplexity"}
-    assert all(line["difference"] is None for line in results["summary"])  # no rows that are right or wrong
+    assert {line.measure for line in results.summary} == {"perplexity"}
+    assert all(line.difference is None for line in results.summary)  # no rows that are right or wrong
     assert findings(results) == []
     write_study_page(study.folder)
 
 
 def test_nothing_done_yet_is_a_page_too(make_study: Callable[..., Path]) -> None:
     study = load_study(make_study())
-    assert write_results(study)["runs"] == []
+    assert write_results(study).runs == []
     assert "Not finished: 0 of 5 runs are done" in write_study_page(study.folder).read_text(encoding="utf-8")
-    assert study_tables(read_json(study.folder / "results.json")) == []
+    assert study_tables(read_study_results(study.folder)) == []

@@ -15,12 +15,13 @@ import yaml
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
-from tiny_runs import rows, write_model, write_rows
+from tiny_runs import cell_of, rows, write_model, write_rows
 from trimtab.config.read import load_config
 from trimtab.config.search import load_explore
 from trimtab.errors import ConfigError, Interrupted, PlanError, RunError
 from trimtab.files import read_json
 from trimtab.runs.folder import RunFolder
+from trimtab.runs.study_records import CellRecord
 from trimtab.studies import cell, plan_search
 from trimtab.studies import explore as whole
 from trimtab.studies.explore import explore
@@ -94,7 +95,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Any:
             lambda config: sum(rule["method"] == "mora" for rule in config.plan) / 4
         )
 
-        def cell(self, config: Any, listener: Any, **_: Any) -> dict[str, Any]:
+        def cell(self, config: Any, listener: Any, **_: Any) -> CellRecord:
             name = config.output.name
             if name in self.done:
                 return self.done[name]
@@ -106,7 +107,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Any:
                 score = self.score(config) - (0.5 if step == 1 else 0)
                 lines.append({"kind": "validation", "step": step, "loss": 1.0, "accuracy": score})
                 listener.metrics(lines[-1])
-            self.done[name] = {"validation": lines, "kept": lines[-1], "tests": {}}
+            self.done[name] = cell_of(lines)
             return self.done[name]
 
     made = Pretend()
@@ -178,7 +179,7 @@ def test_a_search_and_its_best_plan(make_search: Make, in_process: list[str], tm
 
 def test_the_sampler_learns_what_scores(make_search: Make, pretend: Any) -> None:
     explore(make_search("trials=20", "prune=null", base=ACCURACY, methods=["lora", "mora"], budget="mora:8"))
-    scores = [pretend.done[name]["kept"]["accuracy"] for name in pretend.ran]
+    scores = [pretend.done[name].kept.figures["accuracy"] for name in pretend.ran]
     assert sum(scores[-6:]) / 6 > sum(scores[2:8]) / 6 + 0.2
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import trimtab
+from trimtab.runs.records import PlanRecord
 from trimtab.surgery.adapted import Adapted
 
 
@@ -81,7 +82,7 @@ def test_the_report() -> None:
     assert (second.name, second.parameters, second.zero_rows) == ("2", 8 + 4 + 4, 1)
     assert report.zero_rows == {"2": 1}
     assert report.counts == {"modules": 2, "trainable": 28 + 16, "total": 56 + 36 + 8, "zero_rows": 1}
-    assert report.to_dict() == {
+    assert PlanRecord.of(report).plain() == {
         "total_parameters": 100,
         "trainable_parameters": 44,
         "zero_rows": {"2": 1},

@@ -16,6 +16,7 @@ from trimtab.memory.estimate import RowSizes, RunMemory, estimate_run
 from trimtab.models.gguf import is_dequantised
 from trimtab.models.load import load_tokenizer
 from trimtab.runs.events import Listener
+from trimtab.runs.records import PlanRecord
 from trimtab.tasks import read_inputs
 
 Change = Mapping[str, Any]
@@ -121,7 +122,7 @@ def describe_run(job: Job, length: int | None = None) -> dict[str, Any]:
             for suggestion in ([] if fits else suggest(job, sizes))
         ],
     }
-    return {**memory.attached.to_dict(), "memory": described}
+    return {**PlanRecord.of(memory.attached).plain(), "memory": described}
 
 
 def _capped(config: RunConfig) -> RowSizes:

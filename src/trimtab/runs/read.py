@@ -1,4 +1,4 @@
-"""A run folder read as records: the one place where what a run wrote is read back.
+"""A run folder read as records, and the results of a study and of a search: the one place where they are read back.
 
 Every file may be missing (a run can be stopped at any moment). A file that is there must be whole.
 """
@@ -18,6 +18,7 @@ from trimtab.files import read_json
 from trimtab.metrics import KINDS
 from trimtab.runs.records import MetricsLine, PlanRecord, Summary
 from trimtab.runs.results import Prediction, Result, read_result
+from trimtab.runs.study_records import SearchResults, StudyResults
 
 T = TypeVar("T")
 
@@ -113,6 +114,22 @@ def _read_set(run: Path, name: str) -> TestSet:
     return TestSet(name, before, after, predictions("before"), predictions("after"))
 
 
+def read_study_results(study: Path) -> StudyResults:
+    """``results.json`` in a study's folder; raises RunError where it is missing or damaged."""
+    return _there(study / "results.json", lambda file: StudyResults.read(read_json(file)))
+
+
+def read_search_results(search: Path) -> SearchResults:
+    """``explore.json`` in the folder of a search; raises RunError where it is missing or damaged."""
+    return _there(search / "explore.json", lambda file: SearchResults.read(read_json(file)))
+
+
+def _there(file: Path, reader: Callable[[Path], T]) -> T:
+    if (record := _read(file, reader)) is None:
+        raise RunError(f"{file}: there is no such file.")
+    return record
+
+
 def _read(file: Path, reader: Callable[[Path], T]) -> T | None:
     """``reader(file)``, or None where there is no such file; every kind of damage becomes a RunError."""
     try:
@@ -122,7 +139,7 @@ def _read(file: Path, reader: Callable[[Path], T]) -> T | None:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise _damaged(file, str(error)) from error
     except ValidationError as error:
-        raise _damaged(file, _reason(error)) from error
+        raise _damaged(file, first_complaint(error)) from error
 
 
 def _lines(file: Path) -> Iterable[tuple[int, str, bool]]:
@@ -144,7 +161,7 @@ def _metrics(file: Path) -> list[MetricsLine]:
                 break
             raise _damaged(file, f"line {number}: {error}") from error
         except ValidationError as error:
-            raise _damaged(file, f"line {number}: {_reason(error)}") from error
+            raise _damaged(file, f"line {number}: {first_complaint(error)}") from error
         last[measure.kind, measure.step] = measure
     return sorted(last.values(), key=lambda measure: measure.step)
 
@@ -157,11 +174,11 @@ def _predictions(file: Path) -> list[Prediction]:
         except json.JSONDecodeError as error:
             raise _damaged(file, f"line {number}: {error}") from error
         except ValidationError as error:
-            raise _damaged(file, f"line {number}: {_reason(error)}") from error
+            raise _damaged(file, f"line {number}: {first_complaint(error)}") from error
     return rows
 
 
-def _reason(error: ValidationError) -> str:
+def first_complaint(error: ValidationError) -> str:
     """The first complaint, with the key it is about."""
     first = error.errors()[0]
     # The name of a variant ("choice") is pydantic's step, not a key of the file.

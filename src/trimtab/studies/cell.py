@@ -15,20 +15,24 @@ configuration's cell is refused: nothing is overwritten. A study that names its 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import ValidationError
+
 from trimtab.config.run import RunConfig
 from trimtab.errors import RunError
-from trimtab.files import read_json, read_jsonl, write_json
+from trimtab.files import read_json
 from trimtab.runs.events import Listener
 from trimtab.runs.folder import RunFolder
+from trimtab.runs.read import first_complaint, read_sets
 from trimtab.runs.records import Summary
+from trimtab.runs.results import Prediction, Result
+from trimtab.runs.study_records import CellRecord
 from trimtab.studies.process import run_apart
 
 
@@ -38,19 +42,8 @@ def run_cell(
     *,
     keep: Literal["results", "adapters"] = "results",
     measure: Callable[[RunFolder], Any] | None = None,
-) -> dict[str, Any]:
+) -> CellRecord:
     """Do the run of ``config`` in a process of its own, unless it is done, and return what ``cell.json`` holds.
-
-    That is the run's ``summary.json`` (``trainable_parameters``, ``training_seconds``, ``peak_memory_gib``, ``steps``,
-    ...), and
-
-    - ``tests``: test set -> its evaluation after training (``accuracy``, ``macro_f1``, ... or ``exact_match`` or
-      ``perplexity``), with ``correct``, a ``1`` or a ``0`` for each row; of a run of no epochs, the model's as it is;
-    - ``before``: the same of the untuned model, if the run evaluates it;
-    - ``validation``: the lines of ``metrics.jsonl`` of that kind, in order;
-    - ``kept``: the one of them whose adapter the run ended with; None without validation rows;
-    - ``measured``: what ``measure`` gave, if it was asked for;
-    - ``identity``.
 
     Args:
         config: any run; its ``output`` is the cell's folder.
@@ -69,29 +62,29 @@ def run_cell(
     folder = RunFolder(config.output / "run")
     if folder.status != "finished":
         run_apart(config.model_copy(update={"output": folder.path}), listener or Listener())
-    found = {"identity": identity(config), **_results(folder, config)}
+    cell = _record(folder, config)
     if measure is not None:
-        found["measured"] = measure(folder)
-    write_json(config.output / "cell.json", found)
+        cell = cell.changed(measured=measure(folder))
+    cell.write(config.output / "cell.json")
     shutil.rmtree(folder.checkpoints, ignore_errors=True)
     if keep == "results":
         shutil.rmtree(folder.path)
-    return found
+    return cell
 
 
-def finished_cell(config: RunConfig) -> dict[str, Any] | None:
+def finished_cell(config: RunConfig) -> CellRecord | None:
     """What the cell of ``config`` gave, if it is done. Raises RunError if its folder holds another one's results."""
     file = config.output / "cell.json"
     if not file.is_file():
         return None
     try:
-        found: dict[str, Any] = read_json(file)
-        same = found["identity"] == identity(config)
-    except (ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{file}: a damaged file ({error}); remove it to run this cell again") from None
-    if not same:
+        cell = CellRecord.read(read_json(file))
+    except ValueError as error:
+        reason = first_complaint(error) if isinstance(error, ValidationError) else error
+        raise RunError(f"{file}: a damaged file ({reason}); remove it to run this cell again") from None
+    if cell.identity != identity(config):
         raise RunError(f"{file}: the results of another configuration; choose another output, or remove the folder")
-    return found
+    return cell
 
 
 def identity(config: RunConfig) -> dict[str, Any]:
@@ -125,25 +118,26 @@ def digest(config: RunConfig) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def _results(folder: RunFolder, config: RunConfig) -> dict[str, Any]:
-    stage = "after" if config.train.epochs else "before"
-    rows = [line.plain() for line in folder.read_metrics() if line.kind == "validation"]
+def _record(folder: RunFolder, config: RunConfig) -> CellRecord:
+    """What ``cell.json`` says of the finished run in ``folder``."""
+    validation = [line for line in folder.read_metrics() if line.kind == "validation"]
     summary = folder.read_summary() or Summary()
-    kept = next((row for row in rows if row["step"] == summary.best_step), rows[-1] if rows else None)
-    return {
+    last = validation[-1] if validation else None
+    kept = next((line for line in validation if line.step == summary.best_step), last)
+    sets = {known.name: known for known in read_sets(folder.path)}
+    named = [sets[name] for name in config.data.test if name in sets]
+    before = {known.name: _scored(known.before, known.rows_before) for known in named if known.before}
+    after = {known.name: _scored(known.after, known.rows_after) for known in named if known.after}
+    return CellRecord(
+        identity=identity(config),
         **summary.plain(),
-        "tests": dict(_evaluations(folder, config, stage)),
-        "before": dict(_evaluations(folder, config, "before")),
-        "validation": rows,
-        "kept": kept,
-    }
+        tests=after if config.train.epochs else before,
+        before=before,
+        validation=validation,
+        kept=kept,
+    )
 
 
-def _evaluations(folder: RunFolder, config: RunConfig, stage: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    for name in config.data.test:
-        with contextlib.suppress(FileNotFoundError):  # the untuned model, where it was not asked for
-            result = read_json(folder.evaluation(name, stage))
-            predictions = folder.path / "predictions" / f"{name}.{stage}.jsonl"
-            if predictions.is_file():
-                result["correct"] = "".join("01"[row["correct"]] for row in read_jsonl(predictions))
-            yield name, result
+def _scored(result: Result, predictions: Sequence[Prediction]) -> Result:
+    """``result`` with which of its rows are right, where the predictions tell."""
+    return result.changed(correct="".join("01"[row.correct] for row in predictions)) if predictions else result

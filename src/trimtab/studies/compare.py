@@ -6,14 +6,15 @@ that fails is noted, and the others are still run.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from trimtab.errors import Interrupted, RunError
 from trimtab.files import locked
 from trimtab.metrics import best_by
 from trimtab.runs.events import Listener
+from trimtab.runs.records import MetricsLine
+from trimtab.runs.study_records import CellRecord
 from trimtab.studies.cell import finished_cell, run_cell
 from trimtab.studies.study_cells import Cell, Study
 
@@ -27,7 +28,7 @@ class StudyListener(Listener):
     def cell_began(self, cell: Cell, number: int, total: int) -> None:
         """``cell`` is run as number ``number`` (from 1) of ``total`` that were missing."""
 
-    def cell_ended(self, cell: Cell, result: dict[str, Any]) -> None:
+    def cell_ended(self, cell: Cell, result: CellRecord) -> None:
         """``cell`` is done and on disk."""
 
     def cell_failed(self, cell: Cell, reason: str) -> None:
@@ -98,17 +99,20 @@ def chosen_runs(study: Study, task: str, arm: str) -> list[Cell] | None:
     searched = study.searches(task, arm)
     if not searched:
         return study.runs(task, arm, None)
-    done = {cell.learning_rate: found for cell in searched if (found := finished_cell(cell.config)) is not None}
+    done = {cell.learning_rate: result for cell in searched if (result := finished_cell(cell.config)) is not None}
     if not done:
         return None
-    best = min(done, key=lambda rate: _preference(searched[0], done[rate]["kept"]))
+    best = min(done, key=lambda rate: _preference(searched[0], done[rate].kept))
     return study.runs(task, arm, best)
 
 
-def _preference(cell: Cell, row: Mapping[str, Any]) -> tuple[float, ...]:
+def _preference(cell: Cell, line: MetricsLine | None) -> tuple[float, ...]:
     """A key that sorts the best run first: by its validation metric, and by its loss among equals."""
-    best = best_by(cell.config.train.metric, scored="accuracy" in row)
-    return (best.cost(row[best.name]), row["loss"]) if best.name in row else (row["loss"],)
+    assert line is not None, "a search has validation rows"
+    assert line.loss is not None, "every validation has a loss"
+    best = best_by(cell.config.train.metric, scored=bool(line.figures))
+    value = line.figure(best.name)
+    return (line.loss,) if value is None else (best.cost(value), line.loss)
 
 
 def _missing(study: Study, task: str, arm: str) -> int:

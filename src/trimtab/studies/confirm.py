@@ -6,19 +6,20 @@ seeds, on the test rows where there are any.
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from trimtab.config.run import RunConfig
+from trimtab.metrics import of_result
 from trimtab.runs.events import Listener, Steps
+from trimtab.runs.records import MetricsLine
+from trimtab.runs.study_records import CellRecord, Confirmation, ConfirmedSeed
 from trimtab.studies.cell import run_cell
 from trimtab.studies.statistics import mean_interval
 
 
-def confirm(arms: Mapping[str, RunConfig], seeds: int, folder: Path, listener: Listener) -> dict[str, Any]:
+def confirm(arms: Mapping[str, RunConfig], seeds: int, folder: Path, listener: Listener) -> Confirmation:
     """Run ``arms`` (``mixed`` and ``uniform``) with ``seeds`` seeds after their own, each as a cell below ``folder``.
 
     Returns the scores of each seed by ``train.metric`` (the mean over the test sets), and the mean of mixed minus
@@ -28,30 +29,34 @@ def confirm(arms: Mapping[str, RunConfig], seeds: int, folder: Path, listener: L
     metric, first = config.train.metric, config.train.seed + 1
     rows = []
     for seed in range(first, first + seeds):
-        row: dict[str, Any] = {"seed": seed}
+        scores: dict[str, float] = {}
         for kind, arm in arms.items():
             listener.stage(f"Confirming: {kind} with seed {seed}")
             train = arm.train.model_copy(update={"seed": seed})
             output = folder / arm.output.name / f"seed{seed}"
             result = run_cell(arm.model_copy(update={"train": train, "output": output}), Steps(listener))
-            row[kind] = score(result, metric)
-            listener.note(f"{metric} {row[kind]:.4f}")
-        rows.append(row)
-    difference = mean_interval([row["mixed"] - row["uniform"] for row in rows])
-    return {
-        "on": sorted(config.data.test) or ["validation"],
-        "rows": rows,
-        "difference": difference.mean,
-        "low": difference.low,
-        "high": difference.high,
-    }
+            scores[kind] = score(result, metric)
+            listener.note(f"{metric} {scores[kind]:.4f}")
+        rows.append(ConfirmedSeed(seed=seed, **scores))
+    difference = mean_interval([row.mixed - row.uniform for row in rows])
+    return Confirmation(
+        on=sorted(config.data.test) or ["validation"],
+        rows=rows,
+        difference=difference.mean,
+        low=difference.low,
+        high=difference.high,
+    )
 
 
-def score(result: Mapping[str, Any], metric: str) -> float:
+def score(cell: CellRecord, metric: str) -> float:
     """``metric`` of a cell: the mean over its test sets, or that of its validation where it has none."""
-    if not result["tests"]:
-        return float(result["kept"][metric])
-    found = result["tests"].values()
-    if metric == "loss":
-        return statistics.fmean(math.log(each["perplexity"]) for each in found)
-    return statistics.fmean(each[metric] for each in found)
+    if cell.tests:
+        return statistics.fmean(of_result(metric, result.figures) for result in cell.tests.values())
+    return validation_score(cell.kept, metric)
+
+
+def validation_score(line: MetricsLine | None, metric: str) -> float:
+    """``metric`` of a validation."""
+    score = line.figure(metric) if line is not None else None
+    assert score is not None, "plans are chosen by validation rows that have this metric"
+    return score

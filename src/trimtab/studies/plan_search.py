@@ -12,13 +12,15 @@ from trimtab.config.read import to_yaml
 from trimtab.config.run import RunConfig
 from trimtab.config.search import ExploreConfig
 from trimtab.errors import Interrupted, RunError, TrimtabError
-from trimtab.files import write_json, write_text
+from trimtab.files import write_text
 from trimtab.metrics import METRICS
 from trimtab.runs.events import Listener, Steps
 from trimtab.runs.folder import RunFolder
+from trimtab.runs.records import MetricsLine
+from trimtab.runs.study_records import Confirmation, Trial
 from trimtab.studies.cell import run_cell
-from trimtab.studies.confirm import confirm
-from trimtab.studies.search_results import Row, best_of, found, is_over, ran, row_of
+from trimtab.studies.confirm import confirm, validation_score
+from trimtab.studies.search_results import best_of, is_over, ran, search_results, trial_record
 from trimtab.studies.search_space import Part, Proposal, Space
 
 _IDLE = 100
@@ -30,11 +32,11 @@ _WEIGHTS = (0.25, 4.0)
 class SearchListener(Listener):
     """A run's listener that is told of the search, too."""
 
-    def trial_began(self, row: Row, runs: int, trials: int) -> None:
-        """The run of the plan in ``row`` begins; it is number ``runs`` of ``trials``."""
+    def trial_began(self, trial: Trial, runs: int, trials: int) -> None:
+        """The run of the plan in ``trial`` begins; it is number ``runs`` of ``trials``."""
 
-    def trial_ended(self, row: Row) -> None:
-        """``row`` is what ``explore.json`` holds of the trial."""
+    def trial_ended(self, trial: Trial) -> None:
+        """``trial`` is what ``explore.json`` holds of it."""
 
 
 class _Pruned(Interrupted):
@@ -76,25 +78,24 @@ class Search:
         if idle == _IDLE:
             self.listener.note(f"stopped: the last {_IDLE} proposals were known already or could not spend the budget")
 
-    def confirm(self) -> dict[str, Any]:
+    def confirm(self) -> Confirmation:
         """Train the best mixed and the best uniform plan again with new seeds."""
-        rows = [row_of(trial, self.space) for trial in self.ran()]
-        best = {kind: best_of(rows, self.metric, kind) for kind in ("mixed", "uniform")}
+        trials = [trial_record(trial, self.space) for trial in self.ran()]
+        best = {kind: best_of(trials, self.metric, kind) for kind in ("mixed", "uniform")}
         if None in best.values():
             raise RunError("confirm: there is no mixed plan beside a uniform one to compare it with; raise trials")
-        arms = {kind: self._run_config(row, tests=True) for kind, row in best.items() if row is not None}
+        arms = {kind: self._run_config(trial, tests=True) for kind, trial in best.items() if trial is not None}
         return confirm(arms, self.config.confirm, self.config.output / "confirm", self.listener)
 
-    def write(self, confirmation: dict[str, Any] | None = None) -> None:
+    def write(self, confirmation: Confirmation | None = None) -> None:
         """Write what is known so far: ``explore.json`` and the best runs."""
-        known = found(self.config, self.space, self._trials(), confirmation)
-        rows = {row["number"]: row for row in known["trials"]}
+        results = search_results(self.config, self.space, self._trials(), confirmation)
         for name in ("best", "best_mixed", "best_uniform"):
-            if known[name] is not None:
-                best = self._run_config(rows[known[name]], tests=True)
+            if (trial := results.numbered(getattr(results, name))) is not None:
+                best = self._run_config(trial, tests=True)
                 best = best.model_copy(update={"output": Path("runs") / f"{self.config.output.name}-{name}"})
                 write_text(self.config.output / f"{name}.yaml", to_yaml(best, beside=self.config.output))
-        write_json(self.config.output / "explore.json", known)
+        results.write(self.config.output / "explore.json")
 
     def _take_up(self) -> None:
         """Put the trials that were cut off at the head of the queue."""
@@ -170,17 +171,17 @@ class Search:
 
     def _run(self, trial: Any, runs: int) -> None:
         """Run the plan of ``trial`` as a cell, and tell optuna what it gave."""
-        row = self._row(trial)
-        config = self._run_config(row, tests=False)
-        judge = _Judge(self.listener, trial, self.metric, config, stops=row["kind"] == "mixed")
-        self.listener.trial_began(row, runs, self.config.trials)
+        proposed = self._record(trial)
+        config = self._run_config(proposed, tests=False)
+        judge = _Judge(self.listener, trial, self.metric, config, stops=proposed.kind == "mixed")
+        self.listener.trial_began(proposed, runs, self.config.trials)
         began = time.perf_counter()
         told: dict[str, Any] = {}
         try:
-            result = run_cell(config, judge, keep="adapters")
-            for validation in result["validation"]:
+            cell = run_cell(config, judge, keep="adapters")
+            for validation in cell.validation:
                 judge.report(validation)
-            told = {"values": result["kept"][self.metric]}
+            told = {"values": validation_score(cell.kept, self.metric)}
         except _Pruned:
             shutil.rmtree(RunFolder(config.output / "run").checkpoints, ignore_errors=True)
             told = {"state": self.states.PRUNED}
@@ -194,20 +195,20 @@ class Search:
             told = {"state": self.states.FAIL}
         trial.set_user_attr("seconds", round(time.perf_counter() - began, 1))
         self.study.tell(trial, **told)
-        self.listener.trial_ended(self._row(trial))
+        self.listener.trial_ended(self._record(trial))
 
-    def _row(self, trial: Any) -> Row:
-        return row_of(self._trials()[trial.number], self.space)
+    def _record(self, trial: Any) -> Trial:
+        return trial_record(self._trials()[trial.number], self.space)
 
-    def _run_config(self, row: Row, *, tests: bool) -> RunConfig:
+    def _run_config(self, trial: Trial, *, tests: bool) -> RunConfig:
         """The run of a plan. Without ``tests`` the test rows are left out, so that nothing can be chosen by them."""
         base = self.config.base
-        parts = tuple(Part(part["method"], part["rank"]) for part in row["parts"])
-        name = ".".join(map(str, parts)) + (f"_lr{row['learning_rate']:g}" if len(self.config.rates) > 1 else "")
+        parts = tuple(Part(part.method, part.rank) for part in trial.parts)
+        name = ".".join(map(str, parts)) + (f"_lr{trial.learning_rate:g}" if len(self.config.rates) > 1 else "")
         return base.model_copy(
             update={
                 "plan": tuple(self.space.rules(parts)),
-                "train": base.train.model_copy(update={"learning_rate": row["learning_rate"]}),
+                "train": base.train.model_copy(update={"learning_rate": trial.learning_rate}),
                 "data": base.data if tests else base.data.model_copy(update={"test": {}}),
                 "output": self.config.output / "trials" / name,
             }
@@ -230,22 +231,22 @@ class _Judge(Steps):
         self._earlier = RunFolder(config.output / "run").read_metrics()
         self._reported: set[int] = set()
 
-    def report(self, row: Row) -> None:
+    def report(self, line: MetricsLine) -> None:
         """Tell optuna of a validation, once."""
-        if row["step"] not in self._reported:
-            self._reported.add(row["step"])
-            self._trial.report(row[self._metric], row["step"])
+        if line.step not in self._reported:
+            self._reported.add(line.step)
+            self._trial.report(validation_score(line, self._metric), line.step)
 
     def training_began(self, step: int, steps: int) -> None:
         self.training = True
-        for row in self._earlier:
-            if row.kind == "validation" and row.step <= step:
-                self.report(row.plain())
+        for line in self._earlier:
+            if line.kind == "validation" and line.step <= step:
+                self.report(line)
         super().training_began(step, steps)
 
-    def metrics(self, row: Row) -> None:
+    def metrics(self, row: dict[str, Any]) -> None:
         super().metrics(row)
         if row["kind"] == "validation":
-            self.report(row)
+            self.report(MetricsLine.read(row))
             if self._stops and self._trial.should_prune():
                 raise _Pruned("behind the other runs at this step")

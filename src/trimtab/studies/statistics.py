@@ -4,43 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
 
+from trimtab.runs.study_records import Difference, MeanInterval
+
 LEVEL = 0.95
 
 
-@dataclass(frozen=True)
-class Mean:
-    """A mean over ``n`` runs and its 95 % interval; None for both ends where one run says nothing of its spread."""
-
-    mean: float
-    low: float | None
-    high: float | None
-    n: int
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A difference of two arms' shares of right answers, with its 95 % interval, over ``seeds`` by ``rows``."""
-
-    mean: float
-    low: float
-    high: float
-    p: float
-    seeds: int
-    rows: int
-
-
-def mean_interval(values: Sequence[float]) -> Mean:
+def mean_interval(values: Sequence[float]) -> MeanInterval:
     """Student's interval of the mean of independent runs: ``mean +- t(n - 1) * s / sqrt(n)``."""
     n, mean = len(values), float(np.mean(values))
     if n < 2:
-        return Mean(mean, None, None, n)
+        return MeanInterval(mean=mean, low=None, high=None, n=n)
     half = float(stats.t.ppf((1 + LEVEL) / 2, n - 1) * np.std(values, ddof=1) / math.sqrt(n))
-    return Mean(mean, mean - half, mean + half, n)
+    return MeanInterval(mean=mean, low=mean - half, high=mean + half, n=n)
 
 
 def paired_difference(arm: Sequence[str], reference: Sequence[str]) -> Difference:

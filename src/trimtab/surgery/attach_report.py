@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from trimtab.surgery.plan import Rule
 
@@ -50,38 +49,4 @@ class AttachReport:
             "trainable": self.trainable_parameters,
             "total": self.total_parameters,
             "zero_rows": sum(self.zero_rows.values()),
-        }
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as plain values, as in ``plan.json`` of a run folder."""
-        rules = []
-        for number, rule in enumerate(self.rules, 1):
-            mine = [module for module in self.modules if module.rule == number]
-            rules.append(
-                {
-                    "rule": number,
-                    "method": rule.method,
-                    "match": ", ".join(rule.match),
-                    "layers": rule.layers,
-                    "options": rule.options.said(),
-                    "modules": len(mine),
-                    "parameters": sum(module.parameters for module in mine),
-                }
-            )
-        return {
-            "total_parameters": self.total_parameters,
-            "trainable_parameters": self.trainable_parameters,
-            "zero_rows": self.zero_rows,
-            "rules": rules,
-            "modules": [
-                {
-                    "module": module.name,
-                    "method": module.method,
-                    "rule": module.rule,
-                    "out": module.out_features,
-                    "in": module.in_features,
-                    "parameters": module.parameters,
-                }
-                for module in self.modules
-            ],
         }

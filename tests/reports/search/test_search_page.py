@@ -15,6 +15,7 @@ from trimtab.files import write_json
 from trimtab.reports.search.search_page import write_explore_page
 from trimtab.reports.search.search_pictures import draw_trials
 from trimtab.reports.search.search_words import best_quarter, best_uniform_runs, confirmation_words, trials_table
+from trimtab.runs.study_records import SearchResults
 
 GROUPS = ("outer attention", "<b>inner</b>")
 
@@ -74,6 +75,10 @@ def searched(**changes: Any) -> Any:
     }
 
 
+def record(**changes: Any) -> SearchResults:
+    return SearchResults(**searched(**changes))
+
+
 def confirmation(low: float | None, mean: float, high: float | None) -> Any:
     rows = [{"seed": 1, "mixed": 0.5 + mean, "uniform": 0.5}] * (1 if low is None else 2)
     return {"on": ["test"], "rows": rows, "difference": mean, "low": low, "high": high}
@@ -109,22 +114,22 @@ def test_without_what_is_missing(tmp_path: Path) -> None:
 
 
 def test_the_lines_are_named_where_they_are() -> None:
-    assert texts(draw_trials(searched())) == ["uniform lora 4: 80.0 %", "uniform dora 5: 83.0 %", "best mixed: 85.0 %"]
-    figure = draw_trials(searched())
+    assert texts(draw_trials(record())) == ["uniform lora 4: 80.0 %", "uniform dora 5: 83.0 %", "best mixed: 85.0 %"]
+    figure = draw_trials(record())
     heights = [text.xyann[1] for text in figure.axes[0].texts]  # type: ignore[attr-defined]
     # In shares of the axes' height; a line of text takes less than that.
     assert all(after - before >= 0.055 - 1e-9 for before, after in pairwise(heights))
 
 
 def test_what_is_best_follows_the_metric() -> None:
-    assert [one["number"] for one in best_quarter(searched())] == [2, 4, 6]
-    assert [one["number"] for one in best_uniform_runs(searched())] == [1, 0]
-    assert [one["number"] for one in best_quarter(searched(metric="loss"))] == [7, 6, 4]
-    assert best_quarter(searched(trials=searched()["trials"][:4])) == []
+    assert [one.number for one in best_quarter(record())] == [2, 4, 6]
+    assert [one.number for one in best_uniform_runs(record())] == [1, 0]
+    assert [one.number for one in best_quarter(record(metric="loss"))] == [7, 6, 4]
+    assert best_quarter(record(trials=searched()["trials"][:4])) == []
 
 
 def test_the_table_has_the_best_first() -> None:
-    table = trials_table(searched())
+    table = trials_table(record())
     assert list(table.columns[0].cells) == ["3", "2", "5", "7", "1", "8", "4", "6"]
     assert list(table.columns[-1].cells)[-2:] == ["pruned", "failed"]
     assert next(iter(table.columns[-2].cells)) == "85.0 %"
@@ -142,7 +147,7 @@ def test_the_table_has_the_best_first() -> None:
     ],
 )
 def test_no_claim_beyond_the_interval(metric: str, said: Any, verdict: str) -> None:
-    assert confirmation_words(searched(metric=metric, confirmation=confirmation(*said))).endswith(verdict)
+    assert confirmation_words(record(metric=metric, confirmation=confirmation(*said))).endswith(verdict)
 
 
 def test_no_torch_is_needed(tmp_path: Path) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from rich.console import Console
 
 from trimtab.cli.displays.run import OneOfManyDisplay
+from trimtab.metrics import METRICS
 from trimtab.reports.search.search_words import plan_words, score_words
 from trimtab.reports.shared import words
+from trimtab.runs.study_records import Trial
 from trimtab.studies.plan_search import SearchListener
 
 
@@ -19,14 +19,14 @@ class SearchDisplay(OneOfManyDisplay, SearchListener):
         super().__init__(console)
         self._metric = metric
 
-    def trial_began(self, row: dict[str, Any], runs: int, trials: int) -> None:
-        kind = "uniform " if row["kind"] == "uniform" else ""
-        self.stage(f"Run {runs} of {trials}: {kind}{plan_words(row)} ({words.count(row['parameters'])} parameters)")
+    def trial_began(self, trial: Trial, runs: int, trials: int) -> None:
+        kind = "uniform " if trial.kind == "uniform" else ""
+        self.stage(f"Run {runs} of {trials}: {kind}{plan_words(trial)} ({words.count(trial.parameters)} parameters)")
 
-    def trial_ended(self, row: dict[str, Any]) -> None:
-        if row["state"] == "failed":
-            self.note(f"failed: {row['why']}")
+    def trial_ended(self, trial: Trial) -> None:
+        if trial.state == "failed":
+            self.note(f"failed: {trial.why}")
             return
-        score = f"{self._metric} {score_words({'metric': self._metric}, row['score'])}"
-        where = f"pruned at step {row['validations'][-1][0]}, " if row["state"] == "pruned" else ""
-        self.note(f"{where}{score}, {words.duration(row['seconds'])}")
+        score = f"{self._metric} {score_words(METRICS[self._metric], trial.score)}"
+        where = f"pruned at step {trial.validations[-1][0]}, " if trial.state == "pruned" else ""
+        self.note(f"{where}{score}, {words.duration(trial.seconds)}")

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from trimtab.cli.displays.run import OneOfManyDisplay
+from trimtab.metrics import first_in
 from trimtab.reports.shared import words
+from trimtab.runs.study_records import CellRecord
 from trimtab.studies.cell import finished_cell
 from trimtab.studies.compare import StudyListener, chosen_runs
 from trimtab.studies.study_cells import Cell, Study
@@ -36,7 +39,7 @@ class StudyDisplay(StudyListener, OneOfManyDisplay):
         super().note(f"{self._heading}{self._time_left(cell.searching)}")
         self._missing[cell.searching] -= 1
 
-    def cell_ended(self, cell: Cell, result: dict[str, Any]) -> None:
+    def cell_ended(self, cell: Cell, result: CellRecord) -> None:
         self._seconds[cell.searching].append(time.perf_counter() - self._cell_began)
         super().note(f"{self._heading}: {told(cell, result)}")
 
@@ -64,23 +67,25 @@ class StudyDisplay(StudyListener, OneOfManyDisplay):
         return f", about {words.duration(seconds)} left{' of the search' if searching else ''}"
 
 
-def told(cell: Cell, result: dict[str, Any]) -> str:
+def told(cell: Cell, result: CellRecord) -> str:
     """The score of a run, its time and its memory, in a few words."""
     if cell.searching:
-        scores = [_score("validation", result["kept"])]
+        assert result.kept is not None, "a search has validation rows"
+        scores = [_score("validation", {**result.kept.figures, "loss": result.kept.loss})]
     else:
-        scores = [_score(name, figures) for name, figures in result["tests"].items()]
-    costs = [words.duration(result["total_seconds"]), words.gib(result["peak_memory_gib"])]
+        scores = [_score(name, test.figures) for name, test in result.tests.items()]
+    costs = [words.duration(result.total_seconds), words.gib(result.peak_memory_gib)]
     return ", ".join([*scores, *costs])
 
 
-def _score(name: str, figures: dict[str, Any]) -> str:
-    for key, said in (("accuracy", "accuracy"), ("exact_match", "exact match")):
-        if key in figures:
-            return f"{name} {said} {words.percent(figures[key])}"
-    if "perplexity" in figures:
-        return f"{name} perplexity {words.number(figures['perplexity'])}"
-    return f"{name} loss {figures['loss']:.3f}"
+def _score(name: str, figures: Mapping[str, float | None]) -> str:
+    """The main metric of these figures."""
+    metric = first_in(figures)
+    assert metric is not None, "a result has its main metric, and a validation its loss"
+    value = figures[metric.name]
+    if metric.name == "loss":
+        return f"{name} loss {value:.3f}"
+    return f"{name} {metric.label} {words.percent(value) if metric.share else words.number(value)}"
 
 
 def cells_table(study: Study) -> Table:

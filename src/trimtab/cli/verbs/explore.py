@@ -33,8 +33,8 @@ def command(
     from rich.console import Console
 
     from trimtab.cli.displays.search import SearchDisplay
-    from trimtab.files import read_json
     from trimtab.reports.search.search_words import confirmation_words, trials_table
+    from trimtab.runs.read import read_search_results
     from trimtab.studies.explore import explore
 
     console = Console()
@@ -42,12 +42,12 @@ def command(
     with display:
         folder = explore(loaded, display)
 
-    outcome = read_json(folder / "explore.json")
+    outcome = read_search_results(folder)
     console.print()
     console.print(trials_table(outcome))
-    if outcome["confirmation"]:
+    if outcome.confirmation:
         console.print(f"\n{confirmation_words(outcome)}", highlight=False)
-    others = [folder / f"{name}.yaml" for name in ("best_mixed", "best_uniform") if outcome[name] is not None]
+    others = [folder / f"{name}.yaml" for name in ("best_mixed", "best_uniform") if getattr(outcome, name) is not None]
     for line in (
         f"\nbest: {folder / 'best.yaml'}" + (f" (also {', '.join(each.name for each in others)})" if others else ""),
         f"page: {folder / 'explore.html'}",

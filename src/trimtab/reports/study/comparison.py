@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from rich.table import Table
 
-from trimtab.metrics import METRICS, Metric, compared
+from trimtab.metrics import compared
 from trimtab.reports.shared import words
-
-Line = Mapping[str, Any]
-"""A line of a study's summary: one arm on one test set, over its seeds."""
+from trimtab.runs.study_records import CorrectedDifference, MeanInterval, StudyResults, SummaryLine
 
 
-def panels(results: Mapping[str, Any]) -> dict[tuple[str, str], list[Line]]:
+def panels(results: StudyResults) -> dict[tuple[str, str], list[SummaryLine]]:
     """(task, test set) -> the lines of its summary."""
-    lines: dict[tuple[str, str], list[Line]] = {}
-    for line in results["summary"]:
-        lines.setdefault((line["task"], line["test"]), []).append(line)
+    lines: dict[tuple[str, str], list[SummaryLine]] = {}
+    for line in results.summary:
+        lines.setdefault((line.task, line.test), []).append(line)
     return lines
 
 
@@ -27,34 +24,28 @@ def panel_name(task: str, test: str) -> str:
     return test if task in ("all", test) else f"{task}: {test}"
 
 
-def baseline(line: Line) -> tuple[str, float] | None:
+def baseline(line: SummaryLine) -> tuple[str, float] | None:
     """What answers without a look at the rows reach: who gives them, and the share that is right."""
-    # A study from before rows could bring their own choices does not name the chance.
-    known = (("The commonest answer", line["majority"]), ("Guessing", line.get("chance")))
+    known = (("The commonest answer", line.majority), ("Guessing", line.chance))
     return next(((name, share) for name, share in known if share is not None), None)
 
 
-def metric_of(line: Line) -> Metric:
-    """What the arms are compared by on this test set."""
-    return METRICS[line["measure"]]
-
-
-def score_of(line: Line, value: float) -> str:
+def score_of(line: SummaryLine, value: float) -> str:
     """A score as it is named beside its mark."""
-    return words.percent(value) if metric_of(line).share else words.number(value)
+    return words.percent(value) if line.metric.share else words.number(value)
 
 
-def reference_of(results: Mapping[str, Any]) -> str:
+def reference_of(results: StudyResults) -> str:
     """The arm that all others are compared with; in a study of pairs each has its own."""
     others = _references(results)
     return others[0] if len(others) == 1 else "its own reference"
 
 
-def _references(results: Mapping[str, Any]) -> list[str]:
-    return list(dict.fromkeys(line["against"] for line in results["summary"] if line["difference"] is not None))
+def _references(results: StudyResults) -> list[str]:
+    return list(dict.fromkeys(line.against for line in results.summary if line.against and line.difference))
 
 
-def findings(results: Mapping[str, Any]) -> list[str]:
+def findings(results: StudyResults) -> list[str]:
     """What may be said: a sentence for each difference that the test holds up, and what it leaves open."""
     sentences = []
     one_reference = len(_references(results)) == 1
@@ -63,17 +54,17 @@ def findings(results: Mapping[str, Any]) -> list[str]:
         near: list[str] = []
         unknown: list[str] = []
         for line in lines:
-            if (difference := line["difference"]) is None:
+            if (difference := line.difference) is None:
                 continue
-            if difference["p_holm"] < 0.05:
-                side = "above" if difference["mean"] > 0 else "below"
+            if difference.p_holm < 0.05:
+                side = "above" if difference.mean > 0 else "below"
                 sentences.append(
-                    f"{place}: {line['arm']} is {100 * abs(difference['mean']):.1f} points {side} {line['against']} "
-                    f"(95 % interval {_ends(difference)}; p {_p(difference['p_holm'], '= ')} after correction)."
+                    f"{place}: {line.arm} is {100 * abs(difference.mean):.1f} points {side} {line.against} "
+                    f"(95 % interval {_ends(difference)}; p {_p(difference.p_holm, '= ')} after correction)."
                 )
                 continue
-            compared = line["arm"] if one_reference else f"{line['arm']} against {line['against']}"
-            beside_zero = difference["low"] > 0 or difference["high"] < 0
+            compared = line.arm if one_reference else f"{line.arm} against {line.against}"
+            beside_zero = difference.low > 0 or difference.high < 0
             (near if beside_zero else unknown).append(f"{compared} ({_ends(difference)})")
         if near:
             sentences.append(
@@ -88,56 +79,59 @@ def findings(results: Mapping[str, Any]) -> list[str]:
     return sentences
 
 
-def columns(lines: Sequence[Line], reference: str) -> dict[str, list[str]]:
+def columns(lines: Sequence[SummaryLine], reference: str) -> dict[str, list[str]]:
     """The table of one test set: heading -> a cell for each line. Columns that would be empty are left out."""
     rows = [_cells(line, reference) for line in lines]
     table = {head: [row[head] for row in rows] for head in rows[0]}
     return {head: cells for head, cells in table.items() if any(cells)}
 
 
-def _cells(line: Line, reference: str) -> dict[str, str]:
-    costs, difference, rate = line["costs"], line["difference"], line["learning_rate"]
-    above = f"{words.signed(100 * difference['mean'], 1)} ({_ends(difference)})" if difference else ""
+def _cells(line: SummaryLine, reference: str) -> dict[str, str]:
+    costs, difference, rate = line.costs, line.difference, line.learning_rate
+    above = f"{words.signed(100 * difference.mean, 1)} ({_ends(difference)})" if difference else ""
     return {
-        "arm": line["arm"],
-        "trained": words.parameters(costs["trainable_parameters"]["mean"]),
+        "arm": line.arm,
+        "trained": words.parameters(costs.trainable_parameters.mean),
         "rate": words.DASH if rate is None else f"{rate:g}",
-        "runs": str(line["n"]),
-        metric_of(line).label: _with_interval(line, metric_of(line).scale),
+        "runs": str(line.n),
+        line.metric.label: _with_interval(line, line.metric.scale),
         **{
-            metric.label: _with_interval(line[metric.name], metric.scale) if line.get(metric.name) else ""
+            metric.label: _with_interval(line.figures.get(metric.name), metric.scale)
             for metric in compared()
-            if metric.name != line["measure"]
+            if metric is not line.metric
         },
         f"above {reference}": above,
-        "p": _p(difference["p_holm"]) if difference else "",
-        "time": words.duration(costs["training_seconds"]["mean"]),
-        "memory": words.gib(costs["peak_memory_gib"]["mean"]),
+        "p": _p(difference.p_holm) if difference else "",
+        "time": words.duration(costs.training_seconds.mean),
+        "memory": words.gib(costs.peak_memory_gib.mean),
     }
 
 
-def _with_interval(mean: Mapping[str, Any], times: int) -> str:
-    """``81.2 ± 1.3``: the mean and half its interval; the mean alone of one run."""
-    text = f"{times * mean['mean']:.1f}"
-    return text if mean["low"] is None else f"{text} ± {times * (mean['high'] - mean['mean']):.1f}"
+def _with_interval(mean: MeanInterval | None, times: int) -> str:
+    """``81.2 ± 1.3``: the mean and half its interval; the mean alone of one run; empty without one."""
+    if mean is None:
+        return ""
+    text = f"{times * mean.mean:.1f}"
+    return text if mean.ends is None else f"{text} ± {times * (mean.ends[1] - mean.mean):.1f}"
 
 
-def _ends(difference: Mapping[str, Any]) -> str:
-    return f"{words.signed(100 * difference['low'], 1)} to {words.signed(100 * difference['high'], 1)}"
+def _ends(difference: CorrectedDifference) -> str:
+    return f"{words.signed(100 * difference.low, 1)} to {words.signed(100 * difference.high, 1)}"
 
 
 def _p(p: float, equals: str = "") -> str:
     return "< 0.001" if p < 0.001 else f"{equals}{p:.3f}" if p < 0.1 else f"{equals}{p:.2f}"
 
 
-def study_tables(results: Mapping[str, Any]) -> list[Table]:
+def study_tables(results: StudyResults) -> list[Table]:
     """For the terminal: a table for each test set."""
     tables = []
     for (task, test), lines in panels(results).items():
         cells = columns(lines, reference_of(results))
-        for head in ("rate", "runs", "macro F1"):  # on the page; a terminal has not the width
+        beside = [metric.label for metric in compared() if metric.name in lines[0].figures]
+        for head in ("rate", "runs", *beside):  # on the page; a terminal has not the width
             cells.pop(head, None)
-        title = f"{panel_name(task, test)}, {words.count(lines[0]['rows'])} rows"
+        title = f"{panel_name(task, test)}, {words.count(lines[0].rows)} rows"
         table = Table(
             box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold", title=title, title_justify="left"
         )

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from trimtab.config.yaml_text import write_yaml
-from trimtab.files import read_json
+from trimtab.metrics import first_in
 from trimtab.reports.shared import words
 from trimtab.reports.shared.figures import write_picture
 from trimtab.reports.shared.shell import write_page
 from trimtab.reports.study.comparison import baseline, columns, findings, panel_name, panels, reference_of
 from trimtab.reports.study.study_pictures import draw_costs, draw_differences, draw_scores
+from trimtab.runs.read import read_study_results
+from trimtab.runs.study_records import RunFacts, StudyResults, TriedRate
 
 
 def write_study_page(folder: Path) -> Path:
     """Write ``results.html`` and its pictures (PNG and SVG) beside the ``results.json`` in ``folder``."""
-    results = read_json(folder / "results.json")
+    results = read_study_results(folder)
     pictures = {}
-    if results["runs"]:
+    if results.runs:
         for name, draw, label in (
             ("scores", draw_scores, "Score of each arm over its trained parameters"),
             ("differences", draw_differences, "Difference of each arm from the reference"),
@@ -27,42 +27,43 @@ def write_study_page(folder: Path) -> Path:
         ):
             if (figure := draw(results)) is not None:
                 pictures[name] = write_picture(figure, folder, name, label)
-    cells = [*results["runs"], *results["searches"]]
+    cells: list[RunFacts] = [*results.runs, *results.searches]
     values = {
         "results": results,
         "pictures": pictures,
         "findings": findings(results),
         "reference": reference_of(results),
         "tables": [
-            (panel_name(task, test), columns(lines, reference_of(results)), lines[0]["rows"], baseline(lines[0]))
+            (panel_name(task, test), columns(lines, reference_of(results)), lines[0].rows, baseline(lines[0]))
             for (task, test), lines in panels(results).items()
         ],
         "rates": _rates(results),
         "cells": cells,
-        "precisions": list(dict.fromkeys(run["precision"] for run in cells)),
-        "seconds": sum(run["total_seconds"] for run in cells),
-        "yaml": write_yaml(results["said"]),
+        "precisions": list(dict.fromkeys(run.precision for run in cells)),
+        "seconds": sum(run.total_seconds for run in cells),
+        "yaml": write_yaml(results.said),
     }
     return write_page(folder / "results.html", "study/study.html", values)
 
 
-def _rates(results: Mapping[str, Any]) -> tuple[list[list[str]], list[str]]:
+def _rates(results: StudyResults) -> tuple[list[list[str]], list[str]]:
     """The learning rates that were tried, a row for each arm, the one that was taken marked; and the arms for which
     that is the lowest or the highest."""
-    by_arm: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-    for run in results["searches"]:
-        by_arm.setdefault((run["task"], run["arm"]), []).append(run)
+    by_arm: dict[tuple[str, str], list[TriedRate]] = {}
+    for run in results.searches:
+        by_arm.setdefault((run.task, run.arm), []).append(run)
     rows, at_end = [], []
     for (task, arm), runs in by_arm.items():
-        tried = sorted(runs, key=lambda run: run["learning_rate"])
-        name = arm if len(results["said"]["tasks"]) == 1 else f"{arm} on {task}"
+        tried = sorted(runs, key=lambda run: run.learning_rate)
+        name = arm if len(results.said["tasks"]) == 1 else f"{arm} on {task}"
         rows.append([name, "; ".join(map(_tried, tried))])
-        if len(tried) > 1 and (tried[0]["taken"] or tried[-1]["taken"]):
+        if len(tried) > 1 and (tried[0].taken or tried[-1].taken):
             at_end.append(name)
     return rows, at_end
 
 
-def _tried(run: Mapping[str, Any]) -> str:
-    measured = run["validation"]
-    score = f"{words.percent(measured['accuracy'])}, " if "accuracy" in measured else ""
-    return f"{'→ ' if run['taken'] else ''}{run['learning_rate']:g}: {score}loss {measured['loss']:.3f}"
+def _tried(run: TriedRate) -> str:
+    measured = run.validation
+    scored = first_in(measured.figures)
+    score = f"{words.percent(measured.figures[scored.name])}, " if scored is not None else ""
+    return f"{'→ ' if run.taken else ''}{run.learning_rate:g}: {score}loss {measured.loss:.3f}"
