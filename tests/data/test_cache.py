@@ -12,9 +12,8 @@ import pytest
 from safetensors import safe_open
 
 from trimtab.data import cache, tokens
-from trimtab.data.cache import encode_once
 from trimtab.data.rows import Example
-from trimtab.data.tokens import EncodedRows, encode_all
+from trimtab.data.tokens import EncodedRows, encode_all, encode_once
 
 EXAMPLES = [
     Example("a.jsonl", 1, "Answer: neutral", ((7, 15),), "Answer: ", "neutral", True),
@@ -66,7 +65,7 @@ def test_key_depends_on_all_that_matters(make_tokenizer: Callable[..., Any], tmp
     tokenizer = make_tokenizer()
 
     def key(examples: list[Example] = EXAMPLES, tokenizer: Any = tokenizer, max_length: int | None = 6) -> Path:
-        return cache.cache_file(tmp_path, examples, tokenizer, max_length)
+        return tokens.cache_file(tmp_path, examples, tokenizer, max_length)
 
     first = EXAMPLES[0]
     other_end = make_tokenizer()

@@ -13,10 +13,9 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
-from trimtab.data.cache import encode_once
 from trimtab.data.forms import read_examples
 from trimtab.data.rows import EncodedRow, Example
-from trimtab.data.tokens import IGNORED, encode, encode_all, encode_pair, encode_prompt
+from trimtab.data.tokens import IGNORED, encode, encode_all, encode_once, encode_pair, encode_prompt
 from trimtab.errors import DataError
 
 CONTEXT = "Instruction: What is the sentiment of this news?\nInput: Profit rose .\nAnswer: "

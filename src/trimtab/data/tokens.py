@@ -6,21 +6,25 @@ token of its own. The boundary is found by character offsets: a token belongs to
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import Dataset
 
+from trimtab.data import cache
+from trimtab.data.cache import Dropped, Tensors
 from trimtab.data.rows import EncodedRow, Example
 from trimtab.errors import DataError
 
 IGNORED = -100
 """The label of a position that carries no loss, as in Hugging Face's models."""
 
-Tensors = dict[str, torch.Tensor]
-Dropped = list[tuple[int, str]]
-"""Index of the example, and the reason, for each that has no row."""
+VERSION = 1
+"""Part of the name of every file of tokenised rows; raise it when the same rows would be encoded differently."""
 
 CHUNK = 1000
 """Texts handed to the tokenizer at once: enough to keep all its threads busy."""
@@ -117,6 +121,33 @@ def encode_all(examples: Sequence[Example], tokenizer: Any, max_length: int | No
     or if the tokenizer gives no offsets or has no end-of-sequence token.
     """
     return EncodedRows(*encode_flat(examples, tokenizer, max_length), examples)
+
+
+def encode_once(examples: Sequence[Example], tokenizer: Any, max_length: int | None, folder: Path) -> EncodedRows:
+    """Encode rows as ``encode_all`` does, and keep the result in ``folder`` for the next run.
+
+    Rows are found again by everything that their encoding depends on (``cache_file``). A damaged file is made anew. If
+    the file cannot be written, a warning is logged and the rows are used all the same.
+    """
+    require_fast(tokenizer)
+    path = cache_file(folder, examples, tokenizer, max_length)
+    kept = cache.load(path)
+    if kept is None:
+        kept = encode_flat(examples, tokenizer, max_length)
+        cache.keep(path, *kept)
+    return EncodedRows(*kept, examples)
+
+
+def cache_file(folder: Path, examples: Iterable[Example], tokenizer: Any, max_length: int | None) -> Path:
+    """The file for these rows. Its name is a digest of everything that their encoding depends on."""
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    # Padding and truncation are those of the tokenizer's last call, and encoding uses neither.
+    content.pop("padding", None)
+    content.pop("truncation", None)
+    digest = hashlib.sha256(json.dumps([VERSION, content, tokenizer.eos_token_id, max_length]).encode())
+    for example in examples:
+        digest.update(json.dumps([example.text, example.trained, example.answer is None, example.ends]).encode())
+    return folder / f"{digest.hexdigest()}.safetensors"
 
 
 def encode_flat(examples: Sequence[Example], tokenizer: Any, max_length: int | None) -> tuple[Tensors, Dropped]:

@@ -1,19 +1,20 @@
-"""Reads and judges what a model wrote: which label or number it is, and whether that is right.
+"""Judges the answers of a model: the choices that it scored best, and the labels, numbers and texts that it wrote.
 
-A label has to stand as words of its own, in upper or lower case, in the first line that is not empty; a model that
-writes on after its answer adds other text below. An answer that names no label, or two, is unusable. It counts as wrong
-and is also counted apart. It is never a class of its own, so F1 is computed over the true labels alone.
+A label that is written has to stand as words of its own, in upper or lower case, in the first line that is not empty; a
+model that writes on after its answer adds other text below. An answer that names no label, or two, is unusable. It
+counts as wrong and is also counted apart. It is never a class of its own, so F1 is computed over the true labels alone.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from typing import Any
 
 from trimtab.data.rows import Example
+from trimtab.evaluation.choice import ChoiceScores
 from trimtab.evaluation.closed_set import class_details
 from trimtab.evaluation.generation import Generated, same_answer
 from trimtab.metrics import Kind, Outcomes
@@ -40,6 +41,9 @@ class Judged:
 Judge = Callable[[Sequence[Example], Sequence[Generated]], Judged]
 """Judges the answers that were written to some rows."""
 
+KEPT_SCORES = 20
+"""Most scores that a prediction keeps."""
+
 _NUMBER = re.compile(r"[-+]?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
 
 
@@ -53,6 +57,31 @@ def prediction(index: int, example: Example, predicted: str, correct: bool, **mo
         correct=correct,
         **more,
     )
+
+
+def chosen(scored: ChoiceScores, examples: Sequence[Example], closed: Sequence[str] | None) -> Judged:
+    """The rows judged by the scores of the ``closed`` set, or of each row's own choices if that is None."""
+    sets = [closed if closed is not None else example.choices for example in examples]
+    rows = [
+        prediction(at, example, choices[best], choices[best] == example.answer, scores=_best_scores(choices, scores))
+        for at, (example, choices, best, scores) in enumerate(
+            zip(examples, sets, scored.best, scored.scores, strict=True)
+        )
+    ]
+    outcomes = Outcomes(truth=[row.answer for row in rows], predicted=[row.predicted for row in rows])
+    if closed is not None:
+        outcomes = replace(outcomes, choices=closed)
+        return Judged("choice", outcomes, rows, class_details(outcomes))
+    by_length = [choices[best] for choices, best in zip(sets, scored.best_by_length, strict=True)]
+    chance = sum(1 / len(choices) for choices in sets) / len(sets)
+    return Judged("multiple_choice", replace(outcomes, by_length=by_length), rows, {"chance": chance})
+
+
+def _best_scores(choices: Sequence[str], scores: Sequence[float]) -> dict[str, float]:
+    """The scores of all choices, in their order; if there are more than ``KEPT_SCORES``, of the best ones."""
+    rounded = {choice: round(score, 6) for choice, score in zip(choices, scores, strict=True)}
+    best = sorted(rounded, key=rounded.__getitem__, reverse=True)[:KEPT_SCORES]
+    return {choice: rounded[choice] for choice in best} if len(rounded) > KEPT_SCORES else rounded
 
 
 def label_reader(labels: Sequence[str]) -> Callable[[str], str | None]:

@@ -164,7 +164,7 @@ def evaluate_task(
         more["questions"] = questions = _by_question(task.question, measured.rows, labels)
         mean = sum(question.figures["weighted_f1"] or 0.0 for question in questions) / len(questions)
         more["figures"] = {**measured.record.figures, "mean_weighted_f1": mean}
-    return replace(measured, record=measured.record.changed(**more))
+    return replace(measured, record=measured.record.updated(**more))
 
 
 def _labels_in(task: BenchmarkTask, examples: Sequence[Example]) -> list[str]:

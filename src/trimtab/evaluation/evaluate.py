@@ -16,9 +16,8 @@ from trimtab.data.rows import Example
 from trimtab.data.tokens import IGNORED, encode_all
 from trimtab.errors import DataError, ModelError
 from trimtab.evaluation import answers
-from trimtab.evaluation.answers import Judge, Judged, prediction
-from trimtab.evaluation.choice import ChoiceScores, score_choices
-from trimtab.evaluation.closed_set import class_details
+from trimtab.evaluation.answers import Judge, Judged
+from trimtab.evaluation.choice import score_choices
 from trimtab.evaluation.generation import generate_answers
 from trimtab.files import write_jsonl
 from trimtab.metrics import Outcomes
@@ -29,9 +28,6 @@ from trimtab.tasks import Head
 
 Progress = Callable[[int, int], None]
 """Called with the number of rows done and of all rows."""
-
-KEPT_SCORES = 20
-"""Most scores that a prediction keeps."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +103,7 @@ def evaluate(
     closed = closed_set(choices, examples)
     if (closed is not None or all(example.choices for example in examples)) and not generate:
         scored = score_choices(head, tokenizer, examples, closed, progress=progress, **settings)
-        judged, loss, tokens = _chosen(scored, examples, closed), scored.loss, scored.tokens
+        judged, loss, tokens = answers.chosen(scored, examples, closed), scored.loss, scored.tokens
     elif any(example.answer is None for example in examples):
         loss, tokens = token_loss(head, tokenizer, examples, progress=progress, **settings)
         judged = Judged("perplexity", Outcomes(), [], {"tokens": tokens})
@@ -135,34 +131,9 @@ def write(evaluation: Evaluation, folder: Path | str, stage: str) -> None:
 
     ``stage`` is ``"before"`` or ``"after"``.
     """
-    evaluation.record.write(Path(folder) / "evaluation" / f"{evaluation.name}.{stage}.json")
+    evaluation.record.write_to(Path(folder) / "evaluation" / f"{evaluation.name}.{stage}.json")
     if evaluation.rows:
         write_jsonl(Path(folder) / "predictions" / f"{evaluation.name}.{stage}.jsonl", evaluation.predictions)
-
-
-def _chosen(scored: ChoiceScores, examples: Sequence[Example], closed: Sequence[str] | None) -> Judged:
-    """The rows judged by the scores of the ``closed`` set, or of each row's own choices if that is None."""
-    sets = [closed if closed is not None else example.choices for example in examples]
-    rows = [
-        prediction(at, example, choices[best], choices[best] == example.answer, scores=_best_scores(choices, scores))
-        for at, (example, choices, best, scores) in enumerate(
-            zip(examples, sets, scored.best, scored.scores, strict=True)
-        )
-    ]
-    outcomes = Outcomes(truth=[row.answer for row in rows], predicted=[row.predicted for row in rows])
-    if closed is not None:
-        outcomes = replace(outcomes, choices=closed)
-        return Judged("choice", outcomes, rows, class_details(outcomes))
-    by_length = [choices[best] for choices, best in zip(sets, scored.best_by_length, strict=True)]
-    chance = sum(1 / len(choices) for choices in sets) / len(sets)
-    return Judged("multiple_choice", replace(outcomes, by_length=by_length), rows, {"chance": chance})
-
-
-def _best_scores(choices: Sequence[str], scores: Sequence[float]) -> dict[str, float]:
-    """The scores of all choices, in their order; if there are more than ``KEPT_SCORES``, of the best ones."""
-    rounded = {choice: round(score, 6) for choice, score in zip(choices, scores, strict=True)}
-    best = sorted(rounded, key=rounded.__getitem__, reverse=True)[:KEPT_SCORES]
-    return {choice: rounded[choice] for choice in best} if len(rounded) > KEPT_SCORES else rounded
 
 
 def token_loss(

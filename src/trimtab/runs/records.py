@@ -44,11 +44,11 @@ class Record(BaseModel):
         """The values as the file holds them; what was never said is left out."""
         return self.model_dump(mode="json", by_alias=True, exclude_unset=True)
 
-    def changed(self, **values: Any) -> Self:
+    def updated(self, **values: Any) -> Self:
         """A copy with other values, which are checked as those of a new record are."""
         return type(self)(**{**{name: getattr(self, name) for name in self.model_fields_set}, **values})
 
-    def write(self, file: Path) -> None:
+    def write_to(self, file: Path) -> None:
         """Write the file in one step."""
         write_json(file, self.plain())
 

@@ -64,8 +64,8 @@ def run_cell(
         run_apart(config.model_copy(update={"output": folder.path}), listener or Listener())
     cell = _record(folder, config)
     if measure is not None:
-        cell = cell.changed(measured=measure(folder))
-    cell.write(config.output / "cell.json")
+        cell = cell.updated(measured=measure(folder))
+    cell.write_to(config.output / "cell.json")
     shutil.rmtree(folder.checkpoints, ignore_errors=True)
     if keep == "results":
         shutil.rmtree(folder.path)
@@ -140,4 +140,4 @@ def _record(folder: RunFolder, config: RunConfig) -> CellRecord:
 
 def _scored(result: Result, predictions: Sequence[Prediction]) -> Result:
     """``result`` with which of its rows are right, where the predictions tell."""
-    return result.changed(correct="".join("01"[row.correct] for row in predictions)) if predictions else result
+    return result.updated(correct="".join("01"[row.correct] for row in predictions)) if predictions else result

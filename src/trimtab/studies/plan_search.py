@@ -95,7 +95,7 @@ class Search:
                 best = self._run_config(trial, tests=True)
                 best = best.model_copy(update={"output": Path("runs") / f"{self.config.output.name}-{name}"})
                 write_text(self.config.output / f"{name}.yaml", to_yaml(best, beside=self.config.output))
-        results.write(self.config.output / "explore.json")
+        results.write_to(self.config.output / "explore.json")
 
     def _take_up(self) -> None:
         """Put the trials that were cut off at the head of the queue."""

@@ -44,7 +44,7 @@ _BESIDE = [metric for metric in compared() if metric not in map(main_metric, KIN
 def write_results(study: Study, failed: Sequence[tuple[Cell, str]] = ()) -> StudyResults:
     """Write both files into the study's folder; return what ``results.json`` holds. ``failed``: as `compare` gives."""
     results = gather(study, failed)
-    results.write(study.folder / "results.json")
+    results.write_to(study.folder / "results.json")
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["task", "arm", "seed", "learning_rate", "test", "rows", *_FIGURES, *_FACTS])
@@ -124,7 +124,7 @@ def _summary(study: Study, runs: Sequence[StudyRun]) -> list[SummaryLine]:
     return [
         line
         if difference is None
-        else line.changed(difference=CorrectedDifference(**difference.plain(), p_holm=next(corrected)))
+        else line.updated(difference=CorrectedDifference(**difference.plain(), p_holm=next(corrected)))
         for line, difference in zip(lines, differences, strict=True)
     ]
 

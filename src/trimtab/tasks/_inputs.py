@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.config.run import RunConfig
-from trimtab.data.cache import encode_once
 from trimtab.data.choices import check_choices, infer_choices
 from trimtab.data.forms import read_examples
 from trimtab.data.rows import Example
 from trimtab.data.split import draw, split_off
-from trimtab.data.tokens import EncodedRows
+from trimtab.data.tokens import EncodedRows, encode_once
 from trimtab.errors import ConfigError
 from trimtab.metrics import choosing
 from trimtab.models.gguf import cache_folder

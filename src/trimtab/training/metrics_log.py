@@ -47,9 +47,9 @@ class Recorder:
 
     def record(self, line: MetricsLine) -> None:
         """Add one line, with the time since training began and, for training, the memory in use."""
-        line = line.changed(seconds=round(time.perf_counter() - self._began, 2))
+        line = line.updated(seconds=round(time.perf_counter() - self._began, 2))
         if line.kind == "train":
-            line = line.changed(memory_gib=round(memory_gib(), 3))
+            line = line.updated(memory_gib=round(memory_gib(), 3))
         row = line.plain()
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()

@@ -170,17 +170,17 @@ class _Run:
             sum(file.stat().st_size for file in self.folder.adapter.glob("*")) if self.folder.adapter.is_dir() else 0
         )
         total = self._earlier_seconds[1] + time.perf_counter() - self._began
-        self._summary.changed(
+        self._summary.updated(
             status=status,
             total_seconds=round(total, 2),
             peak_memory_gib=round(peak_memory_gib(), 3),
             adapter_bytes=adapter,
-        ).write(self.folder.summary)
+        ).write_to(self.folder.summary)
 
     def attached(self, report: AttachReport) -> None:
         """Note what the plan did to the model."""
-        PlanRecord.of(report).write(self.folder.plan)
-        self._summary = self._summary.changed(
+        PlanRecord.of(report).write_to(self.folder.plan)
+        self._summary = self._summary.updated(
             total_parameters=report.total_parameters, trainable_parameters=report.trainable_parameters
         )
         share = 100 * report.trainable_parameters / max(1, report.total_parameters)
@@ -262,7 +262,7 @@ class _Run:
                     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
             finally:
                 self.listener.training_ended()
-                self._summary = self._summary.changed(
+                self._summary = self._summary.updated(
                     steps=trainer.state.global_step,
                     epochs=round(trainer.state.epoch or 0.0, 4),
                     training_seconds=round(self._earlier_seconds[0] + time.perf_counter() - began, 2),
@@ -272,7 +272,7 @@ class _Run:
         keeps_best = bool(self.inputs.validation) and train.keep_best
         step = trainer.settle(keep_best=keeps_best)
         if keeps_best:
-            self._summary = self._summary.changed(best_step=step)
+            self._summary = self._summary.updated(best_step=step)
             self.listener.note(f"kept the adapter of step {step}, the best in validation")
 
 

@@ -45,7 +45,7 @@ def test_a_loss_that_is_no_number_is_left_out_and_counted() -> None:
     data = curves(_train([1.0, float("nan"), 2.0, float("inf")]), None)
     assert data.train == [(1, 1.0), (3, 2.0)]
     assert data.lost == 2
-    assert "nan" not in str(draw("x", data, 358)).lower()
+    assert "nan" not in str(draw("x", data, 358, describe(data))).lower()
 
 
 def test_epochs_end_where_they_end() -> None:
@@ -63,12 +63,12 @@ def test_one_spike_does_not_flatten_the_rest() -> None:
 @pytest.mark.parametrize("width", [358, 880])
 def test_odd_runs_can_be_drawn(losses: list[float], width: int) -> None:
     data = curves(_train(losses, learning_rate=0.0), 1)
-    assert "<path" in draw("x", data, width)
+    assert "<path" in draw("x", data, width, describe(data))
 
 
 def test_validation_alone_can_be_drawn() -> None:
     data = curves([MetricsLine(kind="validation", step=9, loss=0.7, figures={"accuracy": 1.0})], 9)
-    assert "best: 0.700 at step 9" in draw("x", data, 880)
+    assert "best: 0.700 at step 9" in draw("x", data, 880, describe(data))
     assert (
         describe(data)
         == "The lowest validation loss is 0.700, at step 9. The highest validation accuracy is 100.0 %, at step 9."

@@ -19,6 +19,7 @@ from trimtab.reports.run.run_pictures import draw_curves, share_bars
 from trimtab.reports.shared import words
 from trimtab.reports.shared.shell import write_page
 from trimtab.runs.read import Run, TestSet, read_run
+from trimtab.runs.records import MetricsLine
 from trimtab.runs.results import ChoiceResult
 
 _WIDE, _NARROW = 880, 358
@@ -39,25 +40,27 @@ _SHOWN = {
 def write_run_page(run: Path) -> Path:
     """Write ``run/report.html`` and return its path. Raises RunError as ``read_run`` does."""
     known = read_run(run)
+    train, validation = known.measures("train"), known.measures("validation")
     measured_sets = [tests for tests in known.sets if tests.result]
     data = curves(known.metrics, known.summary.best_step if known.summary else None)
+    curve_text = describe(data)
     values = {
         "run": known,
         "summary": known.summary,
         "plan": known.plan,
         "results": measured_sets,
         "headline": [headline(tests) for tests in measured_sets],
-        "tiles": tiles(known),
+        "tiles": tiles(known, train),
         "measured": measured,
         "baseline": baseline,
         "bars": bars,
         "confusion": confusion,
-        "validated": validated(known),
+        "validated": validated(validation),
         "curve": data,
-        "curve_text": describe(data),
+        "curve_text": curve_text,
         # For a wide and for a narrow screen.
         "pictures": [
-            (kind, draw_curves(f"curve-{kind}", data, width))
+            (kind, draw_curves(f"curve-{kind}", data, width, curve_text))
             for kind, width in (("wide", _WIDE), ("narrow", _NARROW))
             if data.any
         ],
@@ -68,9 +71,9 @@ def write_run_page(run: Path) -> Path:
     return write_page(Path(run) / "report.html", "run/run.html", values)
 
 
-def validated(run: Run) -> list[Metric]:
+def validated(validation: Sequence[MetricsLine]) -> list[Metric]:
     """The metrics besides the loss that the validations took."""
-    taken = {name for line in run.measures("validation") for name in line.figures}
+    taken = {name for line in validation for name in line.figures}
     return [METRICS[name] for name in METRICS if name in taken]
 
 
@@ -82,8 +85,8 @@ class Tile(NamedTuple):
     note: str = ""
 
 
-def tiles(run: Run) -> list[Tile]:
-    """The key figures that the run knows."""
+def tiles(run: Run, train: Sequence[MetricsLine]) -> list[Tile]:
+    """The key figures that the run knows; ``train``: its measures of training."""
     summary = run.summary
     known = []
     sizes = run.plan or (summary if summary and summary.trainable_parameters and summary.total_parameters else None)
@@ -100,12 +103,12 @@ def tiles(run: Run) -> list[Tile]:
         whole = summary.machine.memory_gib
         note = f"of {words.gib(whole, 1)}" if whole else ""
         known.append(Tile("Peak memory", words.gib(summary.peak_memory_gib, 1), note))
-    speeds = [measure.tokens_per_second for measure in run.measures("train") if measure.tokens_per_second]
+    speeds = [measure.tokens_per_second for measure in train if measure.tokens_per_second]
     if speeds:
         known.append(Tile("Tokens per second", words.count(round(statistics.median(speeds))), "median while training"))
     steps = summary.steps if summary else None
     if steps is None:
-        steps = max((measure.step for measure in run.measures("train")), default=None)
+        steps = max((measure.step for measure in train), default=None)
     if steps is not None:
         known.append(Tile("Steps", words.count(steps), _steps_note(run)))
     return known

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from trimtab.reports.run.curves import Curves, Points, describe, thinned
+from trimtab.reports.run.curves import Curves, Points, thinned
 from trimtab.reports.shared import words
 from trimtab.reports.shared.figures import (
     ACCENT,
@@ -70,8 +70,11 @@ def share_bars(
     return svg(figure, name, label)
 
 
-def draw_curves(name: str, data: Curves, width: float) -> Markup:
-    """Loss, validation accuracy if there is any and learning rate, one below the other, ``width`` CSS pixels wide."""
+def draw_curves(name: str, data: Curves, width: float, label: str) -> Markup:
+    """Loss, validation accuracy if there is any and learning rate, one below the other, ``width`` CSS pixels wide.
+
+    ``label`` tells the picture to who cannot see it.
+    """
     narrow = width < 500
     parts = [(190.0 if narrow else 250.0, _loss)]
     parts += [(90.0, _accuracy)] if data.accuracy else []
@@ -92,7 +95,7 @@ def draw_curves(name: str, data: Curves, width: float) -> Markup:
         axes.tick_params(axis="x", labelbottom=len(panels) == len(parts))
         draw(axes, data)
     _steps(panels, data, narrow)
-    return svg(figure, name, describe(data))
+    return svg(figure, name, label)
 
 
 def _loss(axes: Axes, data: Curves) -> None:
