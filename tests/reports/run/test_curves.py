@@ -73,3 +73,28 @@ def test_validation_alone_can_be_drawn() -> None:
         describe(data)
         == "The lowest validation loss is 0.700, at step 9. The highest validation accuracy is 100.0 %, at step 9."
     )
+
+
+@pytest.mark.parametrize(
+    ("scores", "title", "sentence"),
+    [
+        (
+            {"macro_f1": (0.25, 0.75)},
+            "validation macro F1 (%)",
+            "The highest validation macro F1 is 75.0 %, at step 9.",
+        ),
+        ({"perplexity": (3.0, 5.0)}, "validation perplexity", "The lowest validation perplexity is 3.000, at step 4."),
+    ],
+)
+def test_the_validations_are_drawn_by_the_metric_that_they_have(
+    scores: dict[str, tuple[float, float]], title: str, sentence: str
+) -> None:
+    lines = [
+        MetricsLine(
+            kind="validation", step=step, loss=0.7, figures={name: pair[place] for name, pair in scores.items()}
+        )
+        for place, step in enumerate((4, 9))
+    ]
+    data = curves(lines, 9)
+    assert describe(data).endswith(sentence)
+    assert title in draw("x", data, 880, describe(data))

@@ -1,4 +1,4 @@
-"""The course of a training run as points over its steps: loss, validation accuracy if any, learning rate."""
+"""The course of a training run as points over its steps: loss, score of the validations, learning rate."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from trimtab.metrics import Metric, first_in
 from trimtab.reports.shared import words
 from trimtab.runs.records import MetricsLine
 
@@ -20,6 +21,7 @@ _MOST_POINTS = 1000
 class Curves:
     """What is drawn, as points of (step, value).
 
+    ``scores``: the validations by ``metric``, the first of the table that they have beside their loss; None without.
     ``epochs``: at which step each epoch ended. ``window``: how many points a smoothed one is the mean of. ``lost``: at
     how many logged steps the loss was no number.
     """
@@ -28,7 +30,8 @@ class Curves:
     smooth: Points
     window: int
     validation: Points
-    accuracy: Points
+    scores: Points
+    metric: Metric | None
     rate: Points
     epochs: list[tuple[int, float]]
     best_step: int | None
@@ -62,6 +65,7 @@ def curves(metrics: Sequence[MetricsLine], best_step: int | None) -> Curves:
     """The points of a run's metrics (in the order of steps)."""
     train = [measure for measure in metrics if measure.kind == "train"]
     validation = [measure for measure in metrics if measure.kind == "validation"]
+    metric = next((first for line in validation if (first := first_in(line.figures)) is not None), None)
     losses = _points(train, lambda measure: measure.loss)
     window = _window(len(losses))
     return Curves(
@@ -69,7 +73,8 @@ def curves(metrics: Sequence[MetricsLine], best_step: int | None) -> Curves:
         smooth=smoothed(losses, window),
         window=window,
         validation=_points(validation, lambda measure: measure.loss),
-        accuracy=_points(validation, lambda measure: measure.figure("accuracy")),
+        scores=_points(validation, lambda measure: measure.figure(metric.name) if metric is not None else None),
+        metric=metric,
         rate=_points(train, lambda measure: measure.learning_rate),
         epochs=_epochs(metrics),
         best_step=best_step,
@@ -136,7 +141,9 @@ def describe(data: Curves) -> str:
     if data.validation:
         step, low = min(data.validation, key=lambda point: point[1])
         parts.append(f"The lowest validation loss is {words.number(low)}, at step {step}.")
-    if data.accuracy:
-        step, high = max(data.accuracy, key=lambda point: point[1])
-        parts.append(f"The highest validation accuracy is {words.percent(high)}, at step {step}.")
+    if (metric := data.metric) is not None and data.scores:
+        step, best = min(data.scores, key=lambda point: metric.cost(point[1]))
+        side = "highest" if metric.higher_is_better else "lowest"
+        told = words.percent(best) if metric.share else words.number(best)
+        parts.append(f"The {side} validation {metric.label} is {told}, at step {step}.")
     return " ".join(parts)

@@ -71,13 +71,13 @@ def share_bars(
 
 
 def draw_curves(name: str, data: Curves, width: float, label: str) -> Markup:
-    """Loss, validation accuracy if there is any and learning rate, one below the other, ``width`` CSS pixels wide.
+    """Loss, the main metric of the validations if there is any, and learning rate, one below the other.
 
-    ``label`` tells the picture to who cannot see it.
+    ``width`` is in CSS pixels; ``label`` tells the picture to who cannot see it.
     """
     narrow = width < 500
     parts = [(190.0 if narrow else 250.0, _loss)]
-    parts += [(90.0, _accuracy)] if data.accuracy else []
+    parts += [(90.0, _scores)] if data.scores else []
     parts += [(44.0, _rate)] if data.rate else []
     left, right, top, gap, bottom = 50.0, 80.0, 40.0, 34.0, 42.0
     height = top + sum(tall for tall, _ in parts) + gap * (len(parts) - 1) + bottom
@@ -123,15 +123,20 @@ def _loss(axes: Axes, data: Curves) -> None:
         _write(axes, data.best_step, best, text, (0, rise), va=side, ha="right" if late else "center", zorder=7)
 
 
-def _accuracy(axes: Axes, data: Curves) -> None:
-    _title(axes, "validation accuracy (%)")
-    points = [(step, 100 * share) for step, share in data.accuracy]
+def _scores(axes: Axes, data: Curves) -> None:
+    metric = data.metric
+    assert metric is not None, "scores are those of a metric"
+    _title(axes, f"validation {metric.axis}")
+    points = [(step, metric.scale * score) for step, score in data.scores]
     _validation(axes, points)
     values = [y for _, y in points]
-    margin = max(2.0, 0.2 * (max(values) - min(values)))
-    axes.set_ylim(max(0.0, min(values) - margin), min(100.0, max(values) + margin))
+    spread = max(values) - min(values)
+    margin = max(2.0, 0.2 * spread) if metric.share else 0.2 * spread or 1.0
+    low, high = min(values) - margin, max(values) + margin
+    axes.set_ylim(max(0.0, low), min(100.0, high) if metric.share else high)
     axes.yaxis.set_major_locator(MaxNLocator(3))
-    _names(axes, [Label(f"{values[-1]:.1f} %", values[-1], colour=WARM, bold=True)])
+    told = f"{values[-1]:.1f} %" if metric.share else words.number(values[-1])
+    _names(axes, [Label(told, values[-1], colour=WARM, bold=True)])
     for step, y in points:
         if step == data.best_step:
             _ring(axes, step, y)
