@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from trimtab import bases, methods
+from trimtab import bases
 from trimtab.adapters.formats import AdapterFormat, all_formats
 from trimtab.adapters.record import StoredAdapter, name_on_disk
 from trimtab.adapters.safe_read import shown
@@ -88,8 +88,8 @@ def load_adapter(model: nn.Module, folder: Path | str) -> AttachReport:
         _check_modules(place, known, stored)
     rules, number = _rules(stored)
     if not carried:
+        targets = _targets(place, known, stored, rules, number)
         try:
-            targets = _targets(known, stored, number)
             install(model, targets, rules)
         except PlanError as error:
             raise AdapterError(f"{place}: this adapter does not fit the model: {error}") from None
@@ -123,11 +123,6 @@ def read_adapter(folder: Path | str) -> dict[str, StoredAdapter]:
 def _modules(model: nn.Module) -> dict[str, nn.Module]:
     """Every module under each of its names on disk."""
     return {name_on_disk(name): module for name, module in bare_modules(model)}
-
-
-def _base_of(module: nn.Module, entry: StoredAdapter) -> bases.Base | None:
-    """The base on which the stored method would sit in ``module``; None if there is none of its kind."""
-    return bases.find(module, methods.method_class(entry.method).sits_on)
 
 
 def _format_of(place: Path) -> AdapterFormat:
@@ -164,22 +159,53 @@ def _rules(stored: dict[str, StoredAdapter]) -> tuple[tuple[Rule, ...], dict[str
     return tuple(rules), number
 
 
-def _targets(known: dict[str, nn.Module], stored: dict[str, StoredAdapter], number: dict[str, int]) -> list[Target]:
-    """The stored modules as targets. Their names are not matched as globs, since they may contain any character."""
+def _targets(
+    place: Path,
+    known: dict[str, nn.Module],
+    stored: dict[str, StoredAdapter],
+    rules: tuple[Rule, ...],
+    number: dict[str, int],
+) -> list[Target]:
+    """The stored modules as targets. Their names are not matched as globs, since they may contain any character.
+
+    Raises AdapterError if some module is of a kind that cannot be adapted.
+    """
     names: dict[int, list[str]] = defaultdict(list)
     for name, module in known.items():
         names[id(module)].append(name)
     targets = []
+    unknown = []
     for name, entry in stored.items():
-        module, handle = known[name], _base_of(known[name], entry)
-        assert handle is not None
-        every = tuple(names[id(module)])
-        targets.append(Target(every, module, handle, rule=number[name], method=entry.method, options=entry.options))
+        module, rule = known[name], rules[number[name] - 1]
+        handle = bases.find(module, rule.sits_on)
+        if handle is None:
+            unknown.append((name, rule))
+            continue
+        targets.append(
+            Target(
+                tuple(names[id(module)]),
+                module,
+                handle,
+                rule=number[name],
+                method=entry.method,
+                adapter_class=rule.method_class,
+                options=entry.options,
+            )
+        )
+    if unknown:
+        name, rule = unknown[0]
+        what, kinds = "of a kind that no base knows", f" Known kinds: {', '.join(bases.names('weight'))}."
+        if rule.sits_on == "block":
+            what, kinds = "no blocks in this model", ""
+        raise AdapterError(
+            f"{place}: {len(unknown)} of the adapter's modules are {what}, such as {name}, a "
+            f"{type(known[name]).__name__}.{kinds} The model is unchanged"
+        )
     return targets
 
 
 def _check_modules(place: Path, known: dict[str, nn.Module], stored: dict[str, StoredAdapter]) -> None:
-    """Raise AdapterError if some stored module is not in the model, or is of a kind that cannot be adapted."""
+    """Raise AdapterError if some stored module is not in the model."""
     missing = [name for name in stored if name not in known or not name]
     if missing:
         near = nearest(missing[0], known)
@@ -187,15 +213,6 @@ def _check_modules(place: Path, known: dict[str, nn.Module], stored: dict[str, S
         raise AdapterError(
             f"{place}: this adapter was made for another model: {len(missing)} of its {len(stored)} modules are "
             f"not in this one, such as {shown(missing[0])}.{hint} The model is unchanged"
-        )
-    unknown = [name for name, entry in stored.items() if _base_of(known[name], entry) is None]
-    if unknown:
-        block = methods.method_class(stored[unknown[0]].method).sits_on == "block"
-        what = "no blocks in this model" if block else "of a kind that no base knows"
-        kinds = "" if block else f" Known kinds: {', '.join(bases.names('weight'))}."
-        raise AdapterError(
-            f"{place}: {len(unknown)} of the adapter's modules are {what}, such as {unknown[0]}, a "
-            f"{type(known[unknown[0]]).__name__}.{kinds} The model is unchanged"
         )
 
 

@@ -70,7 +70,8 @@ def dequantised_folder(file: Path) -> Path:
             tokenizer.save_pretrained(folder)
 
         try:
-            write_folder(target, fill, replace=target.exists() and not _is_complete(target))
+            damaged = target.exists() and not _is_complete(target)
+            write_folder(target, fill, replace=damaged)
         except OSError as error:
             raise ModelError(
                 f"{target}: cannot be written ({error}). Set TRIMTAB_CACHE to a folder with enough room."

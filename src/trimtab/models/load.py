@@ -30,6 +30,7 @@ from transformers.utils import logging as transformers_logging
 from trimtab.errors import ModelError
 from trimtab.models.gguf import dequantised_folder, gguf_config
 from trimtab.models.locate import Source
+from trimtab.models.tensors import Weights
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
@@ -57,8 +58,9 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     if source.kind == "folder" and not any((Path(source.location) / name).is_file() for name in _TOKENIZER_FILES):
         expected = ", ".join(_TOKENIZER_FILES)
         raise ModelError(f"{source.location}: no tokenizer: expected one of {expected} beside config.json.")
+    options = _options(source)
     with _loading(source, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(_location(source), **_options(source))
+        tokenizer = AutoTokenizer.from_pretrained(_location(source), **options)
     tokenizer.padding_side = "right"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
@@ -112,7 +114,7 @@ def load_model(
 
         folder = weights_folder(source)
         with _loading(source, "model"):
-            quantise_model(model, quantisation, dtype, folder, source.name)
+            quantise_model(model, quantisation, dtype, Weights(folder), source.name)
     model.eval()
     return model
 

@@ -7,8 +7,6 @@ Every linear layer except the output head is quantised; embeddings, norms and bi
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -21,10 +19,10 @@ from trimtab.surgery.targets import output_heads
 
 
 @torch.no_grad()
-def quantise_model(model: PreTrainedModel, kind: str, dtype: torch.dtype, folder: Path, name: str) -> None:
+def quantise_model(model: PreTrainedModel, kind: str, dtype: torch.dtype, stored: Weights, name: str) -> None:
     """Quantise the linear layers of ``model`` in place as ``kind``, a quantised base, and cast the rest to ``dtype``.
 
-    ``model`` must have been loaded in the dtype of its files, so that its weights are mapped from ``folder`` and take
+    ``model`` must have been loaded in the dtype of its files, so that its weights are mapped from ``stored`` and take
     no memory before they are read. Each weight is read through a map of its own, and its pages go with that map;
     through the model's own map, the whole file would be in memory at the end. Messages call the model ``name``.
 
@@ -32,7 +30,7 @@ def quantise_model(model: PreTrainedModel, kind: str, dtype: torch.dtype, folder
     """
     if getattr(model.config, "quantization_config", None) is not None:
         raise ModelError(f"{name}: its weights are quantised already; leave out quantisation: {kind}.")
-    stored, heads = Weights(folder), output_heads(model)
+    heads = output_heads(model)
     made: dict[int, nn.Module] = {}
     left = []
     for place, parent, attribute, child in list(owners(model)):

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from trimtab import bases, methods
+from trimtab import bases
 from trimtab.bases import Base, BlockBase, WeightBase
 from trimtab.errors import PlanError, SurgeryError
 from trimtab.methods import Method
@@ -189,7 +189,7 @@ def install(model: nn.Module, targets: list[Target], rules: tuple[Rule, ...]) ->
         key = id(target.base.identity)
         if key not in adapters:
             try:
-                adapters[key] = methods.method_class(target.method)(target.base, target.options)
+                adapters[key] = target.adapter_class(target.base, target.options)
             except PlanError as error:
                 raise PlanError(f"{target.name} (rule {target.rule}): {error}") from None
 

@@ -80,9 +80,14 @@ class Rule(BaseModel):
         return text
 
     @property
+    def method_class(self) -> type[methods.Method]:
+        """The class of the method's adapters."""
+        return methods.method_class(self.method)
+
+    @property
     def sits_on(self) -> bases.Kind:
         """The kind of base that the method takes."""
-        return methods.method_class(self.method).sits_on
+        return self.method_class.sits_on
 
     @property
     def all_linear(self) -> bool:
@@ -134,6 +139,7 @@ class Target:
     rule: int
     """Counted from 1."""
     method: str
+    adapter_class: type[methods.Method]
     options: methods.Options
 
     @property

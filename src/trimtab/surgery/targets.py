@@ -38,7 +38,17 @@ def find_targets(model: nn.Module, plan: Plan) -> list[Target]:
         rule = plan.rules[number - 1]
         handle = modules.handles[rule.sits_on][key]
         names = tuple(modules.names[key])
-        targets.append(Target(names, modules.by_id[key], handle, rule=number, method=rule.method, options=rule.options))
+        targets.append(
+            Target(
+                names,
+                modules.by_id[key],
+                handle,
+                rule=number,
+                method=rule.method,
+                adapter_class=rule.method_class,
+                options=rule.options,
+            )
+        )
     _check_ties(targets)
     order = {key: place for place, key in enumerate(modules.by_id)}
     return sorted(targets, key=lambda target: order[id(target.module)])

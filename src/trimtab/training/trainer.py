@@ -162,6 +162,7 @@ class AdapterTrainer(Trainer):
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         arguments = training_arguments(train, len(rows), folder, best if validate is not None else None)
+        self._best_loss = _best_loss(earlier, best)
         self.throughput = Throughput()
         self._adapted = model
         self._train_config = train
@@ -179,7 +180,6 @@ class AdapterTrainer(Trainer):
         )
         self.remove_callback(PrinterCallback)
         self._folder = folder
-        self._best_loss = _best_loss(earlier, best)
         self._validate_rows = validate
         self._record = record
         self._since_last_log = Lap(self.throughput)

@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from trimtab.reports.run import prompts
 from trimtab.runs.read import TestSet
 from trimtab.runs.results import Prediction
+
+# Up to so many letters, answers stand beside each other rather than below.
+_SHORT = 14
+# Rows shown of each group: those that training put right first of all, none of those that were right all along.
+_SHOWN = {
+    (False, True): 4,
+    (True, False): 3,
+    (False, False): 3,
+    (None, False): 4,
+    (None, True): 3,
+    (False, None): 3,
+    (True, None): 3,
+}
 
 
 @dataclass(frozen=True)
@@ -99,3 +114,48 @@ def mixed(tests: TestSet, count: int) -> list[Pair]:
 def _spread(rows: list[Pair], count: int) -> list[Pair]:
     count = min(count, len(rows))
     return [rows[(2 * place + 1) * len(rows) // (2 * count)] for place in range(count)]
+
+
+@dataclass(frozen=True)
+class Answered:
+    """The answers on one test set: all groups with their rows, and the template that the prompts share."""
+
+    tests: TestSet
+    groups: list[Group]
+    template: prompts.Template
+
+    @property
+    def rows(self) -> int:
+        """How many rows were compared."""
+        return sum(len(group.pairs) for group in self.groups)
+
+    @property
+    def example(self) -> str:
+        """The prompt of a row that is shown, as the model saw it."""
+        rows = next((rows for group in self.groups if (rows := shown(group))), self.groups[0].pairs)
+        return rows[0].shown.prompt
+
+    @property
+    def short(self) -> bool:
+        """Whether true answers and given ones fit beside each other."""
+        sides = [side for group in self.groups for pair in group.pairs for side in (pair.before, pair.after) if side]
+        return all(len(text) <= _SHORT for side in sides for text in (side.answer, side.predicted))
+
+    @property
+    def compared(self) -> bool:
+        """Whether there are answers from before and after training."""
+        return all(group.before is not None and group.after is not None for group in self.groups)
+
+
+def answered(sets: Sequence[TestSet]) -> list[Answered]:
+    """The test sets that have predictions."""
+    return [
+        Answered(tests, grouped, prompts.template([pair.shown.prompt for pair in pairs(tests)]))
+        for tests in sets
+        if (grouped := groups(tests))
+    ]
+
+
+def shown(group: Group) -> list[Pair]:
+    """The rows of a group that the page shows."""
+    return sample(group.pairs, _SHOWN.get((group.before, group.after), 0))

@@ -12,9 +12,9 @@ from typing import NamedTuple
 from markupsafe import Markup
 
 from trimtab.metrics import METRICS, Metric
-from trimtab.reports.run import pairs, prompts
 from trimtab.reports.run.curves import curves, describe
 from trimtab.reports.run.measured import baseline, headline, interval, measured
+from trimtab.reports.run.pairs import answered, shown
 from trimtab.reports.run.run_pictures import draw_curves, share_bars
 from trimtab.reports.shared import words
 from trimtab.reports.shared.shell import write_page
@@ -23,18 +23,6 @@ from trimtab.runs.records import MetricsLine
 from trimtab.runs.results import ChoiceResult
 
 _WIDE, _NARROW = 880, 358
-# Up to so many letters, answers stand beside each other rather than below.
-_SHORT = 14
-# Rows shown of each group: those that training put right first of all, none of those that were right all along.
-_SHOWN = {
-    (False, True): 4,
-    (True, False): 3,
-    (False, False): 3,
-    (None, False): 4,
-    (None, True): 3,
-    (False, None): 3,
-    (True, None): 3,
-}
 
 
 def write_run_page(run: Path) -> Path:
@@ -110,18 +98,13 @@ def tiles(run: Run, train: Sequence[MetricsLine]) -> list[Tile]:
     if steps is None:
         steps = max((measure.step for measure in train), default=None)
     if steps is not None:
-        known.append(Tile("Steps", words.count(steps), _steps_note(run)))
+        parts = []
+        if summary and summary.epochs is not None:
+            parts.append(f"{summary.epochs:.4g} epoch{'' if summary.epochs == 1 else 's'}")
+        if summary and summary.train_rows is not None:
+            parts.append(f"{words.count(summary.train_rows)} rows")
+        known.append(Tile("Steps", words.count(steps), " of ".join(parts)))
     return known
-
-
-def _steps_note(run: Run) -> str:
-    if not run.summary:
-        return ""
-    epochs, rows = run.summary.epochs, run.summary.train_rows
-    parts = [f"{epochs:.4g} epoch{'' if epochs == 1 else 's'}"] if epochs is not None else []
-    if rows is not None:
-        parts.append(f"{words.count(rows)} rows")
-    return " of ".join(parts)
 
 
 @dataclass(frozen=True)
@@ -159,48 +142,3 @@ def bars(tests: TestSet, name: str) -> Markup | None:
     if guess is not None:
         label += f"; {guess.name} {words.percent(guess.share)}"
     return share_bars(name, sides, guess and (guess.name, guess.share), label)
-
-
-@dataclass(frozen=True)
-class Answered:
-    """The answers on one test set: all groups with their rows, and the template that the prompts share."""
-
-    tests: TestSet
-    groups: list[pairs.Group]
-    template: prompts.Template
-
-    @property
-    def rows(self) -> int:
-        """How many rows were compared."""
-        return sum(len(group.pairs) for group in self.groups)
-
-    @property
-    def example(self) -> str:
-        """The prompt of a row that is shown, as the model saw it."""
-        rows = next((rows for group in self.groups if (rows := shown(group))), self.groups[0].pairs)
-        return rows[0].shown.prompt
-
-    @property
-    def short(self) -> bool:
-        """Whether true answers and given ones fit beside each other."""
-        sides = [side for group in self.groups for pair in group.pairs for side in (pair.before, pair.after) if side]
-        return all(len(text) <= _SHORT for side in sides for text in (side.answer, side.predicted))
-
-    @property
-    def compared(self) -> bool:
-        """Whether there are answers from before and after training."""
-        return all(group.before is not None and group.after is not None for group in self.groups)
-
-
-def answered(sets: Sequence[TestSet]) -> list[Answered]:
-    """The test sets that have predictions."""
-    return [
-        Answered(tests, groups, prompts.template([pair.shown.prompt for pair in pairs.pairs(tests)]))
-        for tests in sets
-        if (groups := pairs.groups(tests))
-    ]
-
-
-def shown(group: pairs.Group) -> list[pairs.Pair]:
-    """The rows of a group that the page shows."""
-    return pairs.sample(group.pairs, _SHOWN.get((group.before, group.after), 0))
