@@ -142,6 +142,7 @@ def score(tokenizer: Any, model: Any) -> dict[str, float]:
     from trimtab.data.choices import infer_choices
     from trimtab.data.forms import read_examples
     from trimtab.evaluation.choice import score_choices
+    from trimtab.surgery.serving import evaluating
     from trimtab.tasks import Head
 
     found = {}
@@ -149,7 +150,8 @@ def score(tokenizer: Any, model: Any) -> dict[str, float]:
         rows = read_examples([f"{name}_test.jsonl"], tokenizer, root=DATA)
         choices = infer_choices(rows)
         assert choices is not None
-        best = score_choices(Head(model), tokenizer, rows, choices).best
+        with evaluating(model):
+            best = score_choices(Head(model), tokenizer, rows, choices).best
         right = sum(choices[at] == row.answer for at, row in zip(best, rows, strict=True))
         found[name] = 100 * right / len(rows)
     return found

@@ -18,10 +18,17 @@ from trimtab.data.choices import check_choices, infer_choices
 from trimtab.data.rows import Example
 from trimtab.errors import DataError, ModelError
 from trimtab.evaluation import choice as module
-from trimtab.evaluation.choice import ChoiceScores, score_choices
+from trimtab.evaluation.choice import ChoiceScores
+from trimtab.surgery.serving import evaluating
 from trimtab.tasks import Head
 
 Make = Callable[..., list[Example]]
+
+
+def score_choices(head: Head, *inputs: Any, **settings: Any) -> ChoiceScores:
+    """As `evaluate` calls it."""
+    with evaluating(head.model):
+        return module.score_choices(head, *inputs, **settings)
 
 
 def gemma2() -> Any:

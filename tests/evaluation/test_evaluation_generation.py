@@ -15,10 +15,18 @@ from transformers import GenerationConfig
 from evaluation_cases import example, gpt2, llama, markov_chain
 from trimtab.data.rows import Example
 from trimtab.errors import DataError
-from trimtab.evaluation.generation import Generated, generate_answers, same_answer
+from trimtab.evaluation import generation
+from trimtab.evaluation.generation import Generated, same_answer
+from trimtab.surgery.serving import evaluating
 from trimtab.tasks import Head
 
 Make = Callable[..., list[Example]]
+
+
+def generate_answers(head: Head, *inputs: Any, **settings: Any) -> list[Generated]:
+    """As `evaluate` calls it."""
+    with evaluating(head.model):
+        return generation.generate_answers(head, *inputs, **settings)
 
 
 def token(tokenizer: Any, text: str) -> int:

@@ -14,8 +14,10 @@ from evaluation_cases import example, gpt2, llama
 from trimtab.data.rows import Example
 from trimtab.data.tokens import encode
 from trimtab.errors import ModelError
-from trimtab.evaluation.evaluate import checked, token_loss
+from trimtab.evaluation import evaluate
+from trimtab.evaluation.evaluate import checked
 from trimtab.metrics import Outcomes, measure
+from trimtab.surgery.serving import evaluating
 from trimtab.tasks import Head
 
 Make = Callable[..., list[Example]]
@@ -25,6 +27,12 @@ TEXTS = [
     "sales fell",
     "the meeting is on Monday , and the shop is closed .",
 ]
+
+
+def token_loss(head: Head, *inputs: Any, **settings: Any) -> tuple[float, int]:
+    """As `evaluate` calls it."""
+    with evaluating(head.model):
+        return evaluate.token_loss(head, *inputs, **settings)
 
 
 def reference(model: Any, tokenizer: Any, rows: list[Example]) -> tuple[float, int]:

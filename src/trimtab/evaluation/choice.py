@@ -22,7 +22,6 @@ from trimtab.data.batches import by_length
 from trimtab.data.rows import Example
 from trimtab.data.tokens import IGNORED, encode_all, encode_prompt
 from trimtab.errors import DataError, ModelError
-from trimtab.surgery.serving import evaluating
 from trimtab.tasks import Head
 
 WORTHWHILE = 8
@@ -66,6 +65,8 @@ def score_choices(
     progress: Callable[[int, int], None] | None = None,
 ) -> ChoiceScores:
     """Score every choice for every row, all of which have an answer.
+
+    Called inside ``evaluating(head.model)``.
 
     ``batch_size`` changes the speed and nothing else. A row is rounded differently in another batch. If that could
     decide between its best choices (`Head.tie_margin`), by their scores or, for choices of its own, by their scores per
@@ -123,21 +124,20 @@ def _run_rows(head: Head, rows: Sequence[_Row], batch_size: int) -> Iterator[int
     margin = head.tie_margin
     few = [row for row in rows if len(row.sequences) < MANY]
     done = 0
-    with evaluating(head.model):
-        for group in (few, *([row] for row in rows if len(row.sequences) >= MANY)):
-            sequences = [(place, sequence) for place, row in enumerate(group) for sequence in row.sequences]
-            waiting = [len(row.sequences) for row in group]
-            beginning = Beginning(head, [sequence for _, sequence in sequences])
-            for batch in by_length([len(sequence.ids) for _, sequence in sequences], batch_size):
-                beginning.run([sequences[index][1] for index in batch])
-                for index in batch:
-                    waiting[sequences[index][0]] -= 1
-                yield done + sum(left == 0 for left in waiting)
-            done += len(group)
-            if batch_size > 1:
-                for row in group:
-                    for sequence in row.undecided(margin):
-                        beginning.run([sequence])
+    for group in (few, *([row] for row in rows if len(row.sequences) >= MANY)):
+        sequences = [(place, sequence) for place, row in enumerate(group) for sequence in row.sequences]
+        waiting = [len(row.sequences) for row in group]
+        beginning = Beginning(head, [sequence for _, sequence in sequences])
+        for batch in by_length([len(sequence.ids) for _, sequence in sequences], batch_size):
+            beginning.run([sequences[index][1] for index in batch])
+            for index in batch:
+                waiting[sequences[index][0]] -= 1
+            yield done + sum(left == 0 for left in waiting)
+        done += len(group)
+        if batch_size > 1:
+            for row in group:
+                for sequence in row.undecided(margin):
+                    beginning.run([sequence])
 
 
 @dataclass

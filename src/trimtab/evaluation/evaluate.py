@@ -101,19 +101,20 @@ def evaluate(
     started = time.perf_counter()
     settings: dict[str, Any] = {"batch_size": batch_size, "max_length": _limit(head.model, max_length)}
     closed = closed_set(choices, examples)
-    if (closed is not None or all(example.choices for example in examples)) and not generate:
-        scored = score_choices(head, tokenizer, examples, closed, progress=progress, **settings)
-        judged, loss, tokens = answers.chosen(scored, examples, closed), scored.loss, scored.tokens
-    elif any(example.answer is None for example in examples):
-        loss, tokens = token_loss(head, tokenizer, examples, progress=progress, **settings)
-        judged = Judged("perplexity", Outcomes(), [], {"tokens": tokens})
-    else:
-        if closed is not None:
-            judge = partial(answers.labels, known=closed)
-        settings["progress"] = progress
-        written = generate_answers(head, tokenizer, examples, max_new_tokens=max_new_tokens, **settings)
-        judged = judge(examples, written)
-        loss, tokens = token_loss(head, tokenizer, examples, **{**settings, "progress": None})
+    with evaluating(head.model):
+        if (closed is not None or all(example.choices for example in examples)) and not generate:
+            scored = score_choices(head, tokenizer, examples, closed, progress=progress, **settings)
+            judged, loss, tokens = answers.chosen(scored, examples, closed), scored.loss, scored.tokens
+        elif any(example.answer is None for example in examples):
+            loss, tokens = token_loss(head, tokenizer, examples, progress=progress, **settings)
+            judged = Judged("perplexity", Outcomes(), [], {"tokens": tokens})
+        else:
+            if closed is not None:
+                judge = partial(answers.labels, known=closed)
+            settings["progress"] = progress
+            written = generate_answers(head, tokenizer, examples, max_new_tokens=max_new_tokens, **settings)
+            judged = judge(examples, written)
+            loss, tokens = token_loss(head, tokenizer, examples, **{**settings, "progress": None})
     outcomes = replace(judged.outcomes, loss=checked(loss, tokens), tokens=tokens)
     record = RESULTS[judged.kind](
         kind=judged.kind,
@@ -147,21 +148,21 @@ def token_loss(
 ) -> tuple[float, int]:
     """The summed loss, in nats, of all trained tokens of the examples, and the number of these tokens.
 
-    Rows without a trained token are left out; DataError is raised if no row has one. ``batch_size`` changes the speed,
-    and the last digits. Longer rows are cut to ``max_length`` tokens as ``trimtab.data.tokens.encode`` says.
+    Called inside ``evaluating(head.model)``. Rows without a trained token are left out; DataError is raised if no row
+    has one. ``batch_size`` changes the speed, and the last digits. Longer rows are cut to ``max_length`` tokens as
+    ``trimtab.data.tokens.encode`` says.
     """
     rows = encode_all(examples, tokenizer, max_length)
     collate = Collator(pad_id=0)
     device = head.model.get_input_embeddings().weight.device
     total, tokens, done = 0.0, 0, 0
-    with evaluating(head.model):
-        for indices in by_length(rows.lengths, batch_size):
-            batch = collate([rows[index] for index in indices])
-            tokens += int((batch["labels"] != IGNORED).sum())
-            total += float(head.loss_at_labels(batch["input_ids"].to(device), batch["labels"].to(device), num_items=1))
-            done += len(indices)
-            if progress is not None:
-                progress(done, len(rows))
+    for indices in by_length(rows.lengths, batch_size):
+        batch = collate([rows[index] for index in indices])
+        tokens += int((batch["labels"] != IGNORED).sum())
+        total += float(head.loss_at_labels(batch["input_ids"].to(device), batch["labels"].to(device), num_items=1))
+        done += len(indices)
+        if progress is not None:
+            progress(done, len(rows))
     return total, tokens
 
 

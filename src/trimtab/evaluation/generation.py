@@ -22,7 +22,6 @@ from trimtab.data.batches import by_length
 from trimtab.data.rows import Example
 from trimtab.data.tokens import encode_prompt
 from trimtab.errors import DataError
-from trimtab.surgery.serving import evaluating
 from trimtab.tasks import Head
 
 
@@ -56,6 +55,8 @@ def generate_answers(
 ) -> list[Generated]:
     """Generate an answer to the prompt of each example.
 
+    Called inside ``evaluating(head.model)``.
+
     Args:
         head: the model.
         tokenizer: its fast tokenizer.
@@ -71,15 +72,14 @@ def generate_answers(
     prompts = [_prompt(example, tokenizer, prefix, max_length, max_new_tokens) for example in examples]
     ends = end_tokens(head.model, tokenizer)
     answers: dict[int, Generated] = {}
-    with evaluating(head.model):
-        for batch in by_length([len(ids) + max_new_tokens for ids in prompts], batch_size):
-            written = _generate(head, [prompts[index] for index in batch], ends, max_new_tokens)
-            for index, new in zip(batch, written.tolist(), strict=True):
-                stop = next((at for at, token in enumerate(new) if token in ends), None)
-                text = tokenizer.decode(new[:stop], skip_special_tokens=True).strip()
-                answers[index] = Generated(text, stop is not None and text != "")
-            if progress is not None:
-                progress(len(answers), len(prompts))
+    for batch in by_length([len(ids) + max_new_tokens for ids in prompts], batch_size):
+        written = _generate(head, [prompts[index] for index in batch], ends, max_new_tokens)
+        for index, new in zip(batch, written.tolist(), strict=True):
+            stop = next((at for at, token in enumerate(new) if token in ends), None)
+            text = tokenizer.decode(new[:stop], skip_special_tokens=True).strip()
+            answers[index] = Generated(text, stop is not None and text != "")
+        if progress is not None:
+            progress(len(answers), len(prompts))
     return [answers[index] for index in range(len(prompts))]
 
 

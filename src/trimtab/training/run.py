@@ -34,6 +34,7 @@ from trimtab.runs.records import Machine, PlanRecord, Summary
 from trimtab.surgery.adapted import describe
 from trimtab.surgery.attach import attach
 from trimtab.surgery.attach_report import AttachReport
+from trimtab.surgery.serving import evaluating
 from trimtab.tasks import Inputs, Task
 from trimtab.training.callbacks import Interrupting, Telling
 from trimtab.training.compiling import Compiling
@@ -222,7 +223,8 @@ class _Run:
         rows = self.inputs.validation
         if not self.inputs.scored:
             size, length = self.config.evaluation.batch_size, self.config.data.max_length
-            loss, tokens = token_loss(self._head, self.tokenizer, rows, batch_size=size, max_length=length)
+            with evaluating(self.model):
+                loss, tokens = token_loss(self._head, self.tokenizer, rows, batch_size=size, max_length=length)
             outcomes = metrics.Outcomes(loss=checked(loss, tokens), tokens=tokens)
             return metrics.of_validation(metrics.measure("perplexity", outcomes))
         return metrics.of_validation(self._evaluation(rows, "validation").record.figures)
