@@ -149,7 +149,7 @@ def _saved_whole(model: Holder) -> Holder:
 COPIES = cases_with({"duplicate": [copy.deepcopy, _pickled, _saved_whole]}, [torch.float32], SHAPES[2:], bias=True)
 
 
-@pytest.mark.parametrize(("case", "duplicate"), COPIES, ids=str)
+@pytest.mark.parametrize(("case", "duplicate"), COPIES, ids=lambda value: getattr(value, "__name__", str(value)))
 def test_a_copy_is_whole_and_its_own(case: Case, duplicate: Callable[[Holder], Holder]) -> None:
     model = case.trained().eval()
     x = case.input()
