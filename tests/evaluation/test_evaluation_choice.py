@@ -18,7 +18,7 @@ from trimtab.data.choices import check_choices, infer_choices
 from trimtab.data.rows import Example
 from trimtab.errors import DataError, ModelError
 from trimtab.evaluation import choice as module
-from trimtab.evaluation.choice import ChoiceScores
+from trimtab.evaluation.choice import Beginning, ChoiceScores, TokenSequence
 from trimtab.surgery.serving import evaluating
 from trimtab.tasks import Head
 
@@ -323,6 +323,28 @@ def test_the_perplexity_counts_the_answers_own_tokens(tokenizer: Any, questions:
     own = [len(tokenizer(row.prompt + str(row.answer))["input_ids"]) for row in rows]
     bare = [len(tokenizer(row.prompt.rstrip(" "))["input_ids"]) for row in rows]
     assert found.tokens == sum(own) - sum(bare)
+
+
+def test_a_pass_after_a_common_beginning_keeps_no_keys_and_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kept for all layers they would stand between the tensors of a moment, and memory would grow with each pass."""
+    head, common = Head(llama()), list(range(5, 25))
+    sequences = [TokenSequence([*common, *rest]) for rest in ([30, 31, 32], [40, 41], [50, 51, 52])]
+    for sequence in sequences:
+        sequence.ask(len(common), 7)
+    lengths = []
+    plain = Head.log_probabilities
+
+    def spy(self: Head, ids: Tensor, positions: Tensor, tokens: Tensor, past: Any = None) -> Tensor:
+        values = plain(self, ids, positions, tokens, past)
+        lengths.append([layer.keys.shape for layer in past.layers])
+        return values
+
+    monkeypatch.setattr(Head, "log_probabilities", spy)
+    beginning = Beginning(head, sequences)
+    for _ in range(2):
+        beginning.run(sequences)
+    assert {shape[-2] for shapes in lengths for shape in shapes} == {len(common)}
+    assert len(lengths) == 2
 
 
 def test_long_prompts_lose_their_beginning_equally(tokenizer: Any) -> None:

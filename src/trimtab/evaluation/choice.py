@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicLayer
 
 from trimtab.data.batches import by_length
 from trimtab.data.rows import Example
@@ -309,8 +310,9 @@ class Beginning:
         if self._past is None:
             _run(self.head, sequences)
         else:
-            past = copy.deepcopy(self._past)  # a pass adds its own tokens to what it is given
+            past = copy.deepcopy(self._past)
             past.batch_repeat_interleave(len(sequences))
+            _keep_nothing_more(past)
             _run(self.head, sequences, self.start, past)
 
 
@@ -335,3 +337,23 @@ def _no_prompt(example: Example) -> DataError:
         f"{example.place}: no token comes before the answer, so there is nothing to predict it from; give the row a "
         "prompt."
     )
+
+
+def _keep_nothing_more(past: Any) -> None:
+    """Let each layer of ``past`` hand out its keys and values with those of a pass, but keep none of the pass.
+
+    Nobody reads them afterwards. If all layers kept theirs, these would lie between tensors that exist for a moment
+    only, and the holes would add up: a validation of SmolLM2-135M took 230 to 650 MiB more.
+    """
+    for layer in past.layers:
+        if type(layer) is DynamicLayer:
+            _fix(layer)
+
+
+def _fix(layer: Any) -> None:
+    keys, values = layer.keys, layer.values
+
+    def update(new_keys: Tensor, new_values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        return torch.cat([keys, new_keys], dim=-2), torch.cat([values, new_values], dim=-2)
+
+    layer.update = update

@@ -16,7 +16,7 @@ from trimtab.data.tokens import IGNORED
 from trimtab.machine import GIB
 from trimtab.memory.trace import Batch, Trace
 from trimtab.models.load import empty_model, load_config_only
-from trimtab.models.quantise import quantising_bytes
+from trimtab.models.quantise import quantising_bytes, stored_sizes
 from trimtab.surgery.attach import attach
 from trimtab.surgery.attach_report import AttachReport
 from trimtab.tasks import Inputs
@@ -151,7 +151,9 @@ def estimate_run(job: Job, sizes: RowSizes) -> RunMemory:
     said = None if source.kind == "gguf" else load_config_only(source).dtype
     stored = getattr(torch, said) if isinstance(said, str) else said or torch.float32
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    files = parameters * stored.itemsize
+    packed = stored_sizes(model, config.quantisation)
+    # A weight that is quantised is read through a map of its own, which is given back with it.
+    files = stored.itemsize * sum(one.numel() for one in model.parameters() if id(one) not in packed)
     vocabulary = model.config.get_text_config().vocab_size
     quantising = quantising_bytes(model, config.quantisation)
     attached = attach(model, job.plan)
