@@ -69,7 +69,7 @@ def _scores(axes: Axes, lines: Sequence[SummaryLine], series: Mapping[str, str |
         axes.set_xlim(min(places) / _BESIDE, max(places) * _BESIDE)
     axes.margins(y=0.08)
     flat = [(line.arm, line.mean) for line in lines if line not in trained]
-    if (blind := baseline(lines[0])) is not None and metric.name == "accuracy":
+    if (blind := baseline(lines[0])) is not None and metric.share:
         flat.append((blind[0].removeprefix("The ").lower(), blind[1]))
     _flat_lines(axes, [(f"{name} {score_of(lines[0], value)}", times * value) for name, value in flat], bool(trained))
     labels_beside(axes, labels)
