@@ -59,4 +59,4 @@ def bare_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     from trimtab.files import write_text
 
     monkeypatch.setattr("trimtab.training.run.check_run", lambda *_: None)
-    monkeypatch.setattr("trimtab.training.run.run_page", lambda run: write_text(run / "report.html", ""))
+    monkeypatch.setattr("trimtab.reports.run.run_page.write_run_page", lambda run: write_text(run / "report.html", ""))

@@ -101,11 +101,11 @@ def test_a_run_is_evaluated_to_the_same_figures(folder: Path) -> None:
 
 
 def test_its_page_is_written_again(folder: Path) -> None:
-    from trimtab.reports import run_page
+    from trimtab.reports.run.run_page import write_run_page
 
     page = folder / "run" / "report.html"
     page.unlink()
-    run_page(folder / "run")
+    write_run_page(folder / "run")
     text = page.read_text("utf-8")
     result = read_json(BEFORE / "run" / "evaluation" / "harbour.after.json")
     assert "harbour" in text

@@ -27,7 +27,6 @@ from trimtab.machine import describe_machine, device, peak_memory_gib, versions
 from trimtab.memory.estimate import RowSizes
 from trimtab.memory.suggest import check_run
 from trimtab.models.load import load_model, load_tokenizer
-from trimtab.reports import run_page
 from trimtab.runs.events import Listener
 from trimtab.runs.folder import RunFolder, find_run, start_run
 from trimtab.runs.records import Machine, PlanRecord, Summary
@@ -112,7 +111,9 @@ def finetune(
     except (KeyboardInterrupt, TrimtabError) as error:
         stopped = error
     run.summarise("finished" if stopped is None else "interrupted")
-    run_page(folder.path)
+    from trimtab.reports.run.run_page import write_run_page  # matplotlib: not before the run is over
+
+    write_run_page(folder.path)
     if isinstance(stopped, KeyboardInterrupt):
         raise Interrupted(f"interrupted; everything so far is in {folder.path}\nGo on with: {folder.resume_command}")
     if stopped is not None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from trimtab.metrics import METRICS
 from trimtab.reports.run.curves import curves, describe, smoothed, thinned
+from trimtab.reports.run.run_page import validated
 from trimtab.reports.run.run_pictures import draw_curves as draw
 from trimtab.runs.records import MetricsLine
 
@@ -42,7 +44,7 @@ def test_thinning_keeps_spikes() -> None:
 
 
 def test_a_loss_that_is_no_number_is_left_out_and_counted() -> None:
-    data = curves(_train([1.0, float("nan"), 2.0, float("inf")]), None)
+    data = curves(_train([1.0, float("nan"), 2.0, float("inf")]), None, None)
     assert data.train == [(1, 1.0), (3, 2.0)]
     assert data.lost == 2
     assert "nan" not in str(draw("x", data, 358, describe(data))).lower()
@@ -50,11 +52,11 @@ def test_a_loss_that_is_no_number_is_left_out_and_counted() -> None:
 
 def test_epochs_end_where_they_end() -> None:
     measures = [MetricsLine(kind="train", step=step, loss=1.0, epoch=step / 16) for step in range(10, 41, 10)]
-    assert curves(measures, None).epochs == [(1, pytest.approx(16.0)), (2, pytest.approx(32.0))]
+    assert curves(measures, None, None).epochs == [(1, pytest.approx(16.0)), (2, pytest.approx(32.0))]
 
 
 def test_one_spike_does_not_flatten_the_rest() -> None:
-    data = curves(_train([2.0 + 0.001 * step for step in range(200)] + [500.0] + [2.0] * 99), None)
+    data = curves(_train([2.0 + 0.001 * step for step in range(200)] + [500.0] + [2.0] * 99), None, None)
     assert data.limits[1] < 60
     assert data.outside == 1
 
@@ -62,12 +64,12 @@ def test_one_spike_does_not_flatten_the_rest() -> None:
 @pytest.mark.parametrize("losses", [[1.0], [1.0, 1.0], [0.0, 0.0], [5.0] * 30, [1e-9, 1e9]])
 @pytest.mark.parametrize("width", [358, 880])
 def test_odd_runs_can_be_drawn(losses: list[float], width: int) -> None:
-    data = curves(_train(losses, learning_rate=0.0), 1)
+    data = curves(_train(losses, learning_rate=0.0), 1, None)
     assert "<path" in draw("x", data, width, describe(data))
 
 
 def test_validation_alone_can_be_drawn() -> None:
-    data = curves([MetricsLine(kind="validation", step=9, loss=0.7, figures={"accuracy": 1.0})], 9)
+    data = curves([MetricsLine(kind="validation", step=9, loss=0.7, figures={"accuracy": 1.0})], 9, METRICS["accuracy"])
     assert "best: 0.700 at step 9" in draw("x", data, 880, describe(data))
     assert (
         describe(data)
@@ -95,6 +97,6 @@ def test_the_validations_are_drawn_by_the_metric_that_they_have(
         )
         for place, step in enumerate((4, 9))
     ]
-    data = curves(lines, 9)
+    data = curves(lines, 9, validated(lines)[0])
     assert describe(data).endswith(sentence)
     assert title in draw("x", data, 880, describe(data))

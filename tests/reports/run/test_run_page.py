@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from trimtab.errors import RunError
-from trimtab.reports import run_page
+from trimtab.reports.run.run_page import write_run_page
 
 _VOID = {"meta", "br", "hr", "img", "link", "input"}
 # Elements that begin a new piece of text for a reader.
@@ -66,11 +66,11 @@ class Page(HTMLParser):
 
 
 def page(run: Path) -> Page:
-    return Page(run_page(run).read_text(encoding="utf-8"))
+    return Page(write_run_page(run).read_text(encoding="utf-8"))
 
 
 def test_the_page_says_what_the_run_was_worth(run: Path) -> None:
-    target = run_page(run)
+    target = write_run_page(run)
     assert target == run / "report.html"
     text = Page(target.read_text(encoding="utf-8")).text
     assert "kind: 33.3 % before, 66.7 % after; always answering 'no' would give 50.0 %" in text
@@ -178,7 +178,10 @@ def test_the_page_needs_nothing_but_itself(run: Path) -> None:
 def test_the_same_files_give_the_same_page(run: Path) -> None:
     pages = []
     for seed in ("1", "2"):
-        code = "import sys; from pathlib import Path; from trimtab.reports import run_page; run_page(Path(sys.argv[1]))"
+        code = (
+            "import sys; from pathlib import Path; from trimtab.reports.run.run_page import write_run_page; "
+            "write_run_page(Path(sys.argv[1]))"
+        )
         subprocess.run([sys.executable, "-c", code, str(run)], check=True, env={**os.environ, "PYTHONHASHSEED": seed})
         pages.append((run / "report.html").read_bytes())
     assert pages[0] == pages[1]
@@ -197,7 +200,8 @@ from trimtab.runs.read import read_run
 from trimtab.runs.records import PlanRecord
 plan = PlanRecord.read(json.loads((run / "plan.json").read_text()))
 tables.results_table(read_run(run)), tables.answers_table(read_run(run)), tables.plan_table(plan)
-trimtab.reports.run_page(run)
+from trimtab.reports.run.run_page import write_run_page
+write_run_page(run)
 assert "torch" not in sys.modules
 assert "matplotlib.pyplot" not in sys.modules
 """
@@ -358,8 +362,8 @@ def test_many_answers_still_make_a_table(run: Path, change) -> None:  # type: ig
 
 
 def test_damage_is_told_and_the_old_page_stays(run: Path) -> None:
-    old = run_page(run).read_bytes()
+    old = write_run_page(run).read_bytes()
     (run / "plan.json").write_text("{")
     with pytest.raises(RunError, match=r"plan\.json is damaged"):
-        run_page(run)
+        write_run_page(run)
     assert (run / "report.html").read_bytes() == old

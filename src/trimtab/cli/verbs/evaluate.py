@@ -89,13 +89,13 @@ def command(
             listener=display,
         )
 
-    from trimtab.reports import run_page
     from trimtab.reports.run import run_tables
+    from trimtab.reports.run.run_page import write_run_page
     from trimtab.runs.load import is_run
     from trimtab.runs.results import ChoiceResult
 
     if folder == Path(target) and is_run(folder):
-        run_page(folder)
+        write_run_page(folder)
     for result in written:
         console.print(run_tables.evaluation_table(result))
         if isinstance(result, ChoiceResult) and len(result.choices) <= run_tables.MOST_CLASSES:

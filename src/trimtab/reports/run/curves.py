@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from trimtab.metrics import Metric, first_in
+from trimtab.metrics import Metric
 from trimtab.reports.shared import words
 from trimtab.runs.records import MetricsLine
 
@@ -61,11 +61,10 @@ class Curves:
         return sum(1 for _, y in self.train if not low <= y <= high)
 
 
-def curves(metrics: Sequence[MetricsLine], best_step: int | None) -> Curves:
-    """The points of a run's metrics (in the order of steps)."""
+def curves(metrics: Sequence[MetricsLine], best_step: int | None, metric: Metric | None) -> Curves:
+    """The points of a run's metrics (in the order of steps); ``metric``: the one by which validations are drawn."""
     train = [measure for measure in metrics if measure.kind == "train"]
     validation = [measure for measure in metrics if measure.kind == "validation"]
-    metric = next((first for line in validation if (first := first_in(line.figures)) is not None), None)
     losses = _points(train, lambda measure: measure.loss)
     window = _window(len(losses))
     return Curves(

@@ -26,11 +26,16 @@ _WIDE, _NARROW = 880, 358
 
 
 def write_run_page(run: Path) -> Path:
-    """Write ``run/report.html`` and return its path. Raises RunError as ``read_run`` does."""
+    """Write ``run/report.html``, one page that needs no network, and return its path.
+
+    The same files give the same page, byte for byte. A part whose file is missing is left out.
+    Raises RunError where ``run`` is no run folder, or where one of its files is damaged (the message names the file).
+    """
     known = read_run(run)
     train, validation = known.measures("train"), known.measures("validation")
     measured_sets = [tests for tests in known.sets if tests.result]
-    data = curves(known.metrics, known.summary.best_step if known.summary else None)
+    key_figures, checked = tiles(known, train), validated(validation)
+    data = curves(known.metrics, known.summary.best_step if known.summary else None, checked[0] if checked else None)
     curve_text = describe(data)
     values = {
         "run": known,
@@ -38,12 +43,12 @@ def write_run_page(run: Path) -> Path:
         "plan": known.plan,
         "results": measured_sets,
         "headline": [headline(tests) for tests in measured_sets],
-        "tiles": tiles(known, train),
+        "tiles": key_figures,
         "measured": measured,
         "baseline": baseline,
         "bars": bars,
         "confusion": confusion,
-        "validated": validated(validation),
+        "validated": checked,
         "curve": data,
         "curve_text": curve_text,
         # For a wide and for a narrow screen.
@@ -60,8 +65,8 @@ def write_run_page(run: Path) -> Path:
 
 
 def validated(validation: Sequence[MetricsLine]) -> list[Metric]:
-    """The metrics besides the loss that the validations took."""
-    taken = {name for line in validation for name in line.figures}
+    """The metrics besides the loss that the validations took, the main one first."""
+    taken = {name for line in validation for name, value in line.figures.items() if value is not None}
     return [METRICS[name] for name in METRICS if name in taken]
 
 
