@@ -1,4 +1,7 @@
-"""Rules and plans, which say which modules in which layers get which method with which options."""
+"""Rules and plans, which say which modules in which layers get which method with which options.
+
+What a plan comes to in a model is a list of targets, which `trimtab.surgery.targets` finds.
+"""
 
 from __future__ import annotations
 
