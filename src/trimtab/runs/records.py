@@ -120,43 +120,12 @@ class PlanRecord(Record):
     @classmethod
     def of(cls, report: AttachReport) -> PlanRecord:
         """What ``attach`` reports."""
-        return cls(
-            total_parameters=report.total_parameters,
-            trainable_parameters=report.trainable_parameters,
-            zero_rows=report.zero_rows,
-            rules=[_rule_record(report, number) for number in range(1, len(report.rules) + 1)],
-            modules=[
-                ModuleRecord(
-                    module=module.name,
-                    method=module.method,
-                    rule=module.rule,
-                    rows=module.out_features,
-                    columns=module.in_features,
-                    parameters=module.parameters,
-                )
-                for module in report.modules
-            ],
-        )
+        return cls.model_validate(report.to_dict())
 
     @property
     def methods(self) -> list[str]:
         """The methods in the order of the rules, each once."""
         return list(dict.fromkeys(rule.method for rule in self.rules))
-
-
-def _rule_record(report: AttachReport, number: int) -> RuleRecord:
-    """What the rule of that number, from 1, came to."""
-    rule = report.rules[number - 1]
-    mine = [module for module in report.modules if module.rule == number]
-    return RuleRecord(
-        rule=number,
-        method=rule.method,
-        match=", ".join(rule.match),
-        layers=rule.layers,
-        options=rule.options.said(),
-        modules=len(mine),
-        parameters=sum(module.parameters for module in mine),
-    )
 
 
 class MetricsLine(FiguresRecord):

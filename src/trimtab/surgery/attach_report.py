@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from trimtab.surgery.plan import Rule
 
@@ -49,4 +50,36 @@ class AttachReport:
             "trainable": self.trainable_parameters,
             "total": self.total_parameters,
             "zero_rows": sum(self.zero_rows.values()),
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain values: what ``plan.json`` of a run folder holds."""
+        return {
+            "total_parameters": self.total_parameters,
+            "trainable_parameters": self.trainable_parameters,
+            "zero_rows": self.zero_rows,
+            "rules": [self._rule(number, rule) for number, rule in enumerate(self.rules, 1)],
+            "modules": [
+                {
+                    "module": module.name,
+                    "method": module.method,
+                    "rule": module.rule,
+                    "out": module.out_features,
+                    "in": module.in_features,
+                    "parameters": module.parameters,
+                }
+                for module in self.modules
+            ],
+        }
+
+    def _rule(self, number: int, rule: Rule) -> dict[str, Any]:
+        mine = [module for module in self.modules if module.rule == number]
+        return {
+            "rule": number,
+            "method": rule.method,
+            "match": ", ".join(rule.match),
+            "layers": rule.layers,
+            "options": rule.options.said(),
+            "modules": len(mine),
+            "parameters": sum(module.parameters for module in mine),
         }
