@@ -7,7 +7,7 @@ import torch
 
 import trimtab
 from trimtab.ops import decomposition
-from trimtab.ops.decomposition import magnitude_over_norm, squared_norms, weight_change
+from trimtab.ops.decomposition import magnitude_over_norm, row_changes, squared_norms, weight_change
 
 WEIGHT = torch.tensor([[3.0, 4.0], [0.0, 0.0], [0.0, -5.0]])
 
@@ -81,6 +81,13 @@ def test_weight_change_of_half_precision_is_exact() -> None:
     length = (first**2 + 3) ** 0.5
     assert change.delta_magnitude == pytest.approx(length - 2, rel=1e-12)
     assert change.delta_direction == pytest.approx(1 - (first + 3) / (2 * length), rel=1e-9)
+
+
+def test_no_rounding_turns_a_row_by_less_than_nothing() -> None:
+    weight = torch.randn(2000, 7, generator=torch.Generator().manual_seed(0))
+    _, direction = row_changes(weight, 3 * weight)
+    assert direction.min() == 0, "some cosines come out above 1"
+    assert direction.max() < 1e-14
 
 
 def test_weight_change_refuses_different_shapes() -> None:

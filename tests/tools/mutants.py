@@ -42,6 +42,8 @@ RESULTS = ROOT / ".mutants.json"
 FOLDERS = ("ops", "methods")
 # Run one after the other until a test fails, after the file of tests that has the mutant's own name.
 STAGES = (("tests/contract/test_contract.py",), ("tests/ops", "tests/methods"), ("tests/contract",))
+# Plugins that are loaded before pytest begins are loaded for the fork's sake, and warnings are errors.
+OPTIONS = ("-x", "-q", "-p", "no:cacheprovider", "--tb=no", "-W", "ignore::pytest.PytestAssertRewriteWarning")
 SECONDS = 300  # a mutant that runs longer is in a loop without end, and counts as found
 COMPARE = {
     **{ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq},
@@ -217,7 +219,7 @@ def _run(mutant: Mutant, tree: ast.Module) -> int:
     sys.meta_path.insert(0, Changed(name, path, tree))
     own = ROOT / "tests" / path.parent.relative_to(SOURCE) / f"test_{path.stem.strip('_')}.py"
     for stage in ((str(own),) if own.is_file() else (), *STAGES):
-        if stage and pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--tb=no", *stage]):
+        if stage and pytest.main([*OPTIONS, *stage]):
             return 1
     return 0
 
