@@ -88,6 +88,8 @@ def test_no_rounding_turns_a_row_by_less_than_nothing() -> None:
     _, direction = row_changes(weight, 3 * weight)
     assert direction.min() == 0, "some cosines come out above 1"
     assert direction.max() < 1e-14
+    _, turned = row_changes(weight, -3 * weight)
+    assert turned.max() == 2, "and some below -1"
 
 
 def test_weight_change_refuses_different_shapes() -> None:
