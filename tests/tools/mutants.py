@@ -41,7 +41,11 @@ PAGE = ROOT / "tests" / "mutants.md"
 RESULTS = ROOT / ".mutants.json"
 FOLDERS = ("ops", "methods")
 # Run one after the other until a test fails, after the file of tests that has the mutant's own name.
-STAGES = (("tests/contract/test_contract.py",), ("tests/ops", "tests/methods"), ("tests/contract",))
+STAGES = (
+    ("tests/contract/test_contract.py",),
+    ("tests/ops", "tests/methods", "tests/surgery/test_serving.py"),
+    ("tests/contract", "tests/bases"),
+)
 # Plugins that are loaded before pytest begins are loaded for the fork's sake, and warnings are errors.
 OPTIONS = ("-x", "-q", "-p", "no:cacheprovider", "--tb=no", "-W", "ignore::pytest.PytestAssertRewriteWarning")
 SECONDS = 300  # a mutant that runs longer is in a loop without end, and counts as found
