@@ -32,15 +32,20 @@ def row_blocks(rows: int, columns: int, elements: int | None = None) -> list[sli
 
 def squared_norms(weight: Tensor, axis: Axis = "output") -> Tensor:
     """Squared norm of every row (``[out]``) or column (``[in]``) of ``weight [out, in]``, summed in float64."""
-    out_features, in_features = weight.shape
-    blocks = row_blocks(out_features, in_features)
-    if axis == "output":
-        norms = [torch.linalg.vector_norm(weight[block], dim=1, dtype=torch.float64) for block in blocks]
-        return torch.cat(norms).square()
-    total = torch.zeros(in_features, dtype=torch.float64, device=weight.device)
-    for block in blocks:
-        total = total + torch.linalg.vector_norm(weight[block], dim=0, dtype=torch.float64).square()
-    return total
+    return _dots(weight, weight, axis)
+
+
+def _dots(one: Tensor, other: Tensor, axis: Axis) -> Tensor:
+    """The product of every row (or column) of ``one`` with that of ``other``, summed in float64 over a block at a time.
+
+    Norms and products are summed alike, so that a row that did not change has a cosine of exactly 1.
+    """
+    sums = []
+    for block in row_blocks(*one.shape):
+        left = one[block].double()
+        right = left if other is one else other[block].double()
+        sums.append((left * right).sum(1 if axis == "output" else 0))
+    return torch.cat(sums) if axis == "output" else torch.stack(sums).sum(0)
 
 
 def across(vector: Tensor, axis: Axis) -> Tensor:
@@ -76,14 +81,8 @@ def row_changes(before: Tensor, after: Tensor, axis: Axis = "output") -> tuple[T
             f"weight_change: expected two weights of one shape [out, in], got {list(before.shape)} and "
             f"{list(after.shape)}"
         )
-
-    def products(one: Tensor, other: Tensor) -> Tensor:
-        blocks = row_blocks(*one.shape)
-        sums = [(one[block].double() * other[block].double()).sum(1 if axis == "output" else 0) for block in blocks]
-        return torch.cat(sums) if axis == "output" else torch.stack(sums).sum(0)
-
-    # All three are summed in the same way, so that a row that did not change has a cosine of exactly 1.
-    square_before, square_after, dot = products(before, before), products(after, after), products(before, after)
+    square_before, square_after = squared_norms(before, axis), squared_norms(after, axis)
+    dot = _dots(before, after, axis)
     length = (square_before * square_after).sqrt()
     cosine = torch.where(length > 0, dot / length.clamp_min(torch.finfo(torch.float64).tiny), torch.zeros_like(dot))
     still = (square_before == 0) & (square_after == 0)
