@@ -20,6 +20,7 @@ from trimtab.surgery.adapted import (
     require_adapted,
     weights_elsewhere,
 )
+from trimtab.surgery.ties import keep_other_ties, parameters_by_name
 
 Onto = Literal["dequantised", "requantised"]
 
@@ -48,8 +49,10 @@ def merge(model: nn.Module, onto: Onto = "dequantised") -> MergeReport:
 
     The effective weight is computed in float64 by the plain formula, and rounded once to the base's dtype. A weight
     that several adapted modules share is merged once. A weight that is shared with a module without an adapter (an
-    output head tied to the embedding) is copied first, so that the other module keeps its weight, and
-    ``model.config.tie_word_embeddings`` is turned off.
+    output head tied to the embedding) is copied first, so that the other module keeps its weight. All other ties stay,
+    and the merged model computes the same after ``save_pretrained`` and ``from_pretrained``:
+    ``config.tie_word_embeddings`` is turned off where it says no more than the tie that is undone; where it also holds
+    other ties or scales the head's input (T5 and its family), it stays, and both weights are saved.
 
     ``onto`` says what happens to quantised weights:
 
@@ -79,11 +82,11 @@ def merge(model: nn.Module, onto: Onto = "dequantised") -> MergeReport:
         dtype = around or handle.dtype if onto == "dequantised" and not handle.stored_dense else handle.dtype
         _check_result(name, module, dtype)
     dequantised = _dequantise(model, around) if onto == "dequantised" else ()
+    before = parameters_by_name(model)
     rounding, untied = _fold(model, adapted)
     remove_adapters(model)
-    config = getattr(model, "config", None)
-    if untied and config is not None and getattr(config, "tie_word_embeddings", False):
-        config.tie_word_embeddings = False
+    if untied:
+        untied += keep_other_ties(model, before)
     return MergeReport(tuple(name for name, _ in adapted), rounding, untied, dequantised)
 
 
