@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from trimtab.bases import Base, WeightBase
 from trimtab.methods import Options
 
 
@@ -20,6 +21,15 @@ class StoredAdapter:
     """``(out, in)`` of the weight that the adapter was made for, if the format stores it."""
     base: Tensor | None = None
     """That weight itself, if the format stores it."""
+    in_layout: bool = False
+    """Whether the tensors have the shapes that PEFT gives them on this kind of layer (``WeightBase.in_layout``)."""
+
+    def on(self, handle: Base) -> StoredAdapter:
+        """The same with the tensors that a method has on the layer of ``handle``."""
+        if not (self.in_layout and isinstance(handle, WeightBase)):
+            return self
+        tensors = {name: handle.as_matrix(name, tensor) for name, tensor in self.tensors.items()}
+        return replace(self, tensors=tensors, in_layout=False)
 
 
 def name_on_disk(name: str) -> str:

@@ -95,6 +95,7 @@ def load_adapter(model: nn.Module, folder: Path | str) -> AttachReport:
             raise AdapterError(f"{place}: this adapter does not fit the model: {error}") from None
     try:
         present = {name: module for name, module in _modules(model).items() if isinstance(module, Adapted)}
+        stored = {name: entry.on(present[name].handle) for name, entry in stored.items()}
         _check_tensors(place, present, stored)
         with torch.no_grad():
             for name, entry in stored.items():

@@ -108,7 +108,7 @@ def analyse(
     for done, (place, state, name) in enumerate(work, 1):
         if f"{name}.weight" not in weights:
             raise ModelError(f"{weights.folder}: the base has no weight {name}.weight.")
-        before = layers[name].as_stored(weights[f"{name}.weight"])
+        before = layers[name].as_weight(weights[f"{name}.weight"])
         yield _change(place, state, name, before if state.dtype is None else before.to(state.dtype), spectra)
         if progress is not None:
             progress(done, len(work))

@@ -73,12 +73,12 @@ def _of_run(run: RunFolder, layers: dict[str, bases.WeightBase]) -> list[Tuned]:
 
 def _of_folder(place: Path, layers: dict[str, bases.WeightBase]) -> Tuned:
     weights = Weights(place)
-    names = [name for name in layers if f"{name}.weight" in weights]
+    names = [name for name, layer in layers.items() if layer.is_linear and f"{name}.weight" in weights]
     if not names:
         raise ModelError(f"{place}: none of the base's {len(layers)} weights is in it; it is another model.")
 
     def weight(name: str, base: Tensor) -> Tensor:
-        own = layers[name].as_stored(weights[f"{name}.weight"])
+        own = layers[name].as_weight(weights[f"{name}.weight"])
         if own.shape != base.shape:
             raise ModelError(f"{place}: {name} is {list(own.shape)}, the base's is {list(base.shape)}.")
         return own
@@ -104,7 +104,7 @@ def _of_adapter(
         )
 
     def weight(name: str, base: Tensor) -> Tensor:
-        return _effective(place, name, stored[name], base)
+        return _effective(place, name, stored[name].on(layers[name]), base)
 
     used = {name: entry.method for name, entry in stored.items()}
     left_out = tuple(name for name in whole if name not in stored)

@@ -10,7 +10,15 @@ from __future__ import annotations
 
 from trimtab.bases._base import Base, BlockBase, Kind, WeightBase
 from trimtab.bases._quantised import QuantisedBase
-from trimtab.bases._registry import find, names, quantise, quantised_base, quantised_by_size, quantised_names
+from trimtab.bases._registry import (
+    find,
+    names,
+    peft_names,
+    quantise,
+    quantised_base,
+    quantised_by_size,
+    quantised_names,
+)
 
 __all__ = [
     "Base",
@@ -20,6 +28,7 @@ __all__ = [
     "WeightBase",
     "find",
     "names",
+    "peft_names",
     "quantise",
     "quantised_base",
     "quantised_by_size",

@@ -63,8 +63,19 @@ class WeightBase(Base):
     stored_transposed: ClassVar[bool] = False
     """Whether the weight lies in memory as ``[in, out]``."""
 
-    through: ClassVar[LinearMap] = MATRIX
+    is_linear: ClassVar[bool] = True
+    """Whether the layer is a product with a matrix over the last dimension: what ``all-linear`` means, and what can be
+    quantised."""
+
+    through: LinearMap = MATRIX
     """How a batch goes through the weight."""
+
+    peft_names: ClassVar[Mapping[str, str]] = {
+        "A": "lora_A.weight",
+        "B": "lora_B.weight",
+        "magnitude": "lora_magnitude_vector",
+    }
+    """What PEFT calls the trained tensors of a low-rank update on such a layer."""
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -115,10 +126,23 @@ class WeightBase(Base):
         """``weight [out, in]`` laid out as the module stores its own."""
         raise NotImplementedError
 
+    def as_weight(self, stored: Tensor) -> Tensor:
+        """A weight that is laid out as the module stores its own, as ``[out, in]``."""
+        return self.as_stored(stored)  # which is the same, or turned, and so is the way back
+
     @torch.no_grad()
     def write(self, weight: Tensor) -> None:
         """Replace the stored weight by ``weight [out, in]``, rounded to what the base stores, in place."""
         self.parameter.copy_(self.as_stored(weight))
+
+    def in_layout(self, name: str, tensor: Tensor) -> Tensor:
+        """The trained tensor ``name`` of a low-rank update (``A [rank, in]``, ``B [out, rank]`` or ``magnitude [out]``)
+        in the shape that PEFT gives it on such a layer."""
+        return tensor
+
+    def as_matrix(self, name: str, tensor: Tensor) -> Tensor:
+        """The way back from ``in_layout``. A tensor of another shape comes back as it is, and the caller refuses it."""
+        return tensor
 
     def untie(self) -> None:
         """Give the module a weight of its own, equal to the one that it shared."""

@@ -30,6 +30,13 @@ def quantised_names() -> list[str]:
     return [name for name, base in _all().items() if issubclass(base, QuantisedBase)]
 
 
+@cache
+def peft_names() -> dict[str, str]:
+    """PEFT's name of a trained tensor -> ours, over all kinds of layers."""
+    kinds = [base for base in _all().values() if issubclass(base, WeightBase)]
+    return {theirs: own for base in kinds for own, theirs in base.peft_names.items()}
+
+
 def quantised_by_size() -> list[str]:
     """One quantised kind for each number of bits, the first by name, from the most bits to the fewest."""
     kinds = {quantised_base(name).bits: name for name in reversed(quantised_names())}

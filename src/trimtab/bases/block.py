@@ -37,7 +37,8 @@ class ModuleBlockBase(_base.BlockBase):
         """Widths of the hidden states that go out and come in: what its last linear layer gives and its first one
         takes, or the ``hidden_size`` of its ``config``. Raises PlanError if neither is there or the two disagree."""
         name = type(self.module).__name__
-        layers = [layer.shape for layer in map(_registry.find, self.module.modules()) if layer is not None]
+        known = map(_registry.find, self.module.modules())
+        layers = [layer.shape for layer in known if layer is not None and layer.is_linear]
         told = getattr(getattr(self.module, "config", None), "hidden_size", None)
         if layers and told in (None, layers[-1][0]):
             return layers[-1][0], layers[0][1]

@@ -35,7 +35,7 @@ def quantise_model(model: PreTrainedModel, kind: str, dtype: torch.dtype, stored
     left = []
     for place, parent, attribute, child in list(owners(model)):
         base = bases.find(child)
-        if base is None:
+        if base is None or not base.is_linear:
             continue
         if id(child) in heads:
             left.append(place)
@@ -79,7 +79,7 @@ def _weights_to_pack(model: nn.Module) -> list[tuple[nn.Parameter, tuple[int, in
     """The weights that `quantise_model` packs, with their shapes ``(out, in)``."""
     heads = output_heads(model)
     handles = [bases.find(module) for module in model.modules() if id(module) not in heads]
-    return [(handle.parameter, handle.shape) for handle in handles if handle is not None]
+    return [(handle.parameter, handle.shape) for handle in handles if handle is not None and handle.is_linear]
 
 
 def _map_anew(parameter: nn.Parameter, stored: Weights, name: str) -> None:

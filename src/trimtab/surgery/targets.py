@@ -123,7 +123,11 @@ class _Modules:
 
     def is_named_by(self, rule: Rule, key: int, name: str) -> bool:
         """Whether ``rule`` matches this module in any layer; its method must be able to sit on the module."""
-        return (rule.all_linear and key not in self.heads) or _globs_match(rule, name)
+        if _globs_match(rule, name):
+            return True
+        handle = self.handles[rule.sits_on].get(key)
+        is_linear = isinstance(handle, bases.WeightBase) and handle.is_linear
+        return rule.all_linear and is_linear and key not in self.heads
 
     def _block(self, name: str) -> tuple[int | None, int]:
         """The number of the block in which a module is, and how many such blocks there are; None and 0 outside."""

@@ -5,6 +5,9 @@
     base_model.model.MODULE.lora_magnitude_vector     [out], DoRA only
     base_model.model.MODULE.base_layer.weight         a copy of the base, which PEFT adds for an output head; read only
 
+The base of a layer that is not linear says what its tensors are called and how they are laid out
+(``WeightBase.peft_names``, ``in_layout``).
+
 Some options matter only for further training and have no place in PEFT's configuration, such as ``detach_norm`` or a
 dropout for each module. The header of the safetensors file, which PEFT ignores, therefore has the method and options of
 every module as JSON under ``"trimtab"``. They also tell whether the two files are from one save. PEFT itself is not
@@ -25,7 +28,7 @@ import regex
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from trimtab import methods
+from trimtab import bases, methods
 from trimtab.adapters.formats._adapter_format import AdapterFormat
 from trimtab.adapters.record import StoredAdapter, name_on_disk
 from trimtab.adapters.safe_read import damage_in, parse_description, read_description, read_tensors, shown
@@ -36,7 +39,7 @@ from trimtab.methods import lora
 from trimtab.surgery.adapted import Adapted, owners
 
 _PREFIX = "base_model.model."
-_TENSORS = {"A": "lora_A.weight", "B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
+_MAGNITUDE = "lora_magnitude_vector"
 _BASE = "base_layer.weight"
 _HEADER = "trimtab"
 # A pattern can be made to take hours. Honest ones are short, and all of a configuration take next to no time.
@@ -89,11 +92,13 @@ class PeftFormat(AdapterFormat):
         )
 
     def save(self, model: nn.Module, adapted: dict[str, Adapted], folder: Path) -> None:
-        tensors = {
-            f"{_PREFIX}{name}.{_TENSORS[key]}": value.detach().contiguous().clone()
-            for name, module in adapted.items()
-            for key, value in module.adapter.named_parameters()
-        }
+        tensors = {}
+        for name, module in adapted.items():
+            handle = module.handle
+            assert isinstance(handle, WeightBase)
+            for key, value in module.adapter.named_parameters():
+                laid_out = handle.in_layout(key, value.detach()).contiguous().clone()
+                tensors[f"{_PREFIX}{name}.{handle.peft_names[key]}"] = laid_out
         options = {
             name: {"method": module.method, "options": module.adapter.options.model_dump()}
             for name, module in adapted.items()
@@ -125,7 +130,10 @@ class PeftFormat(AdapterFormat):
                 f"such as {shown(odd[0])}, so a save was interrupted, or one of the two was changed. Save the adapter "
                 "again. To take both as they stand, load and save them once with PEFT"
             )
-        return {name: StoredAdapter(*in_header[name], own, base=own.pop(_BASE, None)) for name, own in modules.items()}
+        return {
+            name: StoredAdapter(*in_header[name], own, base=own.pop(_BASE, None), in_layout=True)
+            for name, own in modules.items()
+        }
 
 
 def _configuration(model: nn.Module, adapted: dict[str, Adapted]) -> dict[str, Any]:
@@ -189,17 +197,16 @@ def _ends(name: str) -> list[str]:
 def _by_module(weights: Path, tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """``module -> our name of the tensor -> tensor``. Raises AdapterError for a tensor that does not belong there."""
     modules: dict[str, dict[str, Tensor]] = {}
-    ours = {theirs: own for own, theirs in _TENSORS.items()}
+    names = bases.peft_names()
     # Older PEFT releases added ".weight" to the magnitude's name, and some gave it a second axis.
-    ours |= {f"{_TENSORS['magnitude']}.weight": "magnitude", _BASE: _BASE}
+    ours = names | {f"{_MAGNITUDE}.weight": "magnitude", _BASE: _BASE}
     pattern = re.compile(rf"{re.escape(_PREFIX)}(.+)\.({'|'.join(map(re.escape, ours))})")
     for key, tensor in tensors.items():
         parts = pattern.fullmatch(key)
         module, own = (parts[1], ours[parts[2]]) if parts else ("", "")
         if not parts or own in modules.setdefault(module, {}):
             raise AdapterError(
-                f"{weights}: unexpected tensor {shown(key)}; expected {_PREFIX}MODULE."
-                f"{{{', '.join(_TENSORS.values())}}}, each once"
+                f"{weights}: unexpected tensor {shown(key)}; expected {_PREFIX}MODULE.{{{', '.join(names)}}}, each once"
             )
         is_row = own == "magnitude" and tensor.squeeze().dim() <= 1
         modules[module][own] = tensor.reshape(-1) if is_row else tensor
