@@ -115,9 +115,9 @@ def test_magnitudes_start_at_the_norms(axis: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_a_rank_larger_than_the_matrix(method: str) -> None:
-    make(method, 6, 10, rank=6)
+    trimtab.attach(nn.Sequential(nn.Linear(10, 6)), trimtab.Rule(match="0", method=method, rank=6))
     with pytest.raises(trimtab.PlanError, match=r"rank 7 .* 6 x 10 has rank at most 6"):
-        make(method, 6, 10, rank=7)
+        trimtab.attach(nn.Sequential(nn.Linear(10, 6)), trimtab.Rule(match="0", method=method, rank=7))
 
 
 def test_norms_are_not_stored() -> None:

@@ -86,6 +86,8 @@ def test_the_report() -> None:
         "total_parameters": 100,
         "trainable_parameters": 44,
         "zero_rows": {"2": 1},
+        "lowered_ranks": {},
+        "unreached": {},
         "rules": [
             {
                 "rule": 1,

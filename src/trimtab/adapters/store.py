@@ -20,12 +20,11 @@ from trimtab.surgery.adapted import (
     Adapted,
     adapted_modules,
     bare_modules,
-    describe,
     install,
     remove_adapters,
     require_adapted,
 )
-from trimtab.surgery.attach_report import AttachReport
+from trimtab.surgery.attach_report import AttachReport, describe
 from trimtab.surgery.plan import Rule, Target
 
 # Threads of one process that save into the same folder wait for each other.
@@ -90,7 +89,7 @@ def load_adapter(model: nn.Module, folder: Path | str) -> AttachReport:
     if not carried:
         targets = _targets(place, known, stored, rules, number)
         try:
-            install(model, targets, rules)
+            install(model, targets)
         except PlanError as error:
             raise AdapterError(f"{place}: this adapter does not fit the model: {error}") from None
     try:

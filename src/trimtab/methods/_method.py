@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from trimtab.bases import Base, Kind
-from trimtab.errors import SurgeryError
+from trimtab.errors import PlanError, SurgeryError
 
 TRAINING_ONLY: Final = "training only"
 """Marks an option that changes how training goes on, and not what the trained tensors compute."""
@@ -66,6 +66,20 @@ class Method(nn.Module):
         self.dtype: torch.dtype = getattr(torch, options.dtype) if options.dtype else self.default_dtype
         self.zero_rows = 0
         self._holds = 0
+
+    @classmethod
+    def fitted(cls, options: Any, shape: tuple[int, int]) -> Any:
+        """``options`` with the largest rank that suits a module of ``shape`` ``(out, in)``, where theirs is larger."""
+        return options
+
+    @classmethod
+    def require_fit(cls, options: Any, shape: tuple[int, int]) -> None:
+        """Raise PlanError if the rank is larger than a matrix of ``shape`` ``(out, in)`` can have."""
+        if (fitted := cls.fitted(options, shape)) != options:
+            raise PlanError(
+                f"rank {options.rank} is larger than the matrix: a weight of {shape[0]} x {shape[1]} has rank at most "
+                f"{fitted.rank}; lower the rank for this module"
+            )
 
     def hold(self) -> None:
         """The caller promises that the trained tensors keep their values until ``release``."""

@@ -18,7 +18,6 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from trimtab.bases import WeightBase
-from trimtab.errors import PlanError
 from trimtab.methods import _weight
 from trimtab.methods._method import TRAINING_ONLY, RateGroup
 from trimtab.ops import low_rank
@@ -62,19 +61,14 @@ class Options(_weight.WeightOptions):
 
 
 class LoRA(_weight.WeightMethod):
-    """``A [rank, in]`` and ``B [out, rank]``. Raises PlanError if the rank is larger than the matrix."""
+    """``A [rank, in]`` and ``B [out, rank]``. A rank above the matrix's is taken: it is wasteful, and stored adapters
+    have it."""
 
     options_type = Options
     options: Options
     rate_groups: ClassVar[Mapping[str, RateGroup]] = {**_weight.WeightMethod.rate_groups, "B": "second factor"}
 
     def __init__(self, base: WeightBase, options: Options) -> None:
-        if options.rank > min(base.shape):
-            raise PlanError(
-                f"rank {options.rank} is larger than the matrix: a weight of {base.shape[0]} x {base.shape[1]} "
-                "has rank "
-                f"at most {min(base.shape)}; lower the rank for this module"
-            )
         super().__init__(base, options)
         a = torch.empty(options.rank, self.in_features, dtype=self.dtype, device=base.device)
         if options.rank:
@@ -84,6 +78,13 @@ class LoRA(_weight.WeightMethod):
                 nn.init.kaiming_uniform_(a, a=math.sqrt(5))
             self.A = nn.Parameter(a)
             self.B = nn.Parameter(torch.zeros(self.out_features, options.rank, dtype=self.dtype, device=base.device))
+
+    @classmethod
+    def fitted(cls, options: Options, shape: tuple[int, int]) -> Options:
+        """As for any method; the scale stays."""
+        rank = min(options.rank, *shape)
+        alpha = options.scale * (math.sqrt(rank) if options.rank_stabilised else rank)
+        return options if rank == options.rank else options.model_copy(update={"rank": rank, "alpha": alpha})
 
     def factors(self) -> tuple[Update | None, tuple[Tensor, ...]]:
         if not self.options.rank:

@@ -48,13 +48,9 @@ class MoRA(_weight.WeightMethod):
     options: Options
 
     def __init__(self, base: WeightBase, options: Options) -> None:
+        self.require_fit(options, base.shape)
         out_features, in_features = base.shape
         k = side(out_features, in_features, options)
-        if k > max(base.shape) or options.rank > min(base.shape):
-            raise PlanError(
-                f"rank {options.rank} is larger than the matrix: it asks for a square of {k} x {k} on a weight of "
-                f"{out_features} x {in_features}; lower the rank for this module"
-            )
         if k < 2:
             raise PlanError(
                 f"a weight of {out_features} x {in_features} at rank {options.rank} leaves a square of side "
@@ -64,6 +60,25 @@ class MoRA(_weight.WeightMethod):
         super().__init__(base, options)
         self.square = Square(in_features, out_features, k, turn=options.form == "rotation")
         self.M = nn.Parameter(torch.zeros(k, k, dtype=self.dtype, device=base.device))
+
+    @classmethod
+    def fitted(cls, options: Options, shape: tuple[int, int]) -> Options:
+        for rank in range(min(options.rank, *shape), 1, -1):
+            fitting = options.model_copy(update={"rank": rank})
+            if side(*shape, fitting) <= max(shape):
+                break
+        else:
+            fitting = options.model_copy(update={"rank": 1})
+        return options if fitting.rank == options.rank else fitting
+
+    @classmethod
+    def require_fit(cls, options: Options, shape: tuple[int, int]) -> None:
+        k = side(*shape, options)
+        if k > max(shape) or options.rank > min(shape):
+            raise PlanError(
+                f"rank {options.rank} is larger than the matrix: it asks for a square of {k} x {k} on a weight of "
+                f"{shape[0]} x {shape[1]}; lower the rank for this module"
+            )
 
     def factors(self) -> tuple[Update | None, tuple[Tensor, ...]]:
         return self.square, (self.M,)

@@ -109,11 +109,13 @@ class ModuleRecord(Record):
 
 
 class PlanRecord(Record):
-    """``plan.json``: what the plan did to the model. ``zero_rows``: module -> rows of zeros, which stay zero."""
+    """``plan.json``: what the plan did to the model; its fields are those of `AttachReport`."""
 
     total_parameters: int
     trainable_parameters: int
     zero_rows: dict[str, int] = {}
+    lowered_ranks: dict[str, int] = {}
+    unreached: dict[str, int] = {}
     rules: list[RuleRecord]
     modules: list[ModuleRecord] = []
 
@@ -126,6 +128,23 @@ class PlanRecord(Record):
     def methods(self) -> list[str]:
         """The methods in the order of the rules, each once."""
         return list(dict.fromkeys(rule.method for rule in self.rules))
+
+    def remarks(self) -> list[str]:
+        """What the user should know of the plan, a line each: ranks that were lowered, and what no rule reached."""
+        lines = []
+        if self.lowered_ranks:
+            lines.append(f"rank lowered to the largest that fits: {_some(self.lowered_ranks)}")
+        if self.unreached and self.modules:
+            kinds = f"{len(self.unreached)} kind{'s' * (len(self.unreached) > 1)}"
+            numbers = sum(self.unreached.values())
+            lines.append(f"not reached by any rule: {numbers:,} numbers in {kinds}: {_some(self.unreached)}")
+        return lines
+
+
+def _some(figures: dict[str, int]) -> str:
+    """The first few entries of ``figures`` for a line of text."""
+    said = [f"{name} {figure:,}" for name, figure in list(figures.items())[:6]]
+    return ", ".join([*said, f"and {len(figures) - 6} more"] if len(figures) > 6 else said)
 
 
 class MetricsLine(FiguresRecord):

@@ -105,7 +105,9 @@ def find_groups(model: nn.Module, said: Mapping[str, tuple[Sequence[str], str]])
 
 def trained_numbers(base: WeightBase, method: str, options: Options) -> int:
     """How many numbers ``method`` trains on a weight such as ``base``. Raises PlanError where the rank is too large."""
-    adapter = methods.method_class(method)(base, options)
+    kind = methods.method_class(method)
+    kind.require_fit(options, base.shape)
+    adapter = kind(base, options)
     return sum(parameter.numel() for parameter in adapter.parameters())
 
 

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
-from trimtab import bases
 from trimtab.bases import Base, BlockBase, WeightBase
 from trimtab.errors import PlanError, SurgeryError
 from trimtab.methods import Method
-from trimtab.surgery.attach_report import AttachReport, ModuleReport
-from trimtab.surgery.plan import Rule, Target
+from trimtab.surgery.plan import Target
 
 # The attribute of a model that keeps the names of what was trainable before its adapters came.
 _TRAINABLE_BEFORE = "_trimtab_trainable_before"
@@ -182,7 +178,7 @@ def require_adapted(model: nn.Module, verb: str) -> list[tuple[str, Adapted]]:
     return adapted
 
 
-def install(model: nn.Module, targets: list[Target], rules: tuple[Rule, ...]) -> AttachReport:
+def install(model: nn.Module, targets: list[Target]) -> None:
     """Put an adapter onto every target. The model is not changed before all adapters are built."""
     adapters: dict[int, Method] = {}
     for target in targets:
@@ -204,38 +200,6 @@ def install(model: nn.Module, targets: list[Target], rules: tuple[Rule, ...]) ->
     for _, parent, attribute, child in list(owners(model)):
         if id(child) in replacement:
             parent._modules[attribute] = replacement[id(child)]
-    return describe(model, rules)
-
-
-def describe(model: nn.Module, rules: tuple[Rule, ...]) -> AttachReport:
-    """The report of a model with adapters; ``rules`` are those of its plan."""
-    names: dict[int, list[str]] = defaultdict(list)
-    for name, module in bare_modules(model):
-        if isinstance(module, Adapted):
-            names[id(module)].append(name)
-    reports = []
-    counted: set[int] = set()
-    for name, module in adapted_modules(model):
-        adapter = module.adapter
-        fresh = id(adapter) not in counted  # modules that share a weight share an adapter, whose numbers count once
-        counted.add(id(adapter))
-        reports.append(
-            ModuleReport(
-                name=name,
-                method=module.method,
-                rule=module.rule,
-                out_features=adapter.out_features,
-                in_features=adapter.in_features,
-                parameters=sum(parameter.numel() for parameter in adapter.parameters()) if fresh else 0,
-                zero_rows=adapter.zero_rows if fresh else 0,
-                aliases=tuple(names[id(module)][1:]),
-            )
-        )
-    trainable = sum(report.parameters for report in reports)
-    # A quantised weight packs several numbers into one element, so its base knows how many there are.
-    shapes = {id(base.parameter): base.shape for module in model.modules() if (base := bases.find(module)) is not None}
-    numbers = sum(math.prod(shapes.get(id(parameter), parameter.shape)) for parameter in model.parameters())
-    return AttachReport(tuple(reports), rules, trainable, numbers - trainable)
 
 
 def remove_adapters(model: nn.Module) -> None:

@@ -16,7 +16,7 @@ from trimtab.surgery.adapted import (
     remove_adapters,
     require_adapted,
 )
-from trimtab.surgery.attach_report import AttachReport
+from trimtab.surgery.attach_report import AttachReport, describe
 from trimtab.surgery.plan import Plan, Rule
 from trimtab.surgery.targets import find_targets
 
@@ -25,7 +25,9 @@ def attach(model: nn.Module, plan: Plan | Rule | list[Rule]) -> AttachReport:
     """Attach the adapters of ``plan`` to ``model`` in place, and freeze everything else.
 
     The outputs of the model do not change until it is trained. A module with several names gets one adapter, and so do
-    modules that share one weight. If anything is wrong, the model is left unchanged.
+    modules that share one weight. Where ``all-linear`` meets a layer that the rank does not fit (a gate with one
+    output), the layer takes the largest rank that does, at the same scale. The report says so, and what no rule
+    reached. If anything is wrong, the model is left unchanged.
 
     Raises:
         PlanError: a rule ends with no module, or its options do not suit a module that it matches.
@@ -50,7 +52,8 @@ def attach(model: nn.Module, plan: Plan | Rule | list[Rule]) -> AttachReport:
             "for instance torch.nn.Sequential(layer)"
         )
     targets = find_targets(model, plan)
-    return install(model, targets, plan.rules)
+    install(model, targets)
+    return describe(model, plan.rules)
 
 
 def detach(model: nn.Module) -> int:

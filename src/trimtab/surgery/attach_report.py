@@ -1,11 +1,20 @@
-"""What a plan did to a model: the adapted modules, and how many numbers are trained."""
+"""What a plan did to a model: the adapted modules, how many numbers are trained, and what no rule reached."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections import defaultdict
+from dataclasses import dataclass, field
 from typing import Any
 
+from torch import nn
+
+from trimtab import bases
+from trimtab.surgery.adapted import Adapted, adapted_modules, bare, bare_modules
 from trimtab.surgery.plan import Rule
+from trimtab.surgery.targets import output_heads
+
+OUTPUT_HEAD = "output head"
 
 
 @dataclass(frozen=True)
@@ -20,6 +29,8 @@ class ModuleReport:
     parameters: int
     zero_rows: int
     aliases: tuple[str, ...] = ()
+    lowered_rank: int | None = None
+    """The rank that the module took in place of its rule's, which is larger than the matrix."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +43,20 @@ class AttachReport:
         trainable_parameters: how many numbers are trained; shared ones count once.
         total_parameters: how many numbers the bare model has; shared ones count once.
         zero_rows: module name -> how many of its magnitudes belong to rows of zeros, and stay untrained.
+        lowered_ranks: module name -> the rank it took, where ``all-linear`` met a matrix that its rank does not fit.
+        unreached: kind of module -> how many numbers it has in matrices (of two axes or more) that no rule reached and
+            that are not trained. A kind is the name of a class, or ``output head``; the largest comes first.
     """
 
     modules: tuple[ModuleReport, ...]
     rules: tuple[Rule, ...]
     trainable_parameters: int
     total_parameters: int
+    unreached: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def lowered_ranks(self) -> dict[str, int]:
+        return {module.name: module.lowered_rank for module in self.modules if module.lowered_rank is not None}
 
     @property
     def zero_rows(self) -> dict[str, int]:
@@ -58,6 +77,8 @@ class AttachReport:
             "total_parameters": self.total_parameters,
             "trainable_parameters": self.trainable_parameters,
             "zero_rows": self.zero_rows,
+            "lowered_ranks": self.lowered_ranks,
+            "unreached": self.unreached,
             "rules": [self._rule(number, rule) for number, rule in enumerate(self.rules, 1)],
             "modules": [
                 {
@@ -83,3 +104,57 @@ class AttachReport:
             "modules": len(mine),
             "parameters": sum(module.parameters for module in mine),
         }
+
+
+def describe(model: nn.Module, rules: tuple[Rule, ...]) -> AttachReport:
+    """The report of a model with adapters; ``rules`` are those of its plan, if they are known."""
+    names: dict[int, list[str]] = defaultdict(list)
+    for name, module in bare_modules(model):
+        if isinstance(module, Adapted):
+            names[id(module)].append(name)
+    reports = []
+    counted: set[int] = set()
+    for name, module in adapted_modules(model):
+        adapter = module.adapter
+        fresh = id(adapter) not in counted  # modules that share a weight share an adapter, whose numbers count once
+        counted.add(id(adapter))
+        rank = getattr(adapter.options, "rank", None)
+        asked = getattr(rules[module.rule - 1].options, "rank", None) if rules else rank
+        reports.append(
+            ModuleReport(
+                name=name,
+                method=module.method,
+                rule=module.rule,
+                out_features=adapter.out_features,
+                in_features=adapter.in_features,
+                parameters=sum(parameter.numel() for parameter in adapter.parameters()) if fresh else 0,
+                zero_rows=adapter.zero_rows if fresh else 0,
+                aliases=tuple(names[id(module)][1:]),
+                lowered_rank=None if rank == asked else rank,
+            )
+        )
+    trainable = sum(report.parameters for report in reports)
+    # A quantised weight packs several numbers into one element, so its base knows how many there are.
+    shapes = {id(base.parameter): base.shape for module in model.modules() if (base := bases.find(module)) is not None}
+    sizes = {id(parameter): tuple(shapes.get(id(parameter), parameter.shape)) for parameter in model.parameters()}
+    numbers = sum(map(math.prod, sizes.values()))
+    return AttachReport(tuple(reports), rules, trainable, numbers - trainable, _unreached(model, sizes))
+
+
+def _unreached(model: nn.Module, sizes: dict[int, tuple[int, ...]]) -> dict[str, int]:
+    """`AttachReport.unreached`, a shared matrix once; ``sizes``: id of a parameter -> the shape of what it holds."""
+    seen = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    for module in model.modules():
+        if isinstance(module, Adapted):
+            handle = module.handle
+            reached = [handle.parameter] if isinstance(handle, bases.WeightBase) else module.base.parameters()
+            seen.update(map(id, reached))
+    heads = output_heads(model)
+    found: dict[str, int] = defaultdict(int)
+    for _, module in bare_modules(model):
+        kind = OUTPUT_HEAD if id(module) in heads else type(bare(module)).__name__
+        for parameter in bare(module)._parameters.values():
+            if parameter is not None and id(parameter) not in seen and len(sizes[id(parameter)]) > 1:
+                seen.add(id(parameter))
+                found[kind] += math.prod(sizes[id(parameter)])
+    return dict(sorted(found.items(), key=lambda pair: -pair[1]))

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from trimtab import bases
+from trimtab import bases, methods
 from trimtab.errors import PlanError, nearest
 from trimtab.surgery.adapted import Adapted
 from trimtab.surgery.plan import Plan, Rule, Target
@@ -46,12 +46,29 @@ def find_targets(model: nn.Module, plan: Plan) -> list[Target]:
                 rule=number,
                 method=rule.method,
                 adapter_class=rule.method_class,
-                options=rule.options,
+                options=_options(rule, number, names, handle),
             )
         )
     _check_ties(targets)
     order = {key: place for place, key in enumerate(modules.by_id)}
     return sorted(targets, key=lambda target: order[id(target.module)])
+
+
+def _options(rule: Rule, number: int, names: tuple[str, ...], base: bases.Base) -> methods.Options:
+    """The options for a module that ``rule`` matches: its own, or where ``all-linear`` matches, such as fit the module.
+
+    Raises PlanError for a module that the rule names, and that the rank does not fit.
+    """
+    if not isinstance(base, bases.WeightBase):
+        return rule.options
+    if not any(_globs_match(rule, name) for name in names):
+        fitted: methods.Options = rule.method_class.fitted(rule.options, base.shape)
+        return fitted
+    try:
+        rule.method_class.require_fit(rule.options, base.shape)
+    except PlanError as error:
+        raise PlanError(f"{names[0]} (rule {number}): {error}") from None
+    return rule.options
 
 
 def block_number(name: str) -> tuple[str, int] | None:

@@ -30,9 +30,8 @@ from trimtab.models.load import load_model, load_tokenizer
 from trimtab.runs.events import Listener
 from trimtab.runs.folder import RunFolder, find_run, start_run
 from trimtab.runs.records import Machine, PlanRecord, Summary
-from trimtab.surgery.adapted import describe
 from trimtab.surgery.attach import attach
-from trimtab.surgery.attach_report import AttachReport
+from trimtab.surgery.attach_report import AttachReport, describe
 from trimtab.surgery.serving import evaluating
 from trimtab.tasks import Inputs, Task
 from trimtab.training.callbacks import Interrupting, Telling
@@ -181,7 +180,8 @@ class _Run:
 
     def attached(self, report: AttachReport) -> None:
         """Note what the plan did to the model."""
-        PlanRecord.of(report).write_to(self.folder.plan)
+        plan = PlanRecord.of(report)
+        plan.write_to(self.folder.plan)
         self._summary = self._summary.updated(
             total_parameters=report.total_parameters, trainable_parameters=report.trainable_parameters
         )
@@ -193,6 +193,8 @@ class _Run:
         if report.zero_rows:
             rows = sum(report.zero_rows.values())
             self.listener.note(f"{rows} rows of zeros in {len(report.zero_rows)} modules keep their output at zero")
+        for line in plan.remarks():
+            self.listener.note(line)
 
     def evaluate(self, stage: str) -> None:
         """Evaluate every test set, unless a resumed run has done so already."""

@@ -49,7 +49,7 @@ def test_dora_pays_its_magnitudes_from_the_rank() -> None:
 
 
 def trimtab_modules(model: LlamaForCausalLM) -> tuple:
-    from trimtab.surgery.adapted import describe
+    from trimtab.surgery.attach_report import describe
 
     return describe(model, ()).modules
 

@@ -52,6 +52,8 @@ def command(
         console.print(f"quantisation: {loaded.quantisation}, all linear layers but the output head", highlight=False)
     plan = PlanRecord.read(described)
     console.print(run_tables.plan_table(plan))
+    for line in plan.remarks():
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     if modules:
         table = Table("module", "method", "rule", "out x in", "parameters", box=None, header_style="bold")
         for module in plan.modules:
