@@ -28,6 +28,7 @@ _PUBLIC = {
     "attach": "surgery.attach",
     "decompose": "ops.decomposition",
     "detach": "surgery.attach",
+    "disable_adapter": "surgery.serving",
     "effective_weight": "surgery.attach",
     "load_adapter": "adapters.store",
     "merge": "surgery.merge",
@@ -72,4 +73,4 @@ if TYPE_CHECKING:  # what the lazy names are, for type checkers and editors
     from trimtab.surgery.attach_report import AttachReport
     from trimtab.surgery.merge import MergeReport, merge
     from trimtab.surgery.plan import Plan, Rule
-    from trimtab.surgery.serving import serving
+    from trimtab.surgery.serving import disable_adapter, serving

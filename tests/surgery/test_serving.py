@@ -185,3 +185,58 @@ def test_what_served_makes_way(model: nn.Module) -> None:
         assert torch.equal(model(x), model(x))
         model.train()
         assert not torch.equal(model(x), model(x))
+
+
+def test_without_its_adapters_a_model_is_the_bare_one() -> None:
+    block = nn.Sequential(nn.Linear(12, 12), nn.GELU())
+    base = nn.Sequential(block, nn.Linear(12, 7, bias=False))
+    net = copy.deepcopy(base)
+    trimtab.attach(
+        net,
+        [
+            trimtab.Rule(match="*.0", method="dora", rank=2),
+            trimtab.Rule(match="1", method="full"),
+            trimtab.Rule(match="0", method="serial", bottleneck=3),
+        ],
+    )
+    change(net)
+    x = torch.randn(4, 12)
+    changed = net(x).detach()
+    with trimtab.disable_adapter(net):
+        assert torch.equal(net(x), base(x))
+        assert torch.equal(net[1].weight, base[1].weight)
+        with trimtab.disable_adapter(net):
+            pass
+        assert torch.equal(net(x), base(x)), "an inner context ends, and the outer one goes on"
+        net.eval()
+    assert torch.equal(net(x), changed)
+    assert not any(module.training for module in net.modules()), "modes reach the adapters, too"
+
+
+def test_without_its_adapters_a_quantised_model_is_what_it_was_at_step_0() -> None:
+    from trimtab.bases import find, quantise
+
+    dense = find(nn.Linear(64, 32))
+    assert dense is not None
+    net = nn.Sequential(quantise(dense, "nf4"))
+    trimtab.attach(net, trimtab.Rule(match="0", method="lora", rank=2))
+    x = torch.randn(3, 64)
+    before = net(x).detach()
+    change(net)
+    with trimtab.disable_adapter(net), torch.no_grad():
+        assert torch.equal(net(x), before)
+    assert not torch.equal(net(x), before)
+
+
+def test_a_tensor_that_is_trained_itself_has_nothing_to_go_back_to() -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+    trimtab.attach(net, trimtab.Rule(match="0", method="lora", rank=1))
+    net[1].requires_grad_(True)
+    words = r"2 tensors outside of the adapters .* such as 1\.weight"
+    with pytest.warns(UserWarning, match=words), trimtab.disable_adapter(net):
+        pass
+
+
+def test_a_model_without_adapters_has_none_to_disable() -> None:
+    with pytest.raises(trimtab.SurgeryError, match="no adapters"), trimtab.disable_adapter(nn.Sequential()):
+        pass

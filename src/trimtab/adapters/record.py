@@ -1,4 +1,4 @@
-"""The adapter of one module as every format reads it, and the name of a module on disk."""
+"""The adapter of one module as every format reads it."""
 
 from __future__ import annotations
 
@@ -30,8 +30,3 @@ class StoredAdapter:
             return self
         tensors = {name: handle.as_matrix(name, tensor) for name, tensor in self.tensors.items()}
         return replace(self, tensors=tensors, in_layout=False)
-
-
-def name_on_disk(name: str) -> str:
-    """The name of a module as it was before ``torch.compile`` wrapped it or a block around it."""
-    return name.replace("_orig_mod.", "")

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from trimtab import bases
 from trimtab.adapters.formats import AdapterFormat, all_formats
-from trimtab.adapters.record import StoredAdapter, name_on_disk
+from trimtab.adapters.record import StoredAdapter
 from trimtab.adapters.safe_read import shown
 from trimtab.errors import AdapterError, PlanError, nearest
 from trimtab.surgery.adapted import (
@@ -26,6 +26,7 @@ from trimtab.surgery.adapted import (
 )
 from trimtab.surgery.attach_report import AttachReport, describe
 from trimtab.surgery.plan import Rule, Target
+from trimtab.surgery.wrappers import unwrapped
 
 # Threads of one process that save into the same folder wait for each other.
 _SAVING = threading.Lock()
@@ -48,7 +49,8 @@ def save_adapter(model: nn.Module, folder: Path | str) -> Path:
         SurgeryError: the model has no adapters.
         AdapterError: the folder cannot be written.
     """
-    adapted = {name_on_disk(name): module for name, module in require_adapted(model, "save_adapter")}
+    model = unwrapped(model)
+    adapted = dict(require_adapted(model, "save_adapter"))
     target = Path(folder)
     known = all_formats()
     writer = next(one for one in known if one.can_express(model, adapted))
@@ -78,9 +80,10 @@ def load_adapter(model: nn.Module, folder: Path | str) -> AttachReport:
     model is then unchanged.
     """
     place = Path(folder)
+    model = unwrapped(model)
     stored = read_adapter(place)
-    known = _modules(model)
-    carried = {name_on_disk(name): module for name, module in adapted_modules(model)}
+    known = dict(bare_modules(model))
+    carried = dict(adapted_modules(model))
     if carried:
         _check_same(place, carried, stored)
     else:
@@ -93,7 +96,7 @@ def load_adapter(model: nn.Module, folder: Path | str) -> AttachReport:
         except PlanError as error:
             raise AdapterError(f"{place}: this adapter does not fit the model: {error}") from None
     try:
-        present = {name: module for name, module in _modules(model).items() if isinstance(module, Adapted)}
+        present = {name: module for name, module in bare_modules(model) if isinstance(module, Adapted)}
         stored = {name: entry.on(present[name].handle) for name, entry in stored.items()}
         _check_tensors(place, present, stored)
         with torch.no_grad():
@@ -118,11 +121,6 @@ def read_adapter(folder: Path | str) -> dict[str, StoredAdapter]:
     if not stored:
         raise AdapterError(f"{place}: the adapter is empty")
     return stored
-
-
-def _modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Every module under each of its names on disk."""
-    return {name_on_disk(name): module for name, module in bare_modules(model)}
 
 
 def _format_of(place: Path) -> AdapterFormat:
@@ -245,9 +243,7 @@ def _check_tensors(place: Path, present: dict[str, Adapted], stored: dict[str, S
         shape = (adapter.out_features, adapter.in_features)
         if entry.shape is not None and entry.shape != shape:
             problems.append(f"{name}: made for a {handle.kind} of {list(entry.shape)}, the model's is {list(shape)}")
-        if entry.base is not None and not (
-            isinstance(handle, bases.WeightBase) and torch.equal(entry.base.to(handle.dtype), handle.parameter.cpu())
-        ):
+        if entry.base is not None and not _same_base(entry.base, handle):
             problems.append(f"{name}: trained on another weight than the model's")
         # Modules that share a weight share an adapter, too.
         twin = first.setdefault(id(present[name].adapter), name)
@@ -258,6 +254,26 @@ def _check_tensors(place: Path, present: dict[str, Adapted], stored: dict[str, S
         raise AdapterError(
             f"{place}: this adapter was made for another model: {'; '.join(problems[:3])}{more}. The model is unchanged"
         )
+
+
+def _same_base(stored: Tensor, handle: bases.Base) -> bool:
+    """Whether ``stored`` is the weight of ``handle``, as far as the coarser of their two dtypes can tell: a model is
+    trained in bfloat16 and used in float32, or the other way round. A quantised weight is not compared."""
+    if not isinstance(handle, bases.WeightBase):
+        return False
+    if not handle.stored_dense:
+        return tuple(stored.shape) == handle.shape
+    own = handle.parameter.detach().cpu()
+    if stored.shape != own.shape or not stored.is_floating_point():
+        return False
+    if stored.dtype == own.dtype:
+        return torch.equal(stored, own)
+    coarser = max((stored.dtype, own.dtype), key=lambda dtype: torch.finfo(dtype).eps)
+    ends = [torch.finfo(dtype) for dtype in (stored.dtype, own.dtype)]
+    # Each of the two may have been rounded on its own, from a third: by half a unit of its last place at most, which
+    # among the smallest numbers of float16 is that of its smallest one.
+    tiny = max(end.smallest_normal * end.eps for end in ends)
+    return torch.allclose(stored.double(), own.double(), rtol=torch.finfo(coarser).eps, atol=tiny)
 
 
 def _equal(one: StoredAdapter, other: StoredAdapter) -> bool:

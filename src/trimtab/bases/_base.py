@@ -113,6 +113,11 @@ class WeightBase(Base):
         """The dtype in which ``x`` is multiplied."""
         return self.dtype
 
+    def multiply(self, x: Tensor) -> Tensor:
+        """What the bare layer gives for ``x``, as the adapted one has it at its start."""
+        output: Tensor = self.module(x)
+        return output
+
     def squared_norms(self, axis: Axis) -> Tensor:
         """Squared norms of the rows ``[out]`` or columns ``[in]``, in float64."""
         with torch.no_grad():

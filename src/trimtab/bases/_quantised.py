@@ -116,7 +116,7 @@ class QuantisedBase(_base.WeightBase):
         """Nothing to do: ``write`` gives the module a weight of its own."""
 
     def multiply(self, x: Tensor) -> Tensor:
-        """``x W^T + bias`` for the bare layer, as an adapted one computes it at its start."""
+        # The layer's own forward pass may compute something else than the product with the dequantised weight.
         dtype = self.dtype_for(x)
         return frozen_linear(x, self.weight(dtype), self.bias, through=self.through, again=self.again(dtype))
 

@@ -11,6 +11,7 @@ from trimtab.bases import Base, BlockBase, WeightBase
 from trimtab.errors import PlanError, SurgeryError
 from trimtab.methods import Method
 from trimtab.surgery.plan import Target
+from trimtab.surgery.wrappers import unwrapped, without_wrappers
 
 # The attribute of a model that keeps the names of what was trainable before its adapters came.
 _TRAINABLE_BEFORE = "_trimtab_trainable_before"
@@ -20,6 +21,8 @@ class Adapted(nn.Module):
     """A frozen module ``base`` with an ``adapter`` beside it."""
 
     handle: Base
+    off = False
+    """Whether the module does what it did without its adapter (``trimtab.disable_adapter``)."""
 
     def __init__(self, handle: Base, adapter: Method, method: str, rule: int) -> None:
         super().__init__()
@@ -56,11 +59,15 @@ class AdaptedLayer(Adapted):
     handle: WeightBase
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.off:
+            return self.handle.multiply(x)
         output: Tensor = self.adapter(x, self.handle)
         return output
 
     @property
     def weight(self) -> Tensor:
+        if self.off:
+            return self.handle.as_stored(self.handle.weight())
         return self.handle.as_stored(self.adapter.effective_weight(self.handle)).to(self.handle.dtype)
 
     @property
@@ -94,6 +101,8 @@ class AdaptedBlock(Adapted):
         return self.base(*args, **kwargs)
 
     def _change(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if self.off:
+            return output
         x = self.handle.input(args, kwargs)
         return self.handle.changed(output, lambda hidden: self.adapter(x, hidden))
 
@@ -126,12 +135,14 @@ def block_lists(model: nn.Module) -> Iterator[nn.ModuleList]:
 
 
 def bare_modules(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Every module under the name that it would have without adapters, once for each of its names.
+    """Every module under the name that it would have without adapters and wrappers, once for each of its names.
 
-    An adapted module takes the place of the module that it adapts.
+    An adapted module takes the place of the module that it adapts. What torch wraps around a module (for compilation,
+    sharding, several devices) is not listed.
     """
+    model = unwrapped(model)
     yield name, model
-    for attribute, child in bare(model)._modules.items():
+    for attribute, child in unwrapped(bare(model))._modules.items():
         if child is not None:
             yield from bare_modules(child, f"{name}.{attribute}" if name else attribute)
 
@@ -164,7 +175,7 @@ def weights_elsewhere(model: nn.Module, parameter: nn.Parameter, inside: set[int
 
 
 def require_adapted(model: nn.Module, verb: str) -> list[tuple[str, Adapted]]:
-    """Every adapted module of ``model`` with its name.
+    """Every adapted module of ``model``, which may be wrapped, with its name.
 
     Raises SurgeryError if there is none, or if ``model`` itself is one, which cannot be replaced in place.
     """
@@ -191,7 +202,8 @@ def install(model: nn.Module, targets: list[Target]) -> None:
 
     # A shared parameter is noted under all its names: if a merge unties it, both are trainable where the one was.
     every = model.named_parameters(remove_duplicate=False)
-    setattr(model, _TRAINABLE_BEFORE, tuple(name for name, parameter in every if parameter.requires_grad))
+    before = tuple(without_wrappers(model, name) for name, parameter in every if parameter.requires_grad)
+    setattr(model, _TRAINABLE_BEFORE, before)
     model.requires_grad_(False)
     replacement = {
         id(target.module): Adapted.around(target.base, adapters[id(target.base.identity)], target.method, target.rule)
@@ -209,6 +221,6 @@ def remove_adapters(model: nn.Module) -> None:
             parent._modules[attribute] = child.remove()
     before = set(getattr(model, _TRAINABLE_BEFORE, ()))
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        parameter.requires_grad_(name in before)
+        parameter.requires_grad_(without_wrappers(model, name) in before)
     if hasattr(model, _TRAINABLE_BEFORE):
         delattr(model, _TRAINABLE_BEFORE)

@@ -19,6 +19,7 @@ from trimtab.surgery.adapted import (
 from trimtab.surgery.attach_report import AttachReport, describe
 from trimtab.surgery.plan import Plan, Rule
 from trimtab.surgery.targets import find_targets
+from trimtab.surgery.wrappers import unwrapped, without_wrappers
 
 
 def attach(model: nn.Module, plan: Plan | Rule | list[Rule]) -> AttachReport:
@@ -41,6 +42,7 @@ def attach(model: nn.Module, plan: Plan | Rule | list[Rule]) -> AttachReport:
         raise PlanError(f"attach: expected a Plan, a Rule or a list of rules, got {type(plan).__name__}")
     if not isinstance(model, nn.Module):
         raise SurgeryError(f"attach: expected a torch.nn.Module, got {type(model).__name__}")
+    model = unwrapped(model)
     if names := [name for name, _ in adapted_modules(model)]:
         raise SurgeryError(
             f"attach: the model already has adapters on {len(names)} modules, such as "
@@ -62,14 +64,21 @@ def detach(model: nn.Module) -> int:
     The model is then bit for bit what it was before, and the same parameters are trainable. Raises SurgeryError if the
     model has no adapters.
     """
+    model = unwrapped(model)
     count = len({id(module) for _, module in require_adapted(model, "detach")})
     remove_adapters(model)
     return count
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """``name -> parameter`` for everything that is trained. A shared parameter is listed once, by its first name."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    """``name -> parameter`` for everything that is trained. A shared parameter is listed once, by its first name;
+    names are those inside of what torch wraps around a model (for compilation, sharding, several devices)."""
+    model = unwrapped(model)
+    return {
+        without_wrappers(model, name): parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
 
 
 def rate_groups(model: nn.Module) -> dict[str, methods.RateGroup]:

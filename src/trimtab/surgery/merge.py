@@ -21,6 +21,7 @@ from trimtab.surgery.adapted import (
     weights_elsewhere,
 )
 from trimtab.surgery.ties import keep_other_ties, parameters_by_name
+from trimtab.surgery.wrappers import unwrapped
 
 Onto = Literal["dequantised", "requantised"]
 
@@ -74,6 +75,7 @@ def merge(model: nn.Module, onto: Onto = "dequantised") -> MergeReport:
             f"merge: onto is expected to be one of {', '.join(get_args(Onto))}, got {onto!r}. (To merge onto the "
             "original weights: load the model unquantised, then trimtab.load_adapter and trimtab.merge)"
         )
+    model = unwrapped(model)
     adapted = _require_mergeable(model)
     around = _dtype_around(model)
     # Every weight is computed and checked before the first is written, so that no merge stops halfway.

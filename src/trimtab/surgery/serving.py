@@ -1,14 +1,17 @@
-"""Contexts that make a model faster while it is used and not trained."""
+"""Contexts in which an adapted model is used in another way for a while: faster, or without its adapters."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
-from trimtab.surgery.adapted import adapted_modules
+from trimtab.surgery.adapted import adapted_modules, require_adapted
+from trimtab.surgery.attach import trainable_parameters
+from trimtab.surgery.wrappers import unwrapped
 
 
 @contextmanager
@@ -28,6 +31,37 @@ def serving(model: nn.Module) -> Iterator[None]:
     finally:
         for adapter in adapters:
             adapter.release()
+
+
+@contextmanager
+def disable_adapter(model: nn.Module) -> Iterator[None]:
+    """A context in which ``model`` computes what it computed before its adapters were attached.
+
+    This is the reference model of preference training, without a second copy in memory. Adapters stay in their places
+    and keep their values, so that they can be saved, moved or put into another mode meanwhile. A quantised layer gives
+    the product with its dequantised weight, as at the first step of training. Contexts may be nested. A tensor outside
+    of the adapters that is trained itself (unfrozen by hand) has no other value to go back to, and a warning says so.
+
+    Raises SurgeryError if the model has no adapters.
+    """
+    model = unwrapped(model)
+    adapted = [module for _, module in require_adapted(model, "disable_adapter")]
+    own = {id(parameter) for module in adapted for parameter in module.adapter.parameters()}
+    trained = [name for name, one in trainable_parameters(model).items() if id(one) not in own]
+    if trained:
+        warnings.warn(
+            f"disable_adapter: {len(trained)} tensors outside of the adapters are trained themselves, such as "
+            f"{trained[0]}, and keep their trained values. Train them by a rule of method full to switch them off, too",
+            stacklevel=3,
+        )
+    before = [module.off for module in adapted]
+    for module in adapted:
+        module.off = True
+    try:
+        yield
+    finally:
+        for module, off in zip(adapted, before, strict=True):
+            module.off = off
 
 
 @contextmanager

@@ -30,13 +30,14 @@ from torch import Tensor, nn
 
 from trimtab import bases, methods
 from trimtab.adapters.formats._adapter_format import AdapterFormat
-from trimtab.adapters.record import StoredAdapter, name_on_disk
+from trimtab.adapters.record import StoredAdapter
 from trimtab.adapters.safe_read import damage_in, parse_description, read_description, read_tensors, shown
 from trimtab.bases import WeightBase
 from trimtab.errors import AdapterError
 from trimtab.files import write_json
 from trimtab.methods import lora
 from trimtab.surgery.adapted import Adapted, owners
+from trimtab.surgery.wrappers import without_wrappers
 
 _PREFIX = "base_model.model."
 _MAGNITUDE = "lora_magnitude_vector"
@@ -146,7 +147,7 @@ def _configuration(model: nn.Module, adapted: dict[str, Adapted]) -> dict[str, A
     first = next(iter(options.values()))
     weights = [module.handle for module in adapted.values()]
     # The class decides, since the configuration of a bare LlamaModel also names a causal model ("architectures").
-    kind = type(getattr(model, "_orig_mod", model)).__name__
+    kind = type(model).__name__
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if kind.endswith(("ForCausalLM", "LMHeadModel")) else None,
@@ -180,7 +181,7 @@ def _targets(model: nn.Module, adapted: dict[str, Adapted]) -> list[str] | str:
     """The shortest ``target_modules`` by which PEFT, which matches the ends of names, selects exactly these modules."""
     wanted = set(adapted)
     inside = {id(inner) for module in adapted.values() for inner in module.modules()}  # with the module itself
-    others = [name_on_disk(name) for name, module in model.named_modules() if id(module) not in inside]
+    others = [without_wrappers(model, name) for name, module in model.named_modules() if id(module) not in inside]
     tails = {name.rsplit(".", 1)[-1] for name in wanted}
     for candidate in (tails, wanted):
         if not any(end in candidate for name in others for end in _ends(name)):

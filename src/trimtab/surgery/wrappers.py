@@ -1,0 +1,39 @@
+"""What torch puts around a model: data parallelism, sharding, compilation, checkpointing. None of it changes the names
+that the model's own parts have."""
+
+from __future__ import annotations
+
+from torch import nn
+
+# The class that wraps -> the attribute that holds what is wrapped. By name: most programs need none of these modules.
+_HELD_IN = {
+    ("torch.nn.parallel.data_parallel", "DataParallel"): "module",
+    ("torch.nn.parallel.distributed", "DistributedDataParallel"): "module",
+    ("torch._dynamo.eval_frame", "OptimizedModule"): "_orig_mod",
+    ("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel"): "_fsdp_wrapped_module",
+    ("torch.distributed.algorithms._checkpoint.checkpoint_wrapper", "ActivationWrapper"): "_checkpoint_wrapped_module",
+}
+
+
+def _attribute(kind: type) -> str | None:
+    """The attribute in which a wrapper of this class holds its module; None for a class that wraps nothing."""
+    places = ((parent.__module__, parent.__name__) for parent in kind.__mro__)
+    return next((_HELD_IN[place] for place in places if place in _HELD_IN), None)
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """``module`` without the wrappers around it, however they are nested."""
+    while (attribute := _attribute(type(module))) is not None:
+        module = module._modules[attribute]  # type: ignore[assignment]
+    return module
+
+
+def without_wrappers(model: nn.Module, name: str) -> str:
+    """``name``, of a module or a parameter of ``model``, as it is where nothing inside ``model`` is wrapped."""
+    kept = []
+    module: nn.Module | None = model
+    for part in name.split("."):
+        if module is None or part != _attribute(type(module)):
+            kept.append(part)
+        module = module._modules.get(part) if module is not None else None
+    return ".".join(kept)

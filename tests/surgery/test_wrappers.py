@@ -1,0 +1,121 @@
+"""What torch wraps around an adapted model, in any nesting: names, files and results are the bare model's."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+import trimtab
+
+
+class Net(nn.Module):
+    """``module`` and ``_orig_mod`` are names of its own here, which nothing may take for a wrapper's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module = nn.Sequential(nn.Linear(6, 10), nn.GELU())
+        self.block = nn.ModuleDict({"_orig_mod": nn.Linear(10, 10)})
+        self.last = nn.Linear(10, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        block = self.block["_orig_mod"] if isinstance(self.block, nn.ModuleDict) else self.block
+        return self.last(torch.tanh(block(self.module(x))))
+
+
+def inner(wrap: Callable[[nn.Module], nn.Module]) -> Callable[[Net], nn.Module]:
+    def change(net: Net) -> nn.Module:
+        net.module = wrap(net.module)
+        return net
+
+    return change
+
+
+def compiled(module: nn.Module) -> nn.Module:
+    wrapped: nn.Module = torch.compile(module, backend="eager")  # type: ignore[assignment]
+    return wrapped
+
+
+WRAPPERS: dict[str, Callable[[Net], nn.Module]] = {
+    "DistributedDataParallel": DistributedDataParallel,
+    "DataParallel": DataParallel,
+    "compile": compiled,
+    "a compiled part": inner(compiled),
+    "a checkpointed part": inner(checkpoint_wrapper),
+    "DataParallel of DistributedDataParallel of a compiled one": lambda net: DataParallel(
+        DistributedDataParallel(compiled(net))
+    ),
+    "compiled DataParallel of a compiled part": lambda net: compiled(DataParallel(inner(compiled)(net))),
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def group() -> Iterator[None]:
+    """A process group of this process alone; its meeting point is in memory."""
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    yield
+    dist.destroy_process_group()
+
+
+def adapted(net: nn.Module, method: str = "dora") -> nn.Module:
+    trimtab.attach(net, trimtab.Rule(match=["module.0", "block.*", "last"], method=method, rank=2))
+    with torch.no_grad():
+        for parameter in trimtab.trainable_parameters(net).values():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return net
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_a_wrapped_model_is_saved_and_named_as_the_bare_one(wrapper: str, tmp_path: Path) -> None:
+    net = adapted(Net())
+    names = list(trimtab.trainable_parameters(net))
+    weights = {name: trimtab.effective_weight(net, name) for name in ("module.0", "block._orig_mod", "last")}
+    trimtab.save_adapter(net, tmp_path / "bare")
+    wrapped = WRAPPERS[wrapper](net)
+    assert list(trimtab.trainable_parameters(wrapped)) == names
+    assert all(torch.equal(trimtab.effective_weight(wrapped, name), weight) for name, weight in weights.items())
+    trimtab.save_adapter(wrapped, tmp_path / "wrapped")
+    bare, again = (load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("bare", "wrapped"))
+    assert bare.keys() == again.keys()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in bare.items())
+    described = [tmp_path / folder / "adapter_config.json" for folder in ("bare", "wrapped")]
+    assert described[0].read_bytes() == described[1].read_bytes()
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_a_wrapped_model_is_loaded_merged_and_detached_as_the_bare_one(wrapper: str, tmp_path: Path) -> None:
+    base = Net()
+    net = adapted(copy.deepcopy(base))
+    trimtab.save_adapter(net, tmp_path)
+    x = torch.randn(5, 6)
+    right = net(x).detach()
+    fresh = copy.deepcopy(base)
+    wrapped = WRAPPERS[wrapper](fresh)
+    trimtab.load_adapter(wrapped, tmp_path)
+    assert torch.allclose(wrapped(x), right, atol=1e-6)
+    trimtab.load_adapter(wrapped, tmp_path)  # onto the adapters that are there by now
+    with trimtab.disable_adapter(wrapped):
+        assert torch.equal(wrapped(x), base(x))
+    again = copy.deepcopy(base)
+    other = WRAPPERS[wrapper](again)
+    trimtab.load_adapter(other, tmp_path)
+    trimtab.detach(other)
+    assert all(parameter.requires_grad for parameter in other.parameters())
+    assert torch.equal(other(x), base(x))
+    trimtab.merge(wrapped)
+    assert torch.allclose(wrapped(x), right, atol=1e-6)
+    assert all(parameter.requires_grad for parameter in wrapped.parameters())
+
+
+def test_rules_name_the_modules_of_the_bare_model(tmp_path: Path) -> None:
+    wrapped = adapted(DataParallel(Net()))
+    trimtab.save_adapter(wrapped, tmp_path)
+    assert "base_model.model.module.0.lora_A.weight" in load_file(tmp_path / "adapter_model.safetensors")
