@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from trimtab.ops.dropout import dropout
+from trimtab.ops import dropout as dropout_module
+from trimtab.ops.dropout import draw_keep, dropout
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -68,3 +70,59 @@ def test_half_precision_rounds_once(dtype: torch.dtype) -> None:
     x = torch.randn(1000).to(dtype)
     y = dropout(x, 0.25)
     assert torch.equal(y[y != 0], (x.double() / 0.75).to(dtype)[y != 0])
+
+
+@pytest.fixture
+def drawn_in_parallel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What accelerators and compiled graphs do, done here."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+
+
+@pytest.mark.usefixtures("drawn_in_parallel")
+@pytest.mark.parametrize("probability", [0.1, 0.5, 0.9])
+def test_a_draw_in_parallel_keeps_the_same_share(probability: float) -> None:
+    x = torch.ones(1000, 999, dtype=torch.bfloat16, requires_grad=True)
+    keep = draw_keep(x, probability)
+    assert keep is not None
+    assert keep.mask.dtype == torch.int8
+    assert not keep.mask.requires_grad
+    assert set(keep.mask.unique().tolist()) == {-1, 0}
+    assert float((keep.mask == 0).double().mean()) == pytest.approx(probability, abs=0.0025)
+    assert keep.scale == pytest.approx(1 / (1 - probability))
+
+
+@pytest.mark.parametrize(("probability", "bits"), [(0.25, 8), (7 / 256, 8), (0.3, 16), (0.25 + 1 / 257, 16)])
+def test_no_more_is_drawn_than_the_elements_take(
+    probability: float, bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def words(count: int) -> torch.Tensor:
+        asked.append(count)
+        return torch.zeros(count, dtype=torch.int64)
+
+    monkeypatch.setattr(dropout_module, "_random_words", words)
+    draw_keep(torch.ones(1000), probability)
+    assert asked == [1000 * bits // 64 + 1]
+
+
+def test_the_least_that_is_kept_is_one_of_65536() -> None:
+    keep = draw_keep(torch.ones(8), 1 - 1e-9)
+    assert keep is not None
+    assert keep.scale == 65536
+
+
+def test_a_step_that_is_traced_draws_without_a_value() -> None:
+    with FakeTensorMode():
+        x = torch.ones(5, 7)
+        keep = draw_keep(x, 0.3)
+    assert keep is not None
+    assert keep.mask.shape == x.shape
+    assert type(keep.mask) is not torch.Tensor
+
+
+def test_words_come_from_the_whole_range_of_their_type() -> None:
+    words = dropout_module._random_words(100_000).double() / 2**63
+    # Of a uniform draw from -1 to 1: the mean has a standard deviation of 0.0018, that of the square 0.0009.
+    assert float(words.mean()) == pytest.approx(0.0, abs=0.01)
+    assert float(words.square().mean()) == pytest.approx(1 / 3, abs=0.005)

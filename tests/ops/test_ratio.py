@@ -35,3 +35,14 @@ def test_a_norm_of_zero_gives_a_ratio_of_zero() -> None:
     ratio = ratio_of(torch.tensor([2.0, 2.0]), torch.tensor([0.0, 2.0]), torch.float32)
     assert ratio.values.tolist() == [0.0, 1.0]
     assert not ratio.near_one
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_multiplied_stays_unless_it_is_given_up(dtype: torch.dtype) -> None:
+    weight = torch.randn(6, 6).to(dtype)
+    before = weight.clone()
+    ratio = ratio_of(1 + torch.rand(6) / 4, torch.ones(6), dtype)
+    ratio.times(weight)
+    ratio.times_rows(weight)
+    assert torch.equal(weight, before)
+    assert ratio.times(weight, in_place=True) is weight

@@ -1,0 +1,137 @@
+"""Small faults that a test should find: one expression of a file changed, such as a comparison, a sum, a constant, a
+condition, a result, the order of two arguments, or a call left out."""
+
+from __future__ import annotations
+
+import ast
+import copy
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCE = ROOT / "src" / "trimtab"
+COMPARE = {
+    **{ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq},
+    **{ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In},
+}
+COMPUTE = {
+    **{ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult},
+    **{ast.Mod: ast.FloorDiv, ast.Pow: ast.Mult},
+}
+# Calls that can be left out of a chain and leave something of the same shape, or of the shape turned round.
+DROPPED_CALLS = {"t", "detach", "sqrt", "square", "abs", "conj"}
+# What a person reads, and no computation: no mutants in there.
+WORDS = {"description", "match", "message"}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One change of one file: where it is, and what stands there before and after."""
+
+    file: str
+    place: str
+    before: str
+    after: str
+    number: int
+    """Which of the changes of this kind at this place."""
+
+    def __str__(self) -> str:
+        return f"{self.file} {self.place}: `{self.before}` -> `{self.after}`"
+
+
+def changes(node: ast.AST) -> Iterator[ast.AST]:
+    """What a node may be changed into."""
+
+    def like(**new: Any) -> Any:
+        made = copy.deepcopy(node)
+        for name, value in new.items():
+            setattr(made, name, value)
+        return made
+
+    match node:
+        case ast.Compare(ops=[op]) if type(op) in COMPARE:
+            yield like(ops=[COMPARE[type(op)]()])
+        case ast.BinOp(op=op) | ast.AugAssign(op=op) if type(op) in COMPUTE:
+            yield like(op=COMPUTE[type(op)]())
+        case ast.BoolOp(op=op):
+            yield like(op=ast.Or() if isinstance(op, ast.And) else ast.And())
+        case ast.UnaryOp(op=ast.Not(), operand=inside) | ast.UnaryOp(op=ast.USub(), operand=inside):
+            yield inside
+        case ast.Constant(value=bool() as value):
+            yield like(value=not value)
+        case ast.Constant(value=int() as value):
+            yield like(value=value + 1)
+        case ast.Constant(value=float() as value):
+            yield like(value=2 * value if value else 1.0)
+        case ast.Return(value=ast.expr() as value) if not (isinstance(value, ast.Constant) and value.value is None):
+            yield like(value=ast.Constant(None))
+        case ast.If(test=test) | ast.IfExp(test=test) if not isinstance(test, ast.Compare | ast.UnaryOp):
+            yield like(test=ast.UnaryOp(ast.Not(), test))
+        case ast.Expr(value=ast.Call()) | ast.Raise():
+            yield ast.Pass()
+        case ast.Call(func=ast.Attribute(value=inside, attr=name)) if name in DROPPED_CALLS:
+            yield inside
+        case ast.Call(func=ast.Name(id="min" | "max")):
+            pass  # the order of their arguments is nobody's business
+        case ast.Call(args=[first, second, *more]) if not {ast.Starred} & {type(first), type(second)}:
+            yield like(args=[second, first, *more])
+
+
+def mutants(file: str) -> list[tuple[Mutant, ast.Module]]:
+    """All mutants of one file, each with the whole of it."""
+    tree = ast.parse((SOURCE / file).read_text("utf-8"))
+    found: list[tuple[Mutant, ast.Module]] = []
+    counted: dict[tuple[str, str, str], int] = defaultdict(int)
+
+    def walk(node: ast.AST, place: str) -> None:
+        for name, value in ast.iter_fields(node):
+            if name in ("annotation", "returns", "type_params") or (
+                isinstance(node, ast.keyword) and node.arg in WORDS
+            ):
+                continue
+            for index, child in enumerate(value) if isinstance(value, list) else [(None, value)]:
+                if not isinstance(child, ast.AST) or _skipped(child):
+                    continue
+                inner = place
+                if isinstance(child, ast.FunctionDef | ast.ClassDef):
+                    inner = f"{place}.{child.name}" if place else child.name
+                for changed in changes(child):
+                    text = (place or "(file)", _line(child), _line(changed))
+                    if text[1] == text[2]:
+                        continue
+                    mutant = Mutant(file, *text, counted[text])
+                    counted[text] += 1
+                    _put(node, name, index, changed)
+                    found.append((mutant, copy.deepcopy(tree)))
+                    _put(node, name, index, child)
+                if not isinstance(child, ast.Raise):
+                    walk(child, inner)
+
+    walk(tree, "")
+    return found
+
+
+def _put(node: ast.AST, name: str, index: int | None, value: ast.AST) -> None:
+    if index is None:
+        setattr(node, name, value)
+    else:
+        getattr(node, name)[index] = value
+
+
+def _skipped(node: ast.AST) -> bool:
+    """Words for people, and names of types."""
+    if isinstance(node, ast.FunctionDef):
+        return node.name in ("extra_repr", "__repr__", "__str__")
+    if isinstance(node, ast.Subscript):  # Literal["a", "b"], tuple[int, ...]
+        return isinstance(node.value, ast.Name) and node.value.id in ("Literal", "tuple", "list", "dict", "type")
+    return isinstance(node, ast.Assert | ast.Import | ast.ImportFrom)
+
+
+def _line(node: ast.AST) -> str:
+    """The first line of a piece of source, or the condition of a statement that is an if."""
+    if isinstance(node, ast.If):
+        return f"if {ast.unparse(node.test)}"
+    return ast.unparse(ast.fix_missing_locations(copy.deepcopy(node))).splitlines()[0]
