@@ -38,6 +38,8 @@ SMALL = {"rank": [2], "bottleneck": [4], "dropout": [0.0, 0.5]}
 APART = {"dtype"}
 # Made of a linear layer, once its weight has its values. None of them knows float64.
 QUANTISED = {"int8", "nf4", "torchao_int8"}
+# Weights that hang on a module, which no layer multiplies with: tests/surgery/test_held_parameters.py.
+HELD = {"attention"}
 ALWAYS_BIASED = {"conv1d", *QUANTISED}
 
 
@@ -297,7 +299,8 @@ def factors(
     on: Sequence[str] | None = None,
 ) -> dict[str, list[Any]]:
     """All that cases of one method differ in, and the values of each."""
-    known = [base for base in bases.names(methods.method_class(method).sits_on) if on is None or base in on]
+    sits_on = methods.method_class(method).sits_on
+    known = [base for base in bases.names(sits_on) if base not in HELD and (on is None or base in on)]
     layer = {"base": known, "bias": [True, False], "base_dtype": list(dtypes), "shape": list(shapes)}
     return layer | options_of(method)
 

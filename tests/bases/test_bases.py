@@ -39,7 +39,6 @@ def with_weight(weight: Tensor) -> nn.Module:
 
 UNKNOWN = {
     "a subclass": lambda: Odd(4, 3),
-    "the output projection of attention": lambda: nn.MultiheadAttention(4, 2).out_proj,
     "embedding": lambda: nn.Embedding(4, 3),
     "convolution": lambda: nn.Conv2d(4, 3, 1),
     "int8 weight": lambda: with_weight(torch.zeros(3, 4, dtype=torch.int8)),

@@ -111,14 +111,6 @@ def test_the_fast_path_of_the_encoder_layer(norm_first: bool) -> None:
         assert torch.allclose(model(x), slow, atol=1e-5)
 
 
-def test_attention_is_refused_by_name() -> None:
-    model = nn.Sequential(nn.TransformerEncoderLayer(16, 2, 24))
-    with pytest.raises(trimtab.PlanError, match="NonDynamicallyQuantizableLinear"):
-        trimtab.attach(model, trimtab.Rule(match="*.out_proj", method="lora", rank=2))
-    report = trimtab.attach(model, trimtab.Rule(match="all-linear", method="lora", rank=2))
-    assert [module.name for module in report.modules] == ["0.linear1", "0.linear2"]
-
-
 def test_a_module_moved_to_another_dtype_as_a_whole() -> None:
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
     trimtab.attach(model, trimtab.Rule(match="*", method="dora", rank=2))

@@ -1,6 +1,7 @@
 """The kinds of frozen module. One file is one kind; a new file in this folder is found by listing it.
 
-Each file defines one class that ends in ``Base``: a handle on one module of that kind. On a weight it knows the dense
+Each file defines one class that ends in ``Base``: a handle on one module of that kind, or on one weight that hangs on a
+module (``HeldBase``). On a weight it knows the dense
 value, how a batch goes through it, its norms, how a merged weight is written back and how many bytes it takes; on a
 block, how wide the hidden state is, and where that stands in a call. A kind that a dense layer can be turned into knows
 how to quantise one, too. No other folder asks what kind of layer it holds.
@@ -9,10 +10,13 @@ how to quantise one, too. No other folder asks what kind of layer it holds.
 from __future__ import annotations
 
 from trimtab.bases._base import Base, BlockBase, Kind, WeightBase
+from trimtab.bases._held import HeldBase, HeldWeight
 from trimtab.bases._quantised import QuantisedBase
 from trimtab.bases._registry import (
     find,
+    held_weights,
     names,
+    parts,
     peft_names,
     quantise,
     quantised_base,
@@ -23,11 +27,15 @@ from trimtab.bases._registry import (
 __all__ = [
     "Base",
     "BlockBase",
+    "HeldBase",
+    "HeldWeight",
     "Kind",
     "QuantisedBase",
     "WeightBase",
     "find",
+    "held_weights",
     "names",
+    "parts",
     "peft_names",
     "quantise",
     "quantised_base",

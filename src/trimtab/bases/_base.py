@@ -32,6 +32,16 @@ class Base:
         """Whether ``module`` is of this kind."""
         raise NotImplementedError
 
+    @staticmethod
+    def holds(module: nn.Module) -> Sequence[str]:
+        """Which parameters of ``module`` are weights of this kind, each a target of its own: ``MODULE.PARAMETER``."""
+        return ()
+
+    @staticmethod
+    def parts(module: nn.Module) -> Sequence[str]:
+        """The children of a module with such weights that a glob over the module's name selects with them."""
+        return ()
+
     @property
     def identity(self) -> object:
         """What an adapter belongs to: modules with the same one share an adapter."""
@@ -81,6 +91,16 @@ class WeightBase(Base):
     def parameter(self) -> nn.Parameter:
         """The stored weight. Two modules with the same one are tied."""
         return self.module.weight  # type: ignore[return-value]
+
+    @property
+    def is_called(self) -> bool:
+        """Whether the layer is called with a batch. Else its weight is only read, and no input passes by."""
+        return True
+
+    @property
+    def owner(self) -> nn.Module:
+        """The module that has the stored weight among its parameters."""
+        return self.module
 
     @property
     def identity(self) -> object:
@@ -149,9 +169,13 @@ class WeightBase(Base):
         """The way back from ``in_layout``. A tensor of another shape comes back as it is, and the caller refuses it."""
         return tensor
 
+    def replace(self, parameter: nn.Parameter) -> None:
+        """Store ``parameter`` in place of the weight."""
+        self.module.weight = parameter
+
     def untie(self) -> None:
         """Give the module a weight of its own, equal to the one that it shared."""
-        self.module.weight = nn.Parameter(self.parameter.detach().clone(), requires_grad=self.parameter.requires_grad)
+        self.replace(nn.Parameter(self.parameter.detach().clone(), requires_grad=self.parameter.requires_grad))
 
 
 class BlockBase(Base):
@@ -184,5 +208,9 @@ def is_instance_by_name(module: nn.Module, place: str, name: str) -> bool:
 def holds_plain_weight(module: Any) -> bool:
     """Whether the weight of ``module`` is an ordinary tensor of numbers that can be multiplied with: no subclass, which
     may mean something else by its elements, and none that a parametrisation computes."""
-    weight = module.weight
+    return is_plain(module.weight)
+
+
+def is_plain(weight: Any) -> bool:
+    """Whether ``weight`` is a parameter that is an ordinary tensor of numbers."""
     return type(weight) is nn.Parameter and type(weight.data) is Tensor and weight.dtype in DENSE

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+from collections.abc import Iterator
 from functools import cache
 from typing import Literal, overload
 
@@ -12,6 +13,7 @@ from torch import nn
 
 from trimtab import listing
 from trimtab.bases._base import Base, BlockBase, Kind, WeightBase
+from trimtab.bases._held import HeldWeight
 from trimtab.bases._quantised import QuantisedBase
 from trimtab.errors import ModelError, did_you_mean
 
@@ -70,6 +72,19 @@ def find(module: nn.Module, kind: Kind = "weight") -> Base | None:
         if base.kind == kind and base.knows(module):
             return base(module)
     return None
+
+
+def held_weights(module: nn.Module) -> Iterator[HeldWeight]:
+    """The weights that hang directly on ``module`` as parameters, each as a module that ``find`` takes."""
+    for base in _all().values():
+        for attribute in base.holds(module):
+            yield HeldWeight(module, attribute)
+
+
+def parts(module: nn.Module) -> list[nn.Module]:
+    """The children of ``module`` that a glob over its name selects, together with the weights that hang on it."""
+    names = [name for base in _all().values() for name in base.parts(module)]
+    return [child for name in names if (child := module._modules.get(name)) is not None]
 
 
 @torch.no_grad()

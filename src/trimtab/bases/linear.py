@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from trimtab.bases import _base
 
@@ -15,7 +16,11 @@ class LinearBase(_base.WeightBase):
     def knows(module: nn.Module) -> bool:
         # Only the class itself: one derived from it may multiply in its own way (quantised layers), or never be called
         # at all (the output projection inside nn.MultiheadAttention).
-        return type(module) is nn.Linear and _base.holds_plain_weight(module)
+        return type(module) in (nn.Linear, NonDynamicallyQuantizableLinear) and _base.holds_plain_weight(module)
+
+    @property
+    def is_called(self) -> bool:
+        return not isinstance(self.module, NonDynamicallyQuantizableLinear)
 
     @property
     def shape(self) -> tuple[int, int]:

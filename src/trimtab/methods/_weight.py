@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from trimtab.bases import WeightBase
+from trimtab.errors import PlanError
 from trimtab.methods import _method
 from trimtab.ops.autocast import without_autocast
 from trimtab.ops.cost import Compute
@@ -76,6 +77,11 @@ class WeightMethod(_method.Method):
     rate_groups: ClassVar[Mapping[str, _method.RateGroup]] = {"magnitude": "magnitude"}
 
     def __init__(self, base: WeightBase, options: WeightOptions) -> None:
+        if options.dropout and not base.is_called:
+            raise PlanError(
+                f"dropout {options.dropout}: this weight is read by the module that holds it, so there is no input to "
+                "drop; set dropout: 0 for it, by a rule of its own behind the others"
+            )
         super().__init__(base, options)
         self._kept: _Kept | None = None
         self._few_tokens: FewTokensLinear | None = None

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from trimtab.bases import Base, BlockBase, WeightBase
+from trimtab import bases
+from trimtab.bases import Base, BlockBase, HeldBase, HeldWeight, WeightBase
 from trimtab.errors import PlanError, SurgeryError
 from trimtab.methods import Method
+from trimtab.ops.autocast import without_autocast
+from trimtab.surgery.holding import hold, let_go
 from trimtab.surgery.plan import Target
 from trimtab.surgery.wrappers import unwrapped, without_wrappers
 
@@ -37,7 +41,9 @@ class Adapted(nn.Module):
     @staticmethod
     def around(handle: Base, adapter: Method, method: str, rule: int) -> Adapted:
         """An adapted module of the kind that ``handle`` asks for."""
-        kind = AdaptedBlock if handle.kind == "block" else AdaptedLayer
+        kind: type[Adapted] = AdaptedBlock if handle.kind == "block" else AdaptedLayer
+        if isinstance(handle, HeldBase):
+            kind = AdaptedParameter
         return kind(handle, adapter, method, rule)
 
     def remove(self) -> nn.Module:
@@ -81,6 +87,37 @@ class AdaptedLayer(Adapted):
     @property
     def out_features(self) -> int:
         return self.handle.shape[0]
+
+
+class AdaptedParameter(AdaptedLayer):
+    """A frozen weight that hangs directly on a module, and its adapter.
+
+    It is a child of that module, which stays what it is, except that its attribute shows the effective weight
+    (`trimtab.surgery.holding`). Nothing calls it.
+    """
+
+    handle: HeldBase
+    base: HeldWeight
+
+    def read(self, holder: nn.Module) -> Tensor:
+        """What the attribute of ``holder`` shows; it may be a copy that shares this child (DataParallel's replicas)."""
+        handle = self.handle.on(holder)
+        if self.off:
+            return handle.as_stored(handle.weight())
+        shown = handle.reading(self.adapter)
+        return self.effective(handle) if shown is None else shown
+
+    def effective(self, handle: WeightBase) -> Tensor:
+        """The effective weight with its gradient."""
+        adapter: Any = self.adapter
+        work = torch.float64 if handle.dtype == torch.float64 else torch.float32
+        weight = handle.weight()
+        with without_autocast(weight):
+            total = adapter.total(weight.to(work))
+            ratio = adapter.ratio(weight)
+            if ratio is not None:
+                total = total * (ratio if adapter.options.magnitude_axis == "input" else ratio.unsqueeze(1))
+            return handle.as_stored(total).to(handle.dtype)
 
 
 class AdaptedBlock(Adapted):
@@ -134,17 +171,31 @@ def block_lists(model: nn.Module) -> Iterator[nn.ModuleList]:
             yield from block_lists(module)
 
 
-def bare_modules(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Every module under the name that it would have without adapters and wrappers, once for each of its names.
+def bare_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module under the name that it would have without adapters and wrappers, once for each of its names; and
+    every weight that hangs directly on one (``HeldWeight``), under the name of its parameter.
 
     An adapted module takes the place of the module that it adapts. What torch wraps around a module (for compilation,
     sharding, several devices) is not listed.
     """
+    return _bare_modules(model, "", {})
+
+
+def _bare_modules(
+    model: nn.Module, name: str, held: dict[tuple[int, str], nn.Module]
+) -> Iterator[tuple[str, nn.Module]]:
+    """``held`` keeps one stand-in for each weight that hangs on a module with several names."""
     model = unwrapped(model)
     yield name, model
-    for attribute, child in unwrapped(bare(model))._modules.items():
-        if child is not None:
-            yield from bare_modules(child, f"{name}.{attribute}" if name else attribute)
+    prefix, inside = f"{name}." if name else "", unwrapped(bare(model))
+    children = {attribute: child for attribute, child in inside._modules.items() if child is not None}
+    adapted = {child.base.attribute: child for child in children.values() if isinstance(child, AdaptedParameter)}
+    for weight in bases.held_weights(inside):
+        attribute = weight.attribute
+        yield prefix + attribute, adapted.get(attribute) or held.setdefault((id(inside), attribute), weight)
+    for attribute, child in children.items():
+        if not isinstance(child, AdaptedParameter):
+            yield from _bare_modules(child, prefix + attribute, held)
 
 
 def adapted_modules(model: nn.Module) -> Iterator[tuple[str, Adapted]]:
@@ -212,12 +263,17 @@ def install(model: nn.Module, targets: list[Target]) -> None:
     for _, parent, attribute, child in list(owners(model)):
         if id(child) in replacement:
             parent._modules[attribute] = replacement[id(child)]
+    for adapted in replacement.values():
+        if isinstance(adapted, AdaptedParameter):
+            hold(adapted.base.holder, adapted.base.attribute, adapted)
 
 
 def remove_adapters(model: nn.Module) -> None:
     """Put every frozen module back in its place, and give the parameters their old ``requires_grad``."""
     for _, parent, attribute, child in list(owners(model)):
-        if isinstance(child, Adapted):
+        if isinstance(child, AdaptedParameter):
+            let_go(parent, child.base.attribute)
+        elif isinstance(child, Adapted):
             parent._modules[attribute] = child.remove()
     before = set(getattr(model, _TRAINABLE_BEFORE, ()))
     for name, parameter in model.named_parameters(remove_duplicate=False):

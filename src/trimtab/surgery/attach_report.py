@@ -135,7 +135,8 @@ def describe(model: nn.Module, rules: tuple[Rule, ...]) -> AttachReport:
         )
     trainable = sum(report.parameters for report in reports)
     # A quantised weight packs several numbers into one element, so its base knows how many there are.
-    shapes = {id(base.parameter): base.shape for module in model.modules() if (base := bases.find(module)) is not None}
+    handles = [base for module in model.modules() if (base := bases.find(module)) is not None]
+    shapes = {id(base.parameter): base.shape for base in handles if not base.stored_dense}
     sizes = {id(parameter): tuple(shapes.get(id(parameter), parameter.shape)) for parameter in model.parameters()}
     numbers = sum(map(math.prod, sizes.values()))
     return AttachReport(tuple(reports), rules, trainable, numbers - trainable, _unreached(model, sizes))

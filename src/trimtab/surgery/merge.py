@@ -124,7 +124,7 @@ def _check_result(name: str, module: AdaptedLayer, dtype: torch.dtype) -> None:
 
 def _fold(model: nn.Module, adapted: list[tuple[str, AdaptedLayer]]) -> tuple[float, tuple[str, ...]]:
     """Write every effective weight into its base. Return the largest rounding and the names of the untied modules."""
-    frozen = {id(module.base) for _, module in adapted}
+    frozen = {id(module.handle.owner) for _, module in adapted}
     untied = []
     rounding: dict[int, float] = {}  # by the id of the written weight
     own_weight: dict[int, nn.Parameter] = {}  # by the id of the shared weight that was copied
@@ -133,7 +133,7 @@ def _fold(model: nn.Module, adapted: list[tuple[str, AdaptedLayer]]) -> tuple[fl
         if key in rounding:
             continue
         if key in own_weight:
-            handle.module.weight = own_weight[key]
+            handle.replace(own_weight[key])
             continue
         if weights_elsewhere(model, handle.parameter, frozen):
             handle.untie()

@@ -11,7 +11,7 @@ from torch import nn
 
 from trimtab import bases, methods
 from trimtab.errors import PlanError, nearest
-from trimtab.surgery.adapted import Adapted
+from trimtab.surgery.adapted import Adapted, bare_modules
 from trimtab.surgery.plan import Plan, Rule, Target
 
 # The names of output heads, looked for among the top-level children of a model that does not say which is its head.
@@ -103,13 +103,17 @@ class _Modules:
     def __init__(self, model: nn.Module, kinds: Iterable[bases.Kind]) -> None:
         self.by_id: dict[int, nn.Module] = {}
         self.names: dict[int, list[str]] = defaultdict(list)
+        self.by_holder: set[int] = set()  # what is selected by the name of the module that holds it, too
         inside_adapted: set[int] = set()
-        for name, module in model.named_modules(remove_duplicate=False):
+        for name, module in bare_modules(model):
             if isinstance(module, Adapted):
                 inside_adapted.update(id(inner) for inner in module.modules())
             if name:
                 self.by_id[id(module)] = module
                 self.names[id(module)].append(name)
+            if isinstance(module, bases.HeldWeight):
+                self.by_holder.add(id(module))
+            self.by_holder.update(id(part) for part in bases.parts(module))
         self.heads = output_heads(model)
         # The modules that a method of each kind could sit on.
         self.handles: dict[bases.Kind, dict[int, bases.Base]] = {kind: {} for kind in kinds}
@@ -140,10 +144,11 @@ class _Modules:
 
     def is_named_by(self, rule: Rule, key: int, name: str) -> bool:
         """Whether ``rule`` matches this module in any layer; its method must be able to sit on the module."""
-        if _globs_match(rule, name):
+        holder = name.rpartition(".")[0] if key in self.by_holder else ""
+        if _globs_match(rule, name) or (holder and _globs_match(rule, holder)):
             return True
         handle = self.handles[rule.sits_on].get(key)
-        is_linear = isinstance(handle, bases.WeightBase) and handle.is_linear
+        is_linear = isinstance(handle, bases.WeightBase) and handle.is_linear and id(handle.owner) not in self.heads
         return rule.all_linear and is_linear and key not in self.heads
 
     def _block(self, name: str) -> tuple[int | None, int]:
