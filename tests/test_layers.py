@@ -14,7 +14,18 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "trimtab"
 # From the bottom up: a file imports from folders below its own, and from its own.
 PUBLIC = "trimtab/__init__.py"
 LAYERS = [
-    *("errors", "files listing machine metrics", "ops", "bases", "methods", "surgery", "adapters", "models", "data"),
+    *(
+        "errors",
+        "files listing machine metrics",
+        "diagnosis",
+        "ops",
+        "bases",
+        "methods",
+        "surgery",
+        "adapters",
+        "models",
+        "data",
+    ),
     *("config", "runs", "tasks", "evaluation", "memory", "reports", "training", "analysis", "export", "studies"),
     *(PUBLIC, "cli", "__main__"),
 ]

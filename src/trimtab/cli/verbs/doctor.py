@@ -1,0 +1,39 @@
+"""``trimtab doctor``: what this machine has for fine-tuning, and what would help."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from trimtab.cli.importing import importing
+
+SHORT_HELP = "Say what this machine has, and what would help."
+
+
+def command(as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of tables.")] = False) -> None:
+    """Say what this machine and its installation have for fine-tuning, and what would help.
+
+    Nothing is changed or downloaded. The exit code is 1 if a package that trimtab needs is missing or too old.
+    """
+    with importing():
+        from dataclasses import asdict
+
+        from trimtab.diagnosis import diagnose
+
+    found = diagnose()
+    if as_json:
+        typer.echo(json.dumps(asdict(found), indent=2))
+    else:
+        width = max(len(name) for rows in found.sections.values() for name in rows)
+        for title, rows in found.sections.items():
+            typer.echo(f"{title}")
+            for name, value in rows.items():
+                typer.echo(f"  {name:<{width}}  {value}")
+        for title, sentences in (("does not work", found.broken), ("would help", found.advice)):
+            for sentence in sentences:
+                typer.echo(f"{title}: {sentence}")
+        if not found.broken and not found.advice:
+            typer.echo("nothing is amiss")
+    raise typer.Exit(1 if found.broken else 0)
