@@ -24,7 +24,7 @@ from adapter_tools import (
     trained,
 )
 from trimtab import AdapterError, Rule
-from trimtab.adapters.formats import peft
+from trimtab.adapters.formats import _peft_config
 from trimtab.surgery.adapted import adapted_modules
 
 Make = Callable[..., Any]
@@ -99,7 +99,7 @@ def test_other_kinds_of_adapter_are_refused(kind: Any, saved: tuple[nn.Module, P
         "base_model.model.model.embed_tokens.lora_embedding_A",
         "base_model.model.lm_head.weight",
         f"{Q0}.lora_B.bias",
-        f"{Q0}.lora_A.default.weight",
+        f"{Q0}.lora_A.default.weight",  # beside the one without the adapter's name
         f"{Q0}.lora_magnitude_vector.weight",  # the one of older releases, beside the one of today
         f"{Q0}.lora_diag",
         f"{Q0.removeprefix('base_model.model.')}.lora_A.weight",
@@ -299,9 +299,9 @@ def test_the_first_pattern_decides_and_ranks_are_read_alike(saved: tuple[nn.Modu
 def test_patterns_of_many_whole_names_are_quick() -> None:
     """As a plan with a rank for each of five thousand experts is saved: looked up, not tried one by one."""
     names = [f"model.layers.{layer}.experts.{expert}.up_proj" for layer in range(40) for expert in range(128)]
-    decide = peft._pattern({peft._exactly(name): number for number, name in enumerate(names)}, None)
-    assert [decide(name) for name in names] == list(range(len(names)))
-    assert decide("x.model.layers.0.experts.0.up_proj") is None
+    decide = _peft_config.values({_peft_config.exactly(name): number for number, name in enumerate(names)})
+    assert [list(decide(name)) for name in names] == [[number] for number in range(len(names))]
+    assert not list(decide("x.model.layers.0.experts.0.up_proj"))
 
 
 # Our header beside PEFT's configuration -----------------------------------------------------------------------------

@@ -36,7 +36,7 @@ from adapter_tools import (
 from sampling import sample
 from trimtab import AdapterError, Rule
 from trimtab.adapters import safe_read
-from trimtab.adapters.formats import peft
+from trimtab.adapters.formats import _peft_config
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -160,7 +160,7 @@ BOMBS = [
 def test_patterns_without_end(
     key: str, bomb: str, theirs: Path, tiny_llama: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(peft, "_SECONDS_FOR_PATTERNS", 0.3)
+    monkeypatch.setattr(_peft_config, "_SECONDS_FOR_PATTERNS", 0.3)
     # The attacker picks the names of the modules, too.
     name = "base_model.model." + "a" * 200
     edit_tensors(theirs / PEFT_FILES[1], {f"{name}.lora_A.weight": torch.zeros(2, 4)})
@@ -168,14 +168,16 @@ def test_patterns_without_end(
     refused(tiny_llama(), theirs)
 
 
-@pytest.mark.parametrize("pattern", ["a" * 1001, "(?:a|b)" * 10_000, "a{2}"], ids=len)
+@pytest.mark.parametrize(
+    "pattern", ["a" * 1001, "(?:a|b)" * 10_000, "a{101}", "((a{5}){3,7}){3}", "(?:a|b){,200}"], ids=len
+)
 def test_patterns_that_would_take_long_to_read_are_not_read(pattern: str, theirs: Path, tiny_llama: Make) -> None:
     edit_json(theirs / PEFT_FILES[0], rank_pattern={pattern: 2})
-    refused(tiny_llama(), theirs, "is too long, or counts repeats")
+    refused(tiny_llama(), theirs, "is too long, or counts repeats beyond 100")
 
 
 def test_patience_is_shared_by_all_names(theirs: Path, tiny_llama: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peft, "_SECONDS_FOR_PATTERNS", 0.3)
+    monkeypatch.setattr(_peft_config, "_SECONDS_FOR_PATTERNS", 0.3)
     slow = {f"base_model.model.{number}{'a' * 200}.lora_A.weight": torch.zeros(2, 4) for number in range(300)}
     edit_tensors(theirs / PEFT_FILES[1], dict(slow))
     edit_json(theirs / PEFT_FILES[0], alpha_pattern={"[0-9]*(a|a|a|a)*(?:!|@)$": 2})

@@ -30,3 +30,12 @@ class StoredAdapter:
             return self
         tensors = {name: handle.as_matrix(name, tensor) for name, tensor in self.tensors.items()}
         return replace(self, tensors=tensors, in_layout=False)
+
+    def has_rank(self, shape: tuple[int, int]) -> bool:
+        """Whether the tensors ``A`` and ``B`` are of the options' rank on a weight, or a stack of weights, of ``shape``
+        ``(out, in)``."""
+        rank, a, b = getattr(self.options, "rank", 0), self.tensors.get("A"), self.tensors.get("B")
+        if not rank or a is None or b is None:
+            return False
+        weights = a.numel() // (rank * shape[1])
+        return weights > 0 and (a.numel(), b.numel()) == (weights * rank * shape[1], weights * rank * shape[0])

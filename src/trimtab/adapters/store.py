@@ -90,8 +90,8 @@ def load_adapter(model: nn.Module, folder: Path | str) -> AttachReport:
         _check_modules(place, known, stored)
     rules, number = _rules(stored)
     if not carried:
-        targets = _targets(place, known, stored, rules, number)
         try:
+            targets = _targets(place, known, stored, rules, number)
             install(model, targets)
         except PlanError as error:
             raise AdapterError(f"{place}: this adapter does not fit the model: {error}") from None
@@ -166,7 +166,8 @@ def _targets(
 ) -> list[Target]:
     """The stored modules as targets. Their names are not matched as globs, since they may contain any character.
 
-    Raises AdapterError if some module is of a kind that cannot be adapted.
+    Raises AdapterError if some module is of a kind that cannot be adapted, and PlanError for a rank above the matrix's
+    that the tensors do not have.
     """
     names: dict[int, list[str]] = defaultdict(list)
     for name, module in known.items():
@@ -179,6 +180,11 @@ def _targets(
         if handle is None:
             unknown.append((name, rule))
             continue
+        if isinstance(handle, bases.WeightBase) and not entry.has_rank(handle.shape):
+            try:
+                rule.method_class.require_fit(entry.options, handle.shape)
+            except PlanError as error:
+                raise PlanError(f"{name}: {error}") from None
         targets.append(
             Target(
                 tuple(names[id(module)]),
