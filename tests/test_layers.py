@@ -23,6 +23,7 @@ LAYERS = [
         "methods",
         "surgery",
         "adapters",
+        "integrations",
         "models",
         "data",
     ),

@@ -46,6 +46,9 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'trimtab' has no attribute '{name}'")
     import importlib
 
+    if _PUBLIC[name].startswith(("surgery", "adapters")):
+        # Registers there what other libraries are told of an adapted model.
+        importlib.import_module("trimtab.integrations")
     value = getattr(importlib.import_module(f"trimtab.{_PUBLIC[name]}"), name)
     globals()[name] = value
     return value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import threading
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from trimtab import bases
 from trimtab.adapters.formats import AdapterFormat, all_formats
 from trimtab.adapters.record import StoredAdapter
 from trimtab.adapters.safe_read import shown
+from trimtab.adapters.whole import whole, whole_tensors, write
 from trimtab.errors import AdapterError, PlanError, nearest
 from trimtab.surgery.adapted import (
     Adapted,
@@ -32,7 +34,7 @@ from trimtab.surgery.wrappers import unwrapped
 _SAVING = threading.Lock()
 
 
-def save_adapter(model: nn.Module, folder: Path | str) -> Path:
+def save_adapter(model: nn.Module, folder: Path | str, *, state_dict: Mapping[str, Tensor] | None = None) -> Path:
     """Write the adapters of ``model`` into ``folder``, which is made if there is none, and return it.
 
     LoRA and DoRA are written as PEFT writes them (``adapter_config.json``, ``adapter_model.safetensors``), provided
@@ -44,6 +46,9 @@ def save_adapter(model: nn.Module, folder: Path | str) -> Path:
     The old files stay until the new ones are complete, so a save that fails before that keeps the old adapter. A save
     that is interrupted while files are moved leaves a folder without a configuration, which neither ``load_adapter``
     nor PEFT takes for an adapter.
+
+    Tensors that are sharded over several processes are gathered, for which all of them must call this; or they are
+    taken from ``state_dict``, the model's own with whole tensors, where the caller has gathered it.
 
     Raises:
         SurgeryError: the model has no adapters.
@@ -57,7 +62,8 @@ def save_adapter(model: nn.Module, folder: Path | str) -> Path:
     try:
         target.mkdir(parents=True, exist_ok=True)
         with _SAVING, tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as fresh:
-            writer.save(model, adapted, Path(fresh))
+            with whole_tensors(model, adapted.values(), state_dict):
+                writer.save(model, adapted, Path(fresh))
             # The configuration is removed first and written last, so that it is never beside tensors of another save.
             for one in known:
                 (target / one.files[0]).unlink(missing_ok=True)
@@ -103,7 +109,7 @@ def load_adapter(model: nn.Module, folder: Path | str) -> AttachReport:
             for name, entry in stored.items():
                 present[name].rule = number[name]
                 for key, parameter in present[name].adapter.named_parameters():
-                    parameter.copy_(entry.tensors[key])
+                    write(parameter, entry.tensors[key])
     except BaseException:
         if not carried:
             remove_adapters(model)
@@ -121,6 +127,11 @@ def read_adapter(folder: Path | str) -> dict[str, StoredAdapter]:
     if not stored:
         raise AdapterError(f"{place}: the adapter is empty")
     return stored
+
+
+def holds_adapter(folder: Path | str) -> bool:
+    """Whether there is an adapter in ``folder``, by its description."""
+    return any((Path(folder) / one.files[0]).is_file() for one in all_formats())
 
 
 def _format_of(place: Path) -> AdapterFormat:
@@ -269,7 +280,7 @@ def _same_base(stored: Tensor, handle: bases.Base) -> bool:
         return False
     if not handle.stored_dense:
         return tuple(stored.shape) == handle.shape
-    own = handle.parameter.detach().cpu()
+    own = whole(handle.parameter.detach()).cpu()
     if stored.shape != own.shape or not stored.is_floating_point():
         return False
     if stored.dtype == own.dtype:

@@ -9,7 +9,7 @@ how to quantise one, too. No other folder asks what kind of layer it holds.
 
 from __future__ import annotations
 
-from trimtab.bases._base import Base, BlockBase, Kind, WeightBase
+from trimtab.bases._base import Base, BlockBase, Kind, WeightBase, is_instance_by_name
 from trimtab.bases._held import HeldBase, HeldWeight
 from trimtab.bases._quantised import QuantisedBase
 from trimtab.bases._registry import (
@@ -34,6 +34,7 @@ __all__ = [
     "WeightBase",
     "find",
     "held_weights",
+    "is_instance_by_name",
     "names",
     "parts",
     "peft_names",

@@ -15,6 +15,7 @@ from trimtab.methods import Method
 from trimtab.ops.autocast import without_autocast
 from trimtab.surgery.holding import hold, let_go
 from trimtab.surgery.plan import Target
+from trimtab.surgery.watchers import WATCHERS
 from trimtab.surgery.wrappers import unwrapped, without_wrappers
 
 # The attribute of a model that keeps the names of what was trainable before its adapters came.
@@ -266,6 +267,8 @@ def install(model: nn.Module, targets: list[Target]) -> None:
     for adapted in replacement.values():
         if isinstance(adapted, AdaptedParameter):
             hold(adapted.base.holder, adapted.base.attribute, adapted)
+    for watcher in WATCHERS:
+        watcher.attached(model)
 
 
 def remove_adapters(model: nn.Module) -> None:
@@ -280,3 +283,5 @@ def remove_adapters(model: nn.Module) -> None:
         parameter.requires_grad_(without_wrappers(model, name) in before)
     if hasattr(model, _TRAINABLE_BEFORE):
         delattr(model, _TRAINABLE_BEFORE)
+    for watcher in WATCHERS:
+        watcher.removed(model)

@@ -1,0 +1,14 @@
+"""Other libraries' models and training loops with our adapters. Each file teaches one library what an adapted model is,
+from the moment that adapters are attached until they are merged or detached."""
+
+from __future__ import annotations
+
+from trimtab.integrations import transformers_model, transformers_trainer
+from trimtab.surgery.watchers import WATCHERS, Watcher
+
+WATCHERS.extend(
+    [
+        Watcher(transformers_model.attached, transformers_model.removed),
+        Watcher(transformers_trainer.attached, transformers_trainer.removed),
+    ]
+)

@@ -1,0 +1,118 @@
+"""transformers' ``Trainer``, and what is derived from it (TRL's trainers), with an adapted model: its checkpoints are
+adapter folders, from which it resumes and takes the best model.
+
+How a model is saved, transformers asks the model (`transformers_model.py`). How it is loaded, and how a model is saved
+that is not transformers', is decided in ``Trainer`` itself, so three of its methods are wrapped, once in a process.
+For a model without our adapters they do what they did.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from trimtab.adapters.store import holds_adapter, load_adapter, save_adapter
+from trimtab.surgery.adapted import adapted_modules
+from trimtab.surgery.wrappers import unwrapped
+
+_TRAINER = "transformers.trainer"
+
+
+def attached(model: nn.Module) -> None:
+    """Teach the ``Trainer``, now or when it is imported: to import it takes more than a second, and most models are
+    attached for something else."""
+    if _TRAINER in sys.modules:
+        teach(sys.modules[_TRAINER].Trainer)
+    elif not any(isinstance(finder, _TeachesOnImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _TeachesOnImport())
+
+
+def removed(model: nn.Module) -> None:
+    """Nothing to undo at the model."""
+
+
+def teach(trainer: Any) -> None:
+    """Wrap the methods of the class ``trainer``, unless they are."""
+    for name, wrapper in (
+        ("_save", _saving),
+        ("_load_from_checkpoint", _loading_a_checkpoint),
+        ("_load_best_model", _loading_the_best),
+    ):
+        method = getattr(trainer, name)
+        if not hasattr(method, "trimtab_wraps"):
+            wrapped = functools.wraps(method)(wrapper(method))
+            wrapped.trimtab_wraps = method  # type: ignore[attr-defined]
+            setattr(trainer, name, wrapped)
+
+
+def _adapted(model: Any) -> nn.Module | None:
+    """``model`` without its wrappers if it carries adapters of ours; else None."""
+    if not isinstance(model, nn.Module):
+        return None
+    bare = unwrapped(model)
+    return bare if next(adapted_modules(bare), None) is not None else None
+
+
+def _saving(method: Callable[..., None]) -> Callable[..., None]:
+    def _save(self: Any, output_dir: str | None = None, state_dict: Any = None) -> None:
+        model = _adapted(self.model)
+        if model is None or hasattr(model, "save_pretrained"):
+            return method(self, output_dir, state_dict)
+        # Transformers knows nothing to do with such a model but to write all its tensors into one file.
+        folder = Path(output_dir if output_dir is not None else self.args.output_dir)
+        method(self, str(folder), state_dict={})
+        if self.args.should_save:
+            (folder / "model.safetensors").unlink(missing_ok=True)
+            save_adapter(model, folder, state_dict=state_dict)
+
+    return _save
+
+
+def _loading_a_checkpoint(method: Callable[..., None]) -> Callable[..., None]:
+    def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: Any = None) -> None:
+        adapted = _adapted(self.model if model is None else model)
+        if adapted is None or not holds_adapter(resume_from_checkpoint):
+            return method(self, resume_from_checkpoint, model)
+        load_adapter(adapted, resume_from_checkpoint)
+
+    return _load_from_checkpoint
+
+
+def _loading_the_best(method: Callable[..., None]) -> Callable[..., None]:
+    def _load_best_model(self: Any) -> None:
+        adapted, folder = _adapted(self.model), self.state.best_model_checkpoint
+        if adapted is None or not holds_adapter(folder):
+            return method(self)
+        load_adapter(adapted, folder)
+
+    return _load_best_model
+
+
+class _TeachesOnImport(importlib.abc.MetaPathFinder):
+    """Finds nothing itself, but lets ``teach`` follow the import of transformers' trainer."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != _TRAINER:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_teach(module: ModuleType) -> None:
+                execute(module)
+                teach(module.Trainer)
+
+            spec.loader.exec_module = execute_and_teach  # type: ignore[method-assign]
+        return spec
