@@ -36,9 +36,8 @@ def test_the_changelog_has_this_version() -> None:
 
 
 def test_what_the_tests_need_is_pinned() -> None:
-    pinned = {
-        line.split("==")[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").open() if "==" in line
-    }
+    lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
+    pinned = {line.split("==")[0].lower().replace("_", "-") for line in lines if "==" in line}
     extras = project()["optional-dependencies"]
     wanted = [*project()["dependencies"], *(line for name in extras for line in extras[name])]
     names = {line.split("[")[0].split(">")[0].lower().replace("_", "-") for line in wanted}
@@ -57,7 +56,8 @@ def archives(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def test_the_archives_are_whole(archives: list[Path]) -> None:
     source, wheel = archives  # .gz, .whl
     subprocess.run([sys.executable, "-m", "twine", "check", "--strict", *map(str, archives)], check=True)
-    in_wheel = zipfile.ZipFile(wheel).namelist()
+    with zipfile.ZipFile(wheel) as zipped:
+        in_wheel = zipped.namelist()
     ours = [path.relative_to(ROOT / "src") for path in (ROOT / "src" / "trimtab").rglob("*")]
     wanted = {str(path) for path in ours if path.suffix in (".py", ".html", ".css", ".typed")}
     assert wanted <= set(in_wheel)
