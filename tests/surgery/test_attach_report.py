@@ -106,12 +106,15 @@ class Mixed(nn.Module):
 
 def test_what_no_rule_reached_is_counted_by_kind() -> None:
     report = trimtab.attach(Mixed(), Rule(match="up", method="lora", rank=2))
-    unreached = report.unreached
-    attention = sum(unreached.pop(kind, 0) for kind in ("MultiheadAttention", "NonDynamicallyQuantizableLinear"))
-    assert attention == 4 * 8 * 8
-    assert unreached == {"Mixed": 56, "Embedding": 88, "Conv2d": 96, "Linear": 160, OUTPUT_HEAD: 88}
-    assert sum(report.unreached.values()) == 56 + 88 + 96 + 160 + 88
+    kinds = {"Mixed": 56, "Embedding": 88, "Conv2d": 96, "Linear": 160, "MultiheadAttention": 256, OUTPUT_HEAD: 88}
+    assert report.unreached == report.to_dict()["unreached"] == kinds
     assert "unreached" in repr(report)
+
+
+@pytest.mark.parametrize(("match", "left"), [("attention", 0), ("attention.in_proj_weight", 64), ("*.out_proj", 192)])
+def test_of_attention_the_part_that_is_left_is_counted(match: str, left: int) -> None:
+    report = trimtab.attach(Mixed(), Rule(match=match, method="lora", rank=2))
+    assert report.unreached.get("MultiheadAttention", 0) == left
 
 
 def test_the_largest_kind_comes_first_in_one_line() -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from trimtab import bases
 from trimtab.adapters.formats import AdapterFormat, all_formats
 from trimtab.adapters.record import StoredAdapter
+from trimtab.adapters.renaming import as_named_in
 from trimtab.adapters.safe_read import shown
 from trimtab.adapters.whole import whole, whole_tensors, write
 from trimtab.errors import AdapterError, PlanError, nearest
@@ -89,6 +90,7 @@ def load_adapter(model: nn.Module, folder: Path | str) -> AttachReport:
     model = unwrapped(model)
     stored = read_adapter(place)
     known = dict(bare_modules(model))
+    stored = as_named_in(model, known, stored)
     carried = dict(adapted_modules(model))
     if carried:
         _check_same(place, carried, stored)
