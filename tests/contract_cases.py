@@ -38,8 +38,9 @@ SMALL = {"rank": [2], "bottleneck": [4], "dropout": [0.0, 0.5]}
 APART = {"dtype"}
 # Made of a linear layer, once its weight has its values. None of them knows float64.
 QUANTISED = {"int8", "nf4", "torchao_int8"}
-# Weights that hang on a module, which no layer multiplies with: tests/surgery/test_held_parameters.py.
-HELD = {"attention"}
+# Weights that hang on a module, which no layer multiplies with: tests/surgery/test_held_parameters.py and
+# tests/bases/test_experts.py.
+HELD = {"attention", "experts"}
 ALWAYS_BIASED = {"conv1d", *QUANTISED}
 
 

@@ -21,7 +21,7 @@ TESTED = {
     *("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks", "_apply"),
     *("_compiled_call_impl", "_call_impl", "_dynamo", "_functorch", "_subclasses", "_python_dispatch"),
     *("_is_avx512_bf16_supported", "_is_amx_tile_supported", "_cdata", "_local_scalar_dense", "_unsafe_view"),
-    *("_foreach_lerp_", "_convert_weight_packed_for_cpu_inverse"),
+    *("_make_wrapper_subclass", "_foreach_lerp_", "_convert_weight_packed_for_cpu_inverse"),
 }
 # Promised in their documentation, for all that: of named tuples, and of the operating system.
 PROMISED = {"_replace", "_asdict", "_fields", "_make", "_exit", "__future__"}
@@ -110,6 +110,18 @@ def test_a_compiled_call_stands_beside_the_plain_one() -> None:
     layer._compiled_call_impl = lambda x: "compiled"
     assert layer(x) == "compiled", without("torch", "Module._compiled_call_impl, called where it is set,")
     assert torch.equal(layer._call_impl(x), nn.functional.linear(x, layer.weight, layer.bias))
+
+
+def test_a_tensor_can_stand_for_another_without_holding_it() -> None:
+    class Standing(torch.Tensor):
+        @classmethod
+        def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            raise AssertionError
+
+    one = torch.Tensor._make_wrapper_subclass(Standing, (2, 3), strides=(1, 2), dtype=torch.half, requires_grad=True)
+    assert (one.shape, one.stride(), one.dtype, one.requires_grad) == ((2, 3), (1, 2), torch.half, True), without(
+        "torch", "Tensor._make_wrapper_subclass"
+    )
 
 
 def test_settings_of_the_compiler() -> None:

@@ -98,6 +98,16 @@ class WeightBase(Base):
         return True
 
     @property
+    def stack(self) -> tuple[int, ...]:
+        """The axes before ``[out, in]`` of a stack of weights: ``(experts,)``. A method's tensors have them, too."""
+        return ()
+
+    @property
+    def changes_products(self) -> bool:
+        """Whether the module changes a product with the weight in place."""
+        return False
+
+    @property
     def owner(self) -> nn.Module:
         """The module that has the stored weight among its parameters."""
         return self.module

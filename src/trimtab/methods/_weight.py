@@ -8,6 +8,7 @@ can take.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Annotated, Any, ClassVar, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from trimtab.bases import WeightBase
 from trimtab.errors import PlanError
-from trimtab.methods import _method
+from trimtab.methods import _method, _stack
 from trimtab.ops.autocast import without_autocast
 from trimtab.ops.cost import Compute
 from trimtab.ops.decomposition import Axis, magnitude_over_norm
@@ -71,6 +72,7 @@ class WeightMethod(_method.Method):
 
     magnitude: nn.Parameter | None
     square_norms: Tensor | None
+    stack_pass: _stack.StackPass | None = None
     sits_on = "weight"
     options_type = WeightOptions
     options: WeightOptions
@@ -117,7 +119,7 @@ class WeightMethod(_method.Method):
         own dtype."""
         assert self.square_norms is not None
         total = self.total(weight.to(self.square_norms.dtype))
-        return total.square().sum(1 if self.options.magnitude_axis == "output" else 0)
+        return total.square().sum(-1 if self.options.magnitude_axis == "output" else -2)
 
     # What follows from it ----------------------------------------------------------------------------------------
 
@@ -244,6 +246,14 @@ class WeightMethod(_method.Method):
         with without_autocast(base.parameter):
             total = self.total(base.weight().to(work))
             return effective_weight(total, magnitude=magnitude, axis=self.options.magnitude_axis)
+
+    def one_pass(self, base: WeightBase) -> AbstractContextManager[object]:
+        """The context of a forward pass of the module that reads the stack of ``base``."""
+        return _stack.one_pass(self, base)
+
+    def look(self, base: WeightBase) -> Tensor:
+        """What such a module reads: the effective weights, as they are stored."""
+        return _stack.look(self, base)
 
     def _apply(self, *args: Any, **kwargs: Any) -> WeightMethod:
         self._kept = self._few_tokens = None

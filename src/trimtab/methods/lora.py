@@ -61,8 +61,8 @@ class Options(_weight.WeightOptions):
 
 
 class LoRA(_weight.WeightMethod):
-    """``A [rank, in]`` and ``B [out, rank]``. A rank above the matrix's is taken: it is wasteful, and stored adapters
-    have it."""
+    """``A [rank, in]`` and ``B [out, rank]``, for each weight of a stack. A rank above the matrix's is taken: it is
+    wasteful, and stored adapters have it."""
 
     options_type = Options
     options: Options
@@ -70,14 +70,15 @@ class LoRA(_weight.WeightMethod):
 
     def __init__(self, base: WeightBase, options: Options) -> None:
         super().__init__(base, options)
-        a = torch.empty(options.rank, self.in_features, dtype=self.dtype, device=base.device)
         if options.rank:
-            if options.init == "gaussian":
-                nn.init.normal_(a, std=options.init_std or 1 / options.rank)
-            else:
-                nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-            self.A = nn.Parameter(a)
-            self.B = nn.Parameter(torch.zeros(self.out_features, options.rank, dtype=self.dtype, device=base.device))
+            place: dict[str, Any] = {"dtype": self.dtype, "device": base.device}
+            self.A = nn.Parameter(torch.empty(*base.stack, options.rank, self.in_features, **place))
+            self.B = nn.Parameter(torch.zeros(*base.stack, self.out_features, options.rank, **place))
+            for a in self.A.detach().view(-1, options.rank, self.in_features):
+                if options.init == "gaussian":
+                    nn.init.normal_(a, std=options.init_std or 1 / options.rank)
+                else:
+                    nn.init.kaiming_uniform_(a, a=math.sqrt(5))
 
     @classmethod
     def fitted(cls, options: Options, shape: tuple[int, int]) -> Options:

@@ -42,7 +42,8 @@ def side(out_features: int, in_features: int, options: Options) -> int:
 
 
 class MoRA(_weight.WeightMethod):
-    """``M [k, k]``. Raises PlanError if k is larger than both sides of the weight, or less than 2 for rotation."""
+    """``M [k, k]``, for each weight of a stack. Raises PlanError if k is larger than both sides of the weight, or less
+    than 2 for rotation."""
 
     options_type = Options
     options: Options
@@ -59,7 +60,7 @@ class MoRA(_weight.WeightMethod):
             )
         super().__init__(base, options)
         self.square = Square(in_features, out_features, k, turn=options.form == "rotation")
-        self.M = nn.Parameter(torch.zeros(k, k, dtype=self.dtype, device=base.device))
+        self.M = nn.Parameter(torch.zeros(*base.stack, k, k, dtype=self.dtype, device=base.device))
 
     @classmethod
     def fitted(cls, options: Options, shape: tuple[int, int]) -> Options:

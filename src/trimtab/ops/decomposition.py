@@ -31,7 +31,10 @@ def row_blocks(rows: int, columns: int, elements: int | None = None) -> list[sli
 
 
 def squared_norms(weight: Tensor, axis: Axis = "output") -> Tensor:
-    """Squared norm of every row (``[out]``) or column (``[in]``) of ``weight [out, in]``, summed in float64."""
+    """Squared norm of every row (``[out]``) or column (``[in]``) of ``weight [out, in]``, summed in float64; of each
+    weight of a stack ``[experts, out, in]``, in the order of the stack."""
+    if weight.dim() > 2:
+        return torch.stack([squared_norms(one, axis) for one in weight])
     return _dots(weight, weight, axis)
 
 
@@ -50,7 +53,7 @@ def _dots(one: Tensor, other: Tensor, axis: Axis) -> Tensor:
 
 def across(vector: Tensor, axis: Axis) -> Tensor:
     """``vector`` shaped to multiply a ``[out, in]`` weight row by row or column by column."""
-    return vector.unsqueeze(1) if axis == "output" else vector.unsqueeze(0)
+    return vector.unsqueeze(-1) if axis == "output" else vector.unsqueeze(-2)
 
 
 def magnitude_over_norm(magnitude: Tensor, norm: Tensor) -> Tensor:

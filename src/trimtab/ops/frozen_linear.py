@@ -23,7 +23,9 @@ from torch.autograd.function import once_differentiable
 from trimtab.ops.autocast import autocast_dtype, without_autocast
 from trimtab.ops.cost import Compute, counted, folds_gradient, folds_output, full_digits_for_few
 from trimtab.ops.dropout import Keep
+from trimtab.ops.expert_rows import StackMap
 from trimtab.ops.kernels import kernels_for
+from trimtab.ops.kernels.contract import KernelSet
 from trimtab.ops.linear_map import MATRIX, LinearMap
 from trimtab.ops.ratio import HALF, Ratio, ratio_of
 from trimtab.ops.update import BuiltUpdate, Update
@@ -74,8 +76,13 @@ def factored(rows: Tensor, fed: Tensor, operands: Operands, in_place: bool) -> C
     if thin is None and ratio is None:
         return Computed(product, product)
     bias = None if ratio is None else bias
-    output = kernels_for(product).forward(product, thin=thin, ratio=ratio, bias=bias, in_place=in_place)
+    output = _kernels(through, product).forward(product, thin=thin, ratio=ratio, bias=bias, in_place=in_place)
     return Computed(output, product, thin.inner if thin is not None and thin.inner.dtype == product.dtype else None)
+
+
+def _kernels(through: LinearMap, product: Tensor) -> KernelSet:
+    """The kernels for ``product``. A stack of weights has its own, since its factors and ratios go row by row."""
+    return through if isinstance(through, StackMap) else kernels_for(product)
 
 
 def _scaled(tensors: tuple[Tensor, ...], keep: Keep | None) -> tuple[Tensor, ...]:
@@ -91,7 +98,8 @@ def _compute(x: Tensor, operands: Operands, settings: Settings) -> tuple[Compute
     # In half precision a bias larger than the product swallows the product's digits: no way back from the output.
     readable = ratio is not None and ratio.near_one and not settings.keep_product
     readable = readable and (bias is None or weight.dtype not in HALF)
-    if update is not None and keep is None and (ratio is None or readable):
+    # (A stack of weights is never formed: it is as large as all experts, however few the rows are.)
+    if update is not None and keep is None and (ratio is None or readable) and weight.dim() == 2:
         tokens = counted(rows.shape[0])
         work = update.work(tokens, tensors, weight.dtype)
         if folds_output(settings.compute, work, tokens, weight.shape, scaled=readable, dtype=weight.dtype):
@@ -159,12 +167,12 @@ class _FrozenLinear(torch.autograd.Function):
             fed = rows if keep is None else keep.of(rows)
             fed_tensors = _scaled(tensors, keep)
             thin = update.thin(fed, fed_tensors, through, upstream.dtype, inner=inner)
-            if wants_x and keep is None:
+            if wants_x and keep is None and len(ctx.weight_shape) == 2:
                 work, scales = update.work(tokens, tensors, upstream.dtype), ratio is not None and thin is not None
                 folds = folds_gradient(ctx.settings.compute, work, tokens, ctx.weight_shape, scaled=scales)
-        into_weight = folds or ctx.weight_shape[1] < tokens
+        into_weight = folds or (len(ctx.weight_shape) == 2 and ctx.weight_shape[1] < tokens)
         into_gradient = ratio is not None and ((walks and thin is None) or (wants_x and not into_weight))
-        passed = kernels_for(upstream).backward(
+        passed = _kernels(through, upstream).backward(
             upstream,
             thin=thin,
             ratio=ratio,

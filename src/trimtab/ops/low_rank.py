@@ -21,7 +21,7 @@ _BLOCK = 1 << 18  # elements: what a processor's second cache holds in float32
 
 @dataclass(frozen=True)
 class LowRank(Update):
-    """Multiplies with ``s B A``. Tensors: ``(A, B)``."""
+    """Multiplies with ``s B A``. Tensors: ``(A, B)``; of a stack of weights, with its axis in front."""
 
     scale: float
     is_thin: ClassVar[bool] = True
@@ -84,17 +84,19 @@ class LowRank(Update):
 
 
 def squared_norms(weight: Tensor, squares: Tensor, a: Tensor, b: Tensor, *, scale: float, axis: Axis) -> Tensor:
-    """``||W + s B A||^2`` per row ``[out]`` or column ``[in]``, without building the sum.
+    """``||W + s B A||^2`` per row ``[out]`` or column ``[in]``, without building the sum; of a stack of weights
+    ``[experts, out, in]``, expert by expert.
 
     ``||W||^2 + 2 s <W A^T, B> + s^2 <B (A A^T), B>`` row by row, with ``squares = ||W||^2`` computed once.
     Differentiable in ``a`` and ``b``. The products with ``W`` run in its dtype, everything else in the dtype of
     ``squares``; the sum is kept from going below zero, where rounding would take it if the update cancels a row.
     """
     a_full, b_full = a.to(squares.dtype), b.to(squares.dtype)
+    add_product = torch.addmm if weight.dim() == 2 else torch.baddbmm
     if axis == "output":
-        crossed = weight.matmul(a.to(weight.dtype).t()).to(squares.dtype)  # W A^T: [out, rank]
-        inner = torch.addmm(crossed, b_full, a_full.matmul(a_full.t()), beta=2 * scale, alpha=scale**2)
-        return (squares + (b_full * inner).sum(1)).clamp_min(0)
-    crossed = b.to(weight.dtype).t().matmul(weight).to(squares.dtype)  # B^T W: [rank, in]
-    inner = torch.addmm(crossed, b_full.t().matmul(b_full), a_full, beta=2 * scale, alpha=scale**2)
-    return (squares + (a_full * inner).sum(0)).clamp_min(0)
+        crossed = weight.matmul(a.to(weight.dtype).mT).to(squares.dtype)  # W A^T: [out, rank]
+        inner = add_product(crossed, b_full, a_full.matmul(a_full.mT), beta=2 * scale, alpha=scale**2)
+        return (squares + (b_full * inner).sum(-1)).clamp_min(0)
+    crossed = b.to(weight.dtype).mT.matmul(weight).to(squares.dtype)  # B^T W: [rank, in]
+    inner = add_product(crossed, b_full.mT.matmul(b_full), a_full, beta=2 * scale, alpha=scale**2)
+    return (squares + (a_full * inner).sum(-2)).clamp_min(0)

@@ -28,12 +28,13 @@ def effective_weight(
 ) -> Tensor:
     """``m (W + dV) / ||W + dV||``, or ``W + dV`` without a magnitude; differentiable in all its arguments.
 
-    ``axis="output"``: one norm per row; ``"input"``: one per column. A row whose norm is 0 stays 0.
+    ``axis="output"``: one norm per row; ``"input"``: one per column. A row whose norm is 0 stays 0. Of a stack of
+    weights ``[experts, out, in]``, each is taken by itself.
     """
     total = weight if delta is None else weight + delta
     if magnitude is None:
         return total
-    norm = torch.linalg.vector_norm(total, dim=1 if axis == "output" else 0)
+    norm = torch.linalg.vector_norm(total, dim=-1 if axis == "output" else -2)
     return total * across(magnitude_over_norm(magnitude, norm.detach() if detach_norm else norm), axis)
 
 

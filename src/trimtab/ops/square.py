@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trimtab.ops.cost import RANKS_PER_PASS, Work, full_digits_for_few
+from trimtab.ops.expert_rows import StackMap
 from trimtab.ops.kernels.contract import BackwardPass
 from trimtab.ops.linear_map import LinearMap
 from trimtab.ops.update import Update
@@ -35,7 +36,8 @@ _TURNING, _REPEATING, _STRIDED = 8.0, 2.0, 1.6
 
 @dataclass(frozen=True)
 class Square(Update):
-    """Multiplies with the square update. Tensors: ``(M,)``. ``turn``: rotation (True) or sharing (False)."""
+    """Multiplies with the square update. Tensors: ``(M,)``. ``turn``: rotation (True) or sharing (False). Of a stack of
+    weights, M has its axis in front."""
 
     in_features: int
     out_features: int
@@ -130,6 +132,8 @@ class Square(Update):
     def delta(self, tensors: tuple[Tensor, ...]) -> Tensor:
         """Row ``o`` is row ``o mod k`` of M, turned back for every chunk that feeds the row's group."""
         (matrix,) = tensors
+        if matrix.dim() > 2:
+            return torch.stack([self.delta((one,)) for one in matrix])
         pieces = matrix.unsqueeze(1).expand(self.side, self.chunks, self.side)
         if self.turn:
             pieces = self._rotate(pieces, -1)
@@ -183,6 +187,8 @@ class Square(Update):
 
         Computed in the dtype of ``squares``, which is ``||W||^2``. Rounding cannot take it below zero.
         """
+        if matrix.dim() > 2:
+            return torch.stack([self.squared_norms(*one) for one in zip(weight, squares, matrix, strict=True)])
         total = squares.clone()
         for columns, group, part in self._parts(matrix, squares.dtype):
             for span in self.spans(group):
@@ -190,8 +196,16 @@ class Square(Update):
                 total[span].add_((added * (2 * weight[span, columns] + added)).sum(-1))
         return total.clamp_min_(0)
 
+    def _groups_of(self, rows: Tensor) -> Tensor:
+        """``rows`` compressed, with the groups of a row one after the other: ``[rows * groups, k]``."""
+        return self.compress(rows.to(torch.promote_types(rows.dtype, torch.float32))).to(rows.dtype).flatten(0, 1)
+
     def add_product(self, product: Tensor, rows: Tensor, tensors: tuple[Tensor, ...], through: LinearMap) -> None:
         (matrix,) = tensors
+        if isinstance(through, StackMap):
+            multiplied = through.repeated(self.groups).times(self._groups_of(rows), matrix.to(rows.dtype).mT)
+            product.add_(self.spread(multiplied.unflatten(0, (-1, self.groups))))
+            return
         if not self.turn or len(rows) < self.side:
             full = torch.promote_types(rows.dtype, torch.float32)
             work = full_digits_for_few(rows.shape[0], rows.dtype)
@@ -212,6 +226,12 @@ class Square(Update):
         through: LinearMap,
     ) -> tuple[Tensor, ...]:
         (matrix,), grad = tensors, after.grad
+        if isinstance(through, StackMap):
+            each, gathered = through.repeated(self.groups), self.gather(grad).flatten(0, 1)
+            if grad_rows is not None:
+                multiplied = each.times(gathered, matrix.to(grad.dtype))
+                grad_rows.add_(self.expand(multiplied.unflatten(0, (-1, self.groups))))
+            return (each.outer(gathered, self._groups_of(rows)).to(matrix.dtype),)
         if not self.turn:
             gathered = self.gather(grad)
             if grad_rows is not None:

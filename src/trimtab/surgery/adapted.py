@@ -13,6 +13,7 @@ from trimtab.bases import Base, BlockBase, HeldBase, HeldWeight, WeightBase
 from trimtab.errors import PlanError, SurgeryError
 from trimtab.methods import Method
 from trimtab.ops.autocast import without_autocast
+from trimtab.ops.decomposition import across
 from trimtab.surgery.holding import hold, let_go
 from trimtab.surgery.plan import Target
 from trimtab.surgery.watchers import WATCHERS
@@ -117,7 +118,7 @@ class AdaptedParameter(AdaptedLayer):
             total = adapter.total(weight.to(work))
             ratio = adapter.ratio(weight)
             if ratio is not None:
-                total = total * (ratio if adapter.options.magnitude_axis == "input" else ratio.unsqueeze(1))
+                total = total * across(ratio, adapter.options.magnitude_axis)
             return handle.as_stored(total).to(handle.dtype)
 
 

@@ -60,7 +60,10 @@ class PeftFormat(AdapterFormat):
             and not any(one.magnitude and one.magnitude_axis != "output" for one in options)
             and len({one.rank_stabilised for one in options}) == 1
             # PEFT keeps what is read and not called in another place.
-            and all(not isinstance(module.handle, WeightBase) or module.handle.is_called for module in adapted.values())
+            and all(
+                not isinstance(handle, WeightBase) or (handle.is_called and not handle.stack)
+                for handle in (module.handle for module in adapted.values())
+            )
             # PEFT divides by the norm even where it is zero, which gives NaN.
             and not any(module.adapter.zero_rows for module in adapted.values())
             # PEFT adapts only the first place of a layer that hangs in two, and merges twice into a shared weight.

@@ -1,0 +1,88 @@
+"""Experts kept in one parameter: a stack ``[experts, out, in]`` or ``[experts, in, out]`` that hangs on a module.
+
+Mixtral, Qwen-MoE, DeepSeek, gpt-oss, Llama 4 and their kin have such stacks in transformers 5, ``experts.gate_up_proj``
+and ``experts.down_proj``. Every expert has an adapter of its own, and the adapters' tensors are stacked likewise. The
+model multiplies its experts in the way that its configuration says, as before (``trimtab.methods._stack``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.bases import _base, _held
+from trimtab.errors import PlanError
+
+# Classes that keep [experts, in, out] and have no attribute that says so.
+_TURNED = {"Llama4TextExperts"}
+_COUNTS = ("num_experts", "num_local_experts", "num_routed_experts", "moe_num_experts", "n_routed_experts")
+
+
+class ExpertsBase(_held.HeldBase):
+    """A handle on a stack of experts' weights."""
+
+    is_linear = False
+    wraps_forward: ClassVar[bool] = True
+
+    @staticmethod
+    def holds(module: nn.Module) -> Sequence[str]:
+        if not _has_experts(module):
+            return ()
+        return [name for name, parameter in module._parameters.items() if parameter is not None and parameter.dim() > 2]
+
+    @staticmethod
+    def knows(module: nn.Module) -> bool:
+        return isinstance(module, _held.HeldWeight) and module.attribute in ExpertsBase.holds(module.holder)
+
+    @property
+    def stored_transposed(self) -> bool:  # type: ignore[override]
+        """Whether the stack is laid out as ``[experts, in, out]``."""
+        turned = getattr(self.owner, "is_transposed", None)
+        return bool(turned) if turned is not None else type(self.owner).__name__ in _TURNED
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        parameter = self.parameter
+        if type(parameter.data) is not Tensor or parameter.dtype not in _base.DENSE or parameter.dim() != 3:
+            raise PlanError(
+                f"experts that are stored quantised ({str(parameter.dtype).removeprefix('torch.')} "
+                f"{list(parameter.shape)} of a {type(self.owner).__name__}) cannot be adapted; load the model "
+                "dequantised (for gpt-oss: quantization_config=Mxfp4Config(dequantize=True)), or leave them out"
+            )
+        return (parameter.shape[0],)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(out, in)`` of one expert."""
+        rows, columns = self.parameter.shape[1:3]
+        return (columns, rows) if self.stored_transposed else (rows, columns)
+
+    @property
+    def is_called(self) -> bool:
+        return True
+
+    @property
+    def changes_products(self) -> bool:
+        return bool(getattr(self.owner, "has_bias", False))
+
+    def weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        return self.as_weight(self.parameter)
+
+    def as_stored(self, weight: Tensor) -> Tensor:
+        return weight.mT if self.stored_transposed else weight
+
+    def reading(self, adapter: Any) -> Tensor | None:
+        return None if torch.compiler.is_compiling() else adapter.look(self)
+
+    def around_forward(self, adapter: Any) -> AbstractContextManager[object]:
+        around: AbstractContextManager[object] = adapter.one_pass(self)
+        return around
+
+
+def _has_experts(module: nn.Module) -> bool:
+    name = type(module).__name__.lower()
+    return "expert" in name or any(isinstance(getattr(module, count, None), int) for count in _COUNTS)

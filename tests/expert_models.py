@@ -1,0 +1,90 @@
+"""Tiny random models with experts, of every way in which a model keeps and multiplies them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "num_experts_per_tok": 2,
+    "pad_token_id": 0,
+}
+
+
+def qwen3_moe() -> nn.Module:
+    """``[experts, out, in]``, a shared scheme of transformers."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    own = {"intermediate_size": 24, "moe_intermediate_size": 24, "num_experts": 5}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, **own))
+
+
+def gpt_oss() -> nn.Module:
+    """``[experts, in, out]`` with biases, gate and up interleaved."""
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    return GptOssForCausalLM(GptOssConfig(**SIZES, intermediate_size=24, num_local_experts=3))
+
+
+def llama4() -> nn.Module:
+    """``[experts, in, out]``, all rows through all experts in one batched product."""
+    from transformers import Llama4ForCausalLM, Llama4TextConfig
+
+    own = {"intermediate_size": 12, "intermediate_size_mlp": 20, "num_local_experts": 3, "interleave_moe_layer_step": 1}
+    return Llama4ForCausalLM(Llama4TextConfig(**SIZES | {"num_experts_per_tok": 1}, **own))
+
+
+def jetmoe() -> nn.Module:
+    """``weight [experts, out, in]`` of modules called with rows sorted by expert; its attention has experts, too."""
+    from transformers import JetMoeConfig, JetMoeForCausalLM
+
+    own = {"intermediate_size": 12, "num_local_experts": 3, "kv_channels": 8}
+    sizes = {name: value for name, value in SIZES.items() if name not in ("head_dim", "num_attention_heads")}
+    return JetMoeForCausalLM(JetMoeConfig(**sizes, **own))
+
+
+MODELS = {"qwen3_moe": qwen3_moe, "gpt_oss": gpt_oss, "llama4": llama4, "jetmoe": jetmoe}
+
+
+class OwnExperts(nn.Module):
+    """Experts in a way that the library has never seen: every row through every expert, weighed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_experts = 3
+        self.inner = nn.Parameter(torch.randn(3, 6, 4))
+        self.outer = nn.Parameter(torch.randn(3, 4, 6))
+
+    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+        inner = torch.einsum("eoi,ti->teo", self.inner, x).tanh()
+        return torch.einsum("eoi,tei,te->to", self.outer, inner, weights)
+
+
+class OwnModel(nn.Module):
+    """``OwnExperts`` behind a router."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(4, 3)
+        self.experts = OwnExperts()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.experts(x, self.router(x).softmax(-1))
+
+
+def implementations(model: nn.Module) -> list[str]:
+    """The ways in which transformers lets ``model`` multiply its experts."""
+    decorated = any(hasattr(module, "is_transposed") for module in model.modules())
+    return ["eager", "batched_mm", "grouped_mm"] if decorated else ["eager"]
+
+
+def tokens() -> Tensor:
+    return torch.randint(1, 40, (2, 7), generator=torch.Generator().manual_seed(5))
