@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from trimtab import bases
 from trimtab.adapters.formats import AdapterFormat, all_formats
+from trimtab.adapters.hub import local_folder
 from trimtab.adapters.record import StoredAdapter
 from trimtab.adapters.renaming import as_named_in
 from trimtab.adapters.safe_read import shown
@@ -78,7 +79,8 @@ def save_adapter(model: nn.Module, folder: Path | str, *, state_dict: Mapping[st
 
 
 def load_adapter(model: nn.Module, folder: Path | str) -> AttachReport:
-    """Attach the adapter stored in ``folder``, ours or PEFT's own, to ``model`` in place.
+    """Attach the adapter stored in ``folder``, ours or PEFT's own, to ``model`` in place. The name of a folder that is
+    not there is taken for a hub id, ``OWNER/NAME``.
 
     If ``model`` has adapters already, they take over the stored values. They must sit on the same modules, and compute
     the same from the same tensors.
@@ -86,7 +88,7 @@ def load_adapter(model: nn.Module, folder: Path | str) -> AttachReport:
     Raises AdapterError if there is no adapter, or one that is damaged, not supported, or made for another model. The
     model is then unchanged.
     """
-    place = Path(folder)
+    place = local_folder(folder)
     model = unwrapped(model)
     stored = read_adapter(place)
     known = dict(bare_modules(model))
@@ -124,7 +126,7 @@ def read_adapter(folder: Path | str) -> dict[str, StoredAdapter]:
 
     Raises AdapterError if there is no adapter, or one that is damaged, not supported or empty.
     """
-    place = Path(folder)
+    place = local_folder(folder)
     stored = _format_of(place).load(place)
     if not stored:
         raise AdapterError(f"{place}: the adapter is empty")
