@@ -55,10 +55,23 @@ class Block(nn.Module):
         return self.inner(x)
 
 
+class Whole(nn.Module):
+    """A module that no other base knows."""
+
+    def __init__(self, out_features: int, in_features: int, bias: bool) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.zeros(out_features, in_features))
+        self.shift = nn.Parameter(torch.zeros(out_features)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return plain_formula.product(x, self.matrix, self.shift)
+
+
 BUILDERS: dict[str, Callable[[int, int, bool], nn.Module]] = {
     "linear": lambda out_features, in_features, bias: nn.Linear(in_features, out_features, bias=bias),
     "conv1d": lambda out_features, in_features, bias: Conv1D(out_features, in_features),
     "block": Block,
+    "module": Whole,
     **dict.fromkeys(QUANTISED, lambda out_features, in_features, bias: nn.Linear(in_features, out_features, bias=bias)),
 }
 # (out, in): more inputs, more outputs, and neither side a multiple of MoRA's k (8 at rank 2 for all three).
@@ -87,7 +100,7 @@ def _values(name: str, kind: Any, default: Any) -> list[Any]:
 def allowed(method: str, row: Mapping[str, Any]) -> bool:
     """Whether what is said so far may stand in one case: what has no meaning together is not tried together."""
     base, magnitude, rank = row.get("base"), row.get("magnitude"), row.get("rank")
-    if base in ALWAYS_BIASED and row.get("bias") is False:
+    if base in ALWAYS_BIASED and row.get("biased") is False:
         return False
     if base in QUANTISED and row.get("base_dtype") == torch.float64:
         return False
@@ -97,7 +110,9 @@ def allowed(method: str, row: Mapping[str, Any]) -> bool:
         return False
     if rank == 0 and (row.get("alpha") or row.get("rank_stabilised") or row.get("dropout")):
         return False
-    return not (method == "full" and row.get("dropout"))
+    if method == "full":
+        return not row.get("dropout")
+    return not (row.get("bias") and row.get("biased") is False)
 
 
 @dataclass(frozen=True)
@@ -217,7 +232,7 @@ class Reference:
         handle = frozen(adapted.base)
         # What is stored, rounded once to the dtype that it multiplies in; read without the handle, which is under test.
         self.weight = stored_weight(handle.module).to(handle.dtype).double()
-        self.bias = None if handle.bias is None else handle.bias.detach().double()
+        self.own_bias = None if handle.bias is None else handle.bias.detach().double()
         # A method that the formulas do not know yet is held against its own plain formula, in float64.
         self.own = None if case.method in plain_formula.KNOWN else copy.deepcopy(adapted.adapter).double()
         if self.own is None:
@@ -229,6 +244,10 @@ class Reference:
     @property
     def magnitude(self) -> Tensor | None:
         return self.tensors.get("magnitude")
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.tensors.get("bias", self.own_bias)
 
     def update(self) -> Tensor:
         if self.own is not None:
@@ -302,7 +321,7 @@ def factors(
     """All that cases of one method differ in, and the values of each."""
     sits_on = methods.method_class(method).sits_on
     known = [base for base in bases.names(sits_on) if base not in HELD and (on is None or base in on)]
-    layer = {"base": known, "bias": [True, False], "base_dtype": list(dtypes), "shape": list(shapes)}
+    layer = {"base": known, "biased": [True, False], "base_dtype": list(dtypes), "shape": list(shapes)}
     return layer | options_of(method)
 
 
@@ -323,7 +342,7 @@ def full_product(method: str, varied: Mapping[str, Sequence[Any]]) -> list[dict[
 def _case(method: str, row: Mapping[str, Any]) -> Case:
     fields = methods.options_class(method).model_fields
     said = {name: row[name] for name in options_of(method) if row[name] != fields[name].default}
-    return Case(method, tuple(said.items()), row["base"], row["bias"], row["base_dtype"], row["shape"])
+    return Case(method, tuple(said.items()), row["base"], row["biased"], row["base_dtype"], row["shape"])
 
 
 def assert_close(got: Tensor, want: Tensor, tolerance: float, what: str = "") -> None:

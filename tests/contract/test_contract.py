@@ -11,6 +11,7 @@ from __future__ import annotations
 from functools import partial
 from itertools import combinations
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -37,6 +38,7 @@ from contract_cases import (
 )
 from pairwise import pairs
 from trimtab import bases, methods
+from trimtab.bases import Kind
 
 ALL = cases(DTYPES)
 # Storing and restoring does not depend on the digits: one full and one half dtype.
@@ -50,7 +52,8 @@ def test_every_base_can_be_built() -> None:
     assert set(BUILDERS) >= ALWAYS_BIASED
     assert {case.method for case in ALL} == set(methods.names())
     for name, build in BUILDERS.items():
-        layer, kind = build(3, 5, True), "block" if name in bases.names("block") else "weight"
+        layer = build(3, 5, True)
+        kind = next(kind for kind in get_args(Kind) if name in bases.names(kind))
         handle = bases.find(quantise(layer, name) if name in QUANTISED else layer, kind)
         assert handle is not None
         assert type(handle).__module__ == f"trimtab.bases.{name}"
@@ -67,7 +70,7 @@ def test_every_two_values_stand_together_once(method: str) -> None:
     seen = set()
     for case in ALL:
         if case.method == method:
-            place = {"base": case.base, "bias": case.bias, "base_dtype": case.dtype, "shape": case.shape}
+            place = {"base": case.base, "biased": case.bias, "base_dtype": case.dtype, "shape": case.shape}
             row = {**defaults, **case.said, **place}
             seen |= {((one, row[one]), (other, row[other])) for one, other in combinations(varied, 2)}
     for (one, first), (other, second) in pairs(varied, partial(allowed, method)):

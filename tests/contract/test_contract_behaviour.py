@@ -146,7 +146,7 @@ def _saved_whole(model: Holder) -> Holder:
     return torch.load(file, weights_only=False)
 
 
-COPIES = cases_with({"duplicate": [copy.deepcopy, _pickled, _saved_whole]}, [torch.float32], SHAPES[2:], bias=True)
+COPIES = cases_with({"duplicate": [copy.deepcopy, _pickled, _saved_whole]}, [torch.float32], SHAPES[2:], biased=True)
 
 
 @pytest.mark.parametrize(("case", "duplicate"), COPIES, ids=lambda value: getattr(value, "__name__", str(value)))

@@ -18,7 +18,7 @@ from trimtab import methods
 EPS = torch.finfo(torch.float32).eps
 FULL = cases([torch.float32], SHAPES[2:])
 # One kind of base is enough for what only autograd and Python can get wrong.
-ONE_BASE = cases([torch.float32], on=["linear", "block"], bias=True)
+ONE_BASE = cases([torch.float32], on=["linear", "block"], biased=True)
 
 
 @pytest.mark.parametrize("case", ONE_BASE, ids=str)
@@ -128,7 +128,7 @@ def test_autocast_leaves_float64_alone(method: str) -> None:
 def test_torch_compile(training: bool) -> None:
     """Every method, with a magnitude where it can have one, traced by the compiler in one graph: the same outputs and
     gradients."""
-    shown = cases([torch.float32], on=["linear", "block"], bias=True, dropout=0.0)
+    shown = cases([torch.float32], on=["linear", "block"], biased=True, dropout=0.0)
     decomposed = [case for case in shown if case.magnitude or case.sits_on == "block"]
     shape = SHAPES[2]
     models = [

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
+
+import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import trimtab
 
@@ -29,7 +33,109 @@ def test_small_steps_on_a_bfloat16_base_add_up() -> None:
 def test_it_counts_all_of_the_weight() -> None:
     model = nn.Sequential(nn.Linear(4, 3))
     report = trimtab.attach(model, trimtab.Rule(match="0", method="full", magnitude=True))
-    assert report.trainable_parameters == 12 + 3
-    assert report.total_parameters == 12 + 3  # the bare model: the bias in place of the magnitudes
+    assert report.trainable_parameters == 12 + 3 + 3
+    assert report.total_parameters == 12 + 3
     trimtab.detach(model)
     assert model[0].weight.requires_grad
+
+
+class Polynomial(nn.Module):
+    """A module of a model's own: a number, a vector, two matrices in a list, and a layer inside."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.options = nn.Parameter(torch.tensor(0.7))  # a name that an adapter has, too
+        self.shift = nn.Parameter(torch.randn(width))
+        self.powers = nn.ParameterList([torch.randn(3, width), torch.randn(3, width)])
+        self.inner = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, *, sharpness: float = 1.0) -> Tensor:
+        terms = (x @ power.t() @ power for power in self.powers)
+        return self.inner(sum(terms, x)) * self.options * sharpness + self.shift
+
+
+class Zoo(nn.Module):
+    """Every kind of module that has tensors in a way of its own."""
+
+    def __init__(self, width: int = 4, tokens: int = 11) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(tokens, width, padding_idx=3)
+        self.norm = nn.LayerNorm(width)
+        self.rms = nn.RMSNorm(width)
+        self.batch = nn.BatchNorm1d(width)
+        self.polynomial = Polynomial(width)
+        self.recurrent = nn.GRU(width, width, batch_first=True)
+        self.convolution = nn.Conv1d(width, width, 3, padding=1, groups=2)
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(width, width))
+        self.attention = nn.MultiheadAttention(width, 2, batch_first=True)
+        self.head = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, tokens))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.polynomial(self.rms(self.norm(self.embed(ids))), sharpness=0.5)
+        x = self.batch(x.transpose(1, 2))
+        x = self.recurrent(self.convolution(x).transpose(1, 2))[0]
+        x = self.normed(x)
+        return self.head(self.attention(x, x, x)[0])
+
+
+def steps(model: nn.Module, ids: Tensor, count: int = 3) -> None:
+    optimiser = torch.optim.SGD([one for one in model.parameters() if one.requires_grad], lr=0.05)
+    for _ in range(count):
+        model(ids).square().mean().backward()
+        optimiser.step()
+        optimiser.zero_grad()
+
+
+PARTS = [
+    "embed",
+    "norm",
+    "rms",
+    "batch",
+    "polynomial",
+    "recurrent",
+    "convolution",
+    "normed",
+    "attention",
+    "head",
+    "*",
+]
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_any_module_trains_as_it_would_by_itself(part: str, tmp_path: Path) -> None:
+    """Against the same steps of the bare model with these parameters unfrozen; and saved, loaded, merged, detached."""
+    torch.manual_seed(0)
+    bare = Zoo().double()
+    ids = torch.randint(0, 11, (3, 5))
+    model, reference = copy.deepcopy(bare), copy.deepcopy(bare)
+    for name, parameter in reference.named_parameters():
+        parameter.requires_grad_(part == "*" or name.startswith(f"{part}."))
+    report = trimtab.attach(model, trimtab.Rule(match=part, method="full"))
+    wanted = sum(parameter.numel() for parameter in reference.parameters() if parameter.requires_grad)
+    assert report.trainable_parameters == wanted
+    steps(model, ids)
+    steps(reference, ids)
+    model.eval()
+    reference.eval()
+    if part not in ("*", "batch"):  # whose statistics are the base's own, which the copy keeps apart
+        model.batch.load_state_dict(reference.batch.state_dict())
+    trained = model(ids)
+    torch.testing.assert_close(trained, reference(ids), rtol=1e-12, atol=1e-12)
+
+    trimtab.save_adapter(model, tmp_path)
+    again = copy.deepcopy(bare).eval()
+    again.batch.load_state_dict(reference.batch.state_dict())
+    trimtab.load_adapter(again, tmp_path)
+    torch.testing.assert_close(again(ids), trained, rtol=1e-12, atol=1e-12)
+    trimtab.merge(model)
+    torch.testing.assert_close(model(ids), trained, rtol=1e-12, atol=1e-12)
+    for (name, value), (other, expected) in zip(
+        model.state_dict().items(), reference.state_dict().items(), strict=True
+    ):
+        assert name == other
+        torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
+    trimtab.detach(again)
+    again.batch.load_state_dict(bare.batch.state_dict())
+    for name, value in bare.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+    assert trimtab.trainable_parameters(again).keys() == trimtab.trainable_parameters(bare).keys()

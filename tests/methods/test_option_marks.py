@@ -85,8 +85,8 @@ def test_lora_computes_the_same_where_its_scale_is_the_same(
 @pytest.mark.parametrize("method", methods.names())
 def test_every_vector_that_is_trained_has_a_rate_group_of_its_own(method: str, tiny_llama: Make) -> None:
     """A vector that no method speaks of would decay towards zero, as a weight does."""
-    more = {"magnitude": True} if "magnitude" in methods.options_class(method).model_fields else {}
-    model = adapted(tiny_llama(), method, **more)
+    more = {key: True for key in ("magnitude", "bias") if key in methods.options_class(method).model_fields}
+    model = adapted(tiny_llama(attention_bias=True), method, **more)
     groups = methods.method_class(method).rate_groups
     for _, module in adapted_modules(model):
         tensors = dict(module.adapter.named_parameters())

@@ -53,6 +53,8 @@ def test_a_mix_of_all_methods(kind: str, request: pytest.FixtureRequest) -> None
         by_hand = copy.deepcopy(bare)
         for name, module in adapted_modules(model):
             by_hand.get_submodule(name).weight.copy_(module.handle.as_stored(trimtab.effective_weight(model, name)))
+            if module.bias is not None:  # which full fine-tuning trains as well
+                by_hand.get_submodule(name).bias.copy_(module.bias)
         assert torch.allclose(by_hand(ids).logits, adapted, atol=1e-4)
         copied = copy.deepcopy(model)
         trimtab.merge(model)

@@ -21,7 +21,8 @@ from trimtab.errors import AdapterError, PlanError
 _MOST_BYTES = 64 * 2**20  # of a description; one of ten thousand modules has three million
 _LONGEST_NAME = 512
 _LARGEST_INTEGER = 2**53  # JSON guarantees no more, and sizes are multiplied, so they must have a limit
-_DTYPES = ("F64", "F32", "BF16", "F16")
+# Integers and flags are what some modules count while they train.
+_DTYPES = ("F64", "F32", "BF16", "F16", "I64", "I32", "BOOL")
 
 
 def read_description(path: Path) -> dict[str, Any]:
@@ -87,7 +88,7 @@ def damage_in(path: Path, what: str) -> Iterator[None]:
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and the header of a safetensors file. It is opened once, so that both are from the same file.
 
-    Raises AdapterError if it is missing or damaged, or if a tensor does not hold floating-point numbers.
+    Raises AdapterError if it is missing or damaged, or if a tensor is of another dtype than these.
     """
     if not path.is_file():
         raise AdapterError(f"{path}: missing; the adapter is incomplete")

@@ -112,8 +112,8 @@ def load_adapter(model: nn.Module, folder: Path | str) -> AttachReport:
         with torch.no_grad():
             for name, entry in stored.items():
                 present[name].rule = number[name]
-                for key, parameter in present[name].adapter.named_parameters():
-                    write(parameter, entry.tensors[key])
+                for key, tensor in present[name].adapter.stored_tensors().items():
+                    write(tensor, entry.tensors[key])
     except BaseException:
         if not carried:
             remove_adapters(model)
@@ -207,7 +207,7 @@ def _targets(
                 handle,
                 rule=number[name],
                 method=entry.method,
-                adapter_class=rule.method_class,
+                adapter_class=rule.method_class.class_for(handle),
                 options=entry.options,
             )
         )
@@ -250,10 +250,10 @@ def _check_same(place: Path, present: dict[str, Adapted], stored: dict[str, Stor
 def _check_tensors(place: Path, present: dict[str, Adapted], stored: dict[str, StoredAdapter]) -> None:
     """Raise AdapterError unless exactly the trained tensors are stored, in their shapes and for these weights."""
     problems = []
-    first: dict[int, str] = {}
+    first: dict[int, tuple[str, str]] = {}
     for name, entry in stored.items():
-        expected = {key: list(value.shape) for key, value in present[name].adapter.named_parameters()}
-        got = {key: list(value.shape) for key, value in entry.tensors.items()}
+        expected = {key: _described(value) for key, value in present[name].adapter.stored_tensors().items()}
+        got = {key: _described(value) for key, value in entry.tensors.items()}
         for key in sorted(expected.keys() | got.keys()):
             if expected.get(key) != got.get(key):
                 problems.append(
@@ -266,10 +266,12 @@ def _check_tensors(place: Path, present: dict[str, Adapted], stored: dict[str, S
             problems.append(f"{name}: made for a {handle.kind} of {list(entry.shape)}, the model's is {list(shape)}")
         if entry.base is not None and not _same_base(entry.base, handle):
             problems.append(f"{name}: trained on another weight than the model's")
-        # Modules that share a weight share an adapter, too.
-        twin = first.setdefault(id(present[name].adapter), name)
-        if twin != name and not _equal(entry, stored[twin]):
-            problems.append(f"{name}: shares its weight with {twin}, and the two have different adapters")
+        # Modules that share a weight share its trained tensors, too.
+        for key, tensor in adapter.stored_tensors().items():
+            twin, other = first.setdefault(id(tensor), (name, key))
+            if twin != name and not _equal(entry, key, stored[twin], other):
+                problems.append(f"{name}: shares its weight with {twin}, and the two have different adapters")
+                break
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         raise AdapterError(
@@ -297,9 +299,12 @@ def _same_base(stored: Tensor, handle: bases.Base) -> bool:
     return torch.allclose(stored.double(), own.double(), rtol=torch.finfo(coarser).eps, atol=tiny)
 
 
-def _equal(one: StoredAdapter, other: StoredAdapter) -> bool:
-    return (
-        one.options == other.options
-        and one.tensors.keys() == other.tensors.keys()
-        and all(torch.equal(value, other.tensors[key]) for key, value in one.tensors.items())
-    )
+def _described(tensor: Tensor) -> str:
+    """The shape of ``tensor``, and its dtype where that is none of the usual ones."""
+    return f"{list(tensor.shape)}{'' if tensor.is_floating_point() else f' of {tensor.dtype}'}"
+
+
+def _equal(one: StoredAdapter, key: str, other: StoredAdapter, twin: str) -> bool:
+    mine, theirs = one.tensors.get(key), other.tensors.get(twin)
+    known = mine is not None and theirs is not None and torch.equal(mine, theirs)
+    return known and one.options == other.options

@@ -3,13 +3,14 @@
 Each file defines one class that ends in ``Base``: a handle on one module of that kind, or on one weight that hangs on a
 module (``HeldBase``). On a weight it knows the dense
 value, how a batch goes through it, its norms, how a merged weight is written back and how many bytes it takes; on a
-block, how wide the hidden state is, and where that stands in a call. A kind that a dense layer can be turned into knows
-how to quantise one, too. No other folder asks what kind of layer it holds.
+block, how wide the hidden state is, and where that stands in a call; on any other module, which tensors it holds. A
+kind that a dense layer can be turned into knows how to quantise one, too. No other folder asks what kind of layer it
+holds.
 """
 
 from __future__ import annotations
 
-from trimtab.bases._base import Base, BlockBase, Kind, WeightBase, is_instance_by_name
+from trimtab.bases._base import Base, BlockBase, Kind, ModuleBase, WeightBase, is_instance_by_name
 from trimtab.bases._held import HeldBase, HeldWeight
 from trimtab.bases._quantised import QuantisedBase
 from trimtab.bases._registry import (
@@ -30,6 +31,7 @@ __all__ = [
     "HeldBase",
     "HeldWeight",
     "Kind",
+    "ModuleBase",
     "QuantisedBase",
     "WeightBase",
     "find",

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from trimtab.ops.decomposition import Axis, squared_norms
 from trimtab.ops.linear_map import MATRIX, LinearMap
 
-Kind = Literal["weight", "block"]
-"""What a method can sit on: a layer that multiplies with one weight, or a block of several modules around which one
-hidden state comes in and goes out."""
+Kind = Literal["weight", "block", "module"]
+"""What a method can sit on: a layer that multiplies with one weight; a block of several modules around which one hidden
+state comes in and goes out; or any module, whose own tensors are trained."""
 
 DENSE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """The dtypes in which a dense weight may be stored."""
@@ -43,9 +43,19 @@ class Base:
         return ()
 
     @property
+    def owner(self) -> nn.Module:
+        """The module that has what is trained here among its own parameters."""
+        return self.module
+
+    @property
     def identity(self) -> object:
         """What an adapter belongs to: modules with the same one share an adapter."""
         raise NotImplementedError
+
+    @property
+    def shared(self) -> tuple[object, ...]:
+        """What may hang in other modules, too, so that one rule has to decide about all of them."""
+        return (self.identity,)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -108,11 +118,6 @@ class WeightBase(Base):
         return False
 
     @property
-    def owner(self) -> nn.Module:
-        """The module that has the stored weight among its parameters."""
-        return self.module
-
-    @property
     def identity(self) -> object:
         return self.parameter
 
@@ -128,6 +133,10 @@ class WeightBase(Base):
     @property
     def device(self) -> torch.device:
         return self.parameter.device
+
+    @property
+    def shared(self) -> tuple[object, ...]:
+        return (self.parameter,)
 
     def weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight ``[out, in]``: a view in the base's own dtype where it is stored dense; else a new tensor
@@ -204,6 +213,41 @@ class BlockBase(Base):
     def changed(self, output: Any, change: Callable[[Tensor], Tensor]) -> Any:
         """The block's ``output`` with ``change`` applied to the hidden state ``[..., out]`` in it. Raises SurgeryError
         if there is none."""
+        raise NotImplementedError
+
+
+class ModuleBase(Base):
+    """A handle on a module whose own tensors are trained, each by its name in the module."""
+
+    kind = "module"
+
+    @property
+    def identity(self) -> object:
+        return self.module
+
+    @property
+    def shared(self) -> tuple[object, ...]:
+        return tuple(tensor for tensor in self.tensors().values() if isinstance(tensor, nn.Parameter))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        floating = (one.dtype for one in self.tensors().values() if one.is_floating_point())
+        return next(floating, torch.get_default_dtype())
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.tensors().values())).device
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The module's own parameters, and the buffers that are stored with it, by name."""
+        raise NotImplementedError
+
+    def call(self, tensors: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """What the module gives with ``tensors`` in the place of its own; buffers among them are changed in place."""
+        raise NotImplementedError
+
+    def hang(self, name: str, parameter: nn.Parameter) -> None:
+        """Hang ``parameter`` into the place of the module's own."""
         raise NotImplementedError
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from trimtab import listing
-from trimtab.bases._base import Base, BlockBase, Kind, WeightBase
+from trimtab.bases._base import Base, BlockBase, Kind, ModuleBase, WeightBase
 from trimtab.bases._held import HeldWeight
 from trimtab.bases._quantised import QuantisedBase
 from trimtab.errors import ModelError, did_you_mean
@@ -65,9 +65,14 @@ def find(module: nn.Module, kind: Literal["weight"] = "weight") -> WeightBase | 
 @overload
 def find(module: nn.Module, kind: Literal["block"]) -> BlockBase | None: ...
 @overload
+def find(module: nn.Module, kind: Literal["module"]) -> ModuleBase | WeightBase | None: ...
+@overload
 def find(module: nn.Module, kind: Kind) -> Base | None: ...
 def find(module: nn.Module, kind: Kind = "weight") -> Base | None:
-    """A handle on ``module`` if some base of this kind knows it, else None."""
+    """A handle on ``module`` if some base of this kind knows it, else None. A linear layer is found as one where any
+    module is asked for."""
+    if kind == "module" and (layer := find(module)) is not None and layer.is_linear:
+        return layer
     for base in _all().values():
         if base.kind == kind and base.knows(module):
             return base(module)

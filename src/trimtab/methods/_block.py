@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +50,7 @@ class BlockMethod(_method.Method):
     sits_on = "block"
     options_type = BlockOptions
     options: BlockOptions
-    rate_groups: ClassVar[Mapping[str, _method.RateGroup]] = {"down_bias": "bias", "up_bias": "bias"}
+    rate_groups: Mapping[str, _method.RateGroup] = {"down_bias": "bias", "up_bias": "bias"}
 
     def __init__(self, base: BlockBase, options: BlockOptions, shape: tuple[int, int]) -> None:
         super().__init__(base, options, shape)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Final, Literal
+from collections.abc import Collection, Mapping
+from typing import Annotated, Any, ClassVar, Final, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -35,6 +35,11 @@ class Options(BaseModel):
         """The options that were set, as keywords that set them again."""
         return self.model_dump(exclude_unset=True)
 
+    @classmethod
+    def read(cls, stored: dict[str, Any], tensors: Collection[str]) -> Self:
+        """The options that were ``stored`` with an adapter of ``tensors``, by this release or by one before it."""
+        return cls(**stored)
+
     def computes(self) -> dict[str, Any]:
         """What decides the outputs: two adapters that agree in it compute the same from the same tensors."""
         training_only = {name for name, field in type(self).model_fields.items() if TRAINING_ONLY in field.metadata}
@@ -55,7 +60,7 @@ class Method(nn.Module):
     options_type: type[Options] = Options
     trains_base: ClassVar[bool] = False
     """Whether the method trains the base weight itself, and not something beside it."""
-    rate_groups: ClassVar[Mapping[str, RateGroup]] = {}
+    rate_groups: Mapping[str, RateGroup] = {}
     """The rate group of each trained tensor that is no plain ``weight``."""
 
     def __init__(self, base: Base, options: Options, shape: tuple[int, int] | None = None) -> None:
@@ -80,6 +85,27 @@ class Method(nn.Module):
                 f"rank {options.rank} is larger than the matrix: a weight of {shape[0]} x {shape[1]} has rank at most "
                 f"{fitted.rank}; lower the rank for this module"
             )
+
+    @classmethod
+    def kind_for(cls, options: Any) -> Kind:
+        """The kind of base that the method takes with these options."""
+        return cls.sits_on
+
+    @classmethod
+    def class_for(cls, base: Base) -> type[Method]:
+        """The class of the method's adapters on ``base``."""
+        return cls
+
+    def stored_tensors(self) -> dict[str, Tensor]:
+        """What is saved of the adapter, by name: what is trained, and what is counted while it is."""
+        buffers = {
+            name: buffer for name, buffer in self._buffers.items() if name not in self._non_persistent_buffers_set
+        }
+        return {**dict(self.named_parameters()), **{name: one for name, one in buffers.items() if one is not None}}
+
+    def copies(self, base: Any) -> dict[str, nn.Parameter]:
+        """The base's own parameters of which a copy is trained, by the names of the copies in this adapter."""
+        return {}
 
     def hold(self) -> None:
         """The caller promises that the trained tensors keep their values until ``release``."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Annotated, Any, ClassVar, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from pydantic import Field
@@ -34,6 +34,7 @@ class WeightOptions(_method.Options):
     """What any method on a weight can be told."""
 
     magnitude: bool = Field(False, description="Train a magnitude per output (or input) beside the update.")
+    bias: bool = Field(False, description="Train the layer's bias as well. A layer that has none stays without.")
     magnitude_axis: Axis = Field(
         "output", description="output: one magnitude per output row (the standard); input: one per input column."
     )
@@ -55,6 +56,11 @@ class WeightOptions(_method.Options):
         ),
     )
 
+    @property
+    def trains_bias(self) -> bool:
+        """Whether a layer's bias is trained, if it has one."""
+        return self.bias
+
 
 class _Kept(NamedTuple):
     copies: tuple[Tensor, ...] | None  # None: no comparison is needed while the trained tensors are held
@@ -71,12 +77,13 @@ class WeightMethod(_method.Method):
     """
 
     magnitude: nn.Parameter | None
+    bias: nn.Parameter | None
     square_norms: Tensor | None
     stack_pass: _stack.StackPass | None = None
     sits_on = "weight"
     options_type = WeightOptions
     options: WeightOptions
-    rate_groups: ClassVar[Mapping[str, _method.RateGroup]] = {"magnitude": "magnitude"}
+    rate_groups: Mapping[str, _method.RateGroup] = {"magnitude": "magnitude", "bias": "bias"}
 
     def __init__(self, base: WeightBase, options: WeightOptions) -> None:
         if options.dropout and not base.is_called:
@@ -96,6 +103,8 @@ class WeightMethod(_method.Method):
         else:
             self.square_norms = None
             self.register_parameter("magnitude", None)
+        bias = base.bias if options.trains_bias else None
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().to(self.dtype, copy=True)))
 
     # What a method file says -------------------------------------------------------------------------------------
 
@@ -188,7 +197,14 @@ class WeightMethod(_method.Method):
             ratio = ratio_of(self.magnitude, self.norm(weight), weight.dtype)
         update, tensors = self.factors()
         return FewTokensLinear(
-            Operands(weight=weight, bias=base.bias, ratio=ratio, update=update, tensors=tensors, through=base.through)
+            Operands(
+                weight=weight,
+                bias=self.bias_of(base),
+                ratio=ratio,
+                update=update,
+                tensors=tensors,
+                through=base.through,
+            )
         )
 
     def ratio(self, weight: Tensor) -> Tensor | None:
@@ -218,14 +234,14 @@ class WeightMethod(_method.Method):
             if self.options.magnitude_axis == "input":
                 if not base.through.reads_features:
                     total = self.total(weight.to(norm.dtype)) * self._over(norm)
-                    return multiply(base.through, x, total.to(weight.dtype), base.bias)
+                    return multiply(base.through, x, total.to(weight.dtype), self.bias_of(base))
                 # Columns of the weight scaled are inputs scaled; in half precision the product is taken in full digits.
                 x, magnitude, norm = (x * self._over(norm)).to(x.dtype), None, None
         update, tensors = self.factors()
         return frozen_linear(
             x,
             weight,
-            base.bias,
+            self.bias_of(base),
             through=base.through,
             update=update,
             tensors=tensors,
@@ -237,6 +253,20 @@ class WeightMethod(_method.Method):
             again=base.again(dtype),
             ratios=ratios,
         )
+
+    @property
+    def changes_weight(self) -> bool:
+        """Whether the layer acts with another weight than its own; else its bias alone is trained."""
+        return True
+
+    def bias_of(self, base: WeightBase) -> Tensor | None:
+        """The bias ``[out]`` that the layer adds, in the dtype of its own: the trained one, or its own."""
+        own = base.bias
+        return own if own is None or self.bias is None else self.bias.to(own.dtype)
+
+    def copies(self, base: WeightBase) -> dict[str, nn.Parameter]:
+        own = base.bias
+        return {"bias": own} if self.bias is not None and isinstance(own, nn.Parameter) else {}
 
     @torch.no_grad()
     def effective_weight(self, base: WeightBase, dtype: torch.dtype | None = None) -> Tensor:

@@ -1,22 +1,27 @@
 """Full fine-tuning: the base itself is trained. The yardstick that every method is held against.
 
-    W' = V        V [out, in] starts at W
+    W' = V        V starts at W, and so with every other tensor of the module: biases, norms, embeddings, all there is
 
 The trained copy has its own dtype (float32 unless told otherwise), so that a bfloat16 base is trained with float32
 master weights and small steps are not lost; the base stays as it was until the merge. With ``magnitude``, ``W' = m *
-V / ||V||``: weight normalisation of the trained weight.
+V / ||V||``: weight normalisation of the trained weight, for a layer that multiplies with one weight ``V [out, in]``.
+
+A layer of one matrix keeps ``weight [out, in]`` and ``bias [out]``; any other module its own tensors, as it has them.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Collection
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from trimtab.bases import WeightBase
-from trimtab.methods import _weight
+from trimtab.bases import Base, Kind, WeightBase
+from trimtab.errors import PlanError
+from trimtab.methods import _method, _module, _weight
 from trimtab.methods._method import TRAINING_ONLY
+from trimtab.ops.frozen_linear import frozen_linear
 from trimtab.ops.linear_map import multiply
 
 
@@ -27,32 +32,81 @@ class Options(_weight.WeightOptions):
         0.0, ge=0.0, le=0.0, description="Must be 0: there is no update whose input could be dropped."
     )
     compute: Literal["auto"] = Field("auto", description="There is one form only: the trained weight itself.")
+    tensors: tuple[str, ...] | None = Field(
+        None, min_length=1, description="Names of the module's own tensors that are trained. Default: all of them."
+    )
+
+    bias: Literal[True] = Field(True, description="Always on: to leave a bias as it is, name the other tensors.")
+
+    @model_validator(mode="after")
+    def _a_weight_to_decompose(self) -> Options:
+        if self.magnitude and not self.trains("weight"):
+            raise ValueError("magnitude: true trains the weight, too, which 'tensors' leaves out")
+        return self
+
+    @property
+    def trains_bias(self) -> bool:
+        return self.trains("bias")
+
+    def trains(self, name: str) -> bool:
+        """Whether the module's tensor ``name`` is trained, if it has one."""
+        return self.tensors is None or name in self.tensors
+
+    @classmethod
+    def read(cls, stored: dict[str, Any], tensors: Collection[str]) -> Self:
+        # Before there was such an option, a layer's weight was trained and its bias was not.
+        return cls(**({} if "tensors" in stored else {"tensors": ["weight"]}) | stored)
 
 
 class FullFineTuning(_weight.WeightMethod):
-    """``weight [out, in]``: the trained copy."""
+    """``weight [out, in]`` and ``bias [out]``: the trained copies."""
 
     options_type = Options
     options: Options
     trains_base = True
+    weight: nn.Parameter | None
 
     def __init__(self, base: WeightBase, options: Options) -> None:
         super().__init__(base, options)
-        self.weight = nn.Parameter(base.weight().detach().to(self.dtype, copy=True))
+        own = ["weight", "bias"] if base.bias is not None else ["weight"]
+        if unknown := [name for name in options.tensors or () if name not in own]:
+            raise PlanError(f"it has no tensor {unknown[0]!r}; a {type(base.module).__name__} has {', '.join(own)}")
+        weight = base.weight().detach().to(self.dtype, copy=True) if options.trains("weight") else None
+        self.register_parameter("weight", None if weight is None else nn.Parameter(weight))
+
+    @classmethod
+    def kind_for(cls, options: Options) -> Kind:
+        return "weight" if options.magnitude else "module"
+
+    @classmethod
+    def class_for(cls, base: Base) -> type[_method.Method]:
+        return cls if base.kind == "weight" else _module.ModuleMethod
 
     def total(self, weight: Tensor) -> Tensor:
-        return self.weight.to(weight.dtype)
+        return weight if self.weight is None else self.weight.to(weight.dtype)
+
+    @property
+    def changes_weight(self) -> bool:
+        return self.weight is not None
+
+    def copies(self, base: WeightBase) -> dict[str, nn.Parameter]:
+        mine = super().copies(base)
+        return mine if self.weight is None or base.stored_transposed else {**mine, "weight": base.parameter}
 
     def forward(self, x: Tensor, base: WeightBase) -> Tensor:
-        weight = self.weight.to(base.dtype_for(x))
+        dtype = base.dtype_for(x)
+        bias = self.bias_of(base)
+        if self.weight is None:
+            return frozen_linear(x, base.weight(dtype), bias, through=base.through, again=base.again(dtype))
+        weight = self.weight.to(dtype)
         ratio = self.ratio(weight)
         if ratio is None:
-            return multiply(base.through, x, weight, base.bias)
+            return multiply(base.through, x, weight, bias)
         if self.options.magnitude_axis == "input":
             if base.through.reads_features:
-                return multiply(base.through, (x * ratio).to(x.dtype), weight, base.bias)
-            return multiply(base.through, x, (weight * ratio).to(weight.dtype), base.bias)
+                return multiply(base.through, (x * ratio).to(x.dtype), weight, bias)
+            return multiply(base.through, x, (weight * ratio).to(weight.dtype), bias)
         rows = base.through.rows(x)
         product = base.through.product(rows, weight)
         scaled = (product * ratio).to(product.dtype)
-        return base.through.output(scaled if base.bias is None else scaled + base.bias.to(product.dtype), x.shape)
+        return base.through.output(scaled if bias is None else scaled + bias.to(product.dtype), x.shape)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -66,7 +66,7 @@ class LoRA(_weight.WeightMethod):
 
     options_type = Options
     options: Options
-    rate_groups: ClassVar[Mapping[str, RateGroup]] = {**_weight.WeightMethod.rate_groups, "B": "second factor"}
+    rate_groups: Mapping[str, RateGroup] = {**_weight.WeightMethod.rate_groups, "B": "second factor"}
 
     def __init__(self, base: WeightBase, options: Options) -> None:
         super().__init__(base, options)

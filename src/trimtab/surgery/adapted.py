@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from trimtab import bases
-from trimtab.bases import Base, BlockBase, HeldBase, HeldWeight, WeightBase
-from trimtab.errors import PlanError, SurgeryError
+from trimtab.bases import Base, BlockBase, HeldBase, HeldWeight, ModuleBase, WeightBase
+from trimtab.errors import SurgeryError
 from trimtab.methods import Method
 from trimtab.ops.autocast import without_autocast
 from trimtab.ops.decomposition import across
+from trimtab.surgery.build import build_adapters
 from trimtab.surgery.holding import hold, let_go
 from trimtab.surgery.plan import Target
 from trimtab.surgery.watchers import WATCHERS
@@ -43,9 +44,8 @@ class Adapted(nn.Module):
     @staticmethod
     def around(handle: Base, adapter: Method, method: str, rule: int) -> Adapted:
         """An adapted module of the kind that ``handle`` asks for."""
-        kind: type[Adapted] = AdaptedBlock if handle.kind == "block" else AdaptedLayer
-        if isinstance(handle, HeldBase):
-            kind = AdaptedParameter
+        kinds: dict[str, type[Adapted]] = {"block": AdaptedBlock, "module": AdaptedModule, "weight": AdaptedLayer}
+        kind = AdaptedParameter if isinstance(handle, HeldBase) else kinds[handle.kind]
         return kind(handle, adapter, method, rule)
 
     def remove(self) -> nn.Module:
@@ -80,7 +80,9 @@ class AdaptedLayer(Adapted):
 
     @property
     def bias(self) -> Tensor | None:
-        return self.handle.bias
+        adapter: Any = self.adapter
+        bias: Tensor | None = self.handle.bias if self.off else adapter.bias_of(self.handle)
+        return bias
 
     @property
     def in_features(self) -> int:
@@ -156,6 +158,32 @@ class AdaptedBlock(Adapted):
             # While this module is being copied, it has no block yet and is asked for names such as __deepcopy__.
             if name.startswith("__") or "base" not in self.__dict__.get("_modules", {}):
                 raise
+            return getattr(self.base, name)
+
+
+class AdaptedModule(Adapted):
+    """Any module, and an adapter that trains its own tensors.
+
+    The module runs its own forward pass with the trained tensors, and they are what is read under their names. Any
+    other attribute is looked up on the module.
+    """
+
+    handle: ModuleBase
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.off:
+            return self.base(*args, **kwargs)
+        return self.adapter(self.handle, args, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            modules = self.__dict__.get("_modules", {})
+            if name.startswith("__") or "adapter" not in modules:  # while this module is being copied
+                raise
+            if name in modules["adapter"] and not self.off:
+                return modules["adapter"].tensor(name, self.handle)
             return getattr(self.base, name)
 
 
@@ -244,23 +272,15 @@ def require_adapted(model: nn.Module, verb: str) -> list[tuple[str, Adapted]]:
 
 def install(model: nn.Module, targets: list[Target]) -> None:
     """Put an adapter onto every target. The model is not changed before all adapters are built."""
-    adapters: dict[int, Method] = {}
-    for target in targets:
-        key = id(target.base.identity)
-        if key not in adapters:
-            try:
-                adapters[key] = target.adapter_class(target.base, target.options)
-            except PlanError as error:
-                raise PlanError(f"{target.name} (rule {target.rule}): {error}") from None
-
+    adapters = build_adapters(targets)
     # A shared parameter is noted under all its names: if a merge unties it, both are trainable where the one was.
     every = model.named_parameters(remove_duplicate=False)
     before = tuple(without_wrappers(model, name) for name, parameter in every if parameter.requires_grad)
     setattr(model, _TRAINABLE_BEFORE, before)
     model.requires_grad_(False)
     replacement = {
-        id(target.module): Adapted.around(target.base, adapters[id(target.base.identity)], target.method, target.rule)
-        for target in targets
+        id(target.module): Adapted.around(target.base, adapter, target.method, target.rule)
+        for target, adapter in zip(targets, adapters, strict=True)
     }
     for _, parent, attribute, child in list(owners(model)):
         if id(child) in replacement:

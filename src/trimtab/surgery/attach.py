@@ -10,6 +10,7 @@ from trimtab.errors import PlanError, SurgeryError, nearest
 from trimtab.surgery.adapted import (
     AdaptedBlock,
     AdaptedLayer,
+    AdaptedModule,
     adapted_modules,
     bare_modules,
     install,
@@ -107,7 +108,7 @@ def effective_weight(model: nn.Module, name: str) -> Tensor:
             f"effective_weight: '{name}' is a block with an adapter of method {module.method}, which changes a hidden "
             "state and no weight. Name a layer inside it"
         )
-    if isinstance(module, AdaptedLayer):
+    if isinstance(module, (AdaptedLayer, AdaptedModule)):
         return module.adapter.effective_weight(module.handle)
     handle = bases.find(module) if module is not None else None
     if handle is None:

@@ -117,8 +117,9 @@ def describe(model: nn.Module, rules: tuple[Rule, ...]) -> AttachReport:
     counted: set[int] = set()
     for name, module in adapted_modules(model):
         adapter = module.adapter
-        fresh = id(adapter) not in counted  # modules that share a weight share an adapter, whose numbers count once
-        counted.add(id(adapter))
+        # Modules that share a weight share an adapter, or a trained tensor in it, whose numbers count once.
+        fresh = [one for one in adapter.parameters() if id(one) not in counted]
+        counted.update(map(id, fresh))
         rank = getattr(adapter.options, "rank", None)
         asked = getattr(rules[module.rule - 1].options, "rank", None) if rules else rank
         reports.append(
@@ -128,7 +129,7 @@ def describe(model: nn.Module, rules: tuple[Rule, ...]) -> AttachReport:
                 rule=module.rule,
                 out_features=adapter.out_features,
                 in_features=adapter.in_features,
-                parameters=sum(parameter.numel() for parameter in adapter.parameters()) if fresh else 0,
+                parameters=sum(parameter.numel() for parameter in fresh),
                 zero_rows=adapter.zero_rows if fresh else 0,
                 aliases=tuple(names[id(module)][1:]),
                 lowered_rank=None if rank == asked else rank,

@@ -9,17 +9,21 @@ import torch
 from torch import nn
 
 from trimtab import bases, methods
+from trimtab.bases import WeightBase
 from trimtab.errors import SurgeryError
 from trimtab.surgery.adapted import (
     Adapted,
     AdaptedBlock,
     AdaptedLayer,
     adapted_modules,
+    bare,
+    bare_modules,
     owners,
     remove_adapters,
     require_adapted,
     weights_elsewhere,
 )
+from trimtab.surgery.merged_parts import merged_parts
 from trimtab.surgery.ties import keep_other_ties, parameters_by_name
 from trimtab.surgery.wrappers import unwrapped
 
@@ -81,8 +85,8 @@ def merge(model: nn.Module, onto: Onto = "dequantised") -> MergeReport:
     # Every weight is computed and checked before the first is written, so that no merge stops halfway.
     for name, module in adapted:
         handle = module.handle
-        dtype = around or handle.dtype if onto == "dequantised" and not handle.stored_dense else handle.dtype
-        _check_result(name, module, dtype)
+        wide = onto == "dequantised" and isinstance(handle, WeightBase) and not handle.stored_dense
+        _check_result(name, module, around or handle.dtype if wide else None)
     dequantised = _dequantise(model, around) if onto == "dequantised" else ()
     before = parameters_by_name(model)
     rounding, untied = _fold(model, adapted)
@@ -92,10 +96,10 @@ def merge(model: nn.Module, onto: Onto = "dequantised") -> MergeReport:
     return MergeReport(tuple(name for name, _ in adapted), rounding, untied, dequantised)
 
 
-def _require_mergeable(model: nn.Module) -> list[tuple[str, AdaptedLayer]]:
-    """The adapted layers of ``model``. Raises SurgeryError if some adapter cannot be merged into a weight."""
-    every = require_adapted(model, "merge")
-    blocks = [(name, module) for name, module in every if isinstance(module, AdaptedBlock)]
+def _require_mergeable(model: nn.Module) -> list[tuple[str, Adapted]]:
+    """The adapted modules of ``model``. Raises SurgeryError if some adapter cannot be merged into a weight."""
+    adapted = require_adapted(model, "merge")
+    blocks = [(name, module) for name, module in adapted if isinstance(module, AdaptedBlock)]
     if blocks:
         raise SurgeryError(
             f"merge: {len(blocks)} adapters sit on blocks, such as {blocks[0][0]} (method {blocks[0][1].method}): an "
@@ -103,7 +107,6 @@ def _require_mergeable(model: nn.Module) -> list[tuple[str, AdaptedLayer]]:
             "changed; keep the adapter beside the model, or train with a method that changes weights "
             f"({', '.join(methods.names('weight'))})"
         )
-    adapted = [(name, module) for name, module in every if isinstance(module, AdaptedLayer)]
     for name, module in adapted:
         if not all(torch.isfinite(parameter).all() for parameter in module.adapter.parameters()):
             raise SurgeryError(
@@ -113,38 +116,47 @@ def _require_mergeable(model: nn.Module) -> list[tuple[str, AdaptedLayer]]:
     return adapted
 
 
-def _check_result(name: str, module: AdaptedLayer, dtype: torch.dtype) -> None:
-    """Raise SurgeryError if ``dtype`` cannot hold the merged weight; finite trained tensors do not rule that out."""
-    if not torch.isfinite(module.adapter.effective_weight(module.handle, torch.float64).to(dtype)).all():
-        raise SurgeryError(
-            f"merge: the merged weight of {name} does not fit into {dtype} or is not a number. "
-            "Nothing was changed; merge in a wider dtype, or load an earlier checkpoint"
-        )
+def _check_result(name: str, module: Adapted, dtype: torch.dtype | None) -> None:
+    """Raise SurgeryError if what is merged does not fit into ``dtype`` (None: that of what is stored); finite trained
+    tensors do not rule that out."""
+    for part in merged_parts(module):
+        stored = part.stored().dtype
+        kind = dtype or (stored if stored.is_floating_point else module.handle.dtype)
+        if not torch.isfinite(part.value().to(kind)).all():
+            raise SurgeryError(
+                f"merge: the merged weight of {name} does not fit into {kind} or is not a number. "
+                "Nothing was changed; merge in a wider dtype, or load an earlier checkpoint"
+            )
 
 
-def _fold(model: nn.Module, adapted: list[tuple[str, AdaptedLayer]]) -> tuple[float, tuple[str, ...]]:
+def _fold(model: nn.Module, adapted: list[tuple[str, Adapted]]) -> tuple[float, tuple[str, ...]]:
     """Write every effective weight into its base. Return the largest rounding and the names of the untied modules."""
-    frozen = {id(module.handle.owner) for _, module in adapted}
+    frozen = {id(inner) for _, module in adapted for inner in (module.handle.owner, *module.base.modules())}
+    places = {name: bare(module) for name, module in bare_modules(model)}
     untied = []
     rounding: dict[int, float] = {}  # by the id of the written weight
     own_weight: dict[int, nn.Parameter] = {}  # by the id of the shared weight that was copied
     for name, module in adapted:
-        handle, key = module.handle, id(module.handle.parameter)
-        if key in rounding:
-            continue
-        if key in own_weight:
-            handle.replace(own_weight[key])
-            continue
-        if weights_elsewhere(model, handle.parameter, frozen):
-            handle.untie()
-            untied.append(name)
-            own_weight[key] = handle.parameter
-        exact = module.adapter.effective_weight(handle, torch.float64)
-        handle.write(exact)
-        length = exact.norm()
-        error = (handle.weight().double() - exact).norm()
-        rounding[id(handle.parameter)] = float(error / length) if length > 0 else 0.0
-    return max(rounding.values()), tuple(untied)
+        # What a module around this one holds as well is the same thing under a second name.
+        around = {id(places.get(name[:end])) for end, letter in enumerate(name) if letter == "."}
+        for part in merged_parts(module):
+            shared = part.stored()
+            key = id(shared)
+            if key in rounding:
+                continue
+            if key in own_weight:
+                part.hang(own_weight[key])
+                continue
+            if isinstance(shared, nn.Parameter) and weights_elsewhere(model, shared, frozen | around):
+                part.untie()
+                untied.append(name)
+                own_weight[key] = part.stored()  # type: ignore[assignment]
+            exact = part.value().double()
+            part.write(exact)
+            length = exact.norm()
+            error = (part.read().double() - exact).norm()
+            rounding[id(part.stored())] = float(error / length) if length > 0 else 0.0
+    return max(rounding.values(), default=0.0), tuple(dict.fromkeys(untied))
 
 
 def _dtype_around(model: nn.Module) -> torch.dtype | None:

@@ -28,8 +28,8 @@ class Rule(BaseModel):
             nested blocks, only the outermost is taken.
         layers: blocks by number: ``"all"``, ``"outer:K"`` (the first K and the last K), ``"inner:K"`` (all except
             those), or ranges such as ``"0-3,26-29"``.
-        method: the name of a method: ``lora``, ``dora``, ``mora`` and ``full`` sit on linear layers, ``serial`` and
-            ``parallel`` on blocks.
+        method: the name of a method: ``lora``, ``dora`` and ``mora`` sit on linear layers, ``full`` on any module, with
+            all that is inside it, ``serial`` and ``parallel`` on blocks.
         **options: the method's own options (``rank=8, alpha=16``).
 
     Raises PlanError for an unknown method, option or layer selector.
@@ -90,12 +90,12 @@ class Rule(BaseModel):
     @property
     def sits_on(self) -> bases.Kind:
         """The kind of base that the method takes."""
-        return self.method_class.sits_on
+        return self.method_class.kind_for(self.options)
 
     @property
     def all_linear(self) -> bool:
         """Whether this rule asks for every linear layer except the output head."""
-        return ALL_LINEAR in self.match and self.sits_on == "weight"
+        return ALL_LINEAR in self.match and self.sits_on != "block"
 
     def describe(self) -> dict[str, Any]:
         """The rule as a mapping, such that ``Rule(**rule.describe())`` equals it."""

@@ -31,6 +31,10 @@ def find_targets(model: nn.Module, plan: Plan) -> list[Target]:
     for number, rule in enumerate(plan.rules, 1):
         matched[number] = modules.matched_by(rule)
         decided.update(dict.fromkeys(matched[number], number))
+    for key, held in modules.by_id.items():
+        # A module that is trained as a whole trains what hangs on it, too.
+        if isinstance(held, bases.HeldWeight) and decided.get(id(held.holder), 0) >= decided.get(key, 0) > 0:
+            del decided[key]
     _check_rules(plan, decided, matched, modules)
 
     targets = []
@@ -45,7 +49,7 @@ def find_targets(model: nn.Module, plan: Plan) -> list[Target]:
                 handle,
                 rule=number,
                 method=rule.method,
-                adapter_class=rule.method_class,
+                adapter_class=rule.method_class.class_for(handle),
                 options=_options(rule, number, names, handle),
             )
         )
@@ -134,12 +138,15 @@ class _Modules:
     def matched_by(self, rule: Rule) -> dict[int, str]:
         """The modules that ``rule`` matches, each with a name that matches; of nested ones, only the outermost."""
         matched: dict[int, str] = {}
-        for key in self.handles[rule.sits_on]:
+        handles = self.handles[rule.sits_on]
+        for key in handles:
             for name in self.names[key]:
                 if self.is_named_by(rule, key, name) and _selects(rule, *self._block(name)):
                     matched[key] = name
                     break
-        nested = {id(inner) for key in matched for inner in list(self.by_id[key].modules())[1:]}
+        # A module that is trained by its own tensors leaves those inside it to themselves.
+        whole = [key for key in matched if handles[key].kind != "module"]
+        nested = {id(inner) for key in whole for inner in list(self.by_id[key].modules())[1:]}
         return {key: name for key, name in matched.items() if key not in nested}
 
     def is_named_by(self, rule: Rule, key: int, name: str) -> bool:
@@ -158,8 +165,12 @@ class _Modules:
 
 
 def _globs_match(rule: Rule, name: str) -> bool:
-    """Whether a glob of ``rule`` matches ``name``; ``all-linear`` is no glob, and `_Modules.is_named_by` handles it."""
-    return any(fnmatch.fnmatchcase(name, glob) for glob in rule.match)
+    """Whether a glob of ``rule`` matches ``name``, or, for a method that takes a module with all that is inside it, the
+    name of a module around it. ``all-linear`` is no glob, and `_Modules.is_named_by` handles it."""
+    names = [name]
+    if rule.sits_on == "module":
+        names += [name[:place] for place, letter in enumerate(name) if letter == "."]
+    return any(fnmatch.fnmatchcase(one, glob) for one in names for glob in rule.match)
 
 
 def _selects(rule: Rule, block: int | None, count: int) -> bool:
@@ -230,6 +241,8 @@ def _why_none(rule: Rule, modules: _Modules) -> str:
     else:
         what, none = "of kinds that no base knows", f"no layer of a kind that a base knows ({kinds})"
         known = f". Known kinds: {kinds}" if named else ""
+        if rule.sits_on == "module":
+            what, none, known = "that hold no ordinary tensors of their own and can be called", "no module to train", ""
     if named:
         others = ", ".join(sorted({type(modules.by_id[key]).__name__ for key, _ in named}))
         return f"it names {len(named)} {what} ({others}; such as {named[0][1]}){known}"
@@ -258,9 +271,10 @@ def _check_ties(targets: list[Target]) -> None:
     """Raise PlanError unless modules that share one weight have the same rule."""
     first: dict[int, Target] = {}
     for target in targets:
-        other = first.setdefault(id(target.base.identity), target)
-        if other is not target and (other.rule != target.rule or other.base.shape != target.base.shape):
-            raise PlanError(
-                f"{other.name} and {target.name} share one weight, and the plan gives them different rules "
-                f"({other.rule} and {target.rule}). Let one rule match both"
-            )
+        for other in (first.setdefault(id(one), target) for one in target.base.shared):
+            layers = other.base.kind == target.base.kind == "weight"
+            if other.rule != target.rule or (layers and other.base.shape != target.base.shape):
+                raise PlanError(
+                    f"{other.name} and {target.name} share one weight, and the plan gives them different rules "
+                    f"({other.rule} and {target.rule}). Let one rule match both"
+                )

@@ -9,9 +9,9 @@ The header of the tensors has, under "modules", the SHA-256 of the description's
 no spaces), so that a description is never read with the tensors of another save.
 
 The tensors of a module are those of its method, in the shapes given there: ``A`` and ``B`` of lora and dora, ``M`` of
-mora, ``weight`` of full, each with a ``magnitude`` or without; ``down``, ``down_bias``, ``up`` and ``up_bias`` of
-serial and parallel, where ``out`` and ``in`` are the widths of a block's hidden states. All options are written, so
-that an adapter keeps its meaning when a default changes.
+mora, those of the module itself for full, each with a ``magnitude`` and a ``bias`` or without; ``down``, ``down_bias``,
+``up`` and ``up_bias`` of serial and parallel, where ``out`` and ``in`` are the widths of a block's hidden states. All
+options are written, so that an adapter keeps its meaning when a default changes.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class NativeFormat(AdapterFormat):
     def save(self, model: nn.Module, adapted: dict[str, Adapted], folder: Path) -> None:
         modules, tensors = {}, {}
         for name, module in adapted.items():
-            mine = {key: value.detach().contiguous().clone() for key, value in module.adapter.named_parameters()}
+            mine = {key: value.detach().contiguous().clone() for key, value in module.adapter.stored_tensors().items()}
             modules[name] = {
                 "method": module.method,
                 "options": module.adapter.options.model_dump(),
@@ -85,8 +85,8 @@ class NativeFormat(AdapterFormat):
         expected: dict[str, list[int]] = {}
         with damage_in(path, "description of an adapter"):
             for name, entry in modules.items():
-                options = methods.options_class(entry["method"])(**entry["options"])
                 shapes = {key: list(shape) for key, shape in entry["tensors"].items()}
+                options = methods.options_class(entry["method"]).read(entry["options"], shapes)
                 expected |= {f"{name}.{key}": shape for key, shape in shapes.items()}
                 mine = {key: tensors[f"{name}.{key}"] for key in shapes if f"{name}.{key}" in tensors}
                 stored[name] = StoredAdapter(entry["method"], options, mine, tuple(entry["shape"]))

@@ -57,6 +57,7 @@ class PeftFormat(AdapterFormat):
             and all(one.rank > 0 for one in options)
             and {module.method for module in adapted.values()} <= {"lora", "dora"}
             and len({one.magnitude for one in options}) == 1
+            and not any("bias" in module.adapter.stored_tensors() for module in adapted.values())
             and not any(one.magnitude and one.magnitude_axis != "output" for one in options)
             and len({one.rank_stabilised for one in options}) == 1
             # PEFT keeps what is read and not called in another place.

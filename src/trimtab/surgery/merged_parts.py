@@ -1,0 +1,75 @@
+"""What a merge writes: the tensors of a frozen module that an adapter changes, each with the value that it gets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.surgery.adapted import Adapted, AdaptedLayer, AdaptedModule
+
+
+@dataclass(frozen=True)
+class MergedPart:
+    """One tensor of a frozen module.
+
+    Attributes:
+        stored: the tensor that the module holds now.
+        value: what it becomes, in float64 if it is computed.
+        write: rounds a value to what the module stores, in place.
+        read: what the module then computes with.
+        hang: hangs another parameter into its place.
+        untie: gives the module a parameter of its own, equal to the one that it shared.
+    """
+
+    stored: Callable[[], Tensor]
+    value: Callable[[], Tensor]
+    write: Callable[[Tensor], object]
+    read: Callable[[], Tensor]
+    hang: Callable[[nn.Parameter], None]
+    untie: Callable[[], None]
+
+
+def merged_parts(module: Adapted) -> Iterator[MergedPart]:
+    """All that is merged of ``module``: a weight and a bias, or the tensors of a module that is trained as a whole."""
+    adapter: Any = module.adapter
+    if isinstance(module, AdaptedLayer):
+        handle = module.handle
+        if adapter.changes_weight:
+            yield MergedPart(
+                stored=lambda: handle.parameter,
+                value=lambda: adapter.effective_weight(handle, torch.float64),
+                write=handle.write,
+                read=handle.weight,
+                hang=handle.replace,
+                untie=handle.untie,
+            )
+        bias: Tensor | None = adapter.bias
+        if bias is not None and handle.bias is not None:
+            yield _copied(partial(getattr, handle, "bias"), bias, partial(setattr, handle.module, "bias"))
+    elif isinstance(module, AdaptedModule):
+        for name, tensor in adapter.stored_tensors().items():
+            yield _copied(partial(_own, module, name), tensor, partial(module.handle.hang, name))
+
+
+def _own(module: AdaptedModule, name: str) -> Tensor:
+    return module.handle.tensors()[name]
+
+
+def _copied(stored: Callable[[], Tensor], trained: Tensor, hang: Callable[[nn.Parameter], None]) -> MergedPart:
+    def untie() -> None:
+        shared = stored()
+        hang(nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad))
+
+    return MergedPart(
+        stored=stored,
+        value=lambda: trained.detach(),
+        write=lambda value: stored().copy_(value),
+        read=stored,
+        hang=hang,
+        untie=untie,
+    )
