@@ -12,22 +12,25 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 import trimtab
 
 
 class Net(nn.Module):
-    """``module`` and ``_orig_mod`` are names of its own here, which nothing may take for a wrapper's."""
+    """``module`` is a name of its own here, which nothing may take for a wrapper's."""
 
     def __init__(self) -> None:
         super().__init__()
         self.module = nn.Sequential(nn.Linear(6, 10), nn.GELU())
-        self.block = nn.ModuleDict({"_orig_mod": nn.Linear(10, 10)})
+        self.block = nn.ModuleDict({"module": nn.Linear(10, 10)})
         self.last = nn.Linear(10, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        block = self.block["_orig_mod"] if isinstance(self.block, nn.ModuleDict) else self.block
+        block = self.block["module"] if isinstance(self.block, nn.ModuleDict) else self.block
         return self.last(torch.tanh(block(self.module(x))))
 
 
@@ -66,7 +69,8 @@ def group() -> Iterator[None]:
 
 
 def adapted(net: nn.Module, method: str = "dora") -> nn.Module:
-    trimtab.attach(net, trimtab.Rule(match=["module.0", "block.*", "last"], method=method, rank=2))
+    rank = {} if method == "full" else {"rank": 2}
+    trimtab.attach(net, trimtab.Rule(match=["module.0", "block.*", "last"], method=method, **rank))
     with torch.no_grad():
         for parameter in trimtab.trainable_parameters(net).values():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -77,7 +81,7 @@ def adapted(net: nn.Module, method: str = "dora") -> nn.Module:
 def test_a_wrapped_model_is_saved_and_named_as_the_bare_one(wrapper: str, tmp_path: Path) -> None:
     net = adapted(Net())
     names = list(trimtab.trainable_parameters(net))
-    weights = {name: trimtab.effective_weight(net, name) for name in ("module.0", "block._orig_mod", "last")}
+    weights = {name: trimtab.effective_weight(net, name) for name in ("module.0", "block.module", "last")}
     trimtab.save_adapter(net, tmp_path / "bare")
     wrapped = WRAPPERS[wrapper](net)
     assert list(trimtab.trainable_parameters(wrapped)) == names
@@ -113,6 +117,37 @@ def test_a_wrapped_model_is_loaded_merged_and_detached_as_the_bare_one(wrapper: 
     trimtab.merge(wrapped)
     assert torch.allclose(wrapped(x), right, atol=1e-6)
     assert all(parameter.requires_grad for parameter in wrapped.parameters())
+
+
+@pytest.mark.parametrize("method", ["dora", "mora", "full"])
+def test_a_sharded_model_is_saved_loaded_and_merged_as_the_bare_one(method: str, tmp_path: Path) -> None:
+    mesh = init_device_mesh("cpu", (1,))
+
+    def sharded(net: Net) -> Net:
+        fully_shard(net.module, mesh=mesh)
+        return fully_shard(net, mesh=mesh)
+
+    base = Net()
+    net = adapted(copy.deepcopy(base), method)
+    x = torch.randn(5, 6)
+    right, names = net(x).detach(), list(trimtab.trainable_parameters(net))
+    weight = trimtab.effective_weight(net, "module.0").clone()
+    sharded(net)
+    assert list(trimtab.trainable_parameters(net)) == names
+    assert torch.equal(trimtab.effective_weight(net, "module.0"), weight)
+    trimtab.save_adapter(net, tmp_path)
+    plain, fresh, other = copy.deepcopy(base), sharded(copy.deepcopy(base)), adapted(copy.deepcopy(base), method)
+    for model in (plain, fresh, sharded(other)):
+        trimtab.load_adapter(model, tmp_path)
+        assert torch.equal(model(x), right)
+        assert list(trimtab.trainable_parameters(model)) == names
+    with trimtab.disable_adapter(net):
+        assert torch.equal(net(x), base(x))
+    trimtab.merge(net)
+    assert torch.allclose(net(x), right, atol=1e-6)
+    assert isinstance(net.module[0].weight, DTensor)
+    trimtab.detach(fresh)
+    assert torch.equal(fresh(x), base(x))
 
 
 def test_rules_name_the_modules_of_the_bare_model(tmp_path: Path) -> None:

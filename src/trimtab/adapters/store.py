@@ -18,7 +18,7 @@ from trimtab.adapters.hub import local_folder
 from trimtab.adapters.record import StoredAdapter
 from trimtab.adapters.renaming import as_named_in
 from trimtab.adapters.safe_read import shown
-from trimtab.adapters.whole import whole, whole_tensors, write
+from trimtab.adapters.whole import whole_tensors
 from trimtab.errors import AdapterError, PlanError, nearest
 from trimtab.surgery.adapted import (
     Adapted,
@@ -30,7 +30,7 @@ from trimtab.surgery.adapted import (
 )
 from trimtab.surgery.attach_report import AttachReport, describe
 from trimtab.surgery.plan import Rule, Target
-from trimtab.surgery.wrappers import unwrapped
+from trimtab.surgery.wrappers import unsharded, unwrapped, whole, write
 
 # Threads of one process that save into the same folder wait for each other.
 _SAVING = threading.Lock()
@@ -91,17 +91,22 @@ def load_adapter(model: nn.Module, folder: Path | str) -> AttachReport:
     place = local_folder(folder)
     model = unwrapped(model)
     stored = read_adapter(place)
-    known = dict(bare_modules(model))
-    stored = as_named_in(model, known, stored)
+    stored = as_named_in(model, dict(bare_modules(model)), stored)
     carried = dict(adapted_modules(model))
     if carried:
         _check_same(place, carried, stored)
-    else:
-        _check_modules(place, known, stored)
+        return _load(model, place, stored, carried=True)
+    _check_modules(place, dict(bare_modules(model)), stored)
+    with unsharded(model, changes=True):
+        return _load(model, place, stored, carried=False)
+
+
+def _load(model: nn.Module, place: Path, stored: dict[str, StoredAdapter], *, carried: bool) -> AttachReport:
+    """Load ``stored``, whose modules are there, onto the adapters of ``model`` (``carried``), or onto new ones."""
     rules, number = _rules(stored)
     if not carried:
         try:
-            targets = _targets(place, known, stored, rules, number)
+            targets = _targets(place, dict(bare_modules(model)), stored, rules, number)
             install(model, targets)
         except PlanError as error:
             raise AdapterError(f"{place}: this adapter does not fit the model: {error}") from None

@@ -1,15 +1,14 @@
-"""Trained tensors that are spread over several processes, made whole to be saved and spread again when loaded."""
+"""Trained tensors that are spread over several processes, made whole to be saved."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 from torch import Tensor, nn
 
 from trimtab.surgery.adapted import Adapted
-from trimtab.surgery.wrappers import without_wrappers
+from trimtab.surgery.wrappers import whole, without_wrappers
 
 
 @contextmanager
@@ -35,18 +34,3 @@ def whole_tensors(
     finally:
         for holder, key, parameter in replaced:
             holder._parameters[key] = parameter
-
-
-def whole(tensor: Any) -> Tensor:
-    """``tensor``, or all of it where it is sharded."""
-    gathered: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return gathered
-
-
-def write(into: Any, value: Tensor) -> None:
-    """Copy ``value``, which is whole, into a parameter or buffer that may be sharded."""
-    if hasattr(into, "full_tensor"):
-        from torch.distributed.tensor import distribute_tensor
-
-        value = distribute_tensor(value.to(into.device, into.dtype), into.device_mesh, into.placements)
-    into.copy_(value)

@@ -20,7 +20,7 @@ from trimtab.surgery.adapted import (
 from trimtab.surgery.attach_report import AttachReport, describe
 from trimtab.surgery.plan import Plan, Rule
 from trimtab.surgery.targets import find_targets
-from trimtab.surgery.wrappers import unwrapped, without_wrappers
+from trimtab.surgery.wrappers import unsharded, unwrapped, without_wrappers
 
 
 def attach(model: nn.Module, plan: Plan | Rule | list[Rule]) -> AttachReport:
@@ -101,6 +101,12 @@ def effective_weight(model: nn.Module, name: str) -> Tensor:
     It is computed by the plain formula in float32 (float64 on a float64 base). Without an adapter it is the module's
     own weight. Raises SurgeryError if there is no such module, if it is a block, or if no base knows its kind.
     """
+    with unsharded(model) as sharded:
+        weight = _effective_weight(model, name)
+        return weight.clone() if sharded else weight
+
+
+def _effective_weight(model: nn.Module, name: str) -> Tensor:
     modules = dict(bare_modules(model))
     module = modules.get(name)
     if isinstance(module, AdaptedBlock):

@@ -25,7 +25,7 @@ from trimtab.surgery.adapted import (
 )
 from trimtab.surgery.merged_parts import merged_parts
 from trimtab.surgery.ties import keep_other_ties, parameters_by_name
-from trimtab.surgery.wrappers import unwrapped
+from trimtab.surgery.wrappers import unsharded, unwrapped
 
 Onto = Literal["dequantised", "requantised"]
 
@@ -80,6 +80,11 @@ def merge(model: nn.Module, onto: Onto = "dequantised") -> MergeReport:
             "original weights: load the model unquantised, then trimtab.load_adapter and trimtab.merge)"
         )
     model = unwrapped(model)
+    with unsharded(model, changes=True):
+        return _merge(model, onto)
+
+
+def _merge(model: nn.Module, onto: Onto) -> MergeReport:
     adapted = _require_mergeable(model)
     around = _dtype_around(model)
     # Every weight is computed and checked before the first is written, so that no merge stops halfway.

@@ -3,7 +3,12 @@ that the model's own parts have."""
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 # The class that wraps -> the attribute that holds what is wrapped. By name: most programs need none of these modules.
 _HELD_IN = {
@@ -37,3 +42,50 @@ def without_wrappers(model: nn.Module, name: str) -> str:
             kept.append(part)
         module = module._modules.get(part) if module is not None else None
     return ".".join(kept)
+
+
+def whole(tensor: Any) -> Tensor:
+    """``tensor``, or all of it where it is sharded over several processes, which then must all ask for it."""
+    gathered: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return gathered
+
+
+def write(into: Any, value: Tensor) -> None:
+    """Copy ``value``, which is whole, into a parameter or buffer that may be sharded."""
+    if hasattr(into, "full_tensor"):
+        from torch.distributed.tensor import distribute_tensor
+
+        value = distribute_tensor(value.to(into.device, into.dtype), into.device_mesh, into.placements)
+    into.copy_(value)
+
+
+@contextmanager
+def unsharded(model: nn.Module, *, changes: bool = False) -> Iterator[bool]:
+    """A context in which the weights that FSDP2 (``fully_shard``) has sharded are whole, for which all processes must
+    enter it. With ``changes``, what becomes of them there (their values, and whether they are trained) is kept when it
+    ends. Gives whether there are any; a view of one has no memory any more afterwards."""
+    sharded: list[Any] = [module for module in model.modules() if callable(getattr(module, "reshard", None))]
+    if not sharded:
+        yield False
+        return
+    for module in sharded:
+        module.unshard()
+    held = [
+        (holder, key, parameter, parameter.detach().clone())
+        for holder in (model.modules() if changes else ())
+        for key, parameter in holder._parameters.items()
+        if parameter is not None
+    ]
+    try:
+        yield True
+    finally:
+        changed = [None if torch.equal(one, before) else one.detach().clone() for _, _, one, before in held]
+        for module in sharded:
+            module.reshard()
+        with torch.no_grad():
+            for (holder, key, parameter, _), value in zip(held, changed, strict=True):
+                into = holder._parameters.get(key)
+                if into is not None and into is not parameter:
+                    if value is not None:
+                        write(into, value)
+                    into.requires_grad_(parameter.requires_grad)
