@@ -223,7 +223,7 @@ def _targets(
             what, kinds = "no blocks in this model", ""
         raise AdapterError(
             f"{place}: {len(unknown)} of the adapter's modules are {what}, such as {name}, a "
-            f"{type(known[name]).__name__}.{kinds} The model is unchanged"
+            f"{bases.named(known[name])}.{kinds} The model is unchanged"
         )
     return targets
 

@@ -16,6 +16,7 @@ from trimtab.bases._quantised import QuantisedBase
 from trimtab.bases._registry import (
     find,
     held_weights,
+    named,
     names,
     parts,
     peft_names,
@@ -37,6 +38,7 @@ __all__ = [
     "find",
     "held_weights",
     "is_instance_by_name",
+    "named",
     "names",
     "parts",
     "peft_names",

@@ -33,6 +33,11 @@ class Base:
         raise NotImplementedError
 
     @staticmethod
+    def refuses(module: nn.Module) -> str:
+        """Why ``module``, which looks as if it were of this kind, is not; empty if it does not look so."""
+        return ""
+
+    @staticmethod
     def holds(module: nn.Module) -> Sequence[str]:
         """Which parameters of ``module`` are weights of this kind, each a target of its own: ``MODULE.PARAMETER``."""
         return ()

@@ -79,6 +79,15 @@ def find(module: nn.Module, kind: Kind = "weight") -> Base | None:
     return None
 
 
+def named(module: nn.Module) -> str:
+    """The class of ``module``; with the reason where a base might be expected to know it, and none does."""
+    name = type(module).__name__
+    if find(module) is not None:
+        return name
+    reason = next((reason for base in _all().values() if (reason := base.refuses(module))), "")
+    return f"{name} ({reason})" if reason else name
+
+
 def held_weights(module: nn.Module) -> Iterator[HeldWeight]:
     """The weights that hang directly on ``module`` as parameters, each as a module that ``find`` takes."""
     for base in _all().values():

@@ -1,12 +1,18 @@
-"""``torch.nn.Linear`` in float32, bfloat16, float16 or float64: the weight is stored as ``[out, in]``."""
+"""``torch.nn.Linear`` in float32, bfloat16, float16 or float64: the weight is stored as ``[out, in]``.
+
+Classes derived from it are taken, too, if they compute what it computes (``_probe``): Falcon's linear layers, the
+output projection of ``nn.MultiheadAttention``, a user's own.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils.parametrize import ParametrizationList
 
 from trimtab.bases import _base
+from trimtab.bases._probe import why_not_linear
 
 
 class LinearBase(_base.WeightBase):
@@ -14,9 +20,13 @@ class LinearBase(_base.WeightBase):
 
     @staticmethod
     def knows(module: nn.Module) -> bool:
-        # Only the class itself: one derived from it may multiply in its own way (quantised layers), or never be called
-        # at all (the output projection inside nn.MultiheadAttention).
-        return type(module) in (nn.Linear, NonDynamicallyQuantizableLinear) and _base.holds_plain_weight(module)
+        return isinstance(module, nn.Linear) and not why_not_linear(module)
+
+    @staticmethod
+    def refuses(module: nn.Module) -> str:
+        if isinstance(module, ParametrizationList):
+            return "the weight of a parametrised layer is computed from it; remove the parametrisation first"
+        return why_not_linear(module) if isinstance(module, nn.Linear) else ""
 
     @property
     def is_called(self) -> bool:

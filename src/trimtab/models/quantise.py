@@ -37,7 +37,7 @@ def quantise_model(model: PreTrainedModel, kind: str, dtype: torch.dtype, stored
         base = bases.find(child)
         if base is None or not base.is_linear:
             continue
-        if id(child) in heads:
+        if id(child) in heads or not base.is_called:  # a weight that is read has to be there as it multiplies
             left.append(place)
             continue
         if id(child) not in made:
@@ -79,7 +79,7 @@ def _weights_to_pack(model: nn.Module) -> list[tuple[nn.Parameter, tuple[int, in
     """The weights that `quantise_model` packs, with their shapes ``(out, in)``."""
     heads = output_heads(model)
     handles = [bases.find(module) for module in model.modules() if id(module) not in heads]
-    return [(handle.parameter, handle.shape) for handle in handles if handle is not None and handle.is_linear]
+    return [(one.parameter, one.shape) for one in handles if one is not None and one.is_linear and one.is_called]
 
 
 def _map_anew(parameter: nn.Parameter, stored: Weights, name: str) -> None:

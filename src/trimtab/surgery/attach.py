@@ -122,7 +122,7 @@ def _effective_weight(model: nn.Module, name: str) -> Tensor:
             other for other, inner in modules.items() if bases.find(inner) is not None
         ]
         near = [other for other in known if other.endswith(name)] or nearest(name, known)
-        what = f"is a {type(module).__name__}, which no base knows" if module is not None else "is not in the model"
+        what = f"is a {bases.named(module)}, which no base knows" if module is not None else "is not in the model"
         hint = f" Did you mean {', '.join(repr(other) for other in near[:3])}?" if near else ""
         raise SurgeryError(f"effective_weight: '{name}' {what}.{hint}")
     weight = handle.weight().detach()

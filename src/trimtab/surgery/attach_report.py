@@ -11,7 +11,6 @@ from torch import nn
 
 from trimtab import bases
 from trimtab.surgery.adapted import Adapted, adapted_modules, bare, bare_modules
-from trimtab.surgery.holding import own_class
 from trimtab.surgery.plan import Rule
 from trimtab.surgery.targets import output_heads
 
@@ -156,7 +155,7 @@ def _unreached(model: nn.Module, sizes: dict[int, tuple[int, ...]]) -> dict[str,
     parts: dict[int, str] = {}  # the output projection of an attention is counted as the attention's
     found: dict[str, int] = defaultdict(int)
     for _, module in bare_modules(model):
-        kind = OUTPUT_HEAD if id(module) in heads else parts.get(id(module), own_class(bare(module)).__name__)
+        kind = OUTPUT_HEAD if id(module) in heads else parts.get(id(module), bases.named(bare(module)))
         parts |= {id(part): kind for part in bases.parts(bare(module))}
         for parameter in bare(module)._parameters.values():
             if parameter is not None and id(parameter) not in seen and len(sizes[id(parameter)]) > 1:

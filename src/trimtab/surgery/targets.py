@@ -244,7 +244,7 @@ def _why_none(rule: Rule, modules: _Modules) -> str:
         if rule.sits_on == "module":
             what, none, known = "that hold no ordinary tensors of their own and can be called", "no module to train", ""
     if named:
-        others = ", ".join(sorted({type(modules.by_id[key]).__name__ for key, _ in named}))
+        others = ", ".join(sorted({bases.named(modules.by_id[key]) for key, _ in named}))
         return f"it names {len(named)} {what} ({others}; such as {named[0][1]}){known}"
     candidates = [name for key, name in modules.every_name() if key in possible]
     near = _near_misses(rule, candidates) if candidates else f" The model has {none}"
