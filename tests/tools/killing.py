@@ -1,9 +1,9 @@
 """Runs tests against mutants, each in a fork of a process that has loaded what it needs.
 
 A mutant inside a function is put into a process that has collected all tests: the loaded functions get its code, and
-the tests that call them are run, the quickest first, until one fails. A mutant that no test is seen to call (a default
-in the body of a class, what is called while a module is imported) is put into a process without the library, which
-loads the changed file and runs all tests.
+the tests that call them are run until one fails, one case of each before a second of any. A mutant that no test is seen
+to call (a default in the body of a class, what is called while a module is imported) is put into a process without the
+library, which loads the changed file and runs all tests.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from types import CodeType, FrameType, FunctionType, ModuleType
 from typing import Any
@@ -31,7 +32,8 @@ from mutating import SOURCE, Mutant
 TESTS = ("tests/ops", "tests/methods", "tests/bases", "tests/surgery", "tests/contract")
 # Plugins that are loaded before pytest begins are loaded for the fork's sake, and warnings are errors.
 OPTIONS = ("-x", "-q", "-p", "no:cacheprovider", "--tb=no", "-W", "ignore::pytest.PytestAssertRewriteWarning")
-SLACK = 120  # seconds beyond ten times what the tests take; a mutant that runs longer never ends, and counts as found
+SECONDS = 20  # of tests for a mutant, though one case of each test is always run
+SLACK = 120  # seconds beyond ten times that; a mutant that runs longer never ends, and counts as found
 
 Mutants = Sequence[tuple[Mutant, ast.Module]]
 Told = Callable[[Mutant, bool], None]
@@ -103,11 +105,9 @@ def _in_functions(mutants: Mutants, told: Told, jobs: int, left: Path) -> int:
             work, others = [], []
             for mutant, tree in mutants:
                 function = _function_of(mutant, functions)
-                tests = sorted((seconds, number) for number, seconds in calls.get(function, {}).items())
-                if tests:
-                    items = [session.items[number] for _, number in tests]
-                    task = partial(_with_tree, tree, function, functions[function], items)
-                    work.append((mutant, task, SLACK + 10 * sum(seconds for seconds, _ in tests)))
+                if tests := _chosen(session.items, calls.get(function, {})):
+                    task = partial(_with_tree, tree, function, functions[function], tests)
+                    work.append((mutant, task, SLACK + 10 * SECONDS))
                 else:
                     others.append(repr(mutant))
             _each(work, told, jobs)
@@ -148,6 +148,19 @@ def _calls(items: Sequence[Any], place: Path) -> dict[Function, dict[int, float]
         raise SystemExit(1)
     every = json.loads(place.read_text("utf-8"))
     return {(file, name): {int(number): took for number, took in tests.items()} for file, name, tests in every}
+
+
+def _chosen(items: Sequence[Any], seconds: dict[int, float]) -> list[Any]:
+    """The tests of a function in the order in which they are run, and no more of them than take ``SECONDS``.
+
+    Cases of one test are much alike, so the quickest case of each comes first, then the second of each.
+    """
+    cases: dict[str, list[tuple[float, int]]] = defaultdict(list)
+    for number in seconds:
+        cases[items[number].nodeid.partition("[")[0]].append((seconds[number], number))
+    order = sorted((place, *case) for some in cases.values() for place, case in enumerate(sorted(some)))
+    ends = accumulate(took for _, took, _ in order)
+    return [items[number] for (place, _, number), end in zip(order, ends, strict=True) if end <= SECONDS or not place]
 
 
 def _functions() -> dict[Function, list[FunctionType]]:
