@@ -27,7 +27,19 @@ LAYERS = [
         "models",
         "data",
     ),
-    *("config", "runs", "tasks", "evaluation", "memory", "reports", "training", "analysis", "export", "studies"),
+    *(
+        "config",
+        "runs",
+        "tasks",
+        "evaluation",
+        "memory",
+        "drafting",
+        "reports",
+        "training",
+        "analysis",
+        "export",
+        "studies",
+    ),
     *(PUBLIC, "cli", "__main__"),
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names.split(" ")}

@@ -16,7 +16,7 @@ from trimtab import __version__, listing
 from trimtab.cli import verbs
 from trimtab.cli.exits import exit_code
 
-_FIRST = ("finetune", "plan", "evaluate", "generate", "merge", "analyze", "compare", "explore", "doctor")
+_FIRST = ("init", "finetune", "plan", "evaluate", "generate", "merge", "analyze", "compare", "explore", "doctor")
 """The order of these verbs in the help, as people use them; others follow by name."""
 
 app = typer.Typer(

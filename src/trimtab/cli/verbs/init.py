@@ -1,0 +1,98 @@
+"""``trimtab init``: four questions, a look at the rows and at the machine, and a YAML that runs."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from trimtab.cli.importing import importing
+
+SHORT_HELP = "Write a first YAML for your rows."
+
+_METHODS = {
+    "dora": "nearest to full fine-tuning",
+    "lora": "the fastest",
+    "mora": "for much to be learnt by heart",
+    "full": "all weights, with the most memory",
+}
+
+
+def command(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The YAML to write.")] = Path("run.yaml"),
+    model: Annotated[
+        str | None, typer.Option(help="A model folder, a .gguf file, a hub id, or smollm2-135m.", show_default=False)
+    ] = None,
+    train: Annotated[
+        list[str] | None, typer.Option(help="Rows to train on; may be given more than once.", show_default=False)
+    ] = None,
+    test: Annotated[
+        str | None, typer.Option(help="Rows to evaluate on, before and after; none: no such rows.", show_default=False)
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option(help="; ".join(f"{name}: {why}" for name, why in _METHODS.items()), show_default=False)
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace FILE if it is there.")] = False,
+) -> None:
+    """Write a short commented YAML for your rows, fitted to them and to this machine.
+
+    What no option says is asked. Nothing is trained.
+    """
+    from trimtab.errors import ConfigError, did_you_mean
+    from trimtab.files import write_atomically
+
+    if file.exists() and not overwrite:
+        raise ConfigError(f"{file}: already there; name another file, or pass --overwrite")
+    here = _data_files()
+    model = model or _ask("Model (a folder, a .gguf file, a hub id)", "--model", "smollm2-135m")
+    if not train:
+        likely = [name for name in here if "test" not in name and "valid" not in name]
+        train = [_ask("Rows to train on", "--train", next(iter(likely), None))]
+    if test is None:
+        likely = [name for name in here if "test" in name and name not in train]
+        test = _ask("Rows to test on, or none", "--test", next(iter(likely), "none"), required=False)
+    if method is None:
+        told = ", ".join(f"{name} ({why})" for name, why in _METHODS.items())
+        method = _ask(f"Method: {told}\nWhich", "--method", "dora", required=False)
+    if method not in _METHODS:
+        raise ConfigError(
+            f"--method: expected one of {', '.join(_METHODS)}, got '{method}'.{did_you_mean(method, _METHODS)}"
+        )
+
+    typer.echo("looking at the rows and at the machine")
+    with importing():
+        from trimtab.drafting import Wish, draft
+
+    made = draft(Wish(model, train, None if test == "none" else test, method), file)
+    write_atomically(file, lambda path: path.write_text(made.text, encoding="utf-8"))
+    for note in made.notes:
+        typer.echo(f"  {note}")
+    typer.echo(f"\n{made.text}")
+    name = shlex.quote(str(file))
+    typer.echo(f"written to {file}. Next:\n  trimtab plan {name}\n  trimtab finetune {name}")
+
+
+def _ask(question: str, option: str, default: str | None, *, required: bool = True) -> str:
+    """The user's answer. Without a terminal to ask in, the default; raises ConfigError where the answer is required."""
+    from trimtab.errors import ConfigError
+
+    if _can_ask():
+        answer: str = typer.prompt(question, default=default)
+        return answer.strip()
+    if required or default is None:
+        raise ConfigError(f"{option}: needed, since there is no terminal to ask in")
+    return default
+
+
+def _can_ask() -> bool:
+    return sys.stdin.isatty()
+
+
+def _data_files() -> list[str]:
+    """Files here, or one folder below, that look like rows."""
+    endings = {".jsonl", ".ndjson", ".csv", ".tsv", ".parquet"}
+    places = [path for pattern in ("*", "*/*") for path in sorted(Path().glob(pattern))]
+    return [str(path) for path in places if path.suffix in endings and path.is_file()]

@@ -1,0 +1,222 @@
+"""A first YAML for a run: short, commented, and fitted to the rows and to the machine."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trimtab.config.read import build_config
+from trimtab.config.resolve import Job
+from trimtab.config.yaml_text import parse_yaml
+from trimtab.data.choices import closed_set
+from trimtab.data.forms import read_examples
+from trimtab.data.rows import Example
+from trimtab.data.tokens import encode_all, encode_pair
+from trimtab.errors import ConfigError
+from trimtab.machine import device
+from trimtab.memory.suggest import describe_run
+from trimtab.models.load import load_config_only, load_tokenizer
+from trimtab.models.locate import Source, locate
+
+RATES = {"full": 5e-5}
+"""Peak learning rates of methods for which the default, made for adapters, is too high."""
+
+FEW, MANY = 1_000, 10_000
+"""Rows: below the first, steps of fewer rows and no validation; from the second on, one pass over them."""
+
+SHORT = 256
+"""Tokens: up to here, eager attention is faster on a processor than the fused kernel (``benchmarks/``)."""
+
+LONGEST = 2_048
+"""Tokens: longer rows are cut unless the file says otherwise, since memory grows with the longest row."""
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What the user said.
+
+    Attributes:
+        model: as ``model:`` of the YAML takes it.
+        train: files or hub ids of rows to train on; paths are relative to the working directory.
+        test: rows to evaluate on, before and after; None for none.
+        method: a method on weights, such as ``dora``.
+    """
+
+    model: str
+    train: Sequence[str]
+    test: str | None
+    method: str
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A file and what was seen while it was made.
+
+    Attributes:
+        text: the YAML, which reads back without an error.
+        notes: a sentence each.
+    """
+
+    text: str
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What the rows say."""
+
+    count: int
+    form: str
+    choices: list[str] | None
+    longest: int
+    """Tokens of the longest row."""
+    answer: int
+    """Tokens of the longest answer that has to be written; 0 where answers are scored, or where there are none."""
+
+
+def draft(wish: Wish, place: Path) -> Draft:
+    """A YAML for ``place``, in whose folder it will lie.
+
+    The rows are read and tokenised, and a step is traced for its memory; where that does not fit, the mildest change
+    that does is in the file. Raises ModelError or DataError if the model or the rows cannot be had, PlanError for a
+    method that there is not.
+    """
+    source = locate(wish.model)
+    examples = read_examples(list(wish.train), tokenizer := load_tokenizer(source), root=Path.cwd())
+    seen = _look(examples, tokenizer)
+    notes = [f"{seen.count:,} rows of the form '{seen.form}', the longest of {seen.longest:,} tokens"]
+    if seen.choices:
+        notes.append(f"answers are a closed set of {len(seen.choices)}, so they are scored, not written")
+    if wish.test is not None:
+        tested = read_examples(wish.test, tokenizer, root=Path.cwd())
+        notes.append(f"{len(tested):,} rows to test on")
+    settings = _settings(wish, seen, source, place)
+    text = _write(settings)
+    job = Job.of(build_config(parse_yaml(text, str(place)), place.parent, str(place)))
+    memory = describe_run(job)["memory"]
+    notes.append(f"needs about {memory['needed']:.1f} GiB of memory, {memory['free']:.1f} are free")
+    if not memory["fits"]:
+        if not memory["suggestions"]:
+            notes.append("no change of settings makes it fit: take a smaller model")
+        else:
+            change = memory["suggestions"][0]
+            _apply(settings, change["change"], f"so that it fits: {change['needed']:.1f} GiB")
+            notes.append(f"so the file says {change['change']}: {change['needed']:.1f} GiB")
+    return Draft(_write(settings), notes)
+
+
+def _look(examples: list[Example], tokenizer: Any) -> _Seen:
+    choices = closed_set("infer", examples)
+    rows = encode_all(examples, tokenizer, None)
+    longest = max(len(row["input_ids"]) for row in rows)
+    answer = 0
+    if choices is None and not all(row.choices for row in examples):
+        written = sorted((row for row in examples if row.answer), key=lambda row: len(row.answer or ""))[-20:]
+        answer = max((_tokens_of_answer(row, tokenizer) for row in written), default=0)
+    return _Seen(len(examples), examples[0].form, choices, longest, answer)
+
+
+def _tokens_of_answer(row: Example, tokenizer: Any) -> int:
+    ids, prompt = encode_pair(row.prompt, row.answer or "", tokenizer, end=True)
+    return len(ids) - prompt
+
+
+Settings = dict[str, tuple[Any, str]]
+"""``dotted.key -> (value, comment)``, in the order of the file."""
+
+
+def _settings(wish: Wish, seen: _Seen, source: Source, place: Path) -> Settings:
+    positions = getattr(load_config_only(source).get_text_config(), "max_position_embeddings", None) or LONGEST
+    length = min(-(-seen.longest // 64) * 64, LONGEST, positions)
+    few = seen.count < FEW
+    said: Settings = {"model.name": (_from(place, wish.model, source), "also: a model folder, a .gguf file, a hub id")}
+    if device().type == "cpu" and length <= SHORT:
+        said["model.attention"] = "eager", "for rows this short faster on a processor than the fused kernel"
+    train = [_relative(place, name) for name in wish.train]
+    said["data.train"] = train[0] if len(train) == 1 else train, f"{seen.count:,} rows of the form {seen.form}"
+    if few:
+        said["data.validation"] = None, f"{seen.count} rows are few: train on all of them, keep the last step"
+    else:
+        said["data.validation"] = 0.05, "split off the rows; it picks the best checkpoint"
+    if wish.test is not None:
+        said["data.test"] = _relative(place, wish.test), "evaluated before and after"
+    cut = f"the longest row has {seen.longest:,} tokens" + (", which is cut" if seen.longest > length else "")
+    said["data.max_length"] = length, cut
+    rule: dict[str, Any] = {"match": "all-linear", "method": wish.method}
+    if wish.method != "full":
+        rule["rank"] = 16
+    said["plan"] = [rule], "every linear layer but the output head; a higher rank learns more and costs more"
+    epochs = 1 if seen.count >= MANY else 3
+    said["train.epochs"] = epochs, f"passes over the rows: {seen.count * epochs:,} rows are seen"
+    said["train.batch_size"] = 8 if few else 16, "rows in one step"
+    said["train.learning_rate"] = RATES.get(wish.method, 5e-4), "too high: the loss jumps; too low: it hardly falls"
+    if seen.answer:
+        said["evaluation.max_new_tokens"] = max(16, -(-seen.answer * 5 // 32) * 8), "the longest answer, and a quarter"
+    said["output"] = f"runs/{place.stem}", "adapter, figures and report.html"
+    return said
+
+
+def _from(place: Path, model: str, source: Source) -> str:
+    return _relative(place, model) if source.kind != "hub" and Path(model).exists() else model
+
+
+def _relative(place: Path, name: str) -> str:
+    """A path as seen from the folder of ``place``; a hub id as it is."""
+    path = Path(name).expanduser()
+    if not path.exists():
+        return name
+    return os.path.relpath(path, place.parent)  # Path.relative_to walks upwards from Python 3.12 on only
+
+
+def _apply(settings: Settings, change: str, comment: str) -> None:
+    for part in change.split():
+        key, value = part.split("=", 1)
+        settings[key] = parse_yaml(value, key), comment
+
+
+def _write(settings: Settings) -> str:
+    """The settings as YAML, one to a line with its comment. Raises ConfigError should it not read back equal."""
+    lines: list[str] = []
+    section = ""
+    order = {name: place for place, name in enumerate(dict.fromkeys(key.split(".")[0] for key in settings))}
+    for key, (value, comment) in sorted(settings.items(), key=lambda item: order[item[0].split(".")[0]]):
+        head, _, rest = key.rpartition(".")
+        if head != section or not head:
+            lines += ["", *([f"{head}:"] if head else [])]
+            section = head
+        if isinstance(value, list) and isinstance(value[0], dict):
+            lines += [f"{rest}: # {comment}"]
+            lines += [
+                "  - { " + ", ".join(f"{name}: {_value(one)}" for name, one in rule.items()) + " }" for rule in value
+            ]
+        else:
+            lines.append(f"{'  ' if head else ''}{rest}: {_value(value)} # {comment}")
+    text = "\n".join(lines).strip("\n") + "\n"
+    read = parse_yaml(text, "the draft")
+    for key, (value, _) in settings.items():
+        got: Any = read
+        for part in key.split("."):
+            got = got[part]
+        if got != value:
+            raise ConfigError(f"{key}: the draft would read {got!r} where it was to say {value!r}")
+    return text
+
+
+def _value(value: Any) -> str:
+    """A value as YAML on one line."""
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_value, value)) + "]"
+    if isinstance(value, float):
+        return f"{value:g}".replace("e-0", "e-")
+    if isinstance(value, str) and not _needs_quotes(value):
+        return value
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _needs_quotes(text: str) -> bool:
+    plain = all(letter.isalnum() or letter in "._-/" for letter in text) and text[0].isalpha()
+    return not plain or parse_yaml(text, "a value") != text
