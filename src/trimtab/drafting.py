@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trimtab.config.others import Carried
 from trimtab.config.read import build_config
 from trimtab.config.resolve import Job
+from trimtab.config.run import RunConfig
 from trimtab.config.yaml_text import parse_yaml
 from trimtab.data.choices import closed_set
 from trimtab.data.forms import read_examples
@@ -109,6 +111,31 @@ def draft(wish: Wish, place: Path) -> Draft:
     return Draft(_write(settings), notes)
 
 
+def draft_carried(carried: Carried, said: Mapping[str, Any], place: Path) -> Draft:
+    """A YAML for ``place`` from another tool's file, with what the user ``said`` in place of what stands there
+    (``dotted.key -> value``).
+
+    What is not carried over is among the notes. Raises ConfigError if a value is not what it should be here.
+    """
+    settings: Settings = {key: (value, f"{carried.tool}: {key_}") for key, (value, key_) in carried.settings.items()}
+    settings.update({key: (value, "as said") for key, value in said.items()})
+    settings.setdefault("output", (f"runs/{place.stem}", "adapter, figures and report.html"))
+    for key in ("model.name", "data.train", "data.validation", "data.test"):
+        value, comment = settings.get(key, (None, ""))
+        if isinstance(value, str):
+            settings[key] = _moved(value, carried.file.parent, place), comment
+        elif isinstance(value, list):
+            settings[key] = [_moved(one, carried.file.parent, place) for one in value], comment
+    text = _write(settings)
+    build_config(parse_yaml(text, str(place)), place.parent, str(place))
+    return Draft(text, [f"not carried over: {key}: {why}" for key, why in carried.untold.items()])
+
+
+def _moved(name: str, folder: Path, place: Path) -> str:
+    """A path as seen from ``place``, for one that a file in ``folder`` or the user names; another name as it is."""
+    return _relative(place, str(folder / name) if (folder / name).exists() else name)
+
+
 def _look(examples: list[Example], tokenizer: Any) -> _Seen:
     choices = closed_set("infer", examples)
     rows = encode_all(examples, tokenizer, None)
@@ -182,7 +209,7 @@ def _write(settings: Settings) -> str:
     """The settings as YAML, one to a line with its comment. Raises ConfigError should it not read back equal."""
     lines: list[str] = []
     section = ""
-    order = {name: place for place, name in enumerate(dict.fromkeys(key.split(".")[0] for key in settings))}
+    order = {name: place for place, name in enumerate(RunConfig.model_fields)}
     for key, (value, comment) in sorted(settings.items(), key=lambda item: order[item[0].split(".")[0]]):
         head, _, rest = key.rpartition(".")
         if head != section or not head:

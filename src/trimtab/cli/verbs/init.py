@@ -35,44 +35,73 @@ def command(
     method: Annotated[
         str | None, typer.Option(help="; ".join(f"{name}: {why}" for name, why in _METHODS.items()), show_default=False)
     ] = None,
+    other: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            metavar="FILE",
+            help="A YAML or JSON of PEFT, axolotl, LLaMA-Factory or mlx-lm, to be carried over.",
+            show_default=False,
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace FILE if it is there.")] = False,
 ) -> None:
     """Write a short commented YAML for your rows, fitted to them and to this machine.
 
-    What no option says is asked. Nothing is trained.
+    What no option says is asked. Nothing is trained. With --from, the settings are those of another tool's file, and
+    what has no like here is said.
     """
     from trimtab.errors import ConfigError, did_you_mean
     from trimtab.files import write_atomically
 
     if file.exists() and not overwrite:
         raise ConfigError(f"{file}: already there; name another file, or pass --overwrite")
-    here = _data_files()
-    model = model or _ask("Model (a folder, a .gguf file, a hub id)", "--model", "smollm2-135m")
-    if not train:
-        likely = [name for name in here if "test" not in name and "valid" not in name]
-        train = [_ask("Rows to train on", "--train", next(iter(likely), None))]
-    if test is None:
-        likely = [name for name in here if "test" in name and name not in train]
-        test = _ask("Rows to test on, or none", "--test", next(iter(likely), "none"), required=False)
-    if method is None:
-        told = ", ".join(f"{name} ({why})" for name, why in _METHODS.items())
-        method = _ask(f"Method: {told}\nWhich", "--method", "dora", required=False)
-    if method not in _METHODS:
-        raise ConfigError(
-            f"--method: expected one of {', '.join(_METHODS)}, got '{method}'.{did_you_mean(method, _METHODS)}"
-        )
+    if method is not None and (method not in _METHODS or other is not None):
+        known = ", ".join(_METHODS) if other is None else f"none, since {other} says it"
+        raise ConfigError(f"--method: expected {known}, got '{method}'.{did_you_mean(method, _METHODS)}")
+    if other is not None:
+        from trimtab.config.others import carry_over
 
-    typer.echo("looking at the rows and at the machine")
-    with importing():
-        from trimtab.drafting import Wish, draft
+        carried = carry_over(other)
+        said: dict[str, object] = {"model.name": model, "data.train": train or None, "data.test": test}
+        said = {key: value for key, value in said.items() if value is not None}
+        if not said.keys() | carried.settings.keys() >= {"model.name"}:
+            said["model.name"] = _model()
+        if not said.keys() | carried.settings.keys() >= {"data.train"}:
+            said["data.train"] = [_rows()]
+        from trimtab.drafting import draft_carried
 
-    made = draft(Wish(model, train, None if test == "none" else test, method), file)
+        made = draft_carried(carried, said, file)
+    else:
+        model, train = model or _model(), train or [_rows()]
+        if test is None:
+            likely = [name for name in _data_files() if "test" in name and name not in train]
+            test = _ask("Rows to test on, or none", "--test", next(iter(likely), "none"), required=False)
+        if method is None:
+            told = ", ".join(f"{name} ({why})" for name, why in _METHODS.items())
+            method = _ask(f"Method: {told}\nWhich", "--method", "dora", required=False)
+            if method not in _METHODS:
+                raise ConfigError(f"expected one of {', '.join(_METHODS)}, got '{method}'")
+        typer.echo("looking at the rows and at the machine")
+        with importing():
+            from trimtab.drafting import Wish, draft
+
+        made = draft(Wish(model, train, None if test == "none" else test, method), file)
     write_atomically(file, lambda path: path.write_text(made.text, encoding="utf-8"))
     for note in made.notes:
         typer.echo(f"  {note}")
     typer.echo(f"\n{made.text}")
     name = shlex.quote(str(file))
     typer.echo(f"written to {file}. Next:\n  trimtab plan {name}\n  trimtab finetune {name}")
+
+
+def _model() -> str:
+    return _ask("Model (a folder, a .gguf file, a hub id)", "--model", "smollm2-135m")
+
+
+def _rows() -> str:
+    likely = [name for name in _data_files() if "test" not in name and "valid" not in name]
+    return _ask("Rows to train on", "--train", next(iter(likely), None))
 
 
 def _ask(question: str, option: str, default: str | None, *, required: bool = True) -> str:

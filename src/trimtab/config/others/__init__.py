@@ -1,0 +1,49 @@
+"""Configurations of other tools, read as one of ours. One file is one tool; a new file in this folder is found by
+listing it.
+
+What has the same meaning here is carried over. What has not is said, key by key: nothing is left out without a word.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from trimtab import listing
+from trimtab.config.others._other import Carried, OtherConfig
+from trimtab.config.yaml_text import parse_yaml, show
+from trimtab.errors import ConfigError, did_you_mean
+
+__all__ = ["Carried", "carry_over", "names"]
+
+
+def names() -> list[str]:
+    """The names of the tools whose files are read, sorted."""
+    return listing.names(__path__)
+
+
+def carry_over(file: Path) -> Carried:
+    """What ``file``, a YAML or JSON of another tool, says in our words.
+
+    Raises ConfigError if it is missing, cannot be read, is of none of the tools, or asks for a kind of training that
+    there is not here.
+    """
+    if not file.is_file():
+        others = [other.name for other in file.parent.iterdir()] if file.parent.is_dir() else []
+        raise ConfigError(f"{file}: no such file.{did_you_mean(file.name, others)}")
+    try:
+        text = file.read_text(encoding="utf-8")
+        raw = json.loads(text) if file.suffix == ".json" else parse_yaml(text, str(file))
+    except (UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{file}: expected the YAML or JSON of another tool ({error})") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{file}: expected keys and values, got {show(raw)}")
+    tools = [listing.class_in(__name__, name, OtherConfig)() for name in names()]  # type: ignore[type-abstract]
+    fitting = [tool for tool in tools if tool.knows(raw)]
+    if not fitting:
+        told = "; ".join(f"{tool.label} (by {tool.known_by})" for tool in tools)
+        raise ConfigError(f"{file}: not a file of a tool that is known here: {told}")
+    carried = Carried(file, fitting[0].label, {key: value for key, value in raw.items() if value is not None})
+    fitting[0].carry(carried)
+    carried.finish()
+    return carried

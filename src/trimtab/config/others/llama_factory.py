@@ -1,0 +1,154 @@
+"""LLaMA-Factory's YAML or JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from trimtab.config.others._other import ADAMW, SCHEDULES, Carried, OtherConfig, globs
+from trimtab.errors import ConfigError
+
+
+class LlamaFactoryConfig(OtherConfig):
+    """Supervised fine-tuning (``stage: sft``)."""
+
+    label = "LLaMA-Factory"
+    known_by = "model_name_or_path and stage or finetuning_type"
+
+    def knows(self, raw: Mapping[str, Any]) -> bool:
+        return "model_name_or_path" in raw and ("stage" in raw or "finetuning_type" in raw)
+
+    def carry(self, carried: Carried) -> None:
+        if (stage := carried.take("stage", "sft")) != "sft":
+            raise ConfigError(f"{carried.file}: stage: {stage}: only sft is known here")
+        carried.same(
+            {
+                "model_name_or_path": "model.name",
+                "model_revision": "model.revision",
+                "trust_remote_code": "model.trust_remote_code",
+                "cutoff_len": "data.max_length",
+                "max_samples": "data.train_limit",
+                "per_device_train_batch_size": "train.batch_size",
+                "per_device_eval_batch_size": "evaluation.batch_size",
+                "gradient_accumulation_steps": "train.gradient_accumulation",
+                "weight_decay": "train.weight_decay",
+                "max_grad_norm": "train.max_grad_norm",
+                "logging_steps": "train.log_every",
+                "save_total_limit": "train.keep_checkpoints",
+                "load_best_model_at_end": "train.keep_best",
+                "seed": "train.seed",
+                "output_dir": "output",
+            }
+        )
+        carried.numbers(
+            {
+                "learning_rate": "train.learning_rate",
+                "num_train_epochs": "train.epochs",
+                "loraplus_lr_ratio": "train.b_learning_rate_ratio",
+            }
+        )
+        if (steps := carried.take("max_steps", -1)) > 0:
+            carried.put("train.max_steps", steps, "max_steps")
+        for ours, value in (
+            ("train.learning_rate", 5e-5),
+            ("train.epochs", 3.0),
+            ("train.batch_size", 8),
+            ("data.max_length", 2048),
+            ("train.keep_best", False),
+        ):
+            carried.default(ours, value)
+        carried.choose("lr_scheduler_type", "train.schedule", SCHEDULES)
+        carried.same({"warmup_ratio": "train.warmup", "warmup_steps": "train.warmup"})
+        carried.default("train.warmup", 0)
+        if carried.take("bf16"):
+            carried.put("train.precision", "bfloat16", "bf16")
+        if carried.take("train_on_prompt"):
+            carried.put("train.prompt_loss_weight", 1.0, "train_on_prompt")
+        if carried.left.get("report_to") in ("tensorboard", ["tensorboard"]):
+            carried.put("train.tensorboard", True, "report_to")
+            carried.forget(["report_to"])
+        self._rows(carried)
+        self._when(carried)
+        self._plan(carried)
+        if carried.left.get("optim") in ADAMW:
+            carried.forget(["optim"])
+        carried.leave(
+            {
+                "template": "the tokenizer's own chat template is used",
+                "packing": "rows are not packed; rows of like length share a batch",
+                "optim": "AdamW is the optimiser",
+                "flash_attn": "model.attention has auto, sdpa and eager",
+                "report_to": "train.tensorboard is what there is",
+            }
+        )
+        carried.forget(["do_train", "do_eval", "overwrite_cache", "overwrite_output_dir", "preprocessing_num_workers"])
+        carried.forget(["dataloader_num_workers", "plot_loss", "save_only_model", "ddp_timeout", "dataset_dir"])
+        carried.forget([key for key, value in carried.left.items() if value in (False, "", "none", [], {})])
+
+    def _rows(self, carried: Carried) -> None:
+        folder = carried.file.parent / str(carried.left.get("dataset_dir") or "data")
+        for key, ours in (("dataset", "data.train"), ("eval_dataset", "data.validation")):
+            said = carried.take(key) or []
+            names = [name.strip() for name in said.split(",")] if isinstance(said, str) else said
+            files = [self._file(carried, folder, key, name) for name in names]
+            if known := [file for file in files if file]:
+                carried.put(ours, known, key)
+        share = carried.take("val_size")
+        if isinstance(share, float) and 0 < share < 1:
+            carried.put("data.validation", share, "val_size")
+        elif share:
+            carried.tell("val_size", share, "a fraction below 1 is expected here")
+        if "data.validation" not in carried.settings:
+            carried.put("data.validation", None, "val_size")
+
+    def _file(self, carried: Carried, folder: Any, key: str, name: str) -> str | None:
+        """The rows that their ``dataset_info.json`` knows by ``name``."""
+        table = folder / "dataset_info.json"
+        try:
+            entry = json.loads(table.read_text(encoding="utf-8"))[name]
+        except (OSError, ValueError, KeyError, TypeError):
+            carried.tell(f"{key} {name}", name, f"not in {table}; name the file of its rows with --train")
+            return None
+        if columns := entry.get("columns"):
+            carried.tell(f"{key} {name}", columns, "rows are recognised by their keys; rename the columns")
+        if "file_name" in entry:
+            return str(folder / entry["file_name"])
+        hub = entry.get("hf_hub_url")
+        return f"{hub}:{entry['split']}" if hub and entry.get("split") else hub
+
+    def _when(self, carried: Carried) -> None:
+        for word, ours in (("eval", "train.validate_every"), ("save", "train.save_every")):
+            steps = carried.take(f"{word}_steps")
+            strategy = carried.take(f"{word}_strategy") or carried.take("evaluation_strategy" if word == "eval" else "")
+            if strategy == "epoch":
+                carried.put(ours, "epoch", f"{word}_strategy")
+            elif steps:
+                carried.put(ours, steps, f"{word}_steps")
+
+    def _plan(self, carried: Carried) -> None:
+        if bits := carried.take("quantization_bit"):
+            if bits in (4, 8):
+                carried.put("quantisation", "nf4" if bits == 4 else "int8", "quantization_bit")
+            else:
+                carried.tell("quantization_bit", bits, "4 (nf4) and 8 (int8) are what there is")
+        carried.forget(["quantization_method"])
+        kind = carried.take("finetuning_type", "lora")
+        if kind == "full":
+            carried.rules.append({"match": "all-linear", "method": "full"})
+            carried.tell("finetuning_type", kind, "trains every linear layer here; add rules for other modules")
+            return
+        if kind != "lora":
+            raise ConfigError(f"{carried.file}: finetuning_type: {kind}: lora and full are known here")
+        target = carried.take("lora_target", "all")
+        names = [name.strip() for name in target.split(",")] if isinstance(target, str) else target
+        match = "all-linear" if "all" in names else globs(names)
+        options = {
+            "lora_rank": "rank",
+            "lora_alpha": "alpha",
+            "lora_dropout": "dropout",
+            "use_rslora": "rank_stabilised",
+        }
+        carried.low_rank(match, options, "use_dora")
+        extra = carried.take("additional_target") or []
+        carried.whole(name.strip() for name in (extra.split(",") if isinstance(extra, str) else extra))
