@@ -26,6 +26,7 @@ from trimtab.models.load import empty_model, weights_folder
 from trimtab.models.locate import Source
 from trimtab.models.tensors import Weights
 from trimtab.ops.decomposition import row_changes
+from trimtab.surgery.adapted import bare_modules
 from trimtab.surgery.targets import block_number
 
 KEPT_SINGULAR_VALUES = 16
@@ -106,21 +107,22 @@ def analyse(
         known = {name for _, state in states for name in state.methods}
         raise ModelError(f"no tuned weight matches '{match}'.{did_you_mean(match, known)}")
     for done, (place, state, name) in enumerate(work, 1):
-        if f"{name}.weight" not in weights:
-            raise ModelError(f"{weights.folder}: the base has no weight {name}.weight.")
-        before = layers[name].as_weight(weights[f"{name}.weight"])
+        key = layers[name].tensor_name(name)
+        if key not in weights:
+            raise ModelError(f"{weights.folder}: the base has no weight {key}.")
+        before = layers[name].as_weight(weights[key]).flatten(0, -2)
         yield _change(place, state, name, before if state.dtype is None else before.to(state.dtype), spectra)
         if progress is not None:
             progress(done, len(work))
 
 
 def _layers(base: Source) -> dict[str, bases.WeightBase]:
-    """Every layer of a kind that a base knows, except the output head, by name."""
+    """Every weight of a kind that a base knows, except the output head's, by the name of its target."""
     model = empty_model(base)
     head = model.get_output_embeddings()
     return {
         name: handle
-        for name, module in model.named_modules()
+        for name, module in bare_modules(model)
         if module is not head and (handle := bases.find(module)) is not None
     }
 

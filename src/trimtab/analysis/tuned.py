@@ -73,12 +73,12 @@ def _of_run(run: RunFolder, layers: dict[str, bases.WeightBase]) -> list[Tuned]:
 
 def _of_folder(place: Path, layers: dict[str, bases.WeightBase]) -> Tuned:
     weights = Weights(place)
-    names = [name for name, layer in layers.items() if layer.is_linear and f"{name}.weight" in weights]
+    names = [name for name, layer in layers.items() if layer.is_linear and layer.tensor_name(name) in weights]
     if not names:
         raise ModelError(f"{place}: none of the base's {len(layers)} weights is in it; it is another model.")
 
     def weight(name: str, base: Tensor) -> Tensor:
-        own = layers[name].as_weight(weights[f"{name}.weight"])
+        own = layers[name].as_weight(weights[layers[name].tensor_name(name)])
         if own.shape != base.shape:
             raise ModelError(f"{place}: {name} is {list(own.shape)}, the base's is {list(base.shape)}.")
         return own
@@ -104,7 +104,7 @@ def _of_adapter(
         )
 
     def weight(name: str, base: Tensor) -> Tensor:
-        return _effective(place, name, stored[name].on(layers[name]), base)
+        return _effective(f"{place}: {name}", layers[name], stored[name].on(layers[name]), base)
 
     used = {name: entry.method for name, entry in stored.items()}
     left_out = tuple(name for name in whole if name not in stored)
@@ -112,17 +112,20 @@ def _of_adapter(
 
 
 @torch.no_grad()
-def _effective(place: Path, name: str, stored: StoredAdapter, weight: Tensor) -> Tensor:
-    """The effective weight ``[out, in]`` of one module in float64."""
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    layer.weight = nn.Parameter(weight, requires_grad=False)
-    base = bases.find(layer)
-    assert base is not None
-    with torch.random.fork_rng(devices=[]):  # a method draws its initial values, which are overwritten below
-        method = methods.method_class(stored.method)(base, stored.options)
-    expected = {key: value.shape for key, value in method.named_parameters()}
-    if expected != {key: value.shape for key, value in stored.tensors.items()}:
-        raise ModelError(f"{place}: {name}: its tensors do not fit a weight of {list(weight.shape)}.")
-    for key, parameter in method.named_parameters():
-        parameter.copy_(stored.tensors[key])
-    return method.effective_weight(base, torch.float64)
+def _effective(place: str, layer: bases.WeightBase, stored: StoredAdapter, weight: Tensor) -> Tensor:
+    """The effective weight of ``layer``, where ``weight`` is its own, in float64; both ``[out, in]``, of a stack the
+    rows of all."""
+    empty = layer.parameter
+    stored_weight = layer.as_stored(weight.reshape(*layer.stack, *layer.shape))
+    layer.replace(nn.Parameter(stored_weight, requires_grad=False))
+    try:
+        with torch.random.fork_rng(devices=[]):  # a method draws its initial values, which are overwritten below
+            method = methods.method_class(stored.method).class_for(layer)(layer, stored.options)
+        tensors = method.stored_tensors()
+        if {key: value.shape for key, value in tensors.items()} != {k: v.shape for k, v in stored.tensors.items()}:
+            raise ModelError(f"{place}: its tensors do not fit a weight of {list(weight.shape)}.")
+        for key, tensor in tensors.items():
+            tensor.copy_(stored.tensors[key])
+        return method.effective_weight(layer, torch.float64).flatten(0, -2)
+    finally:
+        layer.replace(empty)

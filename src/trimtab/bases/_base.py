@@ -193,6 +193,10 @@ class WeightBase(Base):
         """The way back from ``in_layout``. A tensor of another shape comes back as it is, and the caller refuses it."""
         return tensor
 
+    def tensor_name(self, name: str) -> str:
+        """What the stored weight is called in the files of a model, if its target is called ``name``."""
+        return f"{name}.weight"
+
     def replace(self, parameter: nn.Parameter) -> None:
         """Store ``parameter`` in place of the weight."""
         self.module.weight = parameter

@@ -62,6 +62,9 @@ class HeldBase(_base.WeightBase):
     def owner(self) -> nn.Module:
         return self.module.holder
 
+    def tensor_name(self, name: str) -> str:
+        return name
+
     def replace(self, parameter: nn.Parameter) -> None:
         self.owner._parameters[self.module.attribute] = parameter
 

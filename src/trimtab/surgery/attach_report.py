@@ -158,7 +158,13 @@ def _unreached(model: nn.Module, sizes: dict[int, tuple[int, ...]]) -> dict[str,
         kind = OUTPUT_HEAD if id(module) in heads else parts.get(id(module), bases.named(bare(module)))
         parts |= {id(part): kind for part in bases.parts(bare(module))}
         for parameter in bare(module)._parameters.values():
-            if parameter is not None and id(parameter) not in seen and len(sizes[id(parameter)]) > 1:
+            if parameter is not None and id(parameter) not in seen and _is_matrix(sizes[id(parameter)]):
                 seen.add(id(parameter))
                 found[kind] += math.prod(sizes[id(parameter)])
     return dict(sorted(found.items(), key=lambda pair: -pair[1]))
+
+
+def _is_matrix(shape: tuple[int, ...]) -> bool:
+    """Whether a tensor of ``shape`` is one or more matrices; one that stands for a token or a key, ``[1, 1, n]``, is
+    not."""
+    return len(shape) == 2 or (len(shape) > 2 and math.prod(shape[:-1]) > 1)
