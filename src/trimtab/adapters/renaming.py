@@ -4,30 +4,39 @@ adapter was saved with something around the model."""
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Container, Iterator, Mapping
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Mapping
 
 from torch import nn
+
+from trimtab import bases
+from trimtab.adapters.record import StoredAdapter
 
 # What stands in front of every name where a model was saved inside of DataParallel, or of PEFT's model.
 _AROUND = ("module.", "base_model.model.")
 
-Entry = TypeVar("Entry")
 
-
-def as_named_in(model: nn.Module, known: Container[str], stored: Mapping[str, Entry]) -> dict[str, Entry]:
+def as_named_in(
+    model: nn.Module, known: Mapping[str, nn.Module], stored: Mapping[str, StoredAdapter]
+) -> dict[str, StoredAdapter]:
     """``stored`` under the names that ``model`` has; ``known``: these. A name that leads nowhere stays as it is.
 
     A name that the model does not have is tried without what stood around the model, and by the renamings with which
-    transformers reads checkpoints of before, as PEFT does (LLaVA's language model moved in 4.52, for instance).
+    transformers reads checkpoints of before, as PEFT does (LLaVA's language model moved in 4.52, for instance). And
+    where PEFT names a module of which one weight is adapted (``nn.MultiheadAttention``), this is that weight's name.
     """
-    if all(name in known for name in stored):
-        return dict(stored)
-    renamings = list(_renamings(model))
-    names = {name: next((other for other in _others(name, renamings) if other in known), name) for name in stored}
-    if len(set(names.values())) < len(names):  # two modules would become one: so these renamings are not what happened
-        return dict(stored)
-    return {names[name]: entry for name, entry in stored.items()}
+    if not all(name in known for name in stored):
+        renamings = list(_renamings(model))
+        names = {name: next((other for other in _others(name, renamings) if other in known), name) for name in stored}
+        if len(set(names.values())) == len(names):  # else two would become one: these renamings are not what happened
+            stored = {names[name]: entry for name, entry in stored.items()}
+    return {_held(name, known[name], entry) if name in known else name: entry for name, entry in stored.items()}
+
+
+def _held(name: str, module: nn.Module, entry: StoredAdapter) -> str:
+    """The name of the weight that hangs on ``module``, for the low-rank update of a module that is no layer itself."""
+    held = list(bases.held_weights(module))
+    is_update = entry.in_layout and "A" in entry.tensors and bases.find(module) is None
+    return f"{name}.{held[0].attribute}" if is_update and len(held) == 1 else name
 
 
 def _others(name: str, renamings: list[Callable[[str], str]]) -> Iterator[str]:
@@ -48,9 +57,8 @@ def _renamings(model: nn.Module) -> Iterator[Callable[[str], str]]:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming
 
-    own: Mapping[str, str] = (
-        getattr(model, "_checkpoint_conversion_mapping", None) or {}
-    )  # code that comes with a model
+    # Code that comes with a model has it as an attribute, by patterns.
+    own: Mapping[str, str] = getattr(model, "_checkpoint_conversion_mapping", None) or {}
 
     def by_pattern(name: str) -> str:
         for pattern, new in own.items():

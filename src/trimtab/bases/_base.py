@@ -112,6 +112,14 @@ class WeightBase(Base):
         """Whether the layer is called with a batch. Else its weight is only read, and no input passes by."""
         return True
 
+    def peft_place(self, name: str) -> str | None:
+        """Where PEFT keeps the tensors of a layer that is called ``name``; None if it has no place for such a layer."""
+        return name if self.is_called and not self.stack else None
+
+    def peft_partner(self, name: str) -> str | None:
+        """The layer that PEFT adapts whenever it adapts this one, called ``name``, and with the same numbers."""
+        return None
+
     @property
     def stack(self) -> tuple[int, ...]:
         """The axes before ``[out, in]`` of a stack of weights: ``(experts,)``. A method's tensors have them, too."""

@@ -29,6 +29,14 @@ class AttentionBase(_held.DenseHeldBase):
     def parts(module: nn.Module) -> Sequence[str]:
         return ["out_proj"] if isinstance(module, nn.MultiheadAttention) else ()
 
+    def peft_place(self, name: str) -> str | None:
+        """PEFT wraps the attention: its own tensors are those of ``in_proj_weight``."""
+        holder, _, attribute = name.rpartition(".")
+        return holder if attribute == "in_proj_weight" else None
+
+    def peft_partner(self, name: str) -> str | None:
+        return name.rpartition(".")[0] + ".out_proj"
+
     @staticmethod
     def knows(module: nn.Module) -> bool:
         return isinstance(module, _held.HeldWeight) and module.attribute in AttentionBase.holds(module.holder)

@@ -32,6 +32,21 @@ class LinearBase(_base.WeightBase):
     def is_called(self) -> bool:
         return not isinstance(self.module, NonDynamicallyQuantizableLinear)
 
+    def peft_place(self, name: str) -> str | None:
+        holder, _, own = name.rpartition(".")
+        return name if self.is_called else f"{holder}.base_layer.{own}"
+
+    def in_layout(self, name: str, tensor: Tensor) -> Tensor:
+        # PEFT (0.21) adds the update of an attention's output projection twice, in training, too: a fault, but one with
+        # which its adapters are made and used. Half of it, added twice, is the same to the last digit.
+        return tensor / 2 if name == "B" and not self.is_called else tensor
+
+    def as_matrix(self, name: str, tensor: Tensor) -> Tensor:
+        return tensor * 2 if name == "B" and not self.is_called else tensor
+
+    def peft_partner(self, name: str) -> str | None:
+        return None if self.is_called else name.rpartition(".")[0] + ".in_proj_weight"
+
     @property
     def shape(self) -> tuple[int, int]:
         out_features, in_features = self.parameter.shape

@@ -12,6 +12,7 @@ import regex
 from torch import Tensor
 
 from trimtab import methods
+from trimtab.adapters.formats._peft_names import target_of
 from trimtab.adapters.safe_read import shown
 
 # A pattern can be made to take hours. Honest ones are short, and all of a configuration take next to no time.
@@ -23,7 +24,7 @@ _REPEAT = re.compile(r"\{(\d*)(?:,(\d*))?\}")
 
 
 def options(config: dict[str, Any], modules: dict[str, dict[str, Tensor]]) -> dict[str, tuple[str, methods.Options]]:
-    """``module -> (method, options)`` from PEFT's configuration and the tensors of each module.
+    """``place -> (method, options)`` from PEFT's configuration and the tensors at each place.
 
     Raises KeyError, TypeError and ValueError (with pydantic's) for a configuration that is damaged.
     """
@@ -36,9 +37,10 @@ def options(config: dict[str, Any], modules: dict[str, dict[str, Tensor]]) -> di
     }
     kind = methods.options_class(method)
     found = {}
-    for name, own in modules.items():
+    for place, own in modules.items():
+        name = target_of(place)
         numbers = {"rank": _rank(list(ranks(name)), rank, own.get("A")), "alpha": next(alphas(name), alpha)}
-        found[name] = method, kind(**numbers, **common)
+        found[place] = method, kind(**numbers, **common)
     return found
 
 

@@ -20,35 +20,37 @@ PREFIX = "base_model.model."
 MAGNITUDE = "lora_magnitude_vector"
 BASE = "base_layer.weight"
 _BASE_LAYER = "base_layer"
+_INSIDE = f".{_BASE_LAYER}."
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
-class _Place(NamedTuple):
-    module: str
+class _Key(NamedTuple):
+    place: str
+    """The module, with PEFT's ``base_layer`` in its name where it is inside another one that PEFT wraps."""
     own: str
     """Our name of the tensor."""
     adapter: str | None
 
 
 def by_module(weights: Path, tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """``module -> our name of the tensor -> tensor``. Raises AdapterError for a tensor that does not belong there, and
+    """``place -> our name of the tensor -> tensor``. Raises AdapterError for a tensor that does not belong there, and
     for tensors of more than one adapter."""
     modules: dict[str, dict[str, Tensor]] = {}
     adapters: dict[str, None] = {}
     names = bases.peft_names()
     # Older PEFT releases added ".weight" to the magnitude's name, and some gave it a second axis.
     ours = names | {f"{MAGNITUDE}.weight": "magnitude", BASE: BASE}
-    places = {key: _place(key, ours) for key in tensors}
-    for key in sorted(places, key=lambda key: (place := places[key]) is not None and place.adapter is not None):
-        place, tensor = places[key], tensors[key]
-        if place is None or place.own in modules.setdefault(place.module, {}):
+    keys = {key: _parsed(key, ours) for key in tensors}
+    for key in sorted(keys, key=lambda key: (parsed := keys[key]) is not None and parsed.adapter is not None):
+        parsed, tensor = keys[key], tensors[key]
+        if parsed is None or parsed.own in modules.setdefault(parsed.place, {}):
             raise AdapterError(
                 f"{weights}: unexpected tensor {shown(key)}; expected {PREFIX}MODULE.{{{', '.join(names)}}}, each once"
             )
-        if place.adapter is not None:
-            adapters[place.adapter] = None
-        is_row = place.own == "magnitude" and tensor.squeeze().dim() <= 1
-        modules[place.module][place.own] = tensor.reshape(-1) if is_row else tensor
+        if parsed.adapter is not None:
+            adapters[parsed.adapter] = None
+        is_row = parsed.own == "magnitude" and tensor.squeeze().dim() <= 1
+        modules[parsed.place][parsed.own] = tensor.reshape(-1) if is_row else tensor
     if len(adapters) > 1:
         raise AdapterError(
             f"{weights}: tensors of {len(adapters)} adapters ({shown(', '.join(adapters))}) in one folder; save one of "
@@ -57,7 +59,7 @@ def by_module(weights: Path, tensors: dict[str, Tensor]) -> dict[str, dict[str, 
     return modules
 
 
-def _place(key: str, ours: dict[str, str]) -> _Place | None:
+def _parsed(key: str, ours: dict[str, str]) -> _Key | None:
     """Where the tensor ``key`` belongs; None for a name that is none of PEFT's. ``ours``: PEFT's name -> ours."""
     parts = [part for part in key.split(".") if part not in _WRAPPERS]
     while parts[0] == "module":
@@ -73,7 +75,14 @@ def _place(key: str, ours: dict[str, str]) -> _Place | None:
     own, adapter = ours.get(".".join([stem, *tail])), None
     if own is None and tail and stem != _BASE_LAYER:
         own, adapter = ours.get(".".join([stem, *tail[1:]])), tail[0]
-    # PEFT's wrapper around a module with modules of its own; where it is the last part, it says which of several
-    # wrappers around one module is meant.
-    inside = [part for part in parts[: at - 1] if part != _BASE_LAYER]
-    return None if own is None else _Place(".".join([*inside, parts[at - 1]]), own, adapter)
+    return None if own is None else _Key(".".join(parts[:at]), own, adapter)
+
+
+def target_of(place: str) -> str:
+    """The module that PEFT was told to adapt, and whose name its patterns match, for tensors at ``place``."""
+    return place.split(_INSIDE)[0]
+
+
+def module_of(place: str) -> str:
+    """The name of the layer whose tensors are at ``place``, without PEFT's own wrappers around its parents."""
+    return place.replace(_INSIDE, ".")

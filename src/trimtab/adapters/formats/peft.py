@@ -60,11 +60,7 @@ class PeftFormat(AdapterFormat):
             and not any("bias" in module.adapter.stored_tensors() for module in adapted.values())
             and not any(one.magnitude and one.magnitude_axis != "output" for one in options)
             and len({one.rank_stabilised for one in options}) == 1
-            # PEFT keeps what is read and not called in another place.
-            and all(
-                not isinstance(handle, WeightBase) or (handle.is_called and not handle.stack)
-                for handle in (module.handle for module in adapted.values())
-            )
+            and _places(adapted) is not None
             # PEFT divides by the norm even where it is zero, which gives NaN.
             and not any(module.adapter.zero_rows for module in adapted.values())
             # PEFT adapts only the first place of a layer that hangs in two, and merges twice into a shared weight.
@@ -73,19 +69,21 @@ class PeftFormat(AdapterFormat):
         )
 
     def save(self, model: nn.Module, adapted: dict[str, Adapted], folder: Path) -> None:
+        placed = _places(adapted)
+        assert placed is not None
         tensors = {}
-        for name, module in adapted.items():
+        for place, module in placed.items():
             handle = module.handle
             assert isinstance(handle, WeightBase)
             for key, value in module.adapter.named_parameters():
                 laid_out = handle.in_layout(key, value.detach()).contiguous().clone()
-                tensors[f"{_peft_names.PREFIX}{name}.{handle.peft_names[key]}"] = laid_out
+                tensors[f"{_peft_names.PREFIX}{place}.{handle.peft_names[key]}"] = laid_out
         options = {
-            name: {"method": module.method, "options": module.adapter.options.model_dump()}
-            for name, module in adapted.items()
+            place: {"method": module.method, "options": module.adapter.options.model_dump()}
+            for place, module in placed.items()
         }
         save_file(tensors, folder / self.files[1], metadata={"format": "pt", _HEADER: json.dumps(options)})
-        write_json(folder / self.files[0], _configuration(model, adapted))
+        write_json(folder / self.files[0], _configuration(model, placed))
 
     def load(self, folder: Path) -> dict[str, StoredAdapter]:
 
@@ -112,12 +110,33 @@ class PeftFormat(AdapterFormat):
                 "again. To take both as they stand, load and save them once with PEFT"
             )
         return {
-            name: StoredAdapter(*in_header[name], own, base=own.pop(_peft_names.BASE, None), in_layout=True)
-            for name, own in modules.items()
+            _peft_names.module_of(place): StoredAdapter(
+                *in_header[place], own, base=own.pop(_peft_names.BASE, None), in_layout=True
+            )
+            for place, own in modules.items()
         }
 
 
-def _configuration(model: nn.Module, adapted: dict[str, Adapted]) -> dict[str, Any]:
+def _places(adapted: dict[str, Adapted]) -> dict[str, Adapted] | None:
+    """Where PEFT keeps the tensors of each adapted layer; None if it has no place for one of them.
+
+    Layers that PEFT can only adapt together (the projections of ``nn.MultiheadAttention``) must have one rank, one
+    scale and no magnitude.
+    """
+    placed = {}
+    for name, module in adapted.items():
+        if not isinstance(handle := module.handle, WeightBase) or (place := handle.peft_place(name)) is None:
+            return None
+        if (partner := handle.peft_partner(name)) is not None:
+            other = adapted.get(partner)
+            if other is None or module.adapter.magnitude is not None or _computed(module) != _computed(other):
+                return None
+        placed[place] = module
+    return placed
+
+
+def _configuration(model: nn.Module, placed: dict[str, Adapted]) -> dict[str, Any]:
+    adapted = {place: module for place, module in placed.items() if _peft_names.target_of(place) == place}
     options: dict[str, Any] = {name: module.adapter.options for name, module in adapted.items()}
     ranks = {name: one.rank for name, one in options.items()}
     alphas = {name: 2 * one.rank if one.alpha is None else one.alpha for name, one in options.items()}
@@ -158,7 +177,8 @@ def _targets(model: nn.Module, adapted: dict[str, Adapted]) -> list[str] | str:
     """The shortest ``target_modules`` by which PEFT, which matches the ends of names, selects exactly these modules."""
     wanted = set(adapted)
     inside = {id(inner) for module in adapted.values() for inner in module.modules()}  # with the module itself
-    others = [without_wrappers(model, name) for name, module in model.named_modules() if id(module) not in inside]
+    names = [without_wrappers(model, name) for name, module in model.named_modules() if id(module) not in inside]
+    others = [name for name in names if name not in wanted]  # attention that PEFT wraps around what is adapted in it
     tails = {name.rsplit(".", 1)[-1] for name in wanted}
     for candidate in (tails, wanted):
         if not any(end in candidate for name in others for end in _ends(name)):
@@ -178,6 +198,10 @@ def _options_in_header(header: dict[str, str]) -> dict[str, tuple[str, methods.O
         name: (entry["method"], methods.options_class(entry["method"])(**entry["options"]))
         for name, entry in parse_description(header[_HEADER]).items()
     }
+
+
+def _computed(module: Adapted) -> Any:
+    return _outputs((module.method, module.adapter.options))
 
 
 def _outputs(entry: tuple[str, methods.Options] | None) -> Any:

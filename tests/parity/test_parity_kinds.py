@@ -1,0 +1,157 @@
+"""PEFT's folders over layers of every kind that both know, both ways and merged, in models of our own."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+import trimtab
+from adapter_tools import PEFT_FILES
+
+CLOSE: dict[str, Any] = {"rtol": 0, "atol": 1e-10}
+
+
+@pytest.fixture(autouse=True)
+def _missing_tensors_are_errors() -> Iterator[None]:
+    """PEFT only warns of tensors that it misses or does not know, and of much else."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("error", message=".*(missing|unexpected|not initialized).*")
+        yield
+
+
+class Narrow(nn.Module):
+    """Linear layers that rank 4 does not fit, of nn.Linear and of transformers' Conv1D."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.gate, self.leave = nn.Linear(6, 9), Conv1D(1, 9), nn.Linear(9, 2, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.enter(x))
+        return self.leave(h * torch.sigmoid(self.gate(h)))
+
+    @staticmethod
+    def inputs() -> Tensor:
+        return torch.randn(5, 6)
+
+
+class Encoder(nn.Module):
+    """Two blocks of torch's own transformer, whose attention reads its projections."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        block = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True)
+        self.blocks = nn.TransformerEncoder(block, 2, enable_nested_tensor=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(x)
+
+    @staticmethod
+    def inputs() -> Tensor:
+        return torch.randn(3, 5, 8)
+
+
+CASES: dict[str, tuple[type[Any], dict[str, Any]]] = {
+    "ranks above the matrix": (Narrow, {"target_modules": ["enter", "gate", "leave"], "r": 4}),
+    "ranks above the matrix, DoRA": (Narrow, {"target_modules": ["gate", "leave"], "r": 11, "use_dora": True}),
+    "attention": (Encoder, {"target_modules": ["self_attn"], "r": 3}),
+    "attention and linear": (Encoder, {"target_modules": ["self_attn", "linear2"], "r": 2, "use_rslora": True}),
+    "attention with a rank of its own": (
+        Encoder,
+        {"target_modules": ["self_attn", "linear1"], "r": 2, "rank_pattern": {"layers.1.self_attn": 5}},
+    ),
+}
+
+
+def folder_of_peft(kind: type[Any], settings: dict[str, Any], folder: Path) -> tuple[nn.Module, Tensor, Tensor]:
+    """A bare model, inputs, and the outputs of PEFT's adapter that is saved into ``folder``."""
+    base = kind().double().eval()
+    theirs = get_peft_model(copy.deepcopy(base), LoraConfig(**{"lora_alpha": 7, **settings})).eval()
+    disturb(theirs)
+    theirs.save_pretrained(str(folder))
+    x = kind.inputs()
+    x = x.double() if x.is_floating_point() else x
+    with torch.no_grad():
+        return base, x, theirs(x)
+
+
+def disturb(model: nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn_like(parameter)
+
+
+@pytest.fixture(autouse=True)
+def _no_fused_encoder() -> Iterator[None]:
+    """torch's fused encoder layer reads the weights, and PEFT's adapter on an attention does nothing there."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    yield
+    torch.backends.mha.set_fastpath_enabled(before)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", CASES)
+def test_a_folder_of_peft_gives_its_outputs_here_and_merged(case: str, tmp_path: Path) -> None:
+    base, x, right = folder_of_peft(*CASES[case], tmp_path)
+    assert not torch.allclose(base(x), right, atol=1e-3)
+    model = copy.deepcopy(base)
+    trimtab.load_adapter(model, tmp_path)
+    assert torch.allclose(model(x), right, **CLOSE)
+    trimtab.merge(model)
+    assert torch.allclose(model(x), right, **CLOSE)
+    assert model.state_dict().keys() == base.state_dict().keys()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", CASES)
+def test_our_folder_gives_our_outputs_in_peft_and_again_here(case: str, tmp_path: Path) -> None:
+    base, x, _ = folder_of_peft(*CASES[case], tmp_path / "theirs")
+    model = copy.deepcopy(base)
+    trimtab.load_adapter(model, tmp_path / "theirs")
+    disturb(model)
+    trimtab.save_adapter(model, tmp_path / "ours")
+    assert (tmp_path / "ours" / PEFT_FILES[0]).is_file()
+    theirs = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours").eval()
+    assert torch.allclose(theirs(x), model(x), **CLOSE)
+    again = copy.deepcopy(base)
+    trimtab.load_adapter(again, tmp_path / "ours")
+    assert torch.allclose(again(x), model(x), rtol=0, atol=0)
+    trimtab.load_adapter(model, tmp_path / "ours")  # onto the adapters that it came from, as a resumed run does
+    assert torch.allclose(again(x), model(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        [{"match": "*.in_proj_weight", "method": "lora", "rank": 2}],
+        [{"match": "*.self_attn", "method": "dora", "rank": 2}],
+        [{"match": "*.self_attn", "method": "lora", "rank": 2}, {"match": "*.out_proj", "method": "lora", "rank": 3}],
+        [
+            {"match": "*.self_attn", "method": "lora", "rank": 2, "alpha": 4},
+            {"match": "*.out_proj", "method": "lora", "rank": 2, "alpha": 3},
+        ],
+    ],
+    ids=["a part", "DoRA", "two ranks", "two scales"],
+)
+def test_attention_that_peft_cannot_express_is_kept_in_our_format(rules: list[Any], tmp_path: Path) -> None:
+    base = Encoder().double().eval()
+    model = copy.deepcopy(base)
+    trimtab.attach(model, rules)
+    disturb(model)
+    trimtab.save_adapter(model, tmp_path)
+    assert not (tmp_path / PEFT_FILES[0]).exists()
+    trimtab.load_adapter(base, tmp_path)
+    x = Encoder.inputs().double()
+    assert torch.equal(base(x), model(x))
