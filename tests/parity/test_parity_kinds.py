@@ -142,8 +142,12 @@ def test_our_folder_gives_our_outputs_in_peft_and_again_here(case: str, tmp_path
             {"match": "*.self_attn", "method": "lora", "rank": 2, "alpha": 4},
             {"match": "*.out_proj", "method": "lora", "rank": 2, "alpha": 3},
         ],
+        [
+            {"match": "*.self_attn", "method": "lora", "rank": 2},
+            {"match": "*.linear1", "method": "lora", "rank": 2, "dropout": 0.1},
+        ],
     ],
-    ids=["a part", "DoRA", "two ranks", "two scales"],
+    ids=["a part", "DoRA", "two ranks", "two scales", "dropout elsewhere"],
 )
 def test_attention_that_peft_cannot_express_is_kept_in_our_format(rules: list[Any], tmp_path: Path) -> None:
     base = Encoder().double().eval()

@@ -121,7 +121,7 @@ def _places(adapted: dict[str, Adapted]) -> dict[str, Adapted] | None:
     """Where PEFT keeps the tensors of each adapted layer; None if it has no place for one of them.
 
     Layers that PEFT can only adapt together (the projections of ``nn.MultiheadAttention``) must have one rank, one
-    scale and no magnitude.
+    scale, no magnitude and no dropout anywhere.
     """
     placed = {}
     for name, module in adapted.items():
@@ -130,6 +130,8 @@ def _places(adapted: dict[str, Adapted]) -> dict[str, Adapted] | None:
         if (partner := handle.peft_partner(name)) is not None:
             other = adapted.get(partner)
             if other is None or module.adapter.magnitude is not None or _computed(module) != _computed(other):
+                return None
+            if any(one.adapter.options.dropout for one in adapted.values()):  # PEFT has one dropout for all modules
                 return None
         placed[place] = module
     return placed
