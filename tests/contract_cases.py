@@ -42,6 +42,7 @@ QUANTISED = {"int8", "nf4", "torchao_int8"}
 # tests/bases/test_experts.py.
 HELD = {"attention", "experts"}
 ALWAYS_BIASED = {"conv1d", *QUANTISED}
+NEVER_BIASED = {"embedding"}
 
 
 class Block(nn.Module):
@@ -67,11 +68,29 @@ class Whole(nn.Module):
         return plain_formula.product(x, self.matrix, self.shift)
 
 
+def convolution(out_features: int, in_features: int, bias: bool) -> nn.Conv2d:
+    """One with a kernel as large as the features allow."""
+    kernel = next(sides for sides in [(2, 2), (3, 3), (1, 1)] if in_features % (sides[0] * sides[1]) == 0)
+    return nn.Conv2d(in_features // (kernel[0] * kernel[1]), out_features, kernel, bias=bias)
+
+
+def on_a_matrix(layer: Any, x: Tensor, kind: str) -> Tensor:
+    """What a layer that is no matrix product over the last dimension gives for ``x [..., in]``: a convolution sees each
+    token as an image of the size of its kernel, and of a look-up all entries are taken, each as often as ``x`` says."""
+    if kind == "convolution":
+        return layer(x.reshape(-1, layer.in_channels, *layer.kernel_size)).reshape(*x.shape[:-1], layer.out_channels)
+    if kind == "embedding":
+        return x @ layer(torch.arange(layer.num_embeddings))
+    return layer(x)
+
+
 BUILDERS: dict[str, Callable[[int, int, bool], nn.Module]] = {
     "linear": lambda out_features, in_features, bias: nn.Linear(in_features, out_features, bias=bias),
     "conv1d": lambda out_features, in_features, bias: Conv1D(out_features, in_features),
     "block": Block,
     "module": Whole,
+    "convolution": convolution,
+    "embedding": lambda out_features, in_features, bias: nn.Embedding(in_features, out_features),
     **dict.fromkeys(QUANTISED, lambda out_features, in_features, bias: nn.Linear(in_features, out_features, bias=bias)),
 }
 # (out, in): more inputs, more outputs, and neither side a multiple of MoRA's k (8 at rank 2 for all three).
@@ -101,6 +120,10 @@ def allowed(method: str, row: Mapping[str, Any]) -> bool:
     """Whether what is said so far may stand in one case: what has no meaning together is not tried together."""
     base, magnitude, rank = row.get("base"), row.get("magnitude"), row.get("rank")
     if base in ALWAYS_BIASED and row.get("biased") is False:
+        return False
+    if base in NEVER_BIASED and row.get("biased"):
+        return False
+    if base == "embedding" and row.get("dropout"):  # there is nothing to drop
         return False
     if base in QUANTISED and row.get("base_dtype") == torch.float64:
         return False
@@ -164,9 +187,9 @@ class Case:
             for parameter in layer.parameters():
                 parameter.copy_(torch.randn_like(parameter) / 4)
             if change is not None:
-                change(layer.weight.t() if self.base == "conv1d" else layer.weight)
+                change(layer.weight.t() if self.base in ("conv1d", "embedding") else layer.weight.flatten(1))
         layer = layer.to(self.dtype)
-        return Holder(quantise(layer, self.base) if self.base in QUANTISED else layer)
+        return Holder(quantise(layer, self.base) if self.base in QUANTISED else layer, self.base)
 
     def fresh(self) -> Holder:
         """The layer with an adapter at its start."""
@@ -194,12 +217,13 @@ def quantise(layer: nn.Module, kind: str) -> nn.Module:
 class Holder(nn.Module):
     """A model of one layer."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, kind: str = "linear") -> None:
         super().__init__()
         self.layer = layer
+        self.kind = kind
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
+        return on_a_matrix(self.layer, x, self.kind)
 
     @property
     def adapted(self) -> Adapted:

@@ -33,7 +33,7 @@ def stored_weight(module: Any) -> Tensor:
         assert stored.scale.shape == (stored.qdata.shape[0], 1), "one scale a row"
         return stored.qdata.double() * stored.scale.double()
     weight = module.weight.detach().double()
-    return weight.t() if "Conv1D" in kind else weight
+    return weight.t() if kind & {"Conv1D", "Embedding"} else weight.flatten(1)
 
 
 def int8(stored: Tensor, largest: Tensor) -> Tensor:

@@ -39,8 +39,9 @@ def with_weight(weight: Tensor) -> nn.Module:
 
 UNKNOWN = {
     "a subclass": lambda: Odd(4, 3),
-    "embedding": lambda: nn.Embedding(4, 3),
-    "convolution": lambda: nn.Conv2d(4, 3, 1),
+    "a look-up in bags": lambda: nn.EmbeddingBag(4, 3),
+    "a transposed convolution": lambda: nn.ConvTranspose2d(4, 3, 1),
+    "weight norm on a convolution": lambda: parametrizations.weight_norm(nn.Conv1d(4, 3, 1)),
     "int8 weight": lambda: with_weight(torch.zeros(3, 4, dtype=torch.int8)),
     "float8 weight": lambda: with_weight(torch.zeros(3, 4).to(torch.float8_e4m3fn)),
     "tensor subclass": with_marked_weight,

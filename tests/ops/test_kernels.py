@@ -3,18 +3,49 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from trimtab.ops.kernels import kernels_for, plain
-from trimtab.ops.kernels.contract import KernelSet, Thin
+from trimtab.ops.kernels import channels, kernels_for, plain
+from trimtab.ops.kernels.contract import BackwardPass, KernelSet, Thin
 from trimtab.ops.ratio import Ratio, ratio_of
 
 TOKENS, OUT, RANK = 20, 12, 3
-SETS: dict[str, KernelSet] = {"plain": plain}
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+class Turned:
+    """The passes over channels that come before the places, on views ``[2, features, TOKENS / 2]`` of tensors
+    ``[TOKENS, features]``."""
+
+    @staticmethod
+    def view(tensor: Tensor) -> Tensor:
+        return tensor.view(2, -1, tensor.shape[1]).transpose(1, 2)
+
+    @staticmethod
+    def back(tensor: Tensor) -> Tensor:
+        return tensor.transpose(1, 2).flatten(0, 1)
+
+    def _thin(self, thin: Thin | None) -> Thin | None:
+        return None if thin is None else thin._replace(inner=self.view(thin.inner))
+
+    def forward(
+        self, product: Tensor, *, thin: Thin | None, ratio: Ratio | None, bias: Tensor | None, in_place: bool
+    ) -> Tensor:
+        thin, product = self._thin(thin), self.view(product)
+        return self.back(channels.forward(product, thin=thin, ratio=ratio, bias=bias, in_place=in_place))
+
+    def backward(self, grad: Tensor, *, thin: Thin | None, witness: Tensor | None, **asked: Any) -> BackwardPass:
+        witness = None if witness is None else self.view(witness)
+        got = channels.backward(self.view(grad), thin=self._thin(thin), witness=witness, **asked)
+        inner = None if got.inner is None else self.back(got.inner)
+        return got._replace(grad=self.back(got.grad), inner=inner)
+
+
+SETS: dict[str, KernelSet] = {"plain": plain, "channels": Turned()}
 
 
 class Parts:
@@ -109,4 +140,5 @@ def test_backward(kernels: str, dtype: torch.dtype) -> None:
 
 
 def test_a_processor_has_kernels() -> None:
-    assert kernels_for(torch.zeros(1)) in SETS.values()
+    assert kernels_for(torch.zeros(2, 3)) is plain
+    assert kernels_for(torch.zeros(2, 3, 4)) is channels

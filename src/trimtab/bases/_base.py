@@ -161,6 +161,21 @@ class WeightBase(Base):
         itself may be kept for it."""
         return None
 
+    def require(self) -> None:
+        """Raise PlanError if this layer is of a kind that is known, and yet can have no adapter."""
+
+    @property
+    def frozen_column(self) -> int | None:
+        """The column of the weight that training leaves as it is, like the padding row of a look-up; None for none."""
+        return None
+
+    first_factor_zero: ClassVar[bool] = False
+    """Whether a low-rank update ``B A`` starts with A at zero and B drawn; else it is the other way round."""
+
+    def prepared(self, x: Tensor) -> Tensor:
+        """``x`` as it goes through the map: where a layer first pads its input, padded. Differentiable."""
+        return x
+
     def dtype_for(self, x: Tensor) -> torch.dtype:
         """The dtype in which ``x`` is multiplied."""
         return self.dtype

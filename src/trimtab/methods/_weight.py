@@ -21,7 +21,7 @@ from trimtab.methods import _method, _stack
 from trimtab.ops.autocast import without_autocast
 from trimtab.ops.cost import Compute
 from trimtab.ops.decomposition import Axis, magnitude_over_norm
-from trimtab.ops.dropout import draw_keep
+from trimtab.ops.dropout import Keep, draw_keep
 from trimtab.ops.few_tokens import FewTokensLinear
 from trimtab.ops.frozen_linear import Operands, frozen_linear
 from trimtab.ops.linear_map import multiply
@@ -86,12 +86,14 @@ class WeightMethod(_method.Method):
     rate_groups: Mapping[str, _method.RateGroup] = {"magnitude": "magnitude", "bias": "bias"}
 
     def __init__(self, base: WeightBase, options: WeightOptions) -> None:
+        base.require()
         if options.dropout and not base.is_called:
             raise PlanError(
                 f"dropout {options.dropout}: this weight is read by the module that holds it, so there is no input to "
                 "drop; set dropout: 0 for it, by a rule of its own behind the others"
             )
         super().__init__(base, options)
+        self.frozen_column = base.frozen_column
         self._kept: _Kept | None = None
         self._few_tokens: FewTokensLinear | None = None
         if options.magnitude:
@@ -129,6 +131,13 @@ class WeightMethod(_method.Method):
         assert self.square_norms is not None
         total = self.total(weight.to(self.square_norms.dtype))
         return total.square().sum(-1 if self.options.magnitude_axis == "output" else -2)
+
+    def held(self, tensor: Tensor) -> Tensor:
+        """``tensor [..., in]``, from which no gradient goes back to the column that the base keeps as it is."""
+        if self.frozen_column is None or not (tensor.requires_grad and torch.is_grad_enabled()):
+            return tensor
+        columns = torch.arange(tensor.shape[-1], device=tensor.device)
+        return torch.where(columns == self.frozen_column, tensor.detach(), tensor)
 
     # What follows from it ----------------------------------------------------------------------------------------
 
@@ -224,7 +233,12 @@ class WeightMethod(_method.Method):
                 self._few_tokens = self._for_few_tokens(base)
             if self._few_tokens is not None and self._few_tokens.takes(x):
                 return self._few_tokens(x)
-        dtype = base.dtype_for(x)
+        update, tensors = self.factors()
+        keep = draw_keep(x, self.options.dropout) if drops and update is not None else None
+        padded = base.prepared(x)
+        if keep is not None and padded is not x:
+            keep = keep._replace(mask=base.prepared(keep.mask.to(x.dtype)).to(torch.int8))
+        x, dtype = padded, base.dtype_for(x)
         weight = base.weight(dtype)
         magnitude, norm, ratios = self.magnitude, None, None
         if magnitude is not None:
@@ -233,11 +247,9 @@ class WeightMethod(_method.Method):
                 ratios = self._kept.ratios
             if self.options.magnitude_axis == "input":
                 if not base.through.reads_features:
-                    total = self.total(weight.to(norm.dtype)) * self._over(norm)
-                    return multiply(base.through, x, total.to(weight.dtype), self.bias_of(base))
+                    return self._columns_scaled(x, base, weight, norm, keep)
                 # Columns of the weight scaled are inputs scaled; in half precision the product is taken in full digits.
                 x, magnitude, norm = (x * self._over(norm)).to(x.dtype), None, None
-        update, tensors = self.factors()
         return frozen_linear(
             x,
             weight,
@@ -245,7 +257,7 @@ class WeightMethod(_method.Method):
             through=base.through,
             update=update,
             tensors=tensors,
-            keep=draw_keep(x, self.options.dropout) if drops and update is not None else None,
+            keep=keep,
             magnitude=magnitude,
             norm=norm,
             keep_product=self.options.keep_product,
@@ -267,6 +279,16 @@ class WeightMethod(_method.Method):
     def copies(self, base: WeightBase) -> dict[str, nn.Parameter]:
         own = base.bias
         return {"bias": own} if self.bias is not None and isinstance(own, nn.Parameter) else {}
+
+    def _columns_scaled(self, x: Tensor, base: WeightBase, weight: Tensor, norm: Tensor, keep: Keep | None) -> Tensor:
+        """The output with a magnitude for each column, where the input has no features that could be scaled instead."""
+        ratio, whole = self._over(norm), weight.to(norm.dtype)
+        if keep is None:
+            return multiply(base.through, x, (self.total(whole) * ratio).to(weight.dtype), self.bias_of(base))
+        fed = x * (keep.mask.to(x.dtype) * -keep.scale)
+        update = (self.total(whole) - whole) * ratio
+        y = multiply(base.through, x, (whole * ratio).to(weight.dtype), self.bias_of(base))
+        return y + multiply(base.through, fed, update.to(weight.dtype))
 
     @torch.no_grad()
     def effective_weight(self, base: WeightBase, dtype: torch.dtype | None = None) -> Tensor:

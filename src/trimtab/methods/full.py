@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Annotated, Any, Literal, Self
 
+import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
@@ -82,8 +83,13 @@ class FullFineTuning(_weight.WeightMethod):
     def class_for(cls, base: Base) -> type[_method.Method]:
         return cls if base.kind == "weight" else _module.ModuleMethod
 
+    @torch.no_grad()
+    def effective_weight(self, base: WeightBase, dtype: torch.dtype | None = None) -> Tensor:
+        effective = super().effective_weight(base, dtype)
+        return effective.detach().clone() if effective is self.weight else effective
+
     def total(self, weight: Tensor) -> Tensor:
-        return weight if self.weight is None else self.weight.to(weight.dtype)
+        return weight if self.weight is None else self.held(self.weight).to(weight.dtype)
 
     @property
     def changes_weight(self) -> bool:
@@ -94,7 +100,7 @@ class FullFineTuning(_weight.WeightMethod):
         return mine if self.weight is None or base.stored_transposed else {**mine, "weight": base.parameter}
 
     def forward(self, x: Tensor, base: WeightBase) -> Tensor:
-        dtype = base.dtype_for(x)
+        x, dtype = base.prepared(x), base.dtype_for(x)
         bias = self.bias_of(base)
         if self.weight is None:
             return frozen_linear(x, base.weight(dtype), bias, through=base.through, again=base.again(dtype))
@@ -108,5 +114,8 @@ class FullFineTuning(_weight.WeightMethod):
             return multiply(base.through, x, (weight * ratio).to(weight.dtype), bias)
         rows = base.through.rows(x)
         product = base.through.product(rows, weight)
-        scaled = (product * ratio).to(product.dtype)
-        return base.through.output(scaled if bias is None else scaled + bias.to(product.dtype), x.shape)
+        places = [-1] if product.dim() == 2 else [-1, 1]  # the channels of a convolution come before the places
+        scaled = (product * ratio.view(places)).to(product.dtype)
+        if bias is not None:
+            scaled = scaled + bias.to(product.dtype).view(places)
+        return base.through.output(scaled, x.shape)

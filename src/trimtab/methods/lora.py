@@ -32,7 +32,8 @@ class Options(_weight.WeightOptions):
     rank_stabilised: bool = Field(False, description="Scale by alpha / sqrt(rank) in place of alpha / rank.")
     init: Annotated[Literal["kaiming", "gaussian"], TRAINING_ONLY] = Field(
         "kaiming",
-        description="How A is drawn: Kaiming-uniform with a = sqrt(5) (the ecosystem's), or normal (the paper's).",
+        description="How A is drawn: Kaiming-uniform with a = sqrt(5) (the ecosystem's), or normal (the paper's). On "
+        "a look-up it is B that is drawn, standard normal as in the ecosystem, and A is zero.",
     )
     init_std: Annotated[float | None, TRAINING_ONLY] = Field(
         None, gt=0, description="Standard deviation of the gaussian draw. Default: 1 / rank. 1: standard normal."
@@ -72,13 +73,18 @@ class LoRA(_weight.WeightMethod):
         super().__init__(base, options)
         if options.rank:
             place: dict[str, Any] = {"dtype": self.dtype, "device": base.device}
-            self.A = nn.Parameter(torch.empty(*base.stack, options.rank, self.in_features, **place))
+            self.A = nn.Parameter(torch.zeros(*base.stack, options.rank, self.in_features, **place))
             self.B = nn.Parameter(torch.zeros(*base.stack, self.out_features, options.rank, **place))
-            for a in self.A.detach().view(-1, options.rank, self.in_features):
+            drawn = self.B if base.first_factor_zero else self.A
+            for factor in drawn.detach().view(-1, *drawn.shape[-2:]):
                 if options.init == "gaussian":
-                    nn.init.normal_(a, std=options.init_std or 1 / options.rank)
+                    nn.init.normal_(factor, std=options.init_std or 1 / options.rank)
+                elif base.first_factor_zero:
+                    nn.init.normal_(factor)
                 else:
-                    nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+                    nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
+        if base.first_factor_zero:
+            self.rate_groups = {**_weight.WeightMethod.rate_groups, "A": "second factor"}  # type: ignore[misc]
 
     @classmethod
     def fitted(cls, options: Options, shape: tuple[int, int]) -> Options:
@@ -97,4 +103,4 @@ class LoRA(_weight.WeightMethod):
         if not self.options.rank:
             return self.square_norms
         scale, axis = self.options.scale, self.options.magnitude_axis
-        return low_rank.squared_norms(weight, self.square_norms, self.A, self.B, scale=scale, axis=axis)
+        return low_rank.squared_norms(weight, self.square_norms, self.held(self.A), self.B, scale=scale, axis=axis)

@@ -22,7 +22,7 @@ from trimtab.bases import WeightBase
 from trimtab.errors import PlanError
 from trimtab.methods import _weight
 from trimtab.ops.square import Square
-from trimtab.ops.update import Update
+from trimtab.ops.update import Update, WithoutColumn
 
 
 class Options(_weight.WeightOptions):
@@ -82,10 +82,12 @@ class MoRA(_weight.WeightMethod):
             )
 
     def factors(self) -> tuple[Update | None, tuple[Tensor, ...]]:
-        return self.square, (self.M,)
+        held = self.frozen_column
+        return self.square if held is None else WithoutColumn(self.square, held), (self.M,)
 
     def squared_norms(self, weight: Tensor) -> Tensor:
-        if not self.options.detach_norm or self.options.magnitude_axis == "input":
+        held = self.frozen_column is not None
+        if held or not self.options.detach_norm or self.options.magnitude_axis == "input":
             return super().squared_norms(weight)
         assert self.square_norms is not None
         return self.square.squared_norms(weight, self.square_norms, self.M)

@@ -30,7 +30,7 @@ _ALIGNED = 16  # bytes, of which the strides of a grouped product have to be mul
 class StackMap:
     """What both kinds of rows share: a linear map (``trimtab.ops.linear_map``) and its kernel set."""
 
-    reads_features = True
+    reads_features = takes_factors = follows_autocast = True
 
     def __init__(self, weight: Tensor, frozen: Frozen) -> None:
         self._weight, self._frozen = weight, frozen
@@ -57,6 +57,9 @@ class StackMap:
 
     def rows(self, x: Tensor) -> Tensor:
         return x
+
+    def tokens(self, rows: Tensor) -> int:
+        return rows.shape[0]
 
     def product(self, rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return self._frozen(rows) if weight is self._weight else self.times(rows, weight.mT)

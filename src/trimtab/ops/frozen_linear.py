@@ -55,7 +55,7 @@ class Computed(NamedTuple):
     """What a forward pass gives."""
 
     output: Tensor
-    """``[tokens, out]``."""
+    """In the shape of a product."""
     product: Tensor
     """The product before the ratio; the output itself, if the ratio was applied in place."""
     inner: Tensor | None = None
@@ -70,7 +70,7 @@ def factored(rows: Tensor, fed: Tensor, operands: Operands, in_place: bool) -> C
     product = through.product(rows, weight, bias if ratio is None else None)
     thin = None
     if update is not None:
-        thin = update.thin(fed, tensors, through, full_digits_for_few(product.shape[0], product.dtype))
+        thin = update.thin(fed, tensors, through, full_digits_for_few(through.tokens(rows), product.dtype))
         if thin is None:
             update.add_product(product, fed, tensors, through)
     if thin is None and ratio is None:
@@ -100,7 +100,7 @@ def _compute(x: Tensor, operands: Operands, settings: Settings) -> tuple[Compute
     readable = readable and (bias is None or weight.dtype not in HALF)
     # (A stack of weights is never formed: it is as large as all experts, however few the rows are.)
     if update is not None and keep is None and (ratio is None or readable) and weight.dim() == 2:
-        tokens = counted(rows.shape[0])
+        tokens = counted(through.tokens(rows))
         work = update.work(tokens, tensors, weight.dtype)
         if folds_output(settings.compute, work, tokens, weight.shape, scaled=readable, dtype=weight.dtype):
             folded = update.fold(weight, None if ratio is None else ratio.values, tensors)
@@ -157,7 +157,8 @@ class _FrozenLinear(torch.autograd.Function):
         wants_ratio = wants_magnitude or wants_norm
         ratio = None if values is None else Ratio(values, ctx.near_one, excess)
         upstream = through.product_gradient(grad_output)
-        tokens = counted(upstream.shape[0])
+        witness = through.product_gradient(witness) if witness is not None and ctx.readable else witness
+        tokens = counted(upstream.shape[0] if upstream.dim() == 2 else upstream.shape[0] * upstream.shape[2])
 
         # Which form the gradient of the input takes, and what the ratio goes into: the gradient, the weight, or B.
         thin, keep, folds = None, None, False
@@ -176,7 +177,7 @@ class _FrozenLinear(torch.autograd.Function):
             upstream,
             thin=thin,
             ratio=ratio,
-            witness=None if witness is None or not wants_ratio else through.product_gradient(witness),
+            witness=witness if wants_ratio else None,
             wants_bias=wants_bias or (wants_ratio and bias is not None and ctx.readable),
             wants_scaled=into_gradient,
         )
@@ -274,13 +275,13 @@ def frozen_linear(
 
     Differentiable once: a second derivative is refused by autograd, and ``torch.func`` transforms are not supported.
     """
-    dtype = autocast_dtype(weight)
+    dtype = autocast_dtype(weight) if through.follows_autocast else None
     if dtype is not None and weight.dtype != torch.float64:  # which it leaves alone, for a plain linear layer too
         x, weight = x.to(dtype) if x.is_floating_point() else x, weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     if update is None:
         keep = None  # there is nobody to see less of x
-    elif not (through.reads_features or update.is_thin):
+    elif not (through.takes_factors if update.is_thin else through.reads_features):
         update = BuiltUpdate(update)
     settings = Settings(keep, keep_product, compute, again)
     given = (x, bias, magnitude, norm, *tensors)

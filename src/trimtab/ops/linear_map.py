@@ -5,7 +5,7 @@ A map belongs to no particular weight: the frozen W, a weight formed from it suc
 ``[tokens, out]`` here, so that the ratio, the bias and the factor ``B [out, rank]`` are the same for all maps.
 
     rows      the batch, in the form that the products read; for a matrix ``[tokens, in]``
-    product   ``x W^T [tokens, out]``
+    product   ``x W^T [tokens, out]``, or ``[batch, out, places]`` where the channels come first
     output    that product, in the shape in which the layer gives it
 
 A new kind of layer is a new map, in the file of its base. Those of plain matrices (linear layers, ``Conv1D``, whatever
@@ -27,6 +27,15 @@ class LinearMap(Protocol):
     autograd but by way of ``multiply``."""
 
     @property
+    def takes_factors(self) -> bool:
+        """Whether ``A [rank, in]`` goes through the map on its own, and its product through a factor ``B``. Else even a
+        thin update is built in full."""
+
+    @property
+    def follows_autocast(self) -> bool:
+        """Whether autocast changes the dtype in which the bare layer computes."""
+
+    @property
     def reads_features(self) -> bool:
         """Whether a batch is a tensor ``[..., in]`` of features, which can be scaled, dropped and added up one by one.
         Else an update that would do that is built in full and goes through the map as a weight does."""
@@ -34,32 +43,38 @@ class LinearMap(Protocol):
     def rows(self, x: Tensor) -> Tensor:
         """``x`` as the products read it."""
 
+    def tokens(self, rows: Tensor) -> int:
+        """How many vectors ``[out]`` the product of these rows has."""
+
     def product(self, rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """``x W^T + bias``, a new tensor ``[tokens, out]``."""
+        """``x W^T + bias``, a new tensor."""
 
     def output(self, product: Tensor, shape: Sequence[int]) -> Tensor:
         """``product`` as the layer gives it for an ``x`` of ``shape``."""
 
     def product_gradient(self, grad_output: Tensor) -> Tensor:
-        """The gradient of the layer's output as one of the product, ``[tokens, out]``."""
+        """The gradient of the layer's output as one of the product."""
 
     def input_gradient(self, grad: Tensor, weight: Tensor, shape: Sequence[int]) -> Tensor:
-        """``grad W``: the gradient of the rows of an ``x`` of ``shape``, for ``grad [tokens, out]``."""
+        """``grad W``: the gradient of the rows of an ``x`` of ``shape``, for the gradient of a product."""
 
     def add_input_gradient(self, target: Tensor, grad: Tensor, weight: Tensor) -> None:
         """Add ``grad W`` to ``target``, the gradient of the rows, in place."""
 
     def weight_gradient(self, grad: Tensor, rows: Tensor, shape: Sequence[int]) -> Tensor:
-        """``grad^T x``: the gradient of a weight of ``shape``, for ``grad [tokens, out]``."""
+        """``grad^T x``: the gradient of a weight of ``shape``, for the gradient of a product."""
 
 
 class MatrixMap:
     """A matrix product over the last dimension."""
 
-    reads_features = True
+    reads_features = takes_factors = follows_autocast = True
 
     def rows(self, x: Tensor) -> Tensor:
         return x.reshape(-1, x.shape[-1])
+
+    def tokens(self, rows: Tensor) -> int:
+        return rows.shape[0]
 
     def product(self, rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(rows, weight, bias)

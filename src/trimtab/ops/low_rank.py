@@ -30,6 +30,10 @@ class LowRank(Update):
         a, b = tensors
         return self.scale * b.matmul(a)
 
+    def delta_gradient(self, grad: Tensor, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        a, b = tensors
+        return self.scale * b.t().matmul(grad), self.scale * grad.matmul(a.t())
+
     def work(self, tokens: int, tensors: tuple[Tensor, ...], dtype: torch.dtype) -> Work:
         a, b = tensors
         rank, in_features, out_features = a.shape[0], a.shape[1], b.shape[0]

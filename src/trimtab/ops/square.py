@@ -143,6 +143,16 @@ class Square(Update):
         rows = placed.flatten(2).flatten(0, 1)[:, : self.in_features]
         return rows.repeat(math.ceil(self.out_features / rows.shape[0]), 1)[: self.out_features]
 
+    def delta_gradient(self, grad: Tensor, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The transpose of ``delta``."""
+        gathered = self.gather(grad.t()).permute(1, 2, 0)  # [groups, k, in]
+        padded = F.pad(gathered, (0, self.chunks * self.side - self.in_features))
+        pieces = padded.unflatten(2, (self.chunks, self.side))
+        group_of_chunk = torch.arange(self.chunks, device=grad.device) % self.groups
+        fed = pieces[group_of_chunk, :, torch.arange(self.chunks, device=grad.device)]  # [chunks, k, k]
+        fed = fed.transpose(0, 1)
+        return ((self._rotate(fed, 1) if self.turn else fed).sum(1),)
+
     def work(self, tokens: int, tensors: tuple[Tensor, ...], dtype: torch.dtype) -> Work:
         """(Products with k rows are no longer thin.)"""
         elements, rows = self.out_features * self.in_features, self.side * self.in_features

@@ -25,6 +25,10 @@ class Update:
         """``dV [out, in]`` in the dtype of ``tensors``, differentiable."""
         raise NotImplementedError
 
+    def delta_gradient(self, grad: Tensor, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The gradients of ``tensors`` for ``grad [out, in]``, that of dV."""
+        raise NotImplementedError
+
     def work(self, tokens: int, tensors: tuple[Tensor, ...], dtype: torch.dtype) -> Work:
         """What multiplying with the update costs on so many tokens."""
         raise NotImplementedError
@@ -71,7 +75,8 @@ class BuiltUpdate(Update):
 
     def __init__(self, update: Update) -> None:
         self._update = update
-        self.delta, self.work, self.fold = update.delta, update.work, update.fold  # type: ignore[method-assign]
+        self.delta, self.delta_gradient = update.delta, update.delta_gradient  # type: ignore[method-assign]
+        self.work, self.fold = update.work, update.fold  # type: ignore[method-assign]
 
     def add_product(self, product: Tensor, rows: Tensor, tensors: tuple[Tensor, ...], through: LinearMap) -> None:
         product.add_(through.product(rows, self.delta(tensors).to(product.dtype)))
@@ -84,10 +89,30 @@ class BuiltUpdate(Update):
         tensors: tuple[Tensor, ...],
         through: LinearMap,
     ) -> tuple[Tensor, ...]:
-        leaves = tuple(tensor.detach().requires_grad_() for tensor in tensors)
-        with torch.enable_grad():
-            delta = self.delta(leaves)
+        delta = self.delta(tensors)
         if grad_rows is not None:
-            through.add_input_gradient(grad_rows, after.grad, delta.detach().to(after.grad.dtype))
+            through.add_input_gradient(grad_rows, after.grad, delta.to(after.grad.dtype))
         grad_delta = through.weight_gradient(after.grad, rows, delta.shape)
-        return torch.autograd.grad(delta, leaves, grad_delta.to(delta.dtype))
+        return self.delta_gradient(grad_delta.to(delta.dtype), tensors)
+
+
+class WithoutColumn(Update):
+    """An update whose ``column`` is kept at zero, whatever the others are. It is never multiplied with but in full."""
+
+    def __init__(self, update: Update, column: int) -> None:
+        self._update, self._column = update, column
+        self.work = update.work  # type: ignore[method-assign]
+
+    def delta(self, tensors: tuple[Tensor, ...]) -> Tensor:
+        delta = self._update.delta(tensors)
+        return delta.index_fill(1, torch.tensor([self._column], device=delta.device), 0)
+
+    def delta_gradient(self, grad: Tensor, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        held = torch.tensor([self._column], device=grad.device)
+        return self._update.delta_gradient(grad.index_fill(1, held, 0), tensors)
+
+    def fold(self, weight: Tensor, ratio: Tensor | None, tensors: tuple[Tensor, ...]) -> Tensor:
+        total = self._update.fold(weight, ratio, tensors)
+        kept = weight[:, self._column]
+        total[:, self._column] = kept if ratio is None else (kept * ratio).to(weight.dtype)
+        return total

@@ -52,6 +52,18 @@ class Adapted(nn.Module):
         """The frozen module, after removing whatever the adapter put onto it."""
         return self.base
 
+    def __getattr__(self, name: str) -> Any:
+        """What this module lacks (``padding_idx``, ``kernel_size``, ...) is looked up on the frozen one."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # While this module is being copied, it has no base yet and is asked for names such as __deepcopy__. And an
+            # error inside a property of ours is no reason to give the frozen module's value for it.
+            hidden = name.startswith("__") or hasattr(type(self), name)
+            if hidden or "base" not in self.__dict__.get("_modules", {}):
+                raise
+            return getattr(self.base, name)
+
     def extra_repr(self) -> str:
         return f"method={self.method}, rule={self.rule}"
 
@@ -129,7 +141,6 @@ class AdaptedBlock(Adapted):
 
     The change is made in a hook on the block. So other hooks, such as those that record hidden states, get the changed
     output; and PyTorch's fused encoder layer, which would bypass the block, is not used while the hook is there.
-    Attributes that this module lacks are looked up on the block.
     """
 
     handle: BlockBase
@@ -150,15 +161,6 @@ class AdaptedBlock(Adapted):
     def remove(self) -> nn.Module:
         self._hook.remove()
         return self.base
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            # While this module is being copied, it has no block yet and is asked for names such as __deepcopy__.
-            if name.startswith("__") or "base" not in self.__dict__.get("_modules", {}):
-                raise
-            return getattr(self.base, name)
 
 
 class AdaptedModule(Adapted):

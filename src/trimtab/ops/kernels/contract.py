@@ -3,8 +3,9 @@
     forward     ``y = c (p + s h B^T) + bias``           in place of p, if p is not wanted any more
     backward    over ``dy`` and ``y`` at once: ``sum dy``, ``sum dy y``, ``c dy``, ``(c dy) s B`` and ``s (c dy)^T h``
 
-``p [tokens, out]`` is the product with the frozen weight, ``h [tokens, rank]`` that with A, ``c [out]`` the ratio. Each
-part may be missing. A set of kernels is one file in this folder that defines these two functions, and is held against
+``p [tokens, out]`` is the product with the frozen weight, ``h [tokens, rank]`` that with A, ``c [out]`` the ratio.
+(Behind a convolution it is ``p [batch, out, places]`` and ``h [batch, rank, places]``.) Each part may be missing. A set
+of kernels is one file in this folder that defines these two functions, and is held against
 ``trimtab.ops.reference``.
 """
 
