@@ -96,7 +96,7 @@ def test_other_kinds_of_adapter_are_refused(kind: Any, saved: tuple[nn.Module, P
 @pytest.mark.parametrize(
     "tensor",
     [
-        "base_model.model.model.embed_tokens.lora_embedding_A.weight",
+        "base_model.model.model.embed_tokens.lora_embedding_C",
         "base_model.model.lm_head.weight",
         f"{Q0}.lora_B.bias",
         f"{Q0}.lora_A.default.weight",  # beside the one without the adapter's name
