@@ -121,10 +121,12 @@ def allowed(method: str, row: Mapping[str, Any]) -> bool:
     base, magnitude, rank = row.get("base"), row.get("magnitude"), row.get("rank")
     if base in ALWAYS_BIASED and row.get("biased") is False:
         return False
-    if base in NEVER_BIASED and row.get("biased"):
+    if base in NEVER_BIASED and (row.get("biased") or (row.get("bias") and method != "full")):
         return False
     if base == "embedding" and row.get("dropout"):  # there is nothing to drop
         return False
+    if base in ("convolution", "embedding") and method == "full" and magnitude is False:
+        return False  # trained as they are stored, like any module
     if base in QUANTISED and row.get("base_dtype") == torch.float64:
         return False
     if magnitude is False and (row.get("magnitude_axis") == "input" or row.get("detach_norm") is False):

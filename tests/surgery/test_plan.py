@@ -27,8 +27,8 @@ class Toy(nn.Module):
 
     def __init__(self, blocks: int = 6) -> None:
         super().__init__()
-        self.embed = nn.Embedding(10, 8)
-        self.patch = nn.Conv2d(3, 8, 2)
+        self.embed = nn.EmbeddingBag(10, 8)
+        self.patch = nn.ConvTranspose2d(3, 8, 2)
         self.blocks = nn.ModuleList(Block() for _ in range(blocks))
         self.look = nn.MultiheadAttention(8, 2)
         self.pool = nn.Linear(8, 8)
@@ -39,6 +39,14 @@ def chosen(*rules: dict[str, Any], model: nn.Module | None = None) -> dict[str, 
     """Module name -> number of the rule that decides it."""
     plan = trimtab.Plan([{"method": "lora", "rank": 2, **rule} for rule in rules])
     return {target.name: target.rule for target in find_targets(model or Toy(), plan)}
+
+
+def test_a_glob_takes_every_layer_that_a_base_knows_and_all_linear_does_not() -> None:
+    model = nn.ModuleDict(
+        {"words": nn.Embedding(9, 6), "patch": nn.Conv2d(3, 6, 2), "scan": nn.Conv1d(6, 6, 3), "up": nn.Linear(6, 6)}
+    )
+    assert list(chosen({"match": "*"}, model=model)) == ["words", "patch", "scan", "up"]
+    assert list(chosen({"match": "all-linear"}, model=model)) == ["up"]
 
 
 def q(*blocks: int) -> set[str]:
@@ -158,8 +166,8 @@ def test_near_misses() -> None:
 @pytest.mark.parametrize(
     ("match", "kind"),
     [
-        ("patch", "Conv2d"),
-        ("embed", "Embedding"),
+        ("patch", "ConvTranspose2d"),
+        ("embed", "EmbeddingBag"),
         ("blocks.0", "Block"),
         ("*.norm", "LayerNorm"),
     ],

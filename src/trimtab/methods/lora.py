@@ -84,7 +84,7 @@ class LoRA(_weight.WeightMethod):
                 else:
                     nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
         if base.first_factor_zero:
-            self.rate_groups = {**_weight.WeightMethod.rate_groups, "A": "second factor"}  # type: ignore[misc]
+            self.rate_groups = {**_weight.WeightMethod.rate_groups, "A": "second factor"}
 
     @classmethod
     def fitted(cls, options: Options, shape: tuple[int, int]) -> Options:
