@@ -19,6 +19,8 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "trimtab"
 # The tests below hold these.
 TESTED = {
     *("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks", "_apply"),
+    *("_backward_hooks", "_backward_pre_hooks", "_version", "_schema", "_make_wrapper_subclass"),
+    *("_disabled_torch_function_impl", "_get_tracing_state", "_C"),
     *("_compiled_call_impl", "_call_impl", "_dynamo", "_functorch", "_subclasses", "_python_dispatch"),
     *("_is_avx512_bf16_supported", "_is_amx_tile_supported", "_cdata", "_local_scalar_dense", "_unsafe_view"),
     *("_make_wrapper_subclass", "_foreach_lerp_", "_convert_weight_packed_for_cpu_inverse"),
@@ -85,8 +87,34 @@ def test_hooks_of_a_module_can_be_seen() -> None:
     assert not layer._forward_pre_hooks
     layer.register_forward_hook(lambda *_: None)
     layer.register_forward_pre_hook(lambda *_: None)
+    layer.register_full_backward_hook(lambda *_: None)
+    layer.register_full_backward_pre_hook(lambda *_: None)
+    assert len(layer._backward_hooks) == 1, without("torch", "Module._backward_hooks")
+    assert len(layer._backward_pre_hooks) == 1, without("torch", "Module._backward_pre_hooks")
     assert len(layer._forward_hooks) == 1, without("torch", "Module._forward_hooks")
     assert len(layer._forward_pre_hooks) == 1, without("torch", "Module._forward_pre_hooks")
+
+
+def test_what_a_tensor_of_our_own_is_made_of() -> None:
+    class Shell(torch.Tensor):
+        @classmethod
+        def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            raise NotImplementedError
+
+    shell = torch.Tensor._make_wrapper_subclass(Shell, (2, 3), dtype=torch.bfloat16, device="cpu")
+    assert (shell.shape, shell.dtype) == ((2, 3), torch.bfloat16), without("torch", "Tensor._make_wrapper_subclass")
+    assert torch.ops.aten.add_.Tensor._schema.is_mutable, without("torch", "OpOverload._schema.is_mutable")
+    argument = torch.ops.aten.add_.Tensor._schema.arguments[0]
+    assert argument.alias_info.is_write, without("torch", "OpOverload._schema, which says what is written to,")
+    assert callable(torch._C._disabled_torch_function_impl), without("torch", "_disabled_torch_function_impl")
+    assert torch._C._get_tracing_state() is None, without("torch", "_get_tracing_state")
+
+
+def test_a_tensor_counts_its_changes() -> None:
+    tensor = torch.zeros(2)
+    before = tensor._version
+    tensor.add_(1)
+    assert tensor._version > before, without("torch", "Tensor._version")
 
 
 def test_what_moves_a_module_goes_through_apply() -> None:

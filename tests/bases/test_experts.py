@@ -69,7 +69,7 @@ def effective_weights(model: nn.Module, leaves: dict[str, Tensor]) -> dict[str, 
         assert isinstance(adapted, AdaptedParameter)
         options = adapted.adapter.options.model_dump()
         frozen = adapted.base.weight.detach().double()
-        turned = frozen.shape[1] == adapted.in_features and frozen.shape[2] == adapted.out_features
+        turned = frozen.shape[1] == adapted.adapter.in_features and frozen.shape[2] == adapted.adapter.out_features
         turned = turned and (frozen.shape[1] != frozen.shape[2] or adapted.handle.stored_transposed)
         experts = []
         for expert, stored in enumerate(frozen):

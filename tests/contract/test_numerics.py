@@ -133,7 +133,7 @@ def test_magnitudes_far_from_the_norm(case: Case, far: tuple[float, ...]) -> Non
     adapter = model.adapted.adapter
     assert adapter.magnitude is not None
     with torch.no_grad():
-        norms = adapter.norm(model.adapted.handle.weight())
+        norms = adapter.norm(model.adapted.handle.weight(), model.adapted.handle)
         adapter.magnitude.copy_(norms * (0.9 + 0.2 * torch.rand_like(norms)))
         for place, ratio in enumerate(far):
             adapter.magnitude[place::6] = ratio * norms[place::6]
@@ -256,16 +256,17 @@ def test_small_updates_move_the_norm(case: Case, relative: float) -> None:
     """The change of the norm, to 1 %, beyond what float32 can hold of the norm itself (half a unit for the square,
     the root and the magnitude each). In bfloat16 the norm would be off by thousands of float32 units."""
     model, plain = with_small_update(case, relative)
-    adapter, weight = model.adapted.adapter, model.adapted.handle.weight()
+    adapter, handle = model.adapted.adapter, model.adapted.handle
+    weight = handle.weight()
     dim = 1 if case.axis == "output" else 0
     norms = plain.weight.norm(dim=dim)
     change = (plain.weight + plain.update()).norm(dim=dim).detach() - norms
     for grad in (True, False):
         with torch.set_grad_enabled(grad):
-            got = adapter.norm(weight).detach().double() - norms
+            got = adapter.norm(weight, handle).detach().double() - norms
             error = (got - change).norm()
             assert error <= 0.01 * change.norm() + 1.5 * EPS * norms.norm()
-            ratio = adapter.ratio(weight)
+            ratio = adapter.ratio(weight, handle)
             assert ratio is not None
             expected = norms / (norms + change) - 1
             error = (ratio.detach().double() - 1 - expected).norm()
@@ -286,7 +287,7 @@ def test_a_small_update_along_the_rows_moves_the_norm() -> None:
         adapter.B.fill_(1e-5)
     norms = layer.weight.double().norm(dim=1)
     exact = (layer.weight.double() + adapter.B.double() @ adapter.A.double()).norm(dim=1) - norms
-    got = adapter.norm(layer.weight).double() - norms
+    got = adapter.norm(layer.weight, model[0].handle).double() - norms
     assert bool(((got - exact).abs() <= 0.02 * exact.abs()).all())
 
 

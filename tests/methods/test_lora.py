@@ -108,7 +108,7 @@ def test_magnitudes_start_at_the_norms(axis: str, dtype: torch.dtype) -> None:
     error = (adapter.magnitude.double() - norms).abs()
     assert bool((error <= torch.finfo(torch.float32).eps * norms).all())
     with torch.no_grad():
-        ratio = adapter.ratio(layer.weight)
+        ratio = adapter.ratio(layer.weight, bases.find(layer))
     assert ratio is not None
     assert bool((ratio == 1).all())
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from trimtab.ops.decomposition import Axis, squared_norms
 from trimtab.ops.linear_map import MATRIX, LinearMap
+from trimtab.ops.read_weight import read_weight
 
 Kind = Literal["weight", "block", "module"]
 """What a method can sit on: a layer that multiplies with one weight; a block of several modules around which one hidden
@@ -189,6 +190,17 @@ class WeightBase(Base):
         """Squared norms of the rows ``[out]`` or columns ``[in]``, in float64."""
         with torch.no_grad():
             return squared_norms(self.weight(), axis)
+
+    def stored(self) -> tuple[Tensor, ...]:
+        """The tensors that the weight is made of."""
+        return (self.parameter,)
+
+    def read(self, adapter: Any) -> Tensor:
+        """What code gets that reads the weight of the module, beside which ``adapter`` lies (``ops.read_weight``)."""
+        shape = self.parameter.shape if self.stored_dense else self.shape
+        return read_weight(
+            lambda: adapter.acting_weight(self), adapter.weight_tensors(), of=(shape, self.dtype, self.device)
+        )
 
     def as_dense(self, dtype: torch.dtype) -> nn.Module:
         """A module with a dense weight that does what this one does: this one, if its weight is stored dense."""

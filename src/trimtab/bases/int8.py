@@ -41,14 +41,17 @@ class Int8Base(_quantised.QuantisedBase):
         return self.module.state
 
     @property
-    def _scales(self) -> Tensor:
+    def _largest(self) -> Tensor:
         # The layer's first forward pass moves them from the weight into its state.
         own = getattr(self.parameter, "SCB", None)
         largest: Tensor = self._state.SCB if own is None else own
-        return (largest / 127).unsqueeze(1)
+        return largest
+
+    def stored(self) -> tuple[Tensor, ...]:
+        return self.parameter, self._largest
 
     def rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        stored, scales = self.parameter.data[rows], self._scales[rows]
+        stored, scales = self.parameter.data[rows], (self._largest[rows] / 127).unsqueeze(1)
         dense = torch.empty(stored.shape, dtype=dtype, device=stored.device)
         # Through float32 and rounded once, a few rows at a time: one pass over mixed dtypes takes two to three times
         # as long.

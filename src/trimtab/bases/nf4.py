@@ -64,6 +64,9 @@ class NF4Base(_quantised.QuantisedBase):
         )
         return dense.flatten()[:count].view(-1, in_features).to(dtype)
 
+    def stored(self) -> tuple[Tensor, ...]:
+        return self.parameter, _state(self.module).absmax
+
     @torch.no_grad()
     def write(self, weight: Tensor) -> None:
         before = _state(self.module)

@@ -45,6 +45,10 @@ class TorchaoInt8Base(_quantised.QuantisedBase):
             dense[part] = groups.mul_(scales[part].unsqueeze(2)).flatten(1)
         return dense
 
+    def stored(self) -> tuple[Tensor, ...]:
+        stored: Any = self.parameter
+        return stored.qdata, stored.scale
+
     @torch.no_grad()
     def write(self, weight: Tensor) -> None:
         self.module.weight = _parameter(weight.to(self.dtype))

@@ -60,6 +60,7 @@ class Method(nn.Module):
     options_type: type[Options] = Options
     trains_base: ClassVar[bool] = False
     """Whether the method trains the base weight itself, and not something beside it."""
+    _is_replica = False  # nn.DataParallel sets it on its copies, which live for one pass
     rate_groups: Mapping[str, RateGroup] = {}
     """The rate group of each trained tensor that is no plain ``weight``."""
 

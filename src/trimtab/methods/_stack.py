@@ -62,8 +62,8 @@ class StackPass:
         if magnitude is None:
             return _Parts(tensors)
         if adapter.options.magnitude_axis == "input":
-            return _Parts(tensors, columns=adapter.ratio(self.weight))
-        return _Parts(tensors, magnitude, adapter.norm(self.weight))
+            return _Parts(tensors, columns=adapter.ratio(self.weight, self._base))
+        return _Parts(tensors, magnitude, adapter.norm(self.weight, self._base))
 
     @cached_property
     def _of_each(self) -> list[_Parts]:
@@ -131,7 +131,7 @@ class StackPass:
             adapter, weight = self._adapter, self.weight
             with without_autocast(weight):
                 total = adapter.total(weight.to(torch.promote_types(weight.dtype, torch.float32)))
-                if (ratio := adapter.ratio(weight)) is not None:
+                if (ratio := adapter.ratio(weight, self._base)) is not None:
                     total = total * across(ratio, adapter.options.magnitude_axis)
             self._dense[key] = total.to(weight.dtype)
         return self._dense[key]

@@ -27,6 +27,7 @@ from trimtab.ops.frozen_linear import Operands, frozen_linear
 from trimtab.ops.linear_map import multiply
 from trimtab.ops.ratio import Ratio, ratio_of
 from trimtab.ops.reference import effective_weight
+from trimtab.ops.stamp import Stamp
 from trimtab.ops.update import Update
 
 
@@ -62,8 +63,14 @@ class WeightOptions(_method.Options):
         return self.bias
 
 
+class _Squares(NamedTuple):
+    of: Stamp  # the frozen weight that they were computed from
+    values: Tensor
+
+
 class _Kept(NamedTuple):
     copies: tuple[Tensor, ...] | None  # None: no comparison is needed while the trained tensors are held
+    squares: Tensor  # those of the frozen weight that the norm belongs to
     norm: Tensor
     ratios: dict[torch.dtype, Ratio]
 
@@ -78,7 +85,6 @@ class WeightMethod(_method.Method):
 
     magnitude: nn.Parameter | None
     bias: nn.Parameter | None
-    square_norms: Tensor | None
     stack_pass: _stack.StackPass | None = None
     sits_on = "weight"
     options_type = WeightOptions
@@ -94,21 +100,24 @@ class WeightMethod(_method.Method):
             )
         super().__init__(base, options)
         self.frozen_column = base.frozen_column
+        self._squares: _Squares | None = None
         self._kept: _Kept | None = None
         self._few_tokens: FewTokensLinear | None = None
         if options.magnitude:
-            squares = base.squared_norms(options.magnitude_axis).to(self.default_dtype)
-            # Kept beside the weight it was read from; never saved, since the base gives it again.
-            self.register_buffer("square_norms", squares, persistent=False)
+            squares = self.square_norms(base)
             self.magnitude = nn.Parameter(squares.sqrt().to(self.dtype))
             self.zero_rows = 0 if squares.is_meta else int((squares == 0).sum())
         else:
-            self.square_norms = None
             self.register_parameter("magnitude", None)
         bias = base.bias if options.trains_bias else None
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().to(self.dtype, copy=True)))
 
     # What a method file says -------------------------------------------------------------------------------------
+
+    def weight_tensors(self) -> tuple[Tensor, ...]:
+        """The trained tensors that the weight is computed from, in a replica of ``nn.DataParallel`` as well."""
+        held = self._parameters or self.__dict__.get("_former_parameters", {})
+        return tuple(tensor for name, tensor in held.items() if tensor is not None and name != "bias")
 
     def factors(self) -> tuple[Update | None, tuple[Tensor, ...]]:
         """The update and its trained tensors; None and nothing where only a magnitude is trained."""
@@ -125,11 +134,10 @@ class WeightMethod(_method.Method):
         delta = self.delta(weight.dtype)
         return weight if delta is None else weight + delta
 
-    def squared_norms(self, weight: Tensor) -> Tensor:
-        """``||W + dV||^2`` along the magnitude's axis, differentiable in the trained tensors; ``weight`` is W in its
-        own dtype."""
-        assert self.square_norms is not None
-        total = self.total(weight.to(self.square_norms.dtype))
+    def squared_norms(self, weight: Tensor, squares: Tensor) -> Tensor:
+        """``||W + dV||^2`` along the magnitude's axis in the dtype of ``squares``, differentiable in the trained
+        tensors; ``weight`` is W in its own dtype, ``squares`` its ``||W||^2``."""
+        total = self.total(weight.to(squares.dtype))
         return total.square().sum(-1 if self.options.magnitude_axis == "output" else -2)
 
     def held(self, tensor: Tensor) -> Tensor:
@@ -141,45 +149,64 @@ class WeightMethod(_method.Method):
 
     # What follows from it ----------------------------------------------------------------------------------------
 
-    def norm(self, weight: Tensor) -> Tensor:
-        """``n = ||W + dV||``, a constant for autograd unless ``detach_norm`` is off.
+    def square_norms(self, base: WeightBase, weight: Tensor | None = None) -> Tensor:
+        """``||W||^2`` along the magnitude's axis, float32 or float64, of the weight that ``base`` holds now.
 
-        Without gradients (inference) the norm is kept, and used again as long as the trained tensors hold the same
-        values.
+        It is kept, and computed again when the frozen weight is another tensor or was changed (``trimtab.ops.stamp``).
+        In a compiled program, which looks at no tensor's history, it is computed from ``weight`` each time.
+        """
+        axis, dtype = self.options.magnitude_axis, norm_dtype(base)
+        if torch.compiler.is_compiling() and weight is not None and base.stored_dense:
+            return weight.detach().to(dtype).square().sum(-1 if axis == "output" else -2)
+        kept = self._squares
+        if kept is None or kept.values.dtype != dtype or not kept.of.fits(base.stored(), quickly=bool(self._holds)):
+            squares = base.squared_norms(axis).to(dtype)
+            self._squares = kept = _Squares(Stamp(base.stored()), squares)
+            self._few_tokens = None
+        return kept.values
+
+    def norm(self, weight: Tensor, base: WeightBase) -> Tensor:
+        """``n = ||W + dV||`` for ``weight``, the W of ``base``: a constant for autograd unless ``detach_norm`` is off.
+
+        Without gradients (inference) the norm is kept, and used again as long as the trained tensors and W hold the
+        same values.
         """
         with without_autocast(weight):
-            return self._norm(weight)
+            return self._norm(weight, self.square_norms(base, weight))
 
-    def _norm(self, weight: Tensor) -> Tensor:
+    def _norm(self, weight: Tensor, squares: Tensor) -> Tensor:
         if torch.is_grad_enabled():
             if self.options.detach_norm:
                 with torch.no_grad():
-                    return self.squared_norms(weight).sqrt()
-            squares = self.squared_norms(weight)
+                    return self.squared_norms(weight, squares).sqrt()
+            squares = self.squared_norms(weight, squares)
             # The square root has no derivative at 0; a row whose norm is 0 takes no part.
             return torch.where(squares > 0, squares.clamp_min(torch.finfo(squares.dtype).tiny).sqrt(), 0.0)
-        kept = self._what_is_kept(weight)
-        return self.squared_norms(weight).sqrt() if kept is None else kept.norm
+        kept = self._what_is_kept(weight, squares)
+        return self.squared_norms(weight, squares).sqrt() if kept is None else kept.norm
 
-    def _what_is_kept(self, weight: Tensor) -> _Kept | None:
+    def _what_is_kept(self, weight: Tensor, squares: Tensor) -> _Kept | None:
         """What passes without gradients share: the norm and the ratios made of it, with a copy of the trained tensors
-        that they belong to. Computed again when a trained tensor has changed. None where comparing would cost as much.
+        that they belong to. Computed again when a trained tensor or W has changed. None where comparing would cost as
+        much.
 
         Version counters of the tensors would not do: fused optimisers and ``parameter.data`` go round them.
         """
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self._is_replica:
             return None
         kept = self._kept
+        if kept is not None and kept.squares is not squares:
+            kept = None
         if self._holds:
             if kept is None or kept.copies is not None:
-                self._kept = kept = _Kept(None, self.squared_norms(weight).sqrt(), {})
+                self._kept = kept = _Kept(None, squares, self.squared_norms(weight, squares).sqrt(), {})
             return kept
-        tensors = [tensor for tensor in self._parameters.values() if tensor is not None]
+        tensors = self.weight_tensors()
         if sum(tensor.numel() for tensor in tensors) >= weight.numel():
             return None
         if kept is None or kept.copies is None or not _same(kept.copies, tensors):
             copies = tuple(tensor.detach().clone() for tensor in tensors)
-            self._kept = kept = _Kept(copies, self.squared_norms(weight).sqrt(), {})
+            self._kept = kept = _Kept(copies, squares, self.squared_norms(weight, squares).sqrt(), {})
         return kept
 
     def hold(self) -> None:
@@ -203,7 +230,7 @@ class WeightMethod(_method.Method):
             return None
         weight, ratio = base.weight(), None
         if self.magnitude is not None:
-            ratio = ratio_of(self.magnitude, self.norm(weight), weight.dtype)
+            ratio = ratio_of(self.magnitude, self.norm(weight, base), weight.dtype)
         update, tensors = self.factors()
         return FewTokensLinear(
             Operands(
@@ -216,9 +243,9 @@ class WeightMethod(_method.Method):
             )
         )
 
-    def ratio(self, weight: Tensor) -> Tensor | None:
+    def ratio(self, weight: Tensor, base: WeightBase) -> Tensor | None:
         """``m / n`` along the magnitude's axis, differentiable; None without a magnitude."""
-        return None if self.magnitude is None else self._over(self.norm(weight))
+        return None if self.magnitude is None else self._over(self.norm(weight, base))
 
     def _over(self, norm: Tensor) -> Tensor:
         assert self.magnitude is not None
@@ -242,7 +269,7 @@ class WeightMethod(_method.Method):
         weight = base.weight(dtype)
         magnitude, norm, ratios = self.magnitude, None, None
         if magnitude is not None:
-            norm = self.norm(weight)
+            norm = self.norm(weight, base)
             if self._kept is not None and norm is self._kept.norm:
                 ratios = self._kept.ratios
             if self.options.magnitude_axis == "input":
@@ -293,11 +320,21 @@ class WeightMethod(_method.Method):
     @torch.no_grad()
     def effective_weight(self, base: WeightBase, dtype: torch.dtype | None = None) -> Tensor:
         """``W' [out, in]`` by the plain formula, in ``dtype`` (default: the dtype of the norms, float32 or float64)."""
-        work = dtype or (torch.float64 if base.dtype == torch.float64 else torch.float32)
-        magnitude = None if self.magnitude is None else self.magnitude.to(work)
+        return self._formula(base, dtype or norm_dtype(base))
+
+    def acting_weight(self, base: WeightBase) -> Tensor:
+        """``W'`` in the dtype and the layout in which the module stores its weight, differentiable in the trained
+        tensors as the output is (``detach_norm``)."""
+        return base.as_stored(self._formula(base, norm_dtype(base), detach_norm=self.options.detach_norm)).to(
+            base.dtype
+        )
+
+    def _formula(self, base: WeightBase, dtype: torch.dtype, detach_norm: bool = False) -> Tensor:
+        magnitude = None if self.magnitude is None else self.magnitude.to(dtype)
         with without_autocast(base.parameter):
-            total = self.total(base.weight().to(work))
-            return effective_weight(total, magnitude=magnitude, axis=self.options.magnitude_axis)
+            total = self.total(base.weight().to(dtype))
+            axis = self.options.magnitude_axis
+            return effective_weight(total, magnitude=magnitude, axis=axis, detach_norm=detach_norm)
 
     def one_pass(self, base: WeightBase) -> AbstractContextManager[object]:
         """The context of a forward pass of the module that reads the stack of ``base``."""
@@ -308,16 +345,17 @@ class WeightMethod(_method.Method):
         return _stack.look(self, base)
 
     def _apply(self, *args: Any, **kwargs: Any) -> WeightMethod:
-        self._kept = self._few_tokens = None
-        squares = self.square_norms
+        self._squares = self._kept = self._few_tokens = None
         super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
-        if squares is not None and self.square_norms is not None and self.square_norms.dtype.itemsize < 4:
-            # model.half(): squares overflow float16, and bfloat16 would lose what a small update adds to them.
-            self.square_norms = squares.to(self.square_norms.device)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_kept": None, "_few_tokens": None}
+        return {**super().__getstate__(), "_squares": None, "_kept": None, "_few_tokens": None}
+
+
+def norm_dtype(base: WeightBase) -> torch.dtype:
+    """The dtype of norms, and of what is computed by the plain formula: float64 on a float64 base, else float32."""
+    return torch.float64 if base.dtype == torch.float64 else torch.float32
 
 
 def _same(copies: Sequence[Tensor], tensors: Sequence[Tensor]) -> bool:

@@ -105,7 +105,7 @@ class FullFineTuning(_weight.WeightMethod):
         if self.weight is None:
             return frozen_linear(x, base.weight(dtype), bias, through=base.through, again=base.again(dtype))
         weight = self.weight.to(dtype)
-        ratio = self.ratio(weight)
+        ratio = self.ratio(weight, base)
         if ratio is None:
             return multiply(base.through, x, weight, bias)
         if self.options.magnitude_axis == "input":

@@ -98,9 +98,8 @@ class LoRA(_weight.WeightMethod):
             return None, ()
         return low_rank.LowRank(self.options.scale), (self.A, self.B)
 
-    def squared_norms(self, weight: Tensor) -> Tensor:
-        assert self.square_norms is not None
+    def squared_norms(self, weight: Tensor, squares: Tensor) -> Tensor:
         if not self.options.rank:
-            return self.square_norms
+            return squares
         scale, axis = self.options.scale, self.options.magnitude_axis
-        return low_rank.squared_norms(weight, self.square_norms, self.held(self.A), self.B, scale=scale, axis=axis)
+        return low_rank.squared_norms(weight, squares, self.held(self.A), self.B, scale=scale, axis=axis)

@@ -85,9 +85,8 @@ class MoRA(_weight.WeightMethod):
         held = self.frozen_column
         return self.square if held is None else WithoutColumn(self.square, held), (self.M,)
 
-    def squared_norms(self, weight: Tensor) -> Tensor:
+    def squared_norms(self, weight: Tensor, squares: Tensor) -> Tensor:
         held = self.frozen_column is not None
         if held or not self.options.detach_norm or self.options.magnitude_axis == "input":
-            return super().squared_norms(weight)
-        assert self.square_norms is not None
-        return self.square.squared_norms(weight, self.square_norms, self.M)
+            return super().squared_norms(weight, squares)
+        return self.square.squared_norms(weight, squares, self.M)

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from trimtab import bases
 from trimtab.bases import Base, BlockBase, HeldBase, HeldWeight, ModuleBase, WeightBase
 from trimtab.errors import SurgeryError
 from trimtab.methods import Method
-from trimtab.ops.autocast import without_autocast
-from trimtab.ops.decomposition import across
 from trimtab.surgery.build import build_adapters
 from trimtab.surgery.holding import hold, let_go
+from trimtab.surgery.hooks import call_with_hooks, has_hooks
 from trimtab.surgery.plan import Target
 from trimtab.surgery.watchers import WATCHERS
 from trimtab.surgery.wrappers import unwrapped, without_wrappers
@@ -25,9 +23,8 @@ _TRAINABLE_BEFORE = "_trimtab_trainable_before"
 
 
 class Adapted(nn.Module):
-    """A frozen module ``base`` with an ``adapter`` beside it."""
+    """A frozen module ``base`` with an ``adapter`` beside it. Attributes that it lacks are looked up on the module."""
 
-    handle: Base
     off = False
     """Whether the module does what it did without its adapter (``trimtab.disable_adapter``)."""
 
@@ -35,11 +32,29 @@ class Adapted(nn.Module):
         super().__init__()
         self.base = handle.module
         self.adapter = adapter
-        self.handle = handle
         self.method = method
         self.rule = rule
+        self._handle = handle
         self.training = handle.module.training  # the modules inside a block may be in another mode
         adapter.train(self.training)
+
+    @property
+    def handle(self) -> Base:
+        """The handle on the module that is under the adapter now. In a replica of ``nn.DataParallel`` that is another
+        one than this was made for. Raises SurgeryError if no base knows it."""
+        return self._handle if self._handle.module is self._modules["base"] else self._handle_anew()
+
+    def _handle_anew(self) -> Base:
+        base, kind = self._modules["base"], type(self._handle)
+        assert base is not None
+        handle = kind(base) if type(base) is type(self._handle.module) else bases.find(base, self._handle.kind)
+        if handle is None:
+            raise SurgeryError(
+                f"the module under an adapter of method {self.method} was replaced by a {type(base).__name__}, which "
+                "no base knows; put back one of a kind that the adapter can sit on"
+            )
+        self._handle = handle
+        return handle
 
     @staticmethod
     def around(handle: Base, adapter: Method, method: str, rule: int) -> Adapted:
@@ -57,10 +72,11 @@ class Adapted(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            # While this module is being copied, it has no base yet and is asked for names such as __deepcopy__. And an
-            # error inside a property of ours is no reason to give the frozen module's value for it.
-            hidden = name.startswith("__") or hasattr(type(self), name)
-            if hidden or "base" not in self.__dict__.get("_modules", {}):
+            # What this class defines and cannot give is not to be had from the frozen module under the same name, and
+            # accelerate asks every module for its own hook. While this module is being copied, it has no frozen one yet
+            # and is asked for names such as __deepcopy__.
+            mine = hasattr(type(self), name) or name.startswith("__") or name in ("_hf_hook", "_old_forward")
+            if mine or "base" not in self.__dict__.get("_modules", {}):
                 raise
             return getattr(self.base, name)
 
@@ -71,24 +87,34 @@ class Adapted(nn.Module):
 class AdaptedLayer(Adapted):
     """A frozen layer with a weight, and its adapter.
 
-    ``weight`` is the effective weight, in the layout of the frozen layer's own weight. Code that reads a layer's weight
-    and does not call the layer (fused attention, tied heads) therefore gets the right one. It is computed each time it
-    is read, has no gradient, and writing to it has no effect.
+    ``weight`` is the effective weight, in the layout of the frozen layer's own weight and with its gradient
+    (``trimtab.ops.read_weight``). Code that reads a layer's weight and does not call the layer (fused attention, tied
+    heads) therefore computes with the right one, and trains the adapter. Assigning a weight assigns the frozen one.
+    Hooks on the frozen layer run, and see what the layer with its adapter is given and gives.
     """
 
-    handle: WeightBase
+    if TYPE_CHECKING:
 
-    def forward(self, x: Tensor) -> Tensor:
+        @property
+        def handle(self) -> WeightBase: ...
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        base = self._modules["base"]
+        assert base is not None
+        if has_hooks(base):
+            return call_with_hooks(base, self._compute, args, kwargs)
+        return self._compute(*args, **kwargs)
+
+    def _compute(self, *args: Any, **kwargs: Any) -> Any:
+        (x,) = args or kwargs.values()
         if self.off:
             return self.handle.multiply(x)
-        output: Tensor = self.adapter(x, self.handle)
-        return output
+        return self._modules["adapter"](x, self.handle)  # type: ignore[misc]
 
     @property
     def weight(self) -> Tensor:
-        if self.off:
-            return self.handle.as_stored(self.handle.weight())
-        return self.handle.as_stored(self.adapter.effective_weight(self.handle)).to(self.handle.dtype)
+        handle = self.handle
+        return handle.as_stored(handle.weight()) if self.off else handle.read(self.adapter)
 
     @property
     def bias(self) -> Tensor | None:
@@ -96,13 +122,21 @@ class AdaptedLayer(Adapted):
         bias: Tensor | None = self.handle.bias if self.off else adapter.bias_of(self.handle)
         return bias
 
-    @property
-    def in_features(self) -> int:
-        return self.handle.shape[1]
+    def __setattr__(self, name: str, value: Any) -> None:
+        # What the frozen layer has belongs to it: its weight and bias, and numbers such as out_features.
+        if not name.startswith("_") and name not in _OWN and _has(self.__dict__.get("_modules", {}).get("base"), name):
+            setattr(self.base, name, value)
+        else:
+            super().__setattr__(name, value)
 
-    @property
-    def out_features(self) -> int:
-        return self.handle.shape[0]
+
+_OWN = ("base", "adapter", "method", "rule", "training", "forward")
+
+
+def _has(module: nn.Module | None, name: str) -> bool:
+    return module is not None and any(
+        name in held for held in (module.__dict__, module._parameters, module._buffers, module._modules)
+    )
 
 
 class AdaptedParameter(AdaptedLayer):
@@ -112,8 +146,12 @@ class AdaptedParameter(AdaptedLayer):
     (`trimtab.surgery.holding`). Nothing calls it.
     """
 
-    handle: HeldBase
     base: HeldWeight
+
+    if TYPE_CHECKING:
+
+        @property
+        def handle(self) -> HeldBase: ...
 
     def read(self, holder: nn.Module) -> Tensor:
         """What the attribute of ``holder`` shows; it may be a copy that shares this child (DataParallel's replicas)."""
@@ -121,19 +159,7 @@ class AdaptedParameter(AdaptedLayer):
         if self.off:
             return handle.as_stored(handle.weight())
         shown = handle.reading(self.adapter)
-        return self.effective(handle) if shown is None else shown
-
-    def effective(self, handle: WeightBase) -> Tensor:
-        """The effective weight with its gradient."""
-        adapter: Any = self.adapter
-        work = torch.float64 if handle.dtype == torch.float64 else torch.float32
-        weight = handle.weight()
-        with without_autocast(weight):
-            total = adapter.total(weight.to(work))
-            ratio = adapter.ratio(weight)
-            if ratio is not None:
-                total = total * across(ratio, adapter.options.magnitude_axis)
-            return handle.as_stored(total).to(handle.dtype)
+        return handle.read(self.adapter) if shown is None else shown
 
 
 class AdaptedBlock(Adapted):
@@ -143,7 +169,10 @@ class AdaptedBlock(Adapted):
     output; and PyTorch's fused encoder layer, which would bypass the block, is not used while the hook is there.
     """
 
-    handle: BlockBase
+    if TYPE_CHECKING:
+
+        @property
+        def handle(self) -> BlockBase: ...
 
     def __init__(self, handle: Base, adapter: Method, method: str, rule: int) -> None:
         super().__init__(handle, adapter, method, rule)
@@ -170,7 +199,10 @@ class AdaptedModule(Adapted):
     other attribute is looked up on the module.
     """
 
-    handle: ModuleBase
+    if TYPE_CHECKING:
+
+        @property
+        def handle(self) -> ModuleBase: ...
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.off:

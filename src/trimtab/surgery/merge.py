@@ -14,7 +14,6 @@ from trimtab.errors import SurgeryError
 from trimtab.surgery.adapted import (
     Adapted,
     AdaptedBlock,
-    AdaptedLayer,
     adapted_modules,
     bare,
     bare_modules,
@@ -183,10 +182,6 @@ def _dequantise(model: nn.Module, dtype: torch.dtype | None) -> tuple[str, ...]:
             made[id(child)] = handle.as_dense(dtype or handle.dtype)
             names.append(name.removesuffix(".base") if isinstance(parent, Adapted) else name)
         parent._modules[attribute] = made[id(child)]
-        if isinstance(parent, AdaptedLayer):
-            dense = bases.find(made[id(child)])
-            assert dense is not None
-            parent.handle = dense
     if names:
         _forget_quantisation(model)
     return tuple(names)

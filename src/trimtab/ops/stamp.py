@@ -1,0 +1,83 @@
+"""Whether a tensor still is what it was when something was computed from it.
+
+What is computed from a frozen weight once (its norms) and used in every step must follow the weight, whatever happens
+to it: ``load_state_dict``, with ``assign`` or without, ``to_empty``, another dtype or device, offloading, a changed
+vocabulary, a tie, an assignment, a change in place. Such changes leave another tensor, another place in memory or
+another version. One way leaves none of these, writing through ``weight.data``. So on a processor numbers are compared,
+too: all of a small weight, and of a large one enough to meet every row and every column. On an accelerator that would
+mean waiting for it at every layer, and is left out.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_SMALL = 1 << 14
+"""Up to so many numbers all are compared."""
+
+
+class Stamp:
+    """What ``tensors`` were when this was made."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._marks = [_Mark(tensor) for tensor in tensors]
+
+    def fits(self, tensors: Sequence[Tensor], quickly: bool = False) -> bool:
+        """Whether ``tensors`` still are what they were; ``quickly``: without comparing numbers."""
+        pairs = zip(self._marks, tensors, strict=False)
+        return len(tensors) == len(self._marks) and all(mark.fits(tensor, quickly) for mark, tensor in pairs)
+
+
+class _Mark:
+    __slots__ = ("_history", "_sample", "_tensor")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = weakref.ref(tensor)
+        self._history = _history(tensor)
+        sample = _sample(tensor)
+        self._sample = None if sample is None else sample.clone()
+
+    def fits(self, tensor: Tensor, quickly: bool) -> bool:
+        if self._tensor() is not tensor or self._history is None or self._history != _history(tensor):
+            return False
+        if quickly or self._sample is None:
+            return True
+        sample = _sample(tensor)
+        return sample is not None and torch.equal(self._sample, sample)
+
+
+def _history(tensor: Tensor) -> tuple[Any, ...] | None:
+    """Where a tensor lies and how often it was changed; None where it does not say."""
+    inference = tensor.is_inference()  # those have no version
+    if inference and tensor.device.type != "cpu":
+        return None
+    try:
+        return -1 if inference else tensor._version, tensor.data_ptr(), tensor.dtype, tensor.shape
+    except RuntimeError:  # subclasses whose numbers lie elsewhere
+        return None
+
+
+def _sample(tensor: Tensor) -> Tensor | None:
+    """Some numbers of ``tensor``, a view; None where reading them would make an accelerator wait, or there are none."""
+    if tensor.device.type != "cpu" or tensor.numel() == 0:
+        return None
+    tensor = tensor.detach()
+    if tensor.numel() <= _SMALL:
+        return tensor
+    if not tensor.is_contiguous():
+        if tensor.dim() < 2 or not tensor.mT.is_contiguous():
+            return tensor[..., 0]
+        tensor = tensor.mT
+    # Every stride-th number, where the stride is smaller than a row and shares no factor with its length: whichever
+    # row or column was changed as a whole, one of them lies in it.
+    columns = tensor.shape[-1]
+    stride = max(1, min(columns, tensor.numel() // columns) - 1)
+    while math.gcd(stride, columns) > 1:
+        stride -= 1
+    return torch.as_strided(tensor, (-(-tensor.numel() // stride),), (stride,), tensor.storage_offset())
