@@ -2,12 +2,13 @@
 # make quickstart  fine-tune SmolLM2-135M with DoRA on examples/harbour
 # make test        lint, types and the tests, of the largest lists of cases a sample: some minutes
 # make test-all    every case and every long test as well
+# make docs        the documentation as a site in site/, with warnings as errors
 # make mutants     how many small faults in ops/ and methods/ the tests find; writes tests/mutants.md (an hour)
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup quickstart test test-all mutants lint types clean
+.PHONY: setup quickstart test test-all mutants docs lint types clean
 
 setup: $(VENV)/.ready
 
@@ -45,5 +46,8 @@ test-all: lint types
 mutants: setup
 	OMP_NUM_THREADS=1 $(BIN)/python tests/tools/mutants.py
 
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 clean:
-	rm -rf $(VENV) build dist runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist site runs .pytest_cache .mypy_cache .ruff_cache

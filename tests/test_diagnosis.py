@@ -42,7 +42,7 @@ def test_a_missing_extra_is_named_with_the_way_to_install_it(monkeypatch: pytest
 
 def test_every_extra_for_users_has_a_use() -> None:
     extras = set(metadata.metadata("trimtab").get_all("Provides-Extra") or [])
-    assert extras - {"dev"} == set(diagnosis.USES)
+    assert extras - {"dev", "docs"} == set(diagnosis.USES)
 
 
 @pytest.mark.parametrize("version", [None, "0.1"])

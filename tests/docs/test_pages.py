@@ -1,0 +1,92 @@
+"""The documentation: it builds without a warning, and what its pages say can be typed does what they say.
+
+A page's blocks run in their order, in an empty folder in which ``smollm2-135m`` is a tiny model:
+
+    ```yaml title="run.yaml"     is written to that file; so is any block with a title
+    ```console                   each line that begins with ``$`` is run: trimtab in this process, make if it has such a
+                                 target; pip is not
+    ```python                    is run
+    ```text                      is not
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from command_line import Result, cli
+
+__all__ = ["cli"]
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs"
+MODEL = ROOT / "tests" / "data" / "before" / "model"
+BLOCK = re.compile(r"^```(\w+)(?: title=\"([^\"]+)\")?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+QUICK = ("getting-started.md", "how-to/come-from-another-tool.md")
+PAGES = sorted(str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md") if BLOCK.search(page.read_text("utf-8")))
+PAGES.remove("index.md")
+
+
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=[] if page in QUICK else [pytest.mark.full]) for page in PAGES]
+)
+def test_what_a_page_says_can_be_typed(page: str, cli: Callable[..., Result], tmp_path: Path) -> None:
+    shutil.copytree(MODEL, tmp_path / "smollm2-135m")
+    names: dict[str, object] = {}
+    for kind, title, text in BLOCK.findall((DOCS / page).read_text("utf-8")):
+        if title:
+            (tmp_path / title).write_text(text, "utf-8")
+        elif kind == "python":
+            exec(compile(text, page, "exec"), names)
+        elif kind == "console":
+            for line in text.splitlines():
+                if line.startswith("$ "):
+                    _run(line[2:], cli)
+        elif kind == "yaml":
+            raise AssertionError(f"{page}: a YAML without a title, which nobody has tried")
+
+
+def _run(line: str, cli: Callable[..., Result]) -> None:
+    program, *words = shlex.split(line, comments=True)
+    if program == "trimtab":
+        result = cli(*words)
+        assert result.code == 0, f"{line}\n{result.out}\n{result.err}"
+    elif program == "make":
+        assert re.search(rf"^{words[0]}:", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE), line
+    else:
+        assert program == "pip", f"{line}: neither trimtab nor make nor pip"
+
+
+def test_the_front_page_is_tried_on_rows_of_its_kind(cli: Callable[..., Result], tmp_path: Path) -> None:
+    """Its YAML stands alone, without rows: they are put beside it here."""
+    shutil.copytree(MODEL, tmp_path / "smollm2-135m")
+    for name in ("rows.jsonl", "test.jsonl"):
+        (tmp_path / name).write_text('{"prompt": "one", "completion": " two"}\n' * 20)
+    ((_, title, text), *_) = BLOCK.findall((DOCS / "index.md").read_text("utf-8"))
+    (tmp_path / title).write_text(text)
+    assert cli("plan", title).code == 0
+
+
+def test_every_page_is_under_a_screen_where_it_promises_to_be() -> None:
+    pages = [page for page in (DOCS / "how-to").glob("*.md") if page.name != "index.md"]
+    assert len(pages) >= 8
+    for page in pages:
+        assert len(page.read_text("utf-8").splitlines()) <= 60, page.name
+
+
+@pytest.mark.full
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "reference" / "run-yaml.html").read_text("utf-8")
+    assert "train.learning_rate" in page
+    for folder in tmp_path.rglob("*.html"):
+        assert not re.search(r'<(?:script|link|img)[^>]+(?:src|href)="https?:', folder.read_text("utf-8")), folder
