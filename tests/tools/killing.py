@@ -32,7 +32,8 @@ from mutating import SOURCE, Mutant
 TESTS = ("tests/ops", "tests/methods", "tests/bases", "tests/surgery", "tests/contract")
 # Plugins that are loaded before pytest begins are loaded for the fork's sake, and warnings are errors.
 OPTIONS = ("-x", "-q", "-p", "no:cacheprovider", "--tb=no", "-W", "ignore::pytest.PytestAssertRewriteWarning")
-SECONDS = 20  # of tests for a mutant, though one case of each test is always run
+OWN = ("tests/ops", "tests/methods")
+SECONDS = 20  # of the other tests for a mutant
 SLACK = 120  # seconds beyond ten times that; a mutant that runs longer never ends, and counts as found
 
 Mutants = Sequence[tuple[Mutant, ast.Module]]
@@ -151,16 +152,21 @@ def _calls(items: Sequence[Any], place: Path) -> dict[Function, dict[int, float]
 
 
 def _chosen(items: Sequence[Any], seconds: dict[int, float]) -> list[Any]:
-    """The tests of a function in the order in which they are run, and no more of them than take ``SECONDS``.
+    """The tests of a function in the order in which they are run.
 
-    Cases of one test are much alike, so the quickest case of each comes first, then the second of each.
+    Those of single functions come first (tests/ops, tests/methods), all of them. Of the others, cases of one test are
+    much alike, so the quickest case of each comes first, then the second of each, for ``SECONDS`` in all.
     """
     cases: dict[str, list[tuple[float, int]]] = defaultdict(list)
-    for number in seconds:
-        cases[items[number].nodeid.partition("[")[0]].append((seconds[number], number))
-    order = sorted((place, *case) for some in cases.values() for place, case in enumerate(sorted(some)))
-    ends = accumulate(took for _, took, _ in order)
-    return [items[number] for (place, _, number), end in zip(order, ends, strict=True) if end <= SECONDS or not place]
+    for number, took in seconds.items():
+        cases[items[number].nodeid.partition("[")[0]].append((took, number))
+    order = []
+    for name, some in cases.items():
+        own = name.startswith(OWN)
+        order += [(not own, 0 if own else place, took, number) for place, (took, number) in enumerate(sorted(some))]
+    order.sort()
+    ends = accumulate(took if other else 0.0 for other, _, took, _ in order)
+    return [items[number] for (*_, number), end in zip(order, ends, strict=True) if end <= SECONDS]
 
 
 def _functions() -> dict[Function, list[FunctionType]]:
