@@ -106,6 +106,22 @@ def test_the_best_model_is_loaded_at_the_end(
     assert torch.equal(same(best, load(stored_gpt2)), logits(model))
 
 
+def test_what_was_unfrozen_by_hand_is_in_the_checkpoints_too(stored_gpt2: Path, load: Load, tmp_path: Path) -> None:
+    def unfrozen() -> Any:
+        model = load(stored_gpt2)
+        trimtab.attach(model, RULES["dora"])
+        model.transformer.ln_f.requires_grad_(True)
+        model.transformer.h[1].attn.c_attn.bias.requires_grad_(True)
+        return model
+
+    model, again = unfrozen(), unfrozen()
+    trainer(model, tmp_path / "run", steps=4).train()
+    checkpoints = tmp_path / "run"
+    assert torch.allclose(same(checkpoints / "checkpoint-4", load(stored_gpt2)), logits(model), atol=1e-6)
+    trainer(again, tmp_path / "again", steps=4).train(resume_from_checkpoint=str(checkpoints / "checkpoint-2"))
+    assert torch.allclose(logits(again), logits(model), atol=1e-6)
+
+
 def test_a_4_bit_base_is_trained(stored_gpt2: Path, tiny_llama: Callable[..., Any], load: Load, tmp_path: Path) -> None:
     folder = tmp_path / "llama"
     tiny_llama(hidden_size=64, intermediate_size=64).save_pretrained(folder)

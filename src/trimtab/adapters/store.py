@@ -18,6 +18,7 @@ from trimtab.adapters.hub import local_folder
 from trimtab.adapters.record import StoredAdapter
 from trimtab.adapters.renaming import as_named_in
 from trimtab.adapters.safe_read import shown
+from trimtab.adapters.unfrozen import Unfrozen, statistics, unfrozen
 from trimtab.adapters.whole import whole_tensors
 from trimtab.errors import AdapterError, PlanError, nearest
 from trimtab.surgery.adapted import (
@@ -49,22 +50,27 @@ def save_adapter(model: nn.Module, folder: Path | str, *, state_dict: Mapping[st
     that is interrupted while files are moved leaves a folder without a configuration, which neither ``load_adapter``
     nor PEFT takes for an adapter.
 
+    What is trained outside of the adapters, because it was unfrozen by hand after ``attach`` (a head, a norm, a bias),
+    is written with them, and so are the statistics of batch norms that have counted since. ``load_adapter`` reads it as
+    an adapter of method full.
+
     Tensors that are sharded over several processes are gathered, for which all of them must call this; or they are
     taken from ``state_dict``, the model's own with whole tensors, where the caller has gathered it.
 
     Raises:
         SurgeryError: the model has no adapters.
-        AdapterError: the folder cannot be written.
+        AdapterError: the folder cannot be written, or a tensor is trained itself that no adapter's folder can hold.
     """
     model = unwrapped(model)
     adapted = dict(require_adapted(model, "save_adapter"))
     target = Path(folder)
     known = all_formats()
-    writer = next(one for one in known if one.can_express(model, adapted))
     try:
         target.mkdir(parents=True, exist_ok=True)
         with _SAVING, tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as fresh:
-            with whole_tensors(model, adapted.values(), state_dict):
+            with whole_tensors(model, state_dict):
+                adapted |= {name: one.entry for name, one in unfrozen(model).items()}
+                writer = next(one for one in known if one.can_express(model, adapted))
                 writer.save(model, adapted, Path(fresh))
             # The configuration is removed first and written last, so that it is never beside tensors of another save.
             for one in known:
@@ -82,8 +88,8 @@ def load_adapter(model: nn.Module, folder: Path | str) -> AttachReport:
     """Attach the adapter stored in ``folder``, ours or PEFT's own, to ``model`` in place. The name of a folder that is
     not there is taken for a hub id, ``OWNER/NAME``.
 
-    If ``model`` has adapters already, they take over the stored values. They must sit on the same modules, and compute
-    the same from the same tensors.
+    If ``model`` has adapters already, they take over the stored values, and so do tensors that were unfrozen by hand.
+    They must sit on the same modules, and compute the same from the same tensors.
 
     Raises AdapterError if there is no adapter, or one that is damaged, not supported, or made for another model. The
     model is then unchanged.
@@ -93,37 +99,48 @@ def load_adapter(model: nn.Module, folder: Path | str) -> AttachReport:
     stored = read_adapter(place)
     stored = as_named_in(model, dict(bare_modules(model)), stored)
     carried = dict(adapted_modules(model))
+    rules, number = _rules(stored)
     if carried:
-        _check_same(place, carried, stored)
-        return _load(model, place, stored, carried=True)
+        with whole_tensors(model):
+            by_hand = statistics(model, stored) | unfrozen(model)
+        _check_same(place, carried | {name: one.entry for name, one in by_hand.items() if one.trained}, stored, by_hand)
+        _fill(model, place, stored, number, by_hand)
+        return describe(model, rules)
     _check_modules(place, dict(bare_modules(model)), stored)
     with unsharded(model, changes=True):
-        return _load(model, place, stored, carried=False)
-
-
-def _load(model: nn.Module, place: Path, stored: dict[str, StoredAdapter], *, carried: bool) -> AttachReport:
-    """Load ``stored``, whose modules are there, onto the adapters of ``model`` (``carried``), or onto new ones."""
-    rules, number = _rules(stored)
-    if not carried:
         try:
-            targets = _targets(place, dict(bare_modules(model)), stored, rules, number)
-            install(model, targets)
+            install(model, _targets(place, dict(bare_modules(model)), stored, rules, number))
         except PlanError as error:
             raise AdapterError(f"{place}: this adapter does not fit the model: {error}") from None
-    try:
-        present = {name: module for name, module in bare_modules(model) if isinstance(module, Adapted)}
-        stored = {name: entry.on(present[name].handle) for name, entry in stored.items()}
-        _check_tensors(place, present, stored)
-        with torch.no_grad():
-            for name, entry in stored.items():
-                present[name].rule = number[name]
-                for key, tensor in present[name].adapter.stored_tensors().items():
-                    write(tensor, entry.tensors[key])
-    except BaseException:
-        if not carried:
+        try:
+            _fill(model, place, stored, number, {})
+        except BaseException:
             remove_adapters(model)
-        raise
-    return describe(model, rules)
+            raise
+        return describe(model, rules)
+
+
+def _fill(
+    model: nn.Module,
+    place: Path,
+    stored: dict[str, StoredAdapter],
+    number: dict[str, int],
+    by_hand: dict[str, Unfrozen],
+) -> None:
+    """Copy ``stored`` into the adapters of ``model``, and into what is trained or counted beside them."""
+    present = {name: module for name, module in bare_modules(model) if isinstance(module, Adapted)}
+    seen = present | {name: one.entry for name, one in by_hand.items()}
+    stored = {name: entry.on(seen[name].handle) for name, entry in stored.items()}
+    _check_tensors(place, seen, stored)
+    with torch.no_grad():
+        for name, entry in stored.items():
+            if name in present:
+                present[name].rule = number[name]
+            if name in by_hand:
+                by_hand[name].load(entry.tensors)
+                continue
+            for key, tensor in present[name].adapter.stored_tensors().items():
+                write(tensor, entry.tensors[key])
 
 
 def read_adapter(folder: Path | str) -> dict[str, StoredAdapter]:
@@ -240,9 +257,12 @@ def _check_modules(place: Path, known: dict[str, nn.Module], stored: dict[str, S
         )
 
 
-def _check_same(place: Path, present: dict[str, Adapted], stored: dict[str, StoredAdapter]) -> None:
-    """Raise AdapterError unless the model's adapters sit on the stored modules and have the stored options."""
-    wrong = sorted(set(present) ^ set(stored)) or [
+def _check_same(
+    place: Path, present: dict[str, Adapted], stored: dict[str, StoredAdapter], by_hand: dict[str, Unfrozen]
+) -> None:
+    """Raise AdapterError unless the model's adapters sit on the stored modules and have the stored options. Statistics
+    may be among ``by_hand`` that only one of the two has counted."""
+    wrong = sorted((set(present) - set(stored)) | (set(stored) - set(present) - set(by_hand))) or [
         name for name, module in present.items() if module.adapter.options.computes() != stored[name].options.computes()
     ]
     if wrong:
