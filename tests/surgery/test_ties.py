@@ -103,6 +103,38 @@ def test_an_adapted_head_is_merged_saved_and_loaded_and_all_other_ties_stay(case
     assert _groups(again) == _groups(model)
 
 
+PARTS = [
+    ["model.encoder.embed_tokens"],  # the rest stays tied
+    ["model.shared"],  # which no pass reads, and from which the table of the model would tie the rest again
+    ["model.encoder.embed_tokens", "model.decoder.embed_tokens"],  # tied to each other, which the table cannot say
+    ["model.shared", "model.encoder.embed_tokens", "model.decoder.embed_tokens"],
+]
+
+
+@pytest.mark.parametrize("match", PARTS, ids=len)
+@pytest.mark.parametrize("method", ["dora", "full"])
+def test_adapted_embeddings_are_merged_saved_and_loaded(method: str, match: list[str], tmp_path: Path) -> None:
+    model = _built("MBartForConditionalGeneration", _SEQ2SEQ)
+    trimtab.attach(model, trimtab.Rule(match=match, method=method, **({} if method == "full" else {"rank": 3})))
+    _stir(model)
+    adapted = _logits(model)
+    report = trimtab.merge(model)
+    assert len(set(report.untied)) == len(report.untied) > 0
+    assert _close(_logits(model), adapted)
+    model.save_pretrained(tmp_path)
+    assert _close(_logits(type(model).from_pretrained(tmp_path).eval()), adapted)
+    model.tie_weights()
+    assert _close(_logits(model), adapted)
+
+
+def test_an_embedding_and_a_head_of_one_weight_take_no_common_adapter() -> None:
+    model = _built("MBartForConditionalGeneration", _SEQ2SEQ)
+    with pytest.raises(
+        trimtab.PlanError, match=r"share one weight, and multiply with it in two directions.*\[40, 16\]"
+    ):
+        trimtab.attach(model, trimtab.Rule(match=["model.shared", "lm_head"], method="lora", rank=2))
+
+
 def test_a_merge_of_other_layers_changes_no_tie(tmp_path: Path) -> None:
     model = _built("MarianMTModel", _SEQ2SEQ)
     before = _groups(model)

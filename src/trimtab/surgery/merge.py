@@ -96,7 +96,7 @@ def _merge(model: nn.Module, onto: Onto) -> MergeReport:
     rounding, untied = _fold(model, adapted)
     remove_adapters(model)
     if untied:
-        untied += keep_other_ties(model, before)
+        untied = tuple(dict.fromkeys(untied + keep_other_ties(model, before)))
     return MergeReport(tuple(name for name, _ in adapted), rounding, untied, dequantised)
 
 

@@ -272,9 +272,16 @@ def _check_ties(targets: list[Target]) -> None:
     first: dict[int, Target] = {}
     for target in targets:
         for other in (first.setdefault(id(one), target) for one in target.base.shared):
-            layers = other.base.kind == target.base.kind == "weight"
-            if other.rule != target.rule or (layers and other.base.shape != target.base.shape):
+            both = f"{other.name} and {target.name} share one weight, and"
+            if other.rule != target.rule:
                 raise PlanError(
-                    f"{other.name} and {target.name} share one weight, and the plan gives them different rules "
-                    f"({other.rule} and {target.rule}). Let one rule match both"
+                    f"{both} the plan gives them different rules ({other.rule} and {target.rule}). "
+                    "Let one rule match both"
+                )
+            layers = other.base.kind == target.base.kind == "weight"
+            if layers and other.base.shape != target.base.shape:
+                raise PlanError(
+                    f"{both} multiply with it in two directions, [out, in] = {list(other.base.shape)} and "
+                    f"{list(target.base.shape)}: no adapter of method {target.method} is both. Let the rule match one "
+                    "of them (a merge gives it a weight of its own), or train the weight itself (method full)"
                 )
