@@ -51,7 +51,14 @@ def jetmoe() -> nn.Module:
     return JetMoeForCausalLM(JetMoeConfig(**sizes, **own))
 
 
-MODELS = {"qwen3_moe": qwen3_moe, "gpt_oss": gpt_oss, "llama4": llama4, "jetmoe": jetmoe}
+def mixtral() -> nn.Module:
+    """As Qwen3-MoE; its modules had other names in transformers 4."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    return MixtralForCausalLM(MixtralConfig(**SIZES, intermediate_size=24, num_local_experts=5))
+
+
+MODELS = {"qwen3_moe": qwen3_moe, "gpt_oss": gpt_oss, "llama4": llama4, "jetmoe": jetmoe, "mixtral": mixtral}
 
 
 class OwnExperts(nn.Module):
@@ -84,6 +91,19 @@ def implementations(model: nn.Module) -> list[str]:
     """The ways in which transformers lets ``model`` multiply its experts."""
     decorated = any(hasattr(module, "is_transposed") for module in model.modules())
     return ["eager", "batched_mm", "grouped_mm"] if decorated else ["eager"]
+
+
+def made(name: str, dtype: torch.dtype = torch.float32, implementation: str = "eager") -> Any:
+    """The model called ``name`` with the same random values each time."""
+    torch.default_generator.manual_seed(4)
+    model: Any = MODELS[name]().to(dtype)
+    for module in model.modules():  # transformers leaves Llama 4's experts without values
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter.dim() == 3:
+                nn.init.normal_(parameter, std=0.2)
+    if len(implementations(model)) > 1:
+        model.set_experts_implementation(implementation)
+    return model
 
 
 def tokens() -> Tensor:

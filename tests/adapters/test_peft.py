@@ -55,7 +55,6 @@ REFUSED = {
     "alora_invocation_tokens": [1, 2],
     "layer_replication": [[0, 2], [1, 2]],
     "trainable_token_indices": [0, 5],
-    "target_parameters": ["experts.gate"],
     "lora_bias": True,
     "use_bdlora": {"nblocks": 2},
     "arrow_config": {"top_k": 2},

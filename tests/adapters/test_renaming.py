@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import trimtab
 from adapter_tools import PEFT_FILES, assert_unchanged, state_of
 from trimtab import AdapterError, methods
+from trimtab.adapters.parameters import Places
 from trimtab.adapters.record import StoredAdapter
 from trimtab.adapters.renaming import as_named_in
 
@@ -167,8 +168,11 @@ def test_renamings_that_join_two_modules_are_not_taken(tiny_llama: Make) -> None
     model = tiny_llama()
     one, other = (StoredAdapter("lora", methods.options_class("lora")(rank=rank), {}) for rank in (1, 2))
     known = {"lm_head": model.lm_head}
-    assert as_named_in(model, known, {"module.lm_head": one, "lm_head": other}).keys() == {"module.lm_head", "lm_head"}
-    assert as_named_in(model, known, {"module.lm_head": one}) == {"lm_head": one}
+    assert as_named_in(model, Places(known), {"module.lm_head": one, "lm_head": other}).keys() == {
+        "module.lm_head",
+        "lm_head",
+    }
+    assert as_named_in(model, Places(known), {"module.lm_head": one}) == {"lm_head": one}
 
 
 def test_a_mapping_that_a_model_brings_along_is_followed(tiny_llama: Make, tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -21,6 +22,8 @@ class StoredAdapter:
     """``(out, in)`` of the weight that the adapter was made for, if the format stores it."""
     base: Tensor | None = None
     """That weight itself, if the format stores it."""
+    parameters: Mapping[str, Options] = field(default_factory=dict)
+    """The parameters of the module that it may be for, with the options on each, if the format does not say which."""
     in_layout: bool = False
     """Whether the tensors have the shapes that PEFT gives them on this kind of layer (``WeightBase.in_layout``)."""
 
@@ -28,7 +31,8 @@ class StoredAdapter:
         """The same with the tensors that a method has on the layer of ``handle``."""
         if not (self.in_layout and isinstance(handle, WeightBase)):
             return self
-        tensors = {name: handle.as_matrix(name, tensor) for name, tensor in self.tensors.items()}
+        own = {handle.peft_key(name): tensor for name, tensor in self.tensors.items()}
+        tensors = {name: handle.as_matrix(name, tensor) for name, tensor in own.items()}
         return replace(self, tensors=tensors, in_layout=False)
 
     def has_rank(self, shape: tuple[int, int]) -> bool:

@@ -9,24 +9,24 @@ from collections.abc import Callable, Iterator, Mapping
 from torch import nn
 
 from trimtab import bases
+from trimtab.adapters.parameters import Places
 from trimtab.adapters.record import StoredAdapter
 
 # What stands in front of every name where a model was saved inside of DataParallel, or of PEFT's model.
 _AROUND = ("module.", "base_model.model.")
 
 
-def as_named_in(
-    model: nn.Module, known: Mapping[str, nn.Module], stored: Mapping[str, StoredAdapter]
-) -> dict[str, StoredAdapter]:
-    """``stored`` under the names that ``model`` has; ``known``: these. A name that leads nowhere stays as it is.
+def as_named_in(model: nn.Module, places: Places, stored: Mapping[str, StoredAdapter]) -> dict[str, StoredAdapter]:
+    """``stored`` under the names that ``model`` has; ``places``: these. A name that leads nowhere stays as it is.
 
     A name that the model does not have is tried without what stood around the model, and by the renamings with which
     transformers reads checkpoints of before, as PEFT does (LLaVA's language model moved in 4.52, for instance). And
     where PEFT names a module of which one weight is adapted (``nn.MultiheadAttention``), this is that weight's name.
     """
-    if not all(name in known for name in stored):
+    known = places.known
+    if not all(name in places for name in stored):
         renamings = list(_renamings(model))
-        names = {name: next((other for other in _others(name, renamings) if other in known), name) for name in stored}
+        names = {name: next((other for other in _others(name, renamings) if other in places), name) for name in stored}
         if len(set(names.values())) == len(names):  # else two would become one: these renamings are not what happened
             stored = {names[name]: entry for name, entry in stored.items()}
     return {_held(name, known[name], entry) if name in known else name: entry for name, entry in stored.items()}

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from trimtab import bases
 from trimtab.adapters.formats import AdapterFormat, all_formats
 from trimtab.adapters.hub import local_folder
+from trimtab.adapters.parameters import Places, on_parameters
 from trimtab.adapters.record import StoredAdapter
 from trimtab.adapters.renaming import as_named_in
 from trimtab.adapters.safe_read import shown
@@ -97,7 +98,8 @@ def load_adapter(model: nn.Module, folder: Path | str) -> AttachReport:
     place = local_folder(folder)
     model = unwrapped(model)
     stored = read_adapter(place)
-    stored = as_named_in(model, dict(bare_modules(model)), stored)
+    places = Places(dict(bare_modules(model)))
+    stored = on_parameters(places, as_named_in(model, places, stored))
     carried = dict(adapted_modules(model))
     rules, number = _rules(stored)
     if carried:

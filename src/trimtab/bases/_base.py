@@ -96,6 +96,9 @@ class WeightBase(Base):
     through: LinearMap = MATRIX
     """How a batch goes through the weight."""
 
+    is_peft_parameter: ClassVar[bool] = False
+    """Whether PEFT reaches the weight as a parameter (``target_parameters``), and not by the name of a module."""
+
     peft_names: ClassVar[Mapping[str, str]] = {
         "A": "lora_A.weight",
         "B": "lora_B.weight",
@@ -115,7 +118,7 @@ class WeightBase(Base):
 
     def peft_place(self, name: str) -> str | None:
         """Where PEFT keeps the tensors of a layer that is called ``name``; None if it has no place for such a layer."""
-        return name if self.is_called and not self.stack else None
+        return name if self.is_called else None
 
     def peft_partner(self, name: str) -> str | None:
         """The layer that PEFT adapts whenever it adapts this one, called ``name``, and with the same numbers."""
@@ -218,6 +221,10 @@ class WeightBase(Base):
     def write(self, weight: Tensor) -> None:
         """Replace the stored weight by ``weight [out, in]``, rounded to what the base stores, in place."""
         self.parameter.copy_(self.as_stored(weight))
+
+    def peft_key(self, name: str) -> str:
+        """Which of PEFT's tensors holds the trained tensor ``name``, by our name of it; and the other way round."""
+        return name
 
     def in_layout(self, name: str, tensor: Tensor) -> Tensor:
         """The trained tensor ``name`` of a low-rank update (``A [rank, in]``, ``B [out, rank]`` or ``magnitude [out]``)

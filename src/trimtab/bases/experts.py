@@ -26,6 +26,7 @@ class ExpertsBase(_held.HeldBase):
     """A handle on a stack of experts' weights."""
 
     is_linear = False
+    is_peft_parameter = True
     wraps_forward: ClassVar[bool] = True
 
     @staticmethod
@@ -74,6 +75,33 @@ class ExpertsBase(_held.HeldBase):
 
     def as_stored(self, weight: Tensor) -> Tensor:
         return weight.mT if self.stored_transposed else weight
+
+    @property
+    def _peft_turns(self) -> bool:
+        """Whether PEFT takes the stack's last axis for the input, where it is the output."""
+        return self.stored_transposed and not getattr(self.owner, "is_transposed", False)
+
+    def peft_place(self, name: str) -> str | None:
+        return name
+
+    def peft_key(self, name: str) -> str:
+        return {"A": "B", "B": "A"}.get(name, name) if self._peft_turns else name
+
+    def in_layout(self, name: str, tensor: Tensor) -> Tensor:
+        # PEFT has A [experts * rank, in] and B [out, rank * experts].
+        if self._peft_turns:
+            tensor = tensor.mT
+        return tensor.flatten(0, 1) if self.peft_key(name) == "A" else tensor.permute(1, 2, 0).flatten(1)
+
+    def as_matrix(self, name: str, tensor: Tensor) -> Tensor:
+        (experts,), kind = self.stack, self.peft_key(name)
+        if kind not in ("A", "B") or tensor.dim() != 2 or tensor.shape["AB".index(kind)] % experts:
+            return tensor
+        if kind == "A":
+            stacked: Tensor = tensor.unflatten(0, (experts, -1))
+        else:
+            stacked = tensor.unflatten(1, (-1, experts)).movedim(2, 0)
+        return stacked.mT if self._peft_turns else stacked
 
     def reading(self, adapter: Any) -> Tensor | None:
         return None if torch.compiler.is_compiling() else adapter.look(self)

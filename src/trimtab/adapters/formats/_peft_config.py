@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import regex
 from torch import Tensor
 
 from trimtab import methods
-from trimtab.adapters.formats._peft_names import target_of
+from trimtab.adapters.formats._peft_names import parameters, target_of
 from trimtab.adapters.safe_read import shown
 
 # A pattern can be made to take hours. Honest ones are short, and all of a configuration take next to no time.
@@ -42,6 +42,17 @@ def options(config: dict[str, Any], modules: dict[str, dict[str, Tensor]]) -> di
         numbers = {"rank": _rank(list(ranks(name)), rank, own.get("A")), "alpha": next(alphas(name), alpha)}
         found[place] = method, kind(**numbers, **common)
     return found
+
+
+def options_on_parameters(
+    config: dict[str, Any], places: Iterable[str]
+) -> dict[str, dict[str, tuple[str, methods.Options]]]:
+    """``place -> parameter -> (method, options)`` for the parameters that ``target_parameters`` may mean there. PEFT's
+    patterns match the names of parameters then. Raises what ``options`` does."""
+    targets = [str(target) for target in list[Any](config.get("target_parameters") or [])]
+    names = {place: parameters(place, targets) for place in places}
+    found = options(config, {full: {} for own in names.values() for full in own.values()})
+    return {place: {parameter: found[full] for parameter, full in own.items()} for place, own in names.items()}
 
 
 def _rank(said: list[Any], default: Any, a: Tensor | None) -> Any:

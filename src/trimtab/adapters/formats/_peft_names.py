@@ -7,10 +7,11 @@ as it stood), what wraps a model (``_orig_mod``, ``_fsdp_wrapped_module``, a lea
 
 from __future__ import annotations
 
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from trimtab import bases
 from trimtab.adapters.safe_read import shown
@@ -86,3 +87,23 @@ def target_of(place: str) -> str:
 def module_of(place: str) -> str:
     """The name of the layer whose tensors are at ``place``, without PEFT's own wrappers around its parents."""
     return place.replace(_INSIDE, ".")
+
+
+def parameters(place: str, targets: Sequence[str]) -> dict[str, str]:
+    """``parameter -> full name`` for those of the module at ``place`` that PEFT's ``target_parameters`` may mean."""
+    module, found = place, {}
+    while module.endswith(f".{_BASE_LAYER}"):
+        module = module.removesuffix(f".{_BASE_LAYER}")
+    for target in targets:
+        holder, _, parameter = target.rpartition(".")
+        if not holder or module == holder or module.endswith(f".{holder}"):
+            found[parameter] = f"{module}.{parameter}"
+    return found
+
+
+def wrapped(name: str, holder: nn.Module, adapted: Container[str]) -> str:
+    """Where PEFT keeps the adapter of the parameter ``name`` of ``holder``: it wraps the module once for each of its
+    parameters in turn, so that the last one is outermost."""
+    module, _, parameter = name.rpartition(".")
+    own = [other for other in holder._parameters if f"{module}.{other}" in adapted]
+    return ".".join([module, *[_BASE_LAYER] * (len(own) - 1 - own.index(parameter))])

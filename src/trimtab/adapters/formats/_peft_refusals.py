@@ -13,7 +13,6 @@ _REFUSED = {
     "modules_to_save": "whole modules stored beside the adapter; merge them into the base with PEFT first",
     "layer_replication": "a base with repeated layers",
     "trainable_token_indices": "trained token embeddings",
-    "target_parameters": "adapters on bare parameters",
     "alora_invocation_tokens": "aLoRA, an adapter that switches on at certain tokens",
     "use_qalora": "QA-LoRA, whose input is pooled",
     "use_bdlora": "block-diagonal LoRA",

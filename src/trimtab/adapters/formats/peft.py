@@ -77,13 +77,13 @@ class PeftFormat(AdapterFormat):
             assert isinstance(handle, WeightBase)
             for key, value in module.adapter.named_parameters():
                 laid_out = handle.in_layout(key, value.detach()).contiguous().clone()
-                tensors[f"{_peft_names.PREFIX}{place}.{handle.peft_names[key]}"] = laid_out
+                tensors[f"{_peft_names.PREFIX}{place}.{handle.peft_names[handle.peft_key(key)]}"] = laid_out
         options = {
             place: {"method": module.method, "options": module.adapter.options.model_dump()}
             for place, module in placed.items()
         }
         save_file(tensors, folder / self.files[1], metadata={"format": "pt", _HEADER: json.dumps(options)})
-        write_json(folder / self.files[0], _configuration(model, placed))
+        write_json(folder / self.files[0], _configuration(model, adapted))
 
     def load(self, folder: Path) -> dict[str, StoredAdapter]:
 
@@ -100,9 +100,11 @@ class PeftFormat(AdapterFormat):
         modules = _peft_names.by_module(weights, tensors)
         with damage_in(path, "configuration"):
             in_config = _peft_config.options(config, modules)
+            on_parameters = _peft_config.options_on_parameters(config, modules)
             in_header = _options_in_header(header) if _HEADER in header else in_config
         every = in_config | in_header
-        odd = [name for name in every if _outputs(in_config.get(name)) != _outputs(in_header.get(name))]
+        choices = {place: [in_config.get(place), *on_parameters.get(place, {}).values()] for place in every}
+        odd = [place for place in every if _outputs(in_header.get(place)) not in map(_outputs, choices[place])]
         if odd:
             raise AdapterError(
                 f"{path} is not the one that {self.files[1]} was saved with: they differ at {len(odd)} modules, "
@@ -111,7 +113,14 @@ class PeftFormat(AdapterFormat):
             )
         return {
             _peft_names.module_of(place): StoredAdapter(
-                *in_header[place], own, base=own.pop(_peft_names.BASE, None), in_layout=True
+                *in_header[place],
+                own,
+                base=own.pop(_peft_names.BASE, None),
+                parameters={
+                    parameter: (in_header[place] if _HEADER in header else said)[1]
+                    for parameter, said in on_parameters[place].items()
+                },
+                in_layout=True,
             )
             for place, own in modules.items()
         }
@@ -127,6 +136,11 @@ def _places(adapted: dict[str, Adapted]) -> dict[str, Adapted] | None:
     for name, module in adapted.items():
         if not isinstance(handle := module.handle, WeightBase) or (place := handle.peft_place(name)) is None:
             return None
+        if handle.is_peft_parameter:
+            # PEFT has no magnitude on parameters, and no dropout of any module beside them.
+            if module.adapter.magnitude is not None or any(one.adapter.options.dropout for one in adapted.values()):
+                return None
+            place = _peft_names.wrapped(name, handle.owner, adapted)
         if (partner := handle.peft_partner(name)) is not None:
             other = adapted.get(partner)
             if other is None or module.adapter.magnitude is not None or _computed(module) != _computed(other):
@@ -137,8 +151,15 @@ def _places(adapted: dict[str, Adapted]) -> dict[str, Adapted] | None:
     return placed
 
 
-def _configuration(model: nn.Module, placed: dict[str, Adapted]) -> dict[str, Any]:
-    adapted = {place: module for place, module in placed.items() if _peft_names.target_of(place) == place}
+def _on_parameter(module: Adapted) -> bool:
+    return isinstance(module.handle, WeightBase) and module.handle.is_peft_parameter
+
+
+def _configuration(model: nn.Module, every: dict[str, Adapted]) -> dict[str, Any]:
+    parameters = {name: module for name, module in every.items() if _on_parameter(module)}
+    placed = _places({name: module for name, module in every.items() if name not in parameters}) or {}
+    modules = {place: module for place, module in placed.items() if _peft_names.target_of(place) == place}
+    adapted = modules | parameters
     options: dict[str, Any] = {name: module.adapter.options for name, module in adapted.items()}
     ranks = {name: one.rank for name, one in options.items()}
     alphas = {name: 2 * one.rank if one.alpha is None else one.alpha for name, one in options.items()}
@@ -146,7 +167,7 @@ def _configuration(model: nn.Module, placed: dict[str, Adapted]) -> dict[str, An
     rank = Counter(ranks.values()).most_common(1)[0][0]
     alpha = Counter(alphas.values()).most_common(1)[0][0]
     first = next(iter(options.values()))
-    weights = [module.handle for module in adapted.values()]
+    weights = [module.handle for module in modules.values()]
     # The class decides, since the configuration of a bare LlamaModel also names a causal model ("architectures").
     kind = type(model).__name__
     return {
@@ -161,8 +182,10 @@ def _configuration(model: nn.Module, placed: dict[str, Adapted]) -> dict[str, An
         "alpha_pattern": {
             _peft_config.exactly(name): _plain(value) for name, value in alphas.items() if value != alpha
         },
-        "target_modules": _targets(model, adapted),
-        "fan_in_fan_out": all(isinstance(base, WeightBase) and base.stored_transposed for base in weights),
+        "target_modules": _targets(model, modules),
+        "target_parameters": sorted(parameters) or None,
+        "fan_in_fan_out": any(weights)
+        and all(isinstance(base, WeightBase) and base.stored_transposed for base in weights),
         "bias": "none",
         "modules_to_save": None,
         "init_lora_weights": True,
