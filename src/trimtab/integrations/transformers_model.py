@@ -111,7 +111,8 @@ def get_adapter_state_dict(
     _require_known(adapter_name)
     with tempfile.TemporaryDirectory() as folder:
         save_adapter(model, folder, state_dict=state_dict)
-        tensors, _ = read_tensors(next(Path(folder).glob("*.safetensors")))
+        [path] = Path(folder).glob("*.safetensors")
+        tensors, _ = read_tensors(path)
     return {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
 
 

@@ -1,0 +1,171 @@
+"""TRL's trainers with an attached model and no peft_config: what they save is an adapter folder, and it is what was
+trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import trimtab
+from adapted_models import logits
+from sampling import sample
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # TRL's own, and what it still asks of transformers
+WORDS = ["<pad>", "<eos>", "<unk>", "the", "harbour", "tug", "buoy", "is", "red", "green", "fast", "slow", "where"]
+IDS = torch.tensor([[3, 4, 7, 8, 10, 11]])
+TEXTS = ["the tug is fast", "the buoy is red", "where is the tug", "slow harbour"]
+RULES = [trimtab.Rule(match="*_proj", method="dora", rank=2), trimtab.Rule(match="*.o_proj", method="dora", rank=3)]
+
+
+@pytest.fixture
+def tokenizer() -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    from trl.trainer import base_trainer
+
+    monkeypatch.setattr(base_trainer, "send_telemetry", lambda **_: None)
+
+
+def model_class(trainer: str) -> Any:
+    from transformers import LlamaForCausalLM, LlamaForSequenceClassification
+
+    return LlamaForSequenceClassification if trainer == "reward" else LlamaForCausalLM
+
+
+def store(trainer: str, folder: Path) -> Path:
+    """The folder of a base: DPO and GRPO load their reference model from it, by its name."""
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(
+        vocab_size=len(WORDS),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=1,
+        num_labels=1,
+    )
+    model_class(trainer)(config).save_pretrained(folder)
+    return folder
+
+
+def make(trainer: str, model: Any, tokenizer: Any, folder: Path, **options: Any) -> Any:
+    import trl
+    from datasets import Dataset
+
+    common = {
+        "output_dir": str(folder),
+        "max_steps": 2,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 0.05,
+        "save_steps": 2,
+        "logging_steps": 100,
+        "report_to": [],
+        "use_cpu": True,
+        "bf16": False,
+        "disable_tqdm": True,
+        **options,
+    }
+    pairs = [{"prompt": "the tug is", "chosen": " fast", "rejected": " green"}] * 4
+    if trainer == "sft":
+        rows = Dataset.from_list([{"text": text} for text in TEXTS])
+        arguments = trl.SFTConfig(max_length=16, **common)
+        return trl.SFTTrainer(model, args=arguments, train_dataset=rows, processing_class=tokenizer)
+    if trainer == "dpo":
+        arguments = trl.DPOConfig(max_length=16, **common)
+        return trl.DPOTrainer(model, args=arguments, train_dataset=Dataset.from_list(pairs), processing_class=tokenizer)
+    if trainer == "grpo":
+        arguments = trl.GRPOConfig(num_generations=2, max_completion_length=4, beta=0.1, **common)
+        return trl.GRPOTrainer(
+            model,
+            reward_funcs=lambda completions, **_: [float(text.count("fast")) - len(text) for text in completions],
+            args=arguments,
+            train_dataset=Dataset.from_list([{"prompt": text} for text in TEXTS]),
+            processing_class=tokenizer,
+        )
+    rows = Dataset.from_list([{"chosen": "the tug is fast", "rejected": "the tug is green"}] * 4)
+    arguments = trl.RewardConfig(max_length=16, **common)
+    return trl.RewardTrainer(model, args=arguments, train_dataset=rows, processing_class=tokenizer)
+
+
+@pytest.mark.parametrize("trainer", sample(["sft", "grpo", "reward", "dpo"], 4, always=["dpo"]))
+def test_a_trainer_saves_what_it_trained(trainer: str, tokenizer: Any, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    base = store(trainer, tmp_path / "base")
+
+    def load() -> Any:
+        return model_class(trainer).from_pretrained(base, dtype=torch.float32)
+
+    model = load()
+    trimtab.attach(model, RULES)
+    made = make(trainer, model, tokenizer, tmp_path / "run")
+    made.train()
+    right = logits(model, IDS)
+    assert not torch.equal(right, logits(load(), IDS))
+    made.save_model(str(tmp_path / "end"))
+    for folder in (tmp_path / "run" / "checkpoint-2", tmp_path / "end"):
+        assert not {"config.json", "model.safetensors"} & {path.name for path in folder.iterdir()}
+        again = load()
+        trimtab.load_adapter(again, folder)
+        assert torch.equal(logits(again, IDS), right)
+        assert torch.allclose(logits(PeftModel.from_pretrained(load(), folder), IDS), right, atol=1e-6)
+
+
+@pytest.mark.full
+def test_a_reward_head_that_was_unfrozen_is_trained_and_saved(tokenizer: Any, tmp_path: Path) -> None:
+    base = store("reward", tmp_path / "base")
+    model = model_class("reward").from_pretrained(base, dtype=torch.float32)
+    trimtab.attach(model, RULES)
+    model.score.requires_grad_(True)
+    before = model.score.weight.detach().clone()
+    make("reward", model, tokenizer, tmp_path / "run").train()
+    assert not torch.equal(model.score.weight, before)
+    again = model_class("reward").from_pretrained(base, dtype=torch.float32)
+    trimtab.load_adapter(again, tmp_path / "run" / "checkpoint-2")
+    assert torch.equal(logits(again, IDS), logits(model, IDS))
+
+
+@pytest.mark.full
+def test_the_bare_model_is_the_reference_of_dpo(tokenizer: Any, tmp_path: Path) -> None:
+    """Its margins are of the log-probabilities with adapters against those without, which the context gives, too."""
+    model = model_class("dpo").from_pretrained(store("dpo", tmp_path / "base"), dtype=torch.float32)
+    trimtab.attach(model, RULES)
+    made = make("dpo", model, tokenizer, tmp_path / "run", precompute_ref_log_probs=True)
+    assert made.ref_model is None, "no second model in memory"
+    with torch.no_grad():
+        before = model(IDS).logits
+    made.train()
+    model.eval()
+    assert not torch.equal(model(IDS).logits, before)
+    with trimtab.disable_adapter(model), torch.no_grad():
+        assert torch.allclose(model(IDS).logits, before, atol=1e-6)
+
+
+@pytest.mark.full
+def test_training_resumes_in_trl(tokenizer: Any, tmp_path: Path) -> None:
+    base = store("sft", tmp_path / "base")
+
+    def attached() -> Any:
+        model = model_class("sft").from_pretrained(base, dtype=torch.float32)
+        trimtab.attach(model, RULES)
+        return model
+
+    model, again = attached(), attached()
+    make("sft", model, tokenizer, tmp_path / "run", max_steps=4).train()
+    resumed = make("sft", again, tokenizer, tmp_path / "again", max_steps=4)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    assert torch.allclose(logits(again, IDS), logits(model, IDS), atol=1e-6)
