@@ -89,6 +89,8 @@ def test_the_module_computes_with_the_effective_weights(method: str, widths: str
         assert torch.allclose(trimtab.effective_weight(model, name), weight, atol=1e-12)
         with torch.no_grad():
             frozen.copy_(weight)
+            if "bias" in tensors:  # full trains what belongs to the weight, too
+                bare.attention.in_proj_bias.copy_(tensors["bias"])
     assert torch.allclose(model(batch()), bare(batch()), atol=1e-12)
     with torch.no_grad():  # torch's fused attention, in eval mode
         assert torch.allclose(model.eval()(batch()), bare(batch()), atol=1e-12)
@@ -228,3 +230,72 @@ def test_compiled() -> None:
             assert got[name] is not None
             assert torch.allclose(got[name], parameter.grad, atol=1e-12)
         stir(model)  # what was compiled must not remember
+
+
+@pytest.mark.parametrize("widths", WIDTHS)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_bias_beside_the_weight(method: str, widths: str, tmp_path: Path) -> None:
+    model, bare = attached(method, widths, bias=True) if method != "full" else attached(method, widths), made(widths)
+    (name,) = (name for name in trimtab.trainable_parameters(model) if name.endswith("adapter.bias"))
+    trained = trimtab.trainable_parameters(model)[name]
+    assert trained.shape == (36,)
+    assert model.attention.in_proj_bias is not model.attention._parameters["in_proj_bias"]
+    for place, module in adapted_modules(model):
+        with torch.no_grad():
+            bare.get_parameter(place).copy_(trimtab.effective_weight(model, place))
+            if module.adapter.bias is not None:
+                bare.attention.in_proj_bias.copy_(trained)
+    outputs = model(batch())
+    assert torch.allclose(outputs, bare(batch()), atol=1e-12)
+    sign = torch.randn_like(outputs)
+    bare.attention.in_proj_bias.requires_grad_()
+    (bare(batch()) * sign).sum().backward()
+    (outputs * sign).sum().backward()
+    assert torch.allclose(trained.grad, bare.attention.in_proj_bias.grad, atol=1e-12)
+    trimtab.save_adapter(model, tmp_path)
+    other = made(widths)
+    trimtab.load_adapter(other, tmp_path)
+    assert torch.equal(other(batch()), outputs)
+    with trimtab.disable_adapter(other):
+        assert torch.allclose(other(batch()), made(widths)(batch()), atol=1e-12)
+    trimtab.detach(other)
+    assert torch.equal(other(batch()), made(widths)(batch()))
+    trimtab.merge(model)
+    assert type(model.attention) is nn.MultiheadAttention
+    assert torch.allclose(model(batch()), outputs, atol=1e-12)
+
+
+def test_a_copy_that_shares_the_adapter_reads_its_own_weight() -> None:
+    """What DataParallel makes of a module: plain tensors where its parameters are."""
+    model = attached("lora", bias=True)
+    replica = model.attention._replicate_for_data_parallel()
+    for name, parameter in model.attention._parameters.items():
+        setattr(replica, name, None if parameter is None else parameter.detach() + 1)
+    assert isinstance(replica, nn.MultiheadAttention)
+    assert torch.allclose(replica.in_proj_weight, model.attention.in_proj_weight + 1, atol=1e-12)
+    assert torch.equal(replica.in_proj_bias, model.attention.in_proj_bias)
+    assert torch.allclose(replica.bias_k, model.attention.bias_k + 1)
+
+
+def test_on_the_meta_device_and_back() -> None:
+    model = attached("dora")
+    with torch.device("meta"):
+        other = Model()
+    trimtab.attach(other, trimtab.Rule(match="*.*proj_weight", method="dora", **METHODS["dora"]))
+    assert other.attention.in_proj_weight.is_meta
+    other = other.double().to_empty(device="cpu")
+    other.load_state_dict(model.state_dict())
+    other.context = model.context
+    assert torch.allclose(other(batch()), model(batch()), atol=1e-12)
+
+
+def test_offloaded() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = attached("dora").eval()
+    with torch.no_grad():
+        outputs = model(batch())
+        accelerate.cpu_offload(
+            model, execution_device=torch.device("cpu"), preload_module_classes=["MultiheadAttention"]
+        )
+        assert model.attention._parameters["in_proj_weight"].is_meta
+        assert torch.allclose(model(batch()), outputs, atol=1e-12)

@@ -243,6 +243,10 @@ class WeightBase(Base):
         """Store ``parameter`` in place of the weight."""
         self.module.weight = parameter
 
+    def replace_bias(self, parameter: nn.Parameter) -> None:
+        """Store ``parameter`` in place of the bias."""
+        self.module.bias = parameter
+
     def untie(self) -> None:
         """Give the module a weight of its own, equal to the one that it shared."""
         self.replace(nn.Parameter(self.parameter.detach().clone(), requires_grad=self.parameter.requires_grad))

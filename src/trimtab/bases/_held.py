@@ -36,16 +36,16 @@ class HeldWeight(nn.Module):
 
 
 def stored(holder: nn.Module, attribute: str) -> Any:
-    """What ``holder`` keeps under ``attribute``: its parameter, or the plain tensor that DataParallel puts there."""
+    """What ``holder`` keeps under ``attribute``: its parameter, or the plain tensor that DataParallel puts there; None
+    if there is neither."""
     own = vars(holder)
-    return own[attribute] if attribute in own else holder._parameters[attribute]
+    return own[attribute] if attribute in own else holder._parameters.get(attribute)
 
 
 class HeldBase(_base.WeightBase):
     """A handle on a weight that hangs directly on a module. The module reads it, so no layer is called."""
 
     module: HeldWeight
-    bias = None
 
     wraps_forward: ClassVar[bool] = False
     """Whether ``around_forward`` is entered for each forward pass of the holder."""
@@ -53,6 +53,20 @@ class HeldBase(_base.WeightBase):
     @property
     def parameter(self) -> nn.Parameter:
         return self.module.weight  # type: ignore[return-value]
+
+    @property
+    def bias_attribute(self) -> str | None:
+        """The parameter of the holder that it adds to what this weight gives; None if it has none."""
+        return None
+
+    @property
+    def bias(self) -> Tensor | None:
+        bias: Tensor | None = None if self.bias_attribute is None else stored(self.owner, self.bias_attribute)
+        return bias
+
+    def replace_bias(self, parameter: nn.Parameter) -> None:
+        assert self.bias_attribute is not None
+        self.owner._parameters[self.bias_attribute] = parameter
 
     @property
     def is_called(self) -> bool:

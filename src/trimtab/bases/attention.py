@@ -29,6 +29,12 @@ class AttentionBase(_held.DenseHeldBase):
     def parts(module: nn.Module) -> Sequence[str]:
         return ["out_proj"] if isinstance(module, nn.MultiheadAttention) else ()
 
+    @property
+    def bias_attribute(self) -> str | None:
+        # There is one bias for all three projections, whether they are stacked or not.
+        first = self.module.attribute in ("in_proj_weight", "q_proj_weight")
+        return "in_proj_bias" if first and _held.stored(self.owner, "in_proj_bias") is not None else None
+
     def peft_place(self, name: str) -> str | None:
         """PEFT wraps the attention: its own tensors are those of ``in_proj_weight``."""
         holder, _, attribute = name.rpartition(".")

@@ -161,6 +161,13 @@ class AdaptedParameter(AdaptedLayer):
         shown = handle.reading(self.adapter)
         return handle.read(self.adapter) if shown is None else shown
 
+    def read_bias(self, holder: nn.Module) -> Tensor | None:
+        """The same for the bias that is trained beside the weight."""
+        handle = self.handle.on(holder)
+        adapter: Any = self.adapter
+        bias: Tensor | None = handle.bias if self.off else adapter.bias_of(handle)
+        return bias
+
 
 class AdaptedBlock(Adapted):
     """A frozen block with an adapter that changes the hidden state in its output.

@@ -26,20 +26,24 @@ class _Shown(NamedTuple):
     """What is changed about a class."""
 
     kind: type[nn.Module]
-    attributes: tuple[str, ...] = ()
+    attributes: tuple[tuple[str, str], ...] = ()
+    """Each with that of the weight whose adapter computes what it shows: the weight's own, or that of its bias."""
     wraps_forward: bool = False
 
 
-def hold(holder: nn.Module, attribute: str, adapted: nn.Module) -> None:
-    """Put ``adapted`` onto ``holder``: from now on, ``attribute`` shows the effective weight."""
+def hold(holder: nn.Module, attribute: str, adapted: Any) -> None:
+    """Put ``adapted`` onto ``holder``: from now on, ``attribute`` shows the effective weight, and the attribute of a
+    bias that is trained with it the trained one."""
     holder._modules[attribute + SUFFIX] = adapted
-    _show(holder, {*_shown(holder).attributes, attribute})
+    bias = None if adapted.adapter.bias is None else adapted.handle.bias_attribute
+    shown = {attribute} if bias is None else {attribute, bias}
+    _show(holder, {*_shown(holder).attributes, *((name, attribute) for name in shown)})
 
 
 def let_go(holder: nn.Module, attribute: str) -> None:
     """Take the adapter off ``attribute``. The module is of its own class again once the last one is gone."""
     del holder._modules[attribute + SUFFIX]
-    _show(holder, {*_shown(holder).attributes} - {attribute})
+    _show(holder, {shown for shown in _shown(holder).attributes if shown[1] != attribute})
 
 
 def own_class(module: nn.Module) -> type[nn.Module]:
@@ -52,9 +56,9 @@ def _shown(holder: nn.Module) -> _Shown:
     return shown
 
 
-def _show(holder: nn.Module, attributes: set[str]) -> None:
+def _show(holder: nn.Module, attributes: set[tuple[str, str]]) -> None:
     kind = own_class(holder)
-    children: list[Any] = [holder._modules[attribute + SUFFIX] for attribute in sorted(attributes)]
+    children: list[Any] = [holder._modules[weight + SUFFIX] for _, weight in attributes]
     wanted = _Shown(kind, tuple(sorted(attributes)), any(child.handle.wraps_forward for child in children))
     holder.__class__ = _holder_class(wanted) if attributes else kind
 
@@ -71,7 +75,7 @@ def _holder_class(shown: _Shown) -> type[nn.Module]:
         return reduced
 
     members = {
-        **{attribute: _effective(attribute) for attribute in shown.attributes},
+        **{attribute: _effective(attribute, weight) for attribute, weight in shown.attributes},
         "__module__": kind.__module__,
         "__qualname__": kind.__qualname__,
         "__doc__": kind.__doc__,
@@ -95,8 +99,8 @@ def _wrapped(shown: _Shown) -> Any:
     @wraps(inner)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         with ExitStack() as around:
-            for attribute in shown.attributes:
-                adapted: Any = self._modules[attribute + SUFFIX]
+            for weight in {weight: None for _, weight in shown.attributes}:
+                adapted: Any = self._modules[weight + SUFFIX]
                 handle: HeldBase = adapted.handle.on(self)
                 around.enter_context(handle.around_forward(adapted.adapter))
             return inner(self, *args, **kwargs)
@@ -104,13 +108,13 @@ def _wrapped(shown: _Shown) -> Any:
     return forward
 
 
-def _effective(attribute: str) -> property:
-    """A property that shows the effective weight of the parameter ``attribute``."""
+def _effective(attribute: str, weight: str) -> property:
+    """A property that shows what the parameter ``attribute`` is with the adapter of ``weight``."""
 
     def read(self: nn.Module) -> Tensor:
-        adapted: Any = self._modules[attribute + SUFFIX]
+        adapted: Any = self._modules[weight + SUFFIX]
         try:
-            shown: Tensor = adapted.read(self)
+            shown: Tensor = adapted.read(self) if attribute == weight else adapted.read_bias(self)
         except AttributeError as error:  # nn.Module would go on to look for the name, and find the frozen parameter
             raise RuntimeError(f"{attribute}: the effective weight cannot be computed: {error}") from error
         return shown

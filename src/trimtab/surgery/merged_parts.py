@@ -50,7 +50,7 @@ def merged_parts(module: Adapted) -> Iterator[MergedPart]:
             )
         bias: Tensor | None = adapter.bias
         if bias is not None and handle.bias is not None:
-            yield _copied(partial(getattr, handle, "bias"), bias, partial(setattr, handle.module, "bias"))
+            yield _copied(partial(getattr, handle, "bias"), bias, handle.replace_bias)
     elif isinstance(module, AdaptedModule):
         for name, tensor in adapter.stored_tensors().items():
             yield _copied(partial(_own, module, name), tensor, partial(module.handle.hang, name))
