@@ -55,7 +55,6 @@ REFUSED = {
     "alora_invocation_tokens": [1, 2],
     "layer_replication": [[0, 2], [1, 2]],
     "trainable_token_indices": [0, 5],
-    "lora_bias": True,
     "use_bdlora": {"nblocks": 2},
     "arrow_config": {"top_k": 2},
     "kasa_config": {"beta": 1e-4},
@@ -89,6 +88,33 @@ def test_starts_that_change_the_base_are_refused(start: str, saved: tuple[nn.Mod
 def test_other_kinds_of_adapter_are_refused(kind: Any, saved: tuple[nn.Module, Path], tiny_llama: Make) -> None:
     edit_json(saved[1] / PEFT_FILES[0], peft_type=kind)
     with pytest.raises(AdapterError, match="only LORA"):
+        trimtab.load_adapter(tiny_llama(), saved[1])
+
+
+@pytest.mark.parametrize(
+    ("start", "alone"),
+    [("pissa", True), ("OLoRA", True), ("pissa_niter_16", False), ("corda", False), ("loftq", False)],
+)
+def test_a_changed_base_comes_with_the_way_to_convert(
+    start: str, alone: bool, saved: tuple[nn.Module, Path], tiny_llama: Make
+) -> None:
+    """The first way is PEFT's own and needs the adapter of before the training; the second does where PEFT repeats the
+    start exactly."""
+    edit_json(saved[1] / PEFT_FILES[0], init_lora_weights=start)
+    with pytest.raises(AdapterError) as caught:
+        trimtab.load_adapter(tiny_llama(), saved[1])
+    assert "save_pretrained(FOLDER, path_initial_model_for_weight_conversion=START)" in str(caught.value)
+    assert ("merge_and_unload().save_pretrained(MERGED)" in str(caught.value)) == alone
+
+
+@pytest.mark.parametrize(("kind", "said"), [("XLORA", "mixes several"), ("ADALORA", "AdaLoRA"), ("LOHA", "LoHa")])
+def test_other_methods_are_named_with_the_way_to_approximate_them(
+    kind: str, said: str, saved: tuple[nn.Module, Path], tiny_llama: Make
+) -> None:
+    edit_json(saved[1] / PEFT_FILES[0], peft_type=kind)
+    with pytest.raises(
+        AdapterError, match=rf"peft_type is {kind} \(.*{said}.*\); only LORA .*peft\.save_as_lora\(FOLDER"
+    ):
         trimtab.load_adapter(tiny_llama(), saved[1])
 
 
@@ -257,6 +283,10 @@ def test_a_switch_that_does_not_fit_the_tensors(
         ({r"^model\.layers\.1\.self_attn\.v_proj": 5}, {"1.v_proj"}),
         ({r"layers\.[01]\.self_attn\.(q|k)_proj": 5}, {"0.q_proj", "1.q_proj"}),
         ({r"layers\.\d+\..*v_proj$": 5}, {"0.v_proj", "1.v_proj"}),
+        ({r"layers\.\d{1,2}\..*v_proj": 5}, {"0.v_proj", "1.v_proj"}),
+        ({r"(\w{1,6}\.){1,3}[01]\.\w{9}\.q_pro{,1}j": 5}, {"0.q_proj", "1.q_proj"}),
+        ({r"layers\.\d{2}\..*v_proj": 5}, set()),
+        ({r"layers\.1\.[a-z_{}]+\.v_proj": 5}, {"1.v_proj"}),
         ({"q_proj|v_proj": 5}, {"0.q_proj", "1.q_proj", "0.v_proj", "1.v_proj"}),
         ({"q": 5, "": 5}, set()),
         ({"k_proj": 5}, set()),
@@ -293,6 +323,20 @@ def test_the_first_pattern_decides_and_ranks_are_read_alike(saved: tuple[nn.Modu
     }
     assert {(one.rank, one.rank_stabilised) for one in options(fresh).values()} == {(2, True)}
     assert options(fresh)["0.q_proj"].scale == pytest.approx(4.5 / 2**0.5)
+
+
+def test_where_two_patterns_match_the_one_that_has_the_stored_rank_is_read(
+    saved: tuple[nn.Module, Path], tiny_llama: Make
+) -> None:
+    """PEFT sorts the patterns as it saves them: the first of the two was the second when the adapter was made."""
+    _, folder = saved
+    edit_json(folder / PEFT_FILES[0], r=9, rank_pattern={r"layers\.1\..*": 5, "q_proj": 2, "v_proj": 2})
+    fresh = tiny_llama()
+    trimtab.load_adapter(fresh, folder)
+    assert {one.rank for one in options(fresh).values()} == {2}
+    edit_json(folder / PEFT_FILES[0], r=2, rank_pattern={r"layers\.1\..*": 5})  # the only pattern is no second opinion
+    with pytest.raises(AdapterError, match=r"q_proj\.A: expected \[5, 16\], got \[2, 16\]"):
+        trimtab.load_adapter(tiny_llama(), folder)
 
 
 def test_patterns_of_many_whole_names_are_quick() -> None:

@@ -393,8 +393,12 @@ def test_plan_in_tables(cli: Any, make_yaml: Callable[..., Path]) -> None:
     assert "model.layers.1.self_attn.v_proj" not in result.out
     assert "\x1b" not in result.out
     assert not list(yaml.parent.glob("run/*"))
+    assert re.search(r"^not reached by any rule: [\d,]+ numbers in \d kinds: .*Linear [\d,]+", result.out, re.MULTILINE)
     without = cli("plan", yaml)
     assert "self_attn" not in without.out
+    narrow = cli("plan", yaml, "plan.0.match=all-linear", "plan.0.rank=20")  # v_proj has 16 outputs
+    assert narrow.code == 0, narrow.err
+    assert re.search(r"^rank lowered to the largest that fits: .*k_proj 16, ", narrow.out, re.MULTILINE)
 
 
 # --- analyze

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import trimtab
-from adapter_tools import PEFT_FILES
+from adapter_tools import PEFT_FILES, assert_unchanged, state_of
+from trimtab import AdapterError
 
 CLOSE: dict[str, Any] = {"rtol": 0, "atol": 1e-10}
 
@@ -45,6 +46,22 @@ class Narrow(nn.Module):
         return torch.randn(5, 6)
 
 
+class Biased(nn.Module):
+    """Linear layers with biases, of nn.Linear and of transformers' Conv1D."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.leave = nn.Linear(6, 9), Conv1D(4, 9)
+        nn.init.normal_(self.leave.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.leave(torch.tanh(self.enter(x)))
+
+    @staticmethod
+    def inputs() -> Tensor:
+        return torch.randn(5, 6)
+
+
 class Encoder(nn.Module):
     """Two blocks of torch's own transformer, whose attention reads its projections."""
 
@@ -64,6 +81,11 @@ class Encoder(nn.Module):
 CASES: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "ranks above the matrix": (Narrow, {"target_modules": ["enter", "gate", "leave"], "r": 4}),
     "ranks above the matrix, DoRA": (Narrow, {"target_modules": ["gate", "leave"], "r": 11, "use_dora": True}),
+    "a bias in B": (Biased, {"target_modules": ["enter", "leave"], "r": 3, "lora_bias": True}),
+    "a bias in B, rank-stabilised": (
+        Biased,
+        {"target_modules": ["leave"], "r": 2, "lora_bias": True, "use_rslora": True, "alpha_pattern": {"leave": 3}},
+    ),
     "attention": (Encoder, {"target_modules": ["self_attn"], "r": 3}),
     "attention and linear": (Encoder, {"target_modules": ["self_attn", "linear2"], "r": 2, "use_rslora": True}),
     "attention with a rank of its own": (
@@ -115,7 +137,7 @@ def test_a_folder_of_peft_gives_its_outputs_here_and_merged(case: str, tmp_path:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [case for case in CASES if "bias" not in case])
 def test_our_folder_gives_our_outputs_in_peft_and_again_here(case: str, tmp_path: Path) -> None:
     base, x, _ = folder_of_peft(*CASES[case], tmp_path / "theirs")
     model = copy.deepcopy(base)
@@ -159,3 +181,11 @@ def test_attention_that_peft_cannot_express_is_kept_in_our_format(rules: list[An
     trimtab.load_adapter(base, tmp_path)
     x = Encoder.inputs().double()
     assert torch.equal(base(x), model(x))
+
+
+def test_a_bias_in_b_of_a_layer_without_one_is_refused(tmp_path: Path) -> None:
+    base, *_ = folder_of_peft(Narrow, {"target_modules": ["leave"], "r": 2, "lora_bias": True}, tmp_path)
+    before = state_of(base)
+    with pytest.raises(AdapterError, match=r"leave: its update has a bias .*the layer has none that could take it up"):
+        trimtab.load_adapter(base, tmp_path)
+    assert_unchanged(base, before)

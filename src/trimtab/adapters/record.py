@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from trimtab.bases import Base, WeightBase
-from trimtab.methods import Options
+from trimtab.errors import PlanError
+from trimtab.methods import Options, lora, method_class
+
+B_BIAS = "B.bias"
+"""The tensor of an update ``s (B A x + b)`` that stands for ``b [out]``, until it is one with the layer's bias."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +38,23 @@ class StoredAdapter:
             return self
         own = {handle.peft_key(name): tensor for name, tensor in self.tensors.items()}
         tensors = {name: handle.as_matrix(name, tensor) for name, tensor in own.items()}
+        if B_BIAS in tensors and handle.bias is not None and isinstance(self.options, lora.Options):
+            # s (B A x + b) beside the layer's bias: one bias, trained.
+            bias = handle.bias.detach().to("cpu", torch.promote_types(handle.bias.dtype, torch.float32))
+            tensors["bias"] = bias + self.options.scale * tensors.pop(B_BIAS)
         return replace(self, tensors=tensors, in_layout=False)
 
-    def has_rank(self, shape: tuple[int, int]) -> bool:
+    def require_fit(self, handle: Base) -> None:
+        """Raise PlanError for what the layer of ``handle`` cannot have: a rank above the matrix's that the tensors do
+        not have, or a bias in the update of a layer that has none."""
+        if not isinstance(handle, WeightBase):
+            return
+        if not self._has_rank(handle.shape):
+            method_class(self.method).require_fit(self.options, handle.shape)
+        if B_BIAS in self.tensors and handle.bias is None:
+            raise PlanError("its update has a bias (PEFT's lora_bias), and the layer has none that could take it up")
+
+    def _has_rank(self, shape: tuple[int, int]) -> bool:
         """Whether the tensors ``A`` and ``B`` are of the options' rank on a weight, or a stack of weights, of ``shape``
         ``(out, in)``."""
         rank, a, b = getattr(self.options, "rank", 0), self.tensors.get("A"), self.tensors.get("B")

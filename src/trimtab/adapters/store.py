@@ -205,8 +205,8 @@ def _targets(
 ) -> list[Target]:
     """The stored modules as targets. Their names are not matched as globs, since they may contain any character.
 
-    Raises AdapterError if some module is of a kind that cannot be adapted, and PlanError for a rank above the matrix's
-    that the tensors do not have.
+    Raises AdapterError if some module is of a kind that cannot be adapted, and PlanError if an adapter cannot be one of
+    its layer.
     """
     names: dict[int, list[str]] = defaultdict(list)
     for name, module in known.items():
@@ -219,11 +219,10 @@ def _targets(
         if handle is None:
             unknown.append((name, rule))
             continue
-        if isinstance(handle, bases.WeightBase) and not entry.has_rank(handle.shape):
-            try:
-                rule.method_class.require_fit(entry.options, handle.shape)
-            except PlanError as error:
-                raise PlanError(f"{name}: {error}") from None
+        try:
+            entry.require_fit(handle)
+        except PlanError as error:
+            raise PlanError(f"{name}: {error}") from None
         targets.append(
             Target(
                 tuple(names[id(module)]),

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from trimtab import methods
 from trimtab.adapters.formats._peft_names import parameters, target_of
+from trimtab.adapters.record import B_BIAS
 from trimtab.adapters.safe_read import shown
 
 # A pattern can be made to take hours. Honest ones are short, and all of a configuration take next to no time.
 _SECONDS_FOR_PATTERNS = 10.0
 _LONGEST_PATTERN = 1000
 # A part that is repeated n times is compiled n times, and repeats of repeats multiply.
-_MOST_REPEATS = 100
+_LONGEST_WRITTEN_OUT = 100_000
 _REPEAT = re.compile(r"\{(\d*)(?:,(\d*))?\}")
 
 
@@ -39,7 +40,11 @@ def options(config: dict[str, Any], modules: dict[str, dict[str, Tensor]]) -> di
     found = {}
     for place, own in modules.items():
         name = target_of(place)
-        numbers = {"rank": _rank(list(ranks(name)), rank, own.get("A")), "alpha": next(alphas(name), alpha)}
+        numbers: dict[str, Any] = {
+            "rank": _rank(list(ranks(name)), rank, own.get("A")),
+            "alpha": next(alphas(name), alpha),
+            "bias": B_BIAS in own,
+        }
         found[place] = method, kind(**numbers, **common)
     return found
 
@@ -82,8 +87,8 @@ def values(patterns: dict[str, Any]) -> Callable[[str], Iterator[Any]]:
     end = time.monotonic() + _SECONDS_FOR_PATTERNS
     compiled = []
     for key, value in patterns.items():
-        if len(key) > _LONGEST_PATTERN or _repeats(key) > _MOST_REPEATS:
-            raise ValueError(f"the pattern {shown(key)} is too long, or counts repeats beyond {_MOST_REPEATS}")
+        if len(key) > _LONGEST_PATTERN or len(key) * _repeats(key) > _LONGEST_WRITTEN_OUT:
+            raise ValueError(f"the pattern {shown(key)} is too long, or counts repeats that make it so")
         if time.monotonic() > end:
             raise _too_slow(key)
         try:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Container, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from trimtab import bases
+from trimtab.adapters.record import B_BIAS
 from trimtab.adapters.safe_read import shown
 from trimtab.errors import AdapterError
 
@@ -33,7 +34,7 @@ class _Key(NamedTuple):
     adapter: str | None
 
 
-def by_module(weights: Path, tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+def by_module(weights: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[str, dict[str, Tensor]]:
     """``place -> our name of the tensor -> tensor``. Raises AdapterError for a tensor that does not belong there, and
     for tensors of more than one adapter."""
     modules: dict[str, dict[str, Tensor]] = {}
@@ -41,6 +42,8 @@ def by_module(weights: Path, tensors: dict[str, Tensor]) -> dict[str, dict[str, 
     names = bases.peft_names()
     # Older PEFT releases added ".weight" to the magnitude's name, and some gave it a second axis.
     ours = names | {f"{MAGNITUDE}.weight": "magnitude", BASE: BASE}
+    if config.get("lora_bias"):
+        ours["lora_B.bias"] = B_BIAS
     keys = {key: _parsed(key, ours) for key in tensors}
     for key in sorted(keys, key=lambda key: (parsed := keys[key]) is not None and parsed.adapter is not None):
         parsed, tensor = keys[key], tensors[key]

@@ -16,7 +16,6 @@ _REFUSED = {
     "alora_invocation_tokens": "aLoRA, an adapter that switches on at certain tokens",
     "use_qalora": "QA-LoRA, whose input is pooled",
     "use_bdlora": "block-diagonal LoRA",
-    "lora_bias": "a bias inside the update",
     "arrow_config": "Arrow, which routes each token to one of several adapters",
     "kasa_config": "KaSA",
     "velora_config": "VeLoRA",

@@ -97,7 +97,7 @@ class PeftFormat(AdapterFormat):
                 "save the adapter once with PEFT (safe_serialization=True) where you trust it"
             )
         tensors, header = read_tensors(weights)
-        modules = _peft_names.by_module(weights, tensors)
+        modules = _peft_names.by_module(weights, tensors, config)
         with damage_in(path, "configuration"):
             in_config = _peft_config.options(config, modules)
             on_parameters = _peft_config.options_on_parameters(config, modules)
