@@ -85,8 +85,8 @@ def test_outputs_and_gradients_are_those_of_the_bare_model_with_the_effective_we
     name: str, implementation: str, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     formed: list[int] = []
-    dense = _stack.StackPass.dense
-    monkeypatch.setattr(_stack.StackPass, "dense", lambda self: formed.append(1) or dense(self))
+    read = _stack.StackPass.read
+    monkeypatch.setattr(_stack.StackPass, "read", lambda self: formed.append(1) or read(self))
     bare = made(name, torch.float64, implementation)
     model = copy.deepcopy(bare)
     attached(model, method)

@@ -45,16 +45,18 @@ class ExpertsBase(_held.HeldBase):
         turned = getattr(self.owner, "is_transposed", None)
         return bool(turned) if turned is not None else type(self.owner).__name__ in _TURNED
 
-    @property
-    def stack(self) -> tuple[int, ...]:
+    def require(self) -> None:
         parameter = self.parameter
-        if type(parameter.data) is not Tensor or parameter.dtype not in _base.DENSE or parameter.dim() != 3:
+        if not _base.is_plain(parameter) or parameter.dim() != 3:
             raise PlanError(
                 f"experts that are stored quantised ({str(parameter.dtype).removeprefix('torch.')} "
                 f"{list(parameter.shape)} of a {type(self.owner).__name__}) cannot be adapted; load the model "
                 "dequantised (for gpt-oss: quantization_config=Mxfp4Config(dequantize=True)), or leave them out"
             )
-        return (parameter.shape[0],)
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        return (self.parameter.shape[0],)
 
     @property
     def shape(self) -> tuple[int, int]:

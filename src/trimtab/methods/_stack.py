@@ -4,8 +4,8 @@ A model keeps its experts in one tensor ``[experts, out, in]`` and multiplies ro
 expert after the other, or all in one grouped or batched product (transformers' ``experts_implementation``), or as its
 authors wrote it. A look at the tensor gives an ``EffectiveStack``, which stands for the effective weights without
 holding them. Multiplied with rows, it sends these through the frozen weight and the factors of their experts
-(``frozen_linear``). For whatever else is done with it, the effective weights are computed by the plain formula, with
-their gradient.
+(``frozen_linear``). For whatever else is done with it, it gives way to the stand-in that is read of any layer
+(``ops.read_weight``), which computes the effective weights by the plain formula, with their gradient.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from torch import Tensor
 
 from trimtab.bases import WeightBase
 from trimtab.ops.autocast import without_autocast
-from trimtab.ops.decomposition import across
 from trimtab.ops.dropout import draw_keep
 from trimtab.ops.expert_rows import ChosenRows, SortedRows, StackMap
 from trimtab.ops.frozen_linear import frozen_linear
@@ -49,7 +48,7 @@ class StackPass:
     def __init__(self, adapter: Any, base: WeightBase) -> None:
         self.weight = base.weight()
         self._adapter, self._base = adapter, base
-        self._dense: dict[bool, Tensor] = {}
+        self._read: dict[bool, Tensor] = {}
 
     @property
     def trains(self) -> bool:
@@ -119,22 +118,24 @@ class StackPass:
             compute=options.compute,
         )
 
-    def dense(self) -> Tensor:
-        """The effective weights ``[experts, out, in]`` in the dtype of the stack, differentiable."""
-        key = torch.is_grad_enabled()
-        if key and self._adapter.training and self._adapter.options.dropout:
+    def read(self) -> Tensor:
+        """The effective weights as the module stores its own, with their gradient: what is read of any layer."""
+        grads = torch.is_grad_enabled()
+        if grads and self._adapter.training and self._adapter.options.dropout:
             raise RuntimeError(
                 "trimtab: dropout acts on the input of the update, and this model multiplies its experts in a way of "
                 "which we know no input; set dropout: 0 on the rule"
             )
-        if key not in self._dense:
-            adapter, weight = self._adapter, self.weight
-            with without_autocast(weight):
-                total = adapter.total(weight.to(torch.promote_types(weight.dtype, torch.float32)))
-                if (ratio := adapter.ratio(weight, self._base)) is not None:
-                    total = total * across(ratio, adapter.options.magnitude_axis)
-            self._dense[key] = total.to(weight.dtype)
-        return self._dense[key]
+        if grads not in self._read:
+            self._read[grads] = self._base.read(self._adapter)
+        return self._read[grads]
+
+    def dense(self, chosen: int | Tensor | None, turned: bool) -> Tensor:
+        """The effective weights of the experts that are ``chosen`` (None: all), ``turned`` to ``[..., in, out]`` or
+        not."""
+        weight = self.read()
+        weight = weight if chosen is None else weight[chosen]
+        return weight if turned == self._base.stored_transposed else weight.mT
 
 
 @contextmanager
@@ -151,7 +152,7 @@ def look(adapter: Any, base: WeightBase) -> Tensor:
     """What a look at the stack of ``base`` gives: the effective weights, laid out as the frozen ones are."""
     through = adapter.stack_pass or StackPass(adapter, base)
     if adapter.trains_base:
-        return base.as_stored(through.dense())
+        return through.read()
     return EffectiveStack(through, base.parameter, turned=base.stored_transposed)
 
 
@@ -188,10 +189,7 @@ class EffectiveStack(Tensor):
 
     def dense(self) -> Tensor:
         """The effective weights, as they are laid out here."""
-        weight = self._through.dense()
-        if self._chosen is not None:
-            weight = weight[self._chosen]
-        return weight.mT if self._turned else weight
+        return self._through.dense(self._chosen, self._turned)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -134,7 +134,9 @@ class SortedRows(StackMap):
     def __init__(self, weight: Tensor, frozen: Frozen, ends: Tensor) -> None:
         super().__init__(weight, frozen)
         self._ends = ends
-        self._in_turn = ends.device.type == "cpu"
+        self._in_turn = (
+            ends.device.type == "cpu" and type(ends) is Tensor
+        )  # while a step is traced, ends have no values
         self._stops = ends.tolist() if self._in_turn else []
 
     def repeated(self, times: int) -> StackMap:
