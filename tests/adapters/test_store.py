@@ -143,6 +143,16 @@ def test_an_adapter_of_a_block_on_a_layer(tmp_path: Path) -> None:
         trimtab.load_adapter(layers, tmp_path)
 
 
+def test_the_adapters_in_folders_inside_are_named(tiny_llama: Make, tmp_path: Path) -> None:
+    """As PEFT saves a model with several adapters."""
+    for name in ("legal", "fr"):
+        trimtab.save_adapter(trained(tiny_llama(), Rule(match="*.v_proj", method="lora", rank=2)), tmp_path / name)
+    with pytest.raises(
+        AdapterError, match=rf"no adapter here; .* inside of it there is: {tmp_path}/fr, {tmp_path}/legal"
+    ):
+        trimtab.load_adapter(tiny_llama(), tmp_path)
+
+
 def test_a_smaller_matrix_than_the_rank(tiny_llama: Make, tmp_path: Path) -> None:
     trimtab.save_adapter(trained(tiny_llama(), Rule(match="*.v_proj", method="lora", rank=8)), tmp_path)
     model = tiny_llama(num_attention_heads=4)  # v_proj: 4 x 16

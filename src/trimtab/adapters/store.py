@@ -180,6 +180,9 @@ def _format_of(place: Path) -> AdapterFormat:
         expected = " or ".join(f"{one.files[0]} ({one.label})" if one.label else one.files[0] for one in known)
         left = [one.files[1] for one in known if (place / one.files[1]).is_file()]
         hint = f". There is {left[0]} without its configuration: a save that was cut off" if left else ""
+        # PEFT keeps an adapter of a name other than "default" in a folder of that name inside.
+        inside = sorted(str(found.parent) for one in known for found in place.glob(f"*/{one.files[0]}"))
+        hint = f". In folders inside of it there is: {', '.join(inside[:5])}" if inside else hint
         raise AdapterError(f"{place}: no adapter here; expected {expected}{hint}")
     return present[0]
 
