@@ -43,21 +43,13 @@ def model_class(trainer: str) -> Any:
     return LlamaForSequenceClassification if trainer == "reward" else LlamaForCausalLM
 
 
-def store(trainer: str, folder: Path) -> Path:
+def store(trainer: str, folder: Path, **changes: int) -> Path:
     """The folder of a base: DPO and GRPO load their reference model from it, by its name."""
     from transformers import LlamaConfig
 
-    config = LlamaConfig(
-        vocab_size=len(WORDS),
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=1,
-        num_labels=1,
-    )
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, **changes}
+    marks = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
+    config = LlamaConfig(vocab_size=len(WORDS), num_labels=1, **sizes, **marks)
     model_class(trainer)(config).save_pretrained(folder)
     return folder
 
@@ -153,6 +145,26 @@ def test_the_bare_model_is_the_reference_of_dpo(tokenizer: Any, tmp_path: Path) 
     assert not torch.equal(model(IDS).logits, before)
     with trimtab.disable_adapter(model), torch.no_grad():
         assert torch.allclose(model(IDS).logits, before, atol=1e-6)
+
+
+@pytest.mark.full
+def test_magnitudes_on_a_4_bit_base_are_not_rounded(tokenizer: Any, tmp_path: Path) -> None:
+    """TRL casts the factors to bfloat16, as it does PEFT's; a magnitude would not move in it."""
+    from transformers import BitsAndBytesConfig
+
+    base = store("sft", tmp_path / "base", hidden_size=64, intermediate_size=64)
+    quantised = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = model_class("sft").from_pretrained(base, quantization_config=quantised, device_map="cpu")
+    trimtab.attach(model, RULES)
+    magnitude = model.model.layers[0].mlp.up_proj.adapter.magnitude
+    start = magnitude.detach().clone()
+    made = make("sft", model, tokenizer, tmp_path / "run", learning_rate=1e-5)
+    assert magnitude.dtype == torch.bfloat16
+    made.create_optimizer()
+    assert magnitude.dtype == torch.float32
+    assert torch.equal(magnitude, start)
+    made.train()
+    assert not torch.equal(magnitude, start)
 
 
 @pytest.mark.full

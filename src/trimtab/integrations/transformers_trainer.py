@@ -2,7 +2,7 @@
 adapter folders, from which it resumes and takes the best model.
 
 How a model is saved, transformers asks the model (`transformers_model.py`). How it is loaded, and how a model is saved
-that is not transformers', is decided in ``Trainer`` itself, so three of its methods are wrapped, once in a process.
+that is not transformers', is decided in ``Trainer`` itself, so some of its methods are wrapped, once in a process.
 For a model without our adapters they do what they did.
 """
 
@@ -18,6 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import nn
 
 from trimtab.adapters.store import holds_adapter, load_adapter, save_adapter
@@ -46,6 +47,7 @@ def teach(trainer: Any) -> None:
         ("_save", _saving),
         ("_load_from_checkpoint", _loading_a_checkpoint),
         ("_load_best_model", _loading_the_best),
+        ("create_optimizer", _creating_the_optimizer),
     ):
         method = getattr(trainer, name)
         if not hasattr(method, "trimtab_wraps"):
@@ -95,6 +97,33 @@ def _loading_the_best(method: Callable[..., None]) -> Callable[..., None]:
         load_adapter(adapted, folder)
 
     return _load_best_model
+
+
+def _creating_the_optimizer(method: Callable[..., Any]) -> Callable[..., Any]:
+    def create_optimizer(self: Any, *args: Any, **kwargs: Any) -> Any:
+        model = _adapted(self.model)
+        if model is not None and getattr(model, "is_quantized", False):
+            _restore_magnitudes(model)
+        return method(self, *args, **kwargs)
+
+    return create_optimizer
+
+
+@torch.no_grad()
+def _restore_magnitudes(model: nn.Module) -> None:
+    """Give magnitudes their own dtype again.
+
+    TRL casts whatever trains on a quantised base to bfloat16, PEFT's magnitudes excepted, which it knows by their name:
+    a magnitude's steps are often smaller than bfloat16 can hold, and it would never move. One that has only been
+    rounded from where it starts goes back there.
+    """
+    for _, module in adapted_modules(model):
+        adapter: Any = module.adapter
+        magnitude = adapter._parameters.get("magnitude")
+        if magnitude is not None and magnitude.dtype != adapter.dtype:
+            start = adapter.square_norms(module.handle).sqrt().to(adapter.dtype)
+            rounded_only = start.to(magnitude.dtype) == magnitude
+            magnitude.data = torch.where(rounded_only, start, magnitude.to(adapter.dtype))
 
 
 class _TeachesOnImport(importlib.abc.MetaPathFinder):
