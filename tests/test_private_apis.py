@@ -23,6 +23,7 @@ TESTED = {
     *("_disabled_torch_function_impl", "_get_tracing_state", "_C"),
     *("_compiled_call_impl", "_call_impl", "_dynamo", "_functorch", "_subclasses", "_python_dispatch"),
     *("_is_avx512_bf16_supported", "_is_amx_tile_supported", "_cdata", "_local_scalar_dense", "_unsafe_view"),
+    *("_NormBase", "_non_persistent_buffers_set"),
     *("_make_wrapper_subclass", "_foreach_lerp_", "_convert_weight_packed_for_cpu_inverse"),
 }
 # Promised in their documentation, for all that: of named tuples, and of the operating system.
@@ -79,6 +80,36 @@ def test_the_tables_of_a_module() -> None:
     assert model[0] is other, without("torch", "Module._modules, by which a module is replaced,")
     assert set(layer._parameters) == {"weight", "bias"}, without("torch", "Module._parameters")
     assert set(layer._buffers) == {"kept"}, without("torch", "Module._buffers")
+
+
+def test_what_a_norm_of_batches_counts() -> None:
+    from torch.nn.modules.batchnorm import _NormBase
+
+    norm = nn.BatchNorm1d(2)
+    assert isinstance(norm, _NormBase), without("torch", "_NormBase, from which batch norms are derived,")
+    norm(torch.zeros(3, 2))
+    assert int(norm.num_batches_tracked) == 1, without("torch", "num_batches_tracked, which counts,")
+    norm.register_buffer("passing", torch.zeros(1), persistent=False)
+    assert norm._non_persistent_buffers_set == {"passing"}, without("torch", "Module._non_persistent_buffers_set")
+
+
+def test_what_is_taught_to_transformers() -> None:
+    """`integrations` hides these in a model, or wraps them in the Trainer, by their names."""
+    import inspect
+
+    from transformers import PreTrainedModel, Trainer
+
+    assert PreTrainedModel._hf_peft_config_loaded is False, without("transformers", "_hf_peft_config_loaded")
+    for name in ("save_pretrained", "active_adapters", "get_adapter_state_dict", "set_adapter", "delete_adapter"):
+        assert callable(getattr(PreTrainedModel, name)), without("transformers", f"PreTrainedModel.{name}")
+    for name, arguments in (
+        ("_save", ["self", "output_dir", "state_dict"]),
+        ("_load_from_checkpoint", ["self", "resume_from_checkpoint", "model"]),
+        ("_load_best_model", ["self"]),
+        ("create_optimizer", ["self", "model"]),
+    ):
+        method = inspect.unwrap(getattr(Trainer, name))
+        assert list(inspect.signature(method).parameters) == arguments, without("transformers", f"Trainer.{name}")
 
 
 def test_hooks_of_a_module_can_be_seen() -> None:
