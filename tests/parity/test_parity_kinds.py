@@ -12,6 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
 from transformers.pytorch_utils import Conv1D
 
 import trimtab
@@ -78,6 +79,44 @@ class Encoder(nn.Module):
         return torch.randn(3, 5, 8)
 
 
+class Words(nn.Module):
+    """A scaled look-up with a padding entry, a plain one, and convolutions over what they give."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = BartScaledWordEmbedding(11, 8, 3, embed_scale=2.5)
+        self.places = nn.Embedding(7, 8)
+        self.scan = nn.Conv1d(8, 6, 3, stride=2, padding=1)
+        self.same = nn.Conv1d(6, 6, 3, padding="same", bias=False)
+        self.leave = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.words(x) + self.places(torch.arange(x.shape[1]))
+        return self.leave(self.same(torch.tanh(self.scan(h.transpose(1, 2)))).mean(-1))
+
+    @staticmethod
+    def inputs() -> Tensor:
+        return torch.randint(11, (4, 7))
+
+
+class Pictures(nn.Module):
+    """Convolutions in two and three dimensions, one pointwise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = nn.Conv3d(3, 6, (2, 4, 4), stride=(2, 4, 4))
+        self.wide, self.point = nn.Conv2d(6, 5, (3, 2), padding=(1, 0)), nn.Conv2d(5, 4, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.point(torch.tanh(self.wide(self.patch(x).mean(2))))
+
+    @staticmethod
+    def inputs() -> Tensor:
+        return torch.randn(2, 3, 4, 12, 12)
+
+
+ALL_WORDS = ["words", "places", "scan", "same"]
+ALL_PICTURES = ["patch", "wide", "point"]
 CASES: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "ranks above the matrix": (Narrow, {"target_modules": ["enter", "gate", "leave"], "r": 4}),
     "ranks above the matrix, DoRA": (Narrow, {"target_modules": ["gate", "leave"], "r": 11, "use_dora": True}),
@@ -92,6 +131,11 @@ CASES: dict[str, tuple[type[Any], dict[str, Any]]] = {
         Encoder,
         {"target_modules": ["self_attn", "linear1"], "r": 2, "rank_pattern": {"layers.1.self_attn": 5}},
     ),
+    "look-ups and 1d": (Words, {"target_modules": ALL_WORDS, "r": 3}),
+    "look-ups and 1d, DoRA": (Words, {"target_modules": ALL_WORDS, "r": 3, "use_dora": True, "use_rslora": True}),
+    "look-ups beside a linear layer": (Words, {"target_modules": ["words", "leave"], "r": 2, "lora_dropout": 0.1}),
+    "2d and 3d": (Pictures, {"target_modules": ALL_PICTURES, "r": 3, "rank_pattern": {"patch": 5}}),
+    "2d and 3d, DoRA": (Pictures, {"target_modules": ALL_PICTURES, "r": 2, "use_dora": True}),
 }
 
 
@@ -189,3 +233,69 @@ def test_a_bias_in_b_of_a_layer_without_one_is_refused(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match=r"leave: its update has a bias .*the layer has none that could take it up"):
         trimtab.load_adapter(base, tmp_path)
     assert_unchanged(base, before)
+
+
+class Grouped(nn.Module):
+    """Convolutions with groups, one of them depthwise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.deep = nn.Conv2d(4, 6, 3, groups=2, padding=1), nn.Conv2d(6, 6, 3, stride=2, groups=6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.deep(torch.tanh(self.enter(x)))
+
+    @staticmethod
+    def inputs() -> Tensor:
+        return torch.randn(2, 4, 7, 6)
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_convolutions_with_groups_are_as_in_peft_and_cannot_be_merged(use_dora: bool, tmp_path: Path) -> None:
+    settings = {"target_modules": ["enter", "deep"], "r": 6, "use_dora": use_dora}
+    base, x, right = folder_of_peft(Grouped, settings, tmp_path / "theirs")
+    model = copy.deepcopy(base)
+    trimtab.load_adapter(model, tmp_path / "theirs")
+    theirs: Any = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "theirs", is_trainable=True)
+    assert torch.allclose(model(x), right, **CLOSE)
+    for one in (model, theirs):
+        one(x).square().sum().backward()
+    ours = {name: parameter.grad for name, parameter in trimtab.trainable_parameters(model).items()}
+    for name, parameter in theirs.named_parameters():
+        if parameter.requires_grad:
+            place, key = name.removeprefix("base_model.model.").split(".lora_")
+            own = {"A": "A", "B": "B", "m": "magnitude"}[key[0]]
+            assert torch.allclose(ours[f"{place}.adapter.{own}"].flatten(), parameter.grad.flatten(), **CLOSE)
+    with pytest.raises(trimtab.SurgeryError, match="across the 2 groups"):
+        trimtab.merge(model)
+    assert torch.allclose(model(x), right, **CLOSE)
+    disturb(model)
+    trimtab.save_adapter(model, tmp_path / "ours")
+    theirs = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours").eval()
+    assert torch.allclose(theirs(x), model(x), **CLOSE)
+
+
+@pytest.mark.parametrize("layer", [{"padding_mode": "circular", "padding": 1}, {"dilation": 2, "padding": "same"}])
+def test_where_peft_computes_something_else_its_folder_is_refused_and_ours_kept(layer: Any, tmp_path: Path) -> None:
+    base = nn.Sequential(nn.Conv2d(3, 5, 3, **layer), nn.Flatten())
+    theirs = get_peft_model(copy.deepcopy(base), LoraConfig(target_modules=["0"], r=2))
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    with pytest.raises(trimtab.AdapterError, match=r"does not fit the model: 0: PEFT .*(circular|dilation \(2, 2\))"):
+        trimtab.load_adapter(copy.deepcopy(base), tmp_path / "theirs")
+    model = copy.deepcopy(base)
+    trimtab.attach(model, trimtab.Rule(match="0", method="lora", rank=2))
+    disturb(model)
+    trimtab.save_adapter(model, tmp_path / "ours")
+    assert not (tmp_path / "ours" / PEFT_FILES[0]).exists()
+
+
+def test_our_own_update_of_groups_merges_and_is_kept_in_our_format(tmp_path: Path) -> None:
+    model = Grouped().double()
+    x = Grouped.inputs().double()
+    trimtab.attach(model, trimtab.Rule(match="*", method="dora", rank=3))
+    disturb(model)
+    right = model(x)
+    trimtab.save_adapter(model, tmp_path)
+    assert not (tmp_path / PEFT_FILES[0]).exists()
+    trimtab.merge(model)
+    assert torch.allclose(model(x), right, **CLOSE)

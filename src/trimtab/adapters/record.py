@@ -44,6 +44,16 @@ class StoredAdapter:
             tensors["bias"] = bias + self.options.scale * tensors.pop(B_BIAS)
         return replace(self, tensors=tensors, in_layout=False)
 
+    def fitted(self, handle: Base | None) -> StoredAdapter:
+        """The same with the options that PEFT's tensors ask for on the layer of ``handle``. Raises PlanError if PEFT
+        computes something there that we do not."""
+        if not (self.in_layout and "A" in self.tensors and isinstance(handle, WeightBase)):
+            return self
+        options = self.options.model_copy(update=handle.peft_options(self.tensors))
+        if why := handle.peft_differs(options):
+            raise PlanError(f"{why}, so the model would not compute what it was trained to")
+        return replace(self, options=options)
+
     def require_fit(self, handle: Base) -> None:
         """Raise PlanError for what the layer of ``handle`` cannot have: a rank above the matrix's that the tensors do
         not have, or a bias in the update of a layer that has none."""
@@ -60,5 +70,7 @@ class StoredAdapter:
         rank, a, b = getattr(self.options, "rank", 0), self.tensors.get("A"), self.tensors.get("B")
         if not rank or a is None or b is None:
             return False
+        if getattr(self.options, "across_groups", False):
+            return a.numel() % (rank * shape[1]) == 0 and b.numel() % shape[0] == 0
         weights = a.numel() // (rank * shape[1])
         return weights > 0 and (a.numel(), b.numel()) == (weights * rank * shape[1], weights * rank * shape[0])

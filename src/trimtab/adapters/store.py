@@ -101,6 +101,7 @@ def load_adapter(model: nn.Module, folder: Path | str) -> AttachReport:
     places = Places(dict(bare_modules(model)))
     stored = on_parameters(places, as_named_in(model, places, stored))
     carried = dict(adapted_modules(model))
+    stored = _fitted(place, dict(bare_modules(model)), stored)
     rules, number = _rules(stored)
     if carried:
         with whole_tensors(model):
@@ -143,6 +144,19 @@ def _fill(
                 continue
             for key, tensor in present[name].adapter.stored_tensors().items():
                 write(tensor, entry.tensors[key])
+
+
+def _fitted(place: Path, known: dict[str, nn.Module], stored: dict[str, StoredAdapter]) -> dict[str, StoredAdapter]:
+    """``stored`` with the options that its tensors have on the layers of the model."""
+    found = {}
+    for name, entry in stored.items():
+        module = known.get(name)
+        handle = module.handle if isinstance(module, Adapted) else None if module is None else bases.find(module)
+        try:
+            found[name] = entry.fitted(handle)
+        except PlanError as error:
+            raise AdapterError(f"{place}: this adapter does not fit the model: {name}: {error}") from None
+    return found
 
 
 def read_adapter(folder: Path | str) -> dict[str, StoredAdapter]:

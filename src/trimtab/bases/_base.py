@@ -130,6 +130,11 @@ class WeightBase(Base):
         return ()
 
     @property
+    def groups(self) -> int:
+        """Into how many groups the inputs and outputs are cut, of which each output reads the inputs of its own."""
+        return 1
+
+    @property
     def changes_products(self) -> bool:
         """Whether the module changes a product with the weight in place."""
         return False
@@ -234,6 +239,15 @@ class WeightBase(Base):
     def as_matrix(self, name: str, tensor: Tensor) -> Tensor:
         """The way back from ``in_layout``. A tensor of another shape comes back as it is, and the caller refuses it."""
         return tensor
+
+    def peft_options(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """The options that PEFT's ``tensors``, in its layout, ask for on such a layer beside those in its
+        configuration."""
+        return {}
+
+    def peft_differs(self, options: Any) -> str:
+        """Why PEFT computes something else on such a layer than we do with ``options``; empty if it does not."""
+        return ""
 
     def tensor_name(self, name: str) -> str:
         """What the stored weight is called in the files of a model, if its target is called ``name``."""

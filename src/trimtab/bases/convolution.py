@@ -9,9 +9,10 @@ rank in the shape of the weight, which every group shares its A of, and which me
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,6 +43,12 @@ class Convolution:
     @property
     def takes_factors(self) -> bool:
         return bool(self.groups == 1)
+
+    @property
+    def ungrouped(self) -> Convolution:
+        other = copy.copy(self)
+        other.groups = 1
+        return other
 
     def _size(self, places: Sequence[int]) -> list[int]:
         """The places of the output for those of the input."""
@@ -147,16 +154,37 @@ class ConvolutionBase(_base.WeightBase):
     def as_weight(self, stored: Tensor) -> Tensor:
         return stored.flatten(1)
 
+    @property
+    def groups(self) -> int:
+        return int(self.module.groups)  # type: ignore[arg-type]
+
+    def peft_options(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        layer: Any = self.module
+        reads_all = "A" in tensors and tensors["A"].shape[1:2] == (layer.in_channels,)
+        return {"across_groups": True} if layer.groups > 1 and reads_all else {}
+
+    def peft_differs(self, options: Any) -> str:
+        layer: Any = self.module
+        if layer.padding_mode != "zeros":
+            return f"PEFT pads the update's input with zeros, and this convolution in mode '{layer.padding_mode}'"
+        if any(step != 1 for step in layer.dilation):
+            return f"PEFT leaves the dilation {tuple(layer.dilation)} of this convolution out of the update"
+        if layer.groups > 1 and not options.across_groups:
+            return "PEFT's update of a convolution with groups reads the channels of all groups"
+        return ""
+
     def in_layout(self, name: str, tensor: Tensor) -> Tensor:
         ones = [1] * (self.parameter.dim() - 2)
         if name == "magnitude":
             return tensor.reshape(1, -1, *ones)
-        return tensor.reshape(-1, *(self.parameter.shape[1:] if name == "A" else [tensor.shape[1], *ones]))
+        if name == "B":
+            return tensor.reshape(*tensor.shape, *ones)
+        return tensor.reshape(len(tensor), -1, *self.parameter.shape[2:])
 
     def as_matrix(self, name: str, tensor: Tensor) -> Tensor:
         if name == "magnitude":
             return tensor.flatten()
-        fits = tensor.shape[2:].numel() == 1 if name == "B" else tensor.shape[1:] == self.parameter.shape[1:]
+        fits = tensor.shape[2:] == self.parameter.shape[2:] if name == "A" else tensor.shape[2:].numel() == 1
         return tensor.flatten(1) if fits else tensor
 
 

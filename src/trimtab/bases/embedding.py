@@ -38,6 +38,10 @@ class LookUp:
     takes_factors: ClassVar[bool] = True
     follows_autocast: ClassVar[bool] = False
 
+    @property
+    def ungrouped(self) -> LookUp:
+        return self
+
     def rows(self, x: Tensor) -> Tensor:
         return x.flatten()
 
@@ -109,6 +113,11 @@ class EmbeddingBase(_base.WeightBase):
     @property
     def frozen_column(self) -> int | None:
         return self.module.padding_idx  # type: ignore[return-value]
+
+    def peft_differs(self, options: Any) -> str:
+        if self._scale in ("embed_scale", 1.0):
+            return ""
+        return "PEFT leaves the number that this look-up multiplies by out of the update"
 
     @property
     def through(self) -> LookUp:  # type: ignore[override]

@@ -18,9 +18,11 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from trimtab.bases import WeightBase
+from trimtab.errors import PlanError, SurgeryError
 from trimtab.methods import _weight
 from trimtab.methods._method import TRAINING_ONLY, RateGroup
-from trimtab.ops import low_rank
+from trimtab.ops import across_groups, low_rank
+from trimtab.ops.across_groups import AcrossGroups
 from trimtab.ops.update import Update
 
 
@@ -30,6 +32,11 @@ class Options(_weight.WeightOptions):
     rank: int = Field(8, ge=0, description="Rank of the update: higher learns more and costs more. 0: magnitude alone.")
     alpha: float | None = Field(None, gt=0, description="Numerator of the scale. Default: twice the rank.")
     rank_stabilised: bool = Field(False, description="Scale by alpha / sqrt(rank) in place of alpha / rank.")
+    across_groups: bool = Field(
+        False,
+        description="On a convolution with groups: an update that reads the channels of all groups, as PEFT's does. It "
+        "cannot be merged. Without, each group's update reads its own channels.",
+    )
     init: Annotated[Literal["kaiming", "gaussian"], TRAINING_ONLY] = Field(
         "kaiming",
         description="How A is drawn: Kaiming-uniform with a = sqrt(5) (the ecosystem's), or normal (the paper's). On "
@@ -71,10 +78,14 @@ class LoRA(_weight.WeightMethod):
 
     def __init__(self, base: WeightBase, options: Options) -> None:
         super().__init__(base, options)
+        self.groups = base.groups if options.across_groups and options.rank else 1
+        if self.groups > 1:
+            self._check_groups()
         if options.rank:
             place: dict[str, Any] = {"dtype": self.dtype, "device": base.device}
-            self.A = nn.Parameter(torch.zeros(*base.stack, options.rank, self.in_features, **place))
-            self.B = nn.Parameter(torch.zeros(*base.stack, self.out_features, options.rank, **place))
+            groups = self.groups
+            self.A = nn.Parameter(torch.zeros(*base.stack, options.rank, groups * self.in_features, **place))
+            self.B = nn.Parameter(torch.zeros(*base.stack, self.out_features, options.rank // groups, **place))
             drawn = self.B if base.first_factor_zero else self.A
             for factor in drawn.detach().view(-1, *drawn.shape[-2:]):
                 if options.init == "gaussian":
@@ -86,6 +97,14 @@ class LoRA(_weight.WeightMethod):
         if base.first_factor_zero:
             self.rate_groups = {**_weight.WeightMethod.rate_groups, "A": "second factor"}
 
+    def _check_groups(self) -> None:
+        """Raise PlanError for what an update across groups cannot do."""
+        options = self.options
+        if options.rank % self.groups:
+            raise PlanError(f"rank {options.rank} cannot be divided among {self.groups} groups (across_groups: true)")
+        if options.compute == "folded" or (options.magnitude and options.magnitude_axis == "input"):
+            raise PlanError("across_groups: true has no weight to be folded into, nor columns for magnitudes")
+
     @classmethod
     def fitted(cls, options: Options, shape: tuple[int, int]) -> Options:
         """As for any method; the scale stays."""
@@ -96,10 +115,22 @@ class LoRA(_weight.WeightMethod):
     def factors(self) -> tuple[Update | None, tuple[Tensor, ...]]:
         if not self.options.rank:
             return None, ()
+        if self.groups > 1:
+            return AcrossGroups(self.options.scale, self.groups), (self.A, self.B)
         return low_rank.LowRank(self.options.scale), (self.A, self.B)
+
+    def total(self, weight: Tensor) -> Tensor:
+        if self.groups > 1:
+            raise SurgeryError(
+                f"an update across the {self.groups} groups of a convolution (PEFT's) fits into no kernel of the "
+                "layer's own shape. Keep the adapter beside the model, or train one with across_groups: false"
+            )
+        return super().total(weight)
 
     def squared_norms(self, weight: Tensor, squares: Tensor) -> Tensor:
         if not self.options.rank:
             return squares
         scale, axis = self.options.scale, self.options.magnitude_axis
+        if self.groups > 1:
+            return across_groups.squared_norms(weight, squares, self.A, self.B, scale)
         return low_rank.squared_norms(weight, squares, self.held(self.A), self.B, scale=scale, axis=axis)

@@ -58,6 +58,10 @@ class StackMap:
     def rows(self, x: Tensor) -> Tensor:
         return x
 
+    @property
+    def ungrouped(self) -> StackMap:
+        return self
+
     def tokens(self, rows: Tensor) -> int:
         return rows.shape[0]
 

@@ -40,6 +40,10 @@ class LinearMap(Protocol):
         """Whether a batch is a tensor ``[..., in]`` of features, which can be scaled, dropped and added up one by one.
         Else an update that would do that is built in full and goes through the map as a weight does."""
 
+    @property
+    def ungrouped(self) -> LinearMap:
+        """The same map without groups, where it has some."""
+
     def rows(self, x: Tensor) -> Tensor:
         """``x`` as the products read it."""
 
@@ -69,6 +73,10 @@ class MatrixMap:
     """A matrix product over the last dimension."""
 
     reads_features = takes_factors = follows_autocast = True
+
+    @property
+    def ungrouped(self) -> MatrixMap:
+        return self
 
     def rows(self, x: Tensor) -> Tensor:
         return x.reshape(-1, x.shape[-1])

@@ -20,6 +20,8 @@ class Update:
     """
 
     is_thin: ClassVar[bool] = False
+    takes_any_map: ClassVar[bool] = False
+    """Whether it multiplies by itself with whatever map, and is never built."""
 
     def delta(self, tensors: tuple[Tensor, ...]) -> Tensor:
         """``dV [out, in]`` in the dtype of ``tensors``, differentiable."""

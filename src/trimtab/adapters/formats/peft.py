@@ -141,6 +141,8 @@ def _places(adapted: dict[str, Adapted]) -> dict[str, Adapted] | None:
             if module.adapter.magnitude is not None or any(one.adapter.options.dropout for one in adapted.values()):
                 return None
             place = _peft_names.wrapped(name, handle.owner, adapted)
+        if handle.peft_differs(module.adapter.options):
+            return None
         if (partner := handle.peft_partner(name)) is not None:
             other = adapted.get(partner)
             if other is None or module.adapter.magnitude is not None or _computed(module) != _computed(other):
