@@ -49,8 +49,6 @@ def options(model: nn.Module) -> dict[str, Any]:
 
 
 REFUSED = {
-    "modules_to_save": ["lm_head"],
-    "bias": "lora_only",
     "use_qalora": True,
     "alora_invocation_tokens": [1, 2],
     "layer_replication": [[0, 2], [1, 2]],
@@ -122,7 +120,6 @@ def test_other_methods_are_named_with_the_way_to_approximate_them(
     "tensor",
     [
         "base_model.model.model.embed_tokens.lora_embedding_C",
-        "base_model.model.lm_head.weight",
         f"{Q0}.lora_B.bias",
         f"{Q0}.lora_A.default.weight",  # beside the one without the adapter's name
         f"{Q0}.lora_magnitude_vector.weight",  # the one of older releases, beside the one of today

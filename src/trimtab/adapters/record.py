@@ -32,6 +32,9 @@ class StoredAdapter:
     in_layout: bool = False
     """Whether the tensors have the shapes that PEFT gives them on this kind of layer (``WeightBase.in_layout``)."""
 
+    beside: bool = False
+    """Whether they are tensors of the model's own that were stored beside an adapter, and may not be trained at all."""
+
     def on(self, handle: Base) -> StoredAdapter:
         """The same with the tensors that a method has on the layer of ``handle``."""
         if not (self.in_layout and isinstance(handle, WeightBase)):
@@ -40,8 +43,11 @@ class StoredAdapter:
         tensors = {name: handle.as_matrix(name, tensor) for name, tensor in own.items()}
         if B_BIAS in tensors and handle.bias is not None and isinstance(self.options, lora.Options):
             # s (B A x + b) beside the layer's bias: one bias, trained.
-            bias = handle.bias.detach().to("cpu", torch.promote_types(handle.bias.dtype, torch.float32))
+            bias = tensors.get("bias", handle.bias).detach().to("cpu")
+            bias = bias.to(torch.promote_types(bias.dtype, torch.float32))
             tensors["bias"] = bias + self.options.scale * tensors.pop(B_BIAS)
+        if "weight" in tensors:  # the layer's own
+            tensors["weight"] = handle.as_weight(tensors["weight"])
         return replace(self, tensors=tensors, in_layout=False)
 
     def fitted(self, handle: Base | None) -> StoredAdapter:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from trimtab import bases
 from trimtab.adapters.formats import AdapterFormat, all_formats
 from trimtab.adapters.hub import local_folder
+from trimtab.adapters.own_tensors import as_held_in, nearly_equal
 from trimtab.adapters.parameters import Places, on_parameters
 from trimtab.adapters.record import StoredAdapter
 from trimtab.adapters.renaming import as_named_in
@@ -100,6 +101,7 @@ def load_adapter(model: nn.Module, folder: Path | str) -> AttachReport:
     stored = read_adapter(place)
     places = Places(dict(bare_modules(model)))
     stored = on_parameters(places, as_named_in(model, places, stored))
+    stored = as_held_in(place, model, places.known, stored)
     carried = dict(adapted_modules(model))
     stored = _fitted(place, dict(bare_modules(model)), stored)
     rules, number = _rules(stored)
@@ -332,14 +334,7 @@ def _same_base(stored: Tensor, handle: bases.Base) -> bool:
     own = whole(handle.parameter.detach()).cpu()
     if stored.shape != own.shape or not stored.is_floating_point():
         return False
-    if stored.dtype == own.dtype:
-        return torch.equal(stored, own)
-    coarser = max((stored.dtype, own.dtype), key=lambda dtype: torch.finfo(dtype).eps)
-    ends = [torch.finfo(dtype) for dtype in (stored.dtype, own.dtype)]
-    # Each of the two may have been rounded on its own, from a third: by half a unit of its last place at most, which
-    # among the smallest numbers of float16 is that of its smallest one.
-    tiny = max(end.smallest_normal * end.eps for end in ends)
-    return torch.allclose(stored.double(), own.double(), rtol=torch.finfo(coarser).eps, atol=tiny)
+    return nearly_equal(stored, own)
 
 
 def _described(tensor: Tensor) -> str:

@@ -10,7 +10,16 @@ holds.
 
 from __future__ import annotations
 
-from trimtab.bases._base import Base, BlockBase, Kind, ModuleBase, WeightBase, is_instance_by_name
+from trimtab.bases._base import (
+    Base,
+    BlockBase,
+    Kind,
+    ModuleBase,
+    WeightBase,
+    can_be_called,
+    is_instance_by_name,
+    own_parameters,
+)
 from trimtab.bases._held import HeldBase, HeldWeight
 from trimtab.bases._quantised import QuantisedBase
 from trimtab.bases._registry import (
@@ -35,11 +44,13 @@ __all__ = [
     "ModuleBase",
     "QuantisedBase",
     "WeightBase",
+    "can_be_called",
     "find",
     "held_weights",
     "is_instance_by_name",
     "named",
     "names",
+    "own_parameters",
     "parts",
     "peft_names",
     "quantise",

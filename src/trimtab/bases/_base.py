@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -318,6 +318,27 @@ class ModuleBase(Base):
     def hang(self, name: str, parameter: nn.Parameter) -> None:
         """Hang ``parameter`` into the place of the module's own."""
         raise NotImplementedError
+
+
+def can_be_called(module: nn.Module) -> bool:
+    """Whether ``module`` has a forward pass; a list of modules or of parameters has none."""
+    return type(module).forward is not nn.Module.forward
+
+
+def holders(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """``module`` and the containers in it whose tensors are its own, each with the prefix of their names."""
+    yield prefix, module
+    for attribute, child in module._modules.items():
+        if child is not None and not can_be_called(child):
+            yield from holders(child, f"{prefix}{attribute}.")
+
+
+def own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters of ``module`` without those of the modules inside it that can be called, by name."""
+    for prefix, holder in holders(module):
+        for name, parameter in holder._parameters.items():
+            if parameter is not None:
+                yield prefix + name, parameter
 
 
 def is_instance_by_name(module: nn.Module, place: str, name: str) -> bool:

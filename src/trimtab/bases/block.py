@@ -29,8 +29,7 @@ class ModuleBlockBase(_base.BlockBase):
     @staticmethod
     def knows(module: nn.Module) -> bool:
         # A bare list of modules holds others, too, and has no forward.
-        can_be_called = type(module).forward is not nn.Module.forward
-        return can_be_called and any(True for _ in module.children()) and _registry.find(module) is None
+        return _base.can_be_called(module) and any(True for _ in module.children()) and _registry.find(module) is None
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -23,9 +23,9 @@ class AnyModuleBase(_base.ModuleBase):
 
     @staticmethod
     def knows(module: nn.Module) -> bool:
-        held = list(_parameters(module))
+        held = list(_base.own_parameters(module))
         plain = all(_base.is_plain(parameter) for _, parameter in held)
-        return can_be_called(module) and plain and (bool(held) or isinstance(module, _NormBase))
+        return _base.can_be_called(module) and plain and (bool(held) or isinstance(module, _NormBase))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -34,7 +34,7 @@ class AnyModuleBase(_base.ModuleBase):
         return rows, largest.numel() // max(rows, 1)
 
     def tensors(self) -> dict[str, Tensor]:
-        return dict(_parameters(self.module)) | dict(_buffers(self.module))
+        return dict(_base.own_parameters(self.module)) | dict(_buffers(self.module))
 
     def call(self, tensors: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         return functional_call(self.module, dict(tensors), args, dict(kwargs), tie_weights=False)
@@ -44,30 +44,10 @@ class AnyModuleBase(_base.ModuleBase):
         self.module.get_submodule(place)._parameters[own] = parameter
 
 
-def can_be_called(module: nn.Module) -> bool:
-    """Whether ``module`` has a forward pass; a list of modules or of parameters has none."""
-    return type(module).forward is not nn.Module.forward
-
-
-def _holders(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """``module`` and the containers in it whose tensors are its own, each with the prefix of their names."""
-    yield prefix, module
-    for attribute, child in module._modules.items():
-        if child is not None and not can_be_called(child):
-            yield from _holders(child, f"{prefix}{attribute}.")
-
-
-def _parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    for prefix, holder in _holders(module):
-        for name, parameter in holder._parameters.items():
-            if parameter is not None:
-                yield prefix + name, parameter
-
-
 def _buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """What a module counts as it trains, such as the statistics of a batch norm. What is made again and not stored with
     the module is no part of it."""
-    for prefix, holder in _holders(module):
+    for prefix, holder in _base.holders(module):
         for name, buffer in holder._buffers.items():
             if buffer is not None and name not in holder._non_persistent_buffers_set:
                 yield prefix + name, buffer

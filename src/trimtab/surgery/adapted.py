@@ -217,15 +217,10 @@ class AdaptedModule(Adapted):
         return self.adapter(self.handle, args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            modules = self.__dict__.get("_modules", {})
-            if name.startswith("__") or "adapter" not in modules:  # while this module is being copied
-                raise
-            if name in modules["adapter"] and not self.off:
-                return modules["adapter"].tensor(name, self.handle)
-            return getattr(self.base, name)
+        adapter = self.__dict__.get("_modules", {}).get("adapter")
+        if name not in ("base", "adapter") and adapter is not None and not self.off and name in adapter:
+            return adapter.tensor(name, self.handle)
+        return super().__getattr__(name)
 
 
 def bare(module: nn.Module) -> nn.Module:

@@ -43,7 +43,7 @@ def options(config: dict[str, Any], modules: dict[str, dict[str, Tensor]]) -> di
         numbers: dict[str, Any] = {
             "rank": _rank(list(ranks(name)), rank, own.get("A")),
             "alpha": next(alphas(name), alpha),
-            "bias": B_BIAS in own,
+            "bias": B_BIAS in own or "bias" in own,
         }
         found[place] = method, kind(**numbers, **common)
     return found

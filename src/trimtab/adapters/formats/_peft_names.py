@@ -3,6 +3,9 @@
 Around that, read are: the name of the adapter (``lora_A.default.weight``, as in a state_dict of PEFT's that was saved
 as it stood), what wraps a model (``_orig_mod``, ``_fsdp_wrapped_module``, a leading ``module``), and the
 ``base_layer`` of PEFT's own wrappers (``attn.base_layer.out_proj``).
+
+Any other name is that of a tensor of the model's own, which PEFT puts into the base when it loads the folder: of a
+module that was trained as a whole (``modules_to_save``), a bias, an embedding that was resized.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from trimtab.errors import AdapterError
 PREFIX = "base_model.model."
 MAGNITUDE = "lora_magnitude_vector"
 BASE = "base_layer.weight"
+BASE_BIAS = "base_layer.bias"
 _BASE_LAYER = "base_layer"
 _INSIDE = f".{_BASE_LAYER}."
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
@@ -34,19 +38,29 @@ class _Key(NamedTuple):
     adapter: str | None
 
 
-def by_module(weights: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[str, dict[str, Tensor]]:
-    """``place -> our name of the tensor -> tensor``. Raises AdapterError for a tensor that does not belong there, and
-    for tensors of more than one adapter."""
-    modules: dict[str, dict[str, Tensor]] = {}
+ByModule = dict[str, dict[str, Tensor]]
+
+
+def by_module(weights: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> tuple[ByModule, ByModule]:
+    """``place -> our name of the tensor -> tensor`` of the adapters; and ``module -> its own name -> tensor`` of the
+    model's own. Raises AdapterError for a tensor that does not belong there, and for tensors of more than one
+    adapter."""
+    modules: ByModule = {}
+    own: ByModule = {}
     adapters: dict[str, None] = {}
     names = bases.peft_names()
     # Older PEFT releases added ".weight" to the magnitude's name, and some gave it a second axis.
-    ours = names | {f"{MAGNITUDE}.weight": "magnitude", BASE: BASE}
+    ours = names | {f"{MAGNITUDE}.weight": "magnitude", BASE: BASE, BASE_BIAS: BASE_BIAS}
     if config.get("lora_bias"):
         ours["lora_B.bias"] = B_BIAS
     keys = {key: _parsed(key, ours) for key in tensors}
     for key in sorted(keys, key=lambda key: (parsed := keys[key]) is not None and parsed.adapter is not None):
         parsed, tensor = keys[key], tensors[key]
+        if parsed is None and (found := _of_the_model(key, tensors)) is not None:
+            module, name = found
+            if module:
+                own.setdefault(module, {})[name] = tensor
+            continue
         if parsed is None or parsed.own in modules.setdefault(parsed.place, {}):
             raise AdapterError(
                 f"{weights}: unexpected tensor {shown(key)}; expected {PREFIX}MODULE.{{{', '.join(names)}}}, each once"
@@ -60,17 +74,42 @@ def by_module(weights: Path, tensors: dict[str, Tensor], config: dict[str, Any])
             f"{weights}: tensors of {len(adapters)} adapters ({shown(', '.join(adapters))}) in one folder; save one of "
             "them with PEFT: peft_model.save_pretrained(FOLDER, selected_adapters=[NAME])"
         )
-    return modules
+    return modules, own
+
+
+def _of_the_model(key: str, others: Container[str]) -> tuple[str, str] | None:
+    """The module and the name there of a tensor that is the model's own; two empty words for what PEFT keeps beside it,
+    and None for a name that is none of the model's."""
+    parts = _without_wrappers(key)
+    if parts is None or len(parts) < 2 or any(part.startswith("lora_") or part == _BASE_LAYER for part in parts):
+        return None
+    if "original_module" in parts:
+        return "", ""
+    if "modules_to_save" in parts:
+        # A second mention of a bias, from which PEFT took the adapter's name; or a state_dict that was saved as it
+        # stood, with the adapter's name behind.
+        at = parts.index("modules_to_save")
+        if any(PREFIX + ".".join(parts[:at] + parts[at + more :]) in others for more in (1, 2)):
+            return "", ""
+        parts = parts[:at] + parts[at + 2 :]
+    module, _, name = ".".join(parts).rpartition(".")
+    return (module, name) if module else None
+
+
+def _without_wrappers(key: str) -> list[str] | None:
+    """The parts of ``key`` without what wraps a model; None if it is no name of PEFT's."""
+    parts = [part for part in key.split(".") if part not in _WRAPPERS]
+    while parts and parts[0] == "module":
+        parts = parts[1:]
+    if not (rest := ".".join(parts)).startswith(PREFIX):
+        return None
+    return rest.removeprefix(PREFIX).split(".")
 
 
 def _parsed(key: str, ours: dict[str, str]) -> _Key | None:
     """Where the tensor ``key`` belongs; None for a name that is none of PEFT's. ``ours``: PEFT's name -> ours."""
-    parts = [part for part in key.split(".") if part not in _WRAPPERS]
-    while parts[0] == "module":
-        parts = parts[1:]
-    if not (rest := ".".join(parts)).startswith(PREFIX):
+    if (parts := _without_wrappers(key)) is None:
         return None
-    parts = rest.removeprefix(PREFIX).split(".")
     stems = {name.split(".")[0] for name in ours}
     at = max((number for number, part in enumerate(parts) if part in stems), default=0)
     if not at:

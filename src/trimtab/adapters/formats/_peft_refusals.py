@@ -10,7 +10,6 @@ from trimtab.errors import AdapterError
 
 # Settings of a PEFT configuration that change what the adapter computes, and that we do not support.
 _REFUSED = {
-    "modules_to_save": "whole modules stored beside the adapter; merge them into the base with PEFT first",
     "layer_replication": "a base with repeated layers",
     "trainable_token_indices": "trained token embeddings",
     "alora_invocation_tokens": "aLoRA, an adapter that switches on at certain tokens",
@@ -55,8 +54,6 @@ def refuse(path: Path, config: dict[str, Any]) -> None:
     for key, meaning in _REFUSED.items():
         if config.get(key):
             raise AdapterError(f"{path}: '{key}' is set ({meaning}), which is not supported")
-    if (config.get("bias") or "none") != "none":
-        raise AdapterError(f"{path}: bias is {shown(config['bias'])}: trained biases are not supported, only 'none'")
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
         raise AdapterError(

@@ -4,6 +4,9 @@
     base_model.model.MODULE.lora_B.weight             [out, rank]
     base_model.model.MODULE.lora_magnitude_vector     [out], DoRA only
     base_model.model.MODULE.base_layer.weight         a copy of the base, which PEFT adds for an output head; read only
+    base_model.model.MODULE.base_layer.bias           the layer's bias, if it is trained ("bias": "lora_only" or "all")
+    base_model.model.MODULE.TENSOR                    a tensor of a module that is trained as a whole, by method full
+                                                      ("modules_to_save"), or another bias ("bias": "all")
 
 The base of a layer that is not linear says what its tensors are called and how they are laid out
 (``WeightBase.peft_names``, ``in_layout``).
@@ -23,10 +26,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from trimtab import methods
-from trimtab.adapters.formats import _peft_config, _peft_names
+from trimtab.adapters.formats import _peft_config, _peft_names, _peft_own
 from trimtab.adapters.formats._adapter_format import AdapterFormat
 from trimtab.adapters.formats._peft_refusals import refuse
 from trimtab.adapters.record import StoredAdapter
@@ -49,41 +52,42 @@ class PeftFormat(AdapterFormat):
     preference = 0  # the tools that people run read it
 
     def can_express(self, model: nn.Module, adapted: dict[str, Adapted]) -> bool:
-        options = [
-            module.adapter.options for module in adapted.values() if isinstance(module.adapter.options, lora.Options)
-        ]
+        updated = _updated(adapted)
+        options: list[Any] = [module.adapter.options for module in updated.values()]
+        hanging = [id(child) for *_, child in owners(model) if isinstance(child, Adapted)]
         return (
-            len(options) == len(adapted)
+            len(options) > 0
+            and {module.method for module in adapted.values()} <= {"lora", "dora", _peft_own.METHOD}
+            and _peft_own.said_of(model, adapted) is not None
             and all(one.rank > 0 for one in options)
-            and {module.method for module in adapted.values()} <= {"lora", "dora"}
             and len({one.magnitude for one in options}) == 1
-            and not any("bias" in module.adapter.stored_tensors() for module in adapted.values())
             and not any(one.magnitude and one.magnitude_axis != "output" for one in options)
             and len({one.rank_stabilised for one in options}) == 1
-            and _places(adapted) is not None
+            and _places(updated) is not None
             # PEFT divides by the norm even where it is zero, which gives NaN.
             and not any(module.adapter.zero_rows for module in adapted.values())
             # PEFT adapts only the first place of a layer that hangs in two, and merges twice into a shared weight.
-            and sum(isinstance(child, Adapted) for *_, child in owners(model)) == len(adapted)
+            and len(hanging) == len(set(hanging))
             and len({id(module.adapter) for module in adapted.values()}) == len(adapted)
         )
 
     def save(self, model: nn.Module, adapted: dict[str, Adapted], folder: Path) -> None:
-        placed = _places(adapted)
+        placed, said = _places(_updated(adapted)), _peft_own.said_of(model, adapted)
         assert placed is not None
-        tensors = {}
-        for place, module in placed.items():
-            handle = module.handle
-            assert isinstance(handle, WeightBase)
-            for key, value in module.adapter.named_parameters():
-                laid_out = handle.in_layout(key, value.detach()).contiguous().clone()
-                tensors[f"{_peft_names.PREFIX}{place}.{handle.peft_names[handle.peft_key(key)]}"] = laid_out
+        assert said is not None
+        configuration = _configuration(model, _updated(adapted)) | said._asdict()
+        placed |= {name: module for name, module in adapted.items() if module.method == _peft_own.METHOD}
+        tensors = {
+            f"{_peft_names.PREFIX}{place}.{key}": value.detach().contiguous().clone()
+            for place, module in placed.items()
+            for key, value in _laid_out(module).items()
+        }
         options = {
             place: {"method": module.method, "options": module.adapter.options.model_dump()}
             for place, module in placed.items()
         }
         save_file(tensors, folder / self.files[1], metadata={"format": "pt", _HEADER: json.dumps(options)})
-        write_json(folder / self.files[0], _configuration(model, adapted))
+        write_json(folder / self.files[0], configuration)
 
     def load(self, folder: Path) -> dict[str, StoredAdapter]:
 
@@ -97,10 +101,15 @@ class PeftFormat(AdapterFormat):
                 "save the adapter once with PEFT (safe_serialization=True) where you trust it"
             )
         tensors, header = read_tensors(weights)
-        modules = _peft_names.by_module(weights, tensors, config)
+        modules, whole = _peft_names.by_module(weights, tensors, config)
         with damage_in(path, "configuration"):
+            for own in modules.values():
+                bias = own.pop(_peft_names.BASE_BIAS, None)
+                if bias is not None and (config.get("bias") or "none") != "none":
+                    own["bias"] = bias
             in_config = _peft_config.options(config, modules)
             on_parameters = _peft_config.options_on_parameters(config, modules)
+            in_config |= {name: _peft_own.options_of(own) for name, own in whole.items()}
             in_header = _options_in_header(header) if _HEADER in header else in_config
         every = in_config | in_header
         choices = {place: [in_config.get(place), *on_parameters.get(place, {}).values()] for place in every}
@@ -123,7 +132,24 @@ class PeftFormat(AdapterFormat):
                 in_layout=True,
             )
             for place, own in modules.items()
-        }
+        } | _peft_own.stored_own(config, whole, in_header)
+
+
+def _updated(adapted: dict[str, Adapted]) -> dict[str, Adapted]:
+    """The layers that have an update, and not tensors of their own that are trained."""
+    return {name: module for name, module in adapted.items() if isinstance(module.adapter.options, lora.Options)}
+
+
+def _laid_out(module: Adapted) -> dict[str, Tensor]:
+    """The trained tensors of ``module`` under PEFT's names and in PEFT's layout."""
+    handle = module.handle
+    if module.method == _peft_own.METHOD:
+        return _peft_own.tensors_of(module)
+    assert isinstance(handle, WeightBase)
+    names = {**handle.peft_names, "bias": _peft_names.BASE_BIAS}
+    return {
+        names[handle.peft_key(key)]: handle.in_layout(key, one) for key, one in module.adapter.stored_tensors().items()
+    }
 
 
 def _places(adapted: dict[str, Adapted]) -> dict[str, Adapted] | None:
@@ -188,8 +214,6 @@ def _configuration(model: nn.Module, every: dict[str, Adapted]) -> dict[str, Any
         "target_parameters": sorted(parameters) or None,
         "fan_in_fan_out": any(weights)
         and all(isinstance(base, WeightBase) and base.stored_transposed for base in weights),
-        "bias": "none",
-        "modules_to_save": None,
         "init_lora_weights": True,
         "use_dora": first.magnitude,
         "use_rslora": first.rank_stabilised,
@@ -235,5 +259,5 @@ def _outputs(entry: tuple[str, methods.Options] | None) -> Any:
     """The options that decide the outputs, as far as PEFT has them; in all others the two files may differ."""
     options = entry[1] if entry else None
     if not isinstance(options, lora.Options):
-        return None
+        return type(options)
     return options.rank, options.scale, options.magnitude, options.magnitude_axis

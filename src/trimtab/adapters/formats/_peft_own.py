@@ -1,0 +1,119 @@
+"""What PEFT stores of the model's own tensors beside its adapters: whole modules that are trained (``modules_to_save``)
+and biases (``bias``); read and written as modules of method ``full``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from trimtab import methods
+from trimtab.adapters.record import StoredAdapter
+from trimtab.bases import ModuleBase, WeightBase, can_be_called, own_parameters
+from trimtab.methods import Options
+from trimtab.surgery.adapted import Adapted, bare, bare_modules
+
+METHOD = "full"
+
+
+def options_of(tensors: Mapping[str, Tensor]) -> tuple[str, Options]:
+    """The method and the options of a module of which these tensors are stored."""
+    said: dict[str, Any] = {"tensors": sorted(tensors)}
+    return METHOD, methods.options_class(METHOD)(**said)
+
+
+def is_declared(config: Mapping[str, Any], module: str, name: str) -> bool:
+    """Whether the configuration says that the tensor ``name`` of ``module`` is trained. Else PEFT stored it because the
+    embedding was resized, and it may be no other than the base's."""
+    saved = [str(one) for one in config.get("modules_to_save") or ()]
+    around = [module[:end] for end, letter in enumerate(f"{module}.") if letter == "."]
+    return "bias" in name or any(one.endswith(saved_name) for one in around for saved_name in saved)
+
+
+def stored_own(
+    config: Mapping[str, Any], own: Mapping[str, dict[str, Tensor]], options: Mapping[str, tuple[str, Options]]
+) -> dict[str, StoredAdapter]:
+    """The modules of which PEFT stored the tensors ``own``."""
+    return {
+        module: StoredAdapter(
+            *options[module],
+            tensors,
+            in_layout=True,
+            beside=not any(is_declared(config, module, name) for name in tensors),
+        )
+        for module, tensors in own.items()
+    }
+
+
+class Said(NamedTuple):
+    """What the configuration says of them."""
+
+    modules_to_save: list[str] | None
+    bias: str
+
+
+def said_of(model: nn.Module, adapted: Mapping[str, Adapted]) -> Said | None:
+    """How a configuration says that these modules are trained by method ``full``, and which layers' biases are; None if
+    it cannot: PEFT trains a module with all that is in it, or else no more than biases."""
+    if any(_has_a_bias_elsewhere(module) for module in adapted.values()):
+        return None
+    trained = {name: module for name, module in adapted.items() if module.method == METHOD}
+    whole = {name for name, module in trained.items() if _is_whole(module)}
+    biases = any("bias" in module.adapter.stored_tensors() for name, module in adapted.items() if name not in trained)
+    said = "lora_only" if biases else "none"
+    for name in trained.keys() - whole:
+        if not all("bias" in tensor for tensor in trained[name].adapter.stored_tensors()):
+            return None
+        said = "all"
+    every = dict(bare_modules(model))
+    saved = _outermost(every, whole)
+    inside = {name for name in every if any(name == one or name.startswith(f"{one}.") for one in saved)}
+    has_more = any(name not in whole and _has_tensors(bare(every[name])) for name in inside)
+    # PEFT takes every module whose name ends in one that it is given, wherever that is.
+    strays = any(name.endswith(one) for name in every.keys() - inside for one in saved)
+    if has_more or strays:
+        return None
+    return Said(sorted(saved) or None, said)
+
+
+def _has_a_bias_elsewhere(module: Adapted) -> bool:
+    """Whether a bias is trained beside a weight that no layer of PEFT's keeps by that name."""
+    handle = module.handle
+    return isinstance(handle, WeightBase) and not handle.is_called and "bias" in module.adapter.stored_tensors()
+
+
+def _is_whole(module: Adapted) -> bool:
+    """Whether all that the module has of its own is trained."""
+    handle, mine = module.handle, module.adapter.stored_tensors().keys()
+    if isinstance(handle, ModuleBase):
+        return mine == handle.tensors().keys()
+    if not isinstance(handle, WeightBase) or not handle.is_called or handle.stack:
+        return False
+    return mine == ({"weight"} if handle.bias is None else {"weight", "bias"})
+
+
+def _has_tensors(module: nn.Module) -> bool:
+    return can_be_called(module) and any(True for _ in own_parameters(module))
+
+
+def _outermost(every: Mapping[str, nn.Module], whole: set[str]) -> set[str]:
+    """The largest modules of which all is in ``whole``: a head of two layers, and not its layers."""
+    with_tensors = {name for name, module in every.items() if _has_tensors(bare(module))}
+    saved = set()
+    for name in whole:
+        best, parent = name, name.rpartition(".")[0]
+        while parent and can_be_called(bare(every[parent])):
+            if not {one for one in with_tensors if one == parent or one.startswith(f"{parent}.")} <= whole:
+                break
+            best, parent = parent, parent.rpartition(".")[0]
+        saved.add(best)
+    return {name for name in saved if not any(name.startswith(f"{other}.") for other in saved)}
+
+
+def tensors_of(module: Adapted) -> dict[str, Tensor]:
+    """The trained tensors of a module of method ``full``, as the module stores its own."""
+    mine = module.adapter.stored_tensors()
+    if isinstance(module.handle, WeightBase) and "weight" in mine:
+        mine = {**mine, "weight": module.handle.as_stored(mine["weight"])}
+    return mine
