@@ -84,12 +84,13 @@ def test_the_mlp_example_adapts_and_merges(capsys: pytest.CaptureFixture[str]) -
     runpy.run_path(str(ROOT / "examples" / "mlp.py"), run_name="__main__")
     row = r"^(LoRA|DoRA|DoRA of the tutorials|full) +([\d,]+) +\d+ % +([\d.]+) % +([\d.]+) % +(\d)e[-+](\d+)$"
     found = re.findall(row, capsys.readouterr().out, re.MULTILINE)
-    # 4 x (in + out) for each of 64-128, 128-128, 128-10; DoRA: and a magnitude for each output, or each input.
+    # 4 x (in + out) for each of 64-128, 128-128, 128-10; DoRA: and a magnitude for each output, or each input; full:
+    # the weights and the biases.
     assert {name: int(trained.replace(",", "")) for name, trained, *_ in found} == {
         "LoRA": 2344,
         "DoRA": 2344 + 266,
         "DoRA of the tutorials": 2344 + 320,
-        "full": 64 * 128 + 128 * 128 + 128 * 10,
+        "full": 64 * 128 + 128 * 128 + 128 * 10 + 266,
     }
     for _, _, before, after, digit, exponent in found:
         assert float(before) < 40

@@ -122,6 +122,44 @@ def test_what_was_unfrozen_by_hand_is_in_the_checkpoints_too(stored_gpt2: Path, 
     assert torch.allclose(logits(again), logits(model), atol=1e-6)
 
 
+def test_what_no_checkpoint_could_hold_is_refused_before_the_first_step(
+    stored_gpt2: Path, load: Load, tmp_path: Path
+) -> None:
+    model = load(stored_gpt2)
+    trimtab.attach(model, RULES["dora"])
+    model.requires_grad_(True)
+    with pytest.raises(trimtab.AdapterError, match=r"c_attn\.weight is trained or counted itself"):
+        trainer(model, tmp_path / "run").train()
+
+
+@pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
+def test_the_hub_gets_what_a_checkpoint_holds(
+    rules: list[trimtab.Rule], stored_gpt2: Path, load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import trainer as module
+
+    pushed: list[set[str]] = []
+
+    class Api:
+        def upload_folder(self, folder_path: str, **_: Any) -> Any:
+            pushed.append({path.name for path in Path(folder_path).iterdir() if path.is_file()})
+
+    monkeypatch.setattr(module, "hf_api", Api)
+    model = load(stored_gpt2)
+    trimtab.attach(model, rules)
+    made = trainer(model, tmp_path / "run")
+    made.train()
+    made.hub_model_id, made.push_in_progress = "someone/adapter", None
+    made._push_from_checkpoint(str(tmp_path / "run" / "checkpoint-2"))
+    wanted = {
+        path.name
+        for path in (tmp_path / "run" / "checkpoint-2").iterdir()
+        if path.name.startswith(("adapter", "trimtab"))
+    }
+    assert wanted
+    assert wanted <= pushed[0]
+
+
 def test_a_4_bit_base_is_trained(stored_gpt2: Path, tiny_llama: Callable[..., Any], load: Load, tmp_path: Path) -> None:
     folder = tmp_path / "llama"
     tiny_llama(hidden_size=64, intermediate_size=64).save_pretrained(folder)

@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from trimtab import bases, methods
 from trimtab.adapters.record import StoredAdapter
+from trimtab.adapters.whole import whole_tensors
 from trimtab.bases import Base, HeldWeight, WeightBase
 from trimtab.errors import AdapterError
 from trimtab.surgery.adapted import Adapted, AdaptedBlock, adapted_modules, bare, bare_modules
@@ -89,6 +90,13 @@ def unfrozen(model: nn.Module) -> dict[str, Unfrozen]:
     if unsaid := [name for key, name in left.items() if key not in said]:
         raise _cannot(unsaid[0], "no module that can be called holds it as an ordinary tensor")
     return found
+
+
+def require_savable(model: nn.Module) -> None:
+    """Raise AdapterError if ``model`` trains a tensor that its adapter's folder will not be able to hold: before it is
+    trained, and not after."""
+    with whole_tensors(model):
+        unfrozen(model)
 
 
 def statistics(model: nn.Module, stored: Mapping[str, StoredAdapter]) -> dict[str, Unfrozen]:

@@ -12,6 +12,7 @@ import functools
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,7 +22,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from trimtab.adapters.formats import all_formats
 from trimtab.adapters.store import holds_adapter, load_adapter, save_adapter
+from trimtab.adapters.unfrozen import require_savable
 from trimtab.surgery.adapted import adapted_modules
 from trimtab.surgery.wrappers import unwrapped
 
@@ -48,6 +51,7 @@ def teach(trainer: Any) -> None:
         ("_load_from_checkpoint", _loading_a_checkpoint),
         ("_load_best_model", _loading_the_best),
         ("create_optimizer", _creating_the_optimizer),
+        ("_push_from_checkpoint", _pushing_a_checkpoint),
     ):
         method = getattr(trainer, name)
         if not hasattr(method, "trimtab_wraps"):
@@ -102,11 +106,24 @@ def _loading_the_best(method: Callable[..., None]) -> Callable[..., None]:
 def _creating_the_optimizer(method: Callable[..., Any]) -> Callable[..., Any]:
     def create_optimizer(self: Any, *args: Any, **kwargs: Any) -> Any:
         model = _adapted(self.model)
-        if model is not None and getattr(model, "is_quantized", False):
-            _restore_magnitudes(model)
+        if model is not None:
+            require_savable(model)
+            if getattr(model, "is_quantized", False):
+                _restore_magnitudes(model)
         return method(self, *args, **kwargs)
 
     return create_optimizer
+
+
+def _pushing_a_checkpoint(method: Callable[..., None]) -> Callable[..., None]:
+    def _push_from_checkpoint(self: Any, checkpoint_folder: str) -> None:
+        # What is pushed is the output folder, into which transformers copies the files that it knows.
+        for name in (name for one in all_formats() for name in one.files):
+            if self.is_world_process_zero() and (path := Path(checkpoint_folder) / name).is_file():
+                shutil.copy(path, Path(self.args.output_dir) / name)
+        return method(self, checkpoint_folder)
+
+    return _push_from_checkpoint
 
 
 @torch.no_grad()
