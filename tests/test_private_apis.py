@@ -19,6 +19,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "trimtab"
 # The tests below hold these.
 TESTED = {
     *("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks", "_apply"),
+    "_raw_saved_tensors",
     *("_backward_hooks", "_backward_pre_hooks", "_version", "_schema", "_make_wrapper_subclass"),
     *("_disabled_torch_function_impl", "_get_tracing_state", "_C"),
     *("_compiled_call_impl", "_call_impl", "_dynamo", "_functorch", "_subclasses", "_python_dispatch"),
@@ -243,3 +244,26 @@ def test_a_weight_that_bitsandbytes_packed_can_be_unpacked() -> None:
     packed, changed = pack(stored, state)
     again, _ = unpack(packed, changed)
     assert torch.equal(again.flatten(), stored.flatten()), without("bitsandbytes", "way back from a packed weight")
+
+
+def test_saved_tensors_can_be_unpacked_one_by_one() -> None:
+    """`trimtab.ops.frozen_linear` does without the one that was changed in place."""
+
+    class Times(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+            output = x * factor
+            ctx.save_for_backward(output, factor)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+            with pytest.raises(RuntimeError, match="inplace"):
+                _ = ctx.saved_tensors
+            assert hasattr(ctx, "_raw_saved_tensors"), without("torch", "_raw_saved_tensors")
+            return grad * ctx._raw_saved_tensors[1].unpack(), None
+
+    x = torch.randn(3, requires_grad=True)
+    Times.apply(x, torch.full((3,), 5.0)).add_(1).sum().backward()  # type: ignore[no-untyped-call]
+    assert x.grad is not None
+    assert torch.equal(x.grad, torch.full((3,), 5.0))

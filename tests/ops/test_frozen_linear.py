@@ -142,6 +142,56 @@ def test_an_operation_in_place_may_follow(shape: tuple[int, ...], scale: bool) -
     assert torch.allclose(got, x.grad)
 
 
+@pytest.mark.parametrize("dropped", [False, True])
+@pytest.mark.parametrize("compute", ["folded", "factored"])
+@pytest.mark.parametrize("update", ["low rank", "rotation"])
+def test_an_output_that_was_changed_is_not_read(update: str, compute: Compute, dropped: bool) -> None:
+    """The gradients are those that the product gives, which is computed again."""
+    kind, shapes = UPDATES[update]
+    tensors = tuple(draw(*shape) for shape in shapes)
+    x, weight, bias = draw(3, IN), draw(OUT, IN).detach(), draw(OUT)
+    magnitude, norm = draw(OUT), torch.ones(OUT, dtype=torch.float64)
+    with torch.no_grad():
+        magnitude.copy_(torch.linspace(0.8, 1.2, OUT))
+    mask = torch.rand(3, IN) > 0.4
+    keep = Keep(mask, 2.0) if dropped else None
+    leaves = x, bias, magnitude, *tensors
+    grads = []
+    for kept in (False, True):
+        output = frozen_linear(
+            x,
+            weight,
+            bias,
+            update=kind,
+            tensors=tensors,
+            magnitude=magnitude,
+            norm=norm,
+            keep=keep,
+            compute=compute,
+            keep_product=kept,
+        )
+        grads.append(torch.autograd.grad(output.mul_(2).sin().sum(), leaves))
+    for one, other in zip(*grads, strict=True):
+        assert torch.allclose(one, other, atol=1e-12)
+
+
+def test_what_else_was_changed_in_place_keeps_torchs_word() -> None:
+    a, b = draw(2, IN), draw(OUT, 2)
+    magnitude = torch.ones(OUT, dtype=torch.float64, requires_grad=True)
+    output = frozen_linear(
+        draw(3, IN),
+        draw(OUT, IN).detach(),
+        update=LowRank(1.0),
+        tensors=(a, b),
+        magnitude=magnitude,
+        norm=torch.ones(OUT, dtype=torch.float64),
+    )
+    with torch.no_grad():
+        a.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+
+
 def test_an_operation_in_place_is_refused_where_the_output_is_needed() -> None:
     scale = torch.full((OUT,), 1.1, requires_grad=True)
     output = frozen_linear(torch.randn(4, IN), torch.randn(OUT, IN), magnitude=scale, norm=torch.ones(OUT))

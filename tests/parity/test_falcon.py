@@ -59,3 +59,18 @@ def test_step_0(bias: bool) -> None:
     before = logits(model)
     trimtab.attach(model, trimtab.Rule(match="*.query_key_value", method="lora", rank=2))
     assert torch.allclose(logits(model), before, atol=1e-12)
+
+
+def test_a_block_that_adds_to_a_layers_output_in_place() -> None:
+    """Falcon's blocks do, to the last layer's: the gradient of its magnitude is read off the product instead."""
+    grads = []
+    for keep in (False, True):
+        model = falcon()
+        trimtab.attach(model, trimtab.Rule(match="all-linear", method="dora", rank=2, keep_product=keep))
+        torch.manual_seed(1)
+        stir(model)
+        model(input_ids=TOKENS).logits.square().sum().backward()
+        grads.append({name: parameter.grad for name, parameter in trimtab.trainable_parameters(model).items()})
+    for name, grad in grads[0].items():
+        assert grad is not None
+        assert torch.allclose(grad, grads[1][name], atol=1e-10), name

@@ -53,7 +53,8 @@ class WeightOptions(_method.Options):
     keep_product: Annotated[bool, _method.TRAINING_ONLY] = Field(
         False,
         description=(
-            "Keep one more activation for the magnitude's gradient: for models that change a layer's output in place."
+            "Keep one more activation for the magnitude's gradient: for models that change a layer's output in place, "
+            "where it is else computed again."
         ),
     )
 

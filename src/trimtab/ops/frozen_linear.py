@@ -13,7 +13,7 @@ is kept that a plain linear layer followed by a nonlinearity would not keep. For
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -148,7 +148,8 @@ class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        weight, rows, mask, bias, magnitude, norm, values, excess, witness, inner, *trained = _saved(ctx)
+        saved, readable = _saved(ctx)
+        weight, rows, mask, bias, magnitude, norm, values, excess, witness, inner, *trained = saved
         tensors: tuple[Tensor, ...] = tuple(trained)
         update: Update | None = ctx.update
         through: LinearMap = ctx.through
@@ -157,7 +158,10 @@ class _FrozenLinear(torch.autograd.Function):
         wants_ratio = wants_magnitude or wants_norm
         ratio = None if values is None else Ratio(values, ctx.near_one, excess)
         upstream = through.product_gradient(grad_output)
-        witness = through.product_gradient(witness) if witness is not None and ctx.readable else witness
+        if readable:
+            witness = through.product_gradient(witness)
+        elif ctx.readable and wants_ratio:
+            witness = _product_again(ctx, rows, mask, weight, tensors)
         tokens = counted(upstream.shape[0] if upstream.dim() == 2 else upstream.shape[0] * upstream.shape[2])
 
         # Which form the gradient of the input takes, and what the ratio goes into: the gradient, the weight, or B.
@@ -178,7 +182,7 @@ class _FrozenLinear(torch.autograd.Function):
             thin=thin,
             ratio=ratio,
             witness=witness if wants_ratio else None,
-            wants_bias=wants_bias or (wants_ratio and bias is not None and ctx.readable),
+            wants_bias=wants_bias or (wants_ratio and bias is not None and readable),
             wants_scaled=into_gradient,
         )
 
@@ -186,7 +190,7 @@ class _FrozenLinear(torch.autograd.Function):
         if wants_ratio:
             total = passed.witnessed
             assert total is not None
-            if ctx.readable:
+            if readable:
                 if bias is not None and passed.bias is not None:
                     total = total.to(norm.dtype) - bias.to(norm.dtype) * passed.bias.to(norm.dtype)
                 grad_magnitude = total / (values * norm)
@@ -218,20 +222,35 @@ class _FrozenLinear(torch.autograd.Function):
         return grad_x, passed.bias if wants_bias else None, grad_magnitude, grad_norm, None, *grads
 
 
-def _saved(ctx: Any) -> tuple[Any, ...]:
-    """What the forward pass saved; with a word on what to do where the output was changed since."""
+_ADVICE = (
+    "trimtab: the output of a layer was changed in place, and the gradient of its magnitude is read from it. Set "
+    "keep_product=True on the rule (it keeps one more activation), or make the operation that follows the layer out of "
+    "place."
+)
+_WITNESS = 8  # the place of the output, or of the product, among what is saved
+
+
+def _saved(ctx: Any) -> tuple[Sequence[Any], bool]:
+    """What the forward pass saved, and whether the output among it is a way back to the product. Where the output was
+    changed in place since (a block that adds to it, an activation with ``inplace=True``), it is left out."""
     try:
-        saved: tuple[Any, ...] = ctx.saved_tensors
+        return ctx.saved_tensors, ctx.readable
     except RuntimeError as error:
-        if ctx.readable and "inplace" in str(error):
-            raise RuntimeError(
-                "trimtab: a tensor that the backward pass of an adapted layer needs was changed in place. If it "
-                "was the layer's output (an activation with inplace=True, for instance), from which the gradient "
-                "of the magnitude is read: set keep_product=True on the rule (it keeps one more activation), or "
-                "make the operation that follows the layer out of place."
-            ) from error
-        raise
-    return saved
+        if not ctx.readable or "inplace" not in str(error):
+            raise
+        if ctx.update is None:  # then the input was not kept
+            raise RuntimeError(_ADVICE) from error
+        each = enumerate(ctx._raw_saved_tensors)  # one by one: ``saved_tensors`` gives all or none
+        return [None if place == _WITNESS else one.unpack() for place, one in each], False
+
+
+def _product_again(ctx: Any, rows: Tensor, mask: Tensor | None, weight: Tensor, tensors: tuple[Tensor, ...]) -> Tensor:
+    """``x (W + dV)^T`` once more."""
+    keep = None if mask is None else Keep(mask.reshape(rows.shape), ctx.keep_scale)
+    weight = weight if ctx.settings.again is None else ctx.settings.again()
+    tensors = _scaled(tensors, keep)
+    operands = Operands(weight=weight, bias=None, ratio=None, update=ctx.update, tensors=tensors, through=ctx.through)
+    return factored(rows, rows if keep is None else keep.of(rows), operands, True).output
 
 
 def frozen_linear(
@@ -264,7 +283,7 @@ def frozen_linear(
         norm: ``n [out]``, normally float32; given together with ``magnitude``. Where it is 0 the output is 0 and the
             magnitude gets no gradient.
         keep_product: keep the product itself for the gradient of ``magnitude`` instead of reading it off the output.
-            Needed where the output is changed in place afterwards.
+            Where the output is changed in place afterwards, the product is else computed again.
         compute: ``auto`` chooses between the two forms by their cost; ``folded`` and ``factored`` overrule it. Folding
             is left out where it cannot be exact: with dropout, with ``keep_product``, or with a ratio far from 1.
         again: gives ``weight`` once more in the backward pass, which then does not keep it: for a weight that was
