@@ -182,7 +182,7 @@ class ConvolutionBase(_base.WeightBase):
         return tensor.reshape(len(tensor), -1, *self.parameter.shape[2:])
 
     def as_matrix(self, name: str, tensor: Tensor) -> Tensor:
-        if name == "magnitude":
+        if name not in ("A", "B"):
             return tensor.flatten()
         fits = tensor.shape[2:] == self.parameter.shape[2:] if name == "A" else tensor.shape[2:].numel() == 1
         return tensor.flatten(1) if fits else tensor
