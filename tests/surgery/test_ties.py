@@ -127,12 +127,20 @@ def test_adapted_embeddings_are_merged_saved_and_loaded(method: str, match: list
     assert _close(_logits(model), adapted)
 
 
-def test_an_embedding_and_a_head_of_one_weight_take_no_common_adapter() -> None:
+def test_embeddings_and_a_head_of_one_weight_take_one_adapter(tmp_path: Path) -> None:
     model = _built("MBartForConditionalGeneration", _SEQ2SEQ)
-    with pytest.raises(
-        trimtab.PlanError, match=r"share one weight, and multiply with it in two directions.*\[40, 16\]"
-    ):
-        trimtab.attach(model, trimtab.Rule(match=["model.shared", "lm_head"], method="lora", rank=2))
+    before = _groups(model)
+    report = trimtab.attach(model, trimtab.Rule(match=["*shared", "*embed_tokens", "lm_head"], method="lora", rank=2))
+    assert sum(one.parameters > 0 for one in report.modules) == 1
+    assert len(report.modules) == 4
+    _stir(model)
+    adapted = _logits(model)
+    assert trimtab.merge(model).untied == ()
+    assert _close(_logits(model), adapted)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    assert _groups(again) == _groups(model) == before
+    assert _close(_logits(again), adapted)
 
 
 def test_a_merge_of_other_layers_changes_no_tie(tmp_path: Path) -> None:

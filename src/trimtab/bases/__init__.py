@@ -34,6 +34,7 @@ from trimtab.bases._registry import (
     quantised_by_size,
     quantised_names,
 )
+from trimtab.bases._turned import TurnedBase
 
 __all__ = [
     "Base",
@@ -43,6 +44,7 @@ __all__ = [
     "Kind",
     "ModuleBase",
     "QuantisedBase",
+    "TurnedBase",
     "WeightBase",
     "can_be_called",
     "find",

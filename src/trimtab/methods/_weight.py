@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from trimtab.bases import WeightBase
+from trimtab.bases import TurnedBase, WeightBase
 from trimtab.errors import PlanError
 from trimtab.methods import _method, _stack
 from trimtab.ops.autocast import without_autocast
@@ -28,7 +28,7 @@ from trimtab.ops.linear_map import multiply
 from trimtab.ops.ratio import Ratio, ratio_of
 from trimtab.ops.reference import effective_weight
 from trimtab.ops.stamp import Stamp
-from trimtab.ops.update import Update
+from trimtab.ops.update import TurnedUpdate, Update
 
 
 class WeightOptions(_method.Options):
@@ -101,6 +101,7 @@ class WeightMethod(_method.Method):
             )
         super().__init__(base, options)
         self.frozen_column = base.frozen_column
+        self.stored_transposed = base.stored_transposed
         self._squares: _Squares | None = None
         self._kept: _Kept | None = None
         self._few_tokens: FewTokensLinear | None = None
@@ -252,16 +253,29 @@ class WeightMethod(_method.Method):
         assert self.magnitude is not None
         return magnitude_over_norm(self.magnitude.to(norm.dtype), norm)
 
+    def turned_factors(self) -> tuple[Update | None, tuple[Tensor, ...]]:
+        """``factors`` of ``dV^T``."""
+        update, tensors = self.factors()
+        return None if update is None else TurnedUpdate(update), tensors
+
+    def _seen(self, base: WeightBase) -> WeightBase:
+        """``base``; or, where another layer is tied to the one that the adapter was made for and multiplies with
+        ``W^T``, that layer as one with the weight W."""
+        return base if base.stored_transposed == self.stored_transposed else TurnedBase(base)
+
     def forward(self, x: Tensor, base: WeightBase) -> Tensor:
         """The output ``[..., out]`` for ``x [..., in]`` on the frozen weight of ``base``."""
+        seen, axis = self._seen(base), self.options.magnitude_axis
+        if turned := seen is not base:
+            axis = "input" if axis == "output" else "output"
         # What a look-up is given are numbers of rows, of which none can be dropped.
         drops = self.training and bool(self.options.dropout) and x.is_floating_point()
-        if self._holds and not (drops or torch.is_grad_enabled() or torch.compiler.is_compiling()):
+        if self._holds and not (turned or drops or torch.is_grad_enabled() or torch.compiler.is_compiling()):
             if self._few_tokens is None:
                 self._few_tokens = self._for_few_tokens(base)
             if self._few_tokens is not None and self._few_tokens.takes(x):
                 return self._few_tokens(x)
-        update, tensors = self.factors()
+        update, tensors = self.turned_factors() if turned else self.factors()
         keep = draw_keep(x, self.options.dropout) if drops and update is not None else None
         padded = base.prepared(x)
         if keep is not None and padded is not x:
@@ -270,14 +284,14 @@ class WeightMethod(_method.Method):
         weight = base.weight(dtype)
         magnitude, norm, ratios = self.magnitude, None, None
         if magnitude is not None:
-            norm = self.norm(weight, base)
+            norm = self.norm(weight.t() if turned else weight, seen)
             if self._kept is not None and norm is self._kept.norm:
                 ratios = self._kept.ratios
-            if self.options.magnitude_axis == "input":
+            if axis == "input":
                 if not base.through.reads_features:
                     return self._columns_scaled(x, base, weight, norm, keep)
                 # Columns of the weight scaled are inputs scaled; in half precision the product is taken in full digits.
-                x, magnitude, norm = (x * self._over(norm)).to(x.dtype), None, None
+                x, magnitude, norm, ratios = (x * self._over(norm)).to(x.dtype), None, None, None
         return frozen_linear(
             x,
             weight,
@@ -311,10 +325,11 @@ class WeightMethod(_method.Method):
     def _columns_scaled(self, x: Tensor, base: WeightBase, weight: Tensor, norm: Tensor, keep: Keep | None) -> Tensor:
         """The output with a magnitude for each column, where the input has no features that could be scaled instead."""
         ratio, whole = self._over(norm), weight.to(norm.dtype)
+        total = self.total(whole) if self._seen(base) is base else self.total(whole.t()).t()
         if keep is None:
-            return multiply(base.through, x, (self.total(whole) * ratio).to(weight.dtype), self.bias_of(base))
+            return multiply(base.through, x, (total * ratio).to(weight.dtype), self.bias_of(base))
         fed = x * (keep.mask.to(x.dtype) * -keep.scale)
-        update = (self.total(whole) - whole) * ratio
+        update = (total - whole) * ratio
         y = multiply(base.through, x, (whole * ratio).to(weight.dtype), self.bias_of(base))
         return y + multiply(base.through, fed, update.to(weight.dtype))
 
@@ -331,6 +346,8 @@ class WeightMethod(_method.Method):
         )
 
     def _formula(self, base: WeightBase, dtype: torch.dtype, detach_norm: bool = False) -> Tensor:
+        if (seen := self._seen(base)) is not base:
+            return self._formula(seen, dtype, detach_norm).t()
         magnitude = None if self.magnitude is None else self.magnitude.to(dtype)
         with without_autocast(base.parameter):
             total = self.total(base.weight().to(dtype))

@@ -119,6 +119,10 @@ class LoRA(_weight.WeightMethod):
             return AcrossGroups(self.options.scale, self.groups), (self.A, self.B)
         return low_rank.LowRank(self.options.scale), (self.A, self.B)
 
+    def turned_factors(self) -> tuple[Update | None, tuple[Tensor, ...]]:
+        update, tensors = self.factors()
+        return update, tuple(tensor.t() for tensor in reversed(tensors))  # (B A)^T = A^T B^T
+
     def total(self, weight: Tensor) -> Tensor:
         if self.groups > 1:
             raise SurgeryError(

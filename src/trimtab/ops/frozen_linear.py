@@ -300,7 +300,9 @@ def frozen_linear(
         bias = None if bias is None else bias.to(dtype)
     if update is None:
         keep = None  # there is nobody to see less of x
-    elif not (update.takes_any_map or (through.takes_factors if update.is_thin else through.reads_features)):
+    elif update.only_built or not (
+        update.takes_any_map or (through.takes_factors if update.is_thin else through.reads_features)
+    ):
         update = BuiltUpdate(update)
     settings = Settings(keep, keep_product, compute, again)
     given = (x, bias, magnitude, norm, *tensors)

@@ -20,6 +20,8 @@ class Update:
     """
 
     is_thin: ClassVar[bool] = False
+    only_built: ClassVar[bool] = False
+    """Whether it multiplies with no map but as the weight that is built of it."""
     takes_any_map: ClassVar[bool] = False
     """Whether it multiplies by itself with whatever map, and is never built."""
 
@@ -99,7 +101,9 @@ class BuiltUpdate(Update):
 
 
 class WithoutColumn(Update):
-    """An update whose ``column`` is kept at zero, whatever the others are. It is never multiplied with but in full."""
+    """An update whose ``column`` is kept at zero, whatever the others are."""
+
+    only_built: ClassVar[bool] = True
 
     def __init__(self, update: Update, column: int) -> None:
         self._update, self._column = update, column
@@ -118,3 +122,25 @@ class WithoutColumn(Update):
         kept = weight[:, self._column]
         total[:, self._column] = kept if ratio is None else (kept * ratio).to(weight.dtype)
         return total
+
+
+class TurnedUpdate(Update):
+    """The transpose of an update: ``dV^T [in, out]``."""
+
+    only_built: ClassVar[bool] = True
+
+    def __init__(self, update: Update) -> None:
+        self._update = update
+
+    def delta(self, tensors: tuple[Tensor, ...]) -> Tensor:
+        return self._update.delta(tensors).t()
+
+    def delta_gradient(self, grad: Tensor, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return self._update.delta_gradient(grad.t(), tensors)
+
+    def work(self, tokens: int, tensors: tuple[Tensor, ...], dtype: torch.dtype) -> Work:
+        return self._update.work(tokens, tensors, dtype)
+
+    def fold(self, weight: Tensor, ratio: Tensor | None, tensors: tuple[Tensor, ...]) -> Tensor:
+        total = self._update.fold(weight.t(), None, tensors).t()
+        return total if ratio is None else (total * ratio.unsqueeze(1)).to(weight.dtype)

@@ -267,6 +267,13 @@ def _near_misses(rule: Rule, candidates: list[str]) -> str:
     return f" Names that could be matched: {', '.join(shapes[:8])}{', ...' if len(shapes) > 8 else ''}"
 
 
+def _turned(one: bases.Base, other: bases.Base) -> bool:
+    """Whether two layers with one weight multiply with it in two directions, as a look-up and a tied head do."""
+    if isinstance(one, bases.WeightBase) and isinstance(other, bases.WeightBase):
+        return one.stored_transposed != other.stored_transposed
+    return False
+
+
 def _check_ties(targets: list[Target]) -> None:
     """Raise PlanError unless modules that share one weight have the same rule."""
     first: dict[int, Target] = {}
@@ -279,9 +286,9 @@ def _check_ties(targets: list[Target]) -> None:
                     "Let one rule match both"
                 )
             layers = other.base.kind == target.base.kind == "weight"
-            if layers and other.base.shape != target.base.shape:
+            if layers and _turned(other.base, target.base) and target.adapter_class.trains_base:
                 raise PlanError(
                     f"{both} multiply with it in two directions, [out, in] = {list(other.base.shape)} and "
-                    f"{list(target.base.shape)}: no adapter of method {target.method} is both. Let the rule match one "
-                    "of them (a merge gives it a weight of its own), or train the weight itself (method full)"
+                    f"{list(target.base.shape)}: magnitudes of method {target.method} are one of them. Let the rule "
+                    "match one of the two (a merge gives it a weight of its own), or leave the magnitude out"
                 )
