@@ -63,6 +63,30 @@ class Biased(nn.Module):
         return torch.randn(5, 6)
 
 
+class Mix(nn.Module):
+    """A layer of the user's, whose matrix is ``[in, out]``."""
+
+    def __init__(self, inner: int, outer: int) -> None:
+        super().__init__()
+        self.matrix, self.bias = nn.Parameter(torch.randn(inner, outer)), nn.Parameter(torch.randn(outer))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.matrix + self.bias
+
+
+class Own(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.mix, self.leave = nn.Linear(6, 9), Mix(9, 5), nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.leave(torch.tanh(self.mix(torch.tanh(self.enter(x)))))
+
+    @staticmethod
+    def inputs() -> Tensor:
+        return torch.randn(5, 6)
+
+
 class Encoder(nn.Module):
     """Two blocks of torch's own transformer, whose attention reads its projections."""
 
@@ -125,6 +149,8 @@ CASES: dict[str, tuple[type[Any], dict[str, Any]]] = {
         Biased,
         {"target_modules": ["leave"], "r": 2, "lora_bias": True, "use_rslora": True, "alpha_pattern": {"leave": 3}},
     ),
+    "a parameter": (Own, {"target_modules": ["leave"], "target_parameters": ["mix.matrix"], "r": 3}),
+    "a parameter of a layer": (Own, {"target_parameters": ["leave.weight"], "target_modules": ["enter"], "r": 2}),
     "attention": (Encoder, {"target_modules": ["self_attn"], "r": 3}),
     "attention and linear": (Encoder, {"target_modules": ["self_attn", "linear2"], "r": 2, "use_rslora": True}),
     "attention with a rank of its own": (
@@ -181,7 +207,7 @@ def test_a_folder_of_peft_gives_its_outputs_here_and_merged(case: str, tmp_path:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("case", [case for case in CASES if "bias" not in case])
+@pytest.mark.parametrize("case", CASES)
 def test_our_folder_gives_our_outputs_in_peft_and_again_here(case: str, tmp_path: Path) -> None:
     base, x, _ = folder_of_peft(*CASES[case], tmp_path / "theirs")
     model = copy.deepcopy(base)

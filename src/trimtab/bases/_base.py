@@ -25,6 +25,9 @@ class Base:
 
     kind: ClassVar[Kind]
 
+    is_fallback: ClassVar[bool] = False
+    """Whether it takes what no other base knows, where a rule names just that."""
+
     def __init__(self, module: nn.Module) -> None:
         self.module = module
 

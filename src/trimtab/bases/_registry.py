@@ -23,7 +23,7 @@ _PACKAGE = __name__.rpartition(".")[0]
 @cache
 def names(kind: Kind | None = None) -> list[str]:
     """The names of all bases, sorted; or of those of one kind."""
-    return [name for name, base in _all().items() if kind in (None, base.kind)]
+    return sorted(name for name, base in _all().items() if kind in (None, base.kind))
 
 
 @cache
@@ -57,7 +57,8 @@ def quantised_base(name: str) -> type[QuantisedBase]:
 @cache
 def _all() -> dict[str, type[Base]]:
     folder = importlib.import_module(_PACKAGE).__path__
-    return {name: listing.class_in(_PACKAGE, name, Base) for name in listing.names(folder)}
+    found = {name: listing.class_in(_PACKAGE, name, Base) for name in listing.names(folder)}
+    return dict(sorted(found.items(), key=lambda pair: pair[1].is_fallback))
 
 
 @overload
@@ -90,9 +91,12 @@ def named(module: nn.Module) -> str:
 
 def held_weights(module: nn.Module) -> Iterator[HeldWeight]:
     """The weights that hang directly on ``module`` as parameters, each as a module that ``find`` takes."""
+    taken: set[str] = set()
     for base in _all().values():
-        for attribute in base.holds(module):
-            yield HeldWeight(module, attribute)
+        new = [attribute for attribute in base.holds(module) if attribute not in taken]
+        if new and not (base.is_fallback and find(module) is not None):
+            taken.update(new)
+            yield from (HeldWeight(module, attribute) for attribute in new)
 
 
 def parts(module: nn.Module) -> list[nn.Module]:

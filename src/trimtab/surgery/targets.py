@@ -151,12 +151,28 @@ class _Modules:
 
     def is_named_by(self, rule: Rule, key: int, name: str) -> bool:
         """Whether ``rule`` matches this module in any layer; its method must be able to sit on the module."""
+        if self._is_fallback(rule, key):
+            return _globs_name(rule, name)
         holder = name.rpartition(".")[0] if key in self.by_holder else ""
         if _globs_match(rule, name) or (holder and _globs_match(rule, holder)):
             return True
         handle = self.handles[rule.sits_on].get(key)
         is_linear = isinstance(handle, bases.WeightBase) and handle.is_linear and id(handle.owner) not in self.heads
         return rule.all_linear and is_linear and key not in self.heads
+
+    def _is_fallback(self, rule: Rule, key: int) -> bool:
+        handle = self.handles[rule.sits_on].get(key)
+        return handle is not None and handle.is_fallback
+
+    def matched_in_any_layer(self, rule: Rule) -> list[tuple[int, str]]:
+        """What ``rule`` names, whether or not its method can sit on that."""
+        possible = self.handles[rule.sits_on]
+        return [
+            (key, name)
+            for key, name in self.every_name()
+            if (key in possible and self.is_named_by(rule, key, name))
+            or (_globs_match(rule, name) and not self._is_fallback(rule, key))
+        ]
 
     def _block(self, name: str) -> tuple[int | None, int]:
         """The number of the block in which a module is, and how many such blocks there are; None and 0 outside."""
@@ -171,6 +187,11 @@ def _globs_match(rule: Rule, name: str) -> bool:
     if rule.sits_on == "module":
         names += [name[:place] for place, letter in enumerate(name) if letter == "."]
     return any(fnmatch.fnmatchcase(one, glob) for one in names for glob in rule.match)
+
+
+def _globs_name(rule: Rule, name: str) -> bool:
+    """Whether a glob of ``rule`` matches ``name`` and says something of its last part."""
+    return any(fnmatch.fnmatchcase(name, glob) and glob.rpartition(".")[2].strip("*?") for glob in rule.match)
 
 
 def _selects(rule: Rule, block: int | None, count: int) -> bool:
@@ -227,11 +248,7 @@ def _why_overruled(matched: dict[int, str], decided: dict[int, int]) -> str:
 def _why_none(rule: Rule, modules: _Modules) -> str:
     """The message about a rule that matches no module in the layers that it selects."""
     possible = modules.handles[rule.sits_on]
-    named = [
-        (key, name)
-        for key, name in modules.every_name()
-        if _globs_match(rule, name) or (key in possible and modules.is_named_by(rule, key, name))
-    ]
+    named = modules.matched_in_any_layer(rule)
     if any(key in possible for key, _ in named):
         return "its names match, but in no block that 'layers' selects"
     kinds = ", ".join(bases.names("weight"))
