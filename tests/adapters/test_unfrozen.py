@@ -220,6 +220,30 @@ def test_a_layer_of_transformers_own_kind_that_keeps_its_weight_the_other_way_ro
         assert torch.allclose(other(ids).logits, right, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "unfreeze",
+    [
+        lambda model: model.transformer.ln_f.requires_grad_(True),
+        lambda model: [one.requires_grad_(True) for name, one in model.named_parameters() if name.endswith("bias")],
+    ],
+    ids=["a norm", "all biases"],
+)
+def test_peft_reads_it_too(unfreeze: Callable[[Any], Any], tiny_gpt2: Callable[..., Any], tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    base = tiny_gpt2()
+    ids = torch.tensor([[1, 5, 3, 2]])
+    model = copy.deepcopy(base)
+    trimtab.attach(model, trimtab.Rule(match="*.c_attn", method="lora", rank=2))
+    unfreeze(model)
+    with torch.no_grad():
+        for parameter in trimtab.trainable_parameters(model).values():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    trimtab.save_adapter(model, tmp_path)
+    theirs = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    assert torch.allclose(theirs(ids).logits, model(ids).logits, atol=1e-6)
+
+
 def test_the_bias_of_a_quantised_layer(tmp_path: Path) -> None:
     from trimtab.bases import find, quantise
 

@@ -118,6 +118,24 @@ def test_a_trainer_saves_what_it_trained(trainer: str, tokenizer: Any, tmp_path:
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("trainer", ["sft", "dpo"])
+def test_a_head_that_is_read_in_parts_is_trained(trainer: str, method: str, tokenizer: Any, tmp_path: Path) -> None:
+    """TRL takes log-probabilities from the head's weight, and does not call the head."""
+    base = store(trainer, tmp_path / "base")
+    model = model_class(trainer).from_pretrained(base, dtype=torch.float32)
+    rank = {} if method == "full" else {"rank": 2}
+    trimtab.attach(model, [*RULES, trimtab.Rule(match="lm_head", method=method, **rank)])
+    before = trimtab.effective_weight(model, "lm_head")
+    made = make(trainer, model, tokenizer, tmp_path / "run")
+    made.train()
+    assert not torch.equal(trimtab.effective_weight(model, "lm_head"), before)
+    again = model_class(trainer).from_pretrained(base, dtype=torch.float32)
+    trimtab.load_adapter(again, tmp_path / "run" / "checkpoint-2")
+    assert torch.allclose(logits(again, IDS), logits(model, IDS), atol=1e-6)
+
+
+@pytest.mark.full
 def test_a_reward_head_that_was_unfrozen_is_trained_and_saved(tokenizer: Any, tmp_path: Path) -> None:
     base = store("reward", tmp_path / "base")
     model = model_class("reward").from_pretrained(base, dtype=torch.float32)
