@@ -55,7 +55,7 @@ class _Mark:
 def _history(tensor: Tensor) -> tuple[Any, ...] | None:
     """Where a tensor lies and how often it was changed; None where it does not say."""
     inference = tensor.is_inference()  # those have no version
-    if inference and tensor.device.type != "cpu":
+    if (inference and tensor.device.type != "cpu") or type(tensor).__name__ == "FakeTensor":  # which lies nowhere
         return None
     try:
         return -1 if inference else tensor._version, tensor.data_ptr(), tensor.dtype, tensor.shape
