@@ -89,6 +89,7 @@ BUILDERS: dict[str, Callable[[int, int, bool], nn.Module]] = {
     "conv1d": lambda out_features, in_features, bias: Conv1D(out_features, in_features),
     "block": Block,
     "module": Whole,
+    "table": lambda out_features, in_features, bias: nn.Embedding(out_features, in_features),
     "convolution": convolution,
     "embedding": lambda out_features, in_features, bias: nn.Embedding(in_features, out_features),
     **dict.fromkeys(QUANTISED, lambda out_features, in_features, bias: nn.Linear(in_features, out_features, bias=bias)),

@@ -52,7 +52,6 @@ REFUSED = {
     "use_qalora": True,
     "alora_invocation_tokens": [1, 2],
     "layer_replication": [[0, 2], [1, 2]],
-    "trainable_token_indices": [0, 5],
     "use_bdlora": {"nblocks": 2},
     "arrow_config": {"top_k": 2},
     "kasa_config": {"beta": 1e-4},

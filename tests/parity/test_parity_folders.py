@@ -332,7 +332,6 @@ def test_half_precision_folders_of_peft(dtype: torch.dtype, tiny_llama: Make, tm
 @pytest.mark.parametrize(
     ("said", "names"),
     [
-        ({"target_modules": ["q_proj"], "trainable_token_indices": [1, 2]}, "trainable_token_indices"),
         ({"target_modules": ["q_proj"], "init_lora_weights": "pissa"}, "pissa"),
         ({"target_modules": ["q_proj"], "init_lora_weights": "olora"}, "olora"),
         ({"target_modules": ["q_proj"], "layer_replication": [[0, 2], [0, 2]]}, "layer_replication"),

@@ -38,6 +38,7 @@ SMALL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 def _missing_tensors_are_errors() -> Iterator[None]:
     """PEFT only warns of tensors that it misses or does not know."""
     with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
         warnings.filterwarnings("error", message=".*(missing|unexpected|Unexpected|not initialized).*")
         yield
 
@@ -88,10 +89,10 @@ FROM_PEFT: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         gpt2,
         {"target_modules": ["c_attn"], "modules_to_save": ["h.0.mlp.c_fc"], "fan_in_fan_out": True},
     ),
-    "embedding and head": (neox, {"target_modules": ["dense"], "modules_to_save": ["embed_in", "embed_out"]}),
+    "embedding and head": (neox, {"target_modules": ["dense"], "modules_to_save": ["embed_in", "lm_head"]}),
     "both, tied": (
         lambda: neox(tie_word_embeddings=True),
-        {"target_modules": ["dense"], "modules_to_save": ["embed_in", "embed_out"]},
+        {"target_modules": ["dense"], "modules_to_save": ["embed_in", "lm_head"]},
     ),
     "the embedding alone, tied": (
         lambda: neox(tie_word_embeddings=True),
@@ -241,3 +242,50 @@ def test_a_module_of_another_shape_is_refused(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="made for another model"):
         trimtab.load_adapter(model, tmp_path)
     assert_unchanged(model, before)
+
+
+TOKENS: dict[str, tuple[bool, dict[str, Any]]] = {
+    "a list": (False, {"trainable_token_indices": [9, 3, 5]}),
+    "a list, tied": (True, {"trainable_token_indices": [9, 3, 5]}),
+    "two tables": (False, {"trainable_token_indices": {"embed_in": [4, 3], "lm_head": [20, 6, 7]}}),
+    "two tables that are tied": (True, {"trainable_token_indices": {"embed_in": [4, 3], "lm_head": [4, 3]}}),
+    "two tied tables with rows of their own": (
+        True,
+        {"trainable_token_indices": {"embed_in": [4, 3], "lm_head": [20, 6, 7]}},
+    ),
+}
+
+
+@pytest.mark.parametrize("what", TOKENS)
+def test_trained_tokens(what: str, tmp_path: Path) -> None:
+    tie, config = TOKENS[what]
+    base = neox(tie_word_embeddings=tie)
+    theirs = stirred(get_peft_model(copy.deepcopy(base), LoraConfig(r=2, target_modules=["dense"], **config)))
+    wanted = run(theirs)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = copy.deepcopy(base)
+    trimtab.load_adapter(ours, tmp_path / "theirs")
+    torch.testing.assert_close(run(ours), wanted, rtol=0, atol=3e-6)
+
+    trimtab.save_adapter(ours, tmp_path / "ours")
+    again = copy.deepcopy(base)
+    trimtab.load_adapter(again, tmp_path / "ours")
+    torch.testing.assert_close(run(again), run(ours), rtol=0, atol=0)
+    if what != "two tied tables with rows of their own":
+        both = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours")
+        torch.testing.assert_close(run(both), wanted, rtol=0, atol=3e-6)
+    trimtab.merge(ours)
+    torch.testing.assert_close(run(ours), wanted, rtol=0, atol=3e-6)
+
+
+def test_rows_of_one_of_two_tied_tables_are_no_affair_of_peft(tmp_path: Path) -> None:
+    base = neox(tie_word_embeddings=True)
+    ours = copy.deepcopy(base)
+    update = Rule(match="*.dense", method="lora", rank=2)
+    trimtab.attach(ours, [update, Rule(match="lm_head", method="full", rows=[1, 2])])
+    stirred(ours)
+    trimtab.save_adapter(ours, tmp_path)
+    assert not (tmp_path / PEFT_FILES[0]).exists()
+    again = copy.deepcopy(base)
+    trimtab.load_adapter(again, tmp_path)
+    torch.testing.assert_close(run(again), run(ours), rtol=0, atol=0)

@@ -39,6 +39,25 @@ def as_held_in(
             module, _, last = module.rpartition(".")
             prefix = f"{last}.{prefix}"
         found[module] = _joined(found.get(module), entry, prefix) if prefix or module in found else entry
+    return _with_ties(known, found)
+
+
+def _with_ties(known: Mapping[str, nn.Module], stored: Mapping[str, StoredAdapter]) -> dict[str, StoredAdapter]:
+    """``stored`` with rows of a table also on the modules that share it, of which PEFT says nothing; and what was
+    trained apart although it is shared, marked as that."""
+    found = dict(stored)
+    first: dict[int, str] = {}
+    for name, entry in stored.items():
+        weight = bare(known[name])._parameters.get("weight") if name in known else None
+        if weight is None or not methods.method_class(entry.method).trains_base or "weight" not in entry.tensors:
+            continue
+        if entry.in_layout and getattr(entry.options, "rows", None):
+            tied = [other for other, module in known.items() if bare(module)._parameters.get("weight") is weight]
+            found = {**dict.fromkeys(tied, entry), **found}
+        twin = first.setdefault(id(weight), name)
+        mine, theirs = entry.tensors["weight"], stored[twin].tensors["weight"]
+        if mine.shape != theirs.shape or not torch.equal(mine, theirs):
+            found[name] = replace(found[name], apart=True)
     return found
 
 
@@ -78,6 +97,8 @@ def _check_rows(place: Path, model: Any, known: Mapping[str, nn.Module], stored:
         except (NotImplementedError, AttributeError):
             continue
     for name, entry in stored.items():
+        if getattr(entry.options, "rows", None):
+            continue
         module: Any = bare(known[name]) if name in known else None
         if not any(module is one and module is not None for one in vocabulary):
             continue

@@ -35,6 +35,9 @@ class StoredAdapter:
     beside: bool = False
     """Whether they are tensors of the model's own that were stored beside an adapter, and may not be trained at all."""
 
+    apart: bool = False
+    """Whether the module's weight has other values than that of a module which shares it."""
+
     def on(self, handle: Base) -> StoredAdapter:
         """The same with the tensors that a method has on the layer of ``handle``."""
         if not (self.in_layout and isinstance(handle, WeightBase)):

@@ -251,6 +251,7 @@ def _targets(
                 method=entry.method,
                 adapter_class=rule.method_class.class_for(handle),
                 options=entry.options,
+                apart=entry.apart,
             )
         )
     if unknown:

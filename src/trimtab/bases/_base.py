@@ -12,9 +12,9 @@ from trimtab.ops.decomposition import Axis, squared_norms
 from trimtab.ops.linear_map import MATRIX, LinearMap
 from trimtab.ops.read_weight import read_weight
 
-Kind = Literal["weight", "block", "module"]
+Kind = Literal["weight", "block", "module", "table"]
 """What a method can sit on: a layer that multiplies with one weight; a block of several modules around which one hidden
-state comes in and goes out; or any module, whose own tensors are trained."""
+state comes in and goes out; any module, whose own tensors are trained; or a table of tokens, of which rows are."""
 
 DENSE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """The dtypes in which a dense weight may be stored."""
@@ -291,7 +291,7 @@ class BlockBase(Base):
 class ModuleBase(Base):
     """A handle on a module whose own tensors are trained, each by its name in the module."""
 
-    kind = "module"
+    kind: ClassVar[Kind] = "module"
 
     @property
     def identity(self) -> object:

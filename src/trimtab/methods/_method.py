@@ -104,6 +104,10 @@ class Method(nn.Module):
         }
         return {**dict(self.named_parameters()), **{name: one for name, one in buffers.items() if one is not None}}
 
+    def merged(self, name: str, own: Tensor) -> Tensor:
+        """What the base's ``own`` tensor becomes, where a copy of it is trained under ``name``."""
+        return self.stored_tensors()[name].detach()
+
     def copies(self, base: Any) -> dict[str, nn.Parameter]:
         """The base's own parameters of which a copy is trained, by the names of the copies in this adapter."""
         return {}

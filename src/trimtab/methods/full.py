@@ -6,6 +6,8 @@ The trained copy has its own dtype (float32 unless told otherwise), so that a bf
 master weights and small steps are not lost; the base stays as it was until the merge. With ``magnitude``, ``W' = m *
 V / ||V||``: weight normalisation of the trained weight, for a layer that multiplies with one weight ``V [out, in]``.
 
+With ``rows``, no more than these rows of an embedding or an output head are trained: new tokens, for instance.
+
 A layer of one matrix keeps ``weight [out, in]`` and ``bias [out]``; any other module its own tensors, as it has them.
 """
 
@@ -15,12 +17,12 @@ from collections.abc import Collection
 from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from trimtab.bases import Base, Kind, WeightBase
 from trimtab.errors import PlanError
-from trimtab.methods import _method, _module, _weight
+from trimtab.methods import _method, _module, _rows, _weight
 from trimtab.methods._method import TRAINING_ONLY
 from trimtab.ops.frozen_linear import frozen_linear
 from trimtab.ops.linear_map import multiply
@@ -37,7 +39,24 @@ class Options(_weight.WeightOptions):
         None, min_length=1, description="Names of the module's own tensors that are trained. Default: all of them."
     )
 
+    rows: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
+        None,
+        min_length=1,
+        description="Numbers of the rows of an embedding or an output head (tokens) that are trained, and nothing else "
+        "of it. Default: all of them.",
+    )
     bias: Literal[True] = Field(True, description="Always on: to leave a bias as it is, name the other tensors.")
+
+    @field_validator("rows")
+    @classmethod
+    def _in_order(cls, rows: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        return None if rows is None else tuple(sorted(set(rows)))
+
+    @model_validator(mode="after")
+    def _rows_alone(self) -> Options:
+        if self.rows is not None and (self.magnitude or self.tensors is not None):
+            raise ValueError("rows are trained as they are: leave 'magnitude' and 'tensors' out")
+        return self
 
     @model_validator(mode="after")
     def _a_weight_to_decompose(self) -> Options:
@@ -77,10 +96,14 @@ class FullFineTuning(_weight.WeightMethod):
 
     @classmethod
     def kind_for(cls, options: Options) -> Kind:
+        if options.rows is not None:
+            return "table"
         return "weight" if options.magnitude else "module"
 
     @classmethod
     def class_for(cls, base: Base) -> type[_method.Method]:
+        if base.kind == "table":
+            return _rows.RowsMethod
         return cls if base.kind == "weight" else _module.ModuleMethod
 
     @torch.no_grad()

@@ -59,8 +59,9 @@ class Adapted(nn.Module):
     @staticmethod
     def around(handle: Base, adapter: Method, method: str, rule: int) -> Adapted:
         """An adapted module of the kind that ``handle`` asks for."""
-        kinds: dict[str, type[Adapted]] = {"block": AdaptedBlock, "module": AdaptedModule, "weight": AdaptedLayer}
-        kind = AdaptedParameter if isinstance(handle, HeldBase) else kinds[handle.kind]
+        kind: type[Adapted] = AdaptedBlock if handle.kind == "block" else AdaptedLayer
+        if isinstance(handle, (HeldBase, ModuleBase)):
+            kind = AdaptedParameter if isinstance(handle, HeldBase) else AdaptedModule
         return kind(handle, adapter, method, rule)
 
     def remove(self) -> nn.Module:

@@ -50,10 +50,10 @@ def _with_the_bias(group: list[Target]) -> Target:
 
 
 def _share_copies(targets: list[Target], adapters: list[Method]) -> None:
-    """Let two copies of one parameter be one."""
-    first: dict[int, nn.Parameter] = {}
+    """Let two copies of one parameter be one, where one rule made them."""
+    first: dict[tuple[int, int], nn.Parameter] = {}
     for target, adapter in zip(targets, adapters, strict=True):
-        if target.adapter_class.trains_base:
+        if target.adapter_class.trains_base and not target.apart:
             for name, own in adapter.copies(target.base).items():
-                copy = first.setdefault(id(own), adapter._parameters[name])  # type: ignore[arg-type]
+                copy = first.setdefault((id(own), target.rule), adapter._parameters[name])  # type: ignore[arg-type]
                 adapter._parameters[name] = copy

@@ -140,6 +140,12 @@ def _fold(model: nn.Module, adapted: list[tuple[str, Adapted]]) -> tuple[float, 
     untied = []
     rounding: dict[int, float] = {}  # by the id of the written weight
     own_weight: dict[int, nn.Parameter] = {}  # by the id of the shared weight that was copied
+    sources: dict[int, object] = {}  # by the id of the stored weight
+    for name, module in adapted:
+        for part in merged_parts(module):
+            if sources.setdefault(id(part.stored()), part.source) is not part.source:  # tied, and trained apart
+                part.untie()
+                untied.append(name)
     for name, module in adapted:
         # What a module around this one holds as well is the same thing under a second name.
         around = {id(places.get(name[:end])) for end, letter in enumerate(name) if letter == "."}

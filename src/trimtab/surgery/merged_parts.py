@@ -23,6 +23,7 @@ class MergedPart:
         write: rounds a value to what the module stores, in place.
         read: what the module then computes with.
         hang: hangs another parameter into its place.
+        source: what its value is made of: parts of one tensor and one source are one.
         untie: gives the module a parameter of its own, equal to the one that it shared.
     """
 
@@ -32,6 +33,7 @@ class MergedPart:
     read: Callable[[], Tensor]
     hang: Callable[[nn.Parameter], None]
     untie: Callable[[], None]
+    source: object
 
 
 def merged_parts(module: Adapted) -> Iterator[MergedPart]:
@@ -47,29 +49,37 @@ def merged_parts(module: Adapted) -> Iterator[MergedPart]:
                 read=handle.weight,
                 hang=handle.replace,
                 untie=handle.untie,
+                source=adapter,
             )
         bias: Tensor | None = adapter.bias
         if bias is not None and handle.bias is not None:
-            yield _copied(partial(getattr, handle, "bias"), bias, handle.replace_bias)
+            yield _copied(partial(getattr, handle, "bias"), bias, lambda own: bias.detach(), handle.replace_bias)
     elif isinstance(module, AdaptedModule):
         for name, tensor in adapter.stored_tensors().items():
-            yield _copied(partial(_own, module, name), tensor, partial(module.handle.hang, name))
+            hang = partial(module.handle.hang, name)
+            yield _copied(partial(_own, module, name), tensor, partial(adapter.merged, name), hang)
 
 
 def _own(module: AdaptedModule, name: str) -> Tensor:
     return module.handle.tensors()[name]
 
 
-def _copied(stored: Callable[[], Tensor], trained: Tensor, hang: Callable[[nn.Parameter], None]) -> MergedPart:
+def _copied(
+    stored: Callable[[], Tensor],
+    trained: Tensor,
+    merged: Callable[[Tensor], Tensor],
+    hang: Callable[[nn.Parameter], None],
+) -> MergedPart:
     def untie() -> None:
         shared = stored()
         hang(nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad))
 
     return MergedPart(
         stored=stored,
-        value=lambda: trained.detach(),
+        value=lambda: merged(stored()),
         write=lambda value: stored().copy_(value),
         read=stored,
         hang=hang,
         untie=untie,
+        source=trained,
     )

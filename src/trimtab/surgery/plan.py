@@ -144,6 +144,8 @@ class Target:
     method: str
     adapter_class: type[methods.Method]
     options: methods.Options
+    apart: bool = False
+    """Whether a weight that the module shares with another one is trained apart, where the base itself is trained."""
 
     @property
     def name(self) -> str:

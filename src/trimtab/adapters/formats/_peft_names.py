@@ -26,6 +26,8 @@ MAGNITUDE = "lora_magnitude_vector"
 BASE = "base_layer.weight"
 BASE_BIAS = "base_layer.bias"
 _BASE_LAYER = "base_layer"
+_TOKENS = "token_adapter"
+TRAINED_ROWS = "trainable_tokens_delta"
 _INSIDE = f".{_BASE_LAYER}."
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
@@ -81,7 +83,9 @@ def _of_the_model(key: str, others: Container[str]) -> tuple[str, str] | None:
     """The module and the name there of a tensor that is the model's own; two empty words for what PEFT keeps beside it,
     and None for a name that is none of the model's."""
     parts = _without_wrappers(key)
-    if parts is None or len(parts) < 2 or any(part.startswith("lora_") or part == _BASE_LAYER for part in parts):
+    if parts is None or len(parts) < 2 or any(part.startswith("lora_") for part in parts):
+        return None
+    if _BASE_LAYER in parts and _TOKENS not in parts:
         return None
     if "original_module" in parts:
         return "", ""
@@ -92,6 +96,10 @@ def _of_the_model(key: str, others: Container[str]) -> tuple[str, str] | None:
         if any(PREFIX + ".".join(parts[:at] + parts[at + more :]) in others for more in (1, 2)):
             return "", ""
         parts = parts[:at] + parts[at + 2 :]
+    if _TOKENS in parts:  # the rows that are trained, and what they were in the base
+        at = parts.index(_TOKENS)
+        kept = parts[at + 1 : at + 2] == [TRAINED_ROWS]
+        return (".".join(parts[:at]), TRAINED_ROWS) if kept else ("", "")
     module, _, name = ".".join(parts).rpartition(".")
     return (module, name) if module else None
 
@@ -108,7 +116,7 @@ def _without_wrappers(key: str) -> list[str] | None:
 
 def _parsed(key: str, ours: dict[str, str]) -> _Key | None:
     """Where the tensor ``key`` belongs; None for a name that is none of PEFT's. ``ours``: PEFT's name -> ours."""
-    if (parts := _without_wrappers(key)) is None:
+    if (parts := _without_wrappers(key)) is None or _TOKENS in parts:
         return None
     stems = {name.split(".")[0] for name in ours}
     at = max((number for number, part in enumerate(parts) if part in stems), default=0)

@@ -11,7 +11,6 @@ from trimtab.errors import AdapterError
 # Settings of a PEFT configuration that change what the adapter computes, and that we do not support.
 _REFUSED = {
     "layer_replication": "a base with repeated layers",
-    "trainable_token_indices": "trained token embeddings",
     "alora_invocation_tokens": "aLoRA, an adapter that switches on at certain tokens",
     "use_qalora": "QA-LoRA, whose input is pooled",
     "use_bdlora": "block-diagonal LoRA",

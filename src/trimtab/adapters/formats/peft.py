@@ -5,6 +5,8 @@
     base_model.model.MODULE.lora_magnitude_vector     [out], DoRA only
     base_model.model.MODULE.base_layer.weight         a copy of the base, which PEFT adds for an output head; read only
     base_model.model.MODULE.base_layer.bias           the layer's bias, if it is trained ("bias": "lora_only" or "all")
+    base_model.model.MODULE.token_adapter.trainable_tokens_delta    rows of an embedding or a head that are trained
+                                                      ("trainable_token_indices")
     base_model.model.MODULE.TENSOR                    a tensor of a module that is trained as a whole, by method full
                                                       ("modules_to_save"), or another bias ("bias": "all")
 
@@ -76,7 +78,7 @@ class PeftFormat(AdapterFormat):
         assert placed is not None
         assert said is not None
         configuration = _configuration(model, _updated(adapted)) | said._asdict()
-        placed |= {name: module for name, module in adapted.items() if module.method == _peft_own.METHOD}
+        placed |= _peft_own.written(model, adapted)
         tensors = {
             f"{_peft_names.PREFIX}{place}.{key}": value.detach().contiguous().clone()
             for place, module in placed.items()
@@ -109,7 +111,7 @@ class PeftFormat(AdapterFormat):
                     own["bias"] = bias
             in_config = _peft_config.options(config, modules)
             on_parameters = _peft_config.options_on_parameters(config, modules)
-            in_config |= {name: _peft_own.options_of(own) for name, own in whole.items()}
+            in_config |= {name: _peft_own.options_of(config, name, own) for name, own in whole.items()}
             in_header = _options_in_header(header) if _HEADER in header else in_config
         every = in_config | in_header
         choices = {place: [in_config.get(place), *on_parameters.get(place, {}).values()] for place in every}
