@@ -8,17 +8,20 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
+import pairwise
 import plain_formula
 import trimtab
-from contract_cases import stir
-from trimtab.surgery.adapted import adapted_modules, bare_modules
+from contract_cases import allowed, options_of, stir
+from trimtab.surgery.adapted import adapted_modules, bare_modules, block_lists
 
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"rank": 2},
@@ -134,6 +137,39 @@ def test_saved_and_loaded(method: str, tmp_path: Path) -> None:
     assert torch.equal(model(batch()), other(batch()))
 
 
+def rows(method: str) -> list[dict[str, Any]]:
+    """Options such that any two values of two options stand together once; there is no dropout, and no bias here."""
+    varied = {name: values for name, values in options_of(method).items() if name not in ("dropout", "bias", "tensors")}
+    return pairwise.cover(varied, partial(allowed, method))
+
+
+@pytest.mark.parametrize(
+    ("method", "said"), [(method, said) for method in METHODS for said in rows(method)], ids=lambda value: str(value)
+)
+def test_every_option(method: str, said: dict[str, Any]) -> None:
+    model, bare = made("own widths"), made("own widths")
+    trimtab.attach(model, trimtab.Rule(match="*.[qkv]_proj_weight", method=method, **said))
+    stir(model)
+    weights, pairs = {}, []
+    for name, module in adapted_modules(model):
+        tensors = {key: value.detach().requires_grad_() for key, value in module.adapter.named_parameters()}
+        frozen = bare.get_parameter(name).detach()
+        total = frozen + plain_formula.update(method, said, tensors, frozen)
+        axis, detach = said["magnitude_axis"], said["detach_norm"]
+        weights[name] = plain_formula.effective(total, tensors.get("magnitude"), axis, detach)
+        if "bias" in tensors:
+            weights["attention.in_proj_bias"] = tensors["bias"]
+        pairs += [(value, tensors[key]) for key, value in module.adapter.named_parameters()]
+    expected, outputs = functional_call(bare, weights, (batch(),)), model(batch())
+    assert torch.allclose(outputs, expected, atol=1e-12)
+    sign = torch.randn_like(expected)
+    (outputs * sign).sum().backward()
+    (expected * sign).sum().backward()
+    for got, want in pairs:
+        assert got.grad is not None
+        assert torch.allclose(got.grad, want.grad, atol=1e-11)
+
+
 def test_copies_and_pickles_go_their_own_way() -> None:
     model = attached("dora")
     outputs = model(batch()).detach()
@@ -203,6 +239,12 @@ def test_the_bare_model_lists_what_hangs_on_its_modules() -> None:
     names = [name for name, _ in bare_modules(made())]
     assert names == ["", "attention", "attention.in_proj_weight", "attention.out_proj", "last"]
     assert names == [name for name, _ in bare_modules(attached("lora"))]
+
+
+def test_blocks_of_which_some_hold_an_adapter_are_still_of_one_class() -> None:
+    model = nn.ModuleDict({"blocks": nn.ModuleList(nn.MultiheadAttention(8, 2) for _ in range(3))})
+    trimtab.attach(model, trimtab.Rule(match="*.in_proj_weight", layers="1", method="lora", rank=2))
+    assert list(block_lists(model)) == [model["blocks"]]
 
 
 def test_dropout_has_no_input_to_drop() -> None:

@@ -12,7 +12,7 @@ from trimtab.bases import Base, BlockBase, HeldBase, HeldWeight, ModuleBase, Wei
 from trimtab.errors import SurgeryError
 from trimtab.methods import Method
 from trimtab.surgery.build import build_adapters
-from trimtab.surgery.holding import hold, let_go
+from trimtab.surgery.holding import hold, let_go, own_class
 from trimtab.surgery.hooks import call_with_hooks, has_hooks
 from trimtab.surgery.plan import Target
 from trimtab.surgery.watchers import WATCHERS
@@ -232,7 +232,7 @@ def bare(module: nn.Module) -> nn.Module:
 def block_lists(model: nn.Module) -> Iterator[nn.ModuleList]:
     """The lists of repeated blocks in ``model``: lists of modules of one class, outside of any other such list."""
     for module in model.children():
-        if isinstance(module, nn.ModuleList) and len({type(bare(child)) for child in module}) == 1:
+        if isinstance(module, nn.ModuleList) and len({own_class(bare(child)) for child in module}) == 1:
             yield module
         else:
             yield from block_lists(module)
