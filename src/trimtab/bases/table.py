@@ -53,8 +53,8 @@ class TableBase(_base.ModuleBase):
         return isinstance(self.module, nn.Embedding)
 
     def of_rows(self, weight: Tensor, numbers: Sequence[int], rows: Tensor) -> Any:
-        """The table with no more than the rows of these ``numbers`` (``rows [n]``), which hold ``weight [n, width]``: what it looks up, or multiplies
-        with, is computed as the module itself computes it."""
+        """The table with no more than the rows of these ``numbers`` (``rows [n]``), which hold ``weight [n, width]``:
+        what it looks up, or multiplies with, is computed as the module itself computes it."""
         small: Any = copy.copy(self.module)
         small._parameters = {"weight": weight}
         if self.looks_up:
