@@ -180,6 +180,10 @@ class Trace:
                             self._ledger.resize(new, self._packed[id(old)])
                         done[id(old)] = (old, new)
                     table[name] = done[id(old)][1]
+        for module in modules:
+            if isinstance(module, Adapted):
+                with self._ledger.labelled("adapters", block_of.get(id(module))), torch.no_grad():
+                    module.adapter.prepare(module.handle)
         return trained
 
     def _like(self, parameter: Tensor, kind: str, block: int | None) -> Tensor:

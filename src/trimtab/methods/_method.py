@@ -120,6 +120,9 @@ class Method(nn.Module):
         """The end of ``hold``."""
         self._holds -= 1
 
+    def prepare(self, base: Any) -> None:
+        """Compute what all passes share, such as the norms of the frozen weight, if it is not there."""
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_holds": 0}  # the promise was made for this one, not for a copy
 

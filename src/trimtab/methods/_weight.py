@@ -167,6 +167,10 @@ class WeightMethod(_method.Method):
             self._few_tokens = None
         return kept.values
 
+    def prepare(self, base: WeightBase) -> None:
+        if self.magnitude is not None:
+            self.square_norms(base)
+
     def norm(self, weight: Tensor, base: WeightBase) -> Tensor:
         """``n = ||W + dV||`` for ``weight``, the W of ``base``: a constant for autograd unless ``detach_norm`` is off.
 
