@@ -17,7 +17,6 @@ from transformers.pytorch_utils import Conv1D
 
 import trimtab
 from adapter_tools import PEFT_FILES, assert_unchanged, state_of
-from trimtab import AdapterError
 
 CLOSE: dict[str, Any] = {"rtol": 0, "atol": 1e-10}
 
@@ -253,11 +252,21 @@ def test_attention_that_peft_cannot_express_is_kept_in_our_format(rules: list[An
     assert torch.equal(base(x), model(x))
 
 
-def test_a_bias_in_b_of_a_layer_without_one_is_refused(tmp_path: Path) -> None:
-    base, *_ = folder_of_peft(Narrow, {"target_modules": ["leave"], "r": 2, "lora_bias": True}, tmp_path)
+@torch.no_grad()
+def test_a_bias_in_b_of_a_layer_without_one_acts_and_is_not_merged(tmp_path: Path) -> None:
+    base, x, right = folder_of_peft(Narrow, {"target_modules": ["leave", "enter"], "r": 2, "lora_bias": True}, tmp_path)
+    model = copy.deepcopy(base)
+    trimtab.load_adapter(model, tmp_path)
+    assert torch.allclose(model(x), right, **CLOSE)
+    with pytest.raises(trimtab.SurgeryError, match=r"the adapter of leave has a bias \(PEFT's lora_bias\)"):
+        trimtab.merge(model)
+    assert torch.allclose(model(x), right, **CLOSE)
+    trimtab.save_adapter(model, tmp_path / "ours")
+    trimtab.load_adapter(again := copy.deepcopy(base), tmp_path / "ours")
+    assert torch.equal(again(x), model(x))
     before = state_of(base)
-    with pytest.raises(AdapterError, match=r"leave: its update has a bias .*the layer has none that could take it up"):
-        trimtab.load_adapter(base, tmp_path)
+    trimtab.detach(model)
+    assert torch.equal(model(x), base(x))
     assert_unchanged(base, before)
 
 

@@ -44,11 +44,10 @@ class StoredAdapter:
             return self
         own = {handle.peft_key(name): tensor for name, tensor in self.tensors.items()}
         tensors = {name: handle.as_matrix(name, tensor) for name, tensor in own.items()}
-        if B_BIAS in tensors and handle.bias is not None and isinstance(self.options, lora.Options):
+        if B_BIAS in tensors and isinstance(self.options, lora.Options):
             # s (B A x + b) beside the layer's bias: one bias, trained.
-            bias = tensors.get("bias", handle.bias).detach().to("cpu")
-            bias = bias.to(torch.promote_types(bias.dtype, torch.float32))
-            tensors["bias"] = bias + self.options.scale * tensors.pop(B_BIAS)
+            added, bias = self.options.scale * tensors.pop(B_BIAS), tensors.get("bias", handle.bias)
+            tensors["bias"] = added if bias is None else _wide(bias) + added
         if "weight" in tensors:  # the layer's own
             tensors["weight"] = handle.as_weight(tensors["weight"])
         return replace(self, tensors=tensors, in_layout=False)
@@ -65,13 +64,13 @@ class StoredAdapter:
 
     def require_fit(self, handle: Base) -> None:
         """Raise PlanError for what the layer of ``handle`` cannot have: a rank above the matrix's that the tensors do
-        not have, or a bias in the update of a layer that has none."""
+        not have, or a bias in the update of a weight that is only read."""
         if not isinstance(handle, WeightBase):
             return
         if not self._has_rank(handle.shape):
             method_class(self.method).require_fit(self.options, handle.shape)
-        if B_BIAS in self.tensors and handle.bias is None:
-            raise PlanError("its update has a bias (PEFT's lora_bias), and the layer has none that could take it up")
+        if B_BIAS in self.tensors and not handle.is_called:
+            raise PlanError("its update has a bias (PEFT's lora_bias), and the weight is read and adds none")
 
     def _has_rank(self, shape: tuple[int, int]) -> bool:
         """Whether the tensors ``A`` and ``B`` are of the options' rank on a weight, or a stack of weights, of ``shape``
@@ -83,3 +82,8 @@ class StoredAdapter:
             return a.numel() % (rank * shape[1]) == 0 and b.numel() % shape[0] == 0
         weights = a.numel() // (rank * shape[1])
         return weights > 0 and (a.numel(), b.numel()) == (weights * rank * shape[1], weights * rank * shape[0])
+
+
+def _wide(bias: Tensor) -> Tensor:
+    """``bias`` where files are read, in float32 at least."""
+    return bias.detach().to("cpu", torch.promote_types(bias.dtype, torch.float32))

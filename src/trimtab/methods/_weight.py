@@ -320,7 +320,7 @@ class WeightMethod(_method.Method):
     def bias_of(self, base: WeightBase) -> Tensor | None:
         """The bias ``[out]`` that the layer adds, in the dtype of its own: the trained one, or its own."""
         own = base.bias
-        return own if own is None or self.bias is None else self.bias.to(own.dtype)
+        return own if self.bias is None else self.bias.to(base.dtype if own is None else own.dtype)
 
     def copies(self, base: WeightBase) -> dict[str, nn.Parameter]:
         own = base.bias

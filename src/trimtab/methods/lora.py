@@ -45,6 +45,10 @@ class Options(_weight.WeightOptions):
     init_std: Annotated[float | None, TRAINING_ONLY] = Field(
         None, gt=0, description="Standard deviation of the gaussian draw. Default: 1 / rank. 1: standard normal."
     )
+    added_bias: bool = Field(
+        False,
+        description="With bias: a layer that has none gets one, as from PEFT's lora_bias. It then cannot be merged.",
+    )
 
     @model_validator(mode="after")
     def _something_to_train(self) -> Options:
@@ -94,6 +98,8 @@ class LoRA(_weight.WeightMethod):
                     nn.init.normal_(factor)
                 else:
                     nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
+        if options.bias and options.added_bias and self.bias is None and base.is_called:
+            self.bias = nn.Parameter(torch.zeros(self.out_features, dtype=self.dtype, device=base.device))
         if base.first_factor_zero:
             self.rate_groups = {**_weight.WeightMethod.rate_groups, "A": "second factor"}
 

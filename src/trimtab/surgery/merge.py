@@ -14,6 +14,7 @@ from trimtab.errors import SurgeryError
 from trimtab.surgery.adapted import (
     Adapted,
     AdaptedBlock,
+    AdaptedLayer,
     adapted_modules,
     bare,
     bare_modules,
@@ -116,6 +117,11 @@ def _require_mergeable(model: nn.Module) -> list[tuple[str, Adapted]]:
             raise SurgeryError(
                 f"merge: the adapter of {name} holds NaN or infinity, and would destroy the weight it is folded into. "
                 "Nothing was changed; load an earlier checkpoint"
+            )
+        if isinstance(module, AdaptedLayer) and module.adapter.bias is not None and module.handle.bias is None:
+            raise SurgeryError(
+                f"merge: the adapter of {name} has a bias (PEFT's lora_bias), and the layer has none that it could be "
+                "folded into. Nothing was changed; keep the adapter beside the model"
             )
     return adapted
 

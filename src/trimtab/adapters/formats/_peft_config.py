@@ -45,6 +45,7 @@ def options(config: dict[str, Any], modules: dict[str, dict[str, Tensor]]) -> di
             "alpha": next(alphas(name), alpha),
             "bias": B_BIAS in own or "bias" in own,
         }
+        numbers |= {"added_bias": True} if B_BIAS in own else {}
         found[place] = method, kind(**numbers, **common)
     return found
 

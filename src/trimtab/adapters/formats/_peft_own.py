@@ -147,7 +147,9 @@ def written(model: nn.Module, adapted: Mapping[str, Adapted]) -> dict[str, Adapt
 def _has_a_bias_elsewhere(module: Adapted) -> bool:
     """Whether a bias is trained beside a weight that no layer of PEFT's keeps by that name."""
     handle = module.handle
-    return isinstance(handle, WeightBase) and not handle.is_called and "bias" in module.adapter.stored_tensors()
+    if not isinstance(handle, WeightBase) or "bias" not in module.adapter.stored_tensors():
+        return False
+    return not handle.is_called or handle.bias is None
 
 
 def _is_whole(module: Adapted) -> bool:
