@@ -160,6 +160,8 @@ CASES: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "look-ups and 1d, DoRA": (Words, {"target_modules": ALL_WORDS, "r": 3, "use_dora": True, "use_rslora": True}),
     "look-ups beside a linear layer": (Words, {"target_modules": ["words", "leave"], "r": 2, "lora_dropout": 0.1}),
     "2d and 3d": (Pictures, {"target_modules": ALL_PICTURES, "r": 3, "rank_pattern": {"patch": 5}}),
+    "1d and a bias in B": (Words, {"target_modules": ["scan", "leave"], "r": 2, "lora_bias": True}),
+    "2d and 3d and a bias in B": (Pictures, {"target_modules": ["patch", "wide"], "r": 3, "lora_bias": True}),
     "2d and 3d, DoRA": (Pictures, {"target_modules": ALL_PICTURES, "r": 2, "use_dora": True}),
 }
 

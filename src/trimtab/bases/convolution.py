@@ -179,7 +179,7 @@ class ConvolutionBase(_base.WeightBase):
             return tensor.reshape(1, -1, *ones)
         if name == "B":
             return tensor.reshape(*tensor.shape, *ones)
-        return tensor.reshape(len(tensor), -1, *self.parameter.shape[2:])
+        return tensor.reshape(len(tensor), -1, *self.parameter.shape[2:]) if name == "A" else tensor
 
     def as_matrix(self, name: str, tensor: Tensor) -> Tensor:
         if name not in ("A", "B"):
