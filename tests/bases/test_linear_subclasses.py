@@ -232,5 +232,23 @@ def test_what_is_not_taken_is_named() -> None:
     assert report.unreached[scaled] == 240
     assert any("parametrised" in kind for kind in report.unreached)
     trimtab.detach(model)
-    with pytest.raises(trimtab.PlanError, match=r"Scaled \(its forward gives something else"):
+    with pytest.raises(trimtab.PlanError, match=r"Scaled \(its forward gives something else.*can be named: '1.weight'"):
         trimtab.attach(model, trimtab.Rule(match="1", method="lora", rank=2))
+
+
+@pytest.mark.parametrize("kind", ["scaled", "clipping", "apart", "with factors", "rounding"])
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_the_weight_of_any_layer_is_adapted_by_its_own_name(kind: str, method: str) -> None:
+    """Whatever the layer does with its weight, it reads the effective one."""
+    model = nn.Sequential(REFUSED[kind][0]()).double()
+    x = torch.randn(5, 20, dtype=torch.float64)
+    before = model(x)
+    report = trimtab.attach(model, trimtab.Rule(match="0.weight", method=method, rank=2))
+    assert [module.name for module in report.modules] == ["0.weight"]
+    torch.testing.assert_close(model(x), before)
+    stir(model)
+    outputs = model(x)
+    (outputs[0] if isinstance(outputs, tuple) else outputs).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in trimtab.trainable_parameters(model).values())
+    trimtab.merge(model)
+    torch.testing.assert_close(model(x), outputs)

@@ -262,7 +262,11 @@ def _why_none(rule: Rule, modules: _Modules) -> str:
             what, none, known = "that hold no ordinary tensors of their own and can be called", "no module to train", ""
     if named:
         others = ", ".join(sorted({bases.named(modules.by_id[key]) for key, _ in named}))
-        return f"it names {len(named)} {what} ({others}; such as {named[0][1]}){known}"
+        read = [f"{name}.{one.attribute}" for key, name in named for one in bases.held_weights(modules.by_id[key])]
+        hint = (
+            f". What such a module reads itself can be named: {read[0]!r}" if read and rule.sits_on == "weight" else ""
+        )
+        return f"it names {len(named)} {what} ({others}; such as {named[0][1]}){hint}{known}"
     candidates = [name for key, name in modules.every_name() if key in possible]
     near = _near_misses(rule, candidates) if candidates else f" The model has {none}"
     return f"nothing has such a name.{near}{known}"
