@@ -220,6 +220,10 @@ def test_a_model_without_adapters_is_saved_as_before(stored_gpt2: Path, load: Lo
     trainer(model, tmp_path / "run", steps=4).train()
     names = {path.name for path in (tmp_path / "run" / "checkpoint-2").iterdir()}
     assert {"config.json", "model.safetensors"} <= names
+    adapted = load(stored_gpt2)
+    trimtab.attach(adapted, RULES["dora"])
+    with pytest.raises(trimtab.AdapterError, match="a model without adapters"):
+        trainer(adapted, tmp_path / "other").train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
     again = load(stored_gpt2)
     resumed = trainer(again, tmp_path / "again", steps=4)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))

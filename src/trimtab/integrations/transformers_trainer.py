@@ -20,11 +20,13 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from trimtab.adapters.formats import all_formats
 from trimtab.adapters.store import holds_adapter, load_adapter, save_adapter
 from trimtab.adapters.unfrozen import require_savable
+from trimtab.errors import AdapterError
 from trimtab.surgery.adapted import adapted_modules
 from trimtab.surgery.wrappers import unwrapped
 
@@ -86,11 +88,27 @@ def _saving(method: Callable[..., None]) -> Callable[..., None]:
 def _loading_a_checkpoint(method: Callable[..., None]) -> Callable[..., None]:
     def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: Any = None) -> None:
         adapted = _adapted(self.model if model is None else model)
-        if adapted is None or not holds_adapter(resume_from_checkpoint):
-            return method(self, resume_from_checkpoint, model)
-        load_adapter(adapted, resume_from_checkpoint)
+        if adapted is not None and holds_adapter(resume_from_checkpoint):
+            load_adapter(adapted, resume_from_checkpoint)
+            return
+        if adapted is not None:
+            _refuse_bare(Path(resume_from_checkpoint))
+        method(self, resume_from_checkpoint, model)
 
     return _load_from_checkpoint
+
+
+def _refuse_bare(checkpoint: Path) -> None:
+    """Raise AdapterError if ``checkpoint`` holds a model without adapters: transformers would leave out, without an
+    error, whatever has another name in an adapted model."""
+    weights = checkpoint / "model.safetensors"
+    if weights.is_file():
+        with safe_open(weights, framework="pt") as file:
+            if not any(".adapter." in name for name in file.keys()):  # noqa: SIM118 (not a mapping)
+                raise AdapterError(
+                    f"{checkpoint}: this checkpoint is of a model without adapters, and the model to be trained has "
+                    "some. Load it with from_pretrained, attach, and train from the start"
+                )
 
 
 def _loading_the_best(method: Callable[..., None]) -> Callable[..., None]:
