@@ -244,6 +244,49 @@ def test_peft_reads_it_too(unfreeze: Callable[[Any], Any], tiny_gpt2: Callable[.
     assert torch.allclose(theirs(ids).logits, model(ids).logits, atol=1e-6)
 
 
+def test_biases_beside_adapted_experts(tmp_path: Path) -> None:
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 12, "num_hidden_layers": 1, "head_dim": 8, "vocab_size": 40}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4, "num_experts_per_tok": 2}
+    base = GptOssForCausalLM(GptOssConfig(**sizes, **heads)).eval()
+    ids = torch.tensor([[1, 5, 3, 2]])
+
+    def unfrozen() -> Any:
+        model = copy.deepcopy(base)
+        trimtab.attach(model, trimtab.Rule(match="*.experts", method="lora", rank=2))
+        for name, parameter in model.named_parameters():
+            if "bias" in name.rsplit(".", 1)[-1] or "sinks" in name:
+                parameter.requires_grad_(True)
+        return model
+
+    model, again = unfrozen(), unfrozen()
+    with torch.no_grad():
+        for parameter in trimtab.trainable_parameters(model).values():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    trimtab.save_adapter(model, tmp_path)
+    for other in (copy.deepcopy(base), again):
+        trimtab.load_adapter(other, tmp_path)
+        assert torch.allclose(other(ids).logits, model(ids).logits, atol=1e-6)
+
+
+def test_a_bias_of_two_modules(tmp_path: Path) -> None:
+    from transformers import BertConfig, BertForMaskedLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    base = BertForMaskedLM(BertConfig(vocab_size=40, **sizes)).eval()
+    ids = torch.tensor([[1, 5, 3, 2]])
+    model = copy.deepcopy(base)
+    trimtab.attach(model, trimtab.Rule(match="*.query", method="lora", rank=2))
+    model.cls.predictions.bias.requires_grad_(True)  # that of the decoder, too
+    with torch.no_grad():
+        model.cls.predictions.bias.add_(torch.randn(40))
+    trimtab.save_adapter(model, tmp_path)
+    fresh = copy.deepcopy(base)
+    trimtab.load_adapter(fresh, tmp_path)
+    assert torch.allclose(fresh(ids).logits, model(ids).logits, atol=1e-6)
+
+
 def test_the_bias_of_a_quantised_layer(tmp_path: Path) -> None:
     from trimtab.bases import find, quantise
 

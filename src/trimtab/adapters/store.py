@@ -33,7 +33,7 @@ from trimtab.surgery.adapted import (
 )
 from trimtab.surgery.attach_report import AttachReport, describe
 from trimtab.surgery.plan import Rule, Target
-from trimtab.surgery.wrappers import unsharded, unwrapped, whole, write
+from trimtab.surgery.wrappers import synchronised_by, unsharded, unwrapped, whole, write
 
 # Threads of one process that save into the same folder wait for each other.
 _SAVING = threading.Lock()
@@ -97,7 +97,7 @@ def load_adapter(model: nn.Module, folder: Path | str) -> AttachReport:
     model is then unchanged.
     """
     place = local_folder(folder)
-    model = unwrapped(model)
+    wrapper, model = synchronised_by(model), unwrapped(model)
     stored = read_adapter(place)
     places = Places(dict(bare_modules(model)))
     stored = on_parameters(places, as_named_in(model, places, stored))
@@ -111,6 +111,11 @@ def load_adapter(model: nn.Module, folder: Path | str) -> AttachReport:
         _check_same(place, carried | {name: one.entry for name, one in by_hand.items() if one.trained}, stored, by_hand)
         _fill(model, place, stored, number, by_hand)
         return describe(model, rules)
+    if wrapper is not None:
+        raise AdapterError(
+            f"{place}: {wrapper} has taken the model already, and would not keep new adapters alike in all processes. "
+            f"Load the adapter first, and call {wrapper} then. The model is unchanged"
+        )
     _check_modules(place, dict(bare_modules(model)), stored)
     with unsharded(model, changes=True):
         try:
@@ -346,4 +351,4 @@ def _described(tensor: Tensor) -> str:
 def _equal(one: StoredAdapter, key: str, other: StoredAdapter, twin: str) -> bool:
     mine, theirs = one.tensors.get(key), other.tensors.get(twin)
     known = mine is not None and theirs is not None and torch.equal(mine, theirs)
-    return known and one.options == other.options
+    return known and (one.options == other.options or one.method == other.method == "full")

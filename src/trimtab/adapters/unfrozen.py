@@ -159,9 +159,8 @@ def _beside(name: str, module: Adapted, handle: Base, trained: list[str]) -> Ada
     elif trained == ["bias"] and "bias" in type(options).model_fields:
         options = options.model_copy(update={"bias": True})
     else:
-        raise _cannot(
-            f"{name}.{trained[0]}", f"the adapter of method {module.method} on this module is trained beside it"
-        )
+        where = name if isinstance(handle, bases.HeldBase) else f"{name}.{trained[0]}"
+        raise _cannot(where, f"the adapter of method {module.method} on this module is trained beside it")
     if not isinstance(handle, WeightBase):
         made = type(adapter)(handle, options)
         with torch.no_grad():

@@ -20,7 +20,7 @@ from trimtab.surgery.adapted import (
 from trimtab.surgery.attach_report import AttachReport, describe
 from trimtab.surgery.plan import Plan, Rule
 from trimtab.surgery.targets import find_targets
-from trimtab.surgery.wrappers import unsharded, unwrapped, without_wrappers
+from trimtab.surgery.wrappers import synchronised_by, unsharded, unwrapped, without_wrappers
 
 
 def attach(model: nn.Module, plan: Plan | Rule | list[Rule]) -> AttachReport:
@@ -43,6 +43,11 @@ def attach(model: nn.Module, plan: Plan | Rule | list[Rule]) -> AttachReport:
         raise PlanError(f"attach: expected a Plan, a Rule or a list of rules, got {type(plan).__name__}")
     if not isinstance(model, nn.Module):
         raise SurgeryError(f"attach: expected a torch.nn.Module, got {type(model).__name__}")
+    if (wrapper := synchronised_by(model)) is not None:
+        raise SurgeryError(
+            f"attach: {wrapper} has taken the model already, and would not keep new adapters alike in all processes. "
+            f"Attach first, and call {wrapper} then"
+        )
     model = unwrapped(model)
     if names := [name for name, _ in adapted_modules(model)]:
         raise SurgeryError(

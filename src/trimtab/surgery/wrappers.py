@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 # The class that wraps -> the attribute that holds what is wrapped. By name: most programs need none of these modules.
@@ -31,6 +32,18 @@ def unwrapped(module: nn.Module) -> nn.Module:
     while (attribute := _attribute(type(module))) is not None:
         module = module._modules[attribute]  # type: ignore[assignment]
     return module
+
+
+def synchronised_by(model: nn.Module) -> str | None:
+    """What keeps the parameters of ``model`` alike in several processes, and would not know of parameters that come
+    later; None in one process."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return None
+    while (attribute := _attribute(type(model))) is not None:
+        if type(model).__name__ in ("DistributedDataParallel", "FullyShardedDataParallel"):
+            return type(model).__name__
+        model = model._modules[attribute]  # type: ignore[assignment]
+    return "fully_shard" if any(callable(getattr(module, "reshard", None)) for module in model.modules()) else None
 
 
 def without_wrappers(model: nn.Module, name: str) -> str:

@@ -65,7 +65,11 @@ class PeftFormat(AdapterFormat):
             and len({one.magnitude for one in options}) == 1
             and not any(one.magnitude and one.magnitude_axis != "output" for one in options)
             and len({one.rank_stabilised for one in options}) == 1
-            and _places(updated) is not None
+            and (places := _places(updated)) is not None
+            # A place has the tensors of one entry, and a module that PEFT saves whole has no adapter in it.
+            and not any(
+                f"{place}.".startswith(f"{name}.") for place in places for name in adapted.keys() - updated.keys()
+            )
             # PEFT divides by the norm even where it is zero, which gives NaN.
             and not any(module.adapter.zero_rows for module in adapted.values())
             # PEFT adapts only the first place of a layer that hangs in two, and merges twice into a shared weight.
