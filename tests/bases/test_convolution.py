@@ -225,3 +225,25 @@ def test_derived_classes_are_asked_what_they_compute() -> None:
     torch.testing.assert_close(model(x), want)
     with pytest.raises(trimtab.PlanError, match=r"no base knows \(Shifted"):
         trimtab.attach(nn.Sequential(Shifted(3, 4, 3)), trimtab.Rule(match="0", method="lora", rank=2))
+
+
+@pytest.mark.parametrize(
+    ("layer", "places"),
+    [
+        (nn.Conv2d(6, 6, 7, padding=3, groups=6), (9, 8)),
+        (nn.Conv2d(4, 12, (3, 2), stride=(2, 3), padding=(1, 0), groups=4), (8, 9)),
+        (nn.Conv2d(4, 4, 3, dilation=2, stride=2, groups=4), (9, 10)),
+        (nn.Conv1d(5, 10, 4, stride=3, groups=5), (13,)),
+        (nn.Conv3d(3, 3, 2, padding=1, groups=3), (3, 4, 5)),
+    ],
+    ids=str,
+)
+def test_gradients_of_a_depthwise_kernel_are_torchs_own(layer: Any, places: tuple[int, ...]) -> None:
+    x = torch.randn(3, layer.in_channels, *places)
+    handle: Any = bases.find(layer)
+    y = layer(x)
+    upstream = torch.randn_like(y)
+    (want,) = torch.autograd.grad(y, layer.weight, upstream)
+    through = handle.through
+    got = through.weight_gradient(through.product_gradient(upstream), through.rows(x), handle.shape)
+    torch.testing.assert_close(got, want.flatten(1), rtol=1e-5, atol=1e-5)
