@@ -337,7 +337,7 @@ def _same_base(stored: Tensor, handle: bases.Base) -> bool:
         return False
     if not handle.stored_dense:
         return tuple(stored.shape) == handle.shape
-    own = whole(handle.parameter.detach()).cpu()
+    own = whole(handle.at_hand().detach()).cpu()
     if stored.shape != own.shape or not stored.is_floating_point():
         return False
     return nearly_equal(stored, own)

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from trimtab.bases import _offloading
 from trimtab.ops.decomposition import Axis, squared_norms
 from trimtab.ops.linear_map import MATRIX, LinearMap
 from trimtab.ops.read_weight import read_weight
@@ -115,6 +116,16 @@ class WeightBase(Base):
         return self.module.weight  # type: ignore[return-value]
 
     @property
+    def attribute(self) -> str:
+        """The name of the weight at the module that has it."""
+        return "weight"
+
+    def at_hand(self) -> Tensor:
+        """The stored weight with its numbers, which accelerate may keep elsewhere between two calls."""
+        parameter = self.parameter
+        return _offloading.fetched(self.owner, self.attribute, parameter) if parameter.is_meta else parameter
+
+    @property
     def is_called(self) -> bool:
         """Whether the layer is called with a batch. Else its weight is only read, and no input passes by."""
         return True
@@ -149,7 +160,20 @@ class WeightBase(Base):
     @property
     def bias(self) -> Tensor | None:
         """``[out]``, or None."""
+        bias = self.stored_bias
+        if bias is None or not bias.is_meta:
+            return bias
+        return _offloading.fetched(self.owner, self.bias_attribute or "bias", bias)
+
+    @property
+    def stored_bias(self) -> Tensor | None:
+        """The bias as it is stored, which may be without its numbers (``at_hand``)."""
         return self.module.bias  # type: ignore[return-value]
+
+    @property
+    def bias_attribute(self) -> str | None:
+        """The name of the bias at the module that has the weight."""
+        return "bias"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -157,7 +181,7 @@ class WeightBase(Base):
 
     @property
     def device(self) -> torch.device:
-        return self.parameter.device
+        return _offloading.device_of(self.owner, self.parameter)
 
     @property
     def shared(self) -> tuple[object, ...]:
@@ -210,8 +234,14 @@ class WeightBase(Base):
         """What code gets that reads the weight of the module, beside which ``adapter`` lies (``ops.read_weight``)."""
         shape = self.parameter.shape if self.stored_dense else self.shape
         return read_weight(
-            lambda: adapter.acting_weight(self), adapter.weight_tensors(), of=(shape, self.dtype, self.device)
+            lambda: adapter.acting_weight(self),
+            adapter.weight_tensors(),
+            of=(shape, self.dtype, self.device),
+            assign=self._assign if self.stored_dense else None,
         )
+
+    def _assign(self, value: Tensor) -> None:
+        self.parameter.data = value
 
     def as_dense(self, dtype: torch.dtype) -> nn.Module:
         """A module with a dense weight that does what this one does: this one, if its weight is stored dense."""
@@ -228,11 +258,20 @@ class WeightBase(Base):
     @torch.no_grad()
     def write(self, weight: Tensor) -> None:
         """Replace the stored weight by ``weight [out, in]``, rounded to what the base stores, in place."""
-        self.parameter.copy_(self.as_stored(weight))
+        if self.parameter.is_meta:
+            _offloading.put(self.owner, self.attribute, self.as_stored(weight))
+        else:
+            self.parameter.copy_(self.as_stored(weight))
 
-    def peft_key(self, name: str) -> str:
-        """Which of PEFT's tensors holds the trained tensor ``name``, by our name of it; and the other way round."""
-        return name
+    @torch.no_grad()
+    def write_bias(self, bias: Tensor) -> None:
+        """Replace the stored bias by ``bias [out]``, rounded to its dtype, in place."""
+        own = self.stored_bias
+        assert own is not None
+        if own.is_meta:
+            _offloading.put(self.owner, self.bias_attribute or "bias", bias)
+        else:
+            own.copy_(bias)
 
     def in_layout(self, name: str, tensor: Tensor) -> Tensor:
         """The trained tensor ``name`` of a low-rank update (``A [rank, in]``, ``B [out, rank]`` or ``magnitude [out]``)
@@ -308,7 +347,7 @@ class ModuleBase(Base):
 
     @property
     def device(self) -> torch.device:
-        return next(iter(self.tensors().values())).device
+        return _offloading.device_of(self.module, next(iter(self.tensors().values())))
 
     def tensors(self) -> dict[str, Tensor]:
         """The module's own parameters, and the buffers that are stored with it, by name."""

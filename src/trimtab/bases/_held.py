@@ -60,7 +60,7 @@ class HeldBase(_base.WeightBase):
         return None
 
     @property
-    def bias(self) -> Tensor | None:
+    def stored_bias(self) -> Tensor | None:
         bias: Tensor | None = None if self.bias_attribute is None else stored(self.owner, self.bias_attribute)
         return bias
 
@@ -75,6 +75,10 @@ class HeldBase(_base.WeightBase):
     @property
     def owner(self) -> nn.Module:
         return self.module.holder
+
+    @property
+    def attribute(self) -> str:
+        return self.module.attribute
 
     def tensor_name(self, name: str) -> str:
         return name
@@ -104,7 +108,7 @@ class DenseHeldBase(HeldBase):
         return out_features, in_features
 
     def weight(self, dtype: Any = None) -> Tensor:
-        return self.parameter
+        return self.at_hand()
 
     def as_stored(self, weight: Tensor) -> Tensor:
         return weight

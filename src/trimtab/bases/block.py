@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.bases import _base, _registry
+from trimtab.bases import _base, _offloading, _registry
 from trimtab.errors import PlanError, SurgeryError
 
 
@@ -57,7 +57,9 @@ class ModuleBlockBase(_base.BlockBase):
 
     @property
     def device(self) -> torch.device:
-        return next((one.device for one in self.module.parameters()), torch.get_default_device())
+        own = ((module, one) for module in self.module.modules() for one in module._parameters.values())
+        devices = (_offloading.device_of(module, one) for module, one in own if one is not None)
+        return next(devices, torch.get_default_device())
 
     def input(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
         state = args[0] if args else kwargs.get(self._input)

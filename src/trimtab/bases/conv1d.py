@@ -26,7 +26,7 @@ class Conv1DBase(_base.WeightBase):
         return out_features, in_features
 
     def weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        return self.parameter.t()
+        return self.at_hand().t()
 
     def as_stored(self, weight: Tensor) -> Tensor:
         return weight.t()

@@ -167,7 +167,7 @@ class ConvolutionBase(_base.WeightBase):
         return self.parameter.shape[0], math.prod(self.parameter.shape[1:])
 
     def weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        return self.parameter.flatten(1)
+        return self.at_hand().flatten(1)
 
     def as_stored(self, weight: Tensor) -> Tensor:
         return weight.reshape(self.parameter.shape)

@@ -132,7 +132,7 @@ class EmbeddingBase(_base.WeightBase):
         return width, entries
 
     def weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        return self.parameter.t()
+        return self.at_hand().t()
 
     def as_stored(self, weight: Tensor) -> Tensor:
         return weight.t()

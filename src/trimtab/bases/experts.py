@@ -73,7 +73,7 @@ class ExpertsBase(_held.HeldBase):
         return bool(getattr(self.owner, "has_bias", False))
 
     def weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        return self.as_weight(self.parameter)
+        return self.as_weight(self.at_hand())
 
     def as_stored(self, weight: Tensor) -> Tensor:
         return weight.mT if self.stored_transposed else weight

@@ -53,7 +53,7 @@ class LinearBase(_base.WeightBase):
         return out_features, in_features
 
     def weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        return self.parameter
+        return self.at_hand()
 
     def as_stored(self, weight: Tensor) -> Tensor:
         return weight

@@ -62,7 +62,13 @@ class BlockMethod(_method.Method):
         self.down_bias = zeros(options.bottleneck)
         self.up = zeros(self.out_features, options.bottleneck)
         self.up_bias = zeros(self.out_features)
-        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
+        self.start("down", self.down.detach())
+
+    def start(self, name: str, tensor: Tensor) -> None:
+        if name == "down":
+            nn.init.kaiming_uniform_(tensor, a=math.sqrt(5))
+        else:
+            super().start(name, tensor)
 
     def update(self, h: Tensor, output: Tensor) -> Tensor:
         """``f(h) [..., out]``, computed in the dtype of ``h``, to be added to ``output``.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from typing import Annotated, Any, ClassVar, Final, Literal, Self
 
@@ -9,7 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from trimtab.bases import Base, Kind
+from trimtab.bases import Base, Kind, stay
 from trimtab.errors import PlanError, SurgeryError
 
 TRAINING_ONLY: Final = "training only"
@@ -72,6 +73,7 @@ class Method(nn.Module):
         self.dtype: torch.dtype = getattr(torch, options.dtype) if options.dtype else self.default_dtype
         self.zero_rows = 0
         self._holds = 0
+        self._unset: tuple[str, ...] = ()
 
     @classmethod
     def fitted(cls, options: Any, shape: tuple[int, int]) -> Any:
@@ -111,6 +113,60 @@ class Method(nn.Module):
     def copies(self, base: Any) -> dict[str, nn.Parameter]:
         """The base's own parameters of which a copy is trained, by the names of the copies in this adapter."""
         return {}
+
+    # Tensors that come from nowhere, and tensors that go somewhere else --------------------------------------------
+
+    def start(self, name: str, tensor: Tensor) -> None:
+        """Give the trained tensor ``name`` the value in ``tensor`` that it has before training."""
+        tensor.zero_()
+
+    def starts_at_base(self, name: str) -> bool:
+        """Whether the trained tensor ``name`` starts at a value of the base, and not at one of its own."""
+        return False
+
+    def of_base(self, name: str, base: Any) -> Tensor:
+        """The value of the base at which the trained tensor ``name`` starts."""
+        raise NotImplementedError
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Method:
+        nowhere = [name for name, tensor in self._held_tensors() if tensor.is_meta]
+        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        # to_empty: there is memory now, and nothing in it. What starts at the base's values waits for the base's.
+        with torch.no_grad():
+            for name, tensor in self._held_tensors():
+                if tensor.is_meta or name not in nowhere:
+                    continue
+                if not self.starts_at_base(name):
+                    self.start(name, tensor)
+                elif tensor.is_floating_point():
+                    tensor.fill_(math.nan)
+                    self._unset = (*self._unset, name)
+                else:
+                    tensor.zero_()
+        return self
+
+    @torch.no_grad()
+    def settle(self, base: Any) -> None:
+        """Let what starts at the base's values start there now, unless it was loaded in the meantime."""
+        for name, tensor in self._held_tensors():
+            if name in self._unset and not tensor.is_meta and bool(tensor.isnan().all()):
+                value = self.of_base(name, base)
+                if value.is_meta:
+                    return  # nothing is there yet
+                tensor.copy_(value)
+        self._unset = ()
+
+    def _held_tensors(self) -> list[tuple[str, Tensor]]:
+        held = [*self._parameters.items(), *self._buffers.items()]
+        return [(name, tensor) for name, tensor in held if tensor is not None]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # accelerate keeps these two at a module whose tensors it will keep elsewhere, one before and one after.
+        if name == "_old_forward":
+            self.__dict__["_before_offloading"] = dict(self._parameters)
+        super().__setattr__(name, value)
+        if name == "_hf_hook":
+            stay(self, self.__dict__.pop("_before_offloading", None))
 
     def hold(self) -> None:
         """The caller promises that the trained tensors keep their values until ``release``."""

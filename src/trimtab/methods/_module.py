@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.bases import ModuleBase
+from trimtab.bases import ModuleBase, stay
 from trimtab.errors import PlanError, SurgeryError
 from trimtab.methods import _method
 
@@ -34,6 +34,7 @@ class ModuleMethod(_method.Method):
 
     def __init__(self, base: ModuleBase, options: Any) -> None:
         super().__init__(base, options)
+        stay(base.module)
         own, tensors = base.tensors(), options.tensors
         if unknown := [name for name in tensors or () if name not in own]:
             raise PlanError(f"it has no tensor {unknown[0]!r}; a {type(base.module).__name__} has {', '.join(own)}")
@@ -59,6 +60,13 @@ class ModuleMethod(_method.Method):
 
     def stored_tensors(self) -> dict[str, Tensor]:
         return {name: getattr(self, attribute) for name, attribute in self._attributes.items()}
+
+    def starts_at_base(self, name: str) -> bool:
+        return True
+
+    def of_base(self, name: str, base: ModuleBase) -> Tensor:
+        own = {attribute: name for name, attribute in self._attributes.items()}
+        return base.tensors()[own[name]]
 
     def copies(self, base: ModuleBase) -> dict[str, nn.Parameter]:
         own = base.tensors()

@@ -274,7 +274,8 @@ class WeightMethod(_method.Method):
             axis = "input" if axis == "output" else "output"
         # What a look-up is given are numbers of rows, of which none can be dropped.
         drops = self.training and bool(self.options.dropout) and x.is_floating_point()
-        if self._holds and not (turned or drops or torch.is_grad_enabled() or torch.compiler.is_compiling()):
+        held = self._holds and not (turned or self._is_replica)
+        if held and not (drops or torch.is_grad_enabled() or torch.compiler.is_compiling()):
             if self._few_tokens is None:
                 self._few_tokens = self._for_few_tokens(base)
             if self._few_tokens is not None and self._few_tokens.takes(x):
@@ -366,9 +367,18 @@ class WeightMethod(_method.Method):
         """What such a module reads: the effective weights, as they are stored."""
         return _stack.look(self, base)
 
+    def starts_at_base(self, name: str) -> bool:
+        return name in ("magnitude", "bias")
+
+    def of_base(self, name: str, base: WeightBase) -> Tensor:
+        if name == "magnitude":
+            return self.square_norms(base).sqrt()
+        assert base.bias is not None
+        return base.bias
+
     def _apply(self, *args: Any, **kwargs: Any) -> WeightMethod:
         self._squares = self._kept = self._few_tokens = None
-        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        super()._apply(*args, **kwargs)
         return self
 
     def __getstate__(self) -> dict[str, Any]:

@@ -114,6 +114,12 @@ class FullFineTuning(_weight.WeightMethod):
     def total(self, weight: Tensor) -> Tensor:
         return weight if self.weight is None else self.held(self.weight).to(weight.dtype)
 
+    def starts_at_base(self, name: str) -> bool:
+        return name == "weight" or super().starts_at_base(name)
+
+    def of_base(self, name: str, base: WeightBase) -> Tensor:
+        return base.weight() if name == "weight" else super().of_base(name, base)
+
     @property
     def changes_weight(self) -> bool:
         return self.weight is not None

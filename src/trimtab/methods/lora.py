@@ -90,18 +90,24 @@ class LoRA(_weight.WeightMethod):
             groups = self.groups
             self.A = nn.Parameter(torch.zeros(*base.stack, options.rank, groups * self.in_features, **place))
             self.B = nn.Parameter(torch.zeros(*base.stack, self.out_features, options.rank // groups, **place))
-            drawn = self.B if base.first_factor_zero else self.A
-            for factor in drawn.detach().view(-1, *drawn.shape[-2:]):
-                if options.init == "gaussian":
-                    nn.init.normal_(factor, std=options.init_std or 1 / options.rank)
-                elif base.first_factor_zero:
-                    nn.init.normal_(factor)
-                else:
-                    nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
+            self._drawn = "B" if base.first_factor_zero else "A"
+            self.start(self._drawn, getattr(self, self._drawn).detach())
         if options.bias and options.added_bias and self.bias is None and base.is_called:
             self.bias = nn.Parameter(torch.zeros(self.out_features, dtype=self.dtype, device=base.device))
         if base.first_factor_zero:
             self.rate_groups = {**_weight.WeightMethod.rate_groups, "A": "second factor"}
+
+    def start(self, name: str, tensor: Tensor) -> None:
+        if name != self._drawn:
+            super().start(name, tensor)
+            return
+        for factor in tensor.view(-1, *tensor.shape[-2:]):
+            if self.options.init == "gaussian":
+                nn.init.normal_(factor, std=self.options.init_std or 1 / self.options.rank)
+            elif name == "B":
+                nn.init.normal_(factor)
+            else:
+                nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
 
     def _check_groups(self) -> None:
         """Raise PlanError for what an update across groups cannot do."""

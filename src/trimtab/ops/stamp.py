@@ -11,7 +11,6 @@ mean waiting for it at every layer, and is left out.
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,16 +34,15 @@ class Stamp:
 
 
 class _Mark:
-    __slots__ = ("_history", "_sample", "_tensor")
+    __slots__ = ("_history", "_sample")
 
     def __init__(self, tensor: Tensor) -> None:
-        self._tensor = weakref.ref(tensor)
         self._history = _history(tensor)
         sample = _sample(tensor)
         self._sample = None if sample is None else sample.clone()
 
     def fits(self, tensor: Tensor, quickly: bool) -> bool:
-        if self._tensor() is not tensor or self._history is None or self._history != _history(tensor):
+        if self._history is None or self._history != _history(tensor):
             return False
         if quickly or self._sample is None:
             return True
@@ -53,14 +51,16 @@ class _Mark:
 
 
 def _history(tensor: Tensor) -> tuple[Any, ...] | None:
-    """Where a tensor lies and how often it was changed; None where it does not say."""
+    """Which tensor it is, where it lies and how often it was changed; None where it does not say."""
     if _is_fake(tensor):
         return tensor._version, tensor.dtype, tensor.shape
     inference = tensor.is_inference()  # those have no version
     if inference and tensor.device.type != "cpu":
         return None
     try:
-        return -1 if inference else tensor._version, tensor.data_ptr(), tensor.dtype, tensor.shape
+        version = -1 if inference else tensor._version
+        # Its number in Python, and no reference to it: torch.utils.swap_tensors refuses a tensor that has one.
+        return id(tensor), version, tensor.data_ptr(), tensor.dtype, tensor.shape
     except RuntimeError:  # subclasses whose numbers lie elsewhere
         return None
 

@@ -42,7 +42,12 @@ class Adapted(nn.Module):
     def handle(self) -> Base:
         """The handle on the module that is under the adapter now. In a replica of ``nn.DataParallel`` that is another
         one than this was made for. Raises SurgeryError if no base knows it."""
-        return self._handle if self._handle.module is self._modules["base"] else self._handle_anew()
+        handle, adapter = self._handle, self._modules["adapter"]
+        if handle.module is not self._modules["base"]:
+            handle = self._handle_anew()
+        if adapter._unset:  # type: ignore[union-attr]
+            adapter.settle(handle)  # type: ignore[union-attr,operator]
+        return handle
 
     def _handle_anew(self) -> Base:
         base, kind = self._modules["base"], type(self._handle)
@@ -102,7 +107,7 @@ class AdaptedLayer(Adapted):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         base = self._modules["base"]
         assert base is not None
-        if has_hooks(base):
+        if has_hooks(base) and not (self.off and self.handle.stored_dense):  # which then calls the layer itself
             return call_with_hooks(base, self._compute, args, kwargs)
         return self._compute(*args, **kwargs)
 
@@ -110,7 +115,18 @@ class AdaptedLayer(Adapted):
         (x,) = args or kwargs.values()
         if self.off:
             return self.handle.multiply(x)
-        return self._modules["adapter"](x, self.handle)  # type: ignore[misc]
+        try:
+            return self._modules["adapter"](x, self.handle)  # type: ignore[misc]
+        except (RuntimeError, NotImplementedError):
+            self._require_memory()
+            raise
+
+    def _require_memory(self) -> None:
+        if not self.handle.parameter.is_meta and any(tensor.is_meta for tensor in self.adapter.parameters()):
+            raise SurgeryError(
+                f"the adapter ({self.method}) is on the meta device, without numbers, and the weight that it sits on "
+                "is not. Give it memory (adapter.to_empty(device=...)), or load a state that holds its tensors, too"
+            )
 
     @property
     def weight(self) -> Tensor:
@@ -215,6 +231,8 @@ class AdaptedModule(Adapted):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.off:
             return self.base(*args, **kwargs)
+        if "_hf_hook" in self.base.__dict__:
+            bases.stay(self.base)  # accelerate would put the module's own tensors over the trained ones
         return self.adapter(self.handle, args, kwargs)
 
     def __getattr__(self, name: str) -> Any:

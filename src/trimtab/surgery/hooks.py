@@ -55,6 +55,6 @@ def _put_back(module: nn.Module, name: str) -> None:
             return
         del _under_way[id(module)]
         if calls[1] is None:
-            delattr(module, name)
+            del module.__dict__[name]
         else:
             setattr(module, name, calls[1])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -53,7 +53,9 @@ def merged_parts(module: Adapted) -> Iterator[MergedPart]:
             )
         bias: Tensor | None = adapter.bias
         if bias is not None and handle.bias is not None:
-            yield _copied(partial(getattr, handle, "bias"), bias, lambda own: bias.detach(), handle.replace_bias)
+            own = partial(getattr, handle, "stored_bias")
+            part = _copied(own, bias, lambda own: bias.detach(), handle.replace_bias)
+            yield replace(part, write=handle.write_bias, read=partial(getattr, handle, "bias"))
     elif isinstance(module, AdaptedModule):
         for name, tensor in adapter.stored_tensors().items():
             hang = partial(module.handle.hang, name)
