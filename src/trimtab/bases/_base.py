@@ -258,20 +258,17 @@ class WeightBase(Base):
     @torch.no_grad()
     def write(self, weight: Tensor) -> None:
         """Replace the stored weight by ``weight [out, in]``, rounded to what the base stores, in place."""
-        if self.parameter.is_meta:
-            _offloading.put(self.owner, self.attribute, self.as_stored(weight))
-        else:
-            self.parameter.copy_(self.as_stored(weight))
+        _offloading.write(self.owner, self.attribute, self.parameter, self.as_stored(weight))
 
     @torch.no_grad()
     def write_bias(self, bias: Tensor) -> None:
         """Replace the stored bias by ``bias [out]``, rounded to its dtype, in place."""
-        own = self.stored_bias
-        assert own is not None
-        if own.is_meta:
-            _offloading.put(self.owner, self.bias_attribute or "bias", bias)
-        else:
-            own.copy_(bias)
+        assert self.stored_bias is not None
+        _offloading.write(self.owner, self.bias_attribute or "bias", self.stored_bias, bias)
+
+    def peft_key(self, name: str) -> str:
+        """Which of PEFT's tensors holds the trained tensor ``name``, by our name of it; and the other way round."""
+        return name
 
     def in_layout(self, name: str, tensor: Tensor) -> Tensor:
         """The trained tensor ``name`` of a low-rank update (``A [rank, in]``, ``B [out, rank]`` or ``magnitude [out]``)

@@ -38,11 +38,14 @@ def device_of(module: nn.Module, held: Tensor) -> torch.device:
     return torch.device(devices[0]) if devices and devices[0] is not None else held.device
 
 
-def put(module: nn.Module, name: str, value: Tensor) -> None:
-    """Keep ``value`` as the tensor ``name`` of ``module`` in the place where its numbers are.
+def write(module: nn.Module, name: str, held: Tensor, value: Tensor) -> None:
+    """Write ``value`` to ``held``, the tensor ``name`` of ``module``, or to the place where its numbers are kept.
 
     Raises SurgeryError if that place is a disk.
     """
+    if not held.is_meta:
+        held.copy_(value)
+        return
     for hook in hooks(module):
         kept, key = hook.weights_map, name
         while hasattr(kept, "dataset"):  # several modules share one, each with a prefix of its own
