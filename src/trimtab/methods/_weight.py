@@ -372,7 +372,7 @@ class WeightMethod(_method.Method):
 
     def of_base(self, name: str, base: WeightBase) -> Tensor:
         if name == "magnitude":
-            return self.square_norms(base).sqrt()
+            return self.square_norms(self._seen(base)).sqrt()
         assert base.bias is not None
         return base.bias
 
