@@ -373,8 +373,7 @@ class WeightMethod(_method.Method):
     def of_base(self, name: str, base: WeightBase) -> Tensor:
         if name == "magnitude":
             return self.square_norms(self._seen(base)).sqrt()
-        assert base.bias is not None
-        return base.bias
+        return torch.zeros(self.out_features, device=base.device) if base.bias is None else base.bias
 
     def _apply(self, *args: Any, **kwargs: Any) -> WeightMethod:
         self._squares = self._kept = self._few_tokens = None
