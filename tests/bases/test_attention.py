@@ -4,11 +4,14 @@ model with the effective weights, by the plain formula, in the places of its own
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -280,3 +283,36 @@ def test_a_block_around_an_attention(method: str) -> None:
     report = trimtab.attach(model, trimtab.Rule(match="*.self_attn", method=method, bottleneck=3))
     assert [(module.name, module.out_features) for module in report.modules] == [("0.self_attn", 12)]
     assert torch.allclose(model(x), before, atol=1e-12)
+
+
+def test_a_folder_of_peft_with_dropout_on_a_layer_that_is_only_read(tmp_path: Path) -> None:
+    """PEFT's all-linear takes an attention's output projection for any other linear layer."""
+    (x,) = MODELS["an encoder layer"][1]()
+    config = LoraConfig(r=2, target_modules=["out_proj", "linear1"], lora_dropout=0.1)
+    theirs = get_peft_model(made("an encoder layer"), config).double()
+    stir_peft(theirs, "linear1")
+    theirs.save_pretrained(tmp_path)
+    model = made("an encoder layer").eval()
+    report = trimtab.load_adapter(model, tmp_path)
+    assert [module.name for module in report.modules] == ["0.self_attn.out_proj", "0.linear1"]
+    with fast_path(False), torch.no_grad():
+        assert torch.allclose(model(x), theirs.eval()(x), atol=1e-6)  # PEFT writes float32
+    assert model[0].linear1.adapter.options.dropout == 0.1
+
+
+def stir_peft(model: nn.Module, name: str) -> None:
+    with torch.no_grad():
+        for place, parameter in model.named_parameters():
+            if parameter.requires_grad and name in place:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+
+
+@contextmanager
+def fast_path(on: bool) -> Iterator[None]:
+    """PEFT's layers are not seen by torch's function for a whole encoder layer."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(on)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)

@@ -57,7 +57,8 @@ class StoredAdapter:
         computes something there that we do not."""
         if not (self.in_layout and "A" in self.tensors and isinstance(handle, WeightBase)):
             return self
-        options = self.options.model_copy(update=handle.peft_options(self.tensors))
+        dropout = {} if handle.is_called else {"dropout": 0.0}  # PEFT sets it, and no input passes by
+        options = self.options.model_copy(update={**handle.peft_options(self.tensors), **dropout})
         if why := handle.peft_differs(options):
             raise PlanError(f"{why}, so the model would not compute what it was trained to")
         return replace(self, options=options)

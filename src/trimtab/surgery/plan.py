@@ -26,8 +26,7 @@ class Rule(BaseModel):
         match: a glob over module names such as ``"*.q_proj"`` (``fnmatch``), a list of them, or ``"all-linear"`` for
             every linear layer except the output head, with the projections of ``nn.MultiheadAttention``. A weight that
             hangs on a module as a parameter is called ``MODULE.PARAMETER``, and selected by the module's name, too.
-            Only modules of the kind that the method sits on can match; of
-            nested blocks, only the outermost is taken.
+            Only modules of the kind that the method sits on can match; of nested blocks, only the outermost is taken.
         layers: blocks by number: ``"all"``, ``"outer:K"`` (the first K and the last K), ``"inner:K"`` (all except
             those), or ranges such as ``"0-3,26-29"``.
         method: the name of a method: ``lora``, ``dora`` and ``mora`` sit on linear layers, ``full`` on any module, with
