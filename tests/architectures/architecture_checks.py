@@ -21,7 +21,7 @@ import transformers
 from model_list import architectures
 from tiny_config import tiny
 from tiny_inputs import candidates, mended
-from tiny_overrides import CONFIGS, INPUTS
+from tiny_overrides import CONFIGS, INPUTS, TRAINING
 from torch import Tensor, nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -46,11 +46,14 @@ CHECKS = tuple(MEANINGS)
 
 @dataclass
 class Record:
-    """What was found. ``checks`` says "yes", or what was wrong; ``reason`` why the model could not be made at all."""
+    """What was found. ``checks`` says "yes", or what was wrong; ``reason`` why the model could not be made at all.
+    ``rule`` is ``*`` where there is no linear layer, and ``options`` are those that the model asks for."""
 
     name: str
     model_type: str
     mappings: list[str]
+    rule: str = "all-linear"
+    options: dict[str, bool] = field(default_factory=dict)
     inputs: str = ""
     modules: int = 0
     unreached: dict[str, int] = field(default_factory=dict)
@@ -81,24 +84,39 @@ def examine(name: str) -> Record:
             record.reason = str(error)
         except TooLongError:
             record.reason = f"not through in {SECONDS} s"
+        except Exception as error:
+            record.reason = f"not examined: {_words(error)}"
     return record
 
 
 def _examine(record: Record, folder: str) -> None:
     model, record.inputs, inputs = made(record.name, record.model_type)
     bare = _Bare(model, inputs)
-    for method, rank in (("LoRA", 2), ("DoRA", 1)):
-        _begin(record, bare, method, rank)
-    check = record.checks
-    adapted = copy.deepcopy(model)
     try:
-        report = trimtab.attach(adapted, trimtab.Rule(match="all-linear", method="dora", rank=1, alpha=2))
+        _attached(copy.deepcopy(model), record, "lora", 2)
+    except trimtab.PlanError as error:
+        if "ends with no module" not in str(error):
+            raise NotMadeError(f"attach: {_words(error)}") from None
+        record.rule = "*"
+    try:
+        for method, rank in (("LoRA", 2), ("DoRA", 1)):
+            _begin(record, copy.deepcopy(model), bare, method, rank)
+        adapted = copy.deepcopy(model)
+        report = _attached(adapted, record, "dora", 1)
     except trimtab.errors.TrimtabError as error:
         raise NotMadeError(f"attach: {_words(error)}") from None
+    # Copied before it has run: some models keep what the last pass has left.
+    merged = copy.deepcopy(adapted)
+    check = record.checks
     record.modules = len(report.modules)
     record.unreached = dict(getattr(report, "unreached", None) or {})
     stir(adapted)
-    expected = bare.run(adapted)
+    stir(merged)
+    try:
+        expected = bare.run(adapted)
+    except Exception as error:
+        check.update(dict.fromkeys(CHECKS[4:], _words(error)))
+        return
     if _apart(expected, bare.outputs) < 1e-6 and any(gradient is not None for gradient in bare.gradients.values()):
         check["DoRA: step 0"] = "the stirred adapter changes no output"
 
@@ -108,8 +126,6 @@ def _examine(record: Record, folder: str) -> None:
         again = copy.deepcopy(model)
         trimtab.load_adapter(again, f"{folder}/adapter")
         _same(bare.run(again), expected, "loaded", exactly=True)
-
-    merged = copy.deepcopy(adapted)
 
     @_said(check, "merged")
     def _() -> None:
@@ -146,6 +162,8 @@ def made(name: str, model_type: str) -> tuple[nn.Module, str, dict[str, Any]]:
     if (numbers := sum(parameter.numel() for parameter in model.parameters()) // 10**6) >= 30:
         raise NotMadeError(f"not made tiny: it has {numbers} million numbers")
     _without_zeros(model)
+    if any(word in model_type for word in TRAINING):
+        model.train()
     wrong = []
     given = INPUTS.get(name, INPUTS.get(model_type))
     torch.manual_seed(5)
@@ -157,8 +175,8 @@ def made(name: str, model_type: str) -> tuple[nn.Module, str, dict[str, Any]]:
             try:
                 torch.manual_seed(1)
                 with torch.no_grad():
-                    if _tensors(model(**copy.deepcopy(trial))):
-                        return model, kind_of, trial
+                    if _tensors(copy.deepcopy(model)(**copy.deepcopy(trial))):
+                        return _with_statistics(model, trial), kind_of, trial
                     trial = None
                     wrong.append("no tensors in its outputs")
             except Exception as error:
@@ -175,12 +193,16 @@ class _Bare:
         self.model = copy.deepcopy(model)
         self.outputs = self.run(self.model)
         self.model.requires_grad_(True)
-        self.backward(self.model)
+        self.no_way_back = ""
+        try:
+            self.backward(self.model)
+        except Exception as error:
+            self.no_way_back = f"nor the bare model: {_words(error)}"
         self.gradients = {
             name: parameter.grad for name, parameter in self.model.named_parameters(remove_duplicate=False)
         }
         self.names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-        if not all(torch.isfinite(tensor).any() for tensor in self.outputs):
+        if not all(_is_number(tensor).any() for tensor in self.outputs):
             raise NotMadeError("the bare model's outputs are not numbers")
 
     def _forward(self, model: nn.Module) -> list[Tensor]:
@@ -193,28 +215,25 @@ class _Bare:
 
     def backward(self, model: nn.Module) -> None:
         """The gradients of a weighted sum of all outputs, if they have any."""
-        outputs = [tensor for tensor in self._forward(model) if tensor.requires_grad]
         generator = torch.Generator().manual_seed(2)
-        total = [
-            (torch.where(torch.isfinite(tensor), tensor, 0.0) * torch.randn(tensor.shape, generator=generator)).sum()
-            for tensor in outputs
-        ]
+        total = []
+        for tensor in self._forward(model):
+            weights = torch.randn(tensor.shape, generator=generator)  # also for one that hangs on no trained tensor
+            if tensor.requires_grad:
+                total.append((torch.where(_is_number(tensor), tensor, 0.0) * weights).sum().float())
         if total:
-            torch.stack([one.to(torch.float32) for one in total]).sum().backward()
+            torch.stack(total).sum().backward()
 
 
-def _begin(record: Record, bare: _Bare, method: str, rank: int) -> None:
-    """Attach, compare at step 0, and compare the gradients."""
-    model = copy.deepcopy(bare.model)
-    model.zero_grad(set_to_none=True)
+def _attached(model: nn.Module, record: Record, method: str, rank: int) -> Any:
+    rule = trimtab.Rule(match=record.rule, method=method, rank=rank, alpha=2 * rank, **record.options)
+    return trimtab.attach(model, rule)
+
+
+def _begin(record: Record, model: nn.Module, bare: _Bare, method: str, rank: int) -> None:
+    """Attach to ``model``, a copy of the bare one, compare at step 0, and compare the gradients."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    try:
-        trimtab.attach(model, trimtab.Rule(match="all-linear", method=method.lower(), rank=rank, alpha=4))
-    except trimtab.errors.TrimtabError as error:
-        if "ends with no module" in str(error):
-            raise NotMadeError(f"all-linear finds no layer: {_words(error)}") from None
-        record.checks[f"{method}: step 0"] = f"attach: {_words(error)}"
-        return
+    _attached(model, record, method.lower(), rank)
 
     @_said(record.checks, f"{method}: step 0")
     def _() -> None:
@@ -222,8 +241,15 @@ def _begin(record: Record, bare: _Bare, method: str, rank: int) -> None:
 
     @_said(record.checks, f"{method}: gradients")
     def _() -> None:
+        if bare.no_way_back:
+            raise AssertionError(bare.no_way_back)
         bare.backward(model)
         _gradients(model, bare, names)
+
+    if "keep_product" in record.checks[f"{method}: gradients"] and not record.options:
+        record.options["keep_product"] = True
+        trimtab.detach(model)
+        _begin(record, model, bare, method, rank)
 
 
 def _gradients(model: nn.Module, bare: _Bare, names: dict[int, str]) -> None:
@@ -314,7 +340,14 @@ def _peft(model: nn.Module, bare: _Bare, folder: str) -> None:
         raise AssertionError(f"nor PEFT: {_words(error)}") from None
     again = copy.deepcopy(model)
     trimtab.load_adapter(again, folder)
+    if _apart(bare.run(again), expected) > 1e-4 and _apart(bare.run(again), _merged(theirs, bare)) <= 1e-4:
+        raise AssertionError("nor PEFT: its own merged model computes what ours does, and its adapted model does not")
     _same(bare.run(again), expected, "loaded", 1e-4)
+
+
+def _merged(theirs: Any, bare: _Bare) -> list[Tensor]:
+    """PEFT's adapter in the weights themselves, where a model that reads them, and calls no layer, has it, too."""
+    return bare.run(theirs.merge_and_unload())
 
 
 def _said(checks: dict[str, str], name: str) -> Callable[[Callable[[], None]], None]:
@@ -342,14 +375,19 @@ def _tensors(output: Any) -> list[Tensor]:
     return []
 
 
+def _is_number(tensor: Tensor) -> Tensor:
+    """Where ``tensor`` is neither infinite nor NaN nor a mask, which would drown everything beside it in a norm."""
+    return torch.isfinite(tensor) & (tensor.abs() < 1e30)
+
+
 def _apart(one: list[Tensor], other: list[Tensor]) -> float:
     """The largest relative distance of two tensors that belong together; infinite if they do not."""
     if [tensor.shape for tensor in one] != [tensor.shape for tensor in other]:
         return float("inf")
     worst = 0.0
     for first, second in zip(one, other, strict=True):
-        finite = torch.isfinite(second)
-        if not torch.equal(finite, torch.isfinite(first)):
+        finite = _is_number(second)
+        if not torch.equal(finite, _is_number(first)):
             return float("inf")
         difference = (first.double() - second.double())[finite].norm()
         worst = max(worst, float(difference / second.double()[finite].norm().clamp_min(1e-30)) if difference else 0.0)
@@ -363,15 +401,39 @@ def _same(one: list[Tensor], other: list[Tensor], what: str, rounding: float = R
 
 
 def _without_zeros(model: nn.Module) -> None:
-    """Give weights that begin as one number (heads of zeros, gates of ones) some difference."""
+    """Give weights that begin as one number (heads of zeros, gates of ones) some difference, and layers that begin with
+    next to no weight in the sum (a scale of 1e-6) some weight."""
     with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.modules.conv._ConvNd) and module.weight.std() > 0:  # a signal dies away in them
+                module.weight.mul_(module.weight[0].numel() ** -0.5 / module.weight.std())
         for parameter in model.parameters():
             if (
                 parameter.is_floating_point()
-                and parameter.dim() > 1
+                and parameter.numel()
                 and bool((parameter == parameter.flatten()[0]).all())
             ):
-                parameter.add_(0.05 * torch.randn_like(parameter))
+                if parameter.dim() > 1:
+                    parameter.add_(0.05 * torch.randn_like(parameter))
+                elif 0 < parameter.flatten()[0].abs() < 0.1:
+                    parameter.fill_(0.5)
+
+
+def _with_statistics(model: nn.Module, inputs: dict[str, Any]) -> nn.Module:
+    """``model`` with batch norms that know these inputs: without, a signal dies away in layers of small weights."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    counted = copy.deepcopy(model)
+    if norms:
+        try:
+            for module in counted.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.momentum = None  # the mean over all that was seen
+                    module.train()
+            counted(**copy.deepcopy(inputs))
+        except Exception:  # one place for each channel: nothing to count
+            return model
+        model.load_state_dict(counted.state_dict())
+    return model
 
 
 def _package(error: ImportError) -> str:

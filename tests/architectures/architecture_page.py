@@ -73,7 +73,8 @@ def _section(mapping: str, records: list[dict[str, Any]]) -> Iterator[str]:
         kinds = ", ".join(f"{kind} {number}" for kind, number in record["unreached"].items())
         yield f"| {record['name']} | {record['inputs']} | {record['modules']} | {marks} | {kinds} |"
     yield ""
-    notes = [
+    notes = [f"- {record['name']}: {said}" for record in records if (said := _asked(record))]
+    notes += [
         f"- {record['name']}, {check}: {_escaped(result)}"
         for record in records
         for check, result in record["checks"].items()
@@ -82,6 +83,13 @@ def _section(mapping: str, records: list[dict[str, Any]]) -> Iterator[str]:
     if notes:
         yield from notes
         yield ""
+
+
+def _asked(record: dict[str, Any]) -> str:
+    """What the rule says beside or in place of all-linear."""
+    said = ["it has no linear layer but its head, and the rule is `*`"] if record["rule"] == "*" else []
+    said += [f"with `{name}: {str(value).lower()}`" for name, value in record["options"].items()]
+    return "; ".join(said)
 
 
 def _not_made(records: list[dict[str, Any]]) -> Iterator[str]:

@@ -31,7 +31,7 @@ def architectures() -> dict[str, Listed]:
     tables = {short: name for short, name in tables.items() if short.startswith("MODEL") and short not in _HEADS}
     listed: dict[str, Listed] = {}
     kinds: set[str] = set()
-    for short in sorted(tables, key=lambda short: (short in _TWICE, short == "MODEL", short)):
+    for short in sorted(tables, key=lambda short: (short in _TWICE, short == "MODEL", "TOKEN" in short, short)):
         for model_type, names in getattr(modeling_auto, tables[short]).items():
             if short in _TWICE and model_type in kinds:
                 continue

@@ -41,7 +41,9 @@ def main() -> None:
     names = [name for name in architectures() if name not in known]
     if chosen.again:
         names = [
-            name for name in architectures() if any(text in json.dumps(known.get(name, name)) for text in chosen.again)
+            name
+            for name in architectures()
+            if any(text in json.dumps(known.get(name, architectures()[name].__dict__)) for text in chosen.again)
         ]
     gc.freeze()  # what the imports have made is not looked through again
     for number, name in enumerate(names, 1):

@@ -132,6 +132,7 @@ def _shrunk(config: Any, flat: dict[str, Any], inner: dict[str, dict[str, Any]],
             values[name] = {**value, "mrope_section": [half - 2 * (half // 3), half // 3, half // 3]}
     if isinstance(values.get("conv_dim"), list | tuple):
         values["num_feat_extract_layers"] = len(values["conv_dim"])
+    _keep_outputs(config, values, flat)
     layers = next((values[name] for name in ("num_hidden_layers", "n_layer", "num_layers") if values.get(name)), LAYERS)
     for name, value in values.items():
         if name not in flat and isinstance(value, list) and "layer" in name and len(value) > layers:
@@ -140,11 +141,30 @@ def _shrunk(config: Any, flat: dict[str, Any], inner: dict[str, dict[str, Any]],
     return type(config)(**values)
 
 
+def _keep_outputs(config: Any, values: dict[str, Any], flat: dict[str, Any]) -> None:
+    """A backbone gives as many of its layers' outputs as it gave, and has that many layers."""
+    indices = getattr(config, "out_indices", None)
+    if not indices or "out_indices" in flat:
+        return
+    if "depths" in values or "num_hidden_layers" not in values:
+        values["out_indices"] = list(indices)
+        return
+    values["num_hidden_layers"] = layers = max(values["num_hidden_layers"], len(indices))
+    values["out_indices"] = list(range(layers - len(indices) + 1, layers + 1))
+
+
 def _said(config: Any) -> dict[str, Any]:
     """The values of a configuration's own fields, and those that its constructor has put beside them."""
     hidden = {"transformers_version", "architectures", "model_type", "_name_or_path", "dtype", "id2label", "label2id"}
     hidden |= {"output_hidden_states", "return_dict", "output_attentions", "chunk_size_feed_forward", "problem_type"}
-    hidden |= {"ignore_keys_at_rope_validation", "per_layer_config", "use_bfloat16", "is_heterogeneous"}
+    hidden |= {
+        "ignore_keys_at_rope_validation",
+        "per_layer_config",
+        "out_features",
+        "stage_names",
+        "use_bfloat16",
+        "is_heterogeneous",
+    }
     names = [field.name for field in dataclasses.fields(config)] if dataclasses.is_dataclass(config) else []
     names += [name for name in vars(config) if name not in names]
     mapped = getattr(type(config), "attribute_map", {}) or {}

@@ -26,6 +26,7 @@ def candidates(model: nn.Module) -> Iterator[tuple[str, dict[str, Any]]]:
         for kind, beside in takes.beside_text():
             yield f"text and {kind}", {**text, **beside}
         yield "text", text
+        yield "text", {**text, "use_cache": False}
         yield "text with a mask", {**text, "attention_mask": torch.ones(BATCH, LENGTH, dtype=torch.long)}
         return
     for kind, main in takes.alone():
@@ -219,7 +220,7 @@ class _Takes:
     def series(self) -> dict[str, Any]:
         config = self.config
         past = self.size("context_length", default=8) + max(getattr(config, "lags_sequence", None) or [0])
-        features = (getattr(config, "num_time_features", 0) or 0) or 1
+        features = getattr(config, "num_time_features", 0) or 0
         future = self.size("prediction_length", default=4)
         return {
             "past_values": torch.rand(BATCH, past) + 0.5,

@@ -3,10 +3,12 @@ as in memory. The tolerance is that of float32 sums taken in another order."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
@@ -143,6 +145,26 @@ def test_embeddings_and_a_head_of_one_weight_take_one_adapter(tmp_path: Path) ->
     assert _close(_logits(again), adapted)
 
 
+def test_layers_of_one_weight_that_peft_trained_apart(tmp_path: Path) -> None:
+    """PEFT gives each of two tied layers its own adapter, which they keep here: loaded, saved, loaded again, merged."""
+    model = _Three(_Config()).eval()
+    bare, x = copy.deepcopy(model), torch.randn(5, 6)
+    config = peft.LoraConfig(r=2, target_modules=["a", "b", "c"], init_lora_weights=False)
+    theirs = peft.get_peft_model(copy.deepcopy(model), config).eval()
+    expected = theirs.base_model.model(x)
+    theirs.save_pretrained(tmp_path / "peft")
+    trimtab.load_adapter(model, tmp_path / "peft")
+    assert _close(model(x), expected)
+    assert len({id(module.adapter) for module in (model.a, model.b, model.c)}) == 3
+    trimtab.save_adapter(model, tmp_path / "ours")
+    trimtab.load_adapter(bare, tmp_path / "ours")
+    assert torch.equal(bare(x), model(x))
+    trimtab.merge(model)
+    assert _close(model(x), expected)
+    model.save_pretrained(tmp_path / "merged")
+    assert _close(_Three.from_pretrained(tmp_path / "merged").eval()(x), expected)
+
+
 def test_a_merge_of_other_layers_changes_no_tie(tmp_path: Path) -> None:
     model = _built("MarianMTModel", _SEQ2SEQ)
     before = _groups(model)
@@ -194,6 +216,9 @@ class _Three(transformers.PreTrainedModel):
         super().__init__(config)
         self.a, self.b, self.c = (nn.Linear(6, 6) for _ in range(3))
         self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.a
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.c(torch.tanh(self.b(torch.tanh(self.a(x)))))

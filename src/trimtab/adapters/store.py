@@ -6,6 +6,7 @@ import tempfile
 import threading
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from trimtab.adapters.renaming import as_named_in
 from trimtab.adapters.safe_read import shown
 from trimtab.adapters.unfrozen import Unfrozen, statistics, unfrozen
 from trimtab.adapters.whole import whole_tensors
+from trimtab.bases import WeightBase
 from trimtab.errors import AdapterError, PlanError, nearest
 from trimtab.surgery.adapted import (
     Adapted,
@@ -268,7 +270,23 @@ def _targets(
             f"{place}: {len(unknown)} of the adapter's modules are {what}, such as {name}, a "
             f"{bases.named(known[name])}.{kinds} The model is unchanged"
         )
-    return targets
+    return _with_their_own(targets, stored)
+
+
+def _with_their_own(targets: list[Target], stored: dict[str, StoredAdapter]) -> list[Target]:
+    """``targets``, one for each of ``stored``; those that share a weight have each an adapter of its own if they were
+    stored with different ones, as PEFT trains them."""
+    first: dict[int, StoredAdapter] = {}
+    differ = set()
+    for target, entry in zip(targets, stored.values(), strict=True):
+        if isinstance(target.base, WeightBase) and not target.adapter_class.trains_base:
+            mine, key = entry.on(target.base), id(target.base.identity)
+            twin = first.setdefault(key, mine)
+            if mine.tensors.keys() != twin.tensors.keys() or not all(
+                _equal(mine, one, twin, one) for one in twin.tensors
+            ):
+                differ.add(key)
+    return [replace(target, apart=True) if id(target.base.identity) in differ else target for target in targets]
 
 
 def _check_modules(place: Path, known: dict[str, nn.Module], stored: dict[str, StoredAdapter]) -> None:
@@ -333,7 +351,7 @@ def _check_tensors(place: Path, present: dict[str, Adapted], stored: dict[str, S
 def _same_base(stored: Tensor, handle: bases.Base) -> bool:
     """Whether ``stored`` is the weight of ``handle``, as far as the coarser of their two dtypes can tell: a model is
     trained in bfloat16 and used in float32, or the other way round. A quantised weight is not compared."""
-    if not isinstance(handle, bases.WeightBase):
+    if not isinstance(handle, WeightBase):
         return False
     if not handle.stored_dense:
         return tuple(stored.shape) == handle.shape

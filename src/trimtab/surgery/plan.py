@@ -146,7 +146,7 @@ class Target:
     adapter_class: type[methods.Method]
     options: methods.Options
     apart: bool = False
-    """Whether a weight that the module shares with another one is trained apart, where the base itself is trained."""
+    """Whether it has an adapter of its own although another module has its weight."""
 
     @property
     def name(self) -> str:
