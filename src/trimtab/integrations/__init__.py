@@ -3,12 +3,13 @@ from the moment that adapters are attached until they are merged or detached."""
 
 from __future__ import annotations
 
-from trimtab.integrations import transformers_model, transformers_trainer
+from trimtab.integrations import transformers_model, transformers_resizing, transformers_trainer
 from trimtab.surgery.watchers import WATCHERS, Watcher
 
 WATCHERS.extend(
     [
         Watcher(transformers_model.attached, transformers_model.removed),
+        Watcher(transformers_resizing.attached, transformers_resizing.removed),
         Watcher(transformers_trainer.attached, transformers_trainer.removed),
     ]
 )

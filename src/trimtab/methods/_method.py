@@ -156,6 +156,29 @@ class Method(nn.Module):
                 tensor.copy_(value)
         self._unset = ()
 
+    can_refit: ClassVar[bool] = True
+    """Whether ``refit`` can follow a base of another size."""
+
+    def ratio_on(self, base: Any) -> Tensor | None:
+        """What the magnitude multiplies the weight of ``base`` with; None without one."""
+        return None
+
+    @torch.no_grad()
+    def refit(self, base: Any, ratio: Tensor | None) -> None:
+        """Follow a base that has got more or fewer rows or columns. What is new of an update is zero; ``ratio`` is what
+        ``ratio_on`` gave before."""
+        if (self.out_features, self.in_features) == base.shape:
+            return
+        fresh = type(self)(base, self.options)
+        for (name, tensor), (_, new) in zip(self._held_tensors(), fresh._held_tensors(), strict=True):
+            if new.shape != tensor.shape:  # a tensor that two modules share was made to fit already
+                if not self.starts_at_base(name):
+                    new.zero_()
+                common = tuple(slice(min(sizes)) for sizes in zip(tensor.shape, new.shape, strict=True))
+                new[common] = tensor[common].to(new)
+                tensor.data = new.to(tensor)
+        self.out_features, self.in_features = fresh.out_features, fresh.in_features
+
     def _held_tensors(self) -> list[tuple[str, Tensor]]:
         held = [*self._parameters.items(), *self._buffers.items()]
         return [(name, tensor) for name, tensor in held if tensor is not None]

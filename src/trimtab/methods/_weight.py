@@ -7,9 +7,9 @@ can take.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from trimtab.bases import TurnedBase, WeightBase
 from trimtab.errors import PlanError
 from trimtab.methods import _method, _stack
+from trimtab.methods._norms import KeptNorm, SquaredNorms, norm_dtype, same_values
 from trimtab.ops.autocast import without_autocast
 from trimtab.ops.cost import Compute
 from trimtab.ops.decomposition import Axis, magnitude_over_norm
@@ -25,7 +26,7 @@ from trimtab.ops.dropout import Keep, draw_keep
 from trimtab.ops.few_tokens import FewTokensLinear
 from trimtab.ops.frozen_linear import Operands, frozen_linear
 from trimtab.ops.linear_map import multiply
-from trimtab.ops.ratio import Ratio, ratio_of
+from trimtab.ops.ratio import ratio_of
 from trimtab.ops.reference import effective_weight
 from trimtab.ops.stamp import Stamp
 from trimtab.ops.update import TurnedUpdate, Update
@@ -64,18 +65,6 @@ class WeightOptions(_method.Options):
         return self.bias
 
 
-class _Squares(NamedTuple):
-    of: Stamp  # the frozen weight that they were computed from
-    values: Tensor
-
-
-class _Kept(NamedTuple):
-    copies: tuple[Tensor, ...] | None  # None: no comparison is needed while the trained tensors are held
-    squares: Tensor  # those of the frozen weight that the norm belongs to
-    norm: Tensor
-    ratios: dict[torch.dtype, Ratio]
-
-
 class WeightMethod(_method.Method):
     """The trained tensors of one method on one frozen weight, and what they do.
 
@@ -102,8 +91,8 @@ class WeightMethod(_method.Method):
         super().__init__(base, options)
         self.frozen_column = base.frozen_column
         self.stored_transposed = base.stored_transposed
-        self._squares: _Squares | None = None
-        self._kept: _Kept | None = None
+        self._squares: SquaredNorms | None = None
+        self._kept: KeptNorm | None = None
         self._few_tokens: FewTokensLinear | None = None
         if options.magnitude:
             squares = self.square_norms(base)
@@ -163,7 +152,7 @@ class WeightMethod(_method.Method):
         kept = self._squares
         if kept is None or kept.values.dtype != dtype or not kept.of.fits(base.stored(), quickly=bool(self._holds)):
             squares = base.squared_norms(axis).to(dtype)
-            self._squares = kept = _Squares(Stamp(base.stored()), squares)
+            self._squares = kept = SquaredNorms(Stamp(base.stored()), squares)
             self._few_tokens = None
         return kept.values
 
@@ -191,7 +180,7 @@ class WeightMethod(_method.Method):
         kept = self._what_is_kept(weight, squares)
         return self.squared_norms(weight, squares).sqrt() if kept is None else kept.norm
 
-    def _what_is_kept(self, weight: Tensor, squares: Tensor) -> _Kept | None:
+    def _what_is_kept(self, weight: Tensor, squares: Tensor) -> KeptNorm | None:
         """What passes without gradients share: the norm and the ratios made of it, with a copy of the trained tensors
         that they belong to. Computed again when a trained tensor or W has changed. None where comparing would cost as
         much.
@@ -205,14 +194,14 @@ class WeightMethod(_method.Method):
             kept = None
         if self._holds:
             if kept is None or kept.copies is not None:
-                self._kept = kept = _Kept(None, squares, self.squared_norms(weight, squares).sqrt(), {})
+                self._kept = kept = KeptNorm(None, squares, self.squared_norms(weight, squares).sqrt(), {})
             return kept
         tensors = self.weight_tensors()
         if sum(tensor.numel() for tensor in tensors) >= weight.numel():
             return None
-        if kept is None or kept.copies is None or not _same(kept.copies, tensors):
+        if kept is None or kept.copies is None or not same_values(kept.copies, tensors):
             copies = tuple(tensor.detach().clone() for tensor in tensors)
-            self._kept = kept = _Kept(copies, squares, self.squared_norms(weight, squares).sqrt(), {})
+            self._kept = kept = KeptNorm(copies, squares, self.squared_norms(weight, squares).sqrt(), {})
         return kept
 
     def hold(self) -> None:
@@ -375,6 +364,21 @@ class WeightMethod(_method.Method):
             return self.square_norms(self._seen(base)).sqrt()
         return torch.zeros(self.out_features, device=base.device) if base.bias is None else base.bias
 
+    @torch.no_grad()
+    def ratio_on(self, base: WeightBase) -> Tensor | None:
+        seen = self._seen(base)
+        return self.ratio(seen.weight(), seen)
+
+    @torch.no_grad()
+    def refit(self, base: WeightBase, ratio: Tensor | None) -> None:
+        seen = self._seen(base)
+        if seen.shape != (self.out_features, self.in_features):
+            super().refit(seen, ratio)
+            if self.magnitude is not None and ratio is not None and ratio.shape == self.magnitude.shape:
+                # Norms over more or fewer numbers than before: what they are divided by must not change what stayed.
+                norms = self.norm(seen.weight(), seen)
+                self.magnitude.copy_(torch.where(ratio > 0, ratio * norms, self.magnitude))
+
     def _apply(self, *args: Any, **kwargs: Any) -> WeightMethod:
         self._squares = self._kept = self._few_tokens = None
         super()._apply(*args, **kwargs)
@@ -382,16 +386,3 @@ class WeightMethod(_method.Method):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_squares": None, "_kept": None, "_few_tokens": None}
-
-
-def norm_dtype(base: WeightBase) -> torch.dtype:
-    """The dtype of norms, and of what is computed by the plain formula: float64 on a float64 base, else float32."""
-    return torch.float64 if base.dtype == torch.float64 else torch.float32
-
-
-def _same(copies: Sequence[Tensor], tensors: Sequence[Tensor]) -> bool:
-    """Whether ``tensors`` still hold the values that were copied (NaN is never the same)."""
-    return all(
-        copy.dtype == tensor.dtype and copy.device == tensor.device and torch.equal(copy, tensor)
-        for copy, tensor in zip(copies, tensors, strict=True)
-    )

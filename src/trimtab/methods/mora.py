@@ -47,6 +47,7 @@ class MoRA(_weight.WeightMethod):
 
     options_type = Options
     options: Options
+    can_refit = False  # M stands in places of dV that follow from the size of the weight
 
     def __init__(self, base: WeightBase, options: Options) -> None:
         self.require_fit(options, base.shape)
