@@ -33,8 +33,8 @@ def as_named_in(model: nn.Module, places: Places, stored: Mapping[str, StoredAda
 
 
 def _held(name: str, module: nn.Module, entry: StoredAdapter) -> str:
-    """The name of the weight that hangs on ``module``, for the low-rank update of a module that is no layer itself. What
-    a module of an unknown kind does with its weight is another thing than PEFT's update beside its output."""
+    """The name of the weight that hangs on ``module``, for the low-rank update of a module that is no layer itself. A
+    module of which nothing is known is left out: PEFT's update beside it may be another thing than one inside."""
     held = [one for one in bases.held_weights(module) if (base := bases.find(one)) is None or not base.is_fallback]
     is_update = entry.in_layout and "A" in entry.tensors and bases.find(module) is None
     return f"{name}.{held[0].attribute}" if is_update and len(held) == 1 else name
