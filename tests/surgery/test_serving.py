@@ -41,13 +41,13 @@ def change(model: nn.Module) -> None:
 def compared(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """Grows with every comparison of trained tensors."""
     seen: list[object] = []
-    same = _weight._same
+    same = _weight.same_values
 
     def watched(*given: object) -> bool:
         seen.append(given)
         return same(*given)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(_weight, "_same", watched)
+    monkeypatch.setattr(_weight, "same_values", watched)
     return seen
 
 
