@@ -150,32 +150,21 @@ def test_only_the_main_process_writes(stored_gpt2: Path, load: Load, tmp_path: P
 def test_the_hub_gets_the_adapter(
     stored_gpt2: Path, load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import huggingface_hub
     from transformers.utils import hub
 
-    sent: dict[str, list[str]] = {}
-
-    class Repository:
-        repo_id = "someone/adapter"
+    sent: list[tuple[str, str | None, list[str]]] = []
 
     class Api:
-        def __init__(self, token: Any = None) -> None:
-            self.token = token
-
-        def create_repo(self, name: str, **_: Any) -> Repository:
-            return Repository()
-
-        def upload_folder(self, repo_id: str, folder_path: Path, allow_patterns: list[str], **_: Any) -> None:
-            sent["save_pretrained"] = sorted(allow_patterns)
+        def create_repo(self, name: str, **_: Any) -> Any:
+            return type("Repository", (), {"repo_id": name})
 
     class Card:
         def save(self, path: str) -> None:
             Path(path).write_text("", "utf-8")
 
-    def upload(self: Any, folder: str, *_: Any, **__: Any) -> None:
-        sent["push_to_hub"] = files(Path(folder))
+    def upload(self: Any, folder: str, repository: str, commit_message: str | None = None, **_: Any) -> None:
+        sent.append((repository, commit_message, files(Path(folder))))
 
-    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     monkeypatch.setattr(hub, "hf_api", Api)
     monkeypatch.setattr(hub, "create_and_tag_model_card", lambda *_, **__: Card())
     monkeypatch.setattr(hub.PushToHubMixin, "_upload_modified_files", upload)
@@ -183,9 +172,11 @@ def test_the_hub_gets_the_adapter(
     trimtab.attach(model, RULES["dora"])
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "notes.txt").write_text("mine", "utf-8")
-    model.save_pretrained(tmp_path / "adapter", push_to_hub=True, repo_id="someone/adapter")
-    model.push_to_hub("someone/adapter")
-    assert sent == {"save_pretrained": PEFT_FILES, "push_to_hub": ["README.md", *PEFT_FILES]}
+    model.save_pretrained(tmp_path / "adapter", push_to_hub=True, repo_id="someone/one", commit_message="first")
+    model.save_pretrained(tmp_path / "adapter", push_to_hub=True)
+    model.push_to_hub("someone/two")
+    wanted = ["README.md", *PEFT_FILES]
+    assert sent == [("someone/one", "first", wanted), ("adapter", None, wanted), ("someone/two", None, wanted)]
 
 
 def test_what_transformers_knows_of_adapters_is_right(stored_gpt2: Path, load: Load, tmp_path: Path) -> None:

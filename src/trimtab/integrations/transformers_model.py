@@ -14,7 +14,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from trimtab.adapters.formats import all_formats
 from trimtab.adapters.safe_read import read_tensors
 from trimtab.adapters.store import save_adapter
 from trimtab.bases import is_instance_by_name
@@ -87,16 +86,10 @@ def save_pretrained(
         return
     folder = save_adapter(model, save_directory, state_dict=state_dict)
     if push_to_hub:
-        from huggingface_hub import HfApi
-
-        api = HfApi(token=options.get("token"))
-        repository = options.get("repo_id") or folder.name
-        where = api.create_repo(repository, private=options.get("private"), exist_ok=True).repo_id
-        message, request = options.get("commit_message"), options.get("create_pr", False)
-        files = [name for one in all_formats() for name in one.files if (folder / name).is_file()]
-        api.upload_folder(
-            repo_id=where, folder_path=folder, allow_patterns=files, commit_message=message, create_pr=request
-        )
+        # Transformers' own way, which calls this function again for a folder that it uploads.
+        known = ("commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
+        said = {name: options[name] for name in known if name in options}
+        model.push_to_hub(options.get("repo_id") or folder.name, **said)  # type: ignore[operator]
 
 
 def active_adapters(model: nn.Module) -> list[str]:
