@@ -26,7 +26,10 @@ class Options(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     dropout: Annotated[float, TRAINING_ONLY] = Field(
-        0.0, ge=0.0, lt=1.0, description="Dropout on the input of the update, in training only."
+        0.0,
+        ge=0.0,
+        lt=1.0,
+        description="Dropout on the input of the update, in training only. (Of a look-up's nothing is dropped.)",
     )
     dtype: Annotated[Literal["float32", "bfloat16", "float16", "float64"] | None, TRAINING_ONLY] = Field(
         None, description="Dtype of the trained tensors. Default: float32, or float64 on a float64 base."

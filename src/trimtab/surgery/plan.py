@@ -29,8 +29,9 @@ class Rule(BaseModel):
             Only modules of the kind that the method sits on can match; of nested blocks, only the outermost is taken.
         layers: blocks by number: ``"all"``, ``"outer:K"`` (the first K and the last K), ``"inner:K"`` (all except
             those), or ranges such as ``"0-3,26-29"``.
-        method: the name of a method: ``lora``, ``dora`` and ``mora`` sit on linear layers, ``full`` on any module, with
-            all that is inside it, ``serial`` and ``parallel`` on blocks.
+        method: the name of a method: ``lora``, ``dora`` and ``mora`` sit on layers with one weight (linear layers,
+            look-ups, convolutions), ``full`` on any module, with all that is inside it, ``serial`` and ``parallel`` on
+            blocks.
         **options: the method's own options (``rank=8, alpha=16``).
 
     Raises PlanError for an unknown method, option or layer selector.
