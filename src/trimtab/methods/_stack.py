@@ -25,6 +25,7 @@ from trimtab.ops.dropout import draw_keep
 from trimtab.ops.expert_rows import ChosenRows, SortedRows, StackMap
 from trimtab.ops.frozen_linear import frozen_linear
 from trimtab.ops.linear_map import MATRIX, LinearMap
+from trimtab.ops.ratio import HALF
 
 
 class _Parts(NamedTuple):
@@ -35,6 +36,11 @@ class _Parts(NamedTuple):
     norm: Tensor | None = None
     columns: Tensor | None = None
     """What the columns of each weight are multiplied with, ``[experts, in]``, in place of magnitude and norm."""
+
+    def as_stack(self) -> _Parts:
+        """Those of one expert as of a stack of one."""
+        magnitude, norm = (None if one is None else one[None] for one in (self.magnitude, self.norm))
+        return _Parts(tuple(one[None] for one in self.tensors), magnitude, norm, self.columns)
 
 
 class StackPass:
@@ -82,7 +88,15 @@ class StackPass:
 
     def with_one(self, expert: int, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``x W'^T + bias`` for ``x [..., in]``, with the weight of one expert."""
-        return self._multiply(x, self.weight[expert], MATRIX, self._of_each[expert], bias=bias)
+        parts, weight = self._of_each[expert], self.weight[expert]
+        if bias is not None or weight.dtype not in HALF or x.device.type != "cpu" or type(x) is not Tensor:
+            return self._multiply(x, weight, MATRIX, parts, bias=bias)
+        # Thin products of half precision are a matter of their own there, which a stack knows; this is one of one.
+        rows = x.reshape(-1, x.shape[-1])
+        ends = torch.tensor([len(rows)], dtype=torch.int32)
+        through = SortedRows(weight[None], lambda rows: F.linear(rows, weight), ends)
+        product = self._multiply(rows, weight[None], through, parts.as_stack())
+        return product.reshape(*x.shape[:-1], product.shape[-1])
 
     def with_each(self, through: StackMap, x: Tensor) -> Tensor:
         """``x W'^T`` for ``x [rows, in]``, each row with the weight of its expert."""

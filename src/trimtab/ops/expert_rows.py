@@ -20,10 +20,11 @@ from torch import Tensor
 from trimtab.ops.autocast import cast
 from trimtab.ops.kernels import kernels_for
 from trimtab.ops.kernels.contract import BackwardPass, Thin
-from trimtab.ops.ratio import Ratio
+from trimtab.ops.ratio import HALF, Ratio
 
 Frozen = Callable[[Tensor], Tensor]
 """``rows -> rows W^T``, as the model computes it."""
+_THIN = 64  # rows or columns
 _ALIGNED = 16  # bytes, of which the strides of a grouped product have to be multiples
 
 
@@ -164,7 +165,10 @@ class SortedRows(StackMap):
             return _grouped(rows, stack, self._ends)
         product = rows.new_zeros(rows.shape[0], stack.shape[2])
         for expert, mine in self._each():
-            torch.mm(rows[mine], stack[expert], out=product[mine])
+            if _is_thin(stack):
+                product[mine] = _wide(rows[mine]).mm(_wide(stack[expert]))
+            else:
+                torch.mm(rows[mine], stack[expert], out=product[mine])
         return product
 
     def add_input_gradient(self, target: Tensor, grad: Tensor, weight: Tensor) -> None:
@@ -172,14 +176,17 @@ class SortedRows(StackMap):
             super().add_input_gradient(target, grad, weight)
             return
         for expert, mine in self._each():
-            target[mine].addmm_(grad[mine], weight[expert])
+            if _is_thin(weight) and target.dtype in HALF:
+                target[mine].add_(_wide(grad[mine]).mm(_wide(weight[expert])))
+            else:
+                target[mine].addmm_(grad[mine], weight[expert])
 
     def outer(self, left: Tensor, right: Tensor) -> Tensor:
         if not self._in_turn:
             return _grouped_outer(left, right, self._ends)
         product = left.new_zeros(len(self._stops), left.shape[1], right.shape[1])
         for expert, mine in self._each():
-            torch.mm(left[mine].t(), right[mine], out=product[expert])
+            product[expert] = _wide(left[mine]).t().mm(_wide(right[mine]))
         return product
 
     def forward(
@@ -192,7 +199,7 @@ class SortedRows(StackMap):
         for expert, mine in self._each():
             part = kernels.forward(
                 product[mine],
-                thin=None if thin is None else Thin(thin.inner[mine], thin.b[expert], thin.scale),
+                thin=None if thin is None else Thin(_wide(thin.inner[mine]), thin.b[expert], thin.scale),
                 ratio=_of_expert(ratio, expert),
                 bias=None,
                 in_place=in_place,
@@ -222,8 +229,8 @@ class SortedRows(StackMap):
         grad_b = None if thin is None else torch.zeros_like(thin.b)
         for expert, mine in self._each():
             passed = kernels.backward(
-                grad[mine],
-                thin=None if thin is None else Thin(thin.inner[mine], thin.b[expert], thin.scale),
+                grad[mine] if thin is None else _wide(grad[mine]),
+                thin=None if thin is None else Thin(_wide(thin.inner[mine]), thin.b[expert], thin.scale),
                 ratio=_of_expert(ratio, expert),
                 witness=None if witness is None else witness[mine],
                 wants_bias=False,
@@ -260,6 +267,16 @@ class ChosenRows(StackMap):
         product = left.new_zeros(self._weight.shape[0], left.shape[1], right.shape[1], dtype=full)
         product.index_add_(0, self._chosen, left.unsqueeze(2).to(full) * right.unsqueeze(1))
         return product.to(left.dtype)
+
+
+def _is_thin(stack: Tensor) -> bool:
+    return min(stack.shape[1:]) <= _THIN
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """``tensor`` in the dtype in which a processor multiplies thin matrices. In half precision it would compile a
+    kernel for every number of rows, which differs by expert and by batch."""
+    return cast(tensor, _full(tensor.dtype))
 
 
 def _of_expert(ratio: Ratio | None, expert: int) -> Ratio | None:
