@@ -241,6 +241,23 @@ def test_the_bare_model_lists_what_hangs_on_its_modules() -> None:
     assert names == [name for name, _ in bare_modules(attached("lora"))]
 
 
+def test_a_weight_that_became_a_tensor_of_another_kind_keeps_its_adapter(tmp_path: Path) -> None:
+    """FSDP2 shards it, for instance."""
+
+    class Sharded(Tensor):
+        pass
+
+    model = attached("lora")
+    frozen = model.attention._parameters["in_proj_weight"]
+    model.attention._parameters["in_proj_weight"] = nn.Parameter(frozen.detach().as_subclass(Sharded), False)
+    assert [name for name, _ in adapted_modules(model)] == ["attention.in_proj_weight"]
+    trimtab.save_adapter(model, tmp_path)
+    model.attention._parameters["in_proj_weight"] = frozen
+    other = made()
+    trimtab.load_adapter(other, tmp_path)
+    assert torch.equal(other(batch()), model(batch()))
+
+
 def test_blocks_of_which_some_hold_an_adapter_are_still_of_one_class() -> None:
     model = nn.ModuleDict({"blocks": nn.ModuleList(nn.MultiheadAttention(8, 2) for _ in range(3))})
     trimtab.attach(model, trimtab.Rule(match="*.in_proj_weight", layers="1", method="lora", rank=2))

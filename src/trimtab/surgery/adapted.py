@@ -276,8 +276,10 @@ def _bare_modules(
     children = {attribute: child for attribute, child in inside._modules.items() if child is not None}
     adapted = {child.base.attribute: child for child in children.values() if isinstance(child, AdaptedParameter)}
     for weight in bases.held_weights(inside):
-        attribute = weight.attribute
-        yield prefix + attribute, adapted.get(attribute) or held.setdefault((id(inside), attribute), weight)
+        if weight.attribute not in adapted:
+            yield prefix + weight.attribute, held.setdefault((id(inside), weight.attribute), weight)
+    # Whatever kind of tensor such a weight is by now: one that was sharded is none that a base knows.
+    yield from ((prefix + attribute, child) for attribute, child in adapted.items())
     for attribute, child in children.items():
         if not isinstance(child, AdaptedParameter):
             yield from _bare_modules(child, prefix + attribute, held)
