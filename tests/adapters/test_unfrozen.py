@@ -164,6 +164,15 @@ def test_what_no_folder_can_say_is_refused(unfreeze: Callable[[Any], Any], name:
     assert not list(tmp_path.iterdir())
 
 
+def test_an_embedding_beside_its_trained_rows_is_refused(tiny_llama: Callable[..., Any], tmp_path: Path) -> None:
+    model = tiny_llama()
+    trimtab.attach(model, trimtab.Rule(match="*.embed_tokens", method="full", rows=[3, 5]))
+    trimtab.save_adapter(model, tmp_path)
+    model.model.embed_tokens.requires_grad_(True)
+    with pytest.raises(trimtab.AdapterError, match=r"embed_tokens\.weight is trained or counted itself"):
+        trimtab.save_adapter(model, tmp_path)
+
+
 def test_another_head_than_the_stored_one_is_refused(tmp_path: Path) -> None:
     model = Net()
     rule = trimtab.Rule(match="first", method="lora", rank=2)

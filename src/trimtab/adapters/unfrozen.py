@@ -150,13 +150,15 @@ def _beside(name: str, module: Adapted, handle: Base, trained: list[str]) -> Ada
     if there are none, or copies of the adapter's stand in for all of them."""
     adapter = module.adapter
     mine = adapter.stored_tensors()
-    trained = [key for key in trained if key not in mine or not (adapter.trains_base or key == "bias")]
+    options: Any = adapter.options
+    # Where only rows of a weight have a copy, the weight itself is trained beside it.
+    copied = adapter.trains_base and not getattr(options, "rows", None)
+    trained = [key for key in trained if key not in mine or not (copied or key == "bias")]
     if not trained:
         return None
-    options: Any = adapter.options
-    if adapter.trains_base:
+    if copied and options.tensors is not None:
         options = options.model_copy(update={"tensors": (*options.tensors, *trained)})
-    elif trained == ["bias"] and "bias" in type(options).model_fields:
+    elif trained == ["bias"] and not adapter.trains_base and "bias" in type(options).model_fields:
         options = options.model_copy(update={"bias": True})
     else:
         where = name if isinstance(handle, bases.HeldBase) else f"{name}.{trained[0]}"
