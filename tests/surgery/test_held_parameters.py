@@ -245,12 +245,16 @@ def test_a_weight_that_became_a_tensor_of_another_kind_keeps_its_adapter(tmp_pat
     """FSDP2 shards it, for instance."""
 
     class Sharded(Tensor):
-        pass
+        def full_tensor(self) -> Tensor:
+            return self.as_subclass(Tensor)
 
     model = attached("lora")
     frozen = model.attention._parameters["in_proj_weight"]
     model.attention._parameters["in_proj_weight"] = nn.Parameter(frozen.detach().as_subclass(Sharded), False)
     assert [name for name, _ in adapted_modules(model)] == ["attention.in_proj_weight"]
+    assert model.attention.in_proj_weight is model.attention._parameters["in_proj_weight"], "fully_shard asks for it"
+    with pytest.raises(trimtab.SurgeryError, match="is sharded while the module computes with it"):
+        model(batch())
     trimtab.save_adapter(model, tmp_path)
     model.attention._parameters["in_proj_weight"] = frozen
     other = made()

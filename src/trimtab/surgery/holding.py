@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from trimtab.bases import HeldBase
+from trimtab.bases._held import stored
+from trimtab.errors import SurgeryError
 
 SUFFIX = "_adapted"
 """What the name of an adapted parameter's child is followed by."""
@@ -82,8 +84,7 @@ def _holder_class(shown: _Shown) -> type[nn.Module]:
         "__reduce_ex__": reduce,
         "_trimtab_shown": shown,
     }
-    if shown.wraps_forward:
-        members["forward"] = _wrapped(shown)
+    members["forward"] = _wrapped(shown)
     return type(kind.__name__, (kind,), members)
 
 
@@ -93,11 +94,20 @@ def _new(*shown: Any) -> nn.Module:
 
 
 def _wrapped(shown: _Shown) -> Any:
-    """The forward pass of the class, in the contexts that its held weights ask for."""
+    """The forward pass of the class, in the contexts that its held weights ask for. Raises SurgeryError if a weight is
+    sharded while the module computes with it."""
     inner: Any = shown.kind.forward
 
     @wraps(inner)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        for attribute, _ in shown.attributes:
+            if _is_sharded(stored(self, attribute)):
+                raise SurgeryError(
+                    f"{attribute} of a {shown.kind.__name__} is sharded while the module computes with it (tensor "
+                    "parallelism), so its adapter cannot act. Shard with fully_shard, or leave this weight out"
+                )
+        if not shown.wraps_forward:
+            return inner(self, *args, **kwargs)
         with ExitStack() as around:
             for weight in {weight: None for _, weight in shown.attributes}:
                 adapted: Any = self._modules[weight + SUFFIX]
@@ -108,10 +118,17 @@ def _wrapped(shown: _Shown) -> Any:
     return forward
 
 
+def _is_sharded(tensor: Any) -> bool:
+    return hasattr(tensor, "full_tensor")
+
+
 def _effective(attribute: str, weight: str) -> property:
     """A property that shows what the parameter ``attribute`` is with the adapter of ``weight``."""
 
     def read(self: nn.Module) -> Tensor:
+        own = stored(self, attribute)
+        if _is_sharded(own):  # between passes, when fully_shard asks for what it shards
+            return own  # type: ignore[no-any-return]
         adapted: Any = self._modules[weight + SUFFIX]
         try:
             shown: Tensor = adapted.read(self) if attribute == weight else adapted.read_bias(self)
