@@ -86,8 +86,6 @@ def test_the_report() -> None:
         "total_parameters": 100,
         "trainable_parameters": 44,
         "zero_rows": {"2": 1},
-        "lowered_ranks": {},
-        "unreached": {},
         "rules": [
             {
                 "rule": 1,

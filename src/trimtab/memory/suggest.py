@@ -122,7 +122,9 @@ def describe_run(job: Job, length: int | None = None) -> dict[str, Any]:
             for suggestion in ([] if fits else suggest(job, sizes))
         ],
     }
-    return {**PlanRecord.of(memory.attached).plain(), "memory": described}
+    attached = memory.attached
+    told = {"lowered_ranks": attached.lowered_ranks, "unreached": attached.unreached}
+    return {**PlanRecord.of(attached).plain(), **told, "memory": described}
 
 
 def _capped(config: RunConfig) -> RowSizes:

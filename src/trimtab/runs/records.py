@@ -114,8 +114,9 @@ class PlanRecord(Record):
     total_parameters: int
     trainable_parameters: int
     zero_rows: dict[str, int] = {}
-    lowered_ranks: dict[str, int] = {}
-    unreached: dict[str, int] = {}
+    # Said when the plan is made, and not written: they follow from the model and the rules.
+    lowered_ranks: dict[str, int] = Field({}, exclude=True)
+    unreached: dict[str, int] = Field({}, exclude=True)
     rules: list[RuleRecord]
     modules: list[ModuleRecord] = []
 
