@@ -140,3 +140,43 @@ def test_shapes_can_be_worked_out_without_memory() -> None:
     assert model[0].adapter.A.grad.shape == (8, 4096)
     with torch.no_grad():
         assert model(x).shape == (3, 1024)
+
+
+class _Listed(nn.Module):
+    """Registers its layers, and goes through lists of its own that hold them, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[nn.Module] = []
+        for number in range(3):
+            layer = nn.Linear(6, 6)
+            self.steps.append(layer)
+            self.add_module(str(number), layer)
+        self.last = nn.Linear(6, 4)
+        self.__dict__["hidden"] = self.last
+        self.heads = (self.last, nn.Tanh())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for step in self.steps:
+            x = torch.tanh(step(x))
+        return self.hidden(x) + self.heads[1](self.heads[0](x))
+
+
+def test_layers_that_a_model_holds_in_lists_of_its_own() -> None:
+    model = nn.Sequential(_Listed())
+    x = torch.randn(5, 6)
+    bare, before = model(x), copy.deepcopy(model)
+    trimtab.attach(model, trimtab.Rule(match="*", method="dora", rank=2))
+    assert torch.allclose(model(x), bare, atol=1e-6)
+    model(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in trimtab.trainable_parameters(model).values())
+    stir(model)
+    adapted = model(x)
+    copied = copy.deepcopy(model)
+    assert torch.equal(copied(x), adapted)
+    trimtab.detach(copied)
+    assert torch.equal(copied(x), before(x))
+    assert type(copied[0].steps[1]) is type(copied[0].hidden) is type(copied[0].heads[0]) is nn.Linear
+    trimtab.merge(model)
+    assert torch.allclose(model(x), adapted, atol=1e-6)
+    assert model[0].steps[0] is model[0].get_submodule("0")

@@ -15,6 +15,7 @@ from trimtab.surgery.build import build_adapters
 from trimtab.surgery.holding import hold, let_go, own_class
 from trimtab.surgery.hooks import call_with_hooks, has_hooks
 from trimtab.surgery.plan import Target
+from trimtab.surgery.references import replace_references
 from trimtab.surgery.watchers import WATCHERS
 from trimtab.surgery.wrappers import unwrapped, without_wrappers
 
@@ -342,6 +343,7 @@ def install(model: nn.Module, targets: list[Target]) -> None:
     for _, parent, attribute, child in list(owners(model)):
         if id(child) in replacement:
             parent._modules[attribute] = replacement[id(child)]
+    replace_references(model, replacement)
     for adapted in replacement.values():
         if isinstance(adapted, AdaptedParameter):
             hold(adapted.base.holder, adapted.base.attribute, adapted)
@@ -351,11 +353,14 @@ def install(model: nn.Module, targets: list[Target]) -> None:
 
 def remove_adapters(model: nn.Module) -> None:
     """Put every frozen module back in its place, and give the parameters their old ``requires_grad``."""
-    for _, parent, attribute, child in list(owners(model)):
+    frozen = {}
+    places = list(owners(model))  # kept, so that no id is another module's before all is replaced
+    for _, parent, attribute, child in places:
         if isinstance(child, AdaptedParameter):
             let_go(parent, child.base.attribute)
         elif isinstance(child, Adapted):
-            parent._modules[attribute] = child.remove()
+            parent._modules[attribute] = frozen[id(child)] = child.remove()
+    replace_references(model, frozen)
     before = set(getattr(model, _TRAINABLE_BEFORE, ()))
     for name, parameter in model.named_parameters(remove_duplicate=False):
         parameter.requires_grad_(without_wrappers(model, name) in before)
