@@ -40,7 +40,7 @@ APART = {"dtype"}
 QUANTISED = {"int8", "nf4", "torchao_int8"}
 # Weights that hang on a module, which no layer multiplies with: tests/surgery/test_held_parameters.py and
 # tests/bases/test_experts.py.
-HELD = {"attention", "experts", "router"}
+HELD = {"attention", "experts", "parameter", "router"}
 ALWAYS_BIASED = {"conv1d", *QUANTISED}
 NEVER_BIASED = {"embedding"}
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from trimtab.config.run import RunConfig
 from trimtab.errors import PlanError
 from trimtab.machine import best_precision
+from trimtab.models.load import load_tokenizer
 from trimtab.models.locate import Source, locate
+from trimtab.models.new_tokens import rule_for
 from trimtab.surgery.plan import Plan, Rule
 
 
@@ -20,7 +23,7 @@ class Job:
     Attributes:
         config: as it was read.
         source: where the model comes from.
-        plan: its rules, checked.
+        plan: its rules, checked, without the one about added tokens (``plan_on``).
         precision: ``bfloat16`` or ``float32``, in which the run computes on this machine.
         dtype: that of the frozen weights.
     """
@@ -39,11 +42,19 @@ class Job:
         dtype = precision if config.model.dtype == "auto" else config.model.dtype
         return cls(config, source_of(config), plan_of(config), precision, getattr(torch, dtype))
 
+    def plan_on(self, model: Any) -> Plan:
+        """The plan for ``model``: its rules, and where tokens are added, one that trains their rows."""
+        tokens = self.source.add_tokens
+        if not tokens:
+            return self.plan
+        return Plan([*self.plan.rules, Rule(**rule_for(model, load_tokenizer(self.source), tokens))])
+
 
 def source_of(config: RunConfig) -> Source:
     """Where the model of ``config`` comes from."""
     said = config.model
-    return locate(said.name, revision=said.revision, trust_remote_code=said.trust_remote_code)
+    source = locate(said.name, revision=said.revision, trust_remote_code=said.trust_remote_code)
+    return replace(source, add_tokens=said.add_tokens) if said.add_tokens else source
 
 
 def plan_of(config: RunConfig) -> Plan:

@@ -45,6 +45,15 @@ def _paths(value: object) -> tuple[str, ...]:
     raise ValueError("expected a path or a hub id, or a list of them")
 
 
+def _tokens(value: object) -> tuple[str, ...]:
+    items = [value] if isinstance(value, str) else value
+    if isinstance(items, list | tuple) and all(isinstance(item, str) and item.strip() for item in items):
+        if len(set(items)) == len(items):
+            return tuple(items)
+        raise ValueError("expected each token once")
+    raise ValueError('expected a list of tokens, each a text such as "<tool>"')
+
+
 def _validation(value: object) -> float | tuple[str, ...] | None:
     if value is None:
         return None
@@ -163,6 +172,11 @@ class ModelConfig(Section):
     revision: str | None = Field(None, description="Branch, tag or commit of a hub model; null for its main branch.")
     attention: Literal["auto", "sdpa", "eager"] = Field(
         "auto", description="How attention is computed. auto: what transformers prefers for the model."
+    )
+    add_tokens: Annotated[tuple[str, ...], BeforeValidator(_tokens)] = Field(
+        (),
+        description="Tokens to add to the vocabulary, such as those of a chat format. Their rows of the embedding and "
+        "the output head are trained beside the plan.",
     )
 
 

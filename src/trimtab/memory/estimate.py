@@ -156,7 +156,7 @@ def estimate_run(job: Job, sizes: RowSizes) -> RunMemory:
     files = stored.itemsize * sum(one.numel() for one in model.parameters() if id(one) not in packed)
     vocabulary = model.config.get_text_config().vocab_size
     quantising = quantising_bytes(model, config.quantisation)
-    attached = attach(model, job.plan)
+    attached = attach(model, job.plan_on(model))
     trace = Trace(model, quantisation=config.quantisation)
     standing, uncounted = trace.standing, None
     labels = sizes.length - 1 if train.prompt_loss_weight else sizes.labels

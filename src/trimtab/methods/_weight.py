@@ -310,7 +310,9 @@ class WeightMethod(_method.Method):
     def bias_of(self, base: WeightBase) -> Tensor | None:
         """The bias ``[out]`` that the layer adds, in the dtype of its own: the trained one, or its own."""
         own = base.bias
-        return own if self.bias is None else self.bias.to(base.dtype if own is None else own.dtype)
+        if self.bias is None or (own is None and not getattr(self.options, "added_bias", False)):
+            return own  # of tied layers, those without a bias stay without
+        return self.bias.to(base.dtype if own is None else own.dtype)
 
     def copies(self, base: WeightBase) -> dict[str, nn.Parameter]:
         own = base.bias

@@ -30,6 +30,7 @@ from transformers.utils import logging as transformers_logging
 from trimtab.errors import ModelError
 from trimtab.models.gguf import dequantised_folder, gguf_config
 from trimtab.models.locate import Source
+from trimtab.models.new_tokens import add_tokens, make_room
 from trimtab.models.tensors import Weights
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
@@ -48,7 +49,8 @@ def load_config_only(source: Source) -> PretrainedConfig:
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
-    """The tokenizer, which pads on the right. If it has no padding token, it pads with its end-of-sequence token.
+    """The tokenizer, with the tokens that are added. It pads on the right; if it has no padding token, it pads with its
+    end-of-sequence token.
 
     The model may have to learn to write that token, so labels must be made from the lengths of rows, and never by
     leaving out the padding token.
@@ -61,6 +63,7 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     options = _options(source)
     with _loading(source, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(_location(source), **options)
+    add_tokens(tokenizer, source.add_tokens)
     tokenizer.padding_side = "right"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
@@ -115,6 +118,9 @@ def load_model(
         folder = weights_folder(source)
         with _loading(source, "model"):
             quantise_model(model, quantisation, dtype, Weights(folder), source.name)
+    if source.add_tokens:
+        with _loading(source, "model"):
+            make_room(model, len(load_tokenizer(source)))
     model.eval()
     return model
 
@@ -130,6 +136,8 @@ def empty_model(source: Source, dtype: torch.dtype = torch.float32, attention: s
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=dtype, trust_remote_code=source.trust_remote_code, **options
         )
+        if source.add_tokens:
+            make_room(model, len(load_tokenizer(source)))
         return model
 
 

@@ -32,6 +32,8 @@ class Source:
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     trust_remote_code: bool = False
+    add_tokens: tuple[str, ...] = ()
+    """Tokens to add to its vocabulary."""
     advice: str = ""
     """What to do if the model cannot be fetched."""
 

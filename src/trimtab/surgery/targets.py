@@ -54,6 +54,7 @@ def find_targets(model: nn.Module, plan: Plan) -> list[Target]:
             )
         )
     _check_ties(targets)
+    _check_biases(plan, targets)
     order = {key: place for place, key in enumerate(modules.by_id)}
     return sorted(targets, key=lambda target: order[id(target.module)])
 
@@ -293,6 +294,20 @@ def _turned(one: bases.Base, other: bases.Base) -> bool:
     if isinstance(one, bases.WeightBase) and isinstance(other, bases.WeightBase):
         return one.stored_transposed != other.stored_transposed
     return False
+
+
+def _check_biases(plan: Plan, targets: list[Target]) -> None:
+    """Raise PlanError for a rule that asks for biases to be trained where no layer of its has one."""
+    for number, rule in enumerate(plan.rules, 1):
+        mine = [target.base for target in targets if target.rule == number]
+        layers = [base for base in mine if isinstance(base, bases.WeightBase)]
+        asked = getattr(rule.options, "bias", False) and not rule.method_class.trains_base
+        asked = asked and not getattr(rule.options, "added_bias", False)
+        if asked and all(base.bias is None for base in layers):
+            raise PlanError(
+                f"rule {number} (match={', '.join(map(repr, rule.match))}) asks for biases to be trained (bias: true), "
+                f"and none of its {len(layers)} layers has one. Leave 'bias' out"
+            )
 
 
 def _check_ties(targets: list[Target]) -> None:

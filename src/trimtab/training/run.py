@@ -96,7 +96,7 @@ def finetune(
     try:
         run.evaluate("before")
         set_seed(config.train.seed)
-        report = attach(model, job.plan) if config.train.epochs else describe(model, ())
+        report = attach(model, job.plan_on(model)) if config.train.epochs else describe(model, ())
         run.attached(report)
         if config.train.epochs:
             if folder.has_adapter:  # interrupted after training
@@ -104,6 +104,8 @@ def finetune(
             else:
                 run.train(checkpoint)
                 save_adapter(model, folder.adapter)
+                if job.source.add_tokens:  # so that the adapter can be used without this run's configuration
+                    tokenizer.save_pretrained(folder.adapter)
                 run.summarise("interrupted")
             folder.link_adapter()
             run.evaluate("after")
