@@ -72,7 +72,7 @@ class AttachReport:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain values; ``plan.json`` of a run's folder has all but lowered ranks and what is unreached."""
+        """The report as plain values: what ``plan.json`` of a run's folder holds, and what is said of the plan."""
         return {
             "total_parameters": self.total_parameters,
             "trainable_parameters": self.trainable_parameters,
