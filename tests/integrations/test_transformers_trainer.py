@@ -238,13 +238,20 @@ def test_the_trainer_is_taught_once() -> None:
 
 
 @pytest.mark.full
-def test_a_trainer_that_is_imported_after_the_adapters_is_taught_too() -> None:
-    program = """
+def test_a_trainer_that_is_imported_after_the_adapters_is_taught_too(
+    stored_gpt2: Path, load: Load, tmp_path: Path
+) -> None:
+    """Also where the model comes from a pickle, and nothing was attached in this process."""
+    model = load(stored_gpt2)
+    trimtab.attach(model, RULES["dora"])
+    torch.save(model, tmp_path / "model.pt")
+    attached = """
 import sys, torch, trimtab
 model = torch.nn.Sequential(torch.nn.Linear(3, 3))
 trimtab.attach(model, trimtab.Rule(match="0", method="lora", rank=1))
 assert "transformers.trainer" not in sys.modules
-from transformers import Trainer
-assert hasattr(Trainer._load_from_checkpoint, "trimtab_wraps")
 """
-    subprocess.run([sys.executable, "-c", program], check=True)
+    unpickled = f"import torch; model = torch.load({str(tmp_path / 'model.pt')!r}, weights_only=False)"
+    for program in (attached, unpickled):
+        code = f"{program}\nfrom transformers import Trainer\nassert hasattr(Trainer._load_best_model, 'trimtab_wraps')"
+        subprocess.run([sys.executable, "-c", code], check=True)

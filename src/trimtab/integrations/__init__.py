@@ -1,15 +1,13 @@
-"""Other libraries' models and training loops with our adapters. Each file teaches one library what an adapted model is,
-from the moment that adapters are attached until they are merged or detached."""
+"""Other libraries' models and training loops with our adapters. Each file teaches one library what an adapted model is.
+
+A model is changed from the moment that adapters are attached until they are merged or detached; a library once, when
+both it and this package are there.
+"""
 
 from __future__ import annotations
 
-from trimtab.integrations import transformers_model, transformers_resizing, transformers_trainer
+from trimtab.integrations import transformers_model, transformers_trainer
 from trimtab.surgery.watchers import WATCHERS, Watcher
 
-WATCHERS.extend(
-    [
-        Watcher(transformers_model.attached, transformers_model.removed),
-        Watcher(transformers_resizing.attached, transformers_resizing.removed),
-        Watcher(transformers_trainer.attached, transformers_trainer.removed),
-    ]
-)
+WATCHERS.append(Watcher(transformers_model.attached, transformers_model.removed))
+transformers_trainer.teach_when_imported()

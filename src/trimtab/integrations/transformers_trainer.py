@@ -33,17 +33,13 @@ from trimtab.surgery.wrappers import unwrapped
 _TRAINER = "transformers.trainer"
 
 
-def attached(model: nn.Module) -> None:
+def teach_when_imported() -> None:
     """Teach the ``Trainer``, now or when it is imported: to import it takes more than a second, and most models are
     attached for something else."""
     if _TRAINER in sys.modules:
         teach(sys.modules[_TRAINER].Trainer)
     elif not any(isinstance(finder, _TeachesOnImport) for finder in sys.meta_path):
         sys.meta_path.insert(0, _TeachesOnImport())
-
-
-def removed(model: nn.Module) -> None:
-    """Nothing to undo at the model."""
 
 
 def teach(trainer: Any) -> None:
