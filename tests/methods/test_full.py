@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import trimtab
+from adapter_tools import forge
+from contract_cases import stir
 
 
 def test_small_steps_on_a_bfloat16_base_add_up() -> None:
@@ -139,3 +143,44 @@ def test_any_module_trains_as_it_would_by_itself(part: str, tmp_path: Path) -> N
     for name, value in bare.state_dict().items():
         assert torch.equal(again.state_dict()[name], value), name
     assert trimtab.trainable_parameters(again).keys() == trimtab.trainable_parameters(bare).keys()
+
+
+def test_an_adapter_of_before_has_the_weight_alone(tiny_gpt2: Callable[..., nn.Module], tmp_path: Path) -> None:
+    """Before `tensors` was an option, the weight of a layer was trained, and its bias was not."""
+    bare = tiny_gpt2()
+    model = copy.deepcopy(bare)
+    trimtab.attach(model, trimtab.Rule(match="*.c_fc", method="full", tensors=["weight"]))
+    stir(model)
+    trimtab.save_adapter(model, tmp_path)
+
+    def as_before(modules: dict[str, Any]) -> None:
+        for entry in modules.values():
+            for option in ("tensors", "rows", "bias"):
+                del entry["options"][option]
+
+    forge(tmp_path, as_before)
+    again = copy.deepcopy(bare)
+    report = trimtab.load_adapter(again, tmp_path)
+    assert report.rules[0].options.tensors == ("weight",)
+    ids = torch.randint(0, 40, (2, 6))
+    assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("match", ["lm_head", "*.embed_tokens", ["lm_head", "*.embed_tokens"]])
+def test_a_tied_weight(match: Any, tiny_llama: Callable[..., nn.Module], tmp_path: Path) -> None:
+    """One rule for both keeps the tie; a rule for one of them unties it, and the merge says so."""
+    model: Any = tiny_llama(tie_word_embeddings=True)
+    bare = copy.deepcopy(model)
+    report = trimtab.attach(model, trimtab.Rule(match=match, method="full"))
+    assert report.trainable_parameters == 40 * 16
+    stir(model)
+    ids = torch.randint(0, 40, (2, 6))
+    wanted = model(ids).logits
+    trimtab.save_adapter(model, tmp_path / "adapter")
+    trimtab.load_adapter(bare, tmp_path / "adapter")
+    assert torch.equal(bare(ids).logits, wanted)
+    untied = trimtab.merge(model).untied
+    assert bool(untied) == isinstance(match, str)
+    torch.testing.assert_close(model(ids).logits, wanted)
+    model.save_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(type(model).from_pretrained(tmp_path / "merged")(ids).logits, wanted)

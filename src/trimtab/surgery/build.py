@@ -32,7 +32,8 @@ def build_adapters(targets: list[Target]) -> list[Method]:
 
 
 def _key(target: Target) -> int:
-    return id(target.module if target.apart or target.adapter_class.trains_base else target.base.identity)
+    copies = target.adapter_class.trains_base and not getattr(target.options, "magnitude", False)
+    return id(target.module if target.apart or copies else target.base.identity)
 
 
 def _with_the_bias(group: list[Target]) -> Target:

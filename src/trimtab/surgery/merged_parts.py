@@ -49,7 +49,8 @@ def merged_parts(module: Adapted) -> Iterator[MergedPart]:
                 read=handle.weight,
                 hang=handle.replace,
                 untie=handle.untie,
-                source=adapter,
+                # A copy of the weight may be shared with a module of another kind, such as an embedding.
+                source=adapter.weight if adapter.trains_base and adapter.magnitude is None else adapter,
             )
         bias: Tensor | None = adapter.bias
         if bias is not None and handle.bias is not None:
