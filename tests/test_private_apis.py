@@ -25,6 +25,7 @@ TESTED = {
     *("_compiled_call_impl", "_call_impl", "_dynamo", "_functorch", "_subclasses", "_python_dispatch"),
     *("_is_avx512_bf16_supported", "_is_amx_tile_supported", "_cdata", "_local_scalar_dense", "_unsafe_view"),
     *("_NormBase", "_non_persistent_buffers_set"),
+    *("_conv_forward", "_reversed_padding_repeated_twice", "_tied_weights_keys"),
     *("_make_wrapper_subclass", "_foreach_lerp_", "_convert_weight_packed_for_cpu_inverse"),
 }
 # Promised in their documentation, for all that: of named tuples, and of the operating system.
@@ -267,3 +268,22 @@ def test_saved_tensors_can_be_unpacked_one_by_one() -> None:
     Times.apply(x, torch.full((3,), 5.0)).add_(1).sum().backward()  # type: ignore[no-untyped-call]
     assert x.grad is not None
     assert torch.equal(x.grad, torch.full((3,), 5.0))
+
+
+def test_how_a_convolution_pads() -> None:
+    layer = nn.Conv2d(2, 3, 3, padding=(1, 2))
+    assert list(layer._reversed_padding_repeated_twice) == [2, 2, 1, 1], without(
+        "torch", "_reversed_padding_repeated_twice"
+    )
+    calls = []
+    layer._conv_forward = lambda *_: calls.append(1)  # type: ignore[method-assign,assignment,return-value]
+    layer(torch.zeros(1, 2, 4, 4))
+    assert calls, without("torch", "_conv_forward, which forward calls,")
+
+
+def test_where_a_model_says_what_is_tied() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_positions=4, n_embd=4, n_layer=1, n_head=1))
+    tied = model._tied_weights_keys
+    assert tied == {"lm_head.weight": "transformer.wte.weight"}, without("transformers", "_tied_weights_keys")

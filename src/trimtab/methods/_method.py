@@ -76,7 +76,7 @@ class Method(nn.Module):
         self.dtype: torch.dtype = getattr(torch, options.dtype) if options.dtype else self.default_dtype
         self.zero_rows = 0
         self._holds = 0
-        self._unset: tuple[str, ...] = ()
+        self.unset: tuple[str, ...] = ()
 
     @classmethod
     def fitted(cls, options: Any, shape: tuple[int, int]) -> Any:
@@ -143,7 +143,7 @@ class Method(nn.Module):
                     self.start(name, tensor)
                 elif tensor.is_floating_point():
                     tensor.fill_(math.nan)
-                    self._unset = (*self._unset, name)
+                    self.unset = (*self.unset, name)
                 else:
                     tensor.zero_()
         return self
@@ -152,12 +152,12 @@ class Method(nn.Module):
     def settle(self, base: Any) -> None:
         """Let what starts at the base's values start there now, unless it was loaded in the meantime."""
         for name, tensor in self._held_tensors():
-            if name in self._unset and not tensor.is_meta and bool(tensor.isnan().all()):
+            if name in self.unset and not tensor.is_meta and bool(tensor.isnan().all()):
                 value = self.of_base(name, base)
                 if value.is_meta:
                     return  # nothing is there yet
                 tensor.copy_(value)
-        self._unset = ()
+        self.unset = ()
 
     can_refit: ClassVar[bool] = True
     """Whether ``refit`` can follow a base of another size."""

@@ -46,7 +46,7 @@ class Adapted(nn.Module):
         handle, adapter = self._handle, self._modules["adapter"]
         if handle.module is not self._modules["base"]:
             handle = self._handle_anew()
-        if adapter._unset:  # type: ignore[union-attr]
+        if adapter.unset:  # type: ignore[union-attr]
             adapter.settle(handle)  # type: ignore[union-attr,operator]
         return handle
 
