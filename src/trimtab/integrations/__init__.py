@@ -6,8 +6,13 @@ both it and this package are there.
 
 from __future__ import annotations
 
-from trimtab.integrations import transformers_model, transformers_trainer
+from trimtab.integrations import transformers_model, transformers_resizing, transformers_trainer
 from trimtab.surgery.watchers import WATCHERS, Watcher
 
-WATCHERS.append(Watcher(transformers_model.attached, transformers_model.removed))
+WATCHERS.extend(
+    [
+        Watcher(transformers_model.attached, transformers_model.removed),
+        Watcher(transformers_resizing.attached, transformers_resizing.removed),
+    ]
+)
 transformers_trainer.teach_when_imported()
