@@ -336,3 +336,32 @@ def test_our_own_update_of_groups_merges_and_is_kept_in_our_format(tmp_path: Pat
     assert not (tmp_path / PEFT_FILES[0]).exists()
     trimtab.merge(model)
     assert torch.allclose(model(x), right, **CLOSE)
+
+
+class Tied(nn.Module):
+    """A look-up and a head of one weight; the head has a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.mix, self.leave = nn.Embedding(7, 6), nn.Linear(6, 6), nn.Linear(6, 7)
+        self.leave.weight = self.words.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.leave(torch.tanh(self.mix(self.words(tokens))))
+
+    @staticmethod
+    def inputs() -> Tensor:
+        return torch.arange(7).reshape(1, 7)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_a_head_whose_bias_alone_is_trained_keeps_the_weight_that_its_look_up_shares(
+    use_dora: bool, tmp_path: Path
+) -> None:
+    settings = {"target_modules": ["words"], "r": 2, "bias": "all", "use_dora": use_dora}
+    model, x, right = folder_of_peft(Tied, settings, tmp_path)
+    trimtab.load_adapter(model, tmp_path)
+    assert torch.allclose(model(x), right, **CLOSE)
+    assert trimtab.merge(model).untied == ("words",)
+    assert torch.allclose(model(x), right, **CLOSE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -141,7 +142,12 @@ def _check_result(name: str, module: Adapted, dtype: torch.dtype | None) -> None
 
 def _fold(model: nn.Module, adapted: list[tuple[str, Adapted]]) -> tuple[float, tuple[str, ...]]:
     """Write every effective weight into its base. Return the largest rounding and the names of the untied modules."""
-    frozen = {id(inner) for _, module in adapted for inner in (module.handle.owner, *module.base.modules())}
+    # By the id of a parameter: the modules for which it is merged; not one that is adapted in another tensor.
+    merged_in: dict[int, set[int]] = defaultdict(set)
+    for _, module in adapted:
+        ids = {id(inner) for inner in (module.handle.owner, *module.base.modules())}
+        for part in merged_parts(module):
+            merged_in[id(part.stored())] |= ids
     places = {name: bare(module) for name, module in bare_modules(model)}
     untied = []
     rounding: dict[int, float] = {}  # by the id of the written weight
@@ -163,7 +169,7 @@ def _fold(model: nn.Module, adapted: list[tuple[str, Adapted]]) -> tuple[float, 
             if key in own_weight:
                 part.hang(own_weight[key])
                 continue
-            if isinstance(shared, nn.Parameter) and weights_elsewhere(model, shared, frozen | around):
+            if isinstance(shared, nn.Parameter) and weights_elsewhere(model, shared, merged_in[key] | around):
                 part.untie()
                 untied.append(name)
                 own_weight[key] = part.stored()  # type: ignore[assignment]
