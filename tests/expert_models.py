@@ -51,6 +51,16 @@ def jetmoe() -> nn.Module:
     return JetMoeForCausalLM(JetMoeConfig(**sizes, **own))
 
 
+def dbrx() -> nn.Module:
+    """``[experts * rows, columns]``, cut into experts at every pass; one of its three stacks is ``[in, out]``."""
+    from transformers import DbrxConfig, DbrxForCausalLM
+
+    ffn = {"ffn_hidden_size": 12, "moe_num_experts": 3, "moe_top_k": 2, "hidden_size": 16}
+    attention = {"kv_n_heads": 1, "clip_qkv": 8, "rope_theta": 10000.0}
+    sizes = {"d_model": 16, "n_heads": 2, "n_layers": 2, "vocab_size": 40, "max_seq_len": 64}
+    return DbrxForCausalLM(DbrxConfig(**sizes, ffn_config=ffn, attn_config=attention, pad_token_id=0))
+
+
 def mixtral() -> nn.Module:
     """As Qwen3-MoE; its modules had other names in transformers 4."""
     from transformers import MixtralConfig, MixtralForCausalLM
@@ -58,7 +68,14 @@ def mixtral() -> nn.Module:
     return MixtralForCausalLM(MixtralConfig(**SIZES, intermediate_size=24, num_local_experts=5))
 
 
-MODELS = {"qwen3_moe": qwen3_moe, "gpt_oss": gpt_oss, "llama4": llama4, "jetmoe": jetmoe, "mixtral": mixtral}
+MODELS = {
+    "qwen3_moe": qwen3_moe,
+    "gpt_oss": gpt_oss,
+    "llama4": llama4,
+    "jetmoe": jetmoe,
+    "mixtral": mixtral,
+    "dbrx": dbrx,
+}
 
 
 class OwnExperts(nn.Module):

@@ -36,18 +36,22 @@ METHODS: dict[str, dict[str, Any]] = {
     "dora, magnitude alone": {"rank": 0},
     "mora": {"rank": 2},
     "mora, sharing": {"rank": 3, "form": "sharing", "magnitude": True},
-    "full": {},
+    "full": {"magnitude": True},
 }
 CASES = [
     (model, implementation, method)
-    for model in ("qwen3_moe", "gpt_oss", "llama4", "jetmoe")
-    for implementation in (["eager"] if model in ("llama4", "jetmoe") else ["eager", "batched_mm"])
+    for model in ("qwen3_moe", "gpt_oss", "llama4", "jetmoe", "dbrx")
+    for implementation in (["eager"] if model in ("llama4", "jetmoe", "dbrx") else ["eager", "batched_mm"])
     for method in METHODS
 ]
 
 
 def attached(model: Any, method: str, **options: Any) -> trimtab.AttachReport:
-    rule = trimtab.Rule(match=["*experts", "*put_linear"], method=method.split(",")[0], **METHODS[method] | options)
+    rule = trimtab.Rule(
+        match=["*.experts.*_proj", "*put_linear.weight", "*.experts.mlp.*", "experts.*"],
+        method=method.split(",")[0],
+        **METHODS[method] | options,
+    )
     return trimtab.attach(model, rule)
 
 
@@ -58,6 +62,9 @@ def effective_weights(model: nn.Module, leaves: dict[str, Tensor]) -> dict[str, 
         assert isinstance(adapted, AdaptedParameter)
         options = adapted.adapter.options.model_dump()
         frozen = adapted.base.weight.detach().double()
+        flat = frozen.shape if frozen.dim() == 2 else None
+        if flat:  # DBRX has its three experts one below the other
+            frozen = frozen.view(3, -1, flat[1])
         turned = frozen.shape[1] == adapted.adapter.in_features and frozen.shape[2] == adapted.adapter.out_features
         turned = turned and (frozen.shape[1] != frozen.shape[2] or adapted.handle.stored_transposed)
         experts = []
@@ -68,7 +75,7 @@ def effective_weights(model: nn.Module, leaves: dict[str, Tensor]) -> dict[str, 
             axis, detach = options["magnitude_axis"], options["detach_norm"]
             effective = plain_formula.effective(total, own.get("magnitude"), axis, detach)
             experts.append(effective.t() if turned else effective)
-        found[name] = torch.stack(experts)
+        found[name] = torch.cat(experts) if flat else torch.stack(experts)
     return found
 
 

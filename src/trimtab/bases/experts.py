@@ -2,7 +2,7 @@
 
 Mixtral, Qwen-MoE, DeepSeek, gpt-oss, Llama 4 and their kin have such stacks in transformers 5, ``experts.gate_up_proj``
 and ``experts.down_proj``. Every expert has an adapter of its own, and the adapters' tensors are stacked likewise. The
-model multiplies its experts in the way that its configuration says, as before (``trimtab.methods._stack``).
+model multiplies its experts in the way that its configuration says, as before (``trimtab.methods._effective_stack``).
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from trimtab.errors import PlanError
 
 # Classes that keep [experts, in, out] and have no attribute that says so.
 _TURNED = {"Llama4TextExperts"}
+# Classes that keep their experts one below the other, [experts * rows, columns], and whether these are [in, out].
+_FLAT = {"DbrxExpertGLU": {"w1": False, "v1": False, "w2": True}}
 _COUNTS = ("num_experts", "num_local_experts", "num_routed_experts", "moe_num_experts", "n_routed_experts")
 
 
@@ -33,21 +35,33 @@ class ExpertsBase(_held.HeldBase):
     def holds(module: nn.Module) -> Sequence[str]:
         if not _has_experts(module):
             return ()
-        return [name for name, parameter in module._parameters.items() if parameter is not None and parameter.dim() > 2]
+        flat = _FLAT.get(type(module).__name__, {})
+        held = {name: one for name, one in module._parameters.items() if one is not None}
+        return [name for name, parameter in held.items() if parameter.dim() > 2 or name in flat]
 
     @staticmethod
     def knows(module: nn.Module) -> bool:
         return isinstance(module, _held.HeldWeight) and module.attribute in ExpertsBase.holds(module.holder)
 
     @property
+    def _flat(self) -> dict[str, bool]:
+        return _FLAT.get(type(self.owner).__name__, {})
+
+    @property
+    def _is_flat(self) -> bool:
+        return self.module.attribute in self._flat
+
+    @property
     def stored_transposed(self) -> bool:  # type: ignore[override]
         """Whether the stack is laid out as ``[experts, in, out]``."""
+        if self._is_flat:
+            return self._flat[self.module.attribute]
         turned = getattr(self.owner, "is_transposed", None)
         return bool(turned) if turned is not None else type(self.owner).__name__ in _TURNED
 
     def require(self) -> None:
         parameter = self.parameter
-        if not _base.is_plain(parameter) or parameter.dim() != 3:
+        if not _base.is_plain(parameter) or parameter.dim() != (2 if self._is_flat else 3):
             raise PlanError(
                 f"experts that are stored quantised ({str(parameter.dtype).removeprefix('torch.')} "
                 f"{list(parameter.shape)} of a {type(self.owner).__name__}) cannot be adapted; load the model "
@@ -56,12 +70,14 @@ class ExpertsBase(_held.HeldBase):
 
     @property
     def stack(self) -> tuple[int, ...]:
-        return (self.parameter.shape[0],)
+        return (int(self.owner.moe_num_experts) if self._is_flat else self.parameter.shape[0],)  # type: ignore[arg-type]
 
     @property
     def shape(self) -> tuple[int, int]:
         """``(out, in)`` of one expert."""
-        rows, columns = self.parameter.shape[1:3]
+        rows, columns = self.parameter.shape[-2:]
+        if self._is_flat:
+            rows //= self.stack[0]
         return (columns, rows) if self.stored_transposed else (rows, columns)
 
     @property
@@ -76,7 +92,13 @@ class ExpertsBase(_held.HeldBase):
         return self.as_weight(self.at_hand())
 
     def as_stored(self, weight: Tensor) -> Tensor:
-        return weight.mT if self.stored_transposed else weight
+        stored = weight.mT if self.stored_transposed else weight
+        return stored.flatten(0, 1) if self._is_flat else stored
+
+    def as_weight(self, stored: Tensor) -> Tensor:
+        if self._is_flat:
+            stored = stored.reshape(*self.stack, -1, stored.shape[-1])
+        return stored.mT if self.stored_transposed else stored
 
     @property
     def _peft_turns(self) -> bool:
@@ -84,7 +106,7 @@ class ExpertsBase(_held.HeldBase):
         return self.stored_transposed and not getattr(self.owner, "is_transposed", False)
 
     def peft_place(self, name: str) -> str | None:
-        return name
+        return None if self._is_flat else name  # where PEFT has one A for all experts
 
     def peft_key(self, name: str) -> str:
         return {"A": "B", "B": "A"}.get(name, name) if self._peft_turns else name
@@ -97,6 +119,9 @@ class ExpertsBase(_held.HeldBase):
 
     def as_matrix(self, name: str, tensor: Tensor) -> Tensor:
         (experts,), kind = self.stack, self.peft_key(name)
+        if self._is_flat and kind in ("A", "B") and tensor.dim() == 2:
+            whole = tensor.expand(experts, -1, -1) if kind == "A" else tensor.unflatten(0, (experts, -1))
+            return whole.mT if self._peft_turns else whole
         if kind not in ("A", "B") or tensor.dim() != 2 or tensor.shape["AB".index(kind)] % experts:
             return tensor
         if kind == "A":

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from trimtab.bases import TurnedBase, WeightBase
 from trimtab.errors import PlanError
-from trimtab.methods import _method, _stack
+from trimtab.methods import _effective_stack, _method, _stack
 from trimtab.methods._norms import KeptNorm, SquaredNorms, norm_dtype, same_values
 from trimtab.ops.autocast import without_autocast
 from trimtab.ops.cost import Compute
@@ -356,7 +356,7 @@ class WeightMethod(_method.Method):
 
     def look(self, base: WeightBase) -> Tensor:
         """What such a module reads: the effective weights, as they are stored."""
-        return _stack.look(self, base)
+        return _effective_stack.look(self, base)
 
     def starts_at_base(self, name: str) -> bool:
         return name in ("magnitude", "bias")
