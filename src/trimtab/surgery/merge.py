@@ -145,7 +145,9 @@ def _fold(model: nn.Module, adapted: list[tuple[str, Adapted]]) -> tuple[float, 
     # By the id of a parameter: the modules for which it is merged; not one that is adapted in another tensor.
     merged_in: dict[int, set[int]] = defaultdict(set)
     for _, module in adapted:
-        ids = {id(inner) for inner in (module.handle.owner, *module.base.modules())}
+        inside = {id(inner) for inner in (module.handle.owner, *module.base.modules())}
+        apart = (child for child in module.base.modules() if isinstance(child, Adapted))  # merged for themselves
+        ids = inside - {id(inner) for child in apart for inner in child.modules()}
         for part in merged_parts(module):
             merged_in[id(part.stored())] |= ids
     places = {name: bare(module) for name, module in bare_modules(model)}
