@@ -21,6 +21,7 @@ TESTED = {
     *("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks", "_apply"),
     "_raw_saved_tensors",
     *("_backward_hooks", "_backward_pre_hooks", "_version", "_schema", "_make_wrapper_subclass"),
+    *("_conv_forward", "_reversed_padding_repeated_twice", "_tied_weights_keys"),
     *("_disabled_torch_function_impl", "_get_tracing_state", "_C"),
     *("_compiled_call_impl", "_call_impl", "_dynamo", "_functorch", "_subclasses", "_python_dispatch"),
     *("_is_avx512_bf16_supported", "_is_amx_tile_supported", "_cdata", "_local_scalar_dense", "_unsafe_view"),
@@ -141,6 +142,15 @@ def test_what_a_tensor_of_our_own_is_made_of() -> None:
     assert argument.alias_info.is_write, without("torch", "OpOverload._schema, which says what is written to,")
     assert callable(torch._C._disabled_torch_function_impl), without("torch", "_disabled_torch_function_impl")
     assert torch._C._get_tracing_state() is None, without("torch", "_get_tracing_state")
+
+
+def test_what_convolutions_and_tied_models_say_of_themselves() -> None:
+    from transformers import LlamaForCausalLM
+
+    layer = nn.Conv1d(2, 3, 3, padding="same", padding_mode="circular")
+    assert callable(layer._conv_forward), without("torch", "Conv1d._conv_forward")
+    assert len(layer._reversed_padding_repeated_twice) == 2, without("torch", "_reversed_padding_repeated_twice")
+    assert "lm_head.weight" in LlamaForCausalLM._tied_weights_keys, without("transformers", "_tied_weights_keys")
 
 
 def test_a_tensor_counts_its_changes() -> None:
