@@ -179,15 +179,20 @@ def test_shared_layers_come_back_shared(method: str, again: bool, twin: bool, tm
     assert torch.allclose(fresh(x), wanted, atol=1e-5)  # float32: two products in another order
 
 
-def test_one_shared_weight_with_two_adapters_is_refused(tmp_path: Path) -> None:
-    """As two separate layers saved it; of two adapters on one weight the last would win silently."""
+def test_one_shared_weight_with_two_adapters(tmp_path: Path) -> None:
+    """As two separate layers saved it: each layer keeps its own adapter, and a merge gives each a weight of its own."""
     apart = Shared(again=False, twin=False)
     trimtab.save_adapter(trained(apart, Rule(match=["first", "twin"], method="lora", rank=2)), tmp_path)
-    model = Shared()
-    before = state_of(model)
-    with pytest.raises(AdapterError, match=r"twin: shares its weight with first"):
-        trimtab.load_adapter(model, tmp_path)
-    assert_unchanged(model, before)
+    model: Any = Shared()
+    trimtab.load_adapter(model, tmp_path)
+    for name in ("first", "twin"):
+        own, theirs = getattr(model, name).adapter, getattr(apart, name).adapter
+        assert torch.equal(own.A, theirs.A)
+        assert torch.equal(own.B, theirs.B)
+    wanted = {name: trimtab.effective_weight(model, name) for name in ("first", "twin")}
+    trimtab.merge(model)
+    for name, weight in wanted.items():
+        assert torch.allclose(getattr(model, name).weight, weight, atol=1e-6)
 
 
 def test_names_are_names_and_not_globs(tmp_path: Path) -> None:

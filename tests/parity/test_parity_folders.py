@@ -336,7 +336,6 @@ def test_half_precision_folders_of_peft(dtype: torch.dtype, tiny_llama: Make, tm
         ({"target_modules": ["q_proj"], "init_lora_weights": "olora"}, "olora"),
         ({"target_modules": ["q_proj"], "layer_replication": [[0, 2], [0, 2]]}, "layer_replication"),
         ({"target_modules": ["q_proj"], "alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
-        ({"target_modules": ["o_proj"], "lora_bias": True}, "lora_bias"),
     ],
     ids=str,
 )

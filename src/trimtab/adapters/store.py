@@ -106,11 +106,11 @@ def load_adapter(model: nn.Module, folder: Path | str) -> AttachReport:
     stored = as_held_in(place, model, places.known, stored)
     carried = dict(adapted_modules(model))
     stored = _fitted(place, dict(bare_modules(model)), stored)
-    rules, number = _rules(stored)
     if carried:
         with whole_tensors(model):
             by_hand = statistics(model, stored) | unfrozen(model)
         _check_same(place, carried | {name: one.entry for name, one in by_hand.items() if one.trained}, stored, by_hand)
+        rules, number = _rules(stored)
         _fill(model, place, stored, number, by_hand)
         return describe(model, rules)
     if wrapper is not None:
@@ -119,6 +119,7 @@ def load_adapter(model: nn.Module, folder: Path | str) -> AttachReport:
             f"Load the adapter first, and call {wrapper} then. The model is unchanged"
         )
     _check_modules(place, dict(bare_modules(model)), stored)
+    rules, number = _rules(stored)
     with unsharded(model, changes=True):
         try:
             install(model, _targets(place, dict(bare_modules(model)), stored, rules, number))
