@@ -63,7 +63,9 @@ def test_weights_and_blocks_do_not_compete(tiny_llama: Make) -> None:
     """A rule on one kind never takes, nor takes away, a module of the other."""
     got = chosen(tiny_llama(), {"match": "*.mlp"}, {"match": "*", "method": "lora", "rank": 2})
     assert [name for name, method in got.items() if method == "serial"] == [f"model.layers.{n}.mlp" for n in (0, 1)]
-    assert len([name for name, method in got.items() if method == "lora"]) == 2 * 7 + 1
+    assert len([name for name, method in got.items() if method == "lora"]) == 2 * 7 + 2, (
+        "the embedding and the head, too"
+    )
     assert set(chosen(tiny_llama(), {"match": "*", "method": "lora", "rank": 2}).values()) == {"lora"}
 
 
