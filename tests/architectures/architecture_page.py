@@ -24,8 +24,8 @@ def _lines(table: dict[str, Any]) -> Iterator[str]:
     yield (
         f"Written by `{table['command']}` on {table['date']} with {versions}; `make test-all` holds every line. "
         f"Of the {len(records)} classes in the auto mappings, {len(made)} were made tiny, with random weights, and "
-        "run: the others stand at the end with the reason. The heads for question answering, multiple choice and next "
-        "sentences are left out: each is one more linear layer on a body that other mappings have."
+        "run: the others stand at the end with the reason. The heads for tokens, question answering, multiple choice "
+        "and next sentences are left out: each is one more linear layer on a body that other mappings have."
     )
     yield ""
     yield "Each model is adapted with `all-linear`: LoRA of rank 2 for the first two, DoRA of rank 1 for the rest."

@@ -8,7 +8,10 @@ from functools import cache
 from transformers.models.auto import modeling_auto
 
 # Lists of what other lists have, under another head; the base model alone counts where nothing else has its kind.
-_HEADS = {"MODEL_FOR_QUESTION_ANSWERING", "MODEL_FOR_MULTIPLE_CHOICE", "MODEL_FOR_NEXT_SENTENCE_PREDICTION"}
+_HEADS = {
+    f"MODEL_FOR_{kind}"
+    for kind in ("TOKEN_CLASSIFICATION", "QUESTION_ANSWERING", "MULTIPLE_CHOICE", "NEXT_SENTENCE_PREDICTION")
+}
 """Not looked at: one more linear layer on bodies that other mappings have."""
 _TWICE = {"MODEL_FOR_PRETRAINING", "MODEL_FOR_BACKBONE", "MODEL_FOR_TEXT_ENCODING", "MODEL_FOR_IMAGE", "MODEL"}
 
@@ -31,7 +34,7 @@ def architectures() -> dict[str, Listed]:
     tables = {short: name for short, name in tables.items() if short.startswith("MODEL") and short not in _HEADS}
     listed: dict[str, Listed] = {}
     kinds: set[str] = set()
-    for short in sorted(tables, key=lambda short: (short in _TWICE, short == "MODEL", "TOKEN" in short, short)):
+    for short in sorted(tables, key=lambda short: (short in _TWICE, short == "MODEL", short)):
         for model_type, names in getattr(modeling_auto, tables[short]).items():
             if short in _TWICE and model_type in kinds:
                 continue

@@ -210,7 +210,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "sam2_vision_model": _SAM2_VISION,
     "sam2": {f"vision_config.{name}": value for name, value in _SAM2_VISION.items()},
     "diffusion_gemma": {"text_config.top_k_experts": 2},
-    "mobilebert": {"intra_bottleneck_size": 32, "true_hidden_size": 32, "embedding_size": 32},
+    "mobilebert": {"intra_bottleneck_size": 32, "true_hidden_size": 32, "embedding_size": 16},
     "perceiver": {"num_self_attention_heads": 1, "num_cross_attention_heads": 1},
     "lw_detr": {"backbone_config.image_size": 64, "backbone_config.patch_size": 4},
     "lw_detr_vit": {"image_size": 64, "patch_size": 4},
@@ -356,6 +356,8 @@ INPUTS: dict[str, Callable[[Any], dict[str, Any]]] = {
         "flattened_patches": torch.randn(2, 16, 2 + model.config.vision_config.patch_embed_hidden_size),
         "decoder_input_ids": _ids(2, 7),
     },
+    "PerceiverForMaskedLM": lambda model: {"inputs": _ids(2, 12)},
+    "PerceiverForSequenceClassification": lambda model: {"inputs": _ids(2, 12)},
     "perceiver": lambda model: {"inputs": torch.randn(2, 3, IMAGE, IMAGE)},
 }
 
