@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -265,6 +266,17 @@ def test_built_without_memory_and_given_the_base_alone_it_starts_there(options: 
     model(x)
     after = trimtab.trainable_parameters(model).values()
     assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True)), "it started once"
+
+
+def test_what_starts_at_the_base_is_saved_as_it_starts(tmp_path: Path) -> None:
+    options = METHODS["mora of magnitudes"]
+    model, bare = on_meta(options).to_empty(device="cpu"), fresh(5, 3.0)
+    _load_base(model, bare)
+    trimtab.save_adapter(model, tmp_path)
+    other = fresh(5, 3.0)
+    trimtab.load_adapter(other, tmp_path)
+    x = torch.randn(5, 12)
+    assert torch.allclose(other(x), bare(x), atol=1e-5)
 
 
 def _load_base(model: nn.Module, bare: nn.Module) -> None:

@@ -67,6 +67,8 @@ def save_adapter(model: nn.Module, folder: Path | str, *, state_dict: Mapping[st
     """
     model = unwrapped(model)
     adapted = dict(require_adapted(model, "save_adapter"))
+    for module in adapted.values():
+        module.adapter.settle(module.handle)
     target = Path(folder)
     known = all_formats()
     try:
