@@ -255,6 +255,20 @@ def test_attention_that_peft_cannot_express_is_kept_in_our_format(rules: list[An
 
 
 @torch.no_grad()
+def test_an_output_projection_that_peft_had_by_itself_is_added_once(tmp_path: Path) -> None:
+    """PEFT's model reads the layer's weight without that adapter, and its merged model has it."""
+    base, x, _ = folder_of_peft(Encoder, {"target_modules": ["self_attn.out_proj", "linear1"], "r": 2}, tmp_path)
+    theirs = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).merge_and_unload().eval()
+    model = copy.deepcopy(base)
+    trimtab.load_adapter(model, tmp_path)
+    assert torch.allclose(model(x), theirs(x), **CLOSE)
+    assert not torch.allclose(model(x), base(x), **CLOSE)
+    trimtab.save_adapter(model, tmp_path / "ours")
+    trimtab.load_adapter(again := copy.deepcopy(base), tmp_path / "ours")
+    assert torch.allclose(again(x), theirs(x), **CLOSE)
+
+
+@torch.no_grad()
 def test_a_bias_in_b_of_a_layer_without_one_acts_and_is_not_merged(tmp_path: Path) -> None:
     base, x, right = folder_of_peft(Narrow, {"target_modules": ["leave", "enter"], "r": 2, "lora_bias": True}, tmp_path)
     model = copy.deepcopy(base)

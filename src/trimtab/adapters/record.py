@@ -38,12 +38,17 @@ class StoredAdapter:
     apart: bool = False
     """Whether the module's weight has other values than that of a module which shares it."""
 
+    alone: bool = False
+    """Whether PEFT had the layer by itself, and not as a part of a module that it wraps (an attention)."""
+
     def on(self, handle: Base) -> StoredAdapter:
         """The same with the tensors that a method has on the layer of ``handle``."""
         if not (self.in_layout and isinstance(handle, WeightBase)):
             return self
         own = {handle.peft_key(name): tensor for name, tensor in self.tensors.items()}
-        tensors = {name: handle.as_matrix(name, tensor) for name, tensor in own.items()}
+        # A part of an attention that PEFT had by itself: it does not read that adapter, and merges it as of any layer.
+        by_itself = self.alone and handle.peft_partner("") is not None
+        tensors = own if by_itself else {name: handle.as_matrix(name, tensor) for name, tensor in own.items()}
         if B_BIAS in tensors and isinstance(self.options, lora.Options):
             # s (B A x + b) beside the layer's bias: one bias, trained.
             added, bias = self.options.scale * tensors.pop(B_BIAS), tensors.get("bias", handle.bias)

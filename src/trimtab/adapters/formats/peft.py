@@ -136,6 +136,7 @@ class PeftFormat(AdapterFormat):
                     for parameter, said in on_parameters[place].items()
                 },
                 in_layout=True,
+                alone=_peft_names.target_of(place) == place,
             )
             for place, own in modules.items()
         } | _peft_own.stored_own(config, whole, in_header)
