@@ -160,7 +160,7 @@ def test_the_readme_commands_run(cli: Callable[..., Result], tmp_path: Path) -> 
 
     lines = [line for block in blocks("console") for line in block.splitlines() if line.startswith("$ trimtab")]
     assert {shlex.split(line)[2] for line in lines} == {
-        *("plan", "finetune", "evaluate", "generate", "merge", "analyze", "explore")
+        *("plan", "finetune", "evaluate", "generate", "merge", "analyze", "explore", "doctor")
     }
     for line in lines:
         words = [str(model) if word == "smollm2-135m" else word for word in shlex.split(line, comments=True)[2:]]

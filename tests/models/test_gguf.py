@@ -219,6 +219,7 @@ def test_who_comes_second_uses_what_the_first_wrote(
     assert list(cache.iterdir()) == [made]
 
 
+@pytest.mark.full
 def test_two_processes_at_once(tmp_path: Path, cache: Path) -> None:
     write_gguf(tmp_path / "tiny.gguf")
     code = "import sys, pathlib, trimtab.models.gguf as g; print(g.dequantised_folder(pathlib.Path(sys.argv[1])))"

@@ -128,6 +128,7 @@ class _Stop(Kept):
             raise self.error
 
 
+@pytest.mark.full
 def test_an_interrupted_cell_goes_on(
     make_config: Callable[..., Any], test_rows: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -105,7 +105,7 @@ def test_what_cannot_be_compiled_runs_as_it_is(make_yaml: Callable[..., Path], m
     assert {name: getattr(torch._dynamo.config, name) for name in compiling.SETTINGS} == before
 
 
-@pytest.mark.parametrize("worth", [True, False])
+@pytest.mark.parametrize("worth", [True, pytest.param(False, marks=pytest.mark.full)])
 def test_auto_waits_a_few_steps_and_then_compiles_where_it_pays(
     make_yaml: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, worth: bool
 ) -> None:
@@ -122,7 +122,7 @@ def test_auto_waits_a_few_steps_and_then_compiles_where_it_pays(
     assert any("compiling the blocks" in note for note in listener.notes) is worth
 
 
-@pytest.mark.parametrize("faster", [True, False])
+@pytest.mark.parametrize("faster", [pytest.param(True, marks=pytest.mark.full), False])
 def test_auto_goes_back_to_plain_blocks_where_compiled_ones_are_no_faster(
     make_yaml: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, faster: bool
 ) -> None:

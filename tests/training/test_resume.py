@@ -73,7 +73,7 @@ DROPOUT = [{"match": "all-linear", "method": "dora", "rank": 4, "alpha": 8, "dro
     "train",
     [
         {},
-        {"group_by_length": False, "gradient_accumulation": 2, "batch_size": 2},
+        pytest.param({"group_by_length": False, "gradient_accumulation": 2, "batch_size": 2}, marks=pytest.mark.full),
         {"average": 0.5, "save_every": 4},
     ],
     ids=["plain", "accumulated", "averaged"],
