@@ -200,6 +200,7 @@ def test_a_cell_that_fails_says_why_and_can_be_tried_again(make_config: Callable
     assert run_cell(config).tests["later"].rows == 6
 
 
+@pytest.mark.full
 def test_the_child_goes_when_its_parent_is_killed(make_config: Callable[..., Any], tmp_path: Path) -> None:
     make_config(train={"epochs": 3000, "save_every": 10})
     code = (

@@ -14,7 +14,6 @@ from torch._dynamo.backends.debugging import aot_eager
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 import trimtab
-from sampling import sample
 from tiny_runs import Kept, tiny_model
 from trimtab.config.read import load_config
 from trimtab.ops.cost import counted
@@ -53,7 +52,8 @@ def test_compiled_blocks_train_to_the_same_numbers(make_yaml: Callable[..., Path
     assert compiled.column("loss", "validation") == pytest.approx(plain.column("loss", "validation"), rel=1e-4)
 
 
-@pytest.mark.parametrize("method", sample(["dora", "lora", "mora"], every=3))
+@pytest.mark.full
+@pytest.mark.parametrize("method", ["dora", "lora", "mora"])
 def test_blocks_are_compiled_once_for_batches_of_all_sizes(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     graphs = []
 
@@ -122,7 +122,8 @@ def test_auto_waits_a_few_steps_and_then_compiles_where_it_pays(
     assert any("compiling the blocks" in note for note in listener.notes) is worth
 
 
-@pytest.mark.parametrize("faster", [pytest.param(True, marks=pytest.mark.full), False])
+@pytest.mark.full
+@pytest.mark.parametrize("faster", [True, False])
 def test_auto_goes_back_to_plain_blocks_where_compiled_ones_are_no_faster(
     make_yaml: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, faster: bool
 ) -> None:

@@ -74,7 +74,7 @@ DROPOUT = [{"match": "all-linear", "method": "dora", "rank": 4, "alpha": 8, "dro
     [
         {},
         pytest.param({"group_by_length": False, "gradient_accumulation": 2, "batch_size": 2}, marks=pytest.mark.full),
-        {"average": 0.5, "save_every": 4},
+        pytest.param({"average": 0.5, "save_every": 4}, marks=pytest.mark.full),
     ],
     ids=["plain", "accumulated", "averaged"],
 )

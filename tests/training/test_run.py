@@ -218,6 +218,7 @@ def test_a_run_that_diverges(make_config: Callable[..., Any]) -> None:
         json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
 
 
+@pytest.mark.full
 def test_a_model_too_large_for_the_memory(make_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     config = make_config()
     folder = finetune(config)

@@ -133,6 +133,7 @@ def test_a_plan_that_cannot_be_is_refused_before_anything_runs(study: Callable[.
         load_pattern_study(tmp_path / "none.yaml")
 
 
+@pytest.mark.full
 def test_nothing_is_run_twice(study: Callable[..., Path], runs: list[Any], tmp_path: Path) -> None:
     """Cut off after two cells of six and in the middle of the third."""
     cells = load_pattern_study(study()).cells
