@@ -239,6 +239,10 @@ def _changelog() -> str:
     return (ROOT / "CHANGELOG.md").read_text("utf-8")
 
 
+def _support() -> str:
+    return (ROOT / "tests" / "architectures" / "README.md").read_text("utf-8")
+
+
 def _library() -> str:
     import trimtab
 
@@ -268,5 +272,6 @@ PAGES: dict[str, Callable[[], str]] = {
     "reference/command-line.md": _command_line,
     "reference/metrics.md": _metrics,
     "reference/library.md": _library,
+    "reference/support.md": _support,
     "changelog.md": _changelog,
 }
