@@ -20,6 +20,12 @@ RateGroup = Literal["weight", "bias", "second factor", "magnitude"]
 low-rank update starts at zero; LoRA+ trains it faster. A magnitude can have a learning rate of its own."""
 
 
+def full_dtype(base: Base) -> torch.dtype:
+    """The dtype of norms, of trained tensors that are told no other, and of what is computed by the plain formula:
+    float64 on a float64 base, else float32."""
+    return torch.float64 if base.dtype == torch.float64 else torch.float32
+
+
 class Options(BaseModel):
     """What any method can be told."""
 
@@ -72,7 +78,7 @@ class Method(nn.Module):
         super().__init__()
         self.options = options
         self.out_features, self.in_features = shape or base.shape
-        self.default_dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
+        self.default_dtype = full_dtype(base)
         self.dtype: torch.dtype = getattr(torch, options.dtype) if options.dtype else self.default_dtype
         self.zero_rows = 0
         self._holds = 0

@@ -96,7 +96,7 @@ class ModuleMethod(_method.Method):
         if "weight" not in base.tensors():
             raise SurgeryError(f"a {type(base.module).__name__} has no 'weight'; it has {', '.join(base.tensors())}")
         weight = getattr(self, self._attributes["weight"]) if "weight" in self else base.tensors()["weight"]
-        work = dtype or (torch.float64 if base.dtype == torch.float64 else torch.float32)
+        work = dtype or _method.full_dtype(base)
         return weight.detach().to(work, copy=True)
 
     def extra_repr(self) -> str:

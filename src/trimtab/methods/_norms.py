@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trimtab.bases import WeightBase
 from trimtab.ops.ratio import Ratio
 from trimtab.ops.stamp import Stamp
 
@@ -23,11 +22,6 @@ class KeptNorm(NamedTuple):
     squares: Tensor  # those of the frozen weight that the norm belongs to
     norm: Tensor
     ratios: dict[torch.dtype, Ratio]
-
-
-def norm_dtype(base: WeightBase) -> torch.dtype:
-    """The dtype of norms, and of what is computed by the plain formula: float64 on a float64 base, else float32."""
-    return torch.float64 if base.dtype == torch.float64 else torch.float32
 
 
 def same_values(copies: Sequence[Tensor], tensors: Sequence[Tensor]) -> bool:

@@ -72,5 +72,5 @@ class RowsMethod(_method.Method):
     @torch.no_grad()
     def effective_weight(self, base: TableBase, dtype: torch.dtype | None = None) -> Tensor:
         """The whole table ``[tokens, width]`` with the trained rows."""
-        work = dtype or (torch.float64 if base.dtype == torch.float64 else torch.float32)
+        work = dtype or _method.full_dtype(base)
         return base.parameter.to(work).index_copy(0, self.rows, self.weight.to(work))

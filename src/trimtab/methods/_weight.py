@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from trimtab.bases import TurnedBase, WeightBase
 from trimtab.errors import PlanError
 from trimtab.methods import _effective_stack, _method, _stack
-from trimtab.methods._norms import KeptNorm, SquaredNorms, norm_dtype, same_values
+from trimtab.methods._norms import KeptNorm, SquaredNorms, same_values
 from trimtab.ops.autocast import without_autocast
 from trimtab.ops.cost import Compute
 from trimtab.ops.decomposition import Axis, magnitude_over_norm
@@ -146,7 +146,7 @@ class WeightMethod(_method.Method):
         It is kept, and computed again when the frozen weight is another tensor or was changed (``trimtab.ops.stamp``).
         In a compiled program, which looks at no tensor's history, it is computed from ``weight`` each time.
         """
-        axis, dtype = self.options.magnitude_axis, norm_dtype(base)
+        axis, dtype = self.options.magnitude_axis, _method.full_dtype(base)
         if torch.compiler.is_compiling() and weight is not None and base.stored_dense:
             return weight.detach().to(dtype).square().sum(-1 if axis == "output" else -2)
         kept = self._squares
@@ -332,12 +332,12 @@ class WeightMethod(_method.Method):
     @torch.no_grad()
     def effective_weight(self, base: WeightBase, dtype: torch.dtype | None = None) -> Tensor:
         """``W' [out, in]`` by the plain formula, in ``dtype`` (default: the dtype of the norms, float32 or float64)."""
-        return self._formula(base, dtype or norm_dtype(base))
+        return self._formula(base, dtype or _method.full_dtype(base))
 
     def acting_weight(self, base: WeightBase) -> Tensor:
         """``W'`` in the dtype and the layout in which the module stores its weight, differentiable in the trained
         tensors as the output is (``detach_norm``)."""
-        return base.as_stored(self._formula(base, norm_dtype(base), detach_norm=self.options.detach_norm)).to(
+        return base.as_stored(self._formula(base, _method.full_dtype(base), detach_norm=self.options.detach_norm)).to(
             base.dtype
         )
 
