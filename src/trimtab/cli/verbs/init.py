@@ -51,14 +51,15 @@ def command(
     What no option says is asked. Nothing is trained. With --from, the settings are those of another tool's file, and
     what has no like here is said.
     """
-    from trimtab.errors import ConfigError, did_you_mean
+    from trimtab.errors import ConfigError
     from trimtab.files import write_atomically
 
     if file.exists() and not overwrite:
         raise ConfigError(f"{file}: already there; name another file, or pass --overwrite")
-    if method is not None and (method not in _METHODS or other is not None):
-        known = ", ".join(_METHODS) if other is None else f"none, since {other} says it"
-        raise ConfigError(f"--method: expected {known}, got '{method}'.{did_you_mean(method, _METHODS)}")
+    if method is not None and other is not None:
+        raise ConfigError(f"--method: expected none, since {other} says it, got '{method}'")
+    if method is not None:
+        _require_known(method)
     if other is not None:
         from trimtab.config.others import carry_over
 
@@ -80,8 +81,7 @@ def command(
         if method is None:
             told = ", ".join(f"{name} ({why})" for name, why in _METHODS.items())
             method = _ask(f"Method: {told}\nWhich", "--method", "dora", required=False)
-            if method not in _METHODS:
-                raise ConfigError(f"expected one of {', '.join(_METHODS)}, got '{method}'")
+            _require_known(method)
         typer.echo("looking at the rows and at the machine")
         with importing():
             from trimtab.drafting import Wish, draft
@@ -93,6 +93,15 @@ def command(
     typer.echo(f"\n{made.text}")
     name = shlex.quote(str(file))
     typer.echo(f"written to {file}. Next:\n  trimtab plan {name}\n  trimtab finetune {name}")
+
+
+def _require_known(method: str) -> None:
+    """Raise ConfigError if ``method`` is none of those that are offered."""
+    from trimtab.errors import ConfigError, did_you_mean
+
+    if method not in _METHODS:
+        known = ", ".join(_METHODS)
+        raise ConfigError(f"--method: expected one of {known}, got '{method}'.{did_you_mean(method, _METHODS)}")
 
 
 def _model() -> str:
