@@ -11,8 +11,6 @@ The smallest file names a model and some rows; everything else has a default:
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -24,129 +22,14 @@ from pydantic import (
     Field,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
 
 from trimtab import metrics
-from trimtab.config.yaml_text import show
+from trimtab.config import values
 from trimtab.data import forms
-from trimtab.errors import nearest
 
 DEFAULT_PLAN = ({"match": "all-linear", "layers": "all", "method": "dora", "rank": 16, "alpha": 32},)
 
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def _paths(value: object) -> tuple[str, ...]:
-    items = [value] if isinstance(value, str) else value
-    if isinstance(items, list | tuple) and items and all(isinstance(item, str) and item for item in items):
-        return tuple(items)
-    raise ValueError("expected a path or a hub id, or a list of them")
-
-
-def _tokens(value: object) -> tuple[str, ...]:
-    items = [value] if isinstance(value, str) else value
-    if isinstance(items, list | tuple) and all(isinstance(item, str) and item.strip() for item in items):
-        if len(set(items)) == len(items):
-            return tuple(items)
-        raise ValueError("expected each token once")
-    raise ValueError('expected a list of tokens, each a text such as "<tool>"')
-
-
-def _validation(value: object) -> float | tuple[str, ...] | None:
-    if value is None:
-        return None
-    if isinstance(value, float) and 0 < value < 1:
-        return value
-    if isinstance(value, str | list | tuple):
-        return _paths(value)
-    raise ValueError("expected a fraction between 0 and 1, a path or a hub id, a list of them, or null for none")
-
-
-def _test(value: object) -> dict[str, str]:
-    if value is None:
-        return {}
-    if isinstance(value, str) and value:
-        # The name becomes a file name in the run folder.
-        value = {re.sub(r"[^A-Za-z0-9._-]+", "-", Path(value).stem).strip(".-") or "test": value}
-    if not isinstance(value, Mapping) or not all(
-        isinstance(item, str) and item for pair in value.items() for item in pair
-    ):
-        raise ValueError("expected a path, a mapping of names to paths, or null for none")
-    for name in value:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-            raise ValueError(f"expected names made of letters, digits, '.', '_' and '-', not '{name}'")
-    return dict(value)
-
-
-def _choices(value: object) -> Literal["auto"] | tuple[str, ...] | None:
-    if value is None or value == "auto":
-        return value
-    if isinstance(value, list | tuple) and all(isinstance(item, str) and item.strip() for item in value):
-        if len(value) > 1 and len(set(value)) == len(value):
-            return tuple(value)
-        raise ValueError("expected two or more different answers")
-    hint = ' (YAML reads yes, no and 1 as other than text: write "yes", "no", "1")' if isinstance(value, list) else ""
-    raise ValueError(f"expected auto, null, or a list of answers, each a text{hint}")
-
-
-def _warmup(value: object) -> float | int:
-    if (isinstance(value, float) and 0 <= value < 1) or (value == 0 and value is not False) or _is_count(value):
-        return value  # type: ignore[return-value]
-    raise ValueError("expected a fraction of all steps below 1, or a whole number of steps")
-
-
-def _validate_every(value: object) -> Literal["epoch"] | int | float:
-    if value == "epoch" or (isinstance(value, float) and 0 < value < 1) or _is_count(value):
-        return value  # type: ignore[return-value]
-    raise ValueError("expected epoch, a whole number of steps, or a fraction of all steps below 1")
-
-
-def _save_every(value: object) -> Literal["epoch"] | int:
-    if value == "epoch" or _is_count(value):
-        return value  # type: ignore[return-value]
-    raise ValueError("expected epoch, or a whole number of steps")
-
-
-def _rule(rule: dict[str, Any]) -> dict[str, Any]:
-    for key in ("match", "method"):
-        if key not in rule:
-            close = nearest(key, [other for other in rule if other not in ("match", "layers", "method")], count=1)
-            raise ValueError(f"the rule has no '{key}'" + (f" (is '{close[0]}' a slip?)" if close else ""))
-    match = rule["match"]
-    patterns = match if isinstance(match, list | tuple) else [match]
-    if not patterns or not all(isinstance(pattern, str) and pattern for pattern in patterns):
-        raise ValueError(f"'match' is expected to be a pattern of module names or a list of them, got {show(match)}")
-    if not isinstance(rule["method"], str):
-        raise ValueError(f"'method' is expected to be the name of a method, got {show(rule['method'])}")
-    return rule
-
-
-def one_of(known: Callable[[], Sequence[str]]) -> Callable[[str], str]:
-    """A validator of names that are only known when a folder is listed; its error is that of a ``Literal``."""
-
-    def check(name: str) -> str:
-        names = known()
-        if name not in names:
-            quoted = [f"'{other}'" for other in names]
-            expected = f"{', '.join(quoted[:-1])} or {quoted[-1]}"
-            raise PydanticCustomError("literal_error", "expected {expected}", {"expected": expected})
-        return name
-
-    return check
-
-
-def _quantisation(name: str) -> str:
-    if name == "none":  # without a look at the kinds there are, which takes torch
-        return name
-
-    def known() -> list[str]:
-        from trimtab import bases
-
-        return ["none", *bases.quantised_names()]
-
-    return one_of(known)(name)
+Rule = Annotated[dict[str, Any], AfterValidator(values.rule)]
 
 
 class Section(BaseModel):
@@ -173,7 +56,7 @@ class ModelConfig(Section):
     attention: Literal["auto", "sdpa", "eager"] = Field(
         "auto", description="How attention is computed. auto: what transformers prefers for the model."
     )
-    add_tokens: Annotated[tuple[str, ...], BeforeValidator(_tokens)] = Field(
+    add_tokens: Annotated[tuple[str, ...], BeforeValidator(values.tokens)] = Field(
         (),
         description="Tokens to add to the vocabulary, such as those of a chat format. Their rows of the embedding and "
         "the output head are trained beside the plan.",
@@ -183,7 +66,7 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """The rows. Paths are relative to the YAML's folder; on the command line, to the working directory."""
 
-    train: Annotated[tuple[str, ...], BeforeValidator(_paths)] = Field(
+    train: Annotated[tuple[str, ...], BeforeValidator(values.paths)] = Field(
         description="Rows to train on: one or more files (jsonl, json, csv, tsv, parquet) or hub ids (owner/name)."
     )
     train_limit: int | None = Field(
@@ -192,22 +75,22 @@ class DataConfig(Section):
         description="Only so many of these rows, validation rows split off them included: the same ones in every run, "
         "drawn evenly over files, and over answers where they are a closed set. null: all of them.",
     )
-    validation: Annotated[float | tuple[str, ...] | None, BeforeValidator(_validation)] = Field(
+    validation: Annotated[float | tuple[str, ...] | None, BeforeValidator(values.validation)] = Field(
         0.1,
         description="A fraction to split off train by the seed (evenly over files, and over answers where they are a "
         "closed set), or files, or null for none. It picks the best checkpoint.",
     )
-    test: Annotated[dict[str, str], BeforeValidator(_test)] = Field(
+    test: Annotated[dict[str, str], BeforeValidator(values.test_sets)] = Field(
         default_factory=dict,
         description="Rows to evaluate on, before and after: a path, or a mapping of names to paths. One path is named "
         "by its file.",
     )
-    form: Annotated[str, AfterValidator(one_of(lambda: ["auto", *forms.names()]))] = Field(
+    form: Annotated[str, AfterValidator(values.one_of(lambda: ["auto", *forms.names()]))] = Field(
         "auto",
         description="The form of the rows. auto: recognised by their keys. Rows of multiple_choice bring their own "
         "choices, which are scored as texts; LLM-Adapters' commonsense rows are read so where it is named.",
     )
-    choices: Annotated[Literal["auto"] | tuple[str, ...] | None, BeforeValidator(_choices)] = Field(
+    choices: Annotated[Literal["auto"] | tuple[str, ...] | None, BeforeValidator(values.choices)] = Field(
         "auto",
         description="The closed set of answers, which are then scored instead of generated. auto: found from the "
         "training answers; null: answers are open.",
@@ -239,7 +122,7 @@ class TrainConfig(Section):
     schedule: Literal["linear", "cosine", "constant"] = Field(
         "linear", description="How the learning rate falls after the warmup."
     )
-    warmup: Annotated[float | int, BeforeValidator(_warmup)] = Field(
+    warmup: Annotated[float | int, BeforeValidator(values.warmup)] = Field(
         0.03, description="The learning rate rises over these steps: a fraction of all steps below 1, or a number."
     )
     prompt_loss_weight: float = Field(
@@ -268,17 +151,17 @@ class TrainConfig(Section):
         le=1,
         description="Average the adapter over the last part of training: the fraction of steps; null for none.",
     )
-    validate_every: Annotated[Literal["epoch"] | int | float, BeforeValidator(_validate_every)] = Field(
+    validate_every: Annotated[Literal["epoch"] | int | float, BeforeValidator(values.validate_every)] = Field(
         "epoch", description="When to validate: epoch, a number of steps, or a fraction of all steps below 1."
     )
-    metric: Annotated[str, AfterValidator(one_of(lambda: ["auto", *metrics.choosing()]))] = Field(
+    metric: Annotated[str, AfterValidator(values.one_of(lambda: ["auto", *metrics.choosing()]))] = Field(
         "auto", description="What decides which step was best. auto: accuracy where answers are closed, else loss."
     )
     keep_best: bool = Field(True, description="End with the adapter of the best validation, not of the last step.")
     early_stopping: int | None = Field(
         None, ge=1, description="Stop after so many validations without improvement; null: never."
     )
-    save_every: Annotated[Literal["epoch"] | int, BeforeValidator(_save_every)] = Field(
+    save_every: Annotated[Literal["epoch"] | int, BeforeValidator(values.save_every)] = Field(
         "epoch", description="When to write a checkpoint: epoch, or a number of steps."
     )
     keep_checkpoints: int = Field(2, ge=1, description="Checkpoints kept on disk.")
@@ -296,43 +179,29 @@ class EvaluationConfig(Section):
     limit: int | None = Field(None, ge=1, description="Only the first rows of each test set; null: all of them.")
 
 
-def _rules(value: object) -> object:
-    if isinstance(value, list | tuple) and value:
-        return tuple(value)
-    raise ValueError("expected a list of rules")
-
-
-def _named(value: object) -> object:
-    return {"name": value} if isinstance(value, str) else value
-
-
-def _path(value: object) -> Path:
-    if isinstance(value, str | Path) and str(value):
-        return Path(value)
-    raise ValueError("expected a path")
-
-
 class RunConfig(Section):
     """Everything that decides a run."""
 
-    model: Annotated[ModelConfig, BeforeValidator(_named)] = Field(
+    model: Annotated[ModelConfig, BeforeValidator(values.named)] = Field(
         description="The pretrained model: its name, or a mapping."
     )
-    quantisation: Annotated[str, AfterValidator(_quantisation)] = Field(
+    quantisation: Annotated[str, AfterValidator(values.quantisation)] = Field(
         "none",
         description="What becomes of the frozen linear layers while the model is loaded. int8: half of bfloat16's "
         "memory; nf4: about a quarter of it (4 bits a weight, doubly quantised scales); both need bitsandbytes. "
         "torchao_int8: as int8, in torchao's form, which it needs. The output head and the embedding stay as they are.",
     )
     data: DataConfig = Field(description="The rows.")
-    plan: Annotated[tuple[Annotated[dict[str, Any], AfterValidator(_rule)], ...], BeforeValidator(_rules)] = Field(
+    plan: Annotated[
+        tuple[Annotated[dict[str, Any], AfterValidator(values.rule)], ...], BeforeValidator(values.rules)
+    ] = Field(
         DEFAULT_PLAN,
         description="Rules, each a mapping of match, layers, method and the method's options; the last that matches a "
         "module decides.",
     )
     train: TrainConfig = Field(default_factory=TrainConfig, description="How to train.")
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="How to evaluate.")
-    output: Annotated[Path, BeforeValidator(_path)] = Field(
+    output: Annotated[Path, BeforeValidator(values.path)] = Field(
         description="The run folder, relative to the working directory; by default runs/ and the YAML's name.",
     )
 

@@ -1,0 +1,147 @@
+"""What a value of a run's YAML may be where its type alone does not say it.
+
+One function a key: it gives the value, or raises a ``ValueError`` that names what was expected.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic_core import PydanticCustomError
+
+from trimtab.config.yaml_text import show
+from trimtab.errors import nearest
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def paths(value: object) -> tuple[str, ...]:
+    items = [value] if isinstance(value, str) else value
+    if isinstance(items, list | tuple) and items and all(isinstance(item, str) and item for item in items):
+        return tuple(items)
+    raise ValueError("expected a path or a hub id, or a list of them")
+
+
+def tokens(value: object) -> tuple[str, ...]:
+    items = [value] if isinstance(value, str) else value
+    if isinstance(items, list | tuple) and all(isinstance(item, str) and item.strip() for item in items):
+        if len(set(items)) == len(items):
+            return tuple(items)
+        raise ValueError("expected each token once")
+    raise ValueError('expected a list of tokens, each a text such as "<tool>"')
+
+
+def validation(value: object) -> float | tuple[str, ...] | None:
+    if value is None:
+        return None
+    if isinstance(value, float) and 0 < value < 1:
+        return value
+    if isinstance(value, str | list | tuple):
+        return paths(value)
+    raise ValueError("expected a fraction between 0 and 1, a path or a hub id, a list of them, or null for none")
+
+
+def test_sets(value: object) -> dict[str, str]:
+    if value is None:
+        return {}
+    if isinstance(value, str) and value:
+        # The name becomes a file name in the run folder.
+        value = {re.sub(r"[^A-Za-z0-9._-]+", "-", Path(value).stem).strip(".-") or "test": value}
+    if not isinstance(value, Mapping) or not all(
+        isinstance(item, str) and item for pair in value.items() for item in pair
+    ):
+        raise ValueError("expected a path, a mapping of names to paths, or null for none")
+    for name in value:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+            raise ValueError(f"expected names made of letters, digits, '.', '_' and '-', not '{name}'")
+    return dict(value)
+
+
+def choices(value: object) -> Literal["auto"] | tuple[str, ...] | None:
+    if value is None or value == "auto":
+        return value
+    if isinstance(value, list | tuple) and all(isinstance(item, str) and item.strip() for item in value):
+        if len(value) > 1 and len(set(value)) == len(value):
+            return tuple(value)
+        raise ValueError("expected two or more different answers")
+    hint = ' (YAML reads yes, no and 1 as other than text: write "yes", "no", "1")' if isinstance(value, list) else ""
+    raise ValueError(f"expected auto, null, or a list of answers, each a text{hint}")
+
+
+def warmup(value: object) -> float | int:
+    if (isinstance(value, float) and 0 <= value < 1) or (value == 0 and value is not False) or _is_count(value):
+        return value  # type: ignore[return-value]
+    raise ValueError("expected a fraction of all steps below 1, or a whole number of steps")
+
+
+def validate_every(value: object) -> Literal["epoch"] | int | float:
+    if value == "epoch" or (isinstance(value, float) and 0 < value < 1) or _is_count(value):
+        return value  # type: ignore[return-value]
+    raise ValueError("expected epoch, a whole number of steps, or a fraction of all steps below 1")
+
+
+def save_every(value: object) -> Literal["epoch"] | int:
+    if value == "epoch" or _is_count(value):
+        return value  # type: ignore[return-value]
+    raise ValueError("expected epoch, or a whole number of steps")
+
+
+def rule(value: dict[str, Any]) -> dict[str, Any]:
+    for key in ("match", "method"):
+        if key not in value:
+            close = nearest(key, [other for other in value if other not in ("match", "layers", "method")], count=1)
+            raise ValueError(f"the rule has no '{key}'" + (f" (is '{close[0]}' a slip?)" if close else ""))
+    match = value["match"]
+    patterns = match if isinstance(match, list | tuple) else [match]
+    if not patterns or not all(isinstance(pattern, str) and pattern for pattern in patterns):
+        raise ValueError(f"'match' is expected to be a pattern of module names or a list of them, got {show(match)}")
+    if not isinstance(value["method"], str):
+        raise ValueError(f"'method' is expected to be the name of a method, got {show(value['method'])}")
+    return value
+
+
+def one_of(known: Callable[[], Sequence[str]]) -> Callable[[str], str]:
+    """A validator of names that are only known when a folder is listed; its error is that of a ``Literal``."""
+
+    def check(name: str) -> str:
+        names = known()
+        if name not in names:
+            quoted = [f"'{other}'" for other in names]
+            expected = f"{', '.join(quoted[:-1])} or {quoted[-1]}"
+            raise PydanticCustomError("literal_error", "expected {expected}", {"expected": expected})
+        return name
+
+    return check
+
+
+def quantisation(name: str) -> str:
+    if name == "none":  # without a look at the kinds there are, which takes torch
+        return name
+
+    def known() -> list[str]:
+        from trimtab import bases
+
+        return ["none", *bases.quantised_names()]
+
+    return one_of(known)(name)
+
+
+def rules(value: object) -> object:
+    if isinstance(value, list | tuple) and value:
+        return tuple(value)
+    raise ValueError("expected a list of rules")
+
+
+def named(value: object) -> object:
+    return {"name": value} if isinstance(value, str) else value
+
+
+def path(value: object) -> Path:
+    if isinstance(value, str | Path) and str(value):
+        return Path(value)
+    raise ValueError("expected a path")
