@@ -152,17 +152,21 @@ def cell_of(validation: Sequence[dict[str, Any]], tests: dict[str, Any] | None =
 
 
 class Kept(Listener):
-    """Keeps the lines of metrics and the notes."""
+    """Keeps the lines of metrics, the notes and the remarks."""
 
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
         self.notes: list[str] = []
+        self.remarks: list[str] = []
 
     def metrics(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
 
     def note(self, text: str) -> None:
         self.notes.append(text)
+
+    def remark(self, text: str) -> None:
+        self.remarks.append(text)
 
     def column(self, name: str, kind: str = "train") -> list[Any]:
         """What each line of ``kind`` says under ``name``."""

@@ -246,7 +246,7 @@ def test_choices_that_no_training_row_has_are_noted(make_config: Callable[..., A
     listener = Kept()
     config = make_config(data={"choices": ["calm", "watch", "storm", "gale"]}, train={"max_steps": 1})
     finetune(config, listener=listener)
-    assert any("no training row has the answer gale" in note for note in listener.notes)
+    assert any("no training row has the answer gale" in remark for remark in listener.remarks)
 
 
 def test_a_metric_that_the_rows_do_not_have(make_config: Callable[..., Any]) -> None:
@@ -288,8 +288,11 @@ def test_settings_that_contradict_choices_of_their_own(make_config: Callable[...
 def test_rows_that_are_left_out_are_named(make_config: Callable[..., Any]) -> None:
     length = sorted(len(tiny_tokenizer()(row["text"]).input_ids) for row in rows(24, "text"))[12]
     listener = Kept()
-    finetune(make_config(form="text", data={"max_length": length}, train={"max_steps": 1}), listener=listener)
-    assert any(f"rows were cut to data.max_length = {length}" in note for note in listener.notes)
+    config = make_config(form="text", data={"max_length": length}, train={"max_steps": 1})
+    folder = finetune(config, listener=listener)
+    assert any(f"rows were cut to data.max_length = {length}" in remark for remark in listener.remarks)
+    assert folder.read_summary().notes == listener.remarks
+    assert f"rows were cut to data.max_length = {length}" in folder.report.read_text()
     with pytest.raises(DataError, match=r"None of the 24 rows has a token to train on .*row 1"):
         finetune(make_config("short", data={"max_length": 2}))
 

@@ -216,8 +216,7 @@ def _encode_one(
     elif excess > 0:
         answer = _first_after(offsets, example.trained[-1][0])
         if head + excess > answer - (0 if head else 1):
-            left = len(ids) - answer
-            return f"max_length {max_length} leaves no room for a prompt before its answer of {left} tokens"
+            return f"max_length {max_length} leaves no room for its answer and a prompt before it"
         ids, labels = ids[:head] + ids[head + excess :], labels[:head] + labels[head + excess :]
     labels[:1] = [IGNORED] * len(labels[:1])
     if all(label == IGNORED for label in labels):

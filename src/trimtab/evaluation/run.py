@@ -18,6 +18,7 @@ from trimtab.evaluation.evaluate import evaluate, write
 from trimtab.machine import best_precision, device
 from trimtab.models.load import load_tokenizer
 from trimtab.models.locate import locate
+from trimtab.notes import Notes
 from trimtab.runs.events import Listener
 from trimtab.runs.folder import RunFolder
 from trimtab.runs.load import is_run, load_fitting, load_run_model
@@ -81,7 +82,10 @@ def measure(
     source = source_of(config) if config is not None else locate(target)
     tokenizer = load_tokenizer(source)
     form = form or (config.data.form if config is not None else "auto")
-    rows = {name: read_examples(path, tokenizer, root=Path.cwd(), form=form) for name, path in files.items()}
+    notes = Notes()
+    with notes.told(listener.remark):
+        read = partial(read_examples, tokenizer=tokenizer, root=Path.cwd(), form=form, notes=notes)
+        rows = {name: read(path) for name, path in files.items()}
     listener.stage(f"Loading {target}")
     if run is not None and config is not None:
         model: Any = load_run_model(run, config, adapter=not base)
@@ -109,7 +113,7 @@ def measure(
             measured = evaluate_task(task, head, tokenizer, examples, **settings)
             if swapped := measured.record.relabelled:
                 words = ", ".join(f"'{wrong}' is read as '{right}'" for wrong, right in swapped.items())
-                listener.note(f"the labels of {files[name]} are permuted, as FinLoRA's script writes them: {words}")
+                listener.remark(f"the labels of {files[name]} are permuted, as FinLoRA's script writes them: {words}")
         else:
             examples = examples[:limit]
             fits = own_sets or (known and all(example.answer in known for example in examples))

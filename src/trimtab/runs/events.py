@@ -12,7 +12,11 @@ class Listener:
         """A new part of the run begins, such as loading the model."""
 
     def note(self, text: str) -> None:
-        """A fact worth a line: what was recognised, what was left out."""
+        """A fact worth a line: what was recognised, how far it has come."""
+
+    def remark(self, text: str) -> None:
+        """What the user should know, and may want to change: it is kept in the run's records and shown in its report
+        (see `trimtab.notes`)."""
 
     def show(self, renderable: Any) -> None:
         """Something to look at: a rich renderable."""

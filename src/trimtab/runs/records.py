@@ -192,6 +192,7 @@ class Summary(Record):
         best_step: whose adapter the run ended with; None: that of the last one.
         form: of the rows; ``choices``: the closed set of their answers, if they have one.
         train_tokens: of all training rows once.
+        notes: what the user should know of the rows, the settings and the model, a sentence each.
     """
 
     status: str = "interrupted"
@@ -215,6 +216,7 @@ class Summary(Record):
     total_seconds: float | None = None
     peak_memory_gib: float | None = None
     adapter_bytes: int | None = None
+    notes: list[str] = []
 
     @field_serializer("created")
     def _iso(self, moment: datetime | None) -> str | None:

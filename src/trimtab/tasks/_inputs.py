@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from trimtab.data.tokens import EncodedRows, encode_once
 from trimtab.errors import ConfigError
 from trimtab.metrics import choosing
 from trimtab.models.gguf import cache_folder
+from trimtab.notes import Notes
 from trimtab.runs.events import Listener
 
 
@@ -33,13 +34,22 @@ class Inputs:
     form: str
     choices: list[str] | None
     scored: bool
+    notes: tuple[str, ...] = ()
+    """What the user should know of the rows, a sentence each; the listener has been told."""
 
 
 def read_inputs(config: RunConfig, tokenizer: Any, listener: Listener) -> Inputs:
     """Read every file that ``config`` names. Raises DataError for a missing file, a bad row, or rows with nothing to
     train on; ConfigError for a metric that these rows do not have."""
+    notes = Notes()
+    with notes.told(listener.remark):
+        inputs = _read_inputs(config, tokenizer, listener, notes)
+    return replace(inputs, notes=tuple(notes))
+
+
+def _read_inputs(config: RunConfig, tokenizer: Any, listener: Listener, notes: Notes) -> Inputs:
     data = config.data
-    read = partial(read_examples, tokenizer=tokenizer, root=Path.cwd(), form=data.form)
+    read = partial(read_examples, tokenizer=tokenizer, root=Path.cwd(), form=data.form, notes=notes)
     training = read(data.train)
     form = training[0].form
     listener.note(f"{len(training)} training rows of the form '{form}'")
@@ -53,7 +63,7 @@ def read_inputs(config: RunConfig, tokenizer: Any, listener: Listener) -> Inputs
     else:
         listener.note(f"answers are a closed set of {len(choices)}: {', '.join(choices)}")
         if unseen := sorted(set(choices) - {str(row.answer) for row in training}):
-            listener.note(f"no training row has the answer {', '.join(unseen)}, which cannot be learned then")
+            notes.add(f"no training row has the answer {', '.join(unseen)}, which cannot be learned then")
 
     if data.train_limit is not None and data.train_limit < len(training):
         training = draw(training, data.train_limit, 0, choices)
@@ -86,12 +96,10 @@ def read_inputs(config: RunConfig, tokenizer: Any, listener: Listener) -> Inputs
         listener.note(f"{len(tested)} test rows in '{name}'")
 
     rows = encode_once(training, tokenizer, data.max_length, cache_folder().with_name("tokens"))
-    for source, number, reason in rows.dropped[:5]:
-        listener.note(f"left out: {source}, row {number}: {reason}")
-    if len(rows.dropped) > 5:
-        listener.note(f"left out: {len(rows.dropped) - 5} more rows")
+    for source, number, reason in rows.dropped:
+        notes.row(f"{source}, row {number}", f"left out of training ({reason})")
     if rows.cut:
-        listener.note(f"{rows.cut} rows were cut to data.max_length = {data.max_length} tokens")
+        notes.add(f"{rows.cut} rows were cut to data.max_length = {data.max_length} tokens")
     return Inputs(rows=rows, validation=validation, tests=tests, form=form, choices=choices, scored=scored)
 
 

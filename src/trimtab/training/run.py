@@ -165,6 +165,7 @@ class _Run:
             train_tokens=sum(inputs.rows.lengths),
             versions=versions(),
             machine=Machine(**describe_machine()),
+            notes=list(inputs.notes),
         )
 
     def summarise(self, status: str) -> None:
@@ -194,9 +195,14 @@ class _Run:
         )
         if report.zero_rows:
             rows = sum(report.zero_rows.values())
-            self.listener.note(f"{rows} rows of zeros in {len(report.zero_rows)} modules keep their output at zero")
+            self.remark(f"{rows} rows of zeros in {len(report.zero_rows)} modules keep their output at zero")
         for line in plan.remarks():
-            self.listener.note(line)
+            self.remark(line)
+
+    def remark(self, text: str) -> None:
+        """Tell the user, and keep it for the summary."""
+        self.listener.remark(text)
+        self._summary = self._summary.updated(notes=list(dict.fromkeys([*self._summary.notes, text])))
 
     def evaluate(self, stage: str) -> None:
         """Evaluate every test set, unless a resumed run has done so already."""

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from trimtab.cli.displays.progress import ProgressLine
 from trimtab.metrics import compared
+from trimtab.reports.shared import words
 from trimtab.runs.events import Listener
 
 
@@ -22,6 +23,7 @@ class RunDisplay(Listener):
 
     def __init__(self, console: Console) -> None:
         self._console = console
+        self._asides = Console(stderr=True)
         self._bar = ProgressLine(console)
         self._last: dict[str, Any] = {}
         self._steps = 0
@@ -41,6 +43,11 @@ class RunDisplay(Listener):
 
     def note(self, text: str) -> None:
         self._console.print(f"  {text}", highlight=False, markup=False, soft_wrap=True)
+
+    def remark(self, text: str) -> None:
+        # Where a bar is drawn, whatever is printed has to go by its console.
+        console = self._console if self._bar.drawn else self._asides
+        console.print(f"  note: {words.clean(text)}", style="yellow", highlight=False, markup=False, soft_wrap=True)
 
     def show(self, renderable: Any) -> None:
         self._console.print(renderable, soft_wrap=not self._console.is_terminal)

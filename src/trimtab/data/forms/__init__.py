@@ -17,6 +17,7 @@ from trimtab.data.forms._form import Form, keys_of
 from trimtab.data.rows import Example, Row
 from trimtab.data.sources import read_rows
 from trimtab.errors import DataError, did_you_mean
+from trimtab.notes import Notes
 
 __all__ = ["Form", "find", "names", "read_examples"]
 
@@ -37,7 +38,9 @@ def find(name: str) -> Form:
     return listing.class_in(__name__, name, Form)()  # type: ignore[type-abstract]
 
 
-def read_examples(source: str | Sequence[str], tokenizer: Any, *, root: Path, form: str = "auto") -> list[Example]:
+def read_examples(
+    source: str | Sequence[str], tokenizer: Any, *, root: Path, form: str = "auto", notes: Notes | None = None
+) -> list[Example]:
     """Read a file or a hub dataset (see ``sources.read_rows``), or a list of them one after the other.
 
     Args:
@@ -45,6 +48,7 @@ def read_examples(source: str | Sequence[str], tokenizer: Any, *, root: Path, fo
         tokenizer: a transformers tokenizer; only a form with a chat template uses it.
         root: the folder that relative paths start from.
         form: the name of a form, or ``"auto"`` to recognise it by the keys of the first row.
+        notes: is given what the user should know of the rows.
 
     Raises DataError if a source cannot be read, or a row does not fit its form; the message names file and row.
     """
