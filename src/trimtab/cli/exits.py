@@ -9,6 +9,7 @@ import logging
 import sys
 from collections.abc import Callable
 
+from trimtab.cli.terminal import make_safe
 from trimtab.errors import Interrupted, TrimtabError
 from trimtab.machine import keep_few_products
 
@@ -18,6 +19,7 @@ _CHATTY = ("torchao", "bitsandbytes", "torch.utils._pytree")
 
 def exit_code(work: Callable[[], int | None]) -> int:
     """Do ``work`` and give its exit code. What it raises for the user to read is printed to stderr."""
+    make_safe()
     keep_few_products()
     for name in _CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -30,7 +32,7 @@ def exit_code(work: Callable[[], int | None]) -> int:
         print(f"trimtab: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        # The machine's fault and not ours, such as a full disk. (Typer itself handles a pipe whose reader went away.)
+        # The machine's fault and not ours, such as a full disk. (A pipe whose reader went away raises nothing.)
         place = f"{error.filename}: " if error.filename else ""
         print(f"trimtab: {place}{error.strerror or error}", file=sys.stderr)
         return 1

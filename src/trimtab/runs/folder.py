@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shlex
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from trimtab.config.read import load_config, to_yaml
 from trimtab.config.run import RunConfig
 from trimtab.errors import RunError
 from trimtab.files import read_json, read_jsonl, write_jsonl, write_text
+from trimtab.hints import pasted
 from trimtab.runs.records import MetricsLine, Summary
 
 
@@ -60,7 +60,7 @@ class RunFolder:
     @property
     def resume_command(self) -> str:
         """What goes on with this run, to be pasted into a shell."""
-        return f"trimtab finetune {shlex.quote(str(self.config))} --resume"
+        return pasted("finetune", self.config, "--resume")
 
     @property
     def has_adapter(self) -> bool:

@@ -20,7 +20,6 @@ uninterrupted one does.
 from __future__ import annotations
 
 import importlib.util
-import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +29,7 @@ from trimtab.config.resolve import source_of
 from trimtab.config.search import ExploreConfig, load_explore, search_to_yaml
 from trimtab.errors import Interrupted, RunError
 from trimtab.files import locked, write_text
+from trimtab.hints import pasted
 from trimtab.models.load import empty_model
 from trimtab.reports.search.search_page import write_explore_page
 from trimtab.runs.folder import differences
@@ -63,8 +63,8 @@ def explore(config: ExploreConfig, listener: SearchListener | None = None) -> Pa
             search.write()
             write_explore_page(config.output)
             raise Interrupted(
-                f"interrupted; everything so far is in {config.output}\nGo on with: trimtab explore "
-                f"{shlex.quote(str(config.output / 'explore.yaml'))}"
+                f"interrupted; everything so far is in {config.output}\nGo on with: "
+                f"{pasted('explore', config.output / 'explore.yaml')}"
             ) from None
     return config.output
 
@@ -88,7 +88,7 @@ def _alone(config: ExploreConfig) -> Iterator[None]:
         if changed := sorted(differences(before, now)):
             raise RunError(
                 f"{folder}: the search there began with other settings ({', '.join(changed)}); choose another output, "
-                f"or go on with its own: trimtab explore {file}"
+                f"or go on with its own: {pasted('explore', file)}"
             )
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RunError(f"{folder}: not empty, and holds no search; choose another output")

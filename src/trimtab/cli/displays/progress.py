@@ -16,7 +16,8 @@ def clock(seconds: float) -> str:
 
 
 class ProgressLine:
-    """One bar on the last line of a terminal. Anywhere else it draws nothing, but still knows how much time is left."""
+    """One bar on the last line of a terminal. Anywhere else (and on a terminal that cannot move its cursor) it draws
+    nothing, but still knows how much time is left."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -32,7 +33,7 @@ class ProgressLine:
         """Begin a bar for ``what``, in place of the one that is there; ``done`` of ``total`` was done before."""
         self.stop()
         self._began = (time.perf_counter(), done)
-        if not self._console.is_terminal:
+        if not self._console.is_terminal or self._console.is_dumb_terminal:
             return
         progress = Progress(
             TextColumn("  {task.description}"),

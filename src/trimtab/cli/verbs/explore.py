@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from trimtab.hints import pasted
+
 SHORT_HELP = "Search which layers want which method, within one budget."
 
 
@@ -51,6 +53,6 @@ def command(
     for line in (
         f"\nbest: {folder / 'best.yaml'}" + (f" (also {', '.join(each.name for each in others)})" if others else ""),
         f"page: {folder / 'explore.html'}",
-        f"train it: trimtab finetune {folder / 'best.yaml'}",
+        f"train it: {pasted('finetune', folder / 'best.yaml')}",
     ):
         console.print(line, highlight=False, markup=False, soft_wrap=True)

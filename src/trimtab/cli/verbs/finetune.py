@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,6 +10,7 @@ import typer
 
 from trimtab.cli.importing import importing
 from trimtab.cli.verbs._arguments import Overrides
+from trimtab.hints import pasted
 
 if TYPE_CHECKING:
     from trimtab.config.run import RunConfig
@@ -81,31 +81,26 @@ def command(
         f"{words.duration(summary.training_seconds or 0.0)}, peak memory {words.gib(summary.peak_memory_gib or 0.0)}",
         highlight=False,
     )
-    question = _question(folder, summary.form)
+    try_it = pasted("generate", _short(folder.path), text=_question(folder, summary.form))
     for line in (
         f"adapter ({words.size(summary.adapter_bytes or 0)}): {_short(folder.adapter)}",
         f"report: {_short(folder.report)}",
-        f"try it: trimtab generate {_short(folder.path)} {question}",
+        f"try it: {try_it}",
     ):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _question(folder: RunFolder, form: str | None) -> str:
-    """A prompt as a shell takes it: of the run's first test row, since the model answers to prompts of that kind; dots
-    where there is none, or where ``generate`` puts what it is given into a template."""
+    """The prompt of the run's first test row, since the model answers to prompts of that kind; dots where there is
+    none, or where ``generate`` puts what it is given into a template."""
     from trimtab.data import forms
     from trimtab.files import read_jsonl
 
     file = next(iter(sorted((folder.path / "predictions").glob("*.after.jsonl"))), None)
     if file is None or form is None or forms.find(form).has_template:
-        return '"..."'
-    prompt = next(iter(read_jsonl(file)))["prompt"].rstrip()
-    if not prompt.replace("\n", "").isprintable():
-        return '"..."'
-    if "\n" not in prompt:
-        return shlex.quote(prompt)
-    escaped = prompt.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
-    return f"$'{escaped}'"
+        return "..."
+    prompt: str = next(iter(read_jsonl(file)))["prompt"].rstrip()
+    return prompt if prompt.replace("\n", "").isprintable() else "..."
 
 
 def _short(path: Path) -> Path:

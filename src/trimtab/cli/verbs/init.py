@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +9,7 @@ from typing import Annotated
 import typer
 
 from trimtab.cli.importing import importing
+from trimtab.hints import pasted
 
 SHORT_HELP = "Write a first YAML for your rows."
 
@@ -91,8 +91,7 @@ def command(
     for note in made.notes:
         typer.echo(f"  {note}")
     typer.echo(f"\n{made.text}")
-    name = shlex.quote(str(file))
-    typer.echo(f"written to {file}. Next:\n  trimtab plan {name}\n  trimtab finetune {name}")
+    typer.echo(f"written to {file}. Next:\n  {pasted('plan', file)}\n  {pasted('finetune', file)}")
 
 
 def _require_known(method: str) -> None:

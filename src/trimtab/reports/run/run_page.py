@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import NamedTuple
 
 from markupsafe import Markup
 
+from trimtab.hints import pasted
 from trimtab.metrics import METRICS, Metric
 from trimtab.reports.run.curves import curves, describe
 from trimtab.reports.run.measured import baseline, headline, interval, measured
@@ -59,7 +59,11 @@ def write_run_page(run: Path) -> Path:
         ],
         "answered": answered(known.sets),
         "shown": shown,
-        "paths": {"run": shlex.quote(str(run)), "config": shlex.quote(str(Path(run) / "config.yaml"))},
+        "commands": {
+            "resume": pasted("finetune", Path(run) / "config.yaml", "--resume"),
+            "generate": pasted("generate", run, text="your prompt"),
+            "merge": pasted("merge", run, "OUT"),
+        },
     }
     return write_page(Path(run) / "report.html", "run/run.html", values)
 

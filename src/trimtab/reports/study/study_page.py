@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from trimtab.config.yaml_text import write_yaml
+from trimtab.hints import pasted
 from trimtab.metrics import first_in
 from trimtab.reports.shared import words
 from trimtab.reports.shared.figures import write_picture
@@ -30,6 +31,7 @@ def write_study_page(folder: Path) -> Path:
     cells: list[RunFacts] = [*results.runs, *results.searches]
     values = {
         "results": results,
+        "command": pasted("compare", results.file),
         "pictures": pictures,
         "findings": findings(results),
         "reference": reference_of(results),

@@ -1,0 +1,132 @@
+"""Output that meets a terminal of another encoding, or a reader that goes away."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from tiny_runs import write_rows
+from trimtab.cli.displays.progress import ProgressLine
+from trimtab.cli.terminal import make_safe
+
+TEXT = "ψ שלום 🚢 done ✗ 81.2 ± 1.3 é"
+
+
+class Pipe(io.FileIO):
+    """A file whose next writes fail as ``failing`` says."""
+
+    failing = 0
+
+    def write(self, data: Any) -> int:
+        if self.failing:
+            raise OSError(self.failing, os.strerror(self.failing))
+        return super().write(data)
+
+
+Streams = Callable[[str], Pipe]
+
+
+@pytest.fixture
+def stdout_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Streams]:
+    """Gives stdout and stderr of the encoding that is named, made safe; what they write is in the file."""
+    kept = []
+
+    def make(encoding: str) -> Pipe:
+        raw = Pipe(tmp_path / f"{encoding}.txt", "w")
+        for name in ("stdout", "stderr"):
+            stream = io.TextIOWrapper(io.BufferedWriter(raw), encoding=encoding, errors="strict")
+            kept.append(stream)
+            monkeypatch.setattr(sys, name, stream)
+        make_safe()
+        return raw
+
+    yield make
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "latin-1", "cp437", "utf-8", "gbk"])
+def test_whatever_is_printed_can_be_written(stdout_in: Streams, encoding: str) -> None:
+    raw = stdout_in(encoding)
+    print(TEXT)
+    typer.echo(TEXT)
+    table = Table("answer", "…")
+    table.add_row("✓ " + TEXT, "—")
+    Console(force_terminal=True, width=60).print(table)
+    print(TEXT, "\udc80 from a file's name", file=sys.stderr)
+    sys.stdout.flush(), sys.stderr.flush()
+    said = Path(str(raw.name)).read_bytes().decode(encoding, errors="replace")
+    assert said.count("done") == 4
+    if encoding == "utf-8":
+        assert said.count(TEXT) == 4
+    if encoding in ("ascii", "latin-1", "cp1252"):
+        assert "\\u05e9" in said
+        assert "x 81.2" in said
+    if encoding == "ascii":
+        assert "+- 1.3 \\xe9" in said
+
+
+@pytest.mark.parametrize("reason", [errno.EPIPE, errno.ENOSPC, errno.EIO])
+def test_nobody_reading_ends_nothing(stdout_in: Streams, reason: int) -> None:
+    raw = stdout_in("utf-8")
+    print("read", flush=True)
+    raw.failing = reason
+    console = Console(force_terminal=True)
+    bar = ProgressLine(console)
+    bar.start("training", 0, 10)
+    bar.update("half", 5)
+    bar.stop()
+    print("not read", flush=True)
+    print("not read", file=sys.stderr, flush=True)
+    typer.echo("not read")
+    assert Path(str(raw.name)).read_text() == "read\n"
+
+
+def test_streams_of_a_test_or_a_notebook_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", ours)
+    make_safe()
+    assert sys.stdout is ours
+
+
+def test_a_terminal_without_a_cursor_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    out = io.StringIO()
+    bar = ProgressLine(Console(file=out, force_terminal=True))
+    bar.start("training", 0, 10)
+    assert not bar.drawn
+    assert not out.getvalue()
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_a_run_whose_rows_the_terminal_cannot_show(
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    make_yaml: Callable[..., Path],
+    tmp_path: Path,
+    encoding: str,
+) -> None:
+    from trimtab.cli import main
+
+    rows = [{"prompt": "السلام 🚀 berth?", "completion": f" ναι {number} 🌊"} for number in range(5)]
+    data = str(write_rows(tmp_path / "rows.jsonl", rows))
+    yaml = make_yaml(data={"train": data, "test": {"same": data}}, train={"max_steps": 1})
+    target = (tmp_path / "log.txt").open("w", encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", target)
+    monkeypatch.setattr("sys.argv", ["trimtab", "finetune", str(yaml), "evaluation.max_new_tokens=2"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    sys.stdout.flush()
+    said = (tmp_path / "log.txt").read_text(encoding=encoding)
+    assert end.value.code == 0, capfd.readouterr().err
+    assert "\\u0627" in said
+    assert "try it: trimtab generate" in said
