@@ -24,7 +24,7 @@ from trimtab.adapters.safe_read import shown
 from trimtab.adapters.unfrozen import Unfrozen, statistics, unfrozen
 from trimtab.adapters.whole import whole_tensors
 from trimtab.bases import WeightBase
-from trimtab.errors import AdapterError, PlanError, nearest
+from trimtab.errors import AdapterError, PlanError, machine_refusal, nearest
 from trimtab.surgery.adapted import (
     Adapted,
     adapted_modules,
@@ -86,7 +86,8 @@ def save_adapter(model: nn.Module, folder: Path | str, *, state_dict: Mapping[st
             for name in {one.files[1] for one in known} - set(writer.files):
                 (target / name).unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
-        raise AdapterError(f"{target}: the adapter cannot be saved here ({error})") from error
+        refusal = machine_refusal(error, target) or f"{target}: {error}"
+        raise AdapterError(f"the adapter cannot be saved here: {refusal}") from error
     return target
 
 

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 
 from trimtab.cli.terminal import make_safe
-from trimtab.errors import Interrupted, TrimtabError
+from trimtab.errors import Interrupted, TrimtabError, machine_refusal
 from trimtab.machine import keep_few_products
 
 # transformers imports these where they are installed, needed or not, and they tell what kernels they have not.
@@ -31,8 +31,12 @@ def exit_code(work: Callable[[], int | None]) -> int:
     except TrimtabError as error:
         print(f"trimtab: {error}", file=sys.stderr)
         return 1
-    except OSError as error:
+    except Exception as error:
         # The machine's fault and not ours, such as a full disk. (A pipe whose reader went away raises nothing.)
-        place = f"{error.filename}: " if error.filename else ""
-        print(f"trimtab: {place}{error.strerror or error}", file=sys.stderr)
+        said = machine_refusal(error)
+        if said is None and isinstance(error, OSError):
+            said = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error)
+        if said is None:
+            raise
+        print(f"trimtab: {said}", file=sys.stderr)
         return 1

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trimtab.errors import ModelError
+from trimtab.errors import ModelError, machine_refusal
 from trimtab.export._export_format import ExportFormat
 from trimtab.files import write_folder
 from trimtab.models.load import quiet_transformers
@@ -52,5 +53,7 @@ class MergedModel(ExportFormat):
         try:
             with quiet_transformers():
                 write_folder(target, fill, replace=True)
-        except OSError as error:
-            raise ModelError(f"{target}: cannot be written ({error}).") from error
+        except (OSError, SafetensorError) as error:
+            needed = sum(tensor.nbytes for tensor in model.state_dict().values())
+            refusal = machine_refusal(error, target, needed=needed) or f"{target}: {error}"
+            raise ModelError(f"the model cannot be written: {refusal}. Nothing was left behind") from error

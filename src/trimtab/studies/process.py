@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.config.run import RunConfig
-from trimtab.errors import Interrupted, RunError, TrimtabError
+from trimtab.errors import Interrupted, RunError, TrimtabError, machine_refusal
 from trimtab.machine import keep_few_products
 from trimtab.runs.events import Listener
 
@@ -138,8 +138,10 @@ def _main() -> None:
     except KeyboardInterrupt:
         print(json.dumps(["failed", "Interrupted", "interrupted before training began"]), file=stream, flush=True)
         sys.exit(130)
-    except TrimtabError as error:
-        print(json.dumps(["failed", type(error).__name__, str(error)]), file=stream, flush=True)
+    except Exception as error:
+        if (said := str(error) if isinstance(error, TrimtabError) else machine_refusal(error)) is None:
+            raise
+        print(json.dumps(["failed", type(error).__name__, said]), file=stream, flush=True)
         sys.exit(1)
 
 

@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from trimtab.config.resolve import Job
 from trimtab.config.run import RunConfig
 from trimtab.data.preview import preview
 from trimtab.data.rows import Example
-from trimtab.errors import Interrupted, TrimtabError
+from trimtab.errors import Interrupted, MachineError, TrimtabError, machine_errors
 from trimtab.evaluation.evaluate import Evaluation, checked, evaluate, token_loss, write
 from trimtab.machine import describe_machine, device, peak_memory_gib, versions
 from trimtab.memory.estimate import RowSizes
@@ -93,28 +94,34 @@ def finetune(
     )
     run.summarise("interrupted")
     stopped: BaseException | None = None
+    refused = partial(machine_errors, folder.path, needed=run.checkpoint_bytes, then=run.how_to_go_on)
     try:
-        run.evaluate("before")
-        set_seed(config.train.seed)
-        report = attach(model, job.plan_on(model)) if config.train.epochs else describe(model, ())
-        run.attached(report)
-        if config.train.epochs:
-            if folder.has_adapter:  # interrupted after training
-                load_adapter(model, folder.adapter)
-            else:
-                run.train(checkpoint)
-                save_adapter(model, folder.adapter)
-                if job.source.add_tokens:  # so that the adapter can be used without this run's configuration
-                    tokenizer.save_pretrained(folder.adapter)
-                run.summarise("interrupted")
-            folder.link_adapter()
-            run.evaluate("after")
+        with refused():
+            run.evaluate("before")
+            set_seed(config.train.seed)
+            report = attach(model, job.plan_on(model)) if config.train.epochs else describe(model, ())
+            run.attached(report)
+            if config.train.epochs:
+                if folder.has_adapter:  # interrupted after training
+                    load_adapter(model, folder.adapter)
+                else:
+                    run.train(checkpoint)
+                    save_adapter(model, folder.adapter)
+                    if job.source.add_tokens:  # so that the adapter can be used without this run's configuration
+                        tokenizer.save_pretrained(folder.adapter)
+                    run.summarise("interrupted")
+                folder.link_adapter()
+                run.evaluate("after")
     except (KeyboardInterrupt, TrimtabError) as error:
         stopped = error
-    run.summarise("finished" if stopped is None else "interrupted")
-    from trimtab.reports.run.run_page import write_run_page  # matplotlib: not before the run is over
+    try:
+        with refused():
+            run.summarise("finished" if stopped is None else "interrupted")
+            from trimtab.reports.run.run_page import write_run_page  # matplotlib: not before the run is over
 
-    write_run_page(folder.path)
+            write_run_page(folder.path)
+    except MachineError as error:  # the first error is the one to tell: a disk that was full then is full now
+        stopped = stopped or error
     if isinstance(stopped, KeyboardInterrupt):
         raise Interrupted(f"interrupted; everything so far is in {folder.path}\nGo on with: {folder.resume_command}")
     if stopped is not None:
@@ -167,6 +174,15 @@ class _Run:
             machine=Machine(**describe_machine()),
             notes=list(inputs.notes),
         )
+
+    @property
+    def how_to_go_on(self) -> str:
+        """The end of a message about a full disk and the like."""
+        return f". Everything so far is kept; then go on with: {self.folder.resume_command}"
+
+    def checkpoint_bytes(self) -> int:
+        """About what a checkpoint takes: each trained number and its two moments in float32."""
+        return 12 * (self._summary.trainable_parameters or 0)
 
     def summarise(self, status: str) -> None:
         """Write ``summary.json``."""
