@@ -193,3 +193,26 @@ def test_a_match_is_exact_but_for_space_and_case() -> None:
     assert not same_answer("the answer is 4.", "the answer is 4")
     assert not same_answer("theanswer", "the answer")
     assert not same_answer("", "4")
+
+
+TURNS = "{% for m in messages %}{{ m.role + ': ' + m.content + END + '\n' }}{% endfor %}"
+
+
+def test_the_end_of_a_turn_in_the_template_stops_an_answer_and_is_no_part_of_it(tokenizer: Any) -> None:
+    """Layout of a base model: tokenizer and model end a text otherwise than the template ends a turn."""
+    colon, good, stop = (token(tokenizer, text) for text in (":", " good", "<|stop|>"))
+    model = markov_chain(tokenizer, {colon: good, good: stop, stop: good})
+    chat = copy.deepcopy(tokenizer)
+    rows = [example("the first one: ", "good")]
+    assert not generate_answers(Head(model), chat, rows, max_new_tokens=4)[0].usable
+    chat.chat_template = TURNS.replace("END", "'<|stop|>'")
+    assert generate_answers(Head(model), chat, rows, max_new_tokens=4) == [Generated("good", True)]
+    assert generation.end_tokens(model, chat) == sorted({chat.eos_token_id, stop})
+
+
+def test_an_end_that_the_template_spells_in_letters_is_no_part_of_the_answer(tokenizer: Any) -> None:
+    colon, good, bad = (token(tokenizer, text) for text in (":", " good", " bad"))
+    model = markov_chain(tokenizer, {colon: good, good: bad, bad: tokenizer.eos_token_id})
+    chat = copy.deepcopy(tokenizer)
+    chat.chat_template = TURNS.replace("END", "' bad'")
+    assert generate_answers(Head(model), chat, [example("one: ", "good")]) == [Generated("good", True)]

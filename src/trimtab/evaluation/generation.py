@@ -22,6 +22,7 @@ from trimtab.data.batches import by_length
 from trimtab.data.rows import Example
 from trimtab.data.tokens import encode_prompt
 from trimtab.errors import DataError
+from trimtab.models.chat_template import turn_end
 from trimtab.tasks import Head
 
 
@@ -71,12 +72,14 @@ def generate_answers(
     prefix = len(encode_prompt("", tokenizer))
     prompts = [_prompt(example, tokenizer, prefix, max_length, max_new_tokens) for example in examples]
     ends = end_tokens(head.model, tokenizer)
+    turn = turn_end(tokenizer)
+    spelled = turn.text if turn is not None and turn.token is None else ""  # an end that is no token, but text
     answers: dict[int, Generated] = {}
     for batch in by_length([len(ids) + max_new_tokens for ids in prompts], batch_size):
         written = _generate(head, [prompts[index] for index in batch], ends, max_new_tokens)
         for index, new in zip(batch, written.tolist(), strict=True):
             stop = next((at for at, token in enumerate(new) if token in ends), None)
-            text = tokenizer.decode(new[:stop], skip_special_tokens=True).strip()
+            text = tokenizer.decode(new[:stop], skip_special_tokens=True).strip().removesuffix(spelled).rstrip()
             answers[index] = Generated(text, stop is not None and text != "")
         if progress is not None:
             progress(len(answers), len(prompts))
@@ -100,10 +103,13 @@ def _prompt(example: Example, tokenizer: Any, prefix: int, max_length: int | Non
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """The tokenizer's end token, which training puts after an answer, and the model's own, such as a chat's."""
+    """All tokens that end an answer: the tokenizer's, which training puts after a text; the one with which the chat
+    template ends a turn, which training on conversations teaches; and the model's own."""
     own = model.generation_config.eos_token_id
     own = own if isinstance(own, list) else [own]
-    return sorted({int(token) for token in [tokenizer.eos_token_id, *own] if token is not None})
+    turn = turn_end(tokenizer)
+    known = [tokenizer.eos_token_id, turn.token if turn is not None else None, *own]
+    return sorted({int(token) for token in known if token is not None})
 
 
 def _generate(head: Head, prompts: list[list[int]], ends: list[int], max_new_tokens: int) -> Tensor:
