@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from trimtab.config.read import load_config, to_yaml
 from trimtab.config.run import DEFAULT_PLAN, RunConfig
 from trimtab.errors import ConfigError
+from trimtab.models.chat_template import CHATML
 
 SMALLEST = "model: smollm2-135m\ndata: {train: rows.jsonl}\n"
 
@@ -373,3 +374,32 @@ def test_every_key_is_described() -> None:
 def test_torch_is_not_imported() -> None:
     code = "import sys, trimtab.config.read; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# Chat templates
+
+JINJA = "{% for m in messages %}{{ m.content }}{% endfor %}"
+
+
+def test_a_chat_template_is_a_text_a_file_or_a_name_and_is_text_once_read(tmp_path: Path) -> None:
+    (tmp_path / "own.jinja").write_text(JINJA + "\n{# ours #}", encoding="utf-8")
+    for said, text in (("own.jinja", JINJA + "\n{# ours #}"), ("chatml", CHATML)):
+        config = load(tmp_path, f"model: {{name: m, chat_template: {said}}}\ndata: {{train: rows.jsonl}}\n")
+        assert config.model.chat_template == text
+        (tmp_path / "again.yaml").write_text(to_yaml(config), encoding="utf-8")
+        assert load_config(tmp_path / "again.yaml") == config
+    assert load(tmp_path, SMALLEST, f"model.chat_template='{JINJA}'").model.chat_template == JINJA
+    assert load(tmp_path, SMALLEST).model.chat_template is None
+
+
+def test_a_chat_template_that_is_not_there_is_an_error_that_names_the_nearest(tmp_path: Path) -> None:
+    def mistakes(said: str) -> str:
+        return " ".join(refused(tmp_path, f"model: {{name: m, chat_template: {said}}}\ndata: {{train: rows.jsonl}}\n"))
+
+    (tmp_path / "empty.jinja").write_text("no template at all", encoding="utf-8")
+    (tmp_path / "other.jinja").write_bytes(b"{{ \xff }}")
+    assert "Did you mean 'chatml'?" in mistakes("chatlm")
+    assert "Did you mean 'other.jinja'?" in mistakes("othr.jinja")
+    assert "holds no Jinja template" in mistakes("empty.jinja")
+    assert "expected text in UTF-8" in mistakes("other.jinja")
+    assert "model.chat_template" in mistakes("''")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import stat
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ from tiny_runs import tiny_model, tiny_tokenizer
 from trimtab import export
 from trimtab.errors import ModelError
 from trimtab.models.load import load_model
-from trimtab.models.locate import locate
+from trimtab.models.locate import Source, locate
 
 MERGED = export.export_format("merged")
 
@@ -120,3 +123,95 @@ def test_a_write_that_fails_leaves_nothing_and_keeps_what_was_there(
         MERGED.write(model, tokenizer, folder, overwrite=True)
     assert (folder / "model.safetensors").read_bytes() == before
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+# Ends of an answer
+
+
+def _generation(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "generation_config.json").read_text())
+    return found
+
+
+def test_every_token_that_ends_an_answer_is_written_down(tmp_path: Path) -> None:
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    model.generation_config.eos_token_id = [5, 0]
+    MERGED.write(model, tokenizer, tmp_path / "out")
+    assert _generation(tmp_path / "out")["eos_token_id"] == [0, 3, 5]  # the texts' end, the template's, one of its own
+    assert not _generation(tmp_path / "out").get("_from_model_config")
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").eos_token == "<|eos|>"
+    assert model.generation_config.eos_token_id == [5, 0]
+
+    MERGED.write(tiny_model(), tiny_tokenizer(None), tmp_path / "plain")
+    assert _generation(tmp_path / "plain")["eos_token_id"] == 0
+
+
+def test_after_training_on_conversations_texts_end_as_turns_do(tmp_path: Path) -> None:
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    MERGED.write(model, tokenizer, tmp_path / "out", chat=True)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").eos_token == "<|im_end|>"
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert (again.config.eos_token_id, again.generation_config.eos_token_id) == (3, [0, 3])
+    assert (tokenizer.eos_token, model.config.eos_token_id) == ("<|eos|>", 0)
+
+
+def test_a_base_that_sets_a_temperature_without_sampling_is_written_all_the_same(tmp_path: Path) -> None:
+    model = tiny_model()
+    model.generation_config.update(temperature=0.6, top_p=0.9)
+    MERGED.write(model, tiny_tokenizer(), tmp_path / "out")
+    said = _generation(tmp_path / "out")
+    assert (said["temperature"], said["top_p"], said["do_sample"]) == (0.6, 0.9, True)
+
+
+# What a base has besides weights
+
+
+def _base(folder: Path, **options: Any) -> Source:
+    return replace(locate(str(folder)), **options)
+
+
+def test_files_of_the_base_besides_weights_are_carried_along(folder: Path, tmp_path: Path) -> None:
+    kept = {"tokenizer.model": b"pieces", "vocab.json": b"{}", "LICENSE": b"free", "preprocessor_config.json": b"{}"}
+    left = ("pytorch_model.bin", "model.safetensors.index.json", "README.md", ".gitattributes", "quantize_config.json")
+    for name, content in {**kept, **dict.fromkeys(left, b"of the base"), "adapter_config.json": b"{}"}.items():
+        (folder / name).write_bytes(content)
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "rag.jinja").write_text("{{ documents }}")
+    (folder / "special_tokens_map.json").write_text('{"eos_token": "<|eos|>", "own": "kept"}')
+    (folder / "added_tokens.json").write_text("{}")
+    out, tokenizer = tmp_path / "out", tiny_tokenizer()
+    tokenizer.add_tokens(["<tool>"])
+    told = MERGED.write(tiny_model(), tokenizer, out, base=_base(folder), chat=True)
+
+    assert told == []
+    assert {name: (out / name).read_bytes() for name in kept} == kept
+    assert not any((out / name).exists() for name in (*left, "adapter_config.json"))
+    assert (out / "additional_chat_templates" / "rag.jinja").read_text() == "{{ documents }}"
+    marks = json.loads((out / "special_tokens_map.json").read_text())
+    assert (marks["eos_token"], marks["own"]) == ("<|im_end|>", "kept")
+    assert json.loads((out / "added_tokens.json").read_text())["<tool>"] == len(tokenizer) - 1
+
+
+def test_code_of_the_base_is_carried_only_if_it_was_trusted(folder: Path, tmp_path: Path) -> None:
+    (folder / "modeling_own.py").write_text("1 / 0")
+    told = MERGED.write(tiny_model(), tiny_tokenizer(), tmp_path / "a", base=_base(folder))
+    assert told == ["code of the base is not carried along: modeling_own.py"]
+    assert not (tmp_path / "a" / "modeling_own.py").exists()
+    told = MERGED.write(tiny_model(), tiny_tokenizer(), tmp_path / "b", base=_base(folder, trust_remote_code=True))
+    assert "trust_remote_code is on: modeling_own.py" in told[0]
+    assert (tmp_path / "b" / "modeling_own.py").is_file()
+
+
+def test_a_template_of_the_run_s_own_replaces_all_of_the_base_s(folder: Path, tmp_path: Path) -> None:
+    (folder / "chat_template.json").write_text('{"chat_template": "old"}')
+    template = "{% for m in messages %}{{ m.content }}|{% endfor %}"
+    MERGED.write(tiny_model(), tiny_tokenizer(template), tmp_path / "out", base=_base(folder, chat_template=template))
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == template
+    assert not (tmp_path / "out" / "chat_template.json").exists()
+
+
+def test_a_base_on_the_hub_that_is_out_of_reach_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    base = Source("own/model", "hub", "own/model")
+    told = MERGED.write(tiny_model(), tiny_tokenizer(), tmp_path / "out", base=base)
+    assert "own/model: its files besides weights and tokenizer cannot be reached" in told[0]

@@ -21,6 +21,7 @@ from trimtab.config.errors import explain
 from trimtab.config.run import DEFAULT_PLAN, RunConfig
 from trimtab.config.yaml_text import parse_yaml, show, write_yaml
 from trimtab.errors import ConfigError, did_you_mean
+from trimtab.models.chat_template import template_text
 
 Schema = TypeVar("Schema", bound=BaseModel)
 
@@ -207,6 +208,8 @@ def _resolve_paths(raw: dict[str, Any], root: Path) -> None:
         return local(text) if is_path or (root / text / "config.json").is_file() else text
 
     _map_sources(raw, model, data_file)
+    if isinstance(said := raw.get("model"), dict) and isinstance(template := said.get("chat_template"), str):
+        said["chat_template"] = template_text(template, root)
     if isinstance(output := raw.get("output"), str) and output:
         raw["output"] = str(Path(output).expanduser().absolute())
 

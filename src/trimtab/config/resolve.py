@@ -54,7 +54,7 @@ def source_of(config: RunConfig) -> Source:
     """Where the model of ``config`` comes from."""
     said = config.model
     source = locate(said.name, revision=said.revision, trust_remote_code=said.trust_remote_code)
-    return replace(source, add_tokens=said.add_tokens) if said.add_tokens else source
+    return replace(source, add_tokens=said.add_tokens, chat_template=said.chat_template or "")
 
 
 def plan_of(config: RunConfig) -> Plan:

@@ -61,6 +61,12 @@ class ModelConfig(Section):
         description="Tokens to add to the vocabulary, such as those of a chat format. Their rows of the embedding and "
         "the output head are trained beside the plan.",
     )
+    chat_template: str | None = Field(
+        None,
+        min_length=1,
+        description="The chat template, also in place of the tokenizer's own: its Jinja text, a file that holds it, or "
+        "chatml. It is kept with the run, its adapter and the merged model. null: the tokenizer's own.",
+    )
 
 
 class DataConfig(Section):

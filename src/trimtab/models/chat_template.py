@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from trimtab.errors import ConfigError, did_you_mean
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -16,6 +19,9 @@ CHATML = (
 )
 NAMED = {"chatml": CHATML}
 """Templates that a configuration may name; all others are files or texts."""
+
+LARGEST = 2**20
+"""Bytes of a template's file; those of the field have a few thousand."""
 
 _ANSWER = "Zyx"  # a word that no template changes or writes itself
 
@@ -53,6 +59,48 @@ def turn_end(tokenizer: Any) -> TurnEnd | None:
         mark = max(starts, key=len)
         return TurnEnd(mark, int(tokenizer.convert_tokens_to_ids(mark)))
     return TurnEnd(rest, None)
+
+
+def template_text(said: str, root: Path) -> str:
+    """The Jinja text that a configuration means by ``said``: itself, one of ``NAMED``, or what the file of that path
+    (from ``root``) holds. Raises ConfigError if there is no such file, or if it holds no template."""
+    if not said.strip() or _is_jinja(said):
+        return said
+    path = root / Path(said).expanduser()
+    if not path.is_file():
+        if said in NAMED:
+            return NAMED[said]
+        near = [*NAMED, *(other.name for other in path.parent.glob("*.jinja*"))]
+        raise ConfigError(
+            f"model.chat_template: {said} is neither Jinja text nor one of {', '.join(NAMED)}, and there is no file "
+            f"{path}.{did_you_mean(path.name, near)}"
+        )
+    if path.stat().st_size > LARGEST:
+        raise ConfigError(f"model.chat_template: {path} has more than {LARGEST:,} bytes; that is no chat template")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"model.chat_template: {path}: expected text in UTF-8 ({error})") from None
+    if not _is_jinja(text):
+        raise ConfigError(f"model.chat_template: {path} holds no Jinja template: expected {{{{ ... }}}} or {{% ... %}}")
+    return text
+
+
+def _is_jinja(text: str) -> bool:
+    return "{{" in text or "{%" in text
+
+
+def checked_template(template: str, tokenizer: Any) -> str:
+    """``template``, if it is Jinja. It runs in transformers' sandbox only. Raises ConfigError, which names the line."""
+    from jinja2 import TemplateSyntaxError
+
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "a"}], chat_template=template, tokenize=False)
+    except TemplateSyntaxError as error:
+        raise ConfigError(f"model.chat_template, line {error.lineno}: {error.message}") from None
+    except Exception:  # it may refuse this conversation; rows are what it has to take
+        return template
+    return template
 
 
 def unknown_marks(tokenizer: Any) -> list[str]:

@@ -28,6 +28,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from trimtab.errors import ModelError
+from trimtab.models.chat_template import checked_template
 from trimtab.models.gguf import dequantised_folder, gguf_config
 from trimtab.models.locate import Source
 from trimtab.models.new_tokens import add_tokens, make_room
@@ -49,13 +50,14 @@ def load_config_only(source: Source) -> PretrainedConfig:
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
-    """The tokenizer, with the tokens that are added. It pads on the right; if it has no padding token, it pads with its
-    end-of-sequence token.
+    """The tokenizer, with the tokens and the chat template that a run gives it. It pads on the right; if it has no
+    padding token, it pads with its end-of-sequence token.
 
     The model may have to learn to write that token, so labels must be made from the lengths of rows, and never by
     leaving out the padding token.
 
-    Raises ModelError if it cannot be fetched or read, or has no token to pad with.
+    Raises ModelError if it cannot be fetched or read, or has no token to pad with; ConfigError for a template that is
+    no Jinja.
     """
     if source.kind == "folder" and not any((Path(source.location) / name).is_file() for name in _TOKENIZER_FILES):
         expected = ", ".join(_TOKENIZER_FILES)
@@ -64,6 +66,8 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     with _loading(source, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(_location(source), **options)
     add_tokens(tokenizer, source.add_tokens)
+    if source.chat_template:
+        tokenizer.chat_template = checked_template(source.chat_template, tokenizer)
     tokenizer.padding_side = "right"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
@@ -156,6 +160,20 @@ def weights_folder(source: Source) -> Path:
             folder = Path(_location(source))
     _check_weights(folder)
     return folder
+
+
+def side_files(source: Source) -> Path | None:
+    """The folder with what the model has besides weights. That of a hub model is fetched, as far as it is small files;
+    None if it cannot be."""
+    if source.kind != "hub":
+        return Path(_location(source))
+    from huggingface_hub import snapshot_download
+
+    weights = ["*.safetensors", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.ckpt", "*/*"]
+    try:
+        return Path(snapshot_download(source.location, revision=source.revision, ignore_patterns=weights))
+    except Exception:  # offline, taken down, not allowed: nothing of that spoils the model that was loaded already
+        return None
 
 
 def _location(source: Source) -> str:

@@ -34,6 +34,8 @@ class Source:
     trust_remote_code: bool = False
     add_tokens: tuple[str, ...] = ()
     """Tokens to add to its vocabulary."""
+    chat_template: str = ""
+    """The Jinja text of a chat template in place of the tokenizer's own; empty for that."""
     advice: str = ""
     """What to do if the model cannot be fetched."""
 

@@ -107,7 +107,9 @@ def finetune(
                 else:
                     run.train(checkpoint)
                     save_adapter(model, folder.adapter)
-                    if job.source.add_tokens:  # so that the adapter can be used without this run's configuration
+                    if (
+                        job.source.add_tokens or job.source.chat_template
+                    ):  # so that the adapter can be used without this run's configuration
                         tokenizer.save_pretrained(folder.adapter)
                     run.summarise("interrupted")
                 folder.link_adapter()

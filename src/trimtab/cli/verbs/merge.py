@@ -53,6 +53,7 @@ def command(
     merged = export_format("merged")
     merged.check_target(out, overwrite=overwrite)
 
+    from trimtab.config.resolve import source_of
     from trimtab.errors import RunError
     from trimtab.evaluation.agreement import agreement, probe
     from trimtab.runs.load import load_run
@@ -69,7 +70,15 @@ def command(
         loaded = load_run(run, dtype=wanted, quantised=False)
     report = merge(loaded.model, "requantised" if onto is Onto.requantised else "dequantised")
     difference = agreement(before, probe(loaded.model))
-    merged.write(loaded.model, loaded.tokenizer, out, overwrite=overwrite)
+    summary = loaded.folder.read_summary()
+    told = merged.write(
+        loaded.model,
+        loaded.tokenizer,
+        out,
+        overwrite=overwrite,
+        base=source_of(loaded.config),
+        chat=summary is not None and summary.form == "chat",
+    )
     typer.echo(f"merged {len(report.modules)} modules into {out}")
     stored = str(loaded.model.dtype).removeprefix("torch.")
     if quantisation != "none":
@@ -79,3 +88,5 @@ def command(
     typer.echo(f"merged against unmerged, on {difference.tokens} random tokens: {difference}")
     for name in report.untied:
         typer.echo(f"{name} was tied to another module and has a weight of its own now")
+    for sentence in told:
+        typer.echo(sentence)

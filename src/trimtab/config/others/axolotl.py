@@ -7,6 +7,7 @@ from typing import Any
 
 from trimtab.config.others._other import ADAMW, SCHEDULES, Carried, OtherConfig, globs
 from trimtab.errors import ConfigError
+from trimtab.models.chat_template import NAMED
 
 
 class AxolotlConfig(OtherConfig):
@@ -68,12 +69,17 @@ class AxolotlConfig(OtherConfig):
         self._plan(carried)
         if carried.left.get("optimizer") in ADAMW:
             carried.forget(["optimizer"])
+        if carried.left.get("chat_template") in NAMED:
+            carried.same({"chat_template": "model.chat_template"})
+        elif carried.left.get("chat_template") == "jinja":
+            carried.same({"chat_template_jinja": "model.chat_template"})
+            carried.forget(["chat_template"])
         carried.leave(
             {
                 "sample_packing": "rows are not packed; rows of like length share a batch",
                 "flash_attention": "model.attention has auto, sdpa and eager",
                 "optimizer": "AdamW is the optimiser",
-                "chat_template": "the tokenizer's own chat template is used",
+                "chat_template": "the tokenizer's own chat template is used; model.chat_template names another",
                 "special_tokens": "the tokenizer's own are used",
             }
         )

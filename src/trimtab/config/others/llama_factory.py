@@ -75,7 +75,7 @@ class LlamaFactoryConfig(OtherConfig):
             carried.forget(["optim"])
         carried.leave(
             {
-                "template": "the tokenizer's own chat template is used",
+                "template": "the tokenizer's own chat template is used; model.chat_template names another",
                 "packing": "rows are not packed; rows of like length share a batch",
                 "optim": "AdamW is the optimiser",
                 "flash_attn": "model.attention has auto, sdpa and eager",
