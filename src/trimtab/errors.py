@@ -8,14 +8,28 @@ from __future__ import annotations
 import difflib
 import errno
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+# Control characters but for tab and line feed, separators of lines, what turns the direction of text around, and halves
+# of surrogate pairs, which cannot be written at all.
+_ACTING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """``text`` as it can be printed, wherever it came from: a character that would drive a terminal, or turn the text
+    around it, is shown as its escape, such as ``\\x1b``. Everything that is printed or put on a page passes here."""
+    return _ACTING.sub(lambda acting: ascii(acting[0])[1:-1], text.replace("\r\n", "\n"))
+
 
 class TrimtabError(Exception):
-    """Base of every error that trimtab raises on purpose."""
+    """Base of every error that trimtab raises on purpose. Its message is printable, whatever names it quotes."""
+
+    def __init__(self, *said: object) -> None:
+        super().__init__(*(printable(one) if isinstance(one, str) else one for one in said))
 
 
 class ConfigError(TrimtabError):

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -15,6 +15,7 @@ from rich.text import Text
 from memory_bench import MemoryListener
 from memory_cell import CurvePoint
 from memory_study import CONTENDERS, SEARCH_SEED, Arm, MemoryCell, MemoryStudy
+from trimtab.cli.displays.console import Terminal
 from trimtab.cli.displays.progress import clock
 
 _LEVELS = "▁▂▃▄▅▆▇█"
@@ -30,7 +31,7 @@ def sparkline(accuracies: list[float]) -> str:
 class MemoryDisplay(MemoryListener):
     """Draws a study on ``console``. Use it as a context: the live part ends with it, whatever happens."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Terminal) -> None:
         self._console = console
         self._live: Live | None = None
         self._study: MemoryStudy | None = None

@@ -24,15 +24,14 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def run(file: str, *overrides: str) -> None:
-    from rich.console import Console
-
     from memory_bench import memorize
     from memory_display import MemoryDisplay
     from memory_page import arms_table, footnote, write_memory_page
     from memory_study import load_memory_study
+    from trimtab.cli.displays.console import Terminal
 
     study, out = load_memory_study(file, overrides)
-    console = Console()
+    console = Terminal()
     if not console.is_terminal:
         console.width = 130  # in a file or a pipe no line of the table has to be cut
     with MemoryDisplay(console) as display:
@@ -41,7 +40,7 @@ def run(file: str, *overrides: str) -> None:
     console.print()
     console.print(arms_table(results))
     for line in (footnote(results), f"results: {out / 'memorize.json'}, {out / 'memorize.csv'}", f"page: {page}"):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
 
 
 if __name__ == "__main__":

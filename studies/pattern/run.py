@@ -28,16 +28,15 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def run(file: str, *overrides: str) -> None:
-    from rich.console import Console
-
     from pattern_page import pattern_table, write_pattern_page
     from pattern_results import write_results
     from pattern_study import load_pattern_study, run_cells
+    from trimtab.cli.displays.console import Terminal
     from trimtab.cli.displays.run import RunDisplay
     from trimtab.errors import Interrupted, RunError
     from trimtab.files import locked, read_json
 
-    console = Console()
+    console = Terminal()
     if not console.is_terminal:
         console.width = 140  # in a file or a pipe no line of the table has to be cut
     study = load_pattern_study(file, overrides)
@@ -55,7 +54,7 @@ def run(file: str, *overrides: str) -> None:
         page = write_pattern_page(study.folder)
         console.print()
         console.print(pattern_table(read_json(study.folder / "pattern.json")))
-        console.print(f"\npage: {page}", highlight=False, soft_wrap=True)
+        console.print(f"\npage: {page}", soft_wrap=True)
     reasons = "".join(f"\n  {cell}: {reason}" for cell, reason in failed)
     if stopped:
         raise Interrupted(f"stopped; every finished run is kept. Go on with the same command.{reasons}")

@@ -14,7 +14,7 @@ import typer
 
 from trimtab import __version__, listing
 from trimtab.cli import verbs
-from trimtab.cli.exits import exit_code
+from trimtab.cli.exits import exit_code, say
 
 _FIRST = ("init", "finetune", "plan", "evaluate", "generate", "merge", "analyze", "compare", "explore", "doctor")
 """The order of these verbs in the help, as people use them; others follow by name."""
@@ -31,7 +31,7 @@ app = typer.Typer(
 
 def _version(asked: bool) -> None:
     if asked:
-        typer.echo(f"trimtab {__version__}")
+        say(f"trimtab {__version__}")
         raise typer.Exit
 
 

@@ -10,11 +10,16 @@ import sys
 from collections.abc import Callable
 
 from trimtab.cli.terminal import make_safe
-from trimtab.errors import Interrupted, TrimtabError, machine_refusal
+from trimtab.errors import Interrupted, TrimtabError, machine_refusal, printable
 from trimtab.machine import keep_few_products
 
 # transformers imports these where they are installed, needed or not, and they tell what kernels they have not.
 _CHATTY = ("torchao", "bitsandbytes", "torch.utils._pytree")
+
+
+def say(text: str, *, error: bool = False) -> None:
+    """Print a plain line, to standard error if it is an ``error``. Whatever it quotes cannot drive the terminal."""
+    print(printable(text), file=sys.stderr if error else sys.stdout)
 
 
 def exit_code(work: Callable[[], int | None]) -> int:
@@ -26,10 +31,10 @@ def exit_code(work: Callable[[], int | None]) -> int:
     try:
         return work() or 0
     except Interrupted as stopped:
-        print(f"\n{stopped}", file=sys.stderr)
+        say(f"\n{stopped}", error=True)
         return 130
     except TrimtabError as error:
-        print(f"trimtab: {error}", file=sys.stderr)
+        say(f"trimtab: {error}", error=True)
         return 1
     except Exception as error:
         # The machine's fault and not ours, such as a full disk. (A pipe whose reader went away raises nothing.)
@@ -38,5 +43,5 @@ def exit_code(work: Callable[[], int | None]) -> int:
             said = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error)
         if said is None:
             raise
-        print(f"trimtab: {said}", file=sys.stderr)
+        say(f"trimtab: {said}", error=True)
         return 1

@@ -11,6 +11,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
 from trimtab.data.tokens import IGNORED, EncodedRows
+from trimtab.errors import printable
 
 Parts = tuple[tuple[str, bool], ...]
 """Pieces of a text, each with whether it carries loss."""
@@ -66,7 +67,7 @@ def _parts(ids: Sequence[int], labels: Sequence[int], tokenizer: Any) -> Iterato
         end += sum(1 for _ in run)
         # The text up to here, less the text before: decoded alone, a run could lose the space before its first word.
         through = tokenizer.decode(list(ids[:end]), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        yield _printable(_abridged(through[len(before) :])), trained
+        yield printable(_abridged(through[len(before) :])), trained
         before = through
 
 
@@ -75,10 +76,3 @@ def _abridged(text: str) -> str:
         return text
     half = LONGEST // 2
     return f"{text[:half]} [... {len(text) - 2 * half:,} characters ...] {text[-half:]}"
-
-
-def _printable(text: str) -> str:
-    """Escape control characters, so that a row cannot move the cursor or colour the terminal."""
-    return "".join(
-        char if char in "\n\t" or char.isprintable() else char.encode("unicode_escape").decode() for char in text
-    )

@@ -77,7 +77,7 @@ def test_text_from_data_is_no_markup(run: Path) -> None:
     file.write_text("\n".join(json.dumps(row) for row in rows))
     printed = " ".join(" ".join(row) for row in lines(answers_table(read_run(run))))
     assert "[red]x[/]" in printed
-    assert "�[2J[bold]" in printed
+    assert r"\x1b[2J[bold]" in printed
     assert "\x1b" not in printed
 
 

@@ -27,8 +27,8 @@ def test_a_page_may_load_nothing_and_run_nothing(tmp_path: Path) -> None:
 
 def test_text_is_escaped_and_what_cannot_be_written_is_replaced(tmp_path: Path) -> None:
     text = page(tmp_path, text="<i>\x1b[2J \ud800")
-    assert "<title>&lt;i&gt;\ufffd[2J \ufffd</title>" in text
-    assert "<p>&lt;i&gt;\ufffd[2J \ufffd</p>" in text
+    assert "<title>&lt;i&gt;\\x1b[2J \\ud800</title>" in text
+    assert "<p>&lt;i&gt;\\x1b[2J \\ud800</p>" in text
 
 
 def test_a_table_has_words_to_the_left_and_numbers_to_the_right(tmp_path: Path) -> None:

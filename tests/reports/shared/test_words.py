@@ -56,7 +56,3 @@ def test_a_shortened_text_keeps_both_ends_and_whole_words() -> None:
 def test_a_text_without_spaces_is_shortened_all_the_same() -> None:
     short = words.shorten("x" * 500, 60)
     assert 50 <= len(short) <= 60
-
-
-def test_characters_that_act_are_taken_out() -> None:
-    assert words.clean("a\x1b[31mb\x00c\td\ne\r\u009b\ud800") == "a�[31mb�c\td\ne��"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+from trimtab.cli.displays.console import Terminal
 
 
 def clock(seconds: float) -> str:
@@ -19,7 +20,7 @@ class ProgressLine:
     """One bar on the last line of a terminal. Anywhere else (and on a terminal that cannot move its cursor) it draws
     nothing, but still knows how much time is left."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Terminal) -> None:
         self._console = console
         self._drawn: tuple[Progress, TaskID] | None = None
         self._began = (0.0, 0)
@@ -36,10 +37,10 @@ class ProgressLine:
         if not self._console.is_terminal or self._console.is_dumb_terminal:
             return
         progress = Progress(
-            TextColumn("  {task.description}"),
+            TextColumn("  {task.description}", markup=False),
             BarColumn(bar_width=None),
-            TextColumn("{task.completed}/{task.total}"),
-            TextColumn("{task.fields[info]}"),
+            TextColumn("{task.completed}/{task.total}", markup=False),
+            TextColumn("{task.fields[info]}", markup=False),
             console=self._console,
             expand=True,
         )

@@ -5,11 +5,9 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Any, Self
 
-from rich.console import Console
-
+from trimtab.cli.displays.console import Terminal
 from trimtab.cli.displays.progress import ProgressLine
 from trimtab.metrics import compared
-from trimtab.reports.shared import words
 from trimtab.runs.events import Listener
 
 
@@ -21,9 +19,9 @@ def _shares(row: dict[str, Any]) -> list[str]:
 class RunDisplay(Listener):
     """Draws a run on ``console``. Use it as a context: the bar goes with it, whatever happens."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Terminal) -> None:
         self._console = console
-        self._asides = Console(stderr=True)
+        self._asides = Terminal(stderr=True)
         self._bar = ProgressLine(console)
         self._last: dict[str, Any] = {}
         self._steps = 0
@@ -39,15 +37,15 @@ class RunDisplay(Listener):
 
     def stage(self, text: str) -> None:
         self._bar.stop()
-        self._console.print(text, style="bold", highlight=False, markup=False, soft_wrap=True)
+        self._console.print(text, style="bold", soft_wrap=True)
 
     def note(self, text: str) -> None:
-        self._console.print(f"  {text}", highlight=False, markup=False, soft_wrap=True)
+        self._console.print(f"  {text}", soft_wrap=True)
 
     def remark(self, text: str) -> None:
         # Where a bar is drawn, whatever is printed has to go by its console.
         console = self._console if self._bar.drawn else self._asides
-        console.print(f"  note: {words.clean(text)}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"  note: {text}", style="yellow", soft_wrap=True)
 
     def show(self, renderable: Any) -> None:
         self._console.print(renderable, soft_wrap=not self._console.is_terminal)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from rich.console import Console
-
+from trimtab.cli.displays.console import Terminal
 from trimtab.cli.displays.run import OneOfManyDisplay
 from trimtab.metrics import METRICS
 from trimtab.reports.search.search_words import plan_words, score_words
@@ -15,7 +14,7 @@ from trimtab.studies.plan_search import SearchListener
 class SearchDisplay(OneOfManyDisplay, SearchListener):
     """Draws a search on ``console``; ``metric`` is what it improves."""
 
-    def __init__(self, console: Console, metric: str) -> None:
+    def __init__(self, console: Terminal, metric: str) -> None:
         super().__init__(console)
         self._metric = metric
 

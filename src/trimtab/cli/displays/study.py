@@ -7,9 +7,9 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from trimtab.cli.displays.console import Terminal
 from trimtab.cli.displays.run import OneOfManyDisplay
 from trimtab.metrics import first_in
 from trimtab.reports.shared import words
@@ -22,7 +22,7 @@ from trimtab.studies.study_cells import Cell, Study
 class StudyDisplay(StudyListener, OneOfManyDisplay):
     """Draws a study on ``console``; of each run only the live line."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Terminal) -> None:
         super().__init__(console)
         self._heading = ""
         # Of the searches for learning rates (True), and of the runs: a run takes longer than a search does.

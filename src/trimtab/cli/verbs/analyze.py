@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from trimtab.cli.exits import say
+
 SHORT_HELP = "How far each weight of a tuned model moved, in magnitude and direction."
 
 
@@ -27,15 +29,15 @@ def command(
     ] = True,
 ) -> None:
     """Compare the weights of tuned models with their base: dM, dD, their correlation, spectra, extreme rows."""
-    from rich.console import Console
     from rich.progress import Progress
 
     from trimtab.analysis.changes import analyse
     from trimtab.analysis.write import write_changes
+    from trimtab.cli.displays.console import Terminal
     from trimtab.models.locate import locate
     from trimtab.reports.study.weight_changes import changes_table, correlations_table, write_changes_page
 
-    console = Console()
+    console = Terminal()
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("weights", total=None)
         changes = list(
@@ -45,7 +47,7 @@ def command(
                 match=match,
                 spectra=spectra,
                 progress=lambda done, total: progress.update(task, completed=done, total=total),
-                note=lambda text: console.print(text, highlight=False, soft_wrap=True),
+                note=lambda text: console.print(text, soft_wrap=True),
             )
         )
     analysis = write_changes(out, base, changes)
@@ -53,4 +55,4 @@ def command(
     console.print(changes_table(analysis))
     console.print()
     console.print(correlations_table(analysis))
-    typer.echo(f"\ntables: {out / 'changes.csv'}, {out / 'changes.json'}\npicture: {page}")
+    say(f"\ntables: {out / 'changes.csv'}, {out / 'changes.json'}\npicture: {page}")

@@ -48,8 +48,7 @@ def command(
             if name not in known:
                 raise typer.BadParameter(f"{option}: '{name}' is not in this study; it has {', '.join(known)}")
 
-    from rich.console import Console
-
+    from trimtab.cli.displays.console import Terminal
     from trimtab.cli.displays.study import StudyDisplay, cells_table
     from trimtab.errors import Interrupted, RunError
     from trimtab.reports.study.comparison import findings, study_tables
@@ -57,7 +56,7 @@ def command(
     from trimtab.studies.compare import Selection, compare
     from trimtab.studies.study_results import write_results
 
-    console = Console()
+    console = Terminal()
     if plan:
         console.print(cells_table(loaded))
         return
@@ -75,7 +74,7 @@ def command(
         console.print()
         console.print(table)
     for sentence in findings(results):
-        console.print(sentence, highlight=False, markup=False)
+        console.print(sentence)
     console.print(f"\ntables: {loaded.folder / 'results.csv'}, {loaded.folder / 'results.json'}", soft_wrap=True)
     console.print(f"page: {page}", soft_wrap=True)
     if stopped is not None:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from trimtab.cli.exits import say
 from trimtab.cli.importing import importing
 
 SHORT_HELP = "Say what this machine has, and what would help."
@@ -24,16 +25,16 @@ def command(as_json: Annotated[bool, typer.Option("--json", help="Print JSON in 
 
     found = diagnose()
     if as_json:
-        typer.echo(json.dumps(asdict(found), indent=2))
+        say(json.dumps(asdict(found), indent=2))
     else:
         width = max(len(name) for rows in found.sections.values() for name in rows)
         for title, rows in found.sections.items():
-            typer.echo(f"{title}")
+            say(f"{title}")
             for name, value in rows.items():
-                typer.echo(f"  {name:<{width}}  {value}")
+                say(f"  {name:<{width}}  {value}")
         for title, sentences in (("does not work", found.broken), ("would help", found.advice)):
             for sentence in sentences:
-                typer.echo(f"{title}: {sentence}")
+                say(f"{title}: {sentence}")
         if not found.broken and not found.advice:
-            typer.echo("nothing is amiss")
+            say("nothing is amiss")
     raise typer.Exit(1 if found.broken else 0)

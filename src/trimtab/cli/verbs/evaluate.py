@@ -64,14 +64,13 @@ def command(
     ] = None,
 ) -> None:
     """Evaluate a run or a model: accuracy and F1 for closed answers, exact match for open ones, perplexity for text."""
-    from rich.console import Console
-
+    from trimtab.cli.displays.console import Terminal
     from trimtab.cli.displays.run import RunDisplay
 
     with importing():
         from trimtab.evaluation.run import measure
 
-    console = Console()
+    console = Terminal()
     with RunDisplay(console) as display:
         folder, written = measure(
             target,
@@ -102,4 +101,4 @@ def command(
             console.print(run_tables.confusion_table(result))
         if result.questions:
             console.print(run_tables.questions_table(result))
-    console.print(f"results and predictions: {folder}", highlight=False, soft_wrap=True)
+    console.print(f"results and predictions: {folder}", soft_wrap=True)

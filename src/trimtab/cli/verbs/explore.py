@@ -32,14 +32,13 @@ def command(
 
     loaded = load_explore(config, overrides or [])
 
-    from rich.console import Console
-
+    from trimtab.cli.displays.console import Terminal
     from trimtab.cli.displays.search import SearchDisplay
     from trimtab.reports.search.search_words import confirmation_words, trials_table
     from trimtab.runs.read import read_search_results
     from trimtab.studies.explore import explore
 
-    console = Console()
+    console = Terminal()
     display = SearchDisplay(console, loaded.base.train.metric)
     with display:
         folder = explore(loaded, display)
@@ -48,11 +47,11 @@ def command(
     console.print()
     console.print(trials_table(outcome))
     if outcome.confirmation:
-        console.print(f"\n{confirmation_words(outcome)}", highlight=False)
+        console.print(f"\n{confirmation_words(outcome)}")
     others = [folder / f"{name}.yaml" for name in ("best_mixed", "best_uniform") if getattr(outcome, name) is not None]
     for line in (
         f"\nbest: {folder / 'best.yaml'}" + (f" (also {', '.join(each.name for each in others)})" if others else ""),
         f"page: {folder / 'explore.html'}",
         f"train it: {pasted('finetune', folder / 'best.yaml')}",
     ):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)

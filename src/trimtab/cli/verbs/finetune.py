@@ -55,14 +55,13 @@ def command(
         )
     loaded = _load(config, finlora, overrides or [])
 
-    from rich.console import Console
-
+    from trimtab.cli.displays.console import Terminal
     from trimtab.cli.displays.run import RunDisplay
     from trimtab.reports.run import run_tables
     from trimtab.reports.shared import words
     from trimtab.runs.read import read_run
 
-    console = Console()
+    console = Terminal()
     with RunDisplay(console) as display:
         with importing():
             from trimtab.training.run import finetune
@@ -79,7 +78,6 @@ def command(
     console.print(
         f"trained {summary.trainable_parameters:,} of {summary.total_parameters:,} parameters in "
         f"{words.duration(summary.training_seconds or 0.0)}, peak memory {words.gib(summary.peak_memory_gib or 0.0)}",
-        highlight=False,
     )
     try_it = pasted("generate", _short(folder.path), text=_question(folder, summary.form))
     for line in (
@@ -87,7 +85,7 @@ def command(
         f"report: {_short(folder.report)}",
         f"try it: {try_it}",
     ):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
 
 
 def _question(folder: RunFolder, form: str | None) -> str:
@@ -118,10 +116,10 @@ def _load(config: str, finlora: Path | None, overrides: Sequence[str]) -> RunCon
 
 def _print_runs(path: Path) -> None:
     """One line for each run of a FinLoRA file."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
+    from trimtab.cli.displays.console import Terminal
     from trimtab.config.finlora import check_entry, read_entries
 
     table = Table(box=None, header_style="bold")
@@ -134,7 +132,7 @@ def _print_runs(path: Path) -> None:
         batch = f"{entry.batch_size} x {entry.gradient_accumulation_steps}"
         cells = (name, entry.variant, entry.base_model, entry.dataset_path, f"{entry.num_epochs:g}", batch)
         table.add_row(*map(Text, cells), f"{entry.learning_rate:g}")
-    console = Console()
+    console = Terminal()
     if not console.is_terminal:  # a pipe has no width to keep to, and names are there to be copied
         console.width = 160
     console.print(table)

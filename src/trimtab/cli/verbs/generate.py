@@ -36,8 +36,8 @@ def command(
 
     with importing():
         import torch
-        from transformers import TextStreamer
 
+        from trimtab.cli.displays.answer import AnswerStreamer
         from trimtab.data import forms
         from trimtab.data.tokens import encode_prompt
         from trimtab.errors import DataError
@@ -67,6 +67,6 @@ def command(
             max_new_tokens=min(max_new_tokens, room),
             eos_token_id=end_tokens(loaded.model, tokenizer) or None,
             pad_token_id=tokenizer.pad_token_id,
-            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+            streamer=AnswerStreamer(tokenizer),
             **drawn,
         )

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from trimtab.cli.exits import say
 from trimtab.cli.importing import importing
 from trimtab.hints import pasted
 
@@ -82,16 +83,16 @@ def command(
             told = ", ".join(f"{name} ({why})" for name, why in _METHODS.items())
             method = _ask(f"Method: {told}\nWhich", "--method", "dora", required=False)
             _require_known(method)
-        typer.echo("looking at the rows and at the machine")
+        say("looking at the rows and at the machine")
         with importing():
             from trimtab.drafting import Wish, draft
 
         made = draft(Wish(model, train, None if test == "none" else test, method), file)
     write_atomically(file, lambda path: path.write_text(made.text, encoding="utf-8"))
     for note in made.notes:
-        typer.echo(f"  {note}")
-    typer.echo(f"\n{made.text}")
-    typer.echo(f"written to {file}. Next:\n  {pasted('plan', file)}\n  {pasted('finetune', file)}")
+        say(f"  {note}")
+    say(f"\n{made.text}")
+    say(f"written to {file}. Next:\n  {pasted('plan', file)}\n  {pasted('finetune', file)}")
 
 
 def _require_known(method: str) -> None:

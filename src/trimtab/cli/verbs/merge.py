@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from trimtab.cli.exits import say
 from trimtab.cli.verbs._arguments import RunPath
 
 
@@ -79,14 +80,14 @@ def command(
         base=source_of(loaded.config),
         chat=summary is not None and summary.form == "chat",
     )
-    typer.echo(f"merged {len(report.modules)} modules into {out}")
+    say(f"merged {len(report.modules)} modules into {out}")
     stored = str(loaded.model.dtype).removeprefix("torch.")
     if quantisation != "none":
-        typer.echo(f"the run is quantised ({quantisation}); merged onto the {onto} weights")
+        say(f"the run is quantised ({quantisation}); merged onto the {onto} weights")
         stored = quantisation if onto is Onto.requantised else stored
-    typer.echo(f"largest rounding of a merged weight to {stored}: {report.rounding:.1e} of its norm")
-    typer.echo(f"merged against unmerged, on {difference.tokens} random tokens: {difference}")
+    say(f"largest rounding of a merged weight to {stored}: {report.rounding:.1e} of its norm")
+    say(f"merged against unmerged, on {difference.tokens} random tokens: {difference}")
     for name in report.untied:
-        typer.echo(f"{name} was tied to another module and has a weight of its own now")
+        say(f"{name} was tied to another module and has a weight of its own now")
     for sentence in told:
-        typer.echo(sentence)
+        say(sentence)

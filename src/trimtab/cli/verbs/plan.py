@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from trimtab.cli.exits import say
 from trimtab.cli.importing import importing
 from trimtab.cli.verbs._arguments import ConfigPath, Overrides
 
@@ -37,23 +38,23 @@ def command(
 
     described = describe_run(Job.of(loaded), length)
     if as_json:
-        typer.echo(json.dumps(described, indent=2))
+        say(json.dumps(described, indent=2))
         return
 
-    from rich.console import Console
     from rich.table import Table
 
+    from trimtab.cli.displays.console import Terminal
     from trimtab.reports.run import run_tables
     from trimtab.runs.records import PlanRecord
 
-    console = Console()
-    console.print(f"model: {loaded.model.name}", highlight=False, soft_wrap=True)
+    console = Terminal()
+    console.print(f"model: {loaded.model.name}", soft_wrap=True)
     if loaded.quantisation != "none":
-        console.print(f"quantisation: {loaded.quantisation}, all linear layers but the output head", highlight=False)
+        console.print(f"quantisation: {loaded.quantisation}, all linear layers but the output head")
     plan = PlanRecord.read(described)
     console.print(run_tables.plan_table(plan))
     for line in plan.remarks():
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
     if modules:
         table = Table("module", "method", "rule", "out x in", "parameters", box=None, header_style="bold")
         for module in plan.modules:
@@ -62,4 +63,4 @@ def command(
         console.print(table)
     console.print(run_tables.memory_table(described["memory"]))
     for line in run_tables.memory_lines(described["memory"]):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)

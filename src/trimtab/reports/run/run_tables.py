@@ -9,6 +9,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from trimtab.errors import printable
 from trimtab.metrics import of_kind
 from trimtab.reports.run import pairs, prompts
 from trimtab.reports.run.measured import baseline, measured
@@ -165,7 +166,7 @@ def _table(**settings: Any) -> Table:
 
 def _text(text: str) -> Text:
     """Text from data: never markup, never a control character."""
-    return Text(words.clean(text))
+    return Text(printable(text))
 
 
 def _short(text: str, limit: int) -> Text:

@@ -13,6 +13,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from trimtab.errors import printable
 from trimtab.files import write_text
 from trimtab.reports.shared import words
 
@@ -36,7 +37,7 @@ def _environment(folder: Path) -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
         # Whatever a template shows: text from data never acts, and is never a character that cannot be written.
-        finalize=lambda value: words.clean(value) if isinstance(value, str) else value,
+        finalize=lambda value: type(value)(printable(value)) if isinstance(value, str) else value,
     )
     environment.filters.update(
         {form.__name__: form for form in (words.percent, words.small_percent, words.count, words.number)},

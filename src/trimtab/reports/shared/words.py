@@ -10,12 +10,6 @@ from typing import Any
 
 DASH = "–"
 
-# Control characters (they can drive a terminal) and halves of surrogate pairs (they cannot be written as UTF-8).
-_UNPRINTABLE = {
-    code: "\ufffd" for code in (*range(32), *range(127, 160), *range(0xD800, 0xE000)) if chr(code) not in "\t\n"
-}
-_UNPRINTABLE[ord("\r")] = ""
-
 
 def percent(share: float | None, digits: int = 1) -> str:
     """``0.8534`` as ``85.3 %``."""
@@ -122,11 +116,6 @@ def _option(value: Any) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def clean(text: str) -> str:
-    """``text`` without characters that would act on a terminal or could not be written at all."""
-    return text.translate(_UNPRINTABLE)
 
 
 def shorten(text: str, limit: int) -> str:

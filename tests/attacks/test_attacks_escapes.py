@@ -1,0 +1,129 @@
+"""Names, rows and answers that try to drive the terminal, or to turn the text around them, are shown as escapes: in
+everything that is printed, in every error and on every page."""
+
+from __future__ import annotations
+
+import ast
+import io
+from pathlib import Path
+
+import pytest
+from rich.progress import Progress, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+import trimtab
+from trimtab.cli.displays.console import Terminal
+from trimtab.cli.displays.run import RunDisplay
+from trimtab.cli.exits import exit_code, say
+from trimtab.errors import TrimtabError, printable
+
+CLI = Path(trimtab.__file__).parent / "cli"
+STUDIES = Path(__file__).parents[2] / "studies"
+CLEAR, TITLE, LINK = "\x1b[2J\x1b[H", "\x1b]0;owned\x07", "\x1b]8;;http://host.invalid\x1b\\here\x1b]8;;\x1b\\"
+HOSTILE = [
+    CLEAR,
+    TITLE,
+    LINK,
+    "\x9b2J",
+    "a\rb",
+    "a\x08b",
+    "\x0c",
+    "\u202egpj.exe",
+    "\u2066a\u2069",
+    "\u2028",
+    "\x00",
+    "\ud800",
+]
+
+
+def acts(text: str) -> list[str]:
+    """The characters in ``text`` that a terminal, or the text around them, would obey."""
+    odd = {*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029, *range(0x202A, 0x202F), *range(0x2066, 0x206A)}
+    return [char for char in text if (ord(char) in odd and char not in "\n\t") or 0xD800 <= ord(char) < 0xE000]
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=ascii)
+def test_what_acts_is_shown_as_its_escape(text: str) -> None:
+    shown = printable(f"before {text} after")
+    assert not acts(shown)
+    assert shown.startswith("before ")
+    assert shown.endswith(" after")
+    assert "\\" in shown
+    shown.encode("utf-8")
+
+
+@pytest.mark.parametrize("text", ["späť", "שלום", "مرحبا", "日本語\n\t🏴󠁧󠁢󠁥󠁮󠁧󠁿👩‍👩‍👧", "a\\x1b", "[bold]a[/bold] :bomb:"])
+def test_what_people_write_stays(text: str) -> None:
+    assert printable(text) == text
+    Terminal(file=(out := io.StringIO()), width=200).print(text)
+    assert out.getvalue() == text.expandtabs(8) + "\n"
+
+
+def test_lines_of_windows_end_as_lines() -> None:
+    assert printable("a\r\nb\r") == "a\nb\\r"
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=ascii)
+def test_errors_are_printable_when_they_are_made(text: str) -> None:
+    for error in (TrimtabError(text), trimtab.AdapterError(f"{text}: no such folder", 7)):
+        assert not acts(str(error))
+        assert not acts(error.args[0])
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=ascii)
+def test_a_terminal_draws_nothing_that_acts(text: str) -> None:
+    """With colours off, no control character is left at all: none of rich's own, and none of the text's."""
+    console = Terminal(file=(out := io.StringIO()), width=80, color_system=None)
+    table = Table(text, title=text, caption=text)
+    table.add_row(text)
+    table.add_row(Text(text, style="bold"))
+    for shown in (text, Text(text), table, f"[link=http://host.invalid]{text}[/link]"):
+        console.print(shown)
+    display = RunDisplay(console)
+    display.stage(text)
+    display.note(text)
+    display.evaluating(text, 1, 2)
+    assert not acts(out.getvalue())
+    assert "[link=" in out.getvalue()
+    assert ascii(text)[1:5] in out.getvalue()
+
+
+def test_a_bar_draws_no_names_that_act() -> None:
+    console = Terminal(file=(out := io.StringIO()), width=200, force_terminal=True, color_system=None)
+    with Progress(TextColumn("{task.description}"), console=console) as progress:
+        progress.add_task(f"{CLEAR}[bold]set")
+    assert CLEAR not in out.getvalue()
+    assert r"\x1b[2J" in out.getvalue()
+
+
+def test_lines_and_errors_of_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def fails() -> None:
+        raise OSError(2, f"No such{CLEAR} file", f"a{TITLE}b")
+
+    for text in HOSTILE:
+        say(text)
+        say(text, error=True)
+    assert exit_code(fails) == 1
+    said = capsys.readouterr()
+    assert not acts(said.out + said.err)
+    assert r"a\x1b]0;owned\x07b: No such\x1b[2J\x1b[H file" in said.err
+
+
+def test_an_answer_is_printed_as_text(capsys: pytest.CaptureFixture[str]) -> None:
+    from trimtab.cli.displays.answer import AnswerStreamer
+
+    AnswerStreamer(None).on_finalized_text(f"north {CLEAR}gate\n", stream_end=True)
+    assert capsys.readouterr().out == "north \\x1b[2J\\x1b[Hgate\n\n"
+
+
+@pytest.mark.parametrize(
+    "file", [*CLI.rglob("*.py"), *STUDIES.rglob("*.py")], ids=lambda file: f"{file.parent.name}/{file.name}"
+)
+def test_nothing_is_printed_in_another_way(file: Path) -> None:
+    """Neither by print, nor by typer, nor on a console that takes markup and lets escapes through."""
+    calls = [node for node in ast.walk(ast.parse(file.read_text("utf-8"))) if isinstance(node, ast.Call)]
+    names = {ast.unparse(call.func) for call in calls if ast.unparse(call) != "print(__doc__)"}
+    ways = {"print", "typer.echo", "typer.secho", "click.echo", "Console", "sys.stdout.write", "sys.stderr.write"}
+    allowed = {"print"} if file == CLI / "exits.py" else set()
+    assert names & ways <= allowed
