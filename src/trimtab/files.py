@@ -2,39 +2,32 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import platform
+import re
+import secrets
 import shutil
-import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 from trimtab.errors import RunError
 
 
 def write_atomically(path: Path | str, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a temporary sibling of ``path``, then move that into place in one step."""
+    """Let ``write`` make a file of the name of ``path`` in a temporary folder beside it, then move that into place in
+    one step."""
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    with temporary_folder(target.parent) as folder:
+        fresh = folder / target.name
+        write(fresh)
+        open_to_readers(folder)
+        fresh.replace(target)
 
 
 def write_folder(target: Path, fill: Callable[[Path], None], *, replace: bool) -> None:
@@ -42,16 +35,13 @@ def write_folder(target: Path, fill: Callable[[Path], None], *, replace: bool) -
 
     If ``target`` exists by then, ``replace`` decides whether it is replaced or kept; an empty folder is replaced.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    fresh = target.with_name(f".{target.name}.{uuid4().hex}")
-    old = target.with_name(f"{fresh.name}.old")
-    fresh.mkdir()
-    try:
+    with temporary_folder(target.parent) as folder:
+        fresh, old = folder / "new", folder / _REPLACED / target.name
+        fresh.mkdir()
         fill(fresh)
-        for file in fresh.rglob("*"):
-            if file.is_file():  # some writers make files that only their owner may read
-                file.chmod(fresh.stat().st_mode & 0o666)
+        open_to_readers(fresh)
         if replace and target.exists():
+            old.parent.mkdir()
             target.rename(old)
         try:
             fresh.rename(target)
@@ -60,9 +50,86 @@ def write_folder(target: Path, fill: Callable[[Path], None], *, replace: bool) -
                 old.rename(target)
             if replace or not target.exists():
                 raise
+
+
+@contextmanager
+def temporary_folder(parent: Path) -> Iterator[Path]:
+    """A new folder in ``parent``, for what is moved to its place once it is complete. It goes when the context ends,
+    and if this process is killed before that, when the next one comes here.
+
+    If there is still a folder `COMPLETE` in it at the end, it stays: whoever comes next has to finish the move.
+    """
+    parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(parent)
+    folder = parent / f".saving-{_host()}-{os.getpid()}-{secrets.token_hex(4)}"
+    _ours.add(folder.name)
+    try:
+        folder.mkdir()
+        yield folder
     finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        if not (folder / COMPLETE).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+        _ours.discard(folder.name)
+
+
+COMPLETE = "complete"
+_TEMPORARY = re.compile(r"\.saving-(?P<host>[0-9a-f]{8})-(?P<process>\d+)-[0-9a-f]{8}")
+_OF_0_1 = re.compile(r"\.saving-[a-z0-9_]{8}")  # does not say whose it was
+_REPLACED = "replaced"
+_ours: set[str] = set()
+"""The names of the temporary folders that this process has now."""
+
+
+def remove_leftovers(folder: Path, *, alone: bool = False) -> None:
+    """Remove the temporary folders that killed processes left in ``folder``.
+
+    ``alone``: the caller holds a lock, so that nobody else can be writing here or in the folders inside. Otherwise a
+    temporary folder stays while its process may be alive: on another machine, for a day.
+    """
+    for left in leftovers(folder, alone=alone):
+        for old in left.glob(f"{_REPLACED}/*"):  # killed after this went and before the new one came
+            if not (left.parent / old.name).exists():
+                old.rename(left.parent / old.name)
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def leftovers(folder: Path, *, alone: bool = False) -> list[Path]:
+    """What `remove_leftovers` would remove."""
+    found = folder.rglob(".saving-*") if alone else folder.glob(".saving-*")
+    return sorted(one for one in found if _is_left(one, alone))
+
+
+def _is_left(folder: Path, alone: bool) -> bool:
+    """Whether ``folder`` is a temporary folder of a process that is gone."""
+    if (known := _TEMPORARY.fullmatch(folder.name)) is None:
+        return alone and _OF_0_1.fullmatch(folder.name) is not None
+    if alone or folder.name in _ours:
+        return folder.name not in _ours
+    process = int(known["process"])
+    if known["host"] == _host():
+        return process == os.getpid() or not _is_alive(process)
+    with suppress(OSError):
+        return time.time() - folder.stat().st_mtime > 24 * 60 * 60
+    return False
+
+
+def _is_alive(process: int) -> bool:
+    from psutil import pid_exists  # takes some milliseconds, and a leftover is rare
+
+    return pid_exists(process)
+
+
+@cache
+def _host() -> str:
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+
+
+def open_to_readers(folder: Path) -> None:
+    """Let whoever may read ``folder`` read the files in it; some writers make files for their owner alone."""
+    mode = folder.stat().st_mode & 0o666
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(mode)
 
 
 def write_text(path: Path | str, text: str) -> None:

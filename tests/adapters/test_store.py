@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -204,6 +205,31 @@ def test_a_folder_that_cannot_be_written(tiny_llama: Make, tmp_path: Path) -> No
     with pytest.raises(AdapterError, match="cannot be saved here"):
         trimtab.save_adapter(model, tmp_path / "taken")
     assert [path.name for path in (tmp_path / "taken").iterdir()] == [PEFT_FILES[0]]
+
+
+@pytest.mark.parametrize("plan", ["dora", "everything"])
+def test_whoever_may_read_the_description_may_read_the_tensors(plan: str, tiny_llama: Make, tmp_path: Path) -> None:
+    trimtab.save_adapter(trained(tiny_llama(), *PLANS[plan]), tmp_path)
+    description, tensors = sorted(tmp_path.iterdir())
+    assert description.stat().st_mode == tensors.stat().st_mode
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can act for another user")
+@pytest.mark.parametrize("name", PEFT_FILES)
+def test_a_file_of_another_user_is_not_called_damaged(
+    name: str, tiny_llama: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trimtab.save_adapter(trained(tiny_llama(), *PLANS["dora"]), tmp_path)
+    (tmp_path / name).chmod(0o600)
+    model = tiny_llama()
+    monkeypatch.chdir(tmp_path)  # the folders above are root's alone
+    tmp_path.chmod(0o755)
+    os.seteuid(65534)
+    try:
+        with pytest.raises(AdapterError, match=rf"{name}: permission denied; choose another place, or have its owner"):
+            trimtab.load_adapter(model, ".")
+    finally:
+        os.seteuid(0)
 
 
 def test_no_adapter_in_the_folder(tiny_llama: Make, tmp_path: Path) -> None:

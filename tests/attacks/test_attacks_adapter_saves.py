@@ -51,11 +51,11 @@ def same(one: tuple[dict[str, Tensor], list[Any]], other: tuple[dict[str, Tensor
 
 
 class Cut(BaseException):
-    """The end of the process, as far as the code that is running can tell."""
+    """Ctrl-C in the middle. (Processes that are killed: see tests/faults.)"""
 
 
 def cut_at(monkeypatch: pytest.MonkeyPatch, step: int, *, done: bool) -> list[str]:
-    """Let the process end at the ``step``-th change of the folder, after it was made (``done``) or before; returns what
+    """Interrupt the save at the ``step``-th change of the folder, after it was made (``done``) or before; returns what
     was called."""
     calls: list[str] = []
 
@@ -107,12 +107,9 @@ def test_a_save_that_is_cut_off_anywhere(
             except Cut:
                 pass
         model = fresh()
-        try:
-            trimtab.load_adapter(model, folder)
-            state = "old" if same(meaning(model), meaning(before)) else "new"
-            assert same(meaning(model), meaning(before if state == "old" else after)), calls
-        except AdapterError:
-            state = "none"
+        trimtab.load_adapter(model, folder)
+        state = "old" if same(meaning(model), meaning(before)) else "new"
+        assert same(meaning(model), meaning(before if state == "old" else after)), calls
         seen.add(state)
         # PEFT, which knows of no checks, must not take a mix either.
         if (folder / PEFT_FILES[0]).exists():
@@ -126,7 +123,7 @@ def test_a_save_that_is_cut_off_anywhere(
         if finished:
             assert state == "new"
             break
-    assert seen == {"old", "none", "new"}
+    assert seen == {"old", "new"}
     assert step > 5, "the failures were not where the changes are"
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from trimtab.errors import AdapterError, PlanError
+from trimtab.errors import AdapterError, PlanError, machine_refusal
 
 _MOST_BYTES = 64 * 2**20  # of a description; one of ten thousand modules has three million
 _LONGEST_NAME = 512
@@ -32,7 +32,7 @@ def read_description(path: Path) -> dict[str, Any]:
             raise ValueError(f"larger than {_MOST_BYTES} bytes")
         return parse_description(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise AdapterError(f"{path}: not readable as JSON ({error})") from None
+        raise AdapterError(machine_refusal(error, path) or f"{path}: not readable as JSON ({error})") from None
 
 
 def parse_description(text: str) -> dict[str, Any]:
@@ -93,6 +93,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not path.is_file():
         raise AdapterError(f"{path}: missing; the adapter is incomplete")
     try:
+        path.open("rb").close()  # safetensors takes a file that may not be read for one that is missing
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (not a mapping)
                 if len(name) > _LONGEST_NAME:
@@ -102,7 +103,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return tensors, file.metadata() or {}
     except (SafetensorError, OSError, ValueError) as error:
-        raise AdapterError(f"{path}: a damaged safetensors file ({error})") from None
+        raise AdapterError(machine_refusal(error, path) or f"{path}: a damaged safetensors file ({error})") from None
 
 
 def shown(name: object, most: int = 120) -> str:

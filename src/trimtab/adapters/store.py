@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import threading
 from collections import defaultdict
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from trimtab.adapters.formats import AdapterFormat, all_formats
 from trimtab.adapters.hub import local_folder
 from trimtab.adapters.own_tensors import as_held_in, nearly_equal
 from trimtab.adapters.parameters import Places, on_parameters
+from trimtab.adapters.placing import finish_save, replacing
 from trimtab.adapters.record import StoredAdapter
 from trimtab.adapters.renaming import as_named_in
 from trimtab.adapters.safe_read import shown
@@ -51,8 +51,8 @@ def save_adapter(model: nn.Module, folder: Path | str, *, state_dict: Mapping[st
     for an adapter of its own. Files of another format from an earlier save are removed.
 
     The old files stay until the new ones are complete, so a save that fails before that keeps the old adapter. A save
-    that is interrupted while files are moved leaves a folder without a configuration, which neither ``load_adapter``
-    nor PEFT takes for an adapter.
+    that is killed while files are moved is finished by the next ``load_adapter`` or ``save_adapter``; until then the
+    folder is without a configuration, so that PEFT does not take it for an adapter.
 
     What is trained outside of the adapters, because it was unfrozen by hand after ``attach`` (a head, a norm, a bias),
     is written with them, and so are the statistics of batch norms that have counted since. ``load_adapter`` reads it as
@@ -70,21 +70,11 @@ def save_adapter(model: nn.Module, folder: Path | str, *, state_dict: Mapping[st
     for module in adapted.values():
         module.adapter.settle(module.handle)
     target = Path(folder)
-    known = all_formats()
     try:
-        target.mkdir(parents=True, exist_ok=True)
-        with _SAVING, tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as fresh:
-            with whole_tensors(model, state_dict):
-                adapted |= {name: one.entry for name, one in unfrozen(model).items()}
-                writer = next(one for one in known if one.can_express(model, adapted))
-                writer.save(model, adapted, Path(fresh))
-            # The configuration is removed first and written last, so that it is never beside tensors of another save.
-            for one in known:
-                (target / one.files[0]).unlink(missing_ok=True)
-            for name in reversed(writer.files):
-                (Path(fresh) / name).replace(target / name)
-            for name in {one.files[1] for one in known} - set(writer.files):
-                (target / name).unlink(missing_ok=True)
+        with _SAVING, replacing(target) as fresh, whole_tensors(model, state_dict):
+            adapted |= {name: one.entry for name, one in unfrozen(model).items()}
+            writer = next(one for one in all_formats() if one.can_express(model, adapted))
+            writer.save(model, adapted, fresh)
     except (OSError, SafetensorError) as error:
         refusal = machine_refusal(error, target) or f"{target}: {error}"
         raise AdapterError(f"the adapter cannot be saved here: {refusal}") from error
@@ -193,6 +183,8 @@ def _format_of(place: Path) -> AdapterFormat:
     """The format of the adapter in ``place``."""
     known = all_formats()
     try:
+        with _SAVING:
+            finish_save(place)
         if not place.is_dir():
             what = "a file" if place.exists() else "no such folder"
             expected = " or ".join(one.files[0] for one in known)

@@ -9,7 +9,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from trimtab.errors import ModelError
+from trimtab.errors import ModelError, machine_refusal
 
 
 class Weights:
@@ -42,7 +42,8 @@ class Weights:
 @contextmanager
 def _open(file: Path) -> Iterator[safe_open]:
     try:
+        file.open("rb").close()  # safetensors takes a file that may not be read for one that is missing
         with safe_open(file, framework="pt") as reader:
             yield reader
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{file}: a damaged file ({error}).") from None
+        raise ModelError(machine_refusal(error, file) or f"{file}: a damaged file ({error}).") from None
