@@ -9,7 +9,7 @@ from trimtab.ops.ratio import ratio_of
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("spread", "in_place"), [(0.4, False), (0.4, True), (3.0, False)])
+@pytest.mark.parametrize(("spread", "in_place"), [(0.4, False), (0.4, True), (3.0, False), (3.0, True)])
 def test_ratios_keep_their_digits_in_half_precision(dtype: torch.dtype, spread: float, in_place: bool) -> None:
     """The product is exact to a rounding, and the excess over 1 costs at most half a rounding of its own (0.4 times
     half a unit)."""
@@ -37,11 +37,12 @@ def test_a_norm_of_zero_gives_a_ratio_of_zero() -> None:
     assert not ratio.near_one
 
 
+@pytest.mark.parametrize("largest", [1.25, 4.0])  # of which a half-precision copy of c - 1 is kept, or none
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_is_multiplied_stays_unless_it_is_given_up(dtype: torch.dtype) -> None:
+def test_what_is_multiplied_stays_unless_it_is_given_up(dtype: torch.dtype, largest: float) -> None:
     weight = torch.randn(6, 6).to(dtype)
     before = weight.clone()
-    ratio = ratio_of(1 + torch.rand(6) / 4, torch.ones(6), dtype)
+    ratio = ratio_of(torch.linspace(1, largest, 6), torch.ones(6), dtype)
     ratio.times(weight)
     ratio.times_rows(weight)
     assert torch.equal(weight, before)

@@ -42,8 +42,8 @@ class Ratio(NamedTuple):
     def _times(values: Tensor, factors: Tensor, excess: Tensor | None, in_place: bool) -> Tensor:
         if excess is not None and excess.dtype == values.dtype:
             return values.addcmul_(values, excess) if in_place else torch.addcmul(values, values, excess)
-        if values.dtype in HALF:
-            return (values * factors).to(values.dtype)
+        if values.dtype in HALF:  # multiplied in the dtype of the factors, and rounded once
+            return values.mul_(factors) if in_place else (values * factors).to(values.dtype)
         factors = factors.to(values.dtype)
         return values.mul_(factors) if in_place else values * factors
 
