@@ -16,7 +16,7 @@ PUBLIC = "trimtab/__init__.py"
 LAYERS = [
     *(
         "errors",
-        "files hints listing machine metrics notes",
+        "files hints listing machine metrics notes reading",
         "diagnosis",
         "ops",
         "bases",

@@ -1,4 +1,4 @@
-"""A model's chat template: where it comes from, and with what it ends a turn of the assistant.
+"""A model's chat template: where it comes from, how it is rendered, and with what it ends a turn of the assistant.
 
 A base model often ends its texts with one token (``<|endoftext|>``) and its chat template a turn with another
 (``<|im_end|>``). What is trained on conversations learns to write the second, so generation has to stop there, too.
@@ -7,11 +7,14 @@ A base model often ends its texts with one token (``<|endoftext|>``) and its cha
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from trimtab.errors import ConfigError, did_you_mean
+from trimtab.errors import ConfigError, ModelError, did_you_mean
+from trimtab.reading import MIB, BoundsError, within
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -22,6 +25,10 @@ NAMED = {"chatml": CHATML}
 
 LARGEST = 2**20
 """Bytes of a template's file; those of the field have a few thousand."""
+
+_SECONDS, _MEMORY = 20.0, 1024 * MIB
+_LETTERS, _PER_LETTER = MIB, 20
+"""Most letters of a rendered text: so many, and so many more for each letter of the messages."""
 
 _ANSWER = "Zyx"  # a word that no template changes or writes itself
 
@@ -46,8 +53,8 @@ def turn_end(tokenizer: Any) -> TurnEnd | None:
         return None
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _ANSWER}]
     try:
-        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except Exception:  # a template can fail in any way; whoever renders a row with it says how
+        text = str(render(tokenizer, messages))
+    except ModelError:  # whoever renders a row with it says so
         return None
     _, found, rest = text.rpartition(_ANSWER)
     rest = rest.strip()
@@ -95,11 +102,12 @@ def checked_template(template: str, tokenizer: Any) -> str:
     from jinja2 import TemplateSyntaxError
 
     try:
-        tokenizer.apply_chat_template([{"role": "user", "content": "a"}], chat_template=template, tokenize=False)
-    except TemplateSyntaxError as error:
-        raise ConfigError(f"model.chat_template, line {error.lineno}: {error.message}") from None
-    except Exception:  # it may refuse this conversation; rows are what it has to take
-        return template
+        render(tokenizer, [{"role": "user", "content": "a"}], chat_template=template)
+    except ModelError as error:
+        if isinstance(error.__cause__, TemplateSyntaxError):
+            said = error.__cause__
+            raise ConfigError(f"model.chat_template, line {said.lineno}: {said.message}") from None
+        return template  # it may refuse this conversation; rows are what it has to take
     return template
 
 
@@ -109,3 +117,46 @@ def unknown_marks(tokenizer: Any) -> list[str]:
         return []
     marks = dict.fromkeys(re.findall(r"<\|[A-Za-z_]+\|>", tokenizer.chat_template))
     return [mark for mark in marks if len(tokenizer(mark, add_special_tokens=False).input_ids) > 1]
+
+
+def render(tokenizer: Any, messages: Sequence[Any], *, tokenize: bool = False, **options: Any) -> Any:
+    """What ``tokenizer.apply_chat_template(messages, tokenize=tokenize, **options)`` gives.
+
+    A template is a program that came with a model. transformers runs it in jinja's sandbox; here it has an end as well:
+    so many seconds, so much memory, so long a text. Raises ModelError if it goes beyond, or fails in any other way.
+    """
+    try:
+        for template in _texts(options.get("chat_template") or getattr(tokenizer, "chat_template", None)):
+            _check_powers(template)
+        # The tokenizer's own memory is not bounded: it ends the process where there is none.
+        with within("it", seconds=_SECONDS, memory=None if tokenize else _MEMORY):
+            out = tokenizer.apply_chat_template(messages, tokenize=tokenize, **options)
+            if isinstance(out, str):
+                most = _LETTERS + _PER_LETTER * sum(len(str(message)) for message in messages)
+                if len(out) > most:
+                    raise BoundsError(f"it makes a text of {len(out):,} letters of these messages")
+    except Exception as error:  # whatever a program may raise
+        said = " ".join(str(error).split())[:400]
+        kind = "" if type(error).__name__ in ("TemplateError", "BoundsError") else f"{type(error).__name__}: "
+        raise ModelError(f"the chat template cannot render these messages: {kind}{said}") from error
+    return out
+
+
+def _texts(templates: Any) -> list[str]:
+    """One template, or several by name."""
+    if isinstance(templates, dict):
+        templates = list(templates.values())
+    return [one for one in (templates if isinstance(templates, list) else [templates]) if isinstance(one, str)]
+
+
+@lru_cache
+def _check_powers(template: str) -> None:
+    """Raise BoundsError if ``template`` takes powers: one of large numbers cannot be interrupted."""
+    from jinja2 import Environment, TemplateSyntaxError
+
+    try:
+        tokens = list(Environment().lex(template))
+    except TemplateSyntaxError:
+        return  # its rendering says where
+    if any(kind == "operator" and value == "**" for _, kind, value in tokens):
+        raise BoundsError("it takes powers (**), which are not allowed in chat templates")

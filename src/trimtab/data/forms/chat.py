@@ -12,7 +12,8 @@ from typing import Any
 
 from trimtab.data.forms import _form
 from trimtab.data.rows import Example, Row
-from trimtab.errors import DataError
+from trimtab.errors import DataError, ModelError
+from trimtab.models.chat_template import render
 
 Messages = list[dict[str, Any]]
 
@@ -49,7 +50,7 @@ class Chat(_form.Form):
         if not tokenizer.chat_template:
             raise DataError(f"{_name(tokenizer)}: the tokenizer has no chat template; use --plain")
         messages = [{"role": "user", "content": text}]
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        return str(render(tokenizer, messages, add_generation_prompt=True))
 
 
 def _name(tokenizer: Any) -> str:
@@ -111,16 +112,14 @@ def follow_template(messages: Messages, tokenizer: Any, row: Row) -> Example:
 
 
 def _render(messages: Messages, tokenizer: Any, place: str, *, generation: bool = False) -> str:
-    from jinja2 import TemplateError
-
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation))
-    except (TemplateError, TypeError, ValueError, LookupError) as error:
+        return str(render(tokenizer, messages, add_generation_prompt=generation))
+    except ModelError as error:
         roles = ", ".join(str(message["role"]) for message in messages)
         raise DataError(
-            f"{place}: the chat template cannot render these messages (roles: {roles or 'none'}): {error}. "
-            "Change the row to what the template allows, or use prompt/completion rows."
-        ) from error
+            f"{place}: {error} (roles: {roles or 'none'}). Change the row to what the template allows, or use "
+            "prompt/completion rows."
+        ) from None
 
 
 def _find_turn(messages: Messages, index: int, text: str, tokenizer: Any, place: str) -> tuple[int, int]:
@@ -157,7 +156,8 @@ def _lost(place: str, index: int, reason: str) -> DataError:
 
 def _marked_spans(messages: Messages, tokenizer: Any, place: str) -> list[tuple[int, int]]:
     """The character spans that a template with ``{% generation %}`` marks."""
-    out = tokenizer.apply_chat_template(
+    out = render(
+        tokenizer,
         messages,
         tokenize=True,
         return_dict=True,
