@@ -1,6 +1,7 @@
 """Figures and studies on the site: tables from benchmarks/results, the studies' page with theirs inside it.
 
-A page says ``<!-- figures: step -->`` where the table of that name of benchmarks/figures.py belongs.
+A page says ``<!-- figures: step -->`` where the table of that name of benchmarks/figures.py belongs. It links to the
+studies where they are in the repository; on the site they stand beside the pages.
 """
 
 from __future__ import annotations
@@ -18,19 +19,22 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).resolve().parents[2]
 STUDIES = ROOT / "studies"
 _MARK = re.compile(r"^<!-- figures: (\w+) -->$", re.MULTILINE)
-_LINK = re.compile(r"\]\(([\w./-]+)\)")
+_LINK = re.compile(r"\]\(([\w./-]+)(?:#[\w-]+)?\)")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages of the folder of studies, with the files that they link to."""
-    for page in sorted(STUDIES.glob("**/README.md")):
-        text = page.read_text("utf-8")
-        for name in dict.fromkeys(_LINK.findall(text)):
-            path = (page.parent / name).resolve()
-            if path.suffix != ".md":
-                files.append(File.generated(config, str(path.relative_to(ROOT)), abs_src_path=str(path)))
-        paragraphs = (part + _shown(part) for part in text.split("\n\n"))
+    """Add the pages of the folder of studies, and the files of it that any page links to."""
+    pages = sorted(STUDIES.glob("**/README.md"))
+    for page in pages:
+        paragraphs = (part + _shown(part) for part in page.read_text("utf-8").split("\n\n"))
         files.append(File.generated(config, str(page.relative_to(ROOT)), content="\n\n".join(paragraphs)))
+    linked = {
+        (page.parent / name).resolve()
+        for page in (*pages, *(ROOT / "docs").glob("*/*.md"))
+        for name in _LINK.findall(page.read_text("utf-8"))
+    }
+    for path in sorted(path for path in linked if STUDIES in path.parents and path.suffix != ".md"):
+        files.append(File.generated(config, str(path.relative_to(ROOT)), abs_src_path=str(path)))
     return files
 
 
@@ -45,7 +49,7 @@ def _shown(paragraph: str) -> str:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Put the tables in."""
+    """Put the tables in, and lead links to the studies to where these are on the site."""
     tables: dict[str, Callable[[], str]] = runpy.run_path(str(ROOT / "benchmarks" / "figures.py"))["TABLES"]
 
     def table(match: re.Match[str]) -> str:
@@ -53,4 +57,4 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             raise PluginError(f"{page.file.src_path}: no table is called '{match[1]}'; there are {', '.join(tables)}")
         return tables[match[1]]()
 
-    return _MARK.sub(table, markdown)
+    return _MARK.sub(table, markdown).replace("](../../studies/", "](../studies/")

@@ -80,8 +80,8 @@ def command(
             likely = [name for name in _data_files() if "test" in name and name not in train]
             test = _ask("Rows to test on, or none", "--test", next(iter(likely), "none"), required=False)
         if method is None:
-            told = ", ".join(f"{name} ({why})" for name, why in _METHODS.items())
-            method = _ask(f"Method: {told}\nWhich", "--method", "dora", required=False)
+            told = "".join(f"  {name:<6}{why}\n" for name, why in _METHODS.items())
+            method = _ask(f"Method\n{told}Which", "--method", "dora", required=False)
             _require_known(method)
         say("looking at the rows and at the machine")
         with importing():
