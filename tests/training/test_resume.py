@@ -192,11 +192,20 @@ def test_what_is_no_run_is_never_replaced(make_config: Callable[..., Any], tmp_p
     (config.output / "config.yaml").unlink()
 
     finetune(config)
-    (config.output / "thesis.txt").write_text("mine")
-    (config.output / "adapter" / "old").mkdir()
+    mine = [config.output / place for place in (
+        "thesis.txt", "README.md", "adapter/README.md", "adapter/old/thesis.txt", "evaluation/thesis.txt",
+        "checkpoints/checkpoint-3-good/adapter_config.json", "trimtab.json",
+    )]  # fmt: skip
+    for file in mine:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"mine: {file}")
+    (config.output / "checkpoints" / "checkpoint-900").mkdir()
+    (config.output / "adapter" / "tokenizer.json").write_text("of an earlier run")
     finetune(config, overwrite=True)
-    assert (config.output / "thesis.txt").read_text() == "mine"
-    assert not (config.output / "adapter" / "old").exists()
+    assert all(file.read_text() == f"mine: {file}" for file in mine)
+    assert not (config.output / "checkpoints" / "checkpoint-900").exists()
+    assert not (config.output / "adapter" / "tokenizer.json").exists()
+    assert (config.output / "adapter_config.json").is_symlink()
 
 
 def test_an_output_that_cannot_be(make_config: Callable[..., Any], tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import filecmp
 import json
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,14 +71,22 @@ class RunFolder:
 
     def link_adapter(self) -> None:
         """Make the run folder an adapter folder, too, for PEFT and all who look for the files there: links, or copies
-        where there are no links."""
+        where there are no links. A file of another's stays as it is."""
+        known = _adapter_files()
         for file in self.adapter.iterdir():
             link = self.path / file.name
+            if file.name not in known or (link.exists() and not self._is_copy(link)):
+                continue
             link.unlink(missing_ok=True)
             try:
                 link.symlink_to(Path(self.adapter.name, file.name))
             except OSError:
                 shutil.copyfile(file, link)
+
+    def _is_copy(self, file: Path) -> bool:
+        """Whether ``file`` is what `link_adapter` makes of a file of the adapter."""
+        origin = self.adapter / file.name
+        return file.is_symlink() or (file.is_file() and origin.is_file() and filecmp.cmp(file, origin, shallow=False))
 
     def evaluation(self, name: str, stage: str) -> Path:
         """The result of one test set; ``stage`` is ``before`` or ``after``."""
@@ -127,13 +137,39 @@ class RunFolder:
         return [MetricsLine.read(row) for row in rows]
 
     def clear(self) -> None:
-        """Remove what a run wrote; whatever else lies in the folder stays."""
-        for file in self.adapter.glob("*"):
-            (self.path / file.name).unlink(missing_ok=True)
-        for name in ("adapter", "checkpoints", "evaluation", "predictions", "tensorboard"):
-            shutil.rmtree(self.path / name, ignore_errors=True)
+        """Remove what a run wrote; whatever else lies in the folder, or in those that a run makes in it, stays."""
+        known = _adapter_files()
+        for name in known:
+            if self._is_copy(self.path / name):
+                (self.path / name).unlink()
+        for folder, written in [*_WRITTEN.items(), ("adapter", "|".join(map(re.escape, known)))]:
+            for path in list((self.path / folder).glob("*")):
+                if re.fullmatch(written, path.name) is not None:
+                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            with contextlib.suppress(OSError):  # another's file is in it, or there was none
+                (self.path / folder).rmdir()
         for file in (self.plan, self.metrics, self.report, self.summary, self.config):
             file.unlink(missing_ok=True)
+
+
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+    *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+)
+_WRITTEN = {
+    "checkpoints": r"(damaged-)?checkpoint-\d+|best(-\d+)?|\.saving",
+    "evaluation": r".+\.json",
+    "predictions": r".+\.jsonl",
+    "tensorboard": r"events\.out\.tfevents\..+",
+}
+"""The folders in a run's folder beside that of the adapter, and the names of what runs write there."""
+
+
+def _adapter_files() -> set[str]:
+    """The names of what runs write as their adapter."""
+    from trimtab.adapters.formats import all_formats  # torch: only where something is trained
+
+    return {*_TOKENIZER_FILES, *(name for one in all_formats() for name in one.files)}
 
 
 def find_run(config: RunConfig, *, resume: bool, overwrite: bool) -> tuple[RunFolder, Path | None, Summary | None]:
