@@ -15,6 +15,7 @@ import pytest
 
 from command_line import Result, cli
 from run_fixtures import here
+from source_paths import paths
 from tiny_runs import write_model
 from trimtab.config.read import load_config
 from trimtab.files import read_json, read_jsonl
@@ -100,7 +101,7 @@ def test_the_mlp_example_adapts_and_merges(capsys: pytest.CaptureFixture[str]) -
 @needs_wheel
 def test_the_finance_example_names_its_rows_and_its_plan(cli: Callable[..., Result]) -> None:
     config = load_config(ROOT / "examples" / "finance.yaml")
-    assert all(Path(path).is_file() for path in (*config.data.train, *config.data.test.values()))
+    assert all(Path(path).is_file() for path in (*paths(config.data.train), *paths(config.data.test).values()))
     assert config.train.epochs <= 3
     plan = json.loads(cli("plan", str(ROOT / "examples" / "finance.yaml"), "--json").out)
     assert [(rule["method"], rule["options"]["rank"], rule["modules"]) for rule in plan["rules"]] == [("dora", 16, 210)]

@@ -35,14 +35,17 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def _run_yaml() -> str:
     from trimtab.config.run import RunConfig
+    from trimtab.data.rows import Source
 
+    sources = ["", "## A source of rows", "", "What an entry of `data.train`, `data.validation` or `data.test` may be "]
+    sources += ["beside a path. [Rows from several places](../how-to/rows-from-several-places.md) has examples.", ""]
     return _schema(
         "The run's YAML",
         "A run's file, `trimtab finetune run.yaml`. The smallest one names a model and some rows; every key can be "
         "given on the command line, too, as `key.sub=value`. Paths are relative to the file. An unknown key is an "
         "error that names the nearest one.",
         RunConfig,
-    )
+    ) + "\n".join([*sources, *_table(Source.model_fields), ""])
 
 
 def _study_yaml() -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from source_paths import paths
 from trimtab import drafting
 from trimtab.cli.app import app
 from trimtab.cli.verbs import init
@@ -51,7 +52,7 @@ def test_the_file_reads_back_and_says_what_was_seen(here: Path, method: str) -> 
     output = run("sub/one.yaml", *SAID, "--test", "test.jsonl", "--method", method)
     config = load_config(here / "sub" / "one.yaml")
     assert Path(config.model.name) == here / "tiny model"
-    assert [Path(name).resolve() for name in config.data.train] == [here / "rows.jsonl"]
+    assert [Path(name).resolve() for name in paths(config.data.train)] == [here / "rows.jsonl"]
     assert config.plan[0]["method"] == method
     assert config.data.validation is None
     assert "30 rows of the form 'completion'" in output
@@ -63,7 +64,7 @@ def test_questions_are_asked_with_what_lies_here_as_answers(here: Path, monkeypa
     monkeypatch.setattr(init, "_can_ask", lambda: True)
     run(typed="tiny model\n\n\nlora\n")
     config = load_config(here / "run.yaml")
-    assert [Path(name).name for name in (*config.data.train, *config.data.test.values())] == [
+    assert [Path(name).name for name in (*paths(config.data.train), *paths(config.data.test).values())] == [
         "rows.jsonl",
         "test.jsonl",
     ]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel, ValidationError
 
+from source_paths import paths
 from trimtab.config.read import load_config, to_yaml
 from trimtab.config.run import DEFAULT_PLAN, RunConfig
 from trimtab.errors import ConfigError
@@ -56,19 +57,19 @@ def test_numbers_with_an_exponent_are_numbers(tmp_path: Path, text: str, value: 
 
 def test_one_path_or_several(tmp_path: Path) -> None:
     config = load(tmp_path, "model: m\ndata: {train: [a.jsonl, b.csv], validation: v.jsonl, test: t/fpb_test.jsonl}")
-    assert config.data.train == (str(tmp_path / "a.jsonl"), str(tmp_path / "b.csv"))
-    assert config.data.validation == (str(tmp_path / "v.jsonl"),)
-    assert config.data.test == {"fpb_test": str(tmp_path / "t" / "fpb_test.jsonl")}
+    assert paths(config.data.train) == (str(tmp_path / "a.jsonl"), str(tmp_path / "b.csv"))
+    assert paths(config.data.validation) == (str(tmp_path / "v.jsonl"),)
+    assert paths(config.data.test) == {"fpb_test": str(tmp_path / "t" / "fpb_test.jsonl")}
 
 
 def test_a_single_test_set_gets_a_name_that_a_file_can_have(tmp_path: Path) -> None:
     config = load(tmp_path, 'model: m\ndata: {train: a.jsonl, test: "my rows (2).jsonl"}')
-    assert config.data.test == {"my-rows-2": str(tmp_path / "my rows (2).jsonl")}
+    assert paths(config.data.test) == {"my-rows-2": str(tmp_path / "my rows (2).jsonl")}
 
 
 def test_test_sets_by_name(tmp_path: Path) -> None:
     config = load(tmp_path, "model: m\ndata: {train: a.jsonl, test: {fpb: f.jsonl, hub: owner/rows}}")
-    assert config.data.test == {"fpb": str(tmp_path / "f.jsonl"), "hub": "owner/rows"}
+    assert paths(config.data.test) == {"fpb": str(tmp_path / "f.jsonl"), "hub": "owner/rows"}
 
 
 def test_paths_in_the_file_are_relative_to_it_and_hub_ids_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,7 +83,7 @@ def test_paths_in_the_file_are_relative_to_it_and_hub_ids_stay(tmp_path: Path, m
     train = "[../x.jsonl, bare, rows/missing, a/missing.csv, owner/name, 'owner/name/config:train[:9]']"
     config = load(tmp_path, f"model: tiny\ndata: {{train: {train}}}\noutput: out")
     assert config.model.name == str(tmp_path / "tiny")
-    assert config.data.train == (
+    assert paths(config.data.train) == (
         str(tmp_path.parent / "x.jsonl"),
         str(tmp_path / "bare"),
         str(tmp_path / "rows" / "missing"),
@@ -127,8 +128,8 @@ def test_overrides_reach_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert config.plan[0]["rank"] == 8
     assert config.plan[0]["match"] == "*.q_proj"
     assert (config.model.name, config.model.dtype) == ("smollm2-135m", "float32")
-    assert config.data.train == (str(elsewhere / "here.jsonl"),)  # as any path on a command line
-    assert config.data.test == {"fpb": str(elsewhere / "fpb.jsonl")}
+    assert paths(config.data.train) == (str(elsewhere / "here.jsonl"),)  # as any path on a command line
+    assert paths(config.data.test) == {"fpb": str(elsewhere / "fpb.jsonl")}
     assert config.data.choices == ("yes", "no")
     assert config.train.max_steps is None
     assert config.output == elsewhere / "out=1"
@@ -138,7 +139,7 @@ def test_overrides_reach_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_an_override_may_replace_a_whole_section(tmp_path: Path) -> None:
     config = load(tmp_path, SMALLEST, "model=owner/other", "data={train: owner/rows, validation: null}")
     assert config.model.name == "owner/other"
-    assert config.data.train == ("owner/rows",)
+    assert paths(config.data.train) == ("owner/rows",)
     assert config.data.validation is None
 
 
@@ -219,8 +220,9 @@ def test_a_wrong_value_names_the_key_what_was_expected_and_what_came(tmp_path: P
     [
         (
             "{}",
-            "data.train: missing. Rows to train on: one or more files (jsonl, json, csv, tsv, parquet) or hub ids "
-            "(owner/name).",
+            "data.train: missing. Rows to train on: a path or a hub id (owner/name:split), a mapping of path, weight, "
+            "form and columns, or a list of them. Ways to name files and parts of them: see how-to, rows from several "
+            "places.",
         ),
         (
             "{train: 3}",
@@ -237,7 +239,7 @@ def test_a_wrong_value_names_the_key_what_was_expected_and_what_came(tmp_path: P
         ),
         (
             "{train: x, test: {a: 3}}",
-            'data.test: expected a path, a mapping of names to paths, or null for none, got {"a": 3}.',
+            "data.test.a: expected a path or a hub id, or a list of them, got 3.",
         ),
         (
             "{train: x, test: {a/b: o/c}}",
@@ -350,8 +352,8 @@ def test_text_for_a_folder_moves_with_its_rows(tmp_path: Path) -> None:
     there = here.rename(tmp_path / "there")
     moved = load_config(there / "study" / "best.yaml")
     assert moved.model.name == str(there / "study" / "tiny")
-    assert moved.data.train == (str(there / "study" / "a.jsonl"), "owner/rows")
-    assert moved.data.test == {"t": str(tmp_path / "t.jsonl")}
+    assert paths(moved.data.train) == (str(there / "study" / "a.jsonl"), "owner/rows")
+    assert paths(moved.data.test) == {"t": str(tmp_path / "t.jsonl")}
     assert moved.data.validation == 0.2
 
 
@@ -403,3 +405,56 @@ def test_a_chat_template_that_is_not_there_is_an_error_that_names_the_nearest(tm
     assert "holds no Jinja template" in mistakes("empty.jinja")
     assert "expected text in UTF-8" in mistakes("other.jinja")
     assert "model.chat_template" in mistakes("''")
+
+
+def test_a_source_is_a_path_or_says_more_and_is_written_as_short_as_it_was(tmp_path: Path) -> None:
+    text = (
+        "model: m\ndata:\n  columns: {prompt: question}\n"
+        "  train: [a.jsonl, {path: 'd/*.csv[10%:]', weight: 2, form: alpaca}, {path: owner/rows, columns: {}}]\n"
+        "  validation: {path: v.jsonl.gz}\n  test: [t.jsonl, {path: u.csv, columns: {text: body}}]\n"
+    )
+    config = load(tmp_path, text)
+    first, second, third = config.data.train
+    assert (first.weight, first.form, first.columns) == (1.0, None, None)
+    assert (second.path, second.weight, second.form) == (str(tmp_path / "d" / "*.csv[10%:]"), 2.0, "alpaca")
+    settled = config.data.settled(config.data.train)
+    assert [source.columns for source in settled] == [{"prompt": "question"}, {"prompt": "question"}, {}]
+    assert [source.form for source in settled] == ["auto", "alpaca", "auto"]
+    assert paths(config.data.test) == {"t": str(tmp_path / "t.jsonl"), "u": str(tmp_path / "u.csv")}
+    said = config.model_dump(mode="json")["data"]
+    assert said["train"][0] == str(tmp_path / "a.jsonl")
+    assert said["train"][1] == {"path": second.path, "weight": 2.0, "form": "alpaca"}
+    assert said["test"]["t"] == str(tmp_path / "t.jsonl")
+    assert third.path == "owner/rows"
+    (tmp_path / "again.yaml").write_text(to_yaml(config))
+    assert load_config(tmp_path / "again.yaml").data == config.data
+
+
+def test_overrides_reach_into_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = "model: m\ndata: {train: [{path: a.jsonl}], test: {t: {path: b.jsonl}}}\n"
+    config = load(tmp_path, text, "data.train.0.form=alpaca", "data.train.0.weight=2", "data.test.t.form=chat")
+    [source] = config.data.train
+    assert (source.path, source.form, source.weight) == (str(tmp_path / "a.jsonl"), "alpaca", 2.0)
+    assert config.data.test["t"][0].form == "chat"
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("{train: [a, {path: b, wieght: 2}]}", "data.train.1.wieght: unknown key. Did you mean 'weight'?"),
+        ("{train: {path: b, weight: 0}}", "data.train.0.weight: expected more than 0, got 0.0."),
+        ("{train: {path: b, form: alpacca}}", "data.train.0.form: expected one of auto, "),
+        ("{train: [a, 3]}", "data.train.1: expected a path, a hub id, or a mapping such as {path: rows.jsonl,"),
+        ("{train: [{weight: 2}]}", "data.train.0.path: missing. A file, a pattern"),
+        (
+            "{train: a, test: {t: {path: b, weight: 2}}}",
+            "data.test.t: expected no weight: rows that are measured count",
+        ),
+        ("{train: a, test: [x/t.csv, y/t.csv]}", "data.test: two test sets would be named 't'; name them: {one: ..."),
+        ("{train: a, columns: [b]}", "data.columns: expected a mapping of our keys to columns, such as {prompt:"),
+    ],
+)
+def test_a_wrong_source_names_its_place(tmp_path: Path, data: str, message: str) -> None:
+    [line] = refused(tmp_path, f"model: m\ndata: {data}")
+    assert line.startswith("run.yaml: " + message)

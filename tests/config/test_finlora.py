@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from source_paths import paths
 from trimtab.config.finlora import Entry, check_entry, load_finlora, read_entries
 from trimtab.errors import ConfigError
 
@@ -71,7 +72,7 @@ def test_every_key(write: Write) -> None:
     assert (rule["method"], rule["rank"], rule["alpha"], rule["rank_stabilised"]) == ("dora", 4, 6, True)
     train = found.train
     assert (train.learning_rate, train.epochs, train.batch_size, train.gradient_accumulation) == (1e-3, 2, 5, 3)
-    assert (found.model.name, found.data.train, train.precision) == ("owner/other", ("owner/rows",), "bfloat16")
+    assert (found.model.name, paths(found.data.train), train.precision) == ("owner/other", ("owner/rows",), "bfloat16")
     assert load_finlora(write(quant_bits=32), "mine").train.precision == "float32"
 
 
@@ -113,7 +114,7 @@ def test_paths_are_relative_to_the_file(write: Write, tmp_path: Path, monkeypatc
         monkeypatch.chdir(folder)
         found = load_finlora(path, "mine")
         assert found.model.name == str(tmp_path / "models" / "tiny")
-        assert found.data.train == (str(tmp_path / "data" / "rows.jsonl"),)
+        assert paths(found.data.train) == (str(tmp_path / "data" / "rows.jsonl"),)
     monkeypatch.chdir(path.parent)
     assert load_finlora(Path(path.name), "mine").data == found.data
 
@@ -124,7 +125,7 @@ def test_overrides_are_in_our_words(write: Write, tmp_path: Path, monkeypatch: p
     found = load_finlora(write(quant_bits=16), "mine", said)
     assert (found.model.name, found.train.epochs, found.plan[0]["rank"]) == ("smollm2-135m", 1, 2)
     assert found.train.precision == "bfloat16"
-    assert found.data.test == {"t": str(tmp_path / "t.jsonl")}
+    assert paths(found.data.test) == {"t": str(tmp_path / "t.jsonl")}
     assert found.output == tmp_path / "here"
     with pytest.raises(ConfigError, match=r"command line: learning_rate: unknown key.*'train\.learning_rate'"):
         load_finlora(write(), "mine", ["learning_rate=1e-3"])
@@ -215,6 +216,6 @@ def test_the_shipped_file() -> None:
         assert name == f"{data}_smollm2_135m_{entry.variant}"
         assert entry.dataset_path == f"../../../shared/data/finance/{data}_train.jsonl"
     found = load_finlora(SHIPPED, "fpb_smollm2_135m_16bits_r8")
-    assert found.data.train == (
+    assert paths(found.data.train) == (
         str((SHIPPED.parents[3] / "shared" / "data" / "finance").resolve() / "fpb_train.jsonl"),
     )

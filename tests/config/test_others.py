@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from source_paths import paths
 from trimtab.cli.app import app
 from trimtab.config import others
 from trimtab.config.others import carry_over
@@ -140,8 +141,8 @@ def test_axolotl(here: Path) -> None:
     assert second == {"match": ["lm_head", "*.lm_head"], "method": "full"}
     assert config.quantisation == "int8"
     assert Path(config.model.name).resolve() == here / "tiny"
-    assert Path(config.data.train[0]).resolve() == here / "rows.jsonl"
-    assert config.data.train[1] == "someone/some-rows:extra"
+    assert Path(paths(config.data.train)[0]).resolve() == here / "rows.jsonl"
+    assert paths(config.data.train)[1] == "someone/some-rows:extra"
     assert (config.data.validation, config.data.max_length) == (0.1, 384)
     train = config.train
     assert (train.batch_size, train.gradient_accumulation, train.epochs, train.learning_rate) == (3, 2, 2.0, 2e-4)
@@ -156,7 +157,7 @@ def test_llama_factory(here: Path) -> None:
     expected = {"match": ["*.q_proj", "*.v_proj"], "method": "lora", "rank": 6, "alpha": 24, "rank_stabilised": True}
     assert config.plan == (expected,)
     assert config.quantisation == "nf4"
-    assert Path(config.data.train[0]).resolve() == here / "rows.jsonl"
+    assert Path(paths(config.data.train)[0]).resolve() == here / "rows.jsonl"
     assert (config.data.max_length, config.data.train_limit, config.data.validation) == (300, 20, 0.2)
     train = config.train
     assert (train.batch_size, train.gradient_accumulation, train.epochs, train.learning_rate) == (2, 8, 1.5, 1e-4)
@@ -175,7 +176,7 @@ def test_mlx_lm(here: Path) -> None:
     assert (train.max_steps, train.batch_size, train.learning_rate) == (70, 2, 1e-5)
     assert (train.schedule, train.warmup, train.prompt_loss_weight) == ("cosine", 7, 0.0)
     assert config.data.validation is not None
-    assert Path(config.data.test["test"]).resolve() == here / "folder" / "test.jsonl"
+    assert Path(paths(config.data.test)["test"]).resolve() == here / "folder" / "test.jsonl"
     assert "not carried over: val_batches: 25" in output
 
 
@@ -197,7 +198,7 @@ def test_a_key_that_nobody_knows_is_said(here: Path, text: str) -> None:
 def test_what_the_user_says_goes_before_the_file(here: Path) -> None:
     (here / "mine.jsonl").write_text('{"text": "b"}\n')
     config, _ = converted(here, "ax.yml", AXOLOTL, "--train", "mine.jsonl", "--model", "other/model")
-    assert [Path(name).resolve() for name in config.data.train] == [here / "mine.jsonl"]
+    assert [Path(name).resolve() for name in paths(config.data.train)] == [here / "mine.jsonl"]
     assert config.model.name == "other/model"
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
-from trimtab.data.rows import Example
-from trimtab.data.split import draw, split_off
+from trimtab.data.rows import Example, Source
+from trimtab.data.split import draw, split_off, times_an_epoch
 from trimtab.errors import DataError
 
 
@@ -71,3 +72,25 @@ def test_fewer_rows_are_mixed_as_all_are() -> None:
     for count in (1, 7, 119):  # exactly so many, whatever the groups
         assert len(draw(rows, count, 0, ["no", "yes"])) == count
     assert draw(rows, 120, 0, None) == draw(rows, 5000, 0, None) == rows
+
+
+def weighted(source: str, count: int, weight: float) -> list[Example]:
+    entry = Source(path=source, weight=weight)
+    return [replace(row, entry=entry) for row in examples(source, *(["yes"] * count))]
+
+
+def test_a_weight_is_how_often_a_row_comes_in_an_epoch() -> None:
+    rows = weighted("a", 10, 2) + weighted("b", 40, 0.25) + weighted("c", 20, 1.5) + weighted("d", 5, 1)
+    times = times_an_epoch(rows, 0, None)
+    assert times[:10] == [2] * 10
+    assert Counter(times[10:50]) == {0: 30, 1: 10}
+    assert Counter(times[50:70]) == {1: 10, 2: 10}
+    assert times[70:] == [1] * 5
+    assert times_an_epoch(rows, 0, None) == times != times_an_epoch(rows, 1, None)
+
+
+def test_a_part_that_a_weight_takes_is_even_over_answers() -> None:
+    entry = Source(path="a", weight=0.5)
+    rows = [replace(row, entry=entry) for row in examples("a", *(["yes"] * 40 + ["no"] * 8))]
+    taken = [row.answer for row, count in zip(rows, times_an_epoch(rows, 3, ["no", "yes"]), strict=True) if count]
+    assert Counter(taken) == {"yes": 20, "no": 4}

@@ -11,6 +11,7 @@ import pytest
 
 from trimtab.config.read import load_config
 from trimtab.config.resolve import Job
+from trimtab.data.rows import Source
 from trimtab.errors import ModelError
 from trimtab.machine import GIB
 from trimtab.memory import estimate
@@ -117,9 +118,9 @@ def test_rows_are_read_where_they_are(job: Job) -> None:
     assert found["length"] < job.config.data.max_length
     assert found["fits"]
     assert describe_run(job, 100)["memory"]["length"] == 100
-    gone = changed(job, data=job.config.data.model_copy(update={"train": ("gone.jsonl",)}))
+    gone = changed(job, data=job.config.data.model_copy(update={"train": (Source(path="gone.jsonl"),)}))
     assert describe_run(gone)["memory"]["length"] == job.config.data.max_length
-    assert "gone.jsonl is not here" in describe_run(gone)["memory"]["length_from"]
+    assert "There is no data file gone.jsonl" in describe_run(gone)["memory"]["length_from"]
 
 
 def test_llama_3_1_8b_from_its_config_alone(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import yaml
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
+from source_paths import paths
 from tiny_runs import cell_of, rows, write_model, write_rows
 from trimtab.config.read import load_config
 from trimtab.config.search import load_explore
@@ -404,7 +405,7 @@ def test_a_search_goes_on_where_it_was_moved_to(make_search: Make, pretend: Any,
     there = Path(shutil.copytree(tmp_path, tmp_path.with_name(f"{tmp_path.name}-moved")))
     moved = load_explore(there / "out" / "explore.yaml", ["trials=4"])
     assert moved.output == there / "out"
-    assert moved.base.data.train == (str(there / "rows.jsonl"),)
+    assert paths(moved.base.data.train) == (str(there / "rows.jsonl"),)
     pretend.ran.clear()
     assert found_in(explore(moved))["runs"] == 4
     assert len(pretend.ran) == 1

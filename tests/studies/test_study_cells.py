@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from source_paths import paths
 from tiny_runs import rows, write_rows
 from trimtab.config.resolve import plan_of
 from trimtab.errors import ConfigError
@@ -107,7 +108,7 @@ def test_overrides_go_into_base(write: Callable[..., Path], tmp_path: Path, monk
     )
     assert study.configs["all", "lora"].train.learning_rate == 9
     assert study.configs["all", "dora"].train.learning_rate == 2e-3  # the arm's own word is the last
-    assert study.configs["all", "dora"].data.test == {"test": str(tmp_path / "data" / "test.jsonl")}
+    assert paths(study.configs["all", "dora"].data.test) == {"test": str(tmp_path / "data" / "test.jsonl")}
     assert (study.configs["all", "lora"].model.name, study.configs["all", "lora"].model.dtype) == (
         "tiny/model",
         "float32",

@@ -41,7 +41,8 @@ def explain(schema: type[BaseModel], keys: tuple[str, ...], problem: Any) -> str
     if kind in _EXPECTED:
         message = "expected " + _EXPECTED[kind].format(**context)
     if not message.startswith("expected"):
-        return f"{dotted}: {message}"
+        # A validator that looks into a value names the place in it, such as ".0.weight: expected ...".
+        return f"{dotted}{message}" if message.startswith(".") else f"{dotted}: {message}"
     hint = ""
     if kind == "literal_error":
         hint = did_you_mean(str(value), re.findall(r"'([^']+)'", context["expected"]))

@@ -9,7 +9,6 @@ in it is absolute, so that ``to_yaml(config)``, kept in the run folder, describe
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -20,13 +19,11 @@ from pydantic import BaseModel, ValidationError
 from trimtab.config.errors import explain
 from trimtab.config.run import DEFAULT_PLAN, RunConfig
 from trimtab.config.yaml_text import parse_yaml, show, write_yaml
+from trimtab.data.sources import is_local
 from trimtab.errors import ConfigError, did_you_mean
 from trimtab.models.chat_template import template_text
 
 Schema = TypeVar("Schema", bound=BaseModel)
-
-_DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
-_HUB_DATA = re.compile(r"\w[\w.-]*/[\w.-]+(/[\w.-]+)?(:.+)?")  # owner/name/config:split
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -70,7 +67,7 @@ def spell_out(raw: dict[str, Any]) -> None:
     """Write the short forms in ``raw`` out, so that overrides can reach into them."""
     if isinstance(raw.get("model"), str):
         raw["model"] = {"name": raw["model"]}
-    if isinstance(data := raw.get("data"), dict) and isinstance(data.get("train"), str):
+    if isinstance(data := raw.get("data"), dict) and isinstance(data.get("train"), str | dict):
         data["train"] = [data["train"]]
 
 
@@ -195,13 +192,7 @@ def _resolve_paths(raw: dict[str, Any], root: Path) -> None:
         return str(path.parent.resolve() / path.name)
 
     def data_file(text: str) -> str:
-        is_path = (
-            not _HUB_DATA.fullmatch(text)
-            or text.lower().endswith(_DATA_SUFFIXES)
-            or (root / text).exists()
-            or (root / text.split("/")[0]).is_dir()
-        )
-        return local(text) if is_path else text
+        return local(text) if is_local(text, root) else text
 
     def model(text: str) -> str:
         is_path = text.startswith((".", "/", "~")) or text.lower().endswith(".gguf")
@@ -224,7 +215,20 @@ def _map_sources(raw: dict[str, Any], model: Callable[[str], str], data_file: Ca
     if isinstance(data := raw.get("data"), dict):
         for key in ("train", "validation", "test"):
             if key in data:
-                data[key] = _map_texts(data[key], data_file)
+                data[key] = _map_paths(data[key], data_file, named=key == "test")
+
+
+def _map_paths(value: Any, change: Callable[[str], str], *, named: bool) -> Any:
+    """Change the paths of sources; what else is said of a source stays. ``named``: a mapping may be one of names."""
+    if isinstance(value, dict):
+        names = named and "path" not in value
+        return {
+            key: _map_paths(item, change, named=False) if names or key == "path" or str(key).isdigit() else item
+            for key, item in value.items()
+        }
+    if isinstance(value, list):
+        return [_map_paths(item, change, named=False) for item in value]
+    return change(value) if isinstance(value, str) and value else value
 
 
 def _map_texts(value: Any, change: Callable[[str], str]) -> Any:

@@ -11,6 +11,7 @@ The smallest file names a model and some rows; everything else has a default:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -20,12 +21,14 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    field_serializer,
     model_validator,
 )
 
 from trimtab import metrics
 from trimtab.config import values
 from trimtab.data import forms
+from trimtab.data.rows import Source
 
 DEFAULT_PLAN = ({"match": "all-linear", "layers": "all", "method": "dora", "rank": 16, "alpha": 32},)
 
@@ -72,29 +75,36 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """The rows. Paths are relative to the YAML's folder; on the command line, to the working directory."""
 
-    train: Annotated[tuple[str, ...], BeforeValidator(values.paths)] = Field(
-        description="Rows to train on: one or more files (jsonl, json, csv, tsv, parquet) or hub ids (owner/name)."
+    train: Annotated[tuple[Source, ...], BeforeValidator(values.sources)] = Field(
+        description="Rows to train on: a path or a hub id (owner/name:split), a mapping of path, weight, form and "
+        "columns, or a list of them. Ways to name files and parts of them: see how-to, rows from several places."
     )
     train_limit: int | None = Field(
         None,
         ge=1,
         description="Only so many of these rows, validation rows split off them included: the same ones in every run, "
-        "drawn evenly over files, and over answers where they are a closed set. null: all of them.",
+        "drawn evenly over files, and over answers where they are a closed set; weights count after it. null: all of "
+        "them.",
     )
-    validation: Annotated[float | tuple[str, ...] | None, BeforeValidator(values.validation)] = Field(
+    validation: Annotated[float | tuple[Source, ...] | None, BeforeValidator(values.validation)] = Field(
         0.1,
         description="A fraction to split off train by the seed (evenly over files, and over answers where they are a "
-        "closed set), or files, or null for none. It picks the best checkpoint.",
+        "closed set, before weights count), or sources as of train, or null for none. It picks the best checkpoint.",
     )
-    test: Annotated[dict[str, str], BeforeValidator(values.test_sets)] = Field(
+    test: Annotated[dict[str, tuple[Source, ...]], BeforeValidator(values.test_sets)] = Field(
         default_factory=dict,
-        description="Rows to evaluate on, before and after: a path, or a mapping of names to paths. One path is named "
-        "by its file.",
+        description="Rows to evaluate on, before and after: a source as of train, a list of them, or a mapping of "
+        "names to them. Without a name, a set is named by its file.",
     )
     form: Annotated[str, AfterValidator(values.one_of(lambda: ["auto", *forms.names()]))] = Field(
         "auto",
         description="The form of the rows. auto: recognised by their keys. Rows of multiple_choice bring their own "
         "choices, which are scored as texts; LLM-Adapters' commonsense rows are read so where it is named.",
+    )
+    columns: Annotated[dict[str, str], BeforeValidator(values.columns)] = Field(
+        default_factory=dict,
+        description="For tables with other names: a key of our forms -> the column that holds it, such as {prompt: "
+        "question, completion: answer}; part.of.it reaches into objects.",
     )
     choices: Annotated[Literal["auto"] | tuple[str, ...] | None, BeforeValidator(values.choices)] = Field(
         "auto",
@@ -104,6 +114,15 @@ class DataConfig(Section):
     max_length: int = Field(
         1024, ge=2, description="Longest row in tokens; what is beyond is cut. Higher: more memory."
     )
+
+    def settled(self, sources: Sequence[Source]) -> list[Source]:
+        """``sources`` with the form and the columns that they leave to this section."""
+        return [source.within(self.form, self.columns) for source in sources]
+
+    @field_serializer("test")
+    def _short_tests(self, test: dict[str, tuple[Source, ...]]) -> dict[str, Any]:
+        said = {name: [source.model_dump(mode="json") for source in sources] for name, sources in test.items()}
+        return {name: sources[0] if len(sources) == 1 else sources for name, sources in said.items()}
 
 
 class TrainConfig(Section):

@@ -10,21 +10,68 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import ValidationError
 from pydantic_core import PydanticCustomError
 
+from trimtab.config.errors import explain
 from trimtab.config.yaml_text import show
-from trimtab.errors import nearest
+from trimtab.data import forms
+from trimtab.data.rows import Source
+from trimtab.data.sources import name_of
+from trimtab.errors import did_you_mean, nearest
+
+A_SOURCE = "{path: rows.jsonl, weight: 2}"
 
 
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def paths(value: object) -> tuple[str, ...]:
-    items = [value] if isinstance(value, str) else value
-    if isinstance(items, list | tuple) and items and all(isinstance(item, str) and item for item in items):
-        return tuple(items)
-    raise ValueError("expected a path or a hub id, or a list of them")
+def sources(value: object) -> tuple[Source, ...]:
+    """Where rows come from: a path, a mapping of `Source`'s keys, or a list of such."""
+    items = value if isinstance(value, list | tuple) else [value]
+    if not items:
+        raise ValueError("expected a path or a hub id, or a list of them")
+    return tuple(_source(item, f".{number}" if items is value else "") for number, item in enumerate(items))
+
+
+def _source(item: object, place: str) -> Source:
+    if isinstance(item, Source):
+        return item
+    said = {"path": item} if isinstance(item, str) and item else item
+    if not isinstance(said, Mapping):
+        if not place:
+            raise ValueError("expected a path or a hub id, or a list of them")
+        raise ValueError(f"{place}: expected a path, a hub id, or a mapping such as {A_SOURCE}, got {show(item)}.")
+    if isinstance(said.get("weight"), int) and not isinstance(said["weight"], bool):
+        said = {**said, "weight": float(said["weight"])}
+    try:
+        source = Source.model_validate(said)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise ValueError(f"{place}.{explain(Source, tuple(map(str, problem['loc'])), problem)}") from None
+    if source.form is not None:
+        _form(source.form, f"{place}.form")
+    return source
+
+
+def _form(name: str, place: str) -> None:
+    if name not in (known := ["auto", *forms.names()]):
+        raise ValueError(f"{place}: expected one of {', '.join(known)}, got {show(name)}.{did_you_mean(name, known)}")
+
+
+def _measured(value: object) -> tuple[Source, ...]:
+    """Sources of rows that are measured, each once."""
+    found = sources(value)
+    if any(source.weight != 1 for source in found):
+        raise ValueError("expected no weight: rows that are measured count once each")
+    return found
+
+
+def columns(value: object) -> dict[str, str]:
+    if isinstance(value, Mapping) and all(isinstance(part, str) and part for pair in value.items() for part in pair):
+        return dict(value)
+    raise ValueError("expected a mapping of our keys to columns, such as {prompt: question, completion: answer}")
 
 
 def tokens(value: object) -> tuple[str, ...]:
@@ -36,30 +83,42 @@ def tokens(value: object) -> tuple[str, ...]:
     raise ValueError('expected a list of tokens, each a text such as "<tool>"')
 
 
-def validation(value: object) -> float | tuple[str, ...] | None:
+def validation(value: object) -> float | tuple[Source, ...] | None:
     if value is None:
         return None
     if isinstance(value, float) and 0 < value < 1:
         return value
-    if isinstance(value, str | list | tuple):
-        return paths(value)
+    if isinstance(value, str | list | tuple | Mapping):
+        return _measured(value)
     raise ValueError("expected a fraction between 0 and 1, a path or a hub id, a list of them, or null for none")
 
 
-def test_sets(value: object) -> dict[str, str]:
+def test_sets(value: object) -> dict[str, tuple[Source, ...]]:
     if value is None:
         return {}
-    if isinstance(value, str) and value:
-        # The name becomes a file name in the run folder.
-        value = {re.sub(r"[^A-Za-z0-9._-]+", "-", Path(value).stem).strip(".-") or "test": value}
-    if not isinstance(value, Mapping) or not all(
-        isinstance(item, str) and item for pair in value.items() for item in pair
-    ):
-        raise ValueError("expected a path, a mapping of names to paths, or null for none")
+    if isinstance(value, str | list | tuple) or (isinstance(value, Mapping) and "path" in value):
+        found: dict[str, tuple[Source, ...]] = {}
+        for source in _measured(value):
+            if (name := name_of(source.path)) in found:
+                raise ValueError(f"two test sets would be named '{name}'; name them: {{one: ..., other: ...}}")
+            found[name] = (source,)
+        return found
+    if not isinstance(value, Mapping):
+        raise ValueError("expected a path, a list of them, a mapping of names to paths, or null for none")
     for name in value:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
             raise ValueError(f"expected names made of letters, digits, '.', '_' and '-', not '{name}'")
-    return dict(value)
+    return {name: _measured_as(name, said) for name, said in value.items()}
+
+
+def _measured_as(name: str, said: object) -> tuple[Source, ...]:
+    try:
+        return _measured(said)
+    except ValueError as error:
+        nested = str(error)
+        raise ValueError(
+            f".{name}{nested}" if nested.startswith(".") else f".{name}: {nested}, got {show(said)}."
+        ) from None
 
 
 def choices(value: object) -> Literal["auto"] | tuple[str, ...] | None:

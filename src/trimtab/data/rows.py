@@ -1,9 +1,54 @@
-"""The three shapes of a row before it is put into a batch: `Row`, `Example`, `EncodedRow`."""
+"""Where rows come from, `Source`, and the three shapes of a row before it is put into a batch: `Row`, `Example`,
+`EncodedRow`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypedDict
+
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
+
+
+class Source(BaseModel):
+    """Rows of one kind: where they are, and how they are read."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    path: str = Field(
+        min_length=1,
+        description="A file, a pattern such as data/*.jsonl, a hub id, or a folder that datasets saved; with a slice "
+        "such as rows.jsonl[:500] or rows.jsonl[10%:] a part of it.",
+    )
+    form: str | None = Field(None, description="The form of these rows; null: data.form.")
+    weight: float = Field(
+        1.0,
+        gt=0,
+        le=1000,
+        description="How often the rows come in an epoch: 2 is each of them twice, 0.5 half of them, drawn once by "
+        "the seed. Training rows only.",
+    )
+    columns: dict[str, str] | None = Field(
+        None, description="A key of our forms -> the column of these rows that holds it; null: data.columns."
+    )
+
+    @model_serializer(mode="wrap")
+    def _short(self, handler: SerializerFunctionWrapHandler) -> Any:
+        """The path alone, where nothing else was said."""
+        said = {
+            key: value for key, value in handler(self).items() if value != type(self).model_fields[key].get_default()
+        }
+        return self.path if said.keys() == {"path"} else said
+
+    def within(self, form: str, columns: Mapping[str, str]) -> Source:
+        """The same rows, read in ``form`` and with ``columns`` where they say neither."""
+        settled = {
+            "form": self.form if self.form is not None else form,
+            "columns": self.columns if self.columns is not None else dict(columns),
+        }
+        return self.model_copy(update=settled)
 
 
 @dataclass(frozen=True)
@@ -44,6 +89,8 @@ class Example:
     """The answers to choose from, where the row brings its own; the true one is among them."""
     form: str = ""
     """The form in which the row was written, a name in ``trimtab.data.forms``."""
+    entry: Source | None = field(default=None, compare=False)
+    """What the configuration says of where the row comes from: its weight, among others."""
 
     @property
     def place(self) -> str:
@@ -55,6 +102,16 @@ class Example:
         text = self.prompt + answer
         start = len(self.prompt.rstrip(" "))
         return replace(self, text=text, trained=((start, len(text)),), answer=answer, ends=ends)
+
+
+def digest(examples: Sequence[Example], times: Sequence[int] | None = None) -> str:
+    """By which the same rows are known again, in their order and each so many ``times``, wherever they lie."""
+    content = [part.name for part in fields(Example) if part.name not in ("source", "number", "entry")]
+    found = hashlib.sha256()
+    for index, example in enumerate(examples):
+        said = [getattr(example, name) for name in content]
+        found.update(json.dumps([said, times[index] if times is not None else 1]).encode())
+    return found.hexdigest()
 
 
 class EncodedRow(TypedDict):

@@ -1,47 +1,126 @@
-"""Reads rows from jsonl, json, csv, tsv and parquet files, and from datasets on the hub.
+"""Where rows come from: files, patterns of file names, datasets on the hub or saved in a folder; whole or in part.
 
-Text files are parsed here so that a message can name the line that is wrong. Hub datasets are read by ``datasets``,
-which from version 4 on runs no code that comes with a dataset. Only a hub id uses the network.
+A source is written as a path, or with more to say as a mapping (`Source`). Only a hub id uses the network. Hub datasets
+are read by ``datasets``, which from version 4 on runs no code that comes with a dataset.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import json
+import glob
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from trimtab.data.rows import Row
-from trimtab.errors import DataError, nearest
+from trimtab.data.opening import COMPRESSED, endings, require_file
+from trimtab.data.readers import READERS, first_line
+from trimtab.data.rows import Row, Source
+from trimtab.errors import DataError, did_you_mean, nearest
 
 _HUB_ID = re.compile(r"(?P<name>\w[\w.-]*/[\w.-]+)(/(?P<config>[\w.-]+))?(:(?P<split>.+))?")
+_SLICE = re.compile(r"(?P<path>.+)\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\]")
+_SAVED = ("dataset_info.json", "dataset_dict.json")
+"""Files by which a folder is known that ``datasets`` saved."""
+
+
+def rows_of(source: Source, *, root: Path) -> Iterator[Row]:
+    """The rows of ``source``, with columns under our keys; `read_rows` says what is raised."""
+    rows = read_rows(source.path, root=root)
+    return (_renamed(row, source.columns) for row in rows) if source.columns else rows
+
+
+def name_of(path: str) -> str:
+    """A short name for the rows of a source, as that of a file may be: the file's own, without its endings."""
+    place = Path(_sliced(path)[0])
+    while place.suffix.lower() in READERS or place.suffix.lower() in COMPRESSED:
+        place = place.with_suffix("")
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", place.name).strip(".-") or "rows"
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """A part of the rows: each end a number, or a percentage of all; negative numbers count from the end."""
+
+    start: str | None
+    stop: str | None
+
+    def of(self, rows: Iterable[Row]) -> Iterator[Row]:
+        ends = (self.start, self.stop)
+        if not any(end and ("%" in end or "-" in end) for end in ends):
+            return islice(rows, int(self.start or 0), int(self.stop) if self.stop else None)
+        held = list(rows)  # how many there are is known when all are read
+        return iter(held[slice(*(self._place(end, len(held)) for end in ends))])
+
+    @staticmethod
+    def _place(end: str | None, count: int) -> int | None:
+        if end is None:
+            return None
+        return round(int(end[:-1]) * count / 100) if end.endswith("%") else int(end)
+
+
+def _sliced(path: str) -> tuple[str, _Slice | None]:
+    """A path without the slice at its end, and that slice."""
+    found = _SLICE.fullmatch(path)
+    return (found["path"], _Slice(found["start"], found["stop"])) if found else (path, None)
+
+
+def _renamed(row: Row, columns: Mapping[str, str]) -> Row:
+    """``row`` with the values of its ``columns`` under our keys; its other keys stay."""
+    taken = {key: _held(row, key, column) for key, column in columns.items()}
+    rest = {key: value for key, value in row.value.items() if key not in columns.values()}
+    return replace(row, value={**rest, **taken})
+
+
+def _held(row: Row, key: str, column: str) -> Any:
+    """What a row holds under ``column``, where dots reach into objects."""
+    if column in row.value:
+        return row.value[column]
+    value: Any = row.value
+    for part in column.split("."):
+        if not isinstance(value, dict) or part not in value:
+            known = [str(name)[:60] for name in row.value]
+            raise DataError(
+                f"{row.place}: data.columns says that '{key}' is in the column '{column}', which is not there; "
+                f"columns: {', '.join(known[:12])}{', ...' if len(known) > 12 else ''}.{did_you_mean(column, known)}"
+            )
+        value = value[part]
+    return value
+
+
+def is_local(path: str, root: Path) -> bool:
+    """Whether ``path`` means a file, a folder or a pattern, and not a dataset on the hub."""
+    bare = _sliced(path)[0]
+    # A missing "owner/name" is more likely a mistyped path if it ends like a data file or "owner" is a folder here.
+    return (
+        not _HUB_ID.fullmatch(bare)
+        or endings(bare)[0] in READERS
+        or (root / Path(bare).expanduser()).exists()
+        or (root / bare.split("/")[0]).is_dir()
+    )
 
 
 def read_rows(source: str, *, root: Path) -> Iterator[Row]:
     """Yield the rows of a file or of a hub dataset.
 
     Args:
-        source: a file (``.jsonl``, ``.ndjson``, ``.json``, ``.csv``, ``.tsv``, ``.parquet``), or a hub dataset as
-            ``owner/name``, ``owner/name:split``, ``owner/name/config`` or ``owner/name/config:split``. The default
-            split is ``train``; slices such as ``train[:500]`` work. A path that exists, or has the ending of a data
-            file, is a file.
+        source: a file (``.jsonl``, ``.ndjson``, ``.json``, ``.csv``, ``.tsv``, ``.txt``, ``.parquet``; the text files
+            also compressed: ``.gz``, ``.bz2``, ``.xz``, ``.zst``); a pattern such as ``data/*.jsonl``, whose files are
+            read in the order of their names; a folder that ``datasets`` saved, or ``folder:split``; or a hub dataset
+            as ``owner/name``, ``owner/name:split``, ``owner/name/config`` or ``owner/name/config:split``. The default
+            split is ``train``. A path that exists, or has the ending of a data file, is a file. A slice at the end
+            takes a part of the rows: ``rows.jsonl[:500]``, ``rows.jsonl[10%:20%]``, ``rows.jsonl[-100:]``.
         root: the folder that relative paths start from.
 
     Raises DataError if the source is missing, cannot be reached, is damaged, or holds no row.
     """
     if not source.strip():
         raise DataError("The name of a data file is empty; give a path or a hub dataset such as owner/name.")
-    path = root / Path(source).expanduser()
-    hub = _HUB_ID.fullmatch(source)
-    # A missing "owner/name" is more likely a mistyped path if it ends like a data file or "owner" is a folder here.
-    like_a_path = path.suffix.lower() in _READERS or (root / source.split("/")[0]).is_dir()
-    if path.exists() or hub is None or like_a_path:
-        rows = _read_file(source, path)
-    else:
-        rows = _read_hub(source, hub["name"], hub["config"], hub["split"] or "train")
+    path, part = (source, None) if (root / source).exists() else _sliced(source)
+    rows = _read_local(path, root) if is_local(path, root) else _read_hub(source, path, part)
+    if part is not None and is_local(path, root):
+        rows = part.of(rows)
     count = 0
     for row in rows:
         count += 1
@@ -50,25 +129,69 @@ def read_rows(source: str, *, root: Path) -> Iterator[Row]:
         raise DataError(f"{source} holds no rows.")
 
 
-def _read_file(source: str, path: Path) -> Iterator[Row]:
-    if not path.exists():
+def _read_local(source: str, root: Path) -> Iterator[Row]:
+    path = root / Path(source).expanduser()
+    if path.exists():
+        yield from _read_file(source, path)
+        return
+    folder, sign, split = source.rpartition(":")
+    if sign and (root / Path(folder).expanduser()).is_dir():
+        yield from _read_folder(source, root / Path(folder).expanduser(), split)
+        return
+    files = _matching(path)
+    if not files:
         raise DataError(_missing(source, path))
+    for file in files:
+        relative = path.is_relative_to(root) and not Path(source).is_absolute()
+        yield from _read_file(str(file.relative_to(root)) if relative else str(file), file)
+
+
+def _is_pattern(path: Path) -> bool:
+    return glob.has_magic(path.name if path.parent.is_dir() else str(path))
+
+
+def _matching(path: Path) -> list[Path]:
+    """The files that a pattern names, sorted; none where ``path`` is no pattern. As in a shell, * leaves out names that
+    begin with a dot; so Path.glob is not enough."""
+    if not _is_pattern(path):
+        return []
+    literal = path.parent.is_dir()  # what is there may have brackets in its name
+    pattern = str(Path(glob.escape(str(path.parent))) / path.name) if literal else str(path)
+    return sorted(file for name in glob.iglob(pattern, recursive=True) if not (file := Path(name)).is_dir())  # noqa: PTH207
+
+
+def _read_file(source: str, path: Path) -> Iterator[Row]:
     if path.is_dir():
+        if any((path / name).is_file() for name in _SAVED):
+            yield from _read_folder(source, path, None)
+            return
         inside = ", ".join(_data_files(path)[:8]) or "it holds no data file"
-        raise DataError(f"{source} is a folder; name a file in it ({inside}).")
-    reader = _READERS.get(path.suffix.lower())
-    if reader is None:
         raise DataError(
-            f"{source}: expected a data file that ends in one of {', '.join(_READERS)}, but it ends in "
-            f"'{path.suffix}'; convert or rename it."
+            f"{source} is a folder; name a file in it ({inside}), a pattern such as {source.rstrip('/')}/*.jsonl, or a "
+            f"split of a dataset ({source.rstrip('/')}:train)."
+        )
+    ending, packed = endings(path)
+    reader = READERS.get(ending)
+    if reader is None or (packed and ending == ".parquet"):
+        raise DataError(
+            f"{source}: expected a data file that ends in one of {', '.join(READERS)} (the text files also with "
+            f"{', '.join(COMPRESSED)} after it), but it ends in '{ending}{packed}'; convert or rename it."
         )
     try:
+        require_file(source, path)
         yield from reader(source, path)
     except OSError as error:
         raise DataError(f"{source} cannot be read: {error.strerror or error}.") from error
+    except MemoryError as error:
+        raise DataError(f"{source}: there is not enough memory to read it; cut it into smaller files.") from error
 
 
 def _missing(source: str, path: Path) -> str:
+    if _is_pattern(path):
+        return (
+            f"There is no data file {source}: no file has such a name. In a pattern * is any name and ** all folders "
+            "below; a part of the rows is written [:500] or [10%:]."
+        )
     folder = path.parent
     if not folder.is_dir():
         return f"There is no data file {source}: its folder {folder} does not exist."
@@ -79,173 +202,58 @@ def _missing(source: str, path: Path) -> str:
 
 
 def _data_files(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in folder.iterdir() if entry.suffix.lower() in _READERS)
+    return sorted(entry.name for entry in folder.iterdir() if endings(entry)[0] in READERS)
 
 
-def _decode(source: str, raw: bytes, line: int = 1) -> str:
-    """``raw`` as UTF-8 text without a byte-order mark; its first line has the number ``line``."""
-    try:
-        return raw.decode("utf-8-sig" if line == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        number = line + error.object.count(b"\n", 0, error.start)
-        raise DataError(
-            f"{source}, line {number}: expected UTF-8 text, but came the byte 0x{error.object[error.start]:02x}; "
-            "save the file as UTF-8."
-        ) from error
-
-
-def _kind(value: Any) -> str:
-    """The name of a value's type in JSON, for a message."""
-    if value is None or isinstance(value, bool):
-        return json.dumps(value)
-    names: dict[type, str] = {dict: "an object", list: "a list", str: "a string"}
-    return names.get(type(value), "a number")
-
-
-def _jsonl(source: str, path: Path) -> Iterator[Row]:
-    with path.open("rb") as lines:
-        for number, raw in enumerate(lines, start=1):
-            line = _decode(source, raw, number).strip()
-            if not line:
-                continue
-            place = f"{source}, line {number}"
-            try:
-                value = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                shown = line if len(line) <= 60 else line[:57] + "..."
-                hint = "; if the file is one JSON value over several lines, name it .json" if line in ("{", "[") else ""
-                raise DataError(
-                    f"{place}: expected one JSON object a line, but {_json_fault(error)}{hint}. The line is: {shown}"
-                ) from error
-            if not isinstance(value, dict):
-                hint = " If the whole file is one list, name it .json." if isinstance(value, list) else ""
-                raise DataError(f"{place}: expected one JSON object a line, but came {_kind(value)}.{hint}")
-            yield Row(source, number, place, value)
-
-
-def _json_fault(error: Exception) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        return f"at column {error.colno}: {error.msg}"
-    return "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-
-
-def _json(source: str, path: Path) -> Iterator[Row]:
-    text = _decode(source, path.read_bytes())
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data" and error.lineno > 1:
-            # One object per line in a file named .json: many hub datasets store their rows in this way.
-            yield from _jsonl(source, path)
-            return
-        place = f"{source}, line {error.lineno}" if isinstance(error, json.JSONDecodeError) else source
-        raise DataError(f"{place}: expected JSON, but {_json_fault(error)}; repair the file.") from error
-    for number, row in enumerate(_list_in(source, value), start=1):
-        place = f"{source}, row {number}"
-        if not isinstance(row, dict):
-            raise DataError(f"{place}: expected a JSON object, but came {_kind(row)}.")
-        yield Row(source, number, place, row)
-
-
-def _list_in(source: str, value: Any) -> list[Any]:
-    """The rows of a JSON file: the value itself, or the one list of objects in it."""
-    if isinstance(value, list):
-        return value
-    if not isinstance(value, dict):
-        raise DataError(f"{source}: expected a list of rows, or an object with one such list, but came {_kind(value)}.")
-    lists = {
-        key: held
-        for key, held in value.items()
-        if isinstance(held, list) and all(isinstance(row, dict) for row in held)
-    }
-    if len(lists) != 1:
-        raise DataError(
-            f"{source}: expected a list of rows, or an object with one list of objects, but the lists of objects in it "
-            f"are: {', '.join(lists) or 'none'}. Save the rows alone, as a list or as jsonl."
-        )
-    return next(iter(lists.values()))
-
-
-def _csv(source: str, path: Path) -> Iterator[Row]:
-    # Fields stay strings: guessing types would turn the answer "1" into a number, and "None" into a missing value.
-    records = _csv_records(source, path)
-    if not records:
-        return
-    header = [name.strip() for name in records[0][1]]
-    twice = sorted({name for name in header if header.count(name) > 1})
-    if twice:
-        raise DataError(f"{source}: the header names a column twice: {', '.join(twice)}.")
-    for number, (line, fields) in enumerate(records[1:], start=1):
-        place = f"{source}, row {number} (line {line})"
-        if len(fields) != len(header):
-            raise DataError(
-                f"{place}: expected {len(header)} fields, as in the header ({', '.join(header)}), but came "
-                f"{len(fields)}; put fields that contain the separator into double quotes."
-            )
-        yield Row(source, number, place, dict(zip(header, fields, strict=True)))
-
-
-def _csv_records(source: str, path: Path) -> list[tuple[int, list[str]]]:
-    """The fields of every record that is not blank, each with the number of the record's last line."""
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    text = _decode(source, path.read_bytes())
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    limit = csv.field_size_limit(2**31 - 1)
-    try:
-        return [(reader.line_num, fields) for fields in reader if fields]
-    except csv.Error as error:
-        raise DataError(f"{source}, line {reader.line_num}: bad CSV: {error}; check the quotes.") from error
-    finally:
-        csv.field_size_limit(limit)
-
-
-def _parquet(source: str, path: Path) -> Iterator[Row]:
-    # pyarrow reads the file in place; `datasets` would first copy it into its own cache.
-    import pyarrow
-    from pyarrow.parquet import ParquetFile
-
-    number = 0
-    try:
-        with ParquetFile(path) as file:
-            for batch in file.iter_batches():
-                for value in batch.to_pylist():
-                    number += 1
-                    yield Row(source, number, f"{source}, row {number}", value)
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{source}: not a readable parquet file: {_first_line(error)}") from error
-
-
-def _read_hub(source: str, name: str, config: str | None, split: str) -> Iterator[Row]:
+def _read_folder(source: str, folder: Path, split: str | None) -> Iterator[Row]:
+    """The rows of a dataset in a folder: one that ``save_to_disk`` wrote, or a copy of one of the hub's."""
     import datasets
 
+    try:
+        if any((folder / name).is_file() for name in _SAVED):
+            held = datasets.load_from_disk(str(folder))
+            if isinstance(held, datasets.DatasetDict):
+                name = split or "train"
+                if name not in held:
+                    raise DataError(
+                        f"{source}: the dataset has no split '{name}'; it has {', '.join(held)}."
+                        f"{did_you_mean(name, held)}"
+                    )
+                held = held[name]
+            elif split not in (None, "train"):
+                raise DataError(f"{source}: the dataset has no splits; name the folder alone.")
+        else:
+            held = datasets.load_dataset(str(folder), split=split)
+        for number, value in enumerate(held, start=1):
+            yield Row(source, number, f"{source}, row {number}", dict(value))
+    except (DataError, OSError):
+        raise
+    except Exception as error:
+        # What the readers of `datasets` raise is not documented.
+        raise DataError(f"{source}: the dataset in this folder cannot be read: {first_line(error)}") from error
+
+
+def _read_hub(source: str, path: str, part: _Slice | None) -> Iterator[Row]:
+    import datasets
+
+    hub = _HUB_ID.fullmatch(path)
+    assert hub is not None, "what is not local is a hub id"
+    name, config, split = hub["name"], hub["config"], hub["split"] or "train"
+    if part is not None:
+        split += f"[{part.start or ''}:{part.stop or ''}]"
     try:
         for number, value in enumerate(datasets.load_dataset(name, config, split=split), start=1):
             yield Row(source, number, f"{source}, row {number}", dict(value))
     except datasets.exceptions.DatasetNotFoundError as error:
         raise DataError(
             f"{source}: there is no such file, and the hub has no dataset '{name}' that you may read; check the "
-            f"spelling, or log in if it is private. ({_first_line(error)})"
+            f"spelling, or log in if it is private. ({first_line(error)})"
         ) from error
     except ConnectionError as error:
         raise DataError(
             f"{source}: there is no such file, and the hub cannot be reached to look for a dataset '{name}'; check "
-            f"the network (and HF_HUB_OFFLINE), or download the rows and name their file. ({_first_line(error)})"
+            f"the network (and HF_HUB_OFFLINE), or download the rows and name their file. ({first_line(error)})"
         ) from error
     except Exception as error:
         # What the hub's readers raise is not documented.
-        raise DataError(f"{source}: the hub dataset '{name}' cannot be read: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
-_READERS: dict[str, Callable[[str, Path], Iterator[Row]]] = {
-    ".jsonl": _jsonl,
-    ".ndjson": _jsonl,
-    ".json": _json,
-    ".csv": _csv,
-    ".tsv": _csv,
-    ".parquet": _parquet,
-}
+        raise DataError(f"{source}: the hub dataset '{name}' cannot be read: {first_line(error)}") from error

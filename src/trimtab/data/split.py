@@ -1,4 +1,5 @@
-"""Draws a smaller set of rows to train on, and splits off validation rows. The same seed draws the same rows."""
+"""Draws a smaller set of rows to train on, splits off validation rows, and counts weights. The same seed draws the same
+rows."""
 
 from __future__ import annotations
 
@@ -33,10 +34,35 @@ def split_off(
     return training, validation
 
 
+def times_an_epoch(examples: Sequence[Example], seed: int, choices: Sequence[str] | None) -> list[int]:
+    """How often each row comes in an epoch, by the weight of its source.
+
+    The whole part of a weight is how often every row comes. Of the rest, such as 0.3, three tenths of the rows come
+    once more: drawn once, the same in every epoch, and evenly over files and choices.
+    """
+    times = [0] * len(examples)
+    by_weight: dict[float, list[int]] = defaultdict(list)
+    for index, example in enumerate(examples):
+        by_weight[example.entry.weight if example.entry is not None else 1.0].append(index)
+    for weight, indices in by_weight.items():
+        whole, part = divmod(weight, 1)
+        again = _drawn([examples[index] for index in indices], part, seed, choices) if part else set()
+        for place, index in enumerate(indices):
+            times[index] = int(whole) + (place in again)
+    return times
+
+
 def _partition(
     examples: Sequence[Example], fraction: float, seed: int, choices: Sequence[str] | None
 ) -> tuple[list[Example], list[Example]]:
-    """``fraction`` of the rows drawn at random from each group, and the remaining rows, both in their order.
+    """``fraction`` of the rows drawn at random, and the remaining rows, both in their order."""
+    drawn = _drawn(examples, fraction, seed, choices)
+    rest = [example for index, example in enumerate(examples) if index not in drawn]
+    return [example for index, example in enumerate(examples) if index in drawn], rest
+
+
+def _drawn(examples: Sequence[Example], fraction: float, seed: int, choices: Sequence[str] | None) -> set[int]:
+    """The places of ``fraction`` of the rows, drawn at random from each group.
 
     A group is one file and, where there are ``choices``, one answer in it. What rounding leaves over in one group is
     carried to the next, so that the total is what was asked for.
@@ -50,5 +76,4 @@ def _partition(
     for key in sorted(groups, key=str):
         seen += len(groups[key])
         drawn.update(chance.sample(groups[key], min(len(groups[key]), round(seen * fraction) - len(drawn))))
-    rest = [example for index, example in enumerate(examples) if index not in drawn]
-    return [example for index, example in enumerate(examples) if index in drawn], rest
+    return drawn

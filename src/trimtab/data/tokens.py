@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,9 @@ IGNORED = -100
 VERSION = 1
 """Part of the name of every file of tokenised rows; raise it when the same rows would be encoded differently."""
 
-CHUNK = 1000
-"""Texts handed to the tokenizer at once: enough to keep all its threads busy."""
+CHUNK, CHARACTERS = 1000, 4_000_000
+"""Texts and characters handed to the tokenizer at once: enough to keep all its threads busy, and few enough that their
+offsets take little memory."""
 
 
 class EncodedRows(Dataset[EncodedRow]):
@@ -53,13 +55,29 @@ class EncodedRows(Dataset[EncodedRow]):
         self._ids, self._trained, lengths = tensors["ids"], tensors["trained"], tensors["lengths"]
         self._starts: list[int] = (lengths.cumsum(0) - lengths).tolist()
         self.lengths: list[int] = lengths.tolist()
-        self.origins = [(examples[at].source, examples[at].number) for at in tensors["kept"].tolist()]
+        self._kept: list[int] = tensors["kept"].tolist()
+        self.origins = [(examples[at].source, examples[at].number) for at in self._kept]
         self.cut = int(tensors["cut"].sum())
         self.dropped = [(examples[at].source, examples[at].number, reason) for at, reason in dropped]
         if not self.lengths:
             listed = "; ".join(f"{source}, row {number}: {reason}" for source, number, reason in self.dropped[:3])
             listed = listed or "there are no rows"
             raise DataError(f"None of the {len(examples)} rows has a token to train on ({listed}).")
+
+    def repeated(self, times: Sequence[int]) -> EncodedRows:
+        """The rows as they come in an epoch: ``times[i]`` is how often that of the i-th example does.
+
+        Repeated rows share their tokens. What is ``cut`` and ``dropped`` is counted once, as before.
+        """
+        if all(count == 1 for count in times):
+            return self
+        repeated = copy(self)
+        order = [row for row, example in enumerate(self._kept) for _ in range(times[example])]
+        repeated._starts = [self._starts[row] for row in order]
+        repeated._kept = [self._kept[row] for row in order]
+        repeated.lengths = [self.lengths[row] for row in order]
+        repeated.origins = [self.origins[row] for row in order]
+        return repeated
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -182,12 +200,25 @@ def _encode_each(
     """Each example's row and whether it was shortened to ``max_length``, or the reason why it has none."""
     prefix = _prefix(tokenizer)
     end = _end_id(tokenizer) if any(example.ends for example in examples) else -1
-    for start in range(0, len(examples), CHUNK):
-        chunk = examples[start : start + CHUNK]
+    for chunk in _chunks(examples):
         tokens = _tokenise([example.text for example in chunk], tokenizer)
         for example, (ids, offsets) in zip(chunk, tokens, strict=True):
             ids, offsets = _with_prefix(ids, offsets, prefix)
             yield _encode_one(example, ids, offsets, head=len(prefix), end=end, max_length=max_length)
+
+
+def _chunks(examples: Sequence[Example]) -> Iterator[list[Example]]:
+    """The examples in pieces of at most ``CHUNK``, and of about ``CHARACTERS`` where their texts are long."""
+    chunk: list[Example] = []
+    size = 0
+    for example in examples:
+        chunk.append(example)
+        size += len(example.text)
+        if len(chunk) == CHUNK or size > CHARACTERS:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
 
 
 def _encode_one(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ from trimtab.config.read import load_config
 from trimtab.config.resolve import source_of
 from trimtab.config.run import EvaluationConfig
 from trimtab.data.forms import read_examples
+from trimtab.data.rows import Source
+from trimtab.data.sources import name_of
 from trimtab.errors import ConfigError, DataError
 from trimtab.evaluation.benchmark_tasks import BenchmarkTask, evaluate_task, find_task
 from trimtab.evaluation.evaluate import evaluate, write
@@ -67,7 +69,7 @@ def measure(
     if run is None and base:
         raise ConfigError("--base goes with a run; a model named as it is has no adapter")
     config = load_config(run.config) if run is not None else None
-    own = dict(config.data.test) if config is not None else {}
+    own = {name: config.data.settled(test) for name, test in config.data.test.items()} if config is not None else {}
     wanted = [find_task(name) for name in dict.fromkeys(tasks)]
     named = {task.dataset: task for task in wanted}
     files = _files(wanted, data, own)
@@ -125,13 +127,17 @@ def measure(
     return folder, results
 
 
-def _files(tasks: Sequence[BenchmarkTask], data: Sequence[str], own: dict[str, str]) -> dict[str, str]:
+def _files(
+    tasks: Sequence[BenchmarkTask], data: Sequence[str], own: Mapping[str, Sequence[Source]]
+) -> Mapping[str, str | Sequence[Source]]:
     """The files of rows to evaluate on, by the names of the data sets; ``own`` are the run's test sets."""
     if tasks:
-        places = data or list(own.values())
-        files = {task.dataset: _rows_of(task, places, alone=len(tasks) == 1) for task in tasks}
+        places = data or [source.path for sources in own.values() for source in sources]
+        files: dict[str, str | Sequence[Source]] = {
+            task.dataset: _rows_of(task, places, alone=len(tasks) == 1) for task in tasks
+        }
     else:
-        files = {Path(name).stem: name for name in data} or own
+        files = {name_of(name): name for name in data} or dict(own)
     if len(files) < len(tasks or data):
         raise ConfigError("two of the files have one name, and would overwrite each other's results; rename one")
     return files

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from trimtab import bases, methods
 from trimtab.config.resolve import Job
 from trimtab.config.run import RunConfig
+from trimtab.data.sources import is_local
 from trimtab.errors import TrimtabError
 from trimtab.machine import GIB, available_memory, check_fits, device
 from trimtab.memory.estimate import RowSizes, RunMemory, estimate_run
@@ -80,8 +82,8 @@ def read_sizes(job: Job) -> tuple[RowSizes, str]:
     config, data, source = job.config, job.config.data, job.source
     capped = _capped(config)
     why = f"the cap data.max_length = {data.max_length}, since"
-    named = [*data.train, *(data.validation if isinstance(data.validation, tuple) else ()), *data.test.values()]
-    if missing := [name for name in named if not Path(name).is_file()]:
+    measured = [*(data.validation if isinstance(data.validation, tuple) else ()), *chain(*data.test.values())]
+    if missing := [source.path for source in (*data.train, *measured) if not is_local(source.path, Path.cwd())]:
         return capped, f"{why} {missing[0]} is not here"
     if source.kind == "gguf" and not is_dequantised(Path(source.location)):
         return capped, f"{why} the tokenizer is still in {Path(source.location).name}"

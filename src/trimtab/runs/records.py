@@ -85,6 +85,35 @@ class FiguresRecord(FlatRecord):
     figures: dict[str, float | None] = {}
 
 
+class SourceRecord(Record):
+    """What was taken of one source of training rows."""
+
+    path: str
+    forms: list[str]
+    rows: int
+    training: int
+    """Those that are left when ``data.train_limit`` and the validation rows are taken."""
+    weight: float = 1.0
+    an_epoch: int
+    """How many come in an epoch: ``training`` times ``weight``."""
+
+    def __str__(self) -> str:
+        path = Path(self.path)
+        shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+        said = f"{shown}: {self.rows:,} rows ({', '.join(self.forms)})"
+        if self.training != self.rows:
+            said += f", {self.training:,} to train on"
+        return said + (f", weight {self.weight:g}: {self.an_epoch:,} in an epoch" if self.weight != 1 else "")
+
+
+class RowsDigest(Record):
+    """By which a run that is resumed knows its rows again, wherever they lie now."""
+
+    train: str
+    validation: str | None = None
+    test: dict[str, str] = {}
+
+
 class RuleRecord(Record):
     """One rule of a plan and what it came to."""
 
@@ -193,6 +222,7 @@ class Summary(Record):
         form: of the rows; ``choices``: the closed set of their answers, if they have one.
         train_tokens: of all training rows once.
         notes: what the user should know of the rows, the settings and the model, a sentence each.
+        sources: what was taken of each source of training rows; ``digests``: by which the rows are known again.
     """
 
     status: str = "interrupted"
@@ -217,6 +247,8 @@ class Summary(Record):
     peak_memory_gib: float | None = None
     adapter_bytes: int | None = None
     notes: list[str] = []
+    sources: list[SourceRecord] = []
+    digests: RowsDigest | None = None
 
     @field_serializer("created")
     def _iso(self, moment: datetime | None) -> str | None:

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from trimtab.config.run import RunConfig
 from trimtab.data.choices import check_choices, infer_choices
 from trimtab.data.forms import read_examples
-from trimtab.data.rows import Example
-from trimtab.data.split import draw, split_off
+from trimtab.data.rows import Example, Source, digest
+from trimtab.data.split import draw, split_off, times_an_epoch
 from trimtab.data.tokens import EncodedRows, encode_once
-from trimtab.errors import ConfigError
+from trimtab.errors import ConfigError, DataError
 from trimtab.metrics import choosing
 from trimtab.models.gguf import cache_folder
 from trimtab.notes import Notes
 from trimtab.runs.events import Listener
+from trimtab.runs.records import RowsDigest, SourceRecord
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,10 @@ class Inputs:
     form: str
     choices: list[str] | None
     scored: bool
+    sources: tuple[SourceRecord, ...]
+    """What was taken of each source of training rows."""
+    digests: RowsDigest
+    """By which the same rows are known again."""
     notes: tuple[str, ...] = ()
     """What the user should know of the rows, a sentence each; the listener has been told."""
 
@@ -49,11 +55,16 @@ def read_inputs(config: RunConfig, tokenizer: Any, listener: Listener) -> Inputs
 
 def _read_inputs(config: RunConfig, tokenizer: Any, listener: Listener, notes: Notes) -> Inputs:
     data = config.data
-    read = partial(read_examples, tokenizer=tokenizer, root=Path.cwd(), form=data.form, notes=notes)
-    training = read(data.train)
-    form = training[0].form
-    listener.note(f"{len(training)} training rows of the form '{form}'")
-    tests = {name: read(path) for name, path in data.test.items()}
+
+    def read(sources: Sequence[Source]) -> list[Example]:
+        return read_examples(data.settled(sources), tokenizer, root=Path.cwd(), notes=notes)
+
+    named = data.settled(data.train)
+    training = everything = read_examples(named, tokenizer, root=Path.cwd(), notes=notes)
+    forms = Counter(row.form for row in training)
+    told = " and ".join(f"'{form}'" for form in forms)
+    listener.note(f"{len(training)} training rows of the form{'s' * (len(forms) > 1)} {told}")
+    tests = {name: read(sources) for name, sources in data.test.items()}
     own = all(row.choices for row in training)
     choices = _choices(config, training, own)
     if own:
@@ -75,6 +86,12 @@ def _read_inputs(config: RunConfig, tokenizer: Any, listener: Listener, notes: N
     elif data.validation is not None:
         validation = read(data.validation)
         listener.note(f"{len(validation)} validation rows")
+    times = times_an_epoch(training, config.train.seed, choices)
+    taken = _taken(named, everything, training, times)
+    if len(taken) > 1 or any(source.weight != 1 for source in taken):
+        for record in taken:
+            listener.note(str(record))
+    training, times = [row for row, count in zip(training, times, strict=True) if count], list(filter(None, times))
     scored = choices is not None or own
     if choices is not None:
         for measured in (validation, *tests.values()):
@@ -95,12 +112,57 @@ def _read_inputs(config: RunConfig, tokenizer: Any, listener: Listener, notes: N
     for name, tested in tests.items():
         listener.note(f"{len(tested)} test rows in '{name}'")
 
-    rows = encode_once(training, tokenizer, data.max_length, cache_folder().with_name("tokens"))
-    for source, number, reason in rows.dropped:
+    encoded = encode_once(training, tokenizer, data.max_length, cache_folder().with_name("tokens"))
+    for source, number, reason in encoded.dropped:
         notes.row(f"{source}, row {number}", f"left out of training ({reason})")
-    if rows.cut:
-        notes.add(f"{rows.cut} rows were cut to data.max_length = {data.max_length} tokens")
-    return Inputs(rows=rows, validation=validation, tests=tests, form=form, choices=choices, scored=scored)
+    if encoded.cut:
+        notes.add(f"{encoded.cut} rows were cut to data.max_length = {data.max_length} tokens")
+    return Inputs(
+        rows=encoded.repeated(times),
+        validation=validation,
+        tests=tests,
+        form=forms.most_common(1)[0][0],
+        choices=choices,
+        scored=scored,
+        sources=taken,
+        digests=RowsDigest(
+            train=digest(training, times),
+            validation=digest(validation) if validation else None,
+            test={name: digest(tested) for name, tested in tests.items()},
+        ),
+    )
+
+
+def _taken(
+    named: Sequence[Source], everything: Sequence[Example], training: Sequence[Example], times: Sequence[int]
+) -> tuple[SourceRecord, ...]:
+    """What was taken of each source ``named``: of all rows, the ``training`` rows, each so many ``times``."""
+    place = {id(source): index for index, source in enumerate(named)}  # rows hold the very objects
+    forms: list[dict[str, None]] = [{} for _ in named]
+    read, kept, drawn = [0] * len(named), [0] * len(named), [0] * len(named)
+    for row in everything:
+        read[place[id(row.entry)]] += 1
+        forms[place[id(row.entry)]][row.form] = None
+    for row, count in zip(training, times, strict=True):
+        kept[place[id(row.entry)]] += 1
+        drawn[place[id(row.entry)]] += count
+    for source, left, count in zip(named, kept, drawn, strict=True):
+        if left and not count:
+            raise DataError(
+                f"{source.path}: a weight of {source.weight:g} leaves none of its {left} training rows; give it a "
+                "higher one, or leave the source out."
+            )
+    return tuple(
+        SourceRecord(
+            path=source.path,
+            forms=list(forms[index]),
+            rows=read[index],
+            training=kept[index],
+            weight=source.weight,
+            an_epoch=drawn[index],
+        )
+        for index, source in enumerate(named)
+    )
 
 
 def _choices(config: RunConfig, training: list[Example], own: bool) -> list[str] | None:

@@ -175,6 +175,8 @@ class _Run:
             versions=versions(),
             machine=Machine(**describe_machine()),
             notes=list(inputs.notes),
+            sources=list(inputs.sources),
+            digests=inputs.digests,
         )
 
     @property

@@ -21,6 +21,7 @@ from pattern_page import pattern_table, verdict, write_pattern_page
 from pattern_pictures import PAPER, with_interval
 from pattern_results import VIEWS, mean_correlation, summarise, write_results
 from pattern_study import AS_SET, PatternCell, load_pattern_study, run_cells
+from source_paths import paths
 from tiny_runs import rows, write_rows
 from trimtab.errors import ConfigError, Interrupted, PlanError, RunError
 from trimtab.files import locked, read_json
@@ -98,7 +99,7 @@ def test_the_cells_of_a_study(study: Callable[..., Path], tmp_path: Path) -> Non
     assert config.plan == ({"match": ["*.q_proj", "*.v_proj"], "method": "dora", "rank": 2},)
     assert (config.train.seed, config.train.max_steps, config.train.learning_rate) == (1, 6, 1e-2)
     assert config.train.magnitude_learning_rate == 1e-3
-    assert config.data.train == (str(tmp_path / "rows.jsonl"),)
+    assert paths(config.data.train) == (str(tmp_path / "rows.jsonl"),)
     assert loaded.folder == tmp_path / "out"
     assert all(cell.config.output.parent == tmp_path / "out" / "cells" for cell in cells)
     # What is the same run is one cell.

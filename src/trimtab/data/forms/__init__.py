@@ -1,12 +1,12 @@
 """The forms of rows. One file is one form, and the file's name is the form's name in a configuration.
 
-`_form.py` says what a form has to define. A new file in this folder is found by itself. All rows of a run have the same
-form.
+`_form.py` says what a form has to define. A new file in this folder is found by itself. All rows of a file have
+the same form.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -14,8 +14,8 @@ from typing import Any
 
 from trimtab import listing
 from trimtab.data.forms._form import Form, keys_of
-from trimtab.data.rows import Example, Row
-from trimtab.data.sources import read_rows
+from trimtab.data.rows import Example, Row, Source
+from trimtab.data.sources import rows_of
 from trimtab.errors import DataError, did_you_mean
 from trimtab.notes import Notes
 
@@ -39,34 +39,44 @@ def find(name: str) -> Form:
 
 
 def read_examples(
-    source: str | Sequence[str], tokenizer: Any, *, root: Path, form: str = "auto", notes: Notes | None = None
+    source: str | Source | Sequence[str | Source],
+    tokenizer: Any,
+    *,
+    root: Path,
+    form: str = "auto",
+    notes: Notes | None = None,
 ) -> list[Example]:
-    """Read a file or a hub dataset (see ``sources.read_rows``), or a list of them one after the other.
+    """Read one source of rows (see ``sources.read_rows``), or a list of them one after the other.
 
     Args:
-        source: one or several.
+        source: one or several. Each file has a form of its own.
         tokenizer: a transformers tokenizer; only a form with a chat template uses it.
         root: the folder that relative paths start from.
-        form: the name of a form, or ``"auto"`` to recognise it by the keys of the first row.
+        form: for sources that name none: the name of a form, or ``"auto"`` to recognise it by the keys of a file's
+            first row.
         notes: is given what the user should know of the rows.
 
     Raises DataError if a source cannot be read, or a row does not fit its form; the message names file and row.
     """
-    chosen = None if form == "auto" else find(form)
-    sources = [source] if isinstance(source, str) else source
-    if not sources:
+    named = [source] if isinstance(source, str | Source) else source
+    if not named:
         raise DataError("The list of data files is empty; name at least one file or hub dataset.")
     examples: list[Example] = []
-    first: Row | None = None
-    for row in (row for name in sources for row in read_rows(name, root=root)):
-        if chosen is None:
-            chosen = _recognise(row)
-        if first is None:
-            first = row
-            chosen.check(tokenizer, row.place)
-        elif form == "auto":
-            _require_same_form(row, chosen, first)
-        examples.append(replace(chosen.example(row, tokenizer), form=chosen.name))
+    for entry in (Source(path=one) if isinstance(one, str) and one else one for one in named):
+        if isinstance(entry, str):
+            raise DataError("The name of a data file is empty; give a path or a hub dataset such as owner/name.")
+        wanted = entry.form if entry.form is not None else form
+        file, first = "", None
+        for row in rows_of(entry, root=root):
+            if row.source != file:
+                file, first = row.source, None
+            if first is None:
+                first = row
+                chosen = _recognise(row, entry.columns or {}) if wanted == "auto" else find(wanted)
+                chosen.check(tokenizer, row.place)
+            elif wanted == "auto" and not entry.columns:
+                _require_same_form(row, chosen, first)
+            examples.append(replace(chosen.example(row, tokenizer), form=chosen.name, entry=entry))
     return examples
 
 
@@ -82,11 +92,15 @@ def _form_of(row: Row) -> Form | None:
     return next((form for form in _all() if present.issuperset(form.keys)), None)
 
 
-def _recognise(row: Row) -> Form:
-    form = _form_of(row)
+def _recognise(row: Row, columns: Mapping[str, str]) -> Form:
+    # The keys that the user mapped decide, whatever else the table holds.
+    form = next((form for form in _all() if columns and columns.keys() >= set(form.keys)), None) or _form_of(row)
     if form is None:
         expected = "; ".join(f"{'/'.join(form.keys)} ({form.name})" for form in _all())
-        raise DataError(f"{row.place}: no known form has these keys: {keys_of(row)}. Expected one of: {expected}.")
+        raise DataError(
+            f"{row.place}: no known form has these keys: {keys_of(row)}. Expected one of: {expected}. If a column has "
+            "another name, say so: data.columns={prompt: its name, completion: its name}."
+        )
     return form
 
 
