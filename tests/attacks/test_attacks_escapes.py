@@ -111,10 +111,10 @@ def test_lines_and_errors_of_the_command_line(capsys: pytest.CaptureFixture[str]
 
 
 def test_an_answer_is_printed_as_text(capsys: pytest.CaptureFixture[str]) -> None:
-    from trimtab.cli.displays.answer import AnswerStreamer
+    from trimtab.cli.verbs.generate import _say
 
-    AnswerStreamer(None).on_finalized_text(f"north {CLEAR}gate\n", stream_end=True)
-    assert capsys.readouterr().out == "north \\x1b[2J\\x1b[Hgate\n\n"
+    _say(f"north {CLEAR}gate\n")
+    assert capsys.readouterr().out == "north \\x1b[2J\\x1b[Hgate\n"
 
 
 @pytest.mark.parametrize(

@@ -230,7 +230,7 @@ CASES: dict[str, Case] = {
     ),
     "generate of no run": (
         lambda w: ["generate", str(w.path), "hello"],
-        r"not a run folder \(it has no config\.yaml\); name the output of trimtab finetune",
+        r"not a run folder \(it has no config\.yaml\), and not a model's.*name the output of trimtab finetune",
     ),
     "merge of no run": (lambda w: ["merge", str(w.path), str(w.path / "out")], r"not a run folder"),
 }

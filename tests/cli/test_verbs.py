@@ -26,7 +26,7 @@ from trimtab.runs.load import load_run
 from trimtab.studies import process
 from trimtab.training.run import finetune
 
-VERBS = ("finetune", "plan", "evaluate", "generate", "merge", "analyze", "compare", "explore")
+VERBS = ("finetune", "plan", "evaluate", "generate", "chat", "merge", "analyze", "compare", "explore")
 IDS = torch.tensor([[5, 40, 60, 7, 80, 33], [9, 12, 300, 200, 4, 50]])
 PROGRAM = (sys.executable, "-m", "trimtab")
 
@@ -278,34 +278,56 @@ def test_generate(cli: Any, run: Path) -> None:
 
 
 def test_generate_streams(run: Path, cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from transformers import TextStreamer
+    import trimtab.cli.verbs.generate as verb
 
     pieces: list[str] = []
-    original = TextStreamer.on_finalized_text
-
-    def spy(self: Any, text: str, stream_end: bool = False) -> None:
-        pieces.append(text)
-        original(self, text, stream_end)
-
-    monkeypatch.setattr(TextStreamer, "on_finalized_text", spy)
+    monkeypatch.setattr(verb, "_say", pieces.append)
     result = cli("generate", run, "Message: fog over berth", "--base", "--max-new-tokens", "40", "--temperature", "5")
-    assert len([piece for piece in pieces if piece]) > 1
-    assert "".join(pieces) == result.out.removesuffix("\n")
+    assert len(pieces) > 1
+    assert result.out == "\n"
+
+
+def test_generate_answers_for_every_prompt(run: Path, cli: Any, model_folder: Path, tmp_path: Path) -> None:
+    prompts = [row["prompt"].rstrip() for row in rows(3)]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompt.replace("\n", " ") for prompt in prompts), encoding="utf-8")
+    said = [cli("generate", run, prompt, "--max-new-tokens", "4").out for prompt in prompts]
+    several = cli("generate", run, *prompts, "--max-new-tokens", "4")
+    assert several.out == "".join(said)
+    assert several.err.count("/3] Message:") == 3
+    file = write_rows(tmp_path / "asked.jsonl", [{"prompt": prompt} for prompt in prompts])
+    result = cli("generate", run, "--file", file, "--jsonl", "--max-new-tokens", "4")
+    lines = [json.loads(line) for line in result.out.splitlines()]
+    assert [line["prompt"] for line in lines] == prompts
+    assert [line["answer"] for line in lines] == [text.strip() for text in said]
+    assert {type(line["ended"]) for line in lines} == {bool}
+    of_model = cli("generate", model_folder, "--file", "prompts.txt", "--max-new-tokens", "2")
+    assert (of_model.code, of_model.err.count("/3] Message:")) == (0, 3)
+    assert cli("generate", run, "fog", "--file", "prompts.txt").code == 2
+    assert cli("generate", run).code == 2
+
+
+def test_generate_with_a_system_message(run: Path, cli: Any) -> None:
+    refused = cli("generate", run, "fog", "--system", "be brief")
+    assert refused.code == 1
+    assert refused.matches(r"--system: .*completion rows.*--chat")
+    with_system = cli("generate", run, "fog", "--system", "tug at noon", "--chat", "--max-new-tokens", "6")
+    assert with_system.code == 0
+    assert with_system.out != cli("generate", run, "fog", "--chat", "--max-new-tokens", "6").out
 
 
 def test_generate_with_the_templates_of_training(
     cli: Any, make_yaml: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import trimtab.data.tokens as tokens
+    import trimtab.asking as asking
 
     seen: list[str] = []
-    original = tokens.encode_prompt
+    original = asking.encode_prompt
 
     def spy(prompt: str, tokenizer: Any) -> list[int]:
         seen.append(prompt)
         return original(prompt, tokenizer)
 
-    monkeypatch.setattr(tokens, "encode_prompt", spy)
+    monkeypatch.setattr(asking, "encode_prompt", spy)
     for form, begins in (
         ("chat", "<|im_start|>user\nfog<|im_end|>\n<|im_start|>assistant\n"),
         ("alpaca", "Below is an"),

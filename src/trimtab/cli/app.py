@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -16,14 +17,15 @@ from trimtab import __version__, listing
 from trimtab.cli import verbs
 from trimtab.cli.exits import exit_code, say
 
-_FIRST = ("init", "finetune", "plan", "evaluate", "generate", "merge", "analyze", "compare", "explore", "doctor")
+_FIRST = (
+    *("init", "finetune", "plan", "evaluate", "generate", "chat", "merge", "analyze", "compare", "explore", "doctor"),
+)
 """The order of these verbs in the help, as people use them; others follow by name."""
 
 app = typer.Typer(
     name="trimtab",
     help="Fine-tune a pretrained model by training a few small tensors beside its frozen weights: LoRA, DoRA, MoRA.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -56,4 +58,4 @@ _add_verbs()
 
 def main() -> None:
     """Run the command line and exit with its code."""
-    sys.exit(exit_code(app))
+    sys.exit(exit_code(partial(app, prog_name="trimtab")))  # also as python -m trimtab: completion goes by the name

@@ -17,9 +17,10 @@ from trimtab.machine import keep_few_products
 _CHATTY = ("torchao", "bitsandbytes", "torch.utils._pytree")
 
 
-def say(text: str, *, error: bool = False) -> None:
-    """Print a plain line, to standard error if it is an ``error``. Whatever it quotes cannot drive the terminal."""
-    print(printable(text), file=sys.stderr if error else sys.stdout)
+def say(text: str = "", *, error: bool = False, end: str = "\n") -> None:
+    """Print a plain line, or with ``end`` a part of one, to standard error if it is an ``error``. Whatever it quotes
+    cannot drive the terminal."""
+    print(printable(text), file=sys.stderr if error else sys.stdout, end=end, flush=True)
 
 
 def exit_code(work: Callable[[], int | None]) -> int:

@@ -37,7 +37,7 @@ class _Forgiving(io.RawIOBase):
 
     def __init__(self, raw: io.RawIOBase) -> None:
         self._raw = raw
-        self._lost = False
+        self.lost = False
 
     def writable(self) -> bool:
         return True
@@ -49,12 +49,19 @@ class _Forgiving(io.RawIOBase):
         return self._raw.fileno()
 
     def write(self, data: Any) -> int | None:
-        if not self._lost:
+        if not self.lost:
             try:
                 return self._raw.write(data)
             except OSError:
-                self._lost = True
+                self.lost = True
         return len(data)
+
+
+def nobody_reads() -> bool:
+    """Whether what is printed to stdout goes nowhere any more."""
+    buffer = getattr(sys.stdout, "buffer", None)
+    raw = getattr(buffer, "raw", None)
+    return isinstance(raw, _Forgiving) and raw.lost
 
 
 def make_safe() -> None:

@@ -17,3 +17,22 @@ Overrides = Annotated[
     ),
 ]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.", show_default=False)]
+Target = Annotated[
+    str, typer.Argument(metavar="RUN|MODEL", help="The folder of a run, or the name of a model.", show_default=False)
+]
+Adapter = Annotated[
+    Path | None, typer.Option(help="An adapter to put onto a model named in place of a run.", show_default=False)
+]
+System = Annotated[
+    str | None,
+    typer.Option(metavar="TEXT", help="A system message: how the model should answer.", show_default=False),
+]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
+Temperature = Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token. Higher: freer.")]
+TopP = Annotated[
+    float,
+    typer.Option(
+        min=0.0, max=1.0, help="Above temperature 0: draw from the likeliest tokens that have this share together."
+    ),
+]
+Seed = Annotated[int, typer.Option(help="Seed of the draw when temperature is above 0.")]

@@ -1,23 +1,47 @@
-"""``trimtab generate``: ask the model of a run, and watch it answer."""
+"""``trimtab generate``: ask the model of a run, or any model, and watch it answer."""
 
 from __future__ import annotations
 
+import json
+import re
 from typing import Annotated
 
 import typer
 
+from trimtab.cli.exits import say
 from trimtab.cli.importing import importing
-from trimtab.cli.verbs._arguments import RunPath
+from trimtab.cli.terminal import nobody_reads
+from trimtab.cli.verbs._arguments import Adapter, MaxNewTokens, Seed, System, Target, Temperature, TopP
 
-SHORT_HELP = "Ask the model of a run."
+_CONTROL = re.compile("[\x7f-\x9f]")  # JSON may hold them as they are, a terminal may not
+SHORT_HELP = "Ask the model of a run, or any model."
 
 
 def command(
-    run: RunPath,
-    prompt: Annotated[str, typer.Argument(help="What the model reads, as in the rows; - reads standard input.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token. Higher: freer.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed of the draw when temperature is above 0.")] = 0,
+    target: Target,
+    prompts: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[PROMPT]...",
+            help="What the model reads, as in the rows; - reads standard input. Several are asked one after the other.",
+            show_default=False,
+        ),
+    ] = None,
+    file: Annotated[
+        str | None,
+        typer.Option(
+            help="Ask for every prompt of a file: rows (jsonl, json, csv, tsv, parquet), or a text of one prompt a "
+            "line; - for standard input.",
+            show_default=False,
+        ),
+    ] = None,
+    system: System = None,
+    adapter: Adapter = None,
+    base: Annotated[bool, typer.Option("--base", help="Ask the untuned model of the run instead.")] = False,
+    max_new_tokens: MaxNewTokens = 128,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
     chat: Annotated[
         bool | None,
         typer.Option(
@@ -27,46 +51,53 @@ def command(
             show_default=False,
         ),
     ] = None,
-    base: Annotated[bool, typer.Option("--base", help="Ask the untuned model instead.")] = False,
+    as_jsonl: Annotated[
+        bool, typer.Option("--jsonl", help="Print a JSON object a line: the prompt, the answer, whether it ended.")
+    ] = False,
 ) -> None:
-    """Generate an answer with the model of a run; tokens are printed as they come."""
+    """Generate answers with the model of a run, or with any model; tokens are printed as they come."""
     import sys
 
-    text = sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt
+    if bool(prompts) == (file is not None):
+        raise typer.BadParameter("give a prompt, or --file FILE with one a line")
+    texts = [sys.stdin.read().removesuffix("\n") if text == "-" else text for text in prompts or []]
 
     with importing():
         import torch
 
-        from trimtab.cli.displays.answer import AnswerStreamer
-        from trimtab.data import forms
-        from trimtab.data.tokens import encode_prompt
-        from trimtab.errors import DataError
-        from trimtab.evaluation.generation import end_tokens
-        from trimtab.runs.load import load_run
+        from trimtab.asking import Asked, Drawing
+        from trimtab.questions import Question, questions_in
+        from trimtab.runs.load import load_target
         from trimtab.surgery.serving import serving
 
-    if not text.strip():
-        raise DataError("the prompt is empty: there is nothing to go on from")
-    loaded = load_run(run, adapter=not base)
-    tokenizer, config = loaded.tokenizer, loaded.model.config.get_text_config()
-    summary = loaded.folder.read_summary()
-    form = (summary and summary.form) if chat is None else "chat" if chat else None
-    if form is not None:
-        text = forms.find(form).prompt(text, tokenizer)
-    ids = encode_prompt(text, tokenizer)
-    room = (getattr(config, "max_position_embeddings", None) or sys.maxsize) - len(ids)
-    if room < 1:
-        raise DataError(f"the prompt has {len(ids)} tokens, and the model has {len(ids) + room} positions; shorten it")
-    batch = torch.tensor([ids], device=loaded.model.device)
+    questions = [Question(text) for text in texts] if file is None else questions_in(file)
+    loaded = load_target(target, adapter=adapter, base=base)
+    form = loaded.form if chat is None else "chat" if chat else None
+    asked = Asked(loaded.model, loaded.tokenizer)
+    put = [question.prompt(form, loaded.tokenizer, system) for question in questions]
+    for prompt in put:  # each of them, before the first is asked
+        asked.encode(prompt)
+    drawing = Drawing(max_new_tokens, temperature, top_p)
     torch.manual_seed(seed)
-    drawn = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    with torch.inference_mode(), serving(loaded.model):
-        loaded.model.generate(
-            batch,
-            attention_mask=torch.ones_like(batch),
-            max_new_tokens=min(max_new_tokens, room),
-            eos_token_id=end_tokens(loaded.model, tokenizer) or None,
-            pad_token_id=tokenizer.pad_token_id,
-            streamer=AnswerStreamer(tokenizer),
-            **drawn,
-        )
+    with serving(loaded.model):
+        for number, (question, prompt) in enumerate(zip(questions, put, strict=True), start=1):
+            if len(put) > 1 and not as_jsonl:
+                say(f"[{number}/{len(put)}] {question.text.strip()}", error=True)
+            answer = asked.write(prompt, drawing, _unsaid if as_jsonl else _say)
+            if as_jsonl:
+                said = {"prompt": question.text, "answer": answer.text.strip(), "ended": answer.ended}
+                say(_CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(said, ensure_ascii=False)))
+            else:
+                say()
+            if answer.stopped:
+                raise KeyboardInterrupt
+            if nobody_reads():
+                break
+
+
+def _say(text: str) -> None:
+    say(text, end="")
+
+
+def _unsaid(_: str) -> None:
+    pass

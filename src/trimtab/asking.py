@@ -1,0 +1,277 @@
+"""A model is asked, and its answer comes token by token: once, or in a conversation that is kept.
+
+    conversation = Conversation(Asked(model, tokenizer), Drawing(max_new_tokens=200), system="You are a clerk.")
+    conversation.ask("Is berth seven free?", say=lambda text: print(text, end="", flush=True))
+
+Prompts are those of the training rows: the same template, the same tokens. What the model computed for earlier turns is
+kept, so that a turn costs its own tokens and not those of the whole conversation.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from inspect import signature
+from typing import Any
+
+import torch
+from transformers import DynamicCache, GenerationConfig
+from transformers.cache_utils import DynamicLayer
+from transformers.generation.streamers import BaseStreamer
+
+from trimtab.data.tokens import encode_prompt
+from trimtab.errors import DataError
+from trimtab.evaluation.generation import end_tokens
+from trimtab.questions import Message, rendered, system_message
+from trimtab.surgery.serving import serving
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How tokens are chosen.
+
+    Attributes:
+        max_new_tokens: the longest answer.
+        temperature: 0 takes the likeliest token, always; higher is freer.
+        top_p: above temperature 0, only the likeliest tokens that have this share together are drawn from.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+
+    def settings(self, ends: list[int], pad: int | None, room: int) -> GenerationConfig:
+        """In transformers' words; what came with the model (penalties, limits) has no part in it."""
+        drawn = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+        return GenerationConfig(
+            max_new_tokens=min(self.max_new_tokens, room),
+            num_beams=1,
+            use_cache=True,
+            eos_token_id=ends or None,
+            pad_token_id=pad if pad is not None else (ends[0] if ends else 0),
+            **(drawn if self.temperature > 0 else {"do_sample": False}),
+        )
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model wrote.
+
+    Attributes:
+        text: without special tokens.
+        tokens: how many it wrote, an end token among them.
+        ended: whether it came to its end by itself, before the limit of tokens.
+        stopped: whether the user stopped it.
+        full: whether it used up the model's positions.
+        read: tokens that were computed before the first new one; those that were kept from before are not among them.
+    """
+
+    text: str
+    tokens: int
+    ended: bool
+    stopped: bool
+    full: bool
+    read: int
+
+
+class Asked:
+    """A model that writes. It keeps what it computed for its last text, and goes on from the part that comes again."""
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.ends = end_tokens(model, tokenizer)
+        self.positions = int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize)
+        self._cache: DynamicCache | None = None
+        self._seen: list[int] = []
+
+    def encode(self, prompt: str) -> list[int]:
+        """The tokens of ``prompt``. Raises DataError if there is none, or if no position is left for an answer."""
+        ids = encode_prompt(prompt, self.tokenizer)
+        if not ids:
+            raise DataError("the prompt is empty: there is nothing to go on from")
+        if len(ids) >= self.positions:
+            raise DataError(
+                f"the prompt has {len(ids)} tokens, and the model has {self.positions} positions; shorten it"
+            )
+        return ids
+
+    def write(self, prompt: str, drawing: Drawing, say: Say) -> Answer:
+        """Go on from ``prompt``. ``say`` is given the text as it comes, never half a character.
+
+        A KeyboardInterrupt ends the answer there, and what was said so far is the answer.
+
+        Raises DataError as ``encode`` does.
+        """
+        ids = self.encode(prompt)
+        room = self.positions - len(ids)
+        kept = self._keep(ids)
+        speaking = _Speaking(self.tokenizer, self.ends, say)
+        batch = torch.tensor([ids], device=self.model.device)
+        stopped = False
+        try:
+            with torch.inference_mode(), serving(self.model), self._set_to(drawing, room) as settings:
+                self.model.generate(
+                    batch,
+                    attention_mask=torch.ones_like(batch),
+                    generation_config=settings,
+                    streamer=speaking,
+                    **({"past_key_values": self._cache} if self._cache is not None else {}),
+                )
+        except KeyboardInterrupt:
+            stopped = True
+            speaking.finish()
+        finally:
+            # The last token was written and not read; before the first, only what was kept is whole.
+            whole = len(ids) + len(speaking.ids) - 1 if speaking.ids else kept
+            self._seen = [*ids, *speaking.ids][:whole]
+            self._trim(whole)
+        ended = bool(speaking.ids) and speaking.ids[-1] in self.ends
+        written = len(speaking.ids)
+        return Answer(speaking.text, written, ended, stopped, full=written == room, read=len(ids) - kept)
+
+    def _keep(self, ids: list[int]) -> int:
+        """Make the cache hold the beginning of ``ids`` and nothing else; gives how many tokens it holds."""
+        pairs = zip(self._seen, ids[:-1], strict=False)
+        same = next((at for at, (one, other) in enumerate(pairs) if one != other), min(len(self._seen), len(ids) - 1))
+        if not self._trim(same):
+            self._cache, same = None, 0
+        if self._cache is None and "past_key_values" in signature(self.model.forward).parameters:
+            self._cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
+        self._seen = self._seen[:same]
+        return same if self._cache is not None else 0
+
+    def _trim(self, length: int) -> bool:
+        """Shorten the cache to ``length`` tokens; whether that could be done. States that sum up all they have seen,
+        and windows that have moved on, cannot go back."""
+        if self._cache is None:
+            return not length
+        layers = [layer for layer in self._cache.layers if type(layer) is DynamicLayer]
+        if len(layers) < len(self._cache.layers):
+            if self._cache.get_seq_length() == length:
+                return True
+            self._cache, self._seen = None, []
+            return False
+        for layer in layers:  # an interrupt may have come between two layers, so each is cut by itself
+            if layer.keys is not None and layer.values is not None:
+                layer.keys, layer.values = layer.keys[..., :length, :], layer.values[..., :length, :]
+        return True
+
+    @contextmanager
+    def _set_to(self, drawing: Drawing, room: int) -> Iterator[GenerationConfig]:
+        settings = drawing.settings(self.ends, self.tokenizer.pad_token_id, room)
+        # generate() would take everything that this leaves open, such as penalties, from the model's own settings.
+        kept, self.model.generation_config = self.model.generation_config, settings
+        try:
+            yield settings
+        finally:
+            self.model.generation_config = kept
+
+
+class _Speaking(BaseStreamer):
+    """Turns tokens into text as they come."""
+
+    def __init__(self, tokenizer: Any, ends: list[int], say: Say) -> None:
+        self.ids: list[int] = []
+        self.text = ""
+        self._tokenizer, self._ends, self._say = tokenizer, set(ends), say
+        self._prompted = False
+        # Some decoders change a token's text by what stands before it (a space at the beginning is dropped), so new
+        # tokens are decoded together with some that were said before.
+        self._before, self._said = 0, 0
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self._prompted:  # the first that comes is the prompt
+            self._prompted = True
+            return
+        self.ids.extend(value.flatten().tolist())
+        self._tell(whole=False)
+
+    def end(self) -> None:
+        self.finish()
+
+    def finish(self) -> None:
+        """Say what was held back, too."""
+        self._tell(whole=True)
+
+    def _tell(self, *, whole: bool) -> None:
+        told = self._decode(self._before, self._said)
+        now = self._decode(self._before, len(self.ids))
+        # A letter of several bytes may be several tokens, and is not whole yet where its text ends with this sign.
+        if len(now) <= len(told) or (now.endswith("\ufffd") and not whole):
+            return
+        self._before, self._said = self._said, len(self.ids)
+        self.text += now[len(told) :]
+        self._say(now[len(told) :])
+
+    def _decode(self, start: int, stop: int) -> str:
+        ids = [one for one in self.ids[start:stop] if one not in self._ends]
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+class Conversation:
+    """Turns of a user and a model.
+
+    Attributes:
+        messages: what was said, without the system message.
+        system: the system message; None for none.
+        left_out: how many of the earliest messages the model no longer reads, because all together have no room.
+    """
+
+    def __init__(self, asked: Asked, drawing: Drawing, system: str | None = None) -> None:
+        self._asked = asked
+        self._drawing = drawing
+        self.system = system
+        self.messages: list[Message] = []
+        self.left_out = 0
+
+    def ask(self, text: str, say: Say) -> Answer:
+        """The user says ``text``; the answer is said as it comes, and both are kept unless it is empty.
+
+        Where all turns together have no room in the model's positions, the earliest are left out of what it reads.
+
+        Raises DataError if even this turn alone has no room, or if the template refuses it; nothing is kept then.
+        """
+        asking: Message = {"role": "user", "content": text}
+        prompt, self.left_out = self._fitting([*self.messages, asking])
+        answer = self._asked.write(prompt, self._drawing, say)
+        answer = replace(answer, text=answer.text.strip())
+        if answer.text:
+            self.messages += [asking, {"role": "assistant", "content": answer.text}]
+        return answer
+
+    def undo(self) -> bool:
+        """Take the last turn back, what was asked and the answer; whether there was one."""
+        there = bool(self.messages)
+        del self.messages[-2:]
+        self.left_out = min(self.left_out, len(self.messages))
+        return there
+
+    def reset(self) -> None:
+        """Forget all turns; the system message stays."""
+        self.messages.clear()
+        self.left_out = 0
+
+    def row(self) -> dict[str, list[Message]]:
+        """The conversation as a row to train on."""
+        return {"messages": [*system_message(self.system), *self.messages]}
+
+    def _fitting(self, messages: list[Message]) -> tuple[str, int]:
+        """The prompt of as many of the latest turns as fit, and how many messages are left out of it."""
+        positions, tokenizer = self._asked.positions, self._asked.tokenizer
+        room = positions - min(self._drawing.max_new_tokens, positions // 4)
+        last = len(messages) - 1
+        for start in range(self.left_out, last + 1, 2):
+            prompt = rendered([*system_message(self.system), *messages[start:]], tokenizer)
+            tokens = len(encode_prompt(prompt, tokenizer))
+            # What is left has to be computed anew; a quarter is made free at once, so that it is not so at every turn.
+            if tokens <= (room if start == self.left_out else room * 3 // 4) or (start == last and tokens < positions):
+                return prompt, start
+        raise DataError(
+            f"this turn has {tokens:,} tokens{' with the system message' if self.system else ''}, and the model has "
+            f"{positions:,} positions; say it in fewer words"
+        )

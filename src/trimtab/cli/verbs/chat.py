@@ -1,0 +1,51 @@
+"""``trimtab chat``: a conversation with a run's model, or with any model, at the terminal."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from trimtab.cli.exits import say
+from trimtab.cli.importing import importing
+from trimtab.cli.verbs._arguments import Adapter, MaxNewTokens, Seed, System, Target, Temperature, TopP
+
+SHORT_HELP = "Talk with the model of a run, or with any model."
+
+
+def command(
+    target: Target,
+    system: System = None,
+    adapter: Adapter = None,
+    base: Annotated[bool, typer.Option("--base", help="Talk with the untuned model of the run instead.")] = False,
+    max_new_tokens: MaxNewTokens = 512,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+) -> None:
+    """Talk with the model of a run, or with any model, by its chat template. /help lists the commands, Ctrl-C stops an
+    answer, Ctrl-D ends. Over a pipe every line is a turn."""
+    import sys
+
+    with importing():
+        import torch
+
+        from trimtab.asking import Asked, Conversation, Drawing
+        from trimtab.cli.displays.talk import Talk, line_reader
+        from trimtab.models.gguf import cache_folder
+        from trimtab.questions import require_template
+        from trimtab.runs.load import load_target
+        from trimtab.surgery.serving import serving
+
+    interactive = sys.stdin is not None and sys.stdin.isatty() and sys.stdout is not None and sys.stdout.isatty()
+    if interactive:
+        say(f"Loading {target}", error=True)
+    loaded = load_target(target, adapter=adapter, base=base, check=require_template)
+    if interactive:
+        say("/help lists the commands, Ctrl-C stops an answer, Ctrl-D ends.", error=True)
+    torch.manual_seed(seed)
+    drawing = Drawing(max_new_tokens, temperature, top_p)
+    with serving(loaded.model):
+        conversation = Conversation(Asked(loaded.model, loaded.tokenizer), drawing, system)
+        read = line_reader(cache_folder().with_name("chat_history"), interactive=interactive)
+        Talk(conversation, read, interactive=interactive).run()

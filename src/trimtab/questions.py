@@ -1,0 +1,118 @@
+"""What is put to a model: the prompt that asks as the training rows did, and the questions of a file.
+
+prompt_of("chat", "Is berth seven free?", tokenizer, system="You are a clerk.")
+questions_in("questions.txt")       # one a line
+questions_in("rows.jsonl")          # what each row asks; its answer, where it has one, is left out
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trimtab.data import forms
+from trimtab.data.sources import read_rows
+from trimtab.errors import DataError
+
+Message = dict[str, Any]
+
+_TABLES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+_ASKING = ("prompt", "question", "instruction", "context", "input", "text")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question: its words, or a conversation that ends with the user's turn."""
+
+    text: str
+    messages: tuple[Message, ...] = ()
+
+    def prompt(self, form: str | None, tokenizer: Any, system: str | None) -> str:
+        """The prompt that asks it as rows of ``form`` do; None: the text as it is."""
+        if not self.messages:
+            return prompt_of(form, self.text, tokenizer, system)
+        own = self.messages[0].get("role") == "system"
+        return rendered([*([] if own else system_message(system)), *self.messages], tokenizer)
+
+
+def prompt_of(form: str | None, text: str, tokenizer: Any, system: str | None = None) -> str:
+    """The prompt that asks ``text`` as rows of ``form`` do; None: the text as it is.
+
+    Raises DataError if the form has no place for ``system``, if the tokenizer has no template, or if the text is none.
+    """
+    try:
+        f"{text}{system or ''}".encode()
+    except UnicodeEncodeError:
+        raise DataError("the prompt is not text in UTF-8; write it so, or give it in a file") from None
+    if not text.strip():
+        raise DataError("the prompt is empty: there is nothing to go on from")
+    if form == "chat":
+        return rendered([*system_message(system), {"role": "user", "content": text}], tokenizer)
+    if system is not None:
+        kind = "as it is" if form is None else f"as the run's {form} rows have it"
+        raise DataError(f"--system: the prompt is put {kind}, without a place for it; add --chat for the chat template")
+    return forms.find(form).prompt(text, tokenizer) if form is not None else text
+
+
+def system_message(text: str | None) -> list[Message]:
+    """The system message as the beginning of a conversation; nothing without one."""
+    return [{"role": "system", "content": text}] if text else []
+
+
+def rendered(messages: list[Message], tokenizer: Any) -> str:
+    """A conversation as its template writes it, up to where the assistant speaks. Raises DataError without one."""
+    require_template(tokenizer)
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+
+def require_template(tokenizer: Any) -> None:
+    """Raise DataError, which says what to do, if ``tokenizer`` has no chat template."""
+    if not tokenizer.chat_template:
+        raise DataError(
+            f"{tokenizer.name_or_path}: the tokenizer has no chat template, so it is unknown how this model is talked "
+            "to. Train a run with model.chat_template in its YAML, or ask by trimtab generate --plain"
+        )
+
+
+def questions_in(source: str) -> list[Question]:
+    """The questions of a file: rows, or a text of one question a line; ``-`` is standard input. Blank lines are none.
+
+    Raises DataError if there is none, or a row that asks nothing.
+    """
+    if Path(source).suffix.lower() in _TABLES:
+        found = [_of_row(row.place, row.value) for row in read_rows(source, root=Path.cwd())]
+    else:
+        found = [Question(line) for line in _lines(source) if line.strip()]
+    if not found:
+        raise DataError(f"{source}: there is no question in it")
+    return found
+
+
+def _of_row(place: str, row: dict[str, Any]) -> Question:
+    messages = row.get("messages", row.get("prompt"))
+    if isinstance(messages, list) and all(isinstance(each, dict) for each in messages):
+        while messages and messages[-1].get("role") == "assistant":
+            messages = messages[:-1]
+        if messages:
+            return Question(str(messages[-1].get("content")), tuple(messages))
+    for key in _ASKING:
+        if isinstance(text := row.get(key), str) and text.strip():
+            extra = row.get("input") if key == "instruction" else None
+            return Question(f"{text}\n\n{extra}" if extra else text)
+    raise DataError(
+        f"{place}: the row asks nothing; expected 'messages', or a text under one of {', '.join(_ASKING)}; keys found: "
+        f"{', '.join(row) or 'none'}"
+    )
+
+
+def _lines(source: str) -> Iterator[str]:
+    try:
+        said = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
+        yield from said.decode("utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{source}: expected text in UTF-8 ({error})") from None
+    except OSError as error:
+        raise DataError(f"{source}: cannot be read ({error.strerror})") from None

@@ -1,0 +1,73 @@
+"""What is put to a model is what its training rows would have put."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tiny_runs import rows, tiny_tokenizer, write_rows
+from trimtab.errors import DataError
+from trimtab.questions import Question, prompt_of, questions_in
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return tiny_tokenizer()
+
+
+def test_prompts_are_those_of_the_rows(tokenizer: Any) -> None:
+    assert prompt_of(None, "the fog", tokenizer) == "the fog"
+    said = prompt_of("chat", "the fog", tokenizer, "be brief")
+    assert said == (
+        "<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\nthe fog<|im_end|>\n<|im_start|>assistant\n"
+    )
+    for form in (None, "alpaca"):
+        with pytest.raises(DataError, match=r"--system.*--chat"):
+            prompt_of(form, "the fog", tokenizer, "be brief")
+    with pytest.raises(DataError, match=r"no chat template.*model\.chat_template"):
+        prompt_of("chat", "the fog", tiny_tokenizer(None), "be brief")
+
+
+def test_a_row_with_a_system_turn_is_asked_as_it_was_trained(tokenizer: Any, tmp_path: Path) -> None:
+    from trimtab.data.forms import read_examples
+
+    turns = [
+        {"role": "system", "content": "You are a clerk."},
+        {"role": "user", "content": "is berth seven free ?"},
+        {"role": "assistant", "content": "no , fog"},
+    ]
+    file = write_rows(tmp_path / "rows.jsonl", [{"messages": turns}])
+    (example,) = read_examples(str(file), tokenizer, root=tmp_path)
+    assert prompt_of("chat", "is berth seven free ?", tokenizer, "You are a clerk.") == example.prompt
+    (question,) = questions_in(str(file))
+    assert question.text == "is berth seven free ?"
+    assert question.prompt(None, tokenizer, None) == example.prompt
+    assert question.prompt("chat", tokenizer, "another") == example.prompt  # the row's own comes first
+
+
+def test_questions_of_a_text_and_of_rows(tmp_path: Path) -> None:
+    text = tmp_path / "questions.txt"
+    text.write_text("\ufeffis it calm?\n\n  fog שלום\r\n", encoding="utf-8")
+    assert [question.text.strip() for question in questions_in(str(text))] == ["is it calm?", "fog שלום"]
+    for form in ("completion", "alpaca", "chat", "multiple_choice", "finlora"):
+        found = questions_in(str(write_rows(tmp_path / f"{form}.jsonl", rows(3, form))))
+        assert len(found) == 3
+    asked = write_rows(tmp_path / "asked.jsonl", [{"prompt": "the fog"}, {"instruction": "say", "input": "tug"}])
+    assert questions_in(str(asked)) == [Question("the fog"), Question("say\n\ntug")]
+
+
+def test_questions_that_there_are_none(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"line 2.*asks nothing.*keys found: answer"):
+        questions_in(str(write_rows(tmp_path / "rows.jsonl", [{"prompt": "fog"}, {"answer": "no"}])))
+    (tmp_path / "empty.txt").write_text("\n \n")
+    with pytest.raises(DataError, match="no question"):
+        questions_in(str(tmp_path / "empty.txt"))
+    with pytest.raises(DataError, match="cannot be read"):
+        questions_in(str(tmp_path / "none.txt"))
+    (tmp_path / "latin.txt").write_bytes("né".encode("latin-1"))
+    with pytest.raises(DataError, match="UTF-8"):
+        questions_in(str(tmp_path / "latin.txt"))
+    with pytest.raises(DataError, match="UTF-8"):
+        prompt_of(None, "n\udce9", None)
