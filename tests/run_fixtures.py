@@ -59,4 +59,5 @@ def bare_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     from trimtab.files import write_text
 
     monkeypatch.setattr("trimtab.training.run.check_run", lambda *_: None)
-    monkeypatch.setattr("trimtab.reports.run.run_page.write_run_page", lambda run: write_text(run / "report.html", ""))
+    page = "trimtab.reports.run.run_page.write_run_page"
+    monkeypatch.setattr(page, lambda run, summary=None: write_text(run / "report.html", ""))

@@ -1,4 +1,4 @@
-"""Locks, which no process outlives; what killed processes leave; who may read what was written."""
+"""What killed processes leave; who may read what was written."""
 
 from __future__ import annotations
 
@@ -12,40 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from trimtab.errors import RunError
-from trimtab.files import locked, remove_leftovers, temporary_folder, write_atomically, write_folder, write_text
-
-HOLD = """
-import sys
-from pathlib import Path
-from trimtab.files import locked
-with locked(Path(sys.argv[1])):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
-
-
-def test_a_lock_is_held_until_its_process_ends(tmp_path: Path) -> None:
-    file = tmp_path / "study" / ".lock"
-    with subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(file)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as other:
-        assert other.stdout is not None
-        assert other.stdout.readline() == "held\n"
-        with pytest.raises(RunError, match=r"\.lock: another process is at work here"), locked(file):
-            pass
-        other.kill()
-    with locked(file):
-        pass
-
-
-def test_a_lock_is_let_go_of_after_an_error(tmp_path: Path) -> None:
-    file = tmp_path / ".lock"
-    with pytest.raises(KeyError), locked(file):
-        raise KeyError
-    with locked(file), pytest.raises(RunError), locked(file):
-        pass
-
+from trimtab.files import remove_leftovers, temporary_folder, write_atomically, write_folder, write_text
 
 KILLED = """
 import os, sys

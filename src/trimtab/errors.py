@@ -65,7 +65,23 @@ class MachineError(TrimtabError):
 
 
 class Interrupted(TrimtabError):  # noqa: N818 -- not a mistake of anybody's
-    """The user stopped a run; the message says how to go on, and the command line exits with 130."""
+    """The user stopped a run; the message says how to go on.
+
+    ``code``: what the command line exits with, 130 after Ctrl-C and 143 after SIGTERM.
+    """
+
+    def __init__(self, message: str, code: int = 130) -> None:
+        super().__init__(message)
+        self.code = code
+
+    @classmethod
+    def by(cls, stop: BaseException, message: str) -> Interrupted:
+        """The one for what ``stop`` ended."""
+        return cls(message, 143 if isinstance(stop, Terminated) else getattr(stop, "code", 130))
+
+
+class Terminated(KeyboardInterrupt):
+    """What SIGTERM raises, as Ctrl-C raises its base."""
 
 
 # What the machine said, and what helps. The words of ``os.strerror`` are looked for in messages, too, since libraries

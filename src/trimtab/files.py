@@ -1,4 +1,4 @@
-"""Files and folders written safely: a reader sees the old one or the new one, never half of either. And locks."""
+"""Files and folders written safely: a reader sees the old one or the new one, never half of either."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
-
-from trimtab.errors import RunError
 
 
 def write_atomically(path: Path | str, write: Callable[[Path], object]) -> None:
@@ -158,20 +156,3 @@ def read_jsonl(path: Path | str) -> Iterator[Any]:
         for line in lines:
             if line.strip():
                 yield json.loads(line)
-
-
-@contextmanager
-def locked(file: Path) -> Iterator[None]:
-    """Hold the lock ``file``, which is released in any case when the process ends.
-
-    Raises RunError if another process holds it.
-    """
-    from filelock import FileLock, Timeout  # only studies lock, and nearly everything imports this module
-
-    file.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        held = FileLock(file).acquire(timeout=0)
-    except Timeout:
-        raise RunError(f"{file}: another process is at work here; wait for it, or choose another folder") from None
-    with held:
-        yield

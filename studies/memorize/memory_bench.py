@@ -28,11 +28,12 @@ from memory_cell import CurvePoint, train_cell
 from memory_results import area, write_results
 from memory_study import CONTENDERS, Arm, MemoryCell, MemoryStudy
 from trimtab.errors import ConfigError, Interrupted, RunError
-from trimtab.files import locked, read_json, write_json
+from trimtab.files import read_json, write_json
 from trimtab.machine import device
 from trimtab.models.load import load_tokenizer
 from trimtab.models.locate import locate
 from trimtab.runs.load import load_fitting
+from trimtab.runs.lock import locked
 from trimtab.surgery.attach import attach, detach
 from trimtab.surgery.plan import ALL_LINEAR, Plan, Rule
 

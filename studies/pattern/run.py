@@ -34,7 +34,8 @@ def run(file: str, *overrides: str) -> None:
     from trimtab.cli.displays.console import Terminal
     from trimtab.cli.displays.run import RunDisplay
     from trimtab.errors import Interrupted, RunError
-    from trimtab.files import locked, read_json
+    from trimtab.files import read_json
+    from trimtab.runs.lock import locked
 
     console = Terminal()
     if not console.is_terminal:

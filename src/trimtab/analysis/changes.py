@@ -97,11 +97,11 @@ def analyse(
     """
     layers = _layers(base)
     weights = Weights(weights_folder(base))
-    states = [(str(place), state) for place in tuned for state in find_tuned(place, layers)]
+    note = note or (lambda _: None)
+    states = [(str(place), state) for place in tuned for state in find_tuned(place, layers, note)]
     left_out = {place: state.left_out for place, state in states if state.left_out}
     for place, names in left_out.items():
-        if note is not None:
-            note(f"{place}: {len(names)} adapters on blocks, such as {names[0]}, change no weight and are left out")
+        note(f"{place}: {len(names)} adapters on blocks, such as {names[0]}, change no weight and are left out")
     work = [(place, state, name) for place, state in states for name in state.methods if fnmatchcase(name, match)]
     if not work:
         known = {name for _, state in states for name in state.methods}

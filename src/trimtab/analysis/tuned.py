@@ -14,6 +14,7 @@ from trimtab.adapters.record import StoredAdapter
 from trimtab.adapters.store import read_adapter
 from trimtab.errors import AdapterError, ModelError
 from trimtab.models.tensors import Weights
+from trimtab.runs.checkpoints import numbered
 from trimtab.runs.folder import RunFolder
 from trimtab.runs.records import Summary
 
@@ -39,8 +40,11 @@ class Tuned:
     left_out: tuple[str, ...] = ()
 
 
-def find_tuned(place: Path, layers: dict[str, bases.WeightBase]) -> list[Tuned]:
-    """The states in ``place``, the earliest first; ``layers`` are the layers of the base.
+def find_tuned(
+    place: Path, layers: dict[str, bases.WeightBase], note: Callable[[str], None] = lambda _: None
+) -> list[Tuned]:
+    """The states in ``place``, the earliest first; ``layers`` are the layers of the base. ``note`` is told of each
+    state of a run that is damaged and left out.
 
     Raises:
         ModelError: ``place`` is none of the three, has a module that the base lacks, or changes no weight.
@@ -48,7 +52,7 @@ def find_tuned(place: Path, layers: dict[str, bases.WeightBase]) -> list[Tuned]:
     """
     run = RunFolder(place)
     if run.config.is_file() and (run.has_adapter or run.checkpoints.is_dir()):
-        return _of_run(run, layers)
+        return _of_run(run, layers, note)
     if (place / "config.json").is_file():
         return [_of_folder(place, layers)]
     try:
@@ -60,14 +64,20 @@ def find_tuned(place: Path, layers: dict[str, bases.WeightBase]) -> list[Tuned]:
         ) from None
 
 
-def _of_run(run: RunFolder, layers: dict[str, bases.WeightBase]) -> list[Tuned]:
+def _of_run(run: RunFolder, layers: dict[str, bases.WeightBase], note: Callable[[str], None]) -> list[Tuned]:
     summary = run.read_summary() or Summary()
     dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(summary.precision or "")
-    states = [_of_adapter(folder, folder.name, step, dtype, layers) for step, folder in run.complete_checkpoints()]
+    places = [(folder, folder.name, step) for step, folder in numbered(run.checkpoints)]
     if run.has_adapter:
-        states.append(_of_adapter(run.adapter, "adapter", summary.steps, dtype, layers))
+        places.append((run.adapter, "adapter", summary.steps or 0))
+    states = []
+    for folder, label, step in places:
+        try:
+            states.append(_of_adapter(folder, label, step, dtype, layers))
+        except AdapterError as error:  # half of one, as an ended process or a hand that tidied up leaves it
+            note(f"left out: {error}")
     if not states:
-        raise ModelError(f"{run.path}: this run has neither checkpoints nor an adapter yet.")
+        raise ModelError(f"{run.path}: this run has neither a whole checkpoint nor an adapter yet.")
     return states
 
 

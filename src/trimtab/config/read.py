@@ -29,8 +29,8 @@ Schema = TypeVar("Schema", bound=BaseModel)
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a run's YAML, apply ``key.sub=value`` overrides in order, and resolve paths.
 
-    Paths in the file are relative to its folder (``output``: to the working directory), those in overrides to the
-    working directory.
+    Paths in the file are relative to its folder (``output``: to the working directory, but ``.`` is the file's own
+    folder), those in overrides to the working directory.
 
     Raises:
         ConfigError: the file is missing or not YAML; a key is unknown; a value is not what it should be. One line
@@ -202,7 +202,8 @@ def _resolve_paths(raw: dict[str, Any], root: Path) -> None:
     if isinstance(said := raw.get("model"), dict) and isinstance(template := said.get("chat_template"), str):
         said["chat_template"] = template_text(template, root)
     if isinstance(output := raw.get("output"), str) and output:
-        raw["output"] = str(Path(output).expanduser().absolute())
+        # "." is where the file lies: so a run's own config.yaml says it, wherever the run is moved or copied to.
+        raw["output"] = str(root.absolute() if output == "." else Path(output).expanduser().absolute())
 
 
 def _map_sources(raw: dict[str, Any], model: Callable[[str], str], data_file: Callable[[str], str]) -> None:

@@ -132,9 +132,10 @@ def write(evaluation: Evaluation, folder: Path | str, stage: str) -> None:
 
     ``stage`` is ``"before"`` or ``"after"``.
     """
-    evaluation.record.write_to(Path(folder) / "evaluation" / f"{evaluation.name}.{stage}.json")
     if evaluation.rows:
         write_jsonl(Path(folder) / "predictions" / f"{evaluation.name}.{stage}.jsonl", evaluation.predictions)
+    # Last, since it says that the test set is evaluated.
+    evaluation.record.write_to(Path(folder) / "evaluation" / f"{evaluation.name}.{stage}.json")
 
 
 def token_loss(

@@ -1,4 +1,4 @@
-"""The folder of a run: where everything lies, and what may be done with a folder that is there already."""
+"""The folder of a run: where everything lies. See `trimtab.runs.beginning` for how it is begun and gone on with."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
-from trimtab.config.read import load_config, to_yaml
-from trimtab.config.run import RunConfig
 from trimtab.errors import RunError
-from trimtab.files import read_json, read_jsonl, write_jsonl, write_text
+from trimtab.files import read_json, read_jsonl, write_jsonl
 from trimtab.hints import pasted
+from trimtab.runs.read import read_metrics
 from trimtab.runs.records import MetricsLine, Summary
+from trimtab.runs.results import read_result
+
+RECORD = "# The run in this folder.\n"
+"""The first line of a run's ``config.yaml``, by which it is told from a YAML of that name that somebody wrote."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,15 @@ class RunFolder:
     @property
     def config(self) -> Path:
         return self.path / "config.yaml"
+
+    @property
+    def lock(self) -> Path:
+        return self.path / ".lock"
+
+    @property
+    def clearing(self) -> Path:
+        """Is there while an old run is cleared away for a new one."""
+        return self.path / ".clearing"
 
     @property
     def plan(self) -> Path:
@@ -60,6 +71,40 @@ class RunFolder:
         return self.path / "tensorboard"
 
     @property
+    def is_run(self) -> bool:
+        """Whether there is a run, of which nothing may be there yet but its settings."""
+        return self.config.is_file() and (self.summary.is_file() or self.written_config().startswith(RECORD))
+
+    @property
+    def is_cleared_away(self) -> bool:
+        """Whether a process was ended while it cleared an old run away."""
+        return self.clearing.exists()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing but the lock lies in the folder."""
+        return not self.path.is_dir() or all(entry == self.lock for entry in self.path.iterdir())
+
+    @property
+    def is_set_up_alone(self) -> bool:
+        """Whether the run has not yet made anything that would have to be made again."""
+        made = (self.path / "adapter", self.checkpoints, self.path / "evaluation")
+        has_metrics = self.metrics.is_file() and self.metrics.stat().st_size > 0
+        return not has_metrics and not any(folder.is_dir() and any(folder.iterdir()) for folder in made)
+
+    @property
+    def is_linked(self) -> bool:
+        """Whether the files of the adapter can be found in the run folder, too."""
+        return all((self.path / file.name).exists() for file in self._files_of_adapter())
+
+    def written_config(self) -> str:
+        """The text of ``config.yaml``; an empty one where there is none, or none that is text."""
+        try:
+            return self.config.read_text(encoding="utf-8")
+        except (FileNotFoundError, UnicodeDecodeError):
+            return ""
+
+    @property
     def resume_command(self) -> str:
         """What goes on with this run, to be pasted into a shell."""
         return pasted("finetune", self.config, "--resume")
@@ -72,10 +117,9 @@ class RunFolder:
     def link_adapter(self) -> None:
         """Make the run folder an adapter folder, too, for PEFT and all who look for the files there: links, or copies
         where there are no links. A file of another's stays as it is."""
-        known = _adapter_files()
-        for file in self.adapter.iterdir():
+        for file in self._files_of_adapter():
             link = self.path / file.name
-            if file.name not in known or (link.exists() and not self._is_copy(link)):
+            if link.exists() and not self._is_copy(link):
                 continue
             link.unlink(missing_ok=True)
             try:
@@ -88,22 +132,32 @@ class RunFolder:
         origin = self.adapter / file.name
         return file.is_symlink() or (file.is_file() and origin.is_file() and filecmp.cmp(file, origin, shallow=False))
 
+    def _files_of_adapter(self) -> list[Path]:
+        return [file for name in sorted(_adapter_files()) if (file := self.adapter / name).is_file()]
+
     def evaluation(self, name: str, stage: str) -> Path:
         """The result of one test set; ``stage`` is ``before`` or ``after``."""
         return self.path / "evaluation" / f"{name}.{stage}.json"
 
-    def complete_checkpoints(self) -> list[tuple[int, Path]]:
-        """Step and folder of every complete checkpoint, the earliest first."""
-        return sorted(
-            (int(folder.name.rsplit("-", 1)[1]), folder)
-            for folder in self.checkpoints.glob("checkpoint-*")
-            if folder.name.rsplit("-", 1)[1].isdigit() and (folder / "trainer_state.json").is_file()
-        )
+    def predictions(self, name: str, stage: str) -> Path:
+        """What the model made of each row of a test set."""
+        return self.path / "predictions" / f"{name}.{stage}.jsonl"
 
-    def latest_checkpoint(self) -> Path | None:
-        """The newest complete checkpoint, or None."""
-        found = self.complete_checkpoints()
-        return found[-1][1] if found else None
+    def is_evaluated(self, name: str, stage: str) -> bool:
+        """Whether there is a whole result of that test set, with all of its predictions where it has any."""
+        try:
+            result = read_result(read_json(self.evaluation(name, stage)))
+            if result.kind == "perplexity":
+                return True
+            return result.rows == sum(1 for _ in read_jsonl(self.predictions(name, stage)))
+        except (OSError, ValueError):
+            return False
+
+    def forget_evaluation(self, name: str, *stages: str) -> None:
+        """Remove results that do not hold any more."""
+        for stage in stages:
+            self.evaluation(name, stage).unlink(missing_ok=True)
+            self.predictions(name, stage).unlink(missing_ok=True)
 
     def read_summary(self) -> Summary | None:
         """The run's summary; None where there is none yet. Raises RunError if it is damaged."""
@@ -121,20 +175,14 @@ class RunFolder:
         return summary.status if summary is not None else None
 
     def read_metrics(self) -> list[MetricsLine]:
-        """The lines of ``metrics.jsonl``, up to one that was cut off when the run was killed."""
-        return [MetricsLine.read(row) for row in self._lines_of_metrics()]
-
-    def _lines_of_metrics(self) -> list[dict[str, Any]]:
-        rows: list[dict[str, Any]] = []
-        with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
-            rows.extend(read_jsonl(self.metrics))
-        return rows
+        """The lines of ``metrics.jsonl``, without one that was cut off when the run was killed."""
+        return read_metrics(self.metrics)
 
     def cut_metrics(self, step: int) -> list[MetricsLine]:
         """Drop the metrics after ``step``, which a resumed run writes again; gives those that are left."""
-        rows = [row for row in self._lines_of_metrics() if row["step"] <= step]
-        write_jsonl(self.metrics, rows)
-        return [MetricsLine.read(row) for row in rows]
+        lines = [line for line in self.read_metrics() if line.step <= step]
+        write_jsonl(self.metrics, [line.plain() for line in lines])
+        return lines
 
     def clear(self) -> None:
         """Remove what a run wrote; whatever else lies in the folder, or in those that a run makes in it, stays."""
@@ -157,7 +205,7 @@ _TOKENIZER_FILES = (
     *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
 )
 _WRITTEN = {
-    "checkpoints": r"(damaged-)?checkpoint-\d+|best(-\d+)?|\.saving",
+    "checkpoints": r"checkpoint-\d+|damaged-checkpoint-\d+(-\w+)?|best(-\d+)?|\.saving",
     "evaluation": r".+\.json",
     "predictions": r".+\.jsonl",
     "tensorboard": r"events\.out\.tfevents\..+",
@@ -170,74 +218,3 @@ def _adapter_files() -> set[str]:
     from trimtab.adapters.formats import all_formats  # torch: only where something is trained
 
     return {*_TOKENIZER_FILES, *(name for one in all_formats() for name in one.files)}
-
-
-def find_run(config: RunConfig, *, resume: bool, overwrite: bool) -> tuple[RunFolder, Path | None, Summary | None]:
-    """The run folder that ``config`` names; of a run to be resumed also its newest checkpoint, if there is one, and its
-    summary. Nothing is changed yet.
-
-    Raises RunError if the folder holds a run already and neither ``resume`` nor ``overwrite`` is asked for, if it
-    holds something else, or if there is nothing to resume.
-    """
-    folder = RunFolder(config.output)
-    if folder.path.exists() and not folder.path.is_dir():
-        raise RunError(f"{folder.path}: a file is in the way; choose another output")
-    summary = folder.read_summary()
-    status = summary.status if summary is not None else None
-    if resume:
-        if status is None or not folder.config.is_file():
-            raise RunError(f"{folder.path}: there is no run to resume; start it without --resume")
-        if status == "finished":
-            raise RunError(f"{folder.path}: this run is finished; there is nothing to resume")
-        _check_same(config, folder)
-        return folder, folder.latest_checkpoint(), summary
-    if folder.path.is_dir() and any(folder.path.iterdir()):
-        if status is None:
-            raise RunError(f"{folder.path}: a folder that is not empty and holds no run; choose another output")
-        if not overwrite:
-            advice = "" if status == "finished" else f"go on with it: {folder.resume_command}; or "
-            raise RunError(
-                f"{folder.path}: this folder holds a run already ({status}). To keep both, choose another output; "
-                f"{advice}to replace it, add --overwrite"
-            )
-    return folder, None, None
-
-
-def start_run(config: RunConfig, folder: RunFolder) -> None:
-    """Make the folder of a new run, in place of the one that is there.
-
-    Raises RunError if it cannot be written.
-    """
-    try:
-        folder.path.mkdir(parents=True, exist_ok=True)
-        folder.clear()
-        write_text(folder.config, to_yaml(config))
-    except OSError as error:
-        raise RunError(
-            f"{folder.path}: the run folder cannot be written ({error.strerror}); choose another output"
-        ) from None
-
-
-def _check_same(config: RunConfig, folder: RunFolder) -> None:
-    """Raise RunError if a run would be resumed with settings other than those it began with.
-
-    Its folder may have been moved meanwhile, so ``output`` is no matter.
-    """
-    before, now = (said.model_dump(mode="json", exclude={"output"}) for said in (load_config(folder.config), config))
-    changed = sorted(differences(before, now))
-    if changed:
-        raise RunError(
-            f"{folder.path}: the run began with other settings ({', '.join(changed)}); resume it with its own: "
-            f"{folder.resume_command}"
-        )
-
-
-def differences(before: Any, now: Any, place: str = "") -> list[str]:
-    """The dotted keys in which two nested mappings differ."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        return [
-            found
-            for key in before.keys() | now.keys()
-            for found in differences(before.get(key), now.get(key), f"{place}.{key}" if place else str(key))
-        ]
-    return [] if before == now else [place]

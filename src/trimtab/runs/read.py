@@ -82,7 +82,7 @@ def read_run(path: Path | str) -> Run:
         path=run,
         config=_read(run / "config.yaml", lambda file: file.read_text(encoding="utf-8")),
         plan=_read(run / "plan.json", lambda file: PlanRecord.read(read_json(file))),
-        metrics=_read(run / "metrics.jsonl", _metrics) or [],
+        metrics=read_metrics(run / "metrics.jsonl"),
         sets=sets,
         summary=_read(run / "summary.json", lambda file: Summary.read(read_json(file))),
         adapter=(run / "adapter").is_dir(),
@@ -112,6 +112,11 @@ def _read_set(run: Path, name: str) -> TestSet:
             f"one of kind '{after.kind}'. Evaluate both the same way, or remove one of them."
         )
     return TestSet(name, before, after, predictions("before"), predictions("after"))
+
+
+def read_metrics(file: Path) -> list[MetricsLine]:
+    """The lines of ``metrics.jsonl``; none where there is no such file. Raises RunError where one is damaged."""
+    return _read(file, _metrics) or []
 
 
 def read_study_results(study: Path) -> StudyResults:

@@ -217,6 +217,7 @@ class Summary(Record):
 
     Attributes:
         status: ``interrupted`` until the run is ``finished``.
+        trained: whether training is over and its adapter written; None in what an earlier version wrote.
         precision: what the run computed in.
         best_step: whose adapter the run ended with; None: that of the last one.
         form: of the rows; ``choices``: the closed set of their answers, if they have one.
@@ -226,6 +227,7 @@ class Summary(Record):
     """
 
     status: str = "interrupted"
+    trained: bool | None = None
     model: str | None = None
     created: datetime | None = None
     steps: int | None = None

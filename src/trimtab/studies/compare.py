@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from trimtab.errors import Interrupted, RunError
-from trimtab.files import locked
 from trimtab.metrics import best_by
 from trimtab.runs.events import Listener
+from trimtab.runs.lock import locked
 from trimtab.runs.records import MetricsLine
 from trimtab.runs.study_records import CellRecord
 from trimtab.studies.cell import finished_cell, run_cell

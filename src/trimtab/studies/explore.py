@@ -28,11 +28,12 @@ from typing import Any
 from trimtab.config.resolve import source_of
 from trimtab.config.search import ExploreConfig, load_explore, search_to_yaml
 from trimtab.errors import Interrupted, RunError
-from trimtab.files import locked, write_text
+from trimtab.files import write_text
 from trimtab.hints import pasted
 from trimtab.models.load import empty_model
 from trimtab.reports.search.search_page import write_explore_page
-from trimtab.runs.folder import differences
+from trimtab.runs.lock import locked
+from trimtab.runs.resumed_settings import differences
 from trimtab.studies.plan_search import Search, SearchListener
 from trimtab.studies.search_space import Space, default_groups, find_groups
 

@@ -105,7 +105,7 @@ def run_here(config: RunConfig, listener: Listener) -> None:
     from trimtab.runs.folder import RunFolder
     from trimtab.training.run import finetune
 
-    resume = RunFolder(config.output).status is not None
+    resume = RunFolder(config.output).is_run
     finetune(config, resume=resume, listener=listener)
 
 

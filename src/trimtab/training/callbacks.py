@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from trimtab.errors import Terminated
 from trimtab.files import write_atomically
 from trimtab.runs.events import Listener
 from trimtab.surgery.attach import trainable_parameters
@@ -37,18 +38,23 @@ class Telling(TrainerCallback):
 
 
 class Interrupting(TrainerCallback):
-    """Ends training after the step at hand, with a checkpoint, once ``asked`` is set.
+    """Ends training after the step at hand, with a checkpoint, once it was asked for.
 
     A validation that is due at that step is made first: a resumed run would not come back to it.
+
+    Attributes:
+        stop: what the signal that asked for it would have raised; None: nothing was asked for.
+        at_once: whether it was asked for again.
     """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.stop: KeyboardInterrupt | None = None
+        self.at_once = False
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
-        if self.asked:
+        if self.stop is not None:
             control.should_save = True
             control.should_training_stop = True
         return control
@@ -61,9 +67,10 @@ class Interrupting(TrainerCallback):
             return
 
         def ask(number: int, frame: FrameType | None) -> None:
-            if self.asked:
-                raise KeyboardInterrupt
-            self.asked = True
+            if self.stop is not None:
+                self.at_once = True
+                raise self.stop
+            self.stop = Terminated() if number == signal.SIGTERM else KeyboardInterrupt()
             with suppress(RuntimeError):  # the signal came in the middle of a write to the same stream
                 listener.note("interrupted: finishing this step and saving a checkpoint (again: stop at once)")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -22,23 +23,26 @@ from trimtab.config.resolve import Job
 from trimtab.config.run import RunConfig
 from trimtab.data.preview import preview
 from trimtab.data.rows import Example
-from trimtab.errors import Interrupted, MachineError, TrimtabError, machine_errors
+from trimtab.errors import AdapterError, Interrupted, TrimtabError, machine_errors
 from trimtab.evaluation.evaluate import Evaluation, checked, evaluate, token_loss, write
 from trimtab.machine import describe_machine, device, peak_memory_gib, versions
 from trimtab.memory.estimate import RowSizes
 from trimtab.memory.suggest import check_run
 from trimtab.models.load import load_model, load_tokenizer
+from trimtab.runs.beginning import Opening, opened
+from trimtab.runs.checkpoints import numbered, prune, set_aside
 from trimtab.runs.events import Listener
-from trimtab.runs.folder import RunFolder, find_run, start_run
+from trimtab.runs.folder import RunFolder
 from trimtab.runs.records import Machine, PlanRecord, Summary
-from trimtab.surgery.attach import attach
+from trimtab.surgery.attach import attach, trainable_parameters
 from trimtab.surgery.attach_report import AttachReport, describe
 from trimtab.surgery.serving import evaluating
 from trimtab.tasks import Inputs, Task
 from trimtab.training.callbacks import Interrupting, Telling
 from trimtab.training.compiling import Compiling
 from trimtab.training.metrics_log import Recorder, require_tensorboard
-from trimtab.training.trainer import AdapterTrainer
+from trimtab.training.resume_state import why_not
+from trimtab.training.trainer import AdapterTrainer, make_optimizer, total_steps
 
 
 def finetune(
@@ -62,7 +66,38 @@ def finetune(
     job = Job.of(config)
     if config.train.tensorboard:
         require_tensorboard()
-    folder, checkpoint, before = find_run(config, resume=resume, overwrite=overwrite)
+    with opened(config, resume=resume, overwrite=overwrite) as opening:
+        folder = opening.folder
+        if opening.summary is not None and opening.is_measured(config):  # killed right before its end
+            opening.begin(config)
+            _conclude(folder, opening.summary.updated(status="finished"))
+            return folder
+        try:
+            run = _set_up(job, opening, listener, began)
+        except KeyboardInterrupt as stop:
+            kept = (
+                f"the run is as it was\nGo on with: {folder.resume_command}" if opening.resumes else "nothing was begun"
+            )
+            raise Interrupted.by(stop, f"interrupted; {kept}") from None
+        refused = partial(machine_errors, folder.path, needed=run.checkpoint_bytes, then=run.how_to_go_on)
+        try:
+            with refused():
+                opening.begin(config)
+                run.through()
+                run.conclude()
+        except (KeyboardInterrupt, TrimtabError) as stopped:
+            with suppress(KeyboardInterrupt, TrimtabError), refused():  # the first error is the one to tell
+                run.put_down()
+            if isinstance(stopped, KeyboardInterrupt):
+                said = f"interrupted; everything so far is in {folder.path}\nGo on with: {folder.resume_command}"
+                raise Interrupted.by(stopped, said) from None
+            raise
+    return folder
+
+
+def _set_up(job: Job, opening: Opening, listener: Listener, began: float) -> _Run:
+    """Read the rows and load the model; nothing is written yet."""
+    config = job.config
     task = tasks.find("causal_lm")
     tokenizer = load_tokenizer(job.source)
     listener.stage("Reading the rows")
@@ -78,57 +113,18 @@ def finetune(
         job.source, job.dtype, config.model.attention, config.quantisation, model_class=task.model_class
     )
     model = model.to(device())
-
-    if not resume:
-        start_run(config, folder)
-    run = _Run(
-        job,
-        folder,
-        before,
-        task=task,
-        inputs=inputs,
-        model=model,
-        tokenizer=tokenizer,
-        listener=listener,
-        began=began,
+    return _Run(
+        job, opening, task=task, inputs=inputs, model=model, tokenizer=tokenizer, listener=listener, began=began
     )
-    run.summarise("interrupted")
-    stopped: BaseException | None = None
-    refused = partial(machine_errors, folder.path, needed=run.checkpoint_bytes, then=run.how_to_go_on)
-    try:
-        with refused():
-            run.evaluate("before")
-            set_seed(config.train.seed)
-            report = attach(model, job.plan_on(model)) if config.train.epochs else describe(model, ())
-            run.attached(report)
-            if config.train.epochs:
-                if folder.has_adapter:  # interrupted after training
-                    load_adapter(model, folder.adapter)
-                else:
-                    run.train(checkpoint)
-                    save_adapter(model, folder.adapter)
-                    if (
-                        job.source.add_tokens or job.source.chat_template
-                    ):  # so that the adapter can be used without this run's configuration
-                        tokenizer.save_pretrained(folder.adapter)
-                    run.summarise("interrupted")
-                folder.link_adapter()
-                run.evaluate("after")
-    except (KeyboardInterrupt, TrimtabError) as error:
-        stopped = error
-    try:
-        with refused():
-            run.summarise("finished" if stopped is None else "interrupted")
-            from trimtab.reports.run.run_page import write_run_page  # matplotlib: not before the run is over
 
-            write_run_page(folder.path)
-    except MachineError as error:  # the first error is the one to tell: a disk that was full then is full now
-        stopped = stopped or error
-    if isinstance(stopped, KeyboardInterrupt):
-        raise Interrupted(f"interrupted; everything so far is in {folder.path}\nGo on with: {folder.resume_command}")
-    if stopped is not None:
-        raise stopped
-    return folder
+
+def _conclude(folder: RunFolder, summary: Summary) -> None:
+    """Make what a trained and measured run has besides; that it is finished is said last."""
+    from trimtab.reports.run.run_page import write_run_page  # matplotlib: not before the run is over
+
+    folder.link_adapter()
+    write_run_page(folder.path, summary)
+    summary.write_to(folder.summary)
 
 
 class _Run:
@@ -137,8 +133,7 @@ class _Run:
     def __init__(
         self,
         job: Job,
-        folder: RunFolder,
-        before: Summary | None,
+        opening: Opening,
         *,
         task: Task,
         inputs: Inputs,
@@ -148,7 +143,9 @@ class _Run:
         began: float,
     ) -> None:
         self.config = job.config
-        self.folder = folder
+        self.source = job.source
+        self.folder = opening.folder
+        self.opening = opening
         self.task = task
         self.inputs = inputs
         self.model = model
@@ -156,7 +153,9 @@ class _Run:
         self.listener = listener
         self._head = task.head(model)
         self._began = began
-        before = before or Summary()
+        self._plan = job.plan_on(model) if job.config.train.epochs else None
+        self._at_once = False
+        before = opening.summary or Summary()
         self._earlier_seconds = before.training_seconds or 0.0, before.total_seconds or 0.0
         self._summary = Summary(
             model=job.config.model.name,
@@ -174,7 +173,8 @@ class _Run:
             train_tokens=sum(inputs.rows.lengths),
             versions=versions(),
             machine=Machine(**describe_machine()),
-            notes=list(inputs.notes),
+            notes=list(dict.fromkeys([*inputs.notes, *before.notes])),
+            trained=opening.trained,
             sources=list(inputs.sources),
             digests=inputs.digests,
         )
@@ -188,18 +188,66 @@ class _Run:
         """About what a checkpoint takes: each trained number and its two moments in float32."""
         return 12 * (self._summary.trainable_parameters or 0)
 
-    def summarise(self, status: str) -> None:
-        """Write ``summary.json``."""
+    def through(self) -> None:
+        """Evaluate, attach, train and evaluate again; of a run that is resumed, what is not done yet."""
+        self._summarised("interrupted").write_to(self.folder.summary)
+        self.evaluate("before")
+        set_seed(self.config.train.seed)
+        self.attached(attach(self.model, self._plan) if self._plan is not None else describe(self.model, ()))
+        if self._plan is not None:
+            if not self._has_taken_up():
+                self.train(self._checkpoint())
+                self._keep()
+            self.folder.link_adapter()
+            self.evaluate("after")
+
+    def _has_taken_up(self) -> bool:
+        """Whether training is over: the model then carries the adapter that it ended with."""
+        if not self.opening.trained:
+            return False
+        try:
+            load_adapter(self.model, self.folder.adapter)
+        except AdapterError as error:
+            self.remark(f"the adapter is made again from the last checkpoint: {error}")
+            self._summary = self._summary.updated(trained=False)
+            return False
+        return True
+
+    def _keep(self) -> None:
+        """Write the adapter that training ended with; what was measured of one before it does not hold any more."""
+        for name in self.config.data.test:
+            self.folder.forget_evaluation(name, "after")
+        save_adapter(self.model, self.folder.adapter)
+        # So that the adapter can be used without this run's configuration.
+        if self.source.add_tokens or self.source.chat_template:
+            self.tokenizer.save_pretrained(self.folder.adapter)
+        self._summary = self._summary.updated(trained=True)
+        self._summarised("interrupted").write_to(self.folder.summary)
+
+    def conclude(self) -> None:
+        """Finish the run."""
+        _conclude(self.folder, self._summarised("finished"))
+
+    def put_down(self) -> None:
+        """Leave an interrupted run; without its page where the user will not wait."""
+        if self.folder.is_run:
+            self._summarised("interrupted").write_to(self.folder.summary)
+            if not self._at_once:
+                from trimtab.reports.run.run_page import write_run_page
+
+                write_run_page(self.folder.path)
+
+    def _summarised(self, status: str) -> Summary:
         adapter = (
             sum(file.stat().st_size for file in self.folder.adapter.glob("*")) if self.folder.adapter.is_dir() else 0
         )
         total = self._earlier_seconds[1] + time.perf_counter() - self._began
-        self._summary.updated(
+        return self._summary.updated(
             status=status,
             total_seconds=round(total, 2),
             peak_memory_gib=round(peak_memory_gib(), 3),
             adapter_bytes=adapter,
-        ).write_to(self.folder.summary)
+        )
 
     def attached(self, report: AttachReport) -> None:
         """Note what the plan did to the model."""
@@ -229,7 +277,7 @@ class _Run:
         if stage == "before" and not self.config.evaluation.before and self.config.train.epochs:
             return
         for name, rows in self.inputs.tests.items():
-            if stage == "before" and self.folder.evaluation(name, stage).is_file():
+            if self.folder.is_evaluated(name, stage):
                 continue
             self.listener.stage(f"Evaluating {name} {stage} training")
             evaluation = self._evaluation(rows, name)
@@ -259,6 +307,26 @@ class _Run:
             outcomes = metrics.Outcomes(loss=checked(loss, tokens), tokens=tokens)
             return metrics.of_validation(metrics.measure("perplexity", outcomes))
         return metrics.of_validation(self._evaluation(rows, "validation").record.figures)
+
+    def _checkpoint(self) -> Path | None:
+        """The newest checkpoint that training can go on from; those that are damaged are told and put aside."""
+        train, folder = self.config.train, self.folder.checkpoints
+        averaged_from = round((1 - (train.average or 0.0)) * total_steps(train, len(self.inputs.rows)))
+        for step, place in reversed(numbered(folder)):
+            reason = why_not(
+                place,
+                optimizer=make_optimizer(self.model, train),
+                averaged=trainable_parameters(self.model) if step > averaged_from else {},
+                patience=train.early_stopping,
+                keeps_best=bool(self.inputs.validation) and train.keep_best,
+            )
+            if reason is None:
+                prune(folder, train.keep_checkpoints)
+                return place
+            kept = set_aside(place).name
+            self.remark(f"{place.name} is damaged ({reason}): it is kept as {kept}, and the one before it is taken")
+        prune(folder, train.keep_checkpoints)
+        return None
 
     def train(self, checkpoint: Path | None) -> None:
         """Train, and leave the model with the adapter that the run ends with."""
@@ -294,14 +362,15 @@ class _Run:
                 with interrupting.on_signal(self.listener):
                     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
             finally:
+                self._at_once = interrupting.at_once
                 self.listener.training_ended()
                 self._summary = self._summary.updated(
                     steps=trainer.state.global_step,
                     epochs=round(trainer.state.epoch or 0.0, 4),
                     training_seconds=round(self._earlier_seconds[0] + time.perf_counter() - began, 2),
                 )
-        if interrupting.asked:
-            raise KeyboardInterrupt
+        if interrupting.stop is not None:
+            raise interrupting.stop
         keeps_best = bool(self.inputs.validation) and train.keep_best
         step = trainer.settle(keep_best=keeps_best)
         if keeps_best:

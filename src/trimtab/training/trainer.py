@@ -21,15 +21,13 @@ from trimtab.data.tokens import EncodedRows
 from trimtab.errors import RunError
 from trimtab.methods import RateGroup
 from trimtab.metrics import METRICS, Metric
+from trimtab.runs import checkpoints
 from trimtab.runs.records import MetricsLine
 from trimtab.surgery.attach import rate_groups, trainable_parameters
 from trimtab.tasks import Head, Task
 from trimtab.training.callbacks import Averaging
 from trimtab.training.compiling import plainly
 from trimtab.training.metrics_log import Lap, Throughput
-
-BEST = "best"
-"""Folder, beside the checkpoints, of the adapter of the best validation."""
 
 
 def parameter_groups(
@@ -56,6 +54,14 @@ def parameter_groups(
         for group, (rate, decay) in rates.items()
         if groups[group]
     ]
+
+
+def make_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
+    """The optimiser of the tensors that ``model`` trains."""
+    groups = parameter_groups(
+        model, train.learning_rate, train.magnitude_learning_rate, train.b_learning_rate_ratio, train.weight_decay
+    )
+    return torch.optim.AdamW(groups, fused=True)
 
 
 def epoch_steps(train: TrainConfig, rows: int) -> int:
@@ -103,7 +109,6 @@ def training_arguments(train: TrainConfig, rows: int, folder: Path, best: Metric
         eval_steps=every if isinstance(every, int) else max(1, round(every * steps)),
         save_strategy="steps",
         save_steps=save,
-        save_total_limit=train.keep_checkpoints,
         metric_for_best_model=best.name if best is not None else None,
         greater_is_better=best.higher_is_better if best is not None else None,
         seed=train.seed,
@@ -209,15 +214,7 @@ class AdapterTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            train = self._train_config
-            groups = parameter_groups(
-                self._adapted,
-                train.learning_rate,
-                train.magnitude_learning_rate,
-                train.b_learning_rate_ratio,
-                train.weight_decay,
-            )
-            self.optimizer = torch.optim.AdamW(groups, fused=True)
+            self.optimizer = make_optimizer(self._adapted, self._train_config)
         return self.optimizer
 
     def compute_loss(
@@ -260,7 +257,8 @@ class AdapterTrainer(Trainer):
             self._best_loss = loss
             self.state.best_global_step = self.state.global_step
             with self._averaging.in_place():
-                save_adapter(self._adapted, self._folder / BEST)
+                save_adapter(self._adapted, self._folder / f"best-{self.state.global_step}")
+            checkpoints.prune_best(self._folder, self.state.global_step)
         return is_best
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -289,6 +287,15 @@ class AdapterTrainer(Trainer):
             "more. Lower train.learning_rate or lengthen train.warmup, and start again with --overwrite"
         )
 
+    def _get_output_dir(self, trial: Any) -> str:
+        # A checkpoint is written here, whole, before it gets its place; what is in that place is never half of one.
+        return str(self._folder / checkpoints.SAVING)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            checkpoints.put(self._folder, self.state.global_step, self._train_config.keep_checkpoints)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         # Checkpoints are few, and one that is spoiled would push out one that is not.
         if not all(parameter.isfinite().all() for parameter in trainable_parameters(self._adapted).values()):
@@ -305,7 +312,7 @@ class AdapterTrainer(Trainer):
         """Leave the model with the adapter that training ends with: the average, where there is one, or with
         ``keep_best`` that of the best validation. Returns the step of the latter; None without one."""
         self._averaging.keep()
-        if not keep_best or self.state.best_global_step is None or not (self._folder / BEST).is_dir():
+        if not keep_best or self.state.best_global_step is None:
             return None
-        load_adapter(self._adapted, self._folder / BEST)
+        load_adapter(self._adapted, checkpoints.best_folder(self._folder, self.state.best_global_step))
         return self.state.best_global_step

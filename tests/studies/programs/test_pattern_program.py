@@ -24,9 +24,10 @@ from pattern_study import AS_SET, PatternCell, load_pattern_study, run_cells
 from source_paths import paths
 from tiny_runs import rows, write_rows
 from trimtab.errors import ConfigError, Interrupted, PlanError, RunError
-from trimtab.files import locked, read_json
+from trimtab.files import read_json
 from trimtab.runs.events import Listener
 from trimtab.runs.folder import RunFolder
+from trimtab.runs.lock import locked
 from trimtab.studies import cell as cell_module
 from trimtab.training.run import finetune
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,19 +19,22 @@ from trimtab.reports.run.run_pictures import draw_curves, share_bars
 from trimtab.reports.shared import words
 from trimtab.reports.shared.shell import write_page
 from trimtab.runs.read import Run, TestSet, read_run
-from trimtab.runs.records import MetricsLine
+from trimtab.runs.records import MetricsLine, Summary
 from trimtab.runs.results import ChoiceResult
 
 _WIDE, _NARROW = 880, 358
 
 
-def write_run_page(run: Path) -> Path:
+def write_run_page(run: Path, summary: Summary | None = None) -> Path:
     """Write ``run/report.html``, one page that needs no network, and return its path.
 
-    The same files give the same page, byte for byte. A part whose file is missing is left out.
+    The same files give the same page, byte for byte. A part whose file is missing is left out. ``summary``: what the
+    run's summary is about to say, in place of its file.
     Raises RunError where ``run`` is no run folder, or where one of its files is damaged (the message names the file).
     """
     known = read_run(run)
+    if summary is not None:
+        known = replace(known, summary=summary)
     train, validation = known.measures("train"), known.measures("validation")
     measured_sets = [tests for tests in known.sets if tests.result]
     key_figures, checked = tiles(known, train), validated(validation)
