@@ -294,7 +294,7 @@ def test_stopping_early_needs_validation(tmp_path: Path) -> None:
         ),
         ("", "run.yaml: expected keys such as 'model:' and 'data:', got null"),
         ("- model: a", "run.yaml: expected keys such as 'model:' and 'data:', got [{\"model\": \"a\"}]"),
-        ("model: 2024-13-45", "run.yaml: month must be in 1..12"),
+        ("model: 2024-13-45", "run.yaml:1: month must be in 1..12."),
         ("model: !!python/name:os.system x", "run.yaml:1: could not determine a constructor for the tag"),
     ],
 )

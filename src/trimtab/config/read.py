@@ -18,10 +18,11 @@ from pydantic import BaseModel, ValidationError
 
 from trimtab.config.errors import explain
 from trimtab.config.run import DEFAULT_PLAN, RunConfig
-from trimtab.config.yaml_text import parse_yaml, show, write_yaml
+from trimtab.config.yaml_text import LONGEST, parse_yaml, show, write_yaml
 from trimtab.data.sources import is_local
 from trimtab.errors import ConfigError, did_you_mean
 from trimtab.models.chat_template import template_text
+from trimtab.reading import read_text
 
 Schema = TypeVar("Schema", bound=BaseModel)
 
@@ -58,7 +59,7 @@ def build_config(
     """
     spell_out(raw)
     raw.setdefault("plan", deepcopy(list(DEFAULT_PLAN)))
-    _resolve_paths(raw, root)
+    _resolve_paths(raw, root, place)
     overridden = [override(raw, text) for text in overrides]
     return validated(RunConfig, raw, place, overridden, within)
 
@@ -73,16 +74,24 @@ def spell_out(raw: dict[str, Any]) -> None:
 
 def read_mapping(file: Path, keys: str = "'model:' and 'data:'") -> dict[str, Any]:
     """What a YAML file says. Raises ConfigError if it is missing, not YAML, or something other than ``keys``."""
-    if not file.is_file():
-        others = [other.name for other in file.parent.glob("*.y*ml")] if file.parent.is_dir() else []
-        raise ConfigError(f"{file}: no such file.{did_you_mean(file.name, others)}")
-    try:
-        raw = parse_yaml(file.read_text(encoding="utf-8"), str(file))
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{file}: expected text in UTF-8 ({error})") from error
+    raw = parse_yaml(config_text(file, "*.y*ml"), str(file))
     if not isinstance(raw, dict):
         raise ConfigError(f"{file}: expected keys such as {keys}, got {show(raw)}")
     return raw
+
+
+def config_text(file: Path, kin: str = "*") -> str:
+    """The text of a configuration. Raises ConfigError if it is no file of text, is too long, or is missing; then one of
+    ``kin`` in its folder may be the one that is meant."""
+    try:
+        return read_text(file, most=4 * LONGEST)
+    except FileNotFoundError:
+        others = [other.name for other in file.parent.glob(kin)] if file.parent.is_dir() else []
+        raise ConfigError(f"{file}: no such file.{did_you_mean(file.name, others)}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file}: expected text in UTF-8 ({error})") from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
 
 
 def validated(
@@ -135,7 +144,7 @@ def override(raw: dict[str, Any], text: str) -> tuple[str, ...]:
     wrapped: dict[str, Any] = {keys[-1]: value}
     for key in reversed(keys[:-1]):
         wrapped = {key: wrapped}
-    _resolve_paths(wrapped, Path.cwd())
+    _resolve_paths(wrapped, Path.cwd(), "command line")
     value = wrapped
     for key in keys:
         value = value[key]
@@ -183,8 +192,9 @@ def set_dotted(mapping: dict[str, Any], keys: tuple[str, ...], value: Any) -> No
         target = target[index]
 
 
-def _resolve_paths(raw: dict[str, Any], root: Path) -> None:
-    """Make the local paths in ``raw`` absolute; names of hub models and data sets stay as they are."""
+def _resolve_paths(raw: dict[str, Any], root: Path, place: str) -> None:
+    """Make the local paths in ``raw`` absolute; names of hub models and data sets stay as they are. Raises ConfigError
+    for a path that the system cannot look up; ``place`` says where it came from."""
 
     def local(text: str) -> str:
         path = root / Path(text).expanduser()
@@ -198,12 +208,15 @@ def _resolve_paths(raw: dict[str, Any], root: Path) -> None:
         is_path = text.startswith((".", "/", "~")) or text.lower().endswith(".gguf")
         return local(text) if is_path or (root / text / "config.json").is_file() else text
 
-    _map_sources(raw, model, data_file)
-    if isinstance(said := raw.get("model"), dict) and isinstance(template := said.get("chat_template"), str):
-        said["chat_template"] = template_text(template, root)
-    if isinstance(output := raw.get("output"), str) and output:
-        # "." is where the file lies: so a run's own config.yaml says it, wherever the run is moved or copied to.
-        raw["output"] = str(root.absolute() if output == "." else Path(output).expanduser().absolute())
+    try:
+        _map_sources(raw, model, data_file)
+        if isinstance(said := raw.get("model"), dict) and isinstance(template := said.get("chat_template"), str):
+            said["chat_template"] = template_text(template, root)
+        if isinstance(output := raw.get("output"), str) and output:
+            # "." is where the file lies: so a run's own config.yaml says it, wherever the run is moved or copied to.
+            raw["output"] = str(root.absolute() if output == "." else Path(output).expanduser().absolute())
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a loop of links, the home of an unknown user
+        raise ConfigError(f"{place}: a path cannot be looked up ({' '.join(str(error).split())[:200]})") from error
 
 
 def _map_sources(raw: dict[str, Any], model: Callable[[str], str], data_file: Callable[[str], str]) -> None:

@@ -17,6 +17,7 @@ from trimtab import bases, methods
 from trimtab.errors import PlanError, did_you_mean
 
 ALL_LINEAR = "all-linear"
+_LAYERS = re.compile(r"all|(outer|inner):[1-9]\d{0,5}|\d{1,6}(-\d{1,6})?(,\d{1,6}(-\d{1,6})?)*", re.ASCII)
 
 
 class Rule(BaseModel):
@@ -80,7 +81,7 @@ class Rule(BaseModel):
     @classmethod
     def _layers_form(cls, value: Any) -> str:
         text = str(value).replace(" ", "")
-        if not re.fullmatch(r"all|(outer|inner):[1-9]\d*|\d+(-\d+)?(,\d+(-\d+)?)*", text):
+        if not _LAYERS.fullmatch(text):
             raise ValueError(f"expected 'all', 'outer:K', 'inner:K' or ranges such as '0-3,26-29', got '{value}'")
         return text
 

@@ -6,13 +6,13 @@ What has the same meaning here is carried over. What has not is said, key by key
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from trimtab import listing
 from trimtab.config.others._other import Carried, OtherConfig
-from trimtab.config.yaml_text import parse_yaml, show
-from trimtab.errors import ConfigError, did_you_mean
+from trimtab.config.read import config_text
+from trimtab.config.yaml_text import parse_json, parse_yaml, show
+from trimtab.errors import ConfigError
 
 __all__ = ["Carried", "carry_over", "names"]
 
@@ -28,14 +28,8 @@ def carry_over(file: Path) -> Carried:
     Raises ConfigError if it is missing, cannot be read, is of none of the tools, or asks for a kind of training that
     there is not here.
     """
-    if not file.is_file():
-        others = [other.name for other in file.parent.iterdir()] if file.parent.is_dir() else []
-        raise ConfigError(f"{file}: no such file.{did_you_mean(file.name, others)}")
-    try:
-        text = file.read_text(encoding="utf-8")
-        raw = json.loads(text) if file.suffix == ".json" else parse_yaml(text, str(file))
-    except (UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{file}: expected the YAML or JSON of another tool ({error})") from None
+    parse = parse_json if file.suffix == ".json" else parse_yaml
+    raw = parse(config_text(file), str(file))
     if not isinstance(raw, dict):
         raise ConfigError(f"{file}: expected keys and values, got {show(raw)}")
     tools = [listing.class_in(__name__, name, OtherConfig)() for name in names()]  # type: ignore[type-abstract]
