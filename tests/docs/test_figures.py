@@ -1,4 +1,5 @@
-"""The documentation's figures are those that the benchmarks wrote."""
+"""Pages that are made from files and from code: figures from what the benchmarks wrote, other tools' keys from the
+readers of their configurations."""
 
 from __future__ import annotations
 
@@ -37,3 +38,16 @@ def test_every_table_is_whole_and_on_a_page(figures: dict[str, Any]) -> None:
         assert len(lines) > 2
         assert len({line.count("|") for line in lines}) == 1, name
         assert f"<!-- figures: {name} -->" in pages
+
+
+def test_every_tool_that_is_read_has_a_page_with_its_keys() -> None:
+    pages = runpy.run_path(str(ROOT / "docs" / "hooks" / "others.py"))["pages"]()
+    nav = (ROOT / "mkdocs.yml").read_text("utf-8")
+    assert len(pages) >= 4
+    for place, text in pages.items():
+        assert place in nav
+        assert re.search(r"^\| `\w+` \| `plan: rank` \|$|`lora_parameters`", text, re.MULTILINE), place
+    axolotl = pages["reference/from-axolotl.md"]
+    assert "| `micro_batch_size` | `train.batch_size` |" in axolotl
+    assert "| `train.schedule` | `cosine` |" in axolotl
+    assert "| `sample_packing` | rows are not packed" in axolotl
