@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from trimtab.data.forms import find
-from trimtab.data.forms.chat import follow_template
+from trimtab.data.forms import Reading, find
+from trimtab.data.forms._messages import read_talk
+from trimtab.data.forms._turns import follow as follow_talk
 from trimtab.data.rows import Example, Row
 from trimtab.data.tokens import IGNORED, encode
 from trimtab.errors import DataError
@@ -67,7 +68,10 @@ COUNTDOWN = (
 
 
 def follow(messages: list[dict[str, Any]], tokenizer: Any) -> Example:
-    return follow_template(messages, tokenizer, Row("rows.jsonl", 7, "rows.jsonl, line 7", {}))
+    row, reading = Row("rows.jsonl", 7, "rows.jsonl, line 7", {}), Reading(tokenizer)
+    example = follow_talk(read_talk(row, messages, reading, key="messages"), row, reading)
+    assert example is not None
+    return example
 
 
 @pytest.mark.parametrize(
@@ -115,11 +119,11 @@ def test_a_system_message_and_a_leading_assistant(tokenizer: Any) -> None:
 
 def test_template_that_refuses(make_tokenizer: Callable[..., Any]) -> None:
     with pytest.raises(DataError) as caught:
-        follow([{"role": "system", "content": "be good"}, *TALK], make_tokenizer(template=BRACKETS))
+        follow([*TALK[:1], {"role": "system", "content": "be good"}, *TALK], make_tokenizer(template=BRACKETS))
     message = str(caught.value)
     assert message.startswith("rows.jsonl, line 7: ")
     assert "only user and assistant roles are supported" in message
-    assert "system, user, assistant" in message
+    assert "user, system, user, assistant" in message
 
 
 @pytest.mark.parametrize(
@@ -127,11 +131,6 @@ def test_template_that_refuses(make_tokenizer: Callable[..., Any]) -> None:
     [
         (COUNTDOWN, TALK, "message 2"),
         (UPPER.replace("m['content']|upper", "(m['content']|upper if loop.last else m['content'])"), TALK, "message 2"),
-        (
-            REASONING,
-            [TALK[0], {"role": "assistant", "content": "<think>hm</think>an answer"}, *TALK[2:]],
-            "message 2",
-        ),
     ],
 )
 def test_template_that_cannot_be_followed(

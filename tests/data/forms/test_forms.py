@@ -120,25 +120,28 @@ def test_text(jsonl: Writer, tmp_path: Path) -> None:
 
 ROW_OF = {
     "finlora": {"context": "Q: ", "target": "a"},
+    "chat_completion": {"prompt": MESSAGES[:1], "completion": MESSAGES[1:]},
     "completion": {"prompt": "Q: ", "completion": "a"},
     "alpaca": {"instruction": "Q", "input": "", "output": "a"},
     "multiple_choice": {"question": "Q", "choices": ["a", "b"], "answer": 0},
     "chat": {"messages": MESSAGES},
+    "sharegpt": {"conversations": [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "a"}]},
+    "dolly": {"instruction": "Q", "response": "a"},
+    "question_answer": {"question": "Q", "answer": "a"},
+    "labelled_text": {"text": "a", "label": "b"},
     "text": {"text": "a"},
 }
 
 
 def test_forms_are_recognised_in_order(jsonl: Writer, tmp_path: Path, tokenizer: Any) -> None:
     assert sorted(forms.names(), key=lambda name: forms.find(name).precedence) == list(ROW_OF)
+    for form, row in ROW_OF.items():
+        assert read_examples(jsonl(row), tokenizer, root=tmp_path)[0].form == form
+    # A row with the keys of several forms is of the first of them.
     merged: dict[str, Any] = {}
     for form, row in reversed(ROW_OF.items()):
         merged |= row
-        for value in (row, merged):
-            assert read_examples(jsonl(value), tokenizer, root=tmp_path)[0].form == form
-    for form in ROW_OF:
-        found = read_examples(jsonl(merged), tokenizer, root=tmp_path, form=form)
-        assert found[0].form == form
-        assert found[0].text == read_examples(jsonl(ROW_OF[form]), tokenizer, root=tmp_path)[0].text
+        assert read_examples(jsonl(merged), tokenizer, root=tmp_path)[0].form == form
 
 
 def test_nulls_of_a_columnar_file_count_as_missing(tmp_path: Path) -> None:
@@ -173,16 +176,17 @@ GOOD = {"context": "Q: ", "target": "a"}
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ({"question": "Q", "answer": "a"}, ["question, answer", "context/target (finlora)", "text (text)"]),
+        ({"query": "Q", "reply": "a"}, ["query, reply", "context/target (finlora)", "text (text)", "data.columns"]),
+        ({"prompt": "Q", "chosen": "a", "rejected": "b"}, ["preference training", "completion: chosen"]),
         ({"context": "Q"}, ["keys: context", "context/target"]),
         ({"context": "Q", "target": None}, ["context, target (null)"]),
-        ({"context": "Q", "target": 3}, ["'target' must be a string", "int 3", "context, target"]),
+        ({"context": "Q", "target": {"a": 3}}, ["'target' must be a string", "dict {'a': 3}", "context, target"]),
         ({"context": ["Q"], "target": "a"}, ["'context' must be a string", "list"]),
         ({"context": "Q", "target": " \n"}, ["the answer 'target' is empty", "context, target"]),
         ({"prompt": "Q", "completion": ""}, ["the answer 'completion' is empty"]),
         ({"instruction": "Q", "output": ""}, ["the answer 'output' is empty"]),
-        ({"instruction": "Q", "input": 2, "output": "a"}, ["'input' must be a string"]),
-        ({"text": 3}, ["'text' must be a string", "int 3"]),
+        ({"instruction": "Q", "input": [2], "output": "a"}, ["'input' must be a string"]),
+        ({"text": ["a"]}, ["'text' must be a string", "list ['a']"]),
         ({}, ["none at all"]),
         ({"text": "a\ud83d"}, ["half a surrogate pair", "\\ud83d", "character 2"]),
     ],
@@ -211,15 +215,17 @@ def test_wrong_later_rows_are_named(jsonl: Writer, tmp_path: Path, row: dict[str
 
 
 def test_each_file_has_a_form_of_its_own(jsonl: Writer, tmp_path: Path) -> None:
-    names = [jsonl(GOOD, name="a.jsonl"), jsonl({"text": "a"}, {"text": "b"}, name="b.jsonl")]
-    assert [row.form for row in read_examples(names, None, root=tmp_path)] == ["finlora", "text", "text"]
+    names = [jsonl(GOOD, name="a.jsonl"), jsonl({"text": "a"}, name="b.jsonl")]
+    assert [example.form for example in read_examples(names, None, root=tmp_path)] == ["finlora", "text"]
 
 
-def test_a_named_form_is_held_to(jsonl: Writer, tmp_path: Path) -> None:
+def test_a_named_form_is_held_to(jsonl: Writer, tmp_path: Path, tokenizer: Any) -> None:
     message = error_of(GOOD, write=jsonl, root=tmp_path, form="text")
     assert "line 1: key 'text' of the form text is missing; keys found: context, target" in message
-    message = error_of(GOOD, write=jsonl, root=tmp_path, form="chat", tokenizer=type("T", (), {"chat_template": ""})())
+    message = error_of({"a": 1}, write=jsonl, root=tmp_path, form="chat", tokenizer=tokenizer)
     assert "key 'messages' of the form chat is missing" in message
+    message = error_of({"text": "a"}, write=jsonl, root=tmp_path, form="chat", tokenizer=tokenizer)
+    assert "a row of the form text is no conversation" in message
 
 
 def test_unknown_form_and_no_files(jsonl: Writer, tmp_path: Path) -> None:
@@ -235,9 +241,10 @@ def test_unknown_form_and_no_files(jsonl: Writer, tmp_path: Path) -> None:
         ([], ["no message has the role 'assistant'", "none"]),
         ([MESSAGES[0]], ["no message has the role 'assistant'", "(roles: user)"]),
         (["hello"], ["message 1", "must be an object", "str"]),
-        ([{"from": "human", "value": "x"}], ["message 1", "'role' must be a string, but is missing", "from, value"]),
+        ([{"speaker": "human", "value": "x"}], ["message 1", "'role' must be a string, but is missing", "speaker"]),
         ([{"role": "user", "content": None}], ["message 1", "'content' must be a string, but is missing"]),
-        ([MESSAGES[0], {"role": "assistant", "content": [{"text": "a"}]}], ["message 2", "'content' must be a string"]),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], ["message 1", "type 'image_url'; only text"]),
+        ([{"role": "user", "content": [{"type": "text"}]}], ["message 1", "each part of 'content' must be"]),
         ([MESSAGES[0], {"role": "assistant", "content": " "}], ["message 2", "content is empty"]),
         ([{"role": "user", "content": "\udc00"}, MESSAGES[1]], ["message 1", "surrogate"]),
     ],

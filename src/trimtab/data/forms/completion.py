@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from trimtab.data.forms import _form
-from trimtab.data.rows import Example, Row
+from trimtab.data.forms._reading import Reading
+from trimtab.data.rows import Row
 
 
-class Completion(_form.Form):
+class Completion(_form.PairForm):
     """A prompt and its completion."""
 
     keys = ("prompt", "completion")
-    precedence = 2
+    precedence = 3
+    answer = "completion"
 
-    def example(self, row: Row, tokenizer: Any) -> Example:
-        prompt, completion = self.keys
-        return _form.pair(row, self.text(row, prompt), self.text(row, completion, filled=True))
+    def question(self, row: Row, reading: Reading) -> str:
+        return self.text(row, self.keys[0], reading)

@@ -10,3 +10,4 @@ class FinLoRA(Completion):
 
     keys = ("context", "target")
     precedence = 1
+    answer = "target"

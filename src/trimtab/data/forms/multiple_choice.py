@@ -17,6 +17,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from trimtab.data.forms import _form
+from trimtab.data.forms._reading import Reading
 from trimtab.data.rows import Example, Row
 from trimtab.errors import DataError
 
@@ -33,16 +34,17 @@ class MultipleChoice(_form.Form):
     """A question, the choices, and which of them is right."""
 
     keys = ("question", "choices")
-    precedence = 4
+    optional = ("answer", "answerKey")
+    precedence = 5
 
-    def example(self, row: Row, tokenizer: Any) -> Example:
+    def example(self, row: Row, reading: Reading) -> Example | None:
         try:
             asked = read_question(row.value)
         except ValueError as error:
             raise DataError(f"{row.place}: {error} (keys found: {_form.keys_of(row)}).") from None
         for text in (asked.question, *asked.choices):
             _form.require_encodable(text, row.place)
-        pair = _form.pair(row, PROMPT.format(question=asked.question), f" {asked.answer}")
+        pair = _form.pair(row, PROMPT.format(question=asked.question), f" {asked.answer}", reading)
         return replace(pair, choices=asked.choices)
 
 

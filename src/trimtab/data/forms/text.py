@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from trimtab.data.forms import _form
+from trimtab.data.forms._reading import Reading
 from trimtab.data.rows import Example, Row
 
 
@@ -12,10 +11,12 @@ class Text(_form.Form):
     """A text without prompt and answer."""
 
     keys = ("text",)
-    precedence = 6
+    precedence = 11
 
-    def example(self, row: Row, tokenizer: Any) -> Example:
-        text = self.text(row, "text")
+    def example(self, row: Row, reading: Reading) -> Example | None:
+        text = self.text(row, "text", reading)
+        _, end = reading.split_end(text, row.place)
+        text = text.rstrip() if end else text
         return Example(
             source=row.source,
             number=row.number,
@@ -23,5 +24,5 @@ class Text(_form.Form):
             trained=((0, len(text)),),
             prompt="",
             answer=None,
-            ends=True,
+            ends=not end,
         )

@@ -1,0 +1,306 @@
+"""Renders a conversation by its chat template, and finds the assistant's turns in the text.
+
+If the template marks them itself (``{% generation %}``), its marks are used. If the same words stand before and after
+every assistant turn, and nowhere else, one rendering is enough. If not, the messages before a turn are rendered alone:
+if the whole text begins with the result, the turn starts at its end.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from trimtab.data.forms._chat_template import ChatTemplate
+from trimtab.data.forms._messages import ROLES, Talk, name_of
+from trimtab.data.forms._reading import Reading
+from trimtab.data.rows import Example, Row
+from trimtab.errors import DataError
+from trimtab.models.chat_template import render
+
+Span = tuple[int, int]
+
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+"""Keys under which rows keep what was thought before an answer."""
+
+_THOUGHT = re.compile(r"(?s)<think>(.*?)</think>")
+_WORDS = re.compile(r"\w+(?:[ ,.]+\w+){0,3}")
+_OWN = {"role", "content", "tool_calls"}
+
+
+def follow(talk: Talk, row: Row, reading: Reading) -> Example | None:
+    """The text of ``talk``, its trained turns, each with the token that ends it, and its last answer.
+
+    Messages after the last trained turn carry no loss and are left out, as is white space after that turn. Raises
+    DataError if the template refuses the messages, or if a turn cannot be located in the text.
+    """
+    if not talk.trained:
+        reading.tell(row.place, "rows left out, since none of their turns is to be trained")
+        return None
+    template = reading.template
+    talk = talk.upto(max(talk.trained) + 1)
+    folded = template.folded(talk.messages)
+    if (fewer := len(talk.messages) - len(folded)) > 0:
+        what = "system texts put at the beginning of the first user message, since the chat template takes no other"
+        reading.tell(row.place, what)
+        talk = replace(talk, messages=folded, trained=frozenset(at - fewer for at in talk.trained))
+    talk, text = _rendered(talk, template, row.place)
+    _look_for_what_is_dropped(talk, text, reading, row.place)
+    spans = _spans(talk, text, template, row.place)
+    last = len(talk.messages) - 1
+    trained = []
+    for index in sorted(talk.trained):
+        start, stop = spans[index]
+        if index < last and _lost_thought(talk.messages[index], text[start:stop], template):
+            reading.tell(
+                row.place,
+                "earlier answers that are context only, since the chat template drops the thoughts before them once "
+                "another question follows",
+                "To train such an answer, give it a row of its own that ends with it",
+            )
+            continue
+        trained.append((start, stop))
+    start, stop = spans[last]
+    text = text[:stop]
+    begin, answer = _locate_answer(text, start, talk.messages[last], template.specials)
+    return Example(
+        source=row.source,
+        number=row.number,
+        text=text,
+        trained=tuple(trained),
+        prompt=text[:begin],
+        answer=answer,
+        ends=not text.endswith(template.specials),
+    )
+
+
+def _render(talk: Talk, template: ChatTemplate, place: str, *, generation: bool = False) -> str:
+    return template.render(talk.messages, place, tools=talk.tools, options=talk.options, generation=generation)
+
+
+def _rendered(talk: Talk, template: ChatTemplate, place: str) -> tuple[Talk, str]:
+    """``talk`` as this template takes it, and its text.
+
+    Templates differ in what they expect of a call of tools: no content, an empty one, or none at all; arguments as an
+    object or as JSON text. What the row has is tried first.
+    """
+    calls = [call for message in talk.messages for call in message.get("tool_calls", ())]
+    if not calls:
+        return talk, _render(talk, template, place)
+    refused: DataError | None = None
+    for variant in _variants(talk):
+        try:
+            text = _render(variant, template, place)
+        except DataError as error:
+            refused = refused or error
+            continue
+        if all(_stands(call, text) for call in calls):
+            return variant, text
+    raise refused or DataError(
+        f"{place}: the chat template does not write the call of '{name_of(calls[0])}', so it could not be learnt; use "
+        "a model whose template knows tools, give model.chat_template, or write the call into the content."
+    )
+
+
+def _variants(talk: Talk) -> Iterator[Talk]:
+    for arguments in (None, json.loads, lambda value: json.dumps(value, ensure_ascii=False)):
+        for empty in (None, "", ...):
+            yield replace(talk, messages=[_varied(message, arguments, empty) for message in talk.messages])
+
+
+def _varied(message: dict[str, Any], arguments: Any, empty: Any) -> dict[str, Any]:
+    """``message`` with its ``arguments`` put in another way, and an ``empty`` content in place of none."""
+    if "tool_calls" not in message:
+        return message
+    out = dict(message)
+    if empty is not None and not out.get("content"):
+        out.pop("content", None)
+        if empty is not ...:
+            out["content"] = empty
+    if arguments is not None:
+        out["tool_calls"] = [_with_arguments(call, arguments) for call in message["tool_calls"]]
+    return out
+
+
+def _with_arguments(call: dict[str, Any], change: Any) -> dict[str, Any]:
+    if isinstance(call.get("function"), dict):
+        return {**call, "function": _with_arguments(call["function"], change)}
+    value = call.get("arguments")
+    if isinstance(value, str) is (change is json.loads) and value is not None:
+        try:
+            return {**call, "arguments": change(value)}
+        except ValueError:
+            return call
+    return call
+
+
+def _stands(call: dict[str, Any], text: str) -> bool:
+    """Whether ``text`` has this call: its name, and arguments that are neither JSON in quotes nor Python's own."""
+    if name_of(call) not in text:
+        return False
+    inner = call["function"] if isinstance(call.get("function"), dict) else call
+    arguments = inner.get("arguments")
+    if isinstance(arguments, str):
+        return '"' not in arguments or arguments in text or json.dumps(arguments)[1:-1] not in text
+    return not isinstance(arguments, dict) or not arguments or str(arguments) not in text
+
+
+def _look_for_what_is_dropped(talk: Talk, text: str, reading: Reading, place: str) -> None:
+    """Tell what of ``talk`` is not in its ``text``: whole messages, and keys that the template does not show."""
+    for index, message in enumerate(talk.messages):
+        role, content = message["role"], message.get("content") or ""
+        words = _WORDS.search(content) if role != "assistant" and content.strip() not in text else None
+        if words is not None and words[0].casefold() not in text.casefold():
+            if role not in ROLES:
+                raise DataError(
+                    f"{place}, message {index + 1}: the chat template leaves out what the role '{role}' says; use "
+                    f"{', '.join(ROLES)}."
+                )
+            reading.tell(place, f"messages of the role '{role}' that the chat template leaves out")
+        for key in message.keys() - _OWN:
+            others = [*talk.messages[:index], _without(message, key), *talk.messages[index + 1 :]]
+            _offer(f"'{key}' of a message", replace(talk, messages=others), text, reading, place)
+    if talk.tools:
+        _offer("'tools'", replace(talk, tools=None), text, reading, place)
+    if talk.options:
+        _offer("'chat_template_kwargs'", replace(talk, options=None), text, reading, place)
+
+
+def _without(message: dict[str, Any], key: str) -> dict[str, Any]:
+    return {name: value for name, value in message.items() if name != key}
+
+
+def _offer(what: str, without: Talk, text: str, reading: Reading, place: str) -> None:
+    def differs() -> bool:
+        try:
+            return _render(without, reading.template, place) != text
+        except DataError:
+            return True
+
+    reading.offer(what, place, differs)
+
+
+def _spans(talk: Talk, text: str, template: ChatTemplate, place: str) -> dict[int, Span]:
+    """The start and end of every trained turn in ``text``, each after its header and with its end mark."""
+    turns = [index for index, message in enumerate(talk.messages) if message["role"] == "assistant"]
+    if template.marked(talk.tools):
+        spans = _marked_spans(talk, template, place)
+        if len(spans) != len(turns):
+            raise DataError(
+                f"{place}: the chat template marks {len(spans)} parts of its text as the assistant's, and the row has "
+                f"{len(turns)} assistant turns; check its generation marks."
+            )
+        return dict(zip(turns, spans, strict=True))
+    return _by_marks(talk, turns, text, template) or {
+        index: _find_turn(talk, index, text, template, place) for index in sorted(talk.trained)
+    }
+
+
+def _by_marks(talk: Talk, turns: list[int], text: str, template: ChatTemplate) -> dict[int, Span] | None:
+    """All turns by what stands before and after each; None if these words stand elsewhere, too, or not everywhere."""
+    opening, closing = template.opening, template.closing
+    if not opening.strip() or not closing or text.count(opening) != len(turns):
+        return None
+    spans: dict[int, Span] = {}
+    start = 0
+    for index in turns:
+        start = text.index(opening, start) + len(opening)
+        stop = text.find(closing, start)
+        if stop < 0:
+            return None
+        said, turn = _said(talk.messages[index]), text[start:stop].rstrip()
+        if not (said in turn if "tool_calls" in talk.messages[index] else turn.endswith(said)):
+            return None
+        spans[index] = (start, stop + len(closing))
+        start = stop
+    return spans
+
+
+def _said(message: dict[str, Any]) -> str:
+    """What an assistant turn says after its thoughts."""
+    return (message.get("content") or "").rpartition("</think>")[2].strip()
+
+
+def _find_turn(talk: Talk, index: int, text: str, template: ChatTemplate, place: str) -> Span:
+    before = _render(talk.upto(index), template, place, generation=True) if index else ""
+    start = len(before)
+    if not text.startswith(before):
+        # Some templates open a new turn with more than a past turn has ("<think>"): the turn starts where they differ.
+        if not text.startswith(_render(talk.upto(index), template, place)):
+            raise _lost(place, index, "what comes before it is rendered in another way once it is there")
+        start = next(at for at in range(start) if text[at : at + 1] != before[at])
+    through = _render(talk.upto(index + 1), template, place).rstrip()
+    if text.startswith(through) and len(through) > start:
+        return start, len(through)
+    # Some templates render the last turn differently from a past one (Qwen3 puts empty reasoning before it). Both end
+    # in the same way, so we search for the content together with that ending.
+    said = _said(talk.messages[index])
+    if not said or said not in through:
+        raise _lost(place, index, "its content is changed")
+    turn = said + through[through.rfind(said) + len(said) :]
+    begin = text.find(turn, start)
+    if begin < 0:
+        raise _lost(place, index, "its content is changed, or left out, once another turn follows")
+    return start, begin + len(turn)
+
+
+def _lost(place: str, index: int, reason: str) -> DataError:
+    return DataError(
+        f"{place}, message {index + 1}: the chat template cannot be followed, so it is unknown where in its text this "
+        f"assistant turn is: {reason}. Give each row one assistant turn, at its end; or use a template with "
+        "{% generation %} marks; or turn the rows into prompt/completion."
+    )
+
+
+def _marked_spans(talk: Talk, template: ChatTemplate, place: str) -> list[Span]:
+    """The character spans that a template with ``{% generation %}`` marks."""
+    from itertools import groupby
+
+    out = render(
+        template.tokenizer,
+        talk.messages,
+        tools=talk.tools,
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+        tokenizer_kwargs={"return_offsets_mapping": True},
+        **(talk.options or {}),
+    )
+    tokens = zip(out["assistant_masks"], out["offset_mapping"], strict=True)
+    runs = [[offsets for _, offsets in run] for marked, run in groupby(tokens, key=lambda token: token[0]) if marked]
+    spans = [(run[0][0], run[-1][1]) for run in runs]
+    if not spans:
+        raise DataError(f"{place}: the chat template marks no text as the assistant's; check its generation marks.")
+    return spans
+
+
+def _thought(message: dict[str, Any]) -> tuple[str, str | None]:
+    """What was thought before an answer, and the key that has it; the key is None if the content has it."""
+    for key in THOUGHTS:
+        if isinstance(thought := message.get(key), str) and thought.strip():
+            return thought.strip(), key
+    inside = _THOUGHT.search(message.get("content") or "")
+    return (inside[1].strip(), None) if inside else ("", None)
+
+
+def _lost_thought(message: dict[str, Any], turn: str, template: ChatTemplate) -> bool:
+    """Whether ``turn`` lacks the thoughts that the template would have shown had the turn been the last one."""
+    thought, key = _thought(message)
+    return bool(thought) and thought not in turn and (key is None or template.shows(key))
+
+
+def _locate_answer(text: str, start: int, message: dict[str, Any], specials: tuple[str, ...]) -> tuple[int, str]:
+    """The start of the last answer in ``text``, and the answer itself without the token that ends the turn."""
+    content = (message.get("content") or "").strip()
+    begin = text.find(content, start)
+    thought, key = _thought(message)
+    if begin >= 0 and content and "tool_calls" not in message and not (key and thought in text[start:]):
+        return begin, content
+    # The answer is more than the content, or the template changed it: it is then the turn as rendered.
+    turn = text[start:].rstrip()
+    while special := next((one for one in specials if turn.endswith(one)), None):
+        turn = turn.removesuffix(special).rstrip()
+    answer = turn.strip()
+    return start + turn.index(answer), answer
