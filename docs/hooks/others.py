@@ -67,9 +67,9 @@ def page(name: str) -> str:
     lines = [
         f"# From {tool.label}",
         "",
-        f"`trimtab init run.yaml --from theirs.{ending}` reads a configuration of {tool.label}, known by its {tool.known_by}. "
-        "What has the same meaning is carried over, each line of the YAML with the key that said so; what has not is "
-        "printed, key by key. [How it goes](../how-to/come-from-another-tool.md).",
+        f"`trimtab init run.yaml --from theirs.{ending}` reads a configuration of {tool.label}, known by its "
+        f"{tool.known_by}. What has the same meaning is carried over, each line of the YAML with the key that said "
+        "so; what has not is printed, key by key. [How it goes](../how-to/come-from-another-tool.md).",
         "",
         *_table((tool.label, "trimtab"), {key: f"`{ours}`" for key, ours in watched.pairs.items()}),
         *(
