@@ -17,6 +17,7 @@ _FREE = (
 )
 _ALL_SETS = ("evaluation.limit", "evaluation.max_new_tokens")
 _LONGER = ("train.epochs", "train.max_steps")
+_ROWS = ("data.train", "data.validation")
 
 
 @dataclass(frozen=True)
@@ -25,10 +26,12 @@ class Changes:
 
     Attributes:
         longer: it is to be trained for more steps than before.
+        moved: its training or validation rows lie elsewhere; whether they are the same is seen when they are read.
         measured_anew: the test sets whose results no longer say what the settings say.
     """
 
     longer: bool = False
+    moved: bool = False
     measured_anew: frozenset[str] = frozenset()
 
 
@@ -38,6 +41,9 @@ def changes(place: str, before: RunConfig, now: RunConfig, resume_command: str) 
     Raises RunError if it may not; the message has each key with its old and its new value.
     """
     found = {key: (old, new) for key, old, new in _differences(_plain(before), _plain(now))}
+    moved = {key for key in _ROWS if key in found and _same_but_paths(*found[key])}
+    for key in moved:
+        del found[key]
     refused = {
         key: values for key, values in found.items() if not _is_free(key) and not (key in _LONGER and _is_more(*values))
     }
@@ -51,7 +57,8 @@ def changes(place: str, before: RunConfig, now: RunConfig, resume_command: str) 
     sets = {key.split(".")[2] for key in found if key.startswith("data.test.")}
     if any(key in found for key in _ALL_SETS):
         sets |= set(now.data.test)
-    return Changes(longer=any(key in found for key in _LONGER), measured_anew=frozenset(sets))
+    longer = any(key in found for key in _LONGER)
+    return Changes(longer=longer, moved=bool(moved), measured_anew=frozenset(sets))
 
 
 def _plain(config: RunConfig) -> dict[str, Any]:
@@ -65,6 +72,15 @@ def _is_free(key: str) -> bool:
 def _is_more(old: Any, new: Any) -> bool:
     """Whether a number of epochs or steps grows; None is no limit."""
     return old is not None and (new is None or new > old)
+
+
+def _same_but_paths(before: Any, now: Any) -> bool:
+    """Whether two lists of sources, as plain values, say the same but for the paths."""
+    return isinstance(before, list) and isinstance(now, list) and [*map(_rest, before)] == [*map(_rest, now)]
+
+
+def _rest(source: Any) -> dict[str, Any]:
+    return {key: value for key, value in source.items() if key != "path"} if isinstance(source, dict) else {}
 
 
 def differences(before: Any, now: Any) -> list[str]:

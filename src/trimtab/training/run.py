@@ -34,6 +34,7 @@ from trimtab.runs.checkpoints import numbered, prune, set_aside
 from trimtab.runs.events import Listener
 from trimtab.runs.folder import RunFolder
 from trimtab.runs.records import Machine, PlanRecord, Summary
+from trimtab.runs.same_rows import require_same_rows
 from trimtab.surgery.attach import attach, trainable_parameters
 from trimtab.surgery.attach_report import AttachReport, describe
 from trimtab.surgery.serving import evaluating
@@ -102,6 +103,8 @@ def _set_up(job: Job, opening: Opening, listener: Listener, began: float) -> _Ru
     tokenizer = load_tokenizer(job.source)
     listener.stage("Reading the rows")
     inputs = task.read(config, tokenizer, listener)
+    trains = not opening.trained and config.train.epochs > 0
+    others = require_same_rows(opening, inputs.digests, inputs.sources, trains=trains)
     check_run(job, RowSizes.of(config, inputs))
 
     _quiet_libraries()
@@ -113,9 +116,9 @@ def _set_up(job: Job, opening: Opening, listener: Listener, began: float) -> _Ru
         job.source, job.dtype, config.model.attention, config.quantisation, model_class=task.model_class
     )
     model = model.to(device())
-    return _Run(
-        job, opening, task=task, inputs=inputs, model=model, tokenizer=tokenizer, listener=listener, began=began
-    )
+    run = _Run(job, opening, task=task, inputs=inputs, model=model, tokenizer=tokenizer, listener=listener, began=began)
+    run.measured_anew = others
+    return run
 
 
 def _conclude(folder: RunFolder, summary: Summary) -> None:
@@ -155,6 +158,7 @@ class _Run:
         self._began = began
         self._plan = job.plan_on(model) if job.config.train.epochs else None
         self._at_once = False
+        self.measured_anew: list[str] = []
         before = opening.summary or Summary()
         self._earlier_seconds = before.training_seconds or 0.0, before.total_seconds or 0.0
         self._summary = Summary(
@@ -176,7 +180,10 @@ class _Run:
             notes=list(dict.fromkeys([*inputs.notes, *before.notes])),
             trained=opening.trained,
             sources=list(inputs.sources),
-            digests=inputs.digests,
+            # What was trained on is kept as it was, whatever the files hold now.
+            digests=before.digests.updated(test=inputs.digests.test)
+            if before.digests is not None and opening.trained
+            else inputs.digests,
         )
 
     @property
@@ -190,6 +197,9 @@ class _Run:
 
     def through(self) -> None:
         """Evaluate, attach, train and evaluate again; of a run that is resumed, what is not done yet."""
+        for name in self.measured_anew:
+            self.folder.forget_evaluation(name, "before", "after")
+            self.remark(f"the test rows of '{name}' are others than when the run began, so they are evaluated anew")
         self._summarised("interrupted").write_to(self.folder.summary)
         self.evaluate("before")
         set_seed(self.config.train.seed)
