@@ -76,12 +76,21 @@ class Interrupted(TrimtabError):  # noqa: N818 -- not a mistake of anybody's
 
     @classmethod
     def by(cls, stop: BaseException, message: str) -> Interrupted:
-        """The one for what ``stop`` ended."""
-        return cls(message, 143 if isinstance(stop, Terminated) else getattr(stop, "code", 130))
+        """The one for what ``stop`` ended: one of `STOPS`, or another of these."""
+        return cls(message, stop.code if isinstance(stop, (Interrupted, Terminated)) else 130)
 
 
-class Terminated(KeyboardInterrupt):
-    """What SIGTERM raises, as Ctrl-C raises its base."""
+class Terminated(SystemExit):
+    """What SIGTERM raises, as Ctrl-C raises KeyboardInterrupt. Where nothing catches it, the process ends with 143."""
+
+    code: int
+
+    def __init__(self) -> None:
+        super().__init__(143)
+
+
+STOPS = (KeyboardInterrupt, Terminated)
+"""What the user's wish to stop raises."""
 
 
 # What the machine said, and what helps. The words of ``os.strerror`` are looked for in messages, too, since libraries

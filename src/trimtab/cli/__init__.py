@@ -2,6 +2,25 @@
 
 from __future__ import annotations
 
-from trimtab.cli.app import main
+import sys
 
-__all__ = ["main"]
+from trimtab.cli.signals import listening
+
+
+def main() -> None:
+    """Run the command line and exit with its code."""
+    try:
+        with listening():
+            from trimtab.cli.exits import exit_code
+
+            code = exit_code(_run)
+    except KeyboardInterrupt:  # before there was anything to say it in good order
+        print("\ninterrupted; nothing was begun", file=sys.stderr)
+        code = 130
+    sys.exit(code)
+
+
+def _run() -> None:
+    from trimtab.cli.app import app
+
+    app(prog_name="trimtab")  # also as python -m trimtab: completion goes by the name

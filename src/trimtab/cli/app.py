@@ -1,21 +1,24 @@
 """The program ``trimtab``: each file in `trimtab.cli.verbs` is a verb of its name, found by listing the folder.
 
-A verb's file has a ``command``, whose parameters are its arguments, and a ``SHORT_HELP`` for ``trimtab --help``. It
-imports what it works with inside ``command``, so that help answers at once, without torch.
+A verb's file has a ``command``, whose parameters are its arguments, and a ``SHORT_HELP`` for ``trimtab --help``; it may
+have an ``INTERRUPTED``, which says what is left where it is stopped. It imports what it works with inside ``command``,
+so that help answers at once, without torch.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
-import sys
-from functools import partial
-from typing import Annotated
+from collections.abc import Callable
+from types import ModuleType
+from typing import Annotated, Any
 
 import typer
 
 from trimtab import __version__, listing
 from trimtab.cli import verbs
-from trimtab.cli.exits import exit_code, say
+from trimtab.cli.exits import say
+from trimtab.errors import STOPS, Interrupted, TrimtabError
 
 _FIRST = (
     *("init", "finetune", "plan", "evaluate", "generate", "chat", "merge", "analyze", "compare", "explore", "doctor"),
@@ -50,12 +53,25 @@ def _add_verbs() -> None:
     names = listing.names(verbs.__path__)
     for name in sorted(names, key=lambda name: _FIRST.index(name) if name in _FIRST else len(_FIRST)):
         verb = importlib.import_module(f"{verbs.__name__}.{name}")
-        app.command(name, short_help=verb.SHORT_HELP)(verb.command)
+        app.command(name, short_help=verb.SHORT_HELP)(_stoppable(verb))
+
+
+def _stoppable(verb: ModuleType) -> Callable[..., None]:
+    """The verb's command; where it is stopped, it says in a line what that left. (Typer would say "Aborted!".)"""
+    left: str = getattr(verb, "INTERRUPTED", "nothing was written; the same command begins again")
+
+    @functools.wraps(verb.command)
+    def command(*arguments: Any, **options: Any) -> None:
+        try:
+            verb.command(*arguments, **options)
+        except STOPS as stop:
+            raise Interrupted.by(stop, f"interrupted; {left}") from None
+        except typer.Abort as stop:  # at a question; where stdin ended, there was no answer
+            if isinstance(stop.__context__, EOFError):
+                raise TrimtabError("the input ended before the question was answered; nothing was written") from None
+            raise Interrupted(f"interrupted; {left}") from None
+
+    return command
 
 
 _add_verbs()
-
-
-def main() -> None:
-    """Run the command line and exit with its code."""
-    sys.exit(exit_code(partial(app, prog_name="trimtab")))  # also as python -m trimtab: completion goes by the name

@@ -1,6 +1,6 @@
 """What a mistake looks like from outside: a sentence on stderr and an exit code, never a traceback of ours.
 
-Exit codes: 0 done, 1 an error of ours, 2 wrong usage, 130 interrupted.
+Exit codes: 0 done, 1 an error of ours, 2 wrong usage, 130 interrupted, 143 told to end (SIGTERM).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 
 from trimtab.cli.terminal import make_safe
-from trimtab.errors import Interrupted, TrimtabError, machine_refusal, printable
+from trimtab.errors import STOPS, Interrupted, TrimtabError, machine_refusal, printable
 from trimtab.machine import keep_few_products
 
 # transformers imports these where they are installed, needed or not, and they tell what kernels they have not.
@@ -33,7 +33,10 @@ def exit_code(work: Callable[[], int | None]) -> int:
         return work() or 0
     except Interrupted as stopped:
         say(f"\n{stopped}", error=True)
-        return 130
+        return stopped.code
+    except STOPS as stop:
+        say("\ninterrupted; nothing was begun", error=True)
+        return Interrupted.by(stop, "").code
     except TrimtabError as error:
         say(f"trimtab: {error}", error=True)
         return 1

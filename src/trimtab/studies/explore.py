@@ -27,7 +27,7 @@ from typing import Any
 
 from trimtab.config.resolve import source_of
 from trimtab.config.search import ExploreConfig, load_explore, search_to_yaml
-from trimtab.errors import Interrupted, RunError
+from trimtab.errors import STOPS, Interrupted, RunError
 from trimtab.files import write_text
 from trimtab.hints import pasted
 from trimtab.models.load import empty_model
@@ -60,12 +60,13 @@ def explore(config: ExploreConfig, listener: SearchListener | None = None) -> Pa
             search.run()
             search.write(search.confirm() if config.confirm else None)
             write_explore_page(config.output)
-        except (Interrupted, KeyboardInterrupt):
+        except (Interrupted, *STOPS) as stop:
             search.write()
             write_explore_page(config.output)
-            raise Interrupted(
+            raise Interrupted.by(
+                stop,
                 f"interrupted; everything so far is in {config.output}\nGo on with: "
-                f"{pasted('explore', config.output / 'explore.yaml')}"
+                f"{pasted('explore', config.output / 'explore.yaml')}",
             ) from None
     return config.output
 

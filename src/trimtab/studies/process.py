@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.config.run import RunConfig
-from trimtab.errors import Interrupted, RunError, TrimtabError, machine_refusal
+from trimtab.errors import STOPS, Interrupted, RunError, TrimtabError, machine_refusal
 from trimtab.machine import keep_few_products
 from trimtab.runs.events import Listener
 
@@ -71,7 +71,8 @@ def run_apart(config: RunConfig, listener: Listener) -> None:
 def _listen(child: subprocess.Popen[str], listener: Listener) -> tuple[str, str] | None:
     """Pass on what the child says until it ends; gives the kind and the words of its failure, if it told one."""
     assert child.stdout is not None
-    failure, asked = None, False
+    failure: tuple[str, str] | None = None
+    stop: BaseException | None = None
     while True:
         try:
             for line in child.stdout:
@@ -81,10 +82,11 @@ def _listen(child: subprocess.Popen[str], listener: Listener) -> tuple[str, str]
                 else:
                     getattr(listener, method)(*arguments)
             child.wait()
-            # A run that ended before it heard is not the end of what the user wanted to stop.
-            return failure or (("Interrupted", "interrupted") if asked else None)
-        except KeyboardInterrupt:
-            asked = True
+            if stop is not None:  # a run that ended before it heard is not the end of what the user wanted to stop
+                raise Interrupted.by(stop, "interrupted" if failure is None else failure[1])
+            return failure
+        except STOPS as heard:
+            stop = heard
             if child.poll() is None:
                 child.send_signal(signal.SIGINT)
 
@@ -135,7 +137,7 @@ def _main() -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         run_here(config, _Teller(stream))
-    except KeyboardInterrupt:
+    except STOPS:
         print(json.dumps(["failed", "Interrupted", "interrupted before training began"]), file=stream, flush=True)
         sys.exit(130)
     except Exception as error:

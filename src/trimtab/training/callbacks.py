@@ -48,7 +48,7 @@ class Interrupting(TrainerCallback):
     """
 
     def __init__(self) -> None:
-        self.stop: KeyboardInterrupt | None = None
+        self.stop: KeyboardInterrupt | Terminated | None = None
         self.at_once = False
 
     def on_step_end(

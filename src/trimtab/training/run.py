@@ -23,7 +23,7 @@ from trimtab.config.resolve import Job
 from trimtab.config.run import RunConfig
 from trimtab.data.preview import preview
 from trimtab.data.rows import Example
-from trimtab.errors import AdapterError, Interrupted, TrimtabError, machine_errors
+from trimtab.errors import STOPS, AdapterError, Interrupted, TrimtabError, machine_errors
 from trimtab.evaluation.evaluate import Evaluation, checked, evaluate, token_loss, write
 from trimtab.machine import describe_machine, device, peak_memory_gib, versions
 from trimtab.memory.estimate import RowSizes
@@ -75,7 +75,7 @@ def finetune(
             return folder
         try:
             run = _set_up(job, opening, listener, began)
-        except KeyboardInterrupt as stop:
+        except STOPS as stop:
             kept = (
                 f"the run is as it was\nGo on with: {folder.resume_command}" if opening.resumes else "nothing was begun"
             )
@@ -86,10 +86,10 @@ def finetune(
                 opening.begin(config)
                 run.through()
                 run.conclude()
-        except (KeyboardInterrupt, TrimtabError) as stopped:
-            with suppress(KeyboardInterrupt, TrimtabError), refused():  # the first error is the one to tell
+        except (*STOPS, TrimtabError) as stopped:
+            with suppress(*STOPS, TrimtabError), refused():  # the first error is the one to tell
                 run.put_down()
-            if isinstance(stopped, KeyboardInterrupt):
+            if isinstance(stopped, STOPS):
                 said = f"interrupted; everything so far is in {folder.path}\nGo on with: {folder.resume_command}"
                 raise Interrupted.by(stopped, said) from None
             raise

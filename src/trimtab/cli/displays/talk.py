@@ -10,6 +10,7 @@ from typing import Any
 
 from trimtab.asking import Answer, Conversation
 from trimtab.cli.exits import say
+from trimtab.cli.signals import forget
 from trimtab.cli.terminal import nobody_reads
 from trimtab.errors import TrimtabError, did_you_mean
 
@@ -44,6 +45,7 @@ class Talk:
     def run(self) -> None:
         """Talk until the user ends it, or nobody reads the answers any more."""
         while not nobody_reads():
+            forget()  # a Ctrl-C that ended an answer; the next one is not the second of it
             try:
                 said = self._message()
                 if said is None:

@@ -11,6 +11,8 @@ from trimtab.cli.verbs._arguments import Overrides
 
 SHORT_HELP = "Run a study, arms by tasks by seeds; compare them on a page."
 
+INTERRUPTED = "every run that is done is kept. The same command goes on"
+
 
 def command(
     study: Annotated[Path, typer.Argument(metavar="STUDY", help="The study's YAML file.", show_default=False)],
@@ -50,7 +52,7 @@ def command(
 
     from trimtab.cli.displays.console import Terminal
     from trimtab.cli.displays.study import StudyDisplay, cells_table
-    from trimtab.errors import Interrupted, RunError
+    from trimtab.errors import STOPS, Interrupted, RunError
     from trimtab.reports.study.comparison import findings, study_tables
     from trimtab.reports.study.study_page import write_study_page
     from trimtab.studies.compare import Selection, compare
@@ -66,7 +68,7 @@ def command(
         with display:
             try:
                 failed = compare(loaded, display, Selection(frozenset(task or []), frozenset(only or [])))
-            except Interrupted as interruption:
+            except (Interrupted, *STOPS) as interruption:
                 stopped = interruption
     results = write_results(loaded, failed)
     page = write_study_page(loaded.folder)
@@ -78,7 +80,7 @@ def command(
     console.print(f"\ntables: {loaded.folder / 'results.csv'}, {loaded.folder / 'results.json'}", soft_wrap=True)
     console.print(f"page: {page}", soft_wrap=True)
     if stopped is not None:
-        raise Interrupted("interrupted; every run that is done is kept. The same command goes on")
+        raise Interrupted.by(stopped, f"interrupted; {INTERRUPTED}")
     if failed:
         names = "\n".join(f"  {cell.name}: {reason}" for cell, reason in failed)
         raise RunError(f"{len(failed)} of the study's runs failed; the same command tries them again:\n{names}")

@@ -11,6 +11,8 @@ from trimtab.cli.importing import importing
 
 SHORT_HELP = "Measure a run, or any model, on rows."
 
+INTERRUPTED = "the sets that are measured are kept; the same command begins again"
+
 
 def command(
     target: Annotated[

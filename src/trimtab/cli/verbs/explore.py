@@ -11,6 +11,8 @@ from trimtab.hints import pasted
 
 SHORT_HELP = "Search which layers want which method, within one budget."
 
+INTERRUPTED = "every run that is done is kept. The same command goes on"
+
 
 def command(
     config: Annotated[Path, typer.Argument(metavar="EXPLORE", help="The search's YAML file.", show_default=False)],

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 SHORT_HELP = "Train a model on rows of data, measure it before and after."
 
+INTERRUPTED = "nothing was changed; the same command begins again"
+
 
 def command(
     config: Annotated[
