@@ -219,7 +219,7 @@ def test_an_output_that_cannot_be(make_config: Callable[..., Any], tmp_path: Pat
     file.write_text("")
     with pytest.raises(RunError, match="a file is in the way"):
         finetune(make_config(output=str(file)))
-    with pytest.raises(RunError, match=r"the folder cannot be written \(.+\); choose another output"):
+    with pytest.raises(RunError, match=r"the run folder cannot be written \(.+\); choose another output"):
         finetune(make_config(output="/proc/trimtab"))
     folder = tmp_path / "damaged"
     folder.mkdir()

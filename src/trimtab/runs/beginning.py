@@ -91,7 +91,7 @@ def opened(config: RunConfig, *, resume: bool, overwrite: bool) -> Iterator[Open
         raise RunError(f"{folder.path}: a file is in the way; choose another output")
     if resume and not (folder.is_run or folder.is_cleared_away):
         raise RunError(f"{folder.path}: there is no run to resume; start it without --resume")
-    with locked(folder.lock):
+    with locked(folder.lock, "run folder"):
         remove_leftovers(folder.path, alone=True)
         yield _look(config, folder, resume=resume, overwrite=overwrite)
 

@@ -200,6 +200,13 @@ class RunFolder:
             file.unlink(missing_ok=True)
 
 
+def run_at(path: Path) -> RunFolder | None:
+    """The run that ``path`` names, by its folder or by the ``config.yaml`` in that; None where it names something else,
+    such as a YAML of that name that somebody wrote."""
+    folder = RunFolder(path if path.is_dir() else path.parent)
+    return folder if folder.is_run and (path.is_dir() or path.name == folder.config.name) else None
+
+
 _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
     *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),

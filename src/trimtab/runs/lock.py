@@ -22,9 +22,9 @@ _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
 
 
 @contextmanager
-def locked(file: Path) -> Iterator[None]:
+def locked(file: Path, what: str = "folder") -> Iterator[None]:
     """Hold the lock ``file``, whose folder is made if there is none. A folder that is left without any other file is
-    removed again.
+    removed again. ``what``: the folder in messages.
 
     Raises RunError if another process holds it, or if its folder cannot be written.
     """
@@ -41,7 +41,7 @@ def locked(file: Path) -> Iterator[None]:
         ) from None
     except OSError as error:
         raise RunError(
-            f"{folder}: the folder cannot be written ({error.strerror or error}); choose another output"
+            f"{folder}: the {what} cannot be written ({error.strerror or error}); choose another output"
         ) from None
     try:
         # Beside the lock itself, since a text in it tells the next one who is here.

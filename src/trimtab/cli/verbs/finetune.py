@@ -25,12 +25,18 @@ def command(
     config: Annotated[
         str | None,
         typer.Argument(
-            metavar="CONFIG", help="The run's YAML file; with --finlora, the name of a run in that.", show_default=False
+            metavar="CONFIG",
+            help="The run's YAML file, or the folder of a run; with --finlora, the name of a run in that.",
+            show_default=False,
         ),
     ] = None,
     overrides: Overrides = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with an interrupted run from its last checkpoint.")
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on with the run from its last checkpoint; with KEY=VALUE, under settings that may change.",
+        ),
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run that is in the output folder.")] = False,
     finlora: Annotated[
@@ -112,8 +118,20 @@ def _load(config: str, finlora: Path | None, overrides: Sequence[str]) -> RunCon
     """The run of a YAML file, or of a FinLoRA file."""
     from trimtab.config.finlora import load_finlora
     from trimtab.config.read import load_config
+    from trimtab.errors import RunError
+    from trimtab.runs.folder import run_at
 
-    return load_config(config, overrides) if finlora is None else load_finlora(finlora, config, overrides)
+    if finlora is not None:
+        return load_finlora(finlora, config, overrides)
+    run = run_at(Path(config))
+    if run is None:
+        if Path(config).is_dir():
+            raise RunError(f"{config}: this folder holds no run; name a run's YAML file, or the folder of a run")
+        return load_config(config, overrides)
+    loaded = load_config(run.config, overrides)
+    elsewhere = any(text.strip().startswith("output=") for text in overrides)
+    # What an earlier version wrote names the folder that the run began in, which may be another by now.
+    return loaded if elsewhere else loaded.model_copy(update={"output": run.path.absolute()})
 
 
 def _print_runs(path: Path) -> None:
