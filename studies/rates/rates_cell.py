@@ -1,0 +1,126 @@
+"""Trains the cells of the study, one after the other on one loaded model, as a run of ``trimtab finetune`` would."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import set_seed
+
+from rates_study import RateCell, RatesStudy
+from trimtab import tasks
+from trimtab.config.read import build_config
+from trimtab.config.resolve import Job
+from trimtab.config.run import RunConfig
+from trimtab.data.batches import Collator
+from trimtab.data.tokens import IGNORED, encode_all
+from trimtab.errors import RunError
+from trimtab.machine import versions
+from trimtab.models.load import load_model, load_tokenizer
+from trimtab.runs.events import Listener
+from trimtab.runs.records import MetricsLine
+from trimtab.surgery.attach import attach, detach
+from trimtab.surgery.serving import evaluating
+from trimtab.tasks import Head, Inputs
+from trimtab.training.trainer import AdapterTrainer
+
+ROWS_AT_ONCE = 32
+
+
+class Trainings:
+    """Trains cell after cell; the model is loaded once, and is as it was after each of them."""
+
+    def __init__(self, study: RatesStudy) -> None:
+        self._study = study
+        self._task = tasks.find("causal_lm")
+        job = Job.of(self._config(RateCell(*study.pairs[0], 0, 0)))
+        self._tokenizer = load_tokenizer(job.source)
+        self._model: Any = load_model(
+            job.source, job.dtype, job.config.model.attention, model_class=self._task.model_class
+        )
+        self._head = self._task.head(self._model)
+        self._inputs: dict[str, Inputs] = {}
+
+    def _config(self, cell: RateCell) -> RunConfig:
+        study = self._study
+        settings = study.settings(cell.task, cell.arm)
+        settings["data"] = {
+            "train": str(study.rows(cell.task, "train")),
+            "validation": [str(study.rows(cell.task, "validation"))],
+            "choices": None,
+        }
+        settings["train"] = {**settings["train"], "learning_rate": cell.rate, "seed": cell.seed, "log_every": 4}
+        settings["output"] = str(study.state / "none")
+        return build_config(settings, study.state, str(cell))
+
+    def run(self, cell: RateCell) -> dict[str, Any]:
+        """Train one cell; gives what its file holds. ``loss`` is None where training diverged."""
+        config = self._config(cell)
+        job = Job.of(config)
+        if cell.task not in self._inputs:
+            self._inputs[cell.task] = self._task.read(config, self._tokenizer, Listener())
+        inputs = self._inputs[cell.task]
+        began, worked = time.perf_counter(), time.process_time()
+        lines: list[MetricsLine] = []
+        set_seed(cell.seed)
+        report = attach(self._model, job.plan_on(self._model))
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                trainer = AdapterTrainer(
+                    self._model,
+                    config.train,
+                    inputs.rows,
+                    task=self._task,
+                    head=self._head,
+                    tokenizer=self._tokenizer,
+                    folder=Path(folder),
+                    record=lines.append,
+                )
+                trainer.args.save_strategy = "no"  # a cell is a minute: it is begun again and not resumed
+                try:
+                    trainer.train()
+                except RunError:  # diverged
+                    loss, exact = math.inf, 0.0
+                else:
+                    loss, exact = measure(self._head, self._tokenizer, inputs)
+        finally:
+            detach(self._model)
+        return {
+            "task": cell.task,
+            "arm": cell.arm,
+            "rate": cell.rate,
+            "seed": cell.seed,
+            **self._study.identity(cell),
+            "loss": round(loss, 6) if math.isfinite(loss) else None,
+            "exact": round(exact, 6),
+            "train": [[line.step, round(line.loss, 5)] for line in lines if line.loss is not None],
+            "trained": report.trainable_parameters,
+            "seconds": round(time.perf_counter() - began, 1),
+            "processor_seconds": round(time.process_time() - worked, 1),
+            "versions": versions(),
+        }
+
+
+def measure(head: Head, tokenizer: Any, inputs: Inputs) -> tuple[float, float]:
+    """The loss of the validation rows' answers, in nats a token, and the share of answers that the model writes word
+    for word: greedy writing gives an answer exactly where each of its tokens is the likeliest after those before."""
+    rows = encode_all(inputs.validation, tokenizer, None)
+    collate = Collator(pad_id=0)
+    total, tokens, exact = 0.0, 0, 0
+    with evaluating(head.model):
+        for start in range(0, len(rows), ROWS_AT_ONCE):
+            batch = collate([rows[at] for at in range(start, min(start + ROWS_AT_ONCE, len(rows)))])
+            targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
+            here, at = (targets != IGNORED).nonzero(as_tuple=True)
+            logits = head.logits_at(batch["input_ids"], here * targets.shape[1] + at).float()
+            wanted = targets[here, at]
+            total += float(F.cross_entropy(logits, wanted, reduction="sum"))
+            tokens += len(wanted)
+            wrong = torch.zeros(len(targets)).index_add_(0, here, (logits.argmax(1) != wanted).float())
+            exact += int((wrong == 0).sum())
+    return total / tokens, exact / len(rows)
