@@ -29,6 +29,7 @@ from trimtab import metrics
 from trimtab.config import values
 from trimtab.data import forms
 from trimtab.data.rows import Source
+from trimtab.errors import ConfigError
 
 DEFAULT_PLAN = ({"match": "all-linear", "layers": "all", "method": "dora", "rank": 16, "alpha": 32},)
 
@@ -125,6 +126,21 @@ class DataConfig(Section):
         return {name: sources[0] if len(sources) == 1 else sources for name, sources in said.items()}
 
 
+class TuneConfig(Section):
+    """How ``learning_rate: auto`` finds the rate."""
+
+    budget: float = Field(
+        0.15,
+        gt=0,
+        le=1,
+        description="What all trials may cost at most, as a fraction of the run's steps. Higher: surer. A run that is "
+        "too short for trials takes the rate that its method, size and model let expect.",
+    )
+    rows: int = Field(
+        64, ge=0, description="Validation rows that each trial is measured on at most; 0: by its own training loss."
+    )
+
+
 class TrainConfig(Section):
     """How to train."""
 
@@ -136,7 +152,10 @@ class TrainConfig(Section):
     gradient_accumulation: int = Field(
         1, ge=1, description="Forward passes to one step: the rows of a step are batch_size times this."
     )
-    learning_rate: float = Field(5e-4, gt=0, description="Peak learning rate.")
+    learning_rate: Annotated[values.Rate, BeforeValidator(values.learning_rate)] = Field(
+        5e-4,
+        description="Peak learning rate. auto: found by a few short trials before training begins (train.tune).",
+    )
     magnitude_learning_rate: float | None = Field(
         None, gt=0, description="Peak learning rate of magnitudes; null: learning_rate."
     )
@@ -193,6 +212,14 @@ class TrainConfig(Section):
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of initial values, order of rows, dropout and splits.")
     log_every: int = Field(10, ge=1, description="Steps between lines of metrics.")
     tensorboard: bool = Field(False, description="Write TensorBoard events, too.")
+    tune: TuneConfig = Field(default_factory=TuneConfig, description="How learning_rate: auto finds the rate.")
+
+    @property
+    def rate(self) -> float:
+        """The learning rate as a number. Raises ConfigError while it has still to be found."""
+        if self.learning_rate == "auto":
+            raise ConfigError("train.learning_rate: auto is not found yet; `trimtab tune` finds it, or name a number")
+        return self.learning_rate
 
 
 class EvaluationConfig(Section):

@@ -23,6 +23,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from trimtab import metrics
 from trimtab.config.read import build_config, parse_override, read_mapping, set_dotted, to_mapping, validated
 from trimtab.config.run import RunConfig, Section
+from trimtab.config.values import Rate
 from trimtab.config.yaml_text import show, write_yaml
 from trimtab.errors import ConfigError
 
@@ -141,7 +142,7 @@ class ExploreConfig(Section):
         return self
 
     @property
-    def rates(self) -> tuple[float, ...]:
+    def rates(self) -> tuple[Rate, ...]:
         """The learning rates to choose from, the base's alone where none are named."""
         return self.learning_rates or (self.base.train.learning_rate,)
 

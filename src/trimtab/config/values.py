@@ -5,6 +5,7 @@ One function a key: it gives the value, or raises a ``ValueError`` that names wh
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,9 @@ from trimtab.data.sources import name_of
 from trimtab.errors import did_you_mean, nearest
 
 A_SOURCE = "{path: rows.jsonl, weight: 2}"
+
+Rate = float | Literal["auto"]
+"""A learning rate, or that it is to be found."""
 
 
 def _is_count(value: object) -> bool:
@@ -130,6 +134,12 @@ def choices(value: object) -> Literal["auto"] | tuple[str, ...] | None:
         raise ValueError("expected two or more different answers")
     hint = ' (YAML reads yes, no and 1 as other than text: write "yes", "no", "1")' if isinstance(value, list) else ""
     raise ValueError(f"expected auto, null, or a list of answers, each a text{hint}")
+
+
+def learning_rate(value: object) -> Rate:
+    if value == "auto" or (isinstance(value, float | int) and not isinstance(value, bool) and 0 < value < math.inf):
+        return value if value == "auto" else float(value)
+    raise ValueError("expected a number above 0, such as 5e-4, or auto")
 
 
 def warmup(value: object) -> float | int:

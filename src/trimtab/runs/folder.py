@@ -63,6 +63,10 @@ class RunFolder:
         return self.path / "summary.json"
 
     @property
+    def rate(self) -> Path:
+        return self.path / "rate.json"
+
+    @property
     def report(self) -> Path:
         return self.path / "report.html"
 
@@ -196,7 +200,7 @@ class RunFolder:
                     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
             with contextlib.suppress(OSError):  # another's file is in it, or there was none
                 (self.path / folder).rmdir()
-        for file in (self.plan, self.metrics, self.report, self.summary, self.config):
+        for file in (self.plan, self.rate, self.metrics, self.report, self.summary, self.config):
             file.unlink(missing_ok=True)
 
 

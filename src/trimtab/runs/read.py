@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from trimtab.errors import RunError
 from trimtab.files import read_json
 from trimtab.metrics import KINDS
+from trimtab.runs.rate_record import ChosenRate, read_rate
 from trimtab.runs.records import MetricsLine, PlanRecord, Summary
 from trimtab.runs.results import Prediction, Result, read_result
 from trimtab.runs.study_records import SearchResults, StudyResults
@@ -50,6 +51,7 @@ class Run:
     plan: PlanRecord | None
     metrics: list[MetricsLine]
     sets: list[TestSet]
+    rate: ChosenRate | None
     summary: Summary | None
     adapter: bool
 
@@ -84,6 +86,7 @@ def read_run(path: Path | str) -> Run:
         plan=_read(run / "plan.json", lambda file: PlanRecord.read(read_json(file))),
         metrics=read_metrics(run / "metrics.jsonl"),
         sets=sets,
+        rate=read_rate(run / "rate.json"),
         summary=_read(run / "summary.json", lambda file: Summary.read(read_json(file))),
         adapter=(run / "adapter").is_dir(),
     )

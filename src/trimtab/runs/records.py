@@ -222,6 +222,7 @@ class Summary(Record):
         best_step: whose adapter the run ended with; None: that of the last one.
         form: of the rows; ``choices``: the closed set of their answers, if they have one.
         train_tokens: of all training rows once.
+        learning_rate: the peak rate, as it was said or found.
         notes: what the user should know of the rows, the settings and the model, a sentence each.
         sources: what was taken of each source of training rows; ``digests``: by which the rows are known again.
     """
@@ -241,6 +242,7 @@ class Summary(Record):
     train_rows: int | None = None
     validation_rows: int | None = None
     train_tokens: int | None = None
+    learning_rate: float | None = None
     versions: dict[str, str] = {}
     machine: Machine = Machine()
     total_parameters: int | None = None

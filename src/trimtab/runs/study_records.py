@@ -14,6 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from trimtab.config.values import Rate
 from trimtab.metrics import METRICS, Metric
 from trimtab.runs.records import FlatRecord, Machine, MetricsLine, Record, Summary
 from trimtab.runs.results import Result
@@ -99,7 +100,8 @@ class _Place(Record):
 
 
 class _Trained(_Place):
-    learning_rate: float
+    learning_rate: float | None
+    """None where each run is to find its own, and has not."""
 
 
 class StudyRun(RunFacts, _Trained):
@@ -108,7 +110,8 @@ class StudyRun(RunFacts, _Trained):
     tests: dict[str, AnyResult]
 
 
-class _Tried(_Trained):
+class _Tried(_Place):
+    learning_rate: float
     taken: bool
     validation: MetricsLine
 
@@ -250,7 +253,7 @@ class Trial(Record):
     score: float | None
     parts: list[PlanPart]
     parameters: int
-    learning_rate: float
+    learning_rate: Rate
     validations: list[tuple[int, float]]
     seconds: float | None
     same_as: int | None
@@ -303,7 +306,7 @@ class SearchResults(Record):
     at_least: float
     groups: list[SearchedGroup]
     methods: list[str]
-    learning_rates: list[float]
+    learning_rates: list[Rate]
     seed: int
     run_seed: int
     runs: int

@@ -11,6 +11,7 @@ from typing import Any
 from trimtab.config.read import to_yaml
 from trimtab.config.run import RunConfig
 from trimtab.config.search import ExploreConfig
+from trimtab.config.values import Rate
 from trimtab.errors import Interrupted, RunError, TrimtabError
 from trimtab.files import write_text
 from trimtab.metrics import METRICS
@@ -136,7 +137,7 @@ class Search:
         self.write()
         return True
 
-    def _ask(self) -> tuple[Any, Proposal | None, float]:
+    def _ask(self) -> tuple[Any, Proposal | None, Rate]:
         """The next trial, its plan (None where the budget cannot be spent), and its learning rate."""
         from optuna.samplers import TPESampler
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from trimtab.config.read import build_config
 from trimtab.config.run import RunConfig
 from trimtab.config.study import ONE_TASK, Settings, StudyConfig, merge_settings, read_study
+from trimtab.config.values import Rate
 from trimtab.errors import ConfigError
 from trimtab.studies.cell import digest
 
@@ -30,11 +31,12 @@ class Cell:
     @property
     def name(self) -> str:
         """What the run is called in messages."""
-        turn = f"search at rate {self.learning_rate:g}" if self.searching else f"seed {self.seed}"
+        turn = f"search at rate {self.config.train.rate:g}" if self.searching else f"seed {self.seed}"
         return f"{self.arm} on {self.task}, {turn}" if self.task != ONE_TASK else f"{self.arm}, {turn}"
 
     @property
-    def learning_rate(self) -> float:
+    def learning_rate(self) -> Rate:
+        """That of its configuration; see the cell's record for the one that was found."""
         return self.config.train.learning_rate
 
 
@@ -70,10 +72,10 @@ class Study:
             return []
         assert self.said.search is not None
         config, seed = self.search_configs[task, arm], self.said.search.seed
-        rates = [float(f"{factor * config.train.learning_rate:.4g}") for factor in self.said.search.factors]
+        rates = [float(f"{factor * config.train.rate:.4g}") for factor in self.said.search.factors]
         return [self._cell(task, arm, config, seed, rate, searching=True) for rate in rates]
 
-    def runs(self, task: str, arm: str, learning_rate: float | None) -> list[Cell]:
+    def runs(self, task: str, arm: str, learning_rate: Rate | None) -> list[Cell]:
         """The runs of an arm on a task, by seed; one run of an arm that is not trained.
 
         ``learning_rate``: what the search found; None for the arm's own.
@@ -83,10 +85,10 @@ class Study:
         seeds = self.said.seeds if config.train.epochs else self.said.seeds[:1]
         return [self._cell(task, arm, config, seed, rate, searching=False) for seed in seeds]
 
-    def _cell(self, task: str, arm: str, config: RunConfig, seed: int, rate: float, *, searching: bool) -> Cell:
+    def _cell(self, task: str, arm: str, config: RunConfig, seed: int, rate: Rate, *, searching: bool) -> Cell:
         train = config.train.model_copy(update={"seed": seed, "learning_rate": rate})
         config = config.model_copy(update={"train": train})
-        name = f"rate-{rate:g}" if searching else f"seed-{seed}"
+        name = f"rate-{rate:g}" if isinstance(rate, float) and searching else f"seed-{seed}"
         folder = self.folder / "cells" / task.replace(" ", "-") / arm.replace(" ", "-") / f"{name}-{digest(config)}"
         return Cell(task, arm, seed, searching, config.model_copy(update={"output": folder}))
 
@@ -113,6 +115,11 @@ def load_study(path: Path | str, overrides: Sequence[str] = (), *, out: Path | N
             raise ConfigError(f"{place}: data.test: missing. A study compares arms on test rows.")
         if said.search is not None and config.train.epochs:
             place = f"{place}, search"
+            if configs[task, arm].train.learning_rate == "auto":
+                raise ConfigError(
+                    f"{place}: factors multiply train.learning_rate, which is auto here; leave the search out, or name "
+                    "a rate"
+                )
             search = merge_settings(settings, said.search.settings)
             search["data"].pop("test", None)  # no rate is chosen, or even seen, by test rows
             search_configs[task, arm] = build_config(search, file.parent, place)

@@ -70,7 +70,7 @@ def gather(study: Study, failed: Sequence[tuple[Cell, str]] = ()) -> StudyResult
             cells = chosen if chosen is not None else study.runs(task, arm, None)
             for cell in (*study.searches(task, arm), *cells):
                 record = finished_cell(cell.config) if cell.searching or chosen is not None else None
-                here = {"task": task, "arm": arm, "seed": cell.seed, "learning_rate": cell.learning_rate}
+                here = {"task": task, "arm": arm, "seed": cell.seed, "learning_rate": _rate(cell, record)}
                 if record is None:
                     missing.append(MissingRun(**here, searching=cell.searching))
                     continue
@@ -101,6 +101,18 @@ def gather(study: Study, failed: Sequence[tuple[Cell, str]] = ()) -> StudyResult
         machines=machines,
         said=said.model_dump(mode="json"),
     )
+
+
+def _rate(cell: Cell, record: CellRecord | None) -> float | None:
+    """The learning rate of a run; None of one that has still to find its own."""
+    if cell.learning_rate != "auto":
+        return cell.learning_rate
+    return record.learning_rate if record is not None else None
+
+
+def _middle(rates: Sequence[float]) -> float | None:
+    """The one that is shown for the runs of an arm: theirs, or where each found its own the middle one."""
+    return sorted(rates)[len(rates) // 2] if rates else None
 
 
 def _machine(cell: CellRecord) -> StudyMachine:
@@ -144,7 +156,7 @@ def _line(mine: Sequence[StudyRun], test: str, against: str | None) -> SummaryLi
         majority=majority.accuracy if majority is not None else None,
         chance=first.chance if isinstance(first, MultipleChoiceResult) else None,
         seeds=[run.seed for run in mine],
-        learning_rate=mine[0].learning_rate if mine[0].steps else None,
+        learning_rate=_middle([run.learning_rate for run in mine if run.learning_rate]) if mine[0].steps else None,
         figures={metric.name: _spread(results, metric.name) for metric in _BESIDE},
         costs=Costs(**{key: mean_interval([getattr(run, key) for run in mine]) for key in Costs.model_fields}),
         against=against,

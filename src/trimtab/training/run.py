@@ -42,6 +42,7 @@ from trimtab.tasks import Inputs, Task
 from trimtab.training.callbacks import Interrupting, Telling
 from trimtab.training.compiling import Compiling
 from trimtab.training.metrics_log import Recorder, require_tensorboard
+from trimtab.training.rate_trials import with_rate
 from trimtab.training.resume_state import why_not
 from trimtab.training.trainer import AdapterTrainer, make_optimizer, total_steps
 
@@ -145,6 +146,7 @@ class _Run:
         listener: Listener,
         began: float,
     ) -> None:
+        self.job = job
         self.config = job.config
         self.source = job.source
         self.folder = opening.folder
@@ -202,6 +204,7 @@ class _Run:
             self.remark(f"the test rows of '{name}' are others than when the run began, so they are evaluated anew")
         self._summarised("interrupted").write_to(self.folder.summary)
         self.evaluate("before")
+        self.find_rate()
         set_seed(self.config.train.seed)
         self.attached(attach(self.model, self._plan) if self._plan is not None else describe(self.model, ()))
         if self._plan is not None:
@@ -317,6 +320,14 @@ class _Run:
             outcomes = metrics.Outcomes(loss=checked(loss, tokens), tokens=tokens)
             return metrics.of_validation(metrics.measure("perplexity", outcomes))
         return metrics.of_validation(self._evaluation(rows, "validation").record.figures)
+
+    def find_rate(self) -> None:
+        """Let the trials of ``train.learning_rate: auto`` find the rate; the run then goes on with it."""
+        if self._plan is None or (self.opening.trained and not self.folder.rate.is_file()):
+            return
+        found = {"tokenizer": self.tokenizer, "listener": self.listener, "file": self.folder.rate}
+        self.config = with_rate(self.job, self.inputs, self.model, task=self.task, **found)
+        self._summary = self._summary.updated(learning_rate=self.config.train.rate)
 
     def _checkpoint(self) -> Path | None:
         """The newest checkpoint that training can go on from; those that are damaged are told and put aside."""

@@ -30,6 +30,10 @@ from trimtab.training.compiling import plainly
 from trimtab.training.metrics_log import Lap, Throughput
 
 
+class Diverged(RunError):  # noqa: N818 -- what happened, as people say it
+    """The loss or the adapter is not a number any more."""
+
+
 def parameter_groups(
     model: nn.Module, learning_rate: float, magnitude_learning_rate: float | None, b_ratio: float, weight_decay: float
 ) -> list[dict[str, Any]]:
@@ -59,7 +63,7 @@ def parameter_groups(
 def make_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
     """The optimiser of the tensors that ``model`` trains."""
     groups = parameter_groups(
-        model, train.learning_rate, train.magnitude_learning_rate, train.b_learning_rate_ratio, train.weight_decay
+        model, train.rate, train.magnitude_learning_rate, train.b_learning_rate_ratio, train.weight_decay
     )
     return torch.optim.AdamW(groups, fused=True)
 
@@ -93,7 +97,7 @@ def training_arguments(train: TrainConfig, rows: int, folder: Path, best: Metric
         gradient_accumulation_steps=train.gradient_accumulation,
         num_train_epochs=train.epochs,
         max_steps=steps,
-        learning_rate=train.learning_rate,
+        learning_rate=train.rate,
         lr_scheduler_type=train.schedule if train.schedule != "constant" else "constant_with_warmup",
         warmup_steps=train.warmup if isinstance(train.warmup, int) else math.ceil(train.warmup * steps),
         weight_decay=train.weight_decay,
@@ -282,7 +286,7 @@ class AdapterTrainer(Trainer):
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
 
     def _diverged(self) -> RunError:
-        return RunError(
+        return Diverged(
             f"training has diverged: by step {self.state.global_step} the loss or the adapter is not a number any "
             "more. Lower train.learning_rate or lengthen train.warmup, and start again with --overwrite"
         )

@@ -98,7 +98,9 @@ def cells_table(study: Study) -> Table:
             chosen = chosen_runs(study, task, arm)
             for cell in (*study.searches(task, arm), *(chosen or study.runs(task, arm, None))):
                 result = finished_cell(cell.config) if cell.searching or chosen else None
-                rate = f"{cell.learning_rate:g}" if cell.searching or chosen else "as the search finds"
+                found = cell.learning_rate if result is None else result.learning_rate or cell.learning_rate
+                rate = f"{found:g}" if isinstance(found, float) else "as its trials find"
+                rate = rate if cell.searching or chosen else "as the search finds"
                 seed = f"search {cell.seed}" if cell.searching else str(cell.seed)
                 rate = rate if cell.config.train.epochs else words.DASH
                 table.add_row(task, arm, seed, rate, told(cell, result) if result is not None else words.DASH)

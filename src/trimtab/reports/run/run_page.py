@@ -15,7 +15,7 @@ from trimtab.metrics import METRICS, Metric
 from trimtab.reports.run.curves import curves, describe
 from trimtab.reports.run.measured import baseline, headline, interval, measured
 from trimtab.reports.run.pairs import answered, shown
-from trimtab.reports.run.run_pictures import draw_curves, share_bars
+from trimtab.reports.run.run_pictures import draw_curves, draw_trials, share_bars
 from trimtab.reports.shared import words
 from trimtab.reports.shared.shell import write_page
 from trimtab.runs.read import Run, TestSet, read_run
@@ -60,6 +60,7 @@ def write_run_page(run: Path, summary: Summary | None = None) -> Path:
             for kind, width in (("wide", _WIDE), ("narrow", _NARROW))
             if data.any
         ],
+        "trials": draw_trials("trials", known.rate) if known.rate and known.rate.last_round else None,
         "answered": answered(known.sets),
         "shown": shown,
         "commands": {

@@ -9,7 +9,7 @@ from typing import Any
 
 from markupsafe import Markup
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from trimtab.reports.run.curves import Curves, Points, thinned
 from trimtab.reports.shared import words
@@ -29,6 +29,7 @@ from trimtab.reports.shared.figures import (
     svg,
     write,
 )
+from trimtab.runs.rate_record import ChosenRate
 
 _TEXT = 12.0
 
@@ -68,6 +69,26 @@ def share_bars(
         side = "left" if share < 0.3 else "right" if share > 0.75 else "center"
         _write(axes, 100 * share, -0.5, f"{called} {words.percent(share)}", (0, 6), ha=side, va="baseline")
     return svg(figure, name, label)
+
+
+def draw_trials(name: str, chosen: ChosenRate) -> Markup:
+    """The losses of the last round of trials over their rates, with the rate that was chosen as a line."""
+    width, height = 360.0, 190.0
+    figure = screen(width, height)
+    axes = figure.add_axes((50 / width, 40 / height, 290 / width, 120 / height))
+    _quiet(axes)
+    axes.yaxis.grid(True, color=LINE, linewidth=1)
+    axes.set_xscale("log")
+    points = [(trial.rate, trial.loss) for trial in chosen.last_round if trial.loss is not None]
+    axes.plot(*zip(*points, strict=True), color=ACCENT, linewidth=2.2, marker="o", zorder=3)
+    ticks = [trial.rate for trial in chosen.last_round]
+    axes.set_xticks(ticks, [f"{rate:g}" for rate in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
+    if chosen.rate is not None and ticks[0] / 2 < chosen.rate < 2 * ticks[-1]:
+        axes.axvline(chosen.rate, color=INK, linewidth=1.5, linestyle=(0, (4, 3)), zorder=2)
+    _title(axes, "loss (nats per token)")
+    told = ", ".join(f"{loss:.4f} at {rate:g}" for rate, loss in points)
+    return svg(figure, name, f"Losses of the trials: {told}")
 
 
 def draw_curves(name: str, data: Curves, width: float, label: str) -> Markup:

@@ -1,0 +1,59 @@
+"""``rate.json`` in a run folder: the trials of ``train.learning_rate: auto``, and the rate that it chose."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from trimtab.errors import RunError
+from trimtab.files import read_json
+from trimtab.runs.records import Record
+
+
+class RateTrial(Record):
+    """One short training. ``loss`` is in nats a token at its end; None: it diverged."""
+
+    round: int
+    rate: float
+    steps: int
+    loss: float | None
+    seconds: float
+
+
+class ChosenRate(Record):
+    """What was tried, and what came of it.
+
+    Attributes:
+        rate: what the run trains with; None while trials are missing.
+        likely: what the method, its size and the model let expect before anything was tried.
+        run_steps: of the run that the rate is for.
+        rows: validation rows that each trial was measured on; 0: by its own training loss.
+        cost: of all trials with their measuring, in steps of the run.
+        why: in a sentence, how the rate was chosen.
+    """
+
+    rate: float | None
+    likely: float
+    run_steps: int
+    rows: int
+    cost: float
+    trials: list[RateTrial]
+    why: str = ""
+
+    @property
+    def last_round(self) -> list[RateTrial]:
+        """The trials that decided, by rate."""
+        last = max((trial.round for trial in self.trials), default=0)
+        return sorted((trial for trial in self.trials if trial.round == last), key=lambda trial: trial.rate)
+
+
+def read_rate(file: Path) -> ChosenRate | None:
+    """What ``rate.json`` says; None where there is none. Raises RunError if it is damaged."""
+    try:
+        return ChosenRate.read(read_json(file))
+    except FileNotFoundError:
+        return None
+    except (json.JSONDecodeError, UnicodeDecodeError, ValidationError):
+        raise RunError(f"{file}: a damaged file; remove it, and the trials are done again") from None

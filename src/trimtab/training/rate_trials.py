@@ -1,0 +1,280 @@
+"""``train.learning_rate: auto``: a few short trainings from the run's own start find the rate that it trains with.
+
+Every trial is the run in small: the same adapter at its start, the same rows in the same order, the same schedule over
+fewer steps; the rate alone is another. The first round tries five rates around the likely one (`rate_prior`), the
+second the best of them and its two neighbours for twice as many steps. All of it, with the measuring, costs at most
+``train.tune.budget`` of the run's steps. A run that is too short for that takes fewer trials, or the likely rate.
+
+Of the last round, the rate is taken at which the loss, drawn as a smooth curve through the trials, is lowest. Where
+trials are as good as equal the likely rate decides: the loss counts in units of ``FLAT``, the distance from the likely
+rate in those of `rate_prior.SPREAD`.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.interpolate import PchipInterpolator
+from torch import nn
+from transformers import set_seed
+
+from trimtab.config.resolve import Job
+from trimtab.config.run import RunConfig, TrainConfig
+from trimtab.data.rows import Example
+from trimtab.errors import ModelError, RunError
+from trimtab.evaluation.evaluate import checked, token_loss
+from trimtab.reports.run.rate_table import rate_table
+from trimtab.runs.events import Listener
+from trimtab.runs.rate_record import ChosenRate, RateTrial, read_rate
+from trimtab.runs.records import MetricsLine
+from trimtab.surgery.attach import attach, detach
+from trimtab.surgery.serving import evaluating
+from trimtab.tasks import Head, Inputs, Task
+from trimtab.training.rate_prior import SPREAD, likely_rate
+from trimtab.training.trainer import AdapterTrainer, Diverged, total_steps
+
+APART = 1 / 3
+"""Decades between neighbouring rates: a factor of 2.15."""
+
+SHORTEST = 5
+"""Steps: what a shorter training ends with says little of the rate."""
+
+FLAT = 0.02
+"""Nats a token: a difference that a trial's few steps and rows do not tell from none."""
+
+_FORWARD = 1 / 3
+"""What measuring a row costs beside training on it: one pass of three."""
+
+
+@dataclass(frozen=True)
+class TrialPlan:
+    """``rounds``: how many rates, and for how many steps each; ``rows``: to measure each trial on; ``cost``: of all of
+    it, in steps of the run."""
+
+    rounds: tuple[tuple[int, int], ...]
+    rows: int
+    cost: float
+
+    @property
+    def told(self) -> str:
+        """In words."""
+        rounds = ", then ".join(f"{rates} of {steps} steps" for rates, steps in self.rounds)
+        return f"{rounds}, as much as {self.cost:.0f} steps of the run" if rounds else "none"
+
+
+def plan_trials(train: TrainConfig, steps: int, validation_rows: int) -> TrialPlan:
+    """Which trials a run of ``steps`` steps affords."""
+    budget, batch = train.tune.budget * steps, train.batch_size * train.gradient_accumulation
+    for rates in ((5, 3), (3,)):
+        lengths = [2**turn for turn in range(len(rates))]
+        trials, units = sum(rates), sum(count * length for count, length in zip(rates, lengths, strict=True))
+        # At most a quarter of the budget is for measuring.
+        rows = min(validation_rows, train.tune.rows, int(budget / 4 / trials * batch / _FORWARD))
+        measuring = trials * rows / batch * _FORWARD
+        unit = int((budget - measuring) / units)
+        if unit >= SHORTEST:
+            rounds = tuple((count, unit * length) for count, length in zip(rates, lengths, strict=True))
+            return TrialPlan(rounds, rows, unit * units + measuring)
+    return TrialPlan((), 0, 0.0)
+
+
+def with_rate(
+    job: Job,
+    inputs: Inputs,
+    model: nn.Module,
+    *,
+    task: Task,
+    tokenizer: Any,
+    listener: Listener,
+    file: Path | None = None,
+) -> RunConfig:
+    """The run's configuration with a number as its rate: its own, or the one that ``find_rate`` finds and shows."""
+    if job.config.train.learning_rate != "auto":
+        return job.config
+    listener.stage("Finding the learning rate")
+    found = find_rate(job, inputs, model, task=task, tokenizer=tokenizer, listener=listener, file=file)
+    listener.show(rate_table(found))
+    train = job.config.train.model_copy(update={"learning_rate": found.rate})
+    return job.config.model_copy(update={"train": train})
+
+
+def find_rate(
+    job: Job,
+    inputs: Inputs,
+    model: nn.Module,
+    *,
+    task: Task,
+    tokenizer: Any,
+    listener: Listener,
+    file: Path | None = None,
+) -> ChosenRate:
+    """Find the rate for a run; ``model`` carries no adapter before and after, and is as it was.
+
+    ``file`` keeps each trial once it is done: what stands there already is not done again.
+
+    Raises RunError in one of several processes that train one model.
+    """
+    if _world_size() > 1:
+        raise RunError(
+            "train.learning_rate: auto is for one process; find the rate with `trimtab tune` and write it into the YAML"
+        )
+    train = job.config.train
+    steps = total_steps(train, len(inputs.rows))
+    plan = plan_trials(train, steps, len(inputs.validation))
+    search = _Search(job, inputs, model, task=task, tokenizer=tokenizer, listener=listener, rows=plan.rows)
+    likely = search.likely(steps)
+    known = read_rate(file) if file is not None else None
+    if known is not None and known.rate is not None:
+        listener.note(f"learning rate {known.rate:g}, as it was found")
+        return known
+    listener.note(f"trials: {plan.told}")
+    found = ChosenRate(rate=None, likely=likely, run_steps=steps, rows=plan.rows, cost=round(plan.cost, 1), trials=[])
+    earlier = {(trial.round, trial.rate): trial for trial in known.trials} if known is not None else {}
+
+    def tried(rates: list[float], turn: int, length: int) -> list[RateTrial]:
+        nonlocal found
+        trials = []
+        for rate in rates:
+            trial = earlier.get((turn, rate)) or search.trial(rate, turn, length)
+            trials.append(trial)
+            found = found.updated(trials=[*found.trials, trial])
+            if file is not None:
+                found.write_to(file)
+        return trials
+
+    rate, why = _narrow(plan, [search.likely(length) for _, length in plan.rounds], tried)
+    if rate is None:
+        rate = likely
+    elif plan.rounds:  # from the length of the last trials to that of the run
+        rate *= likely / search.likely(plan.rounds[-1][1])
+    found = found.updated(rate=float(f"{rate:.3g}"), why=why)
+    if file is not None:
+        found.write_to(file)
+    listener.note(f"learning rate {found.rate:g}: {why}")
+    return found
+
+
+def _narrow(
+    plan: TrialPlan, likely: list[float], tried: Callable[[list[float], int, int], list[RateTrial]]
+) -> tuple[float | None, str]:
+    """The rate that the rounds of ``plan`` end with, for trainings as long as the last ones, and how it was chosen.
+    ``likely``: the likely rate of each round; ``tried(rates, round, steps)`` makes trials. None: no trial was made."""
+    centre, trials = 0, []
+    for turn, ((count, steps), around) in enumerate(zip(plan.rounds, likely, strict=True), 1):
+        places = range(centre - count // 2, centre + count // 2 + 1)
+        trials = tried([_rounded(around, place) for place in places], turn, steps)
+        best = min(range(len(trials)), key=lambda at: (_cost(trials[at]), trials[at].rate))
+        # Where all have diverged, the next round goes as far below them as it can without a gap.
+        centre = places[best] if math.isfinite(_cost(trials[best])) else places[0] - 2
+    if not trials:
+        return None, "the likely one; the run is too short for trials"
+    if not any(math.isfinite(_cost(trial)) for trial in trials):
+        return trials[0].rate / 10, "a tenth of the lowest that was tried, since every trial diverged"
+    rate = choose(trials, likely[-1])
+    edge = {trials[0].rate: "lowest", trials[-1].rate: "highest"}.get(_rounded(rate, 0))
+    return rate, f"the {edge} that was tried was the best" if edge else "where the trials' losses are lowest"
+
+
+def choose(trials: list[RateTrial], likely: float) -> float:
+    """The rate that the trials of one length speak for; ``likely``: that for trainings of this length."""
+    finite = [(math.log10(trial.rate), trial.loss) for trial in trials if trial.loss is not None]
+    if len(finite) == 1:
+        return _rounded(10 ** finite[0][0], 0)
+    places, losses = map(np.array, zip(*sorted(finite), strict=True))
+    between = np.unique(np.append(np.linspace(places[0], places[-1], 81), places))
+    cost = PchipInterpolator(places, losses)(between) / FLAT
+    cost += ((between - math.log10(likely)) / SPREAD) ** 2 / 2
+    return _rounded(float(10 ** between[cost.argmin()]), 0)
+
+
+def _world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _cost(trial: RateTrial) -> float:
+    return math.inf if trial.loss is None else trial.loss
+
+
+def _rounded(rate: float, place: int) -> float:
+    return float(f"{rate * 10 ** (place * APART):.3g}")
+
+
+class _Search:
+    """Makes trials of one run."""
+
+    def __init__(
+        self,
+        job: Job,
+        inputs: Inputs,
+        model: nn.Module,
+        *,
+        task: Task,
+        tokenizer: Any,
+        listener: Listener,
+        rows: int,
+    ) -> None:
+        self._job, self._inputs, self._model = job, inputs, model
+        self._task, self._tokenizer, self._listener = task, tokenizer, listener
+        self._head: Head = task.head(model)
+        self._plan = job.plan_on(model)
+        # Evenly over the validation rows, which may be sorted.
+        self._measured: list[Example] = [inputs.validation[at * len(inputs.validation) // rows] for at in range(rows)]
+
+    def likely(self, steps: int) -> float:
+        """The likely rate of a training of so many steps."""
+        text = getattr(self._model.config, "get_text_config", lambda: None)()
+        return likely_rate(self._plan.rules, getattr(text, "hidden_size", None), steps)
+
+    def trial(self, rate: float, turn: int, steps: int) -> RateTrial:
+        """Train for ``steps`` steps at ``rate``."""
+        began = time.perf_counter()
+        train = self._job.config.train
+        changed: dict[str, Any] = {"learning_rate": rate, "max_steps": steps, "log_every": 1, "average": None}
+        if isinstance(train.warmup, int):  # the same share of fewer steps
+            changed["warmup"] = min(0.9, train.warmup / total_steps(train, len(self._inputs.rows)))
+        set_seed(train.seed)
+        attach(self._model, self._plan)
+        try:
+            loss = self._trained(train.model_copy(update=changed))
+        except (Diverged, ModelError):  # a loss that is not a number, in training or in measuring
+            loss = None
+        finally:
+            detach(self._model)
+            gc.collect()
+        told = f"loss {loss:.4f}" if loss is not None else "diverged"
+        self._listener.note(f"trial at {rate:g}, {steps} steps: {told}")
+        seconds = round(time.perf_counter() - began, 2)
+        return RateTrial(round=turn, rate=rate, steps=steps, loss=loss, seconds=seconds)
+
+    def _trained(self, train: TrainConfig) -> float:
+        """Train the adapter that the model carries; gives the loss at the end."""
+        lines: list[MetricsLine] = []
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = AdapterTrainer(
+                self._model,
+                train,
+                self._inputs.rows,
+                task=self._task,
+                head=self._head,
+                tokenizer=self._tokenizer,
+                folder=Path(folder),
+                record=lines.append,
+            )
+            trainer.args.save_strategy = "no"
+            trainer.train()
+        if not self._measured:  # the later half, in which the rate has fallen
+            losses = [line.loss for line in lines if line.loss is not None]
+            return round(float(np.mean(losses[len(losses) // 2 :])), 6)
+        size, length = self._job.config.evaluation.batch_size, self._job.config.data.max_length
+        with evaluating(self._model):
+            total, tokens = token_loss(self._head, self._tokenizer, self._measured, batch_size=size, max_length=length)
+        return round(checked(total, tokens) / tokens, 6)

@@ -1,0 +1,220 @@
+"""``train.learning_rate: auto``: what its trials cost, what they choose, and that the run is the same after them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tiny_runs import Kept, write_rows
+from trimtab.config.read import load_config
+from trimtab.config.run import TrainConfig
+from trimtab.errors import ConfigError, Interrupted, RunError
+from trimtab.files import read_json, write_json
+from trimtab.runs.rate_record import RateTrial, read_rate
+from trimtab.surgery.plan import Rule
+from trimtab.training import rate_trials
+from trimtab.training.rate_prior import likely_rate
+from trimtab.training.rate_trials import APART, SHORTEST, _narrow, choose, plan_trials
+from trimtab.training.run import finetune
+
+
+def trial(rate: float, loss: float | None, turn: int = 1) -> RateTrial:
+    return RateTrial(round=turn, rate=rate, steps=5, loss=loss, seconds=0.0)
+
+
+def bowl(best: float) -> Callable[[float], float | None]:
+    """A loss that is lowest at ``best``, a nat higher a decade beside it, and no number two decades above it."""
+
+    def loss(rate: float) -> float | None:
+        away = math.log10(rate / best)
+        return None if away > 2 else 1.0 + away**2
+
+    return loss
+
+
+def searched(loss: Callable[[float], float | None], likely: float = 1e-3) -> tuple[float, str, list[list[RateTrial]]]:
+    """What two rounds end with where ``loss`` is known."""
+    rounds: list[list[RateTrial]] = []
+
+    def tried(rates: list[float], turn: int, steps: int) -> list[RateTrial]:
+        rounds.append([trial(rate, loss(rate), turn) for rate in rates])
+        return rounds[-1]
+
+    plan = plan_trials(TrainConfig(), 1000, 64)
+    rate, why = _narrow(plan, [likely, likely], tried)
+    assert rate is not None
+    return rate, why, rounds
+
+
+@pytest.mark.parametrize("budget", [0.05, 0.15, 0.5])
+@pytest.mark.parametrize("rows", [0, 7, 1000])
+@pytest.mark.parametrize("batch", [1, 8, 64])
+def test_trials_cost_no_more_than_their_budget(budget: float, rows: int, batch: int) -> None:
+    for steps in (1, 10, 33, 100, 347, 1000, 20_000):
+        train = TrainConfig.model_validate({"batch_size": batch, "tune": {"budget": budget, "rows": 100}})
+        plan = plan_trials(train, steps, rows)
+        trained = sum(count * length for count, length in plan.rounds)
+        measured = sum(count for count, _ in plan.rounds) * plan.rows / batch / 3
+        assert trained + measured == pytest.approx(plan.cost)
+        assert plan.cost <= budget * steps
+        assert plan.rows <= min(rows, 100)
+        assert all(length >= SHORTEST for _, length in plan.rounds)
+
+
+def test_a_long_run_has_two_rounds_a_shorter_one_has_one_and_a_short_one_none() -> None:
+    rounds = [[count for count, _ in plan_trials(TrainConfig(), steps, 64).rounds] for steps in (2000, 200, 40)]
+    assert rounds == [[5, 3], [3], []]
+
+
+@pytest.mark.parametrize("away", [-0.6, -0.3, 0.0, 0.15, 0.6])
+def test_the_trials_find_the_best_rate_around_the_likely_one(away: float) -> None:
+    best = 1e-3 * 10**away
+    rate, _, rounds = searched(bowl(best))
+    assert abs(math.log10(rate / best)) < APART / 2
+    assert [len(trials) for trials in rounds] == [5, 3]
+
+
+def test_a_best_rate_beyond_the_first_trials_is_come_near_to() -> None:
+    rate, why, rounds = searched(bowl(1e-1))
+    assert rate == rounds[1][-1].rate == pytest.approx(1e-3 * 10 ** (3 * APART), rel=0.01)
+    assert "highest" in why
+
+
+def test_where_every_first_trial_diverges_the_next_are_below_them() -> None:
+    rate, _, rounds = searched(bowl(1e-6), likely=1e-3)
+    assert all(one.loss is None for one in rounds[0])
+    assert max(one.rate for one in rounds[1]) < min(one.rate for one in rounds[0])
+    assert rate == rounds[1][0].rate
+
+
+def test_where_everything_diverges_the_rate_is_far_below_all_that_was_tried() -> None:
+    rate, why, rounds = searched(lambda _: None)
+    assert rate < min(one.rate for one in rounds[1]) / 5
+    assert "diverged" in why
+
+
+def test_trials_as_good_as_equal_leave_the_likely_rate() -> None:
+    flat = [trial(rate, 1.0 + wobble) for rate, wobble in ((5e-4, 0.001), (1e-3, 0.002), (2e-3, 0.0))]
+    assert choose(flat, 1e-3) == pytest.approx(1e-3, rel=0.2)
+    steep = [trial(rate, loss) for rate, loss in ((5e-4, 1.5), (1e-3, 1.2), (2e-3, 1.0))]
+    assert choose(steep, 1e-3) > 1.8e-3
+
+
+def test_the_likely_rate_of_full_fine_tuning_is_the_lowest_and_falls_with_alpha_and_width() -> None:
+    def of(width: int | None = 576, **rule: Any) -> float:
+        return likely_rate([Rule(match="all-linear", **rule)], width, 100)
+
+    assert of(method="full") < of(method="lora", rank=64) < of(method="lora", rank=1)
+    assert of(method="lora", rank=8, alpha=32) == pytest.approx(of(method="dora", rank=64, alpha=32))
+    assert of(method="mora", rank=8, width=4096) < of(method="mora", rank=8)
+    stable = of(method="lora", rank=16, alpha=8, rank_stabilised=True)
+    assert stable == pytest.approx(of(method="lora", rank=16, alpha=32))
+    mixed = [Rule(match="*.q_proj", method="lora", rank=8), Rule(match="*.v_proj", method="full")]
+    assert likely_rate(mixed, 576, 100) == of(method="full")
+
+
+AUTO = {"learning_rate": "auto", "max_steps": 120, "epochs": 40, "tune": {"budget": 0.5}}
+
+
+def test_a_run_finds_its_rate_and_is_then_the_run_that_is_told_it(make_yaml: Callable[..., Path]) -> None:
+    data = {"validation": 0.25}
+    kept = Kept()
+    found = finetune(load_config(make_yaml("auto", data=data, train=AUTO)), listener=kept)
+    chosen = read_rate(found.rate)
+    assert chosen is not None
+    assert [sum(one.round == turn for one in chosen.trials) for turn in (1, 2)] == [5, 3]
+    assert any(f"{chosen.rate:g}" in note for note in kept.notes)
+    summary = found.read_summary()
+    assert summary is not None
+    assert summary.learning_rate == chosen.rate
+    told = {**AUTO, "learning_rate": chosen.rate}
+    same = finetune(load_config(make_yaml("told", data=data, train=told)))
+    files = [folder.adapter / "adapter_model.safetensors" for folder in (found, same)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert not same.rate.exists()
+    assert "The learning rate" in found.report.read_text(encoding="utf-8")
+    assert "The learning rate" not in same.report.read_text(encoding="utf-8")
+
+
+def test_trials_are_repeatable_go_on_where_they_stopped_and_are_not_done_twice(
+    make_yaml: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(make_yaml("stopped", train=AUTO))
+    made: list[float] = []
+    whole = rate_trials._Search.trial
+
+    def counted(self: Any, rate: float, turn: int, steps: int) -> RateTrial:
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        made.append(rate)
+        return whole(self, rate, turn, steps)
+
+    monkeypatch.setattr(rate_trials._Search, "trial", counted)
+    with pytest.raises(Interrupted, match="Go on with"):
+        finetune(config)
+    monkeypatch.setattr(rate_trials._Search, "trial", whole)
+    folder = config.output / "rate.json"
+    before = read_rate(folder)
+    assert before is not None
+    assert before.rate is None
+    assert len(before.trials) == 3
+    finetune(config, resume=True)
+    after = read_rate(folder)
+    assert after is not None
+    assert after.trials[:3] == before.trials
+    fresh = load_config(make_yaml("fresh", train=AUTO))
+    finetune(fresh)
+    again = read_rate(fresh.output / "rate.json")
+    assert again is not None
+    assert [(one.rate, one.loss) for one in again.trials] == [(one.rate, one.loss) for one in after.trials]
+    assert again.rate == after.rate
+
+
+def test_a_rate_that_was_found_is_kept_when_the_run_goes_on(make_yaml: Callable[..., Path]) -> None:
+    config = load_config(make_yaml("kept", train={**AUTO, "save_every": 40}))
+    folder = finetune(config)
+    record = read_json(folder.rate)
+    write_json(folder.rate, {**record, "rate": 7e-4})  # as if it had been found: nothing is searched again
+    summary = read_json(folder.summary)
+    write_json(folder.summary, {**summary, "status": "interrupted"})
+    kept = Kept()
+    finetune(config, resume=True, listener=kept)
+    assert any("0.0007, as it was found" in note for note in kept.notes)
+    assert read_json(folder.summary)["learning_rate"] == 7e-4
+
+
+def test_a_run_too_short_for_trials_takes_the_likely_rate_and_says_so(make_yaml: Callable[..., Path]) -> None:
+    kept = Kept()
+    folder = finetune(load_config(make_yaml(train={"learning_rate": "auto"})), listener=kept)
+    chosen = read_rate(folder.rate)
+    assert chosen is not None
+    assert not chosen.trials
+    assert chosen.rate == pytest.approx(chosen.likely, rel=0.01)
+    assert any("too short" in note for note in kept.notes)
+
+
+def test_a_damaged_file_of_trials_is_an_error_of_ours(tmp_path: Path) -> None:
+    file = tmp_path / "rate.json"
+    file.write_text(json.dumps({"rate": "quick"}), encoding="utf-8")
+    with pytest.raises(RunError, match="remove it"):
+        read_rate(file)
+
+
+@pytest.mark.parametrize("said", ["fast", 0, -1e-4, True, [1e-4]])
+def test_a_rate_is_a_number_above_0_or_auto(make_yaml: Callable[..., Path], said: Any) -> None:
+    with pytest.raises(ConfigError, match=r"learning_rate.*auto"):
+        load_config(make_yaml(train={"learning_rate": said}))
+
+
+def test_several_processes_are_told_to_find_the_rate_first(
+    make_yaml: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    write_rows(tmp_path / "none.jsonl", [])
+    monkeypatch.setattr(rate_trials, "_world_size", lambda: 2)
+    with pytest.raises(RunError, match="trimtab tune"):
+        finetune(load_config(make_yaml(train={"learning_rate": "auto"})))
