@@ -6,7 +6,7 @@ import random
 import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from trimtab.config.read import to_yaml
 from trimtab.config.run import RunConfig
@@ -149,7 +149,7 @@ class Search:
         space, rates = self.space, self.config.rates
         chosen = [trial.suggest_categorical(f"{group.name}: method", space.methods) for group in space.groups]
         weights = [trial.suggest_float(f"{group.name}: weight", *_WEIGHTS, log=True) for group in space.groups]
-        rate = trial.suggest_categorical("learning rate", rates) if len(rates) > 1 else rates[0]
+        rate = cast(Rate, trial.suggest_categorical("learning rate", rates)) if len(rates) > 1 else rates[0]
         uniform = trial.user_attrs.get("uniform")
         return trial, space.uniform(uniform) if uniform else space.fill(chosen, weights), rate
 
