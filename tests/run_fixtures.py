@@ -57,7 +57,8 @@ def bare_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs without the estimate of their memory before, and with an empty page after: quicker, where neither is what is
     tested."""
     from trimtab.files import write_text
+    from trimtab.surgery.attach_report import AttachReport
 
-    monkeypatch.setattr("trimtab.training.run.check_run", lambda *_: None)
+    monkeypatch.setattr("trimtab.training.run.check_run", lambda *_: AttachReport((), (), 0, 0))
     page = "trimtab.reports.run.run_page.write_run_page"
     monkeypatch.setattr(page, lambda run, summary=None: write_text(run / "report.html", ""))

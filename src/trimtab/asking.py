@@ -24,6 +24,7 @@ from transformers.generation.streamers import BaseStreamer
 from trimtab.data.tokens import encode_prompt
 from trimtab.errors import DataError
 from trimtab.evaluation.generation import end_tokens
+from trimtab.models.positions import positions_of
 from trimtab.questions import Message, rendered, system_message
 from trimtab.surgery.serving import serving
 
@@ -85,7 +86,7 @@ class Asked:
         self.model = model
         self.tokenizer = tokenizer
         self.ends = end_tokens(model, tokenizer)
-        self.positions = int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize)
+        self.positions = positions_of(model).limit() or sys.maxsize
         self._cache: DynamicCache | None = None
         self._seen: list[int] = []
 

@@ -21,8 +21,9 @@ from trimtab.data.tokens import encode_all, encode_pair
 from trimtab.errors import ConfigError
 from trimtab.machine import device
 from trimtab.memory.suggest import describe_run
-from trimtab.models.load import load_config_only, load_tokenizer
+from trimtab.models.load import empty_model, load_tokenizer
 from trimtab.models.locate import Source, locate
+from trimtab.models.positions import positions_of
 
 RATES = {"full": 5e-5}
 """Peak learning rates of methods for which the default, made for adapters, is too high."""
@@ -157,8 +158,7 @@ Settings = dict[str, tuple[Any, str]]
 
 
 def _settings(wish: Wish, seen: _Seen, source: Source, place: Path) -> Settings:
-    positions = getattr(load_config_only(source).get_text_config(), "max_position_embeddings", None) or LONGEST
-    length = min(-(-seen.longest // 64) * 64, LONGEST, positions)
+    length = min(-(-seen.longest // 64) * 64, LONGEST, positions_of(empty_model(source)).limit() or LONGEST)
     few = seen.count < FEW
     said: Settings = {"model.name": (_from(place, wish.model, source), "also: a model folder, a .gguf file, a hub id")}
     if device().type == "cpu" and length <= SHORT:

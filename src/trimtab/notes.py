@@ -12,6 +12,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
+def rows(count: int) -> str:
+    """``1 row``, ``1,200 rows``."""
+    return "1 row" if count == 1 else f"{count:,} rows"
+
+
 class Notes:
     """A collection of sentences, in the order in which each kind first came up.
 
@@ -42,8 +47,9 @@ class Notes:
             if not places:
                 yield what
                 continue
-            rows = "1 row" if len(places) == 1 else f"{len(places):,} rows, the first"
-            yield f"{what}: {rows} in {places[0]}" + (f". {advice}" if advice else "")
+            yield f"{what}: {rows(len(places))}{', the first' if len(places) > 1 else ''} in {places[0]}" + (
+                f". {advice}" if advice else ""
+            )
 
     @contextmanager
     def told(self, tell: Callable[[str], None]) -> Iterator[None]:

@@ -115,11 +115,11 @@ def test_a_model_that_cannot_be_traced_is_counted_without_activations(
 def test_rows_are_read_where_they_are(job: Job) -> None:
     found = describe_run(job)["memory"]
     assert found["length_from"] == "the longest row"
-    assert found["length"] < job.config.data.max_length
+    assert found["length"] < job.max_length
     assert found["fits"]
     assert describe_run(job, 100)["memory"]["length"] == 100
     gone = changed(job, data=job.config.data.model_copy(update={"train": (Source(path="gone.jsonl"),)}))
-    assert describe_run(gone)["memory"]["length"] == job.config.data.max_length
+    assert describe_run(gone)["memory"]["length"] == job.max_length
     assert "There is no data file gone.jsonl" in describe_run(gone)["memory"]["length_from"]
 
 

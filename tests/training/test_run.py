@@ -69,10 +69,12 @@ def test_the_run_folder(make_config: Callable[..., Any], tmp_path: Path, model_f
 
     lines = list(read_jsonl(folder.metrics))
     assert [(row["kind"], row["step"]) for row in lines] == [
+        ("train", 1),
         ("train", 5),
         ("validation", 8),
         ("train", 10),
         ("train", 15),
+        ("train", 16),
         ("validation", 16),
     ]
     seconds = [row["seconds"] for row in lines]
@@ -290,9 +292,9 @@ def test_rows_that_are_left_out_are_named(make_config: Callable[..., Any]) -> No
     listener = Kept()
     config = make_config(form="text", data={"max_length": length}, train={"max_steps": 1})
     folder = finetune(config, listener=listener)
-    assert any(f"rows were cut to data.max_length = {length}" in remark for remark in listener.remarks)
+    assert any(f"rows cut to data.max_length = {length}" in remark for remark in listener.remarks)
     assert folder.read_summary().notes == listener.remarks
-    assert f"rows were cut to data.max_length = {length}" in folder.report.read_text()
+    assert f"rows cut to data.max_length = {length}" in folder.report.read_text()
     with pytest.raises(DataError, match=r"None of the 24 rows has a token to train on .*row 1"):
         finetune(make_config("short", data={"max_length": 2}))
 

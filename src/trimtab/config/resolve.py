@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 
 from trimtab.config.run import RunConfig
-from trimtab.errors import PlanError
+from trimtab.errors import ConfigError, PlanError
 from trimtab.machine import best_precision
-from trimtab.models.load import load_tokenizer
+from trimtab.models.load import empty_model, load_tokenizer
 from trimtab.models.locate import Source, locate
 from trimtab.models.new_tokens import rule_for
+from trimtab.models.positions import Positions, positions_of
 from trimtab.surgery.plan import Plan, Rule
+
+LONGEST_ROW = 1024
+"""Tokens of a row, where nothing is said of them."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,40 @@ class Job:
         precision = precision_of(config)
         dtype = precision if config.model.dtype == "auto" else config.model.dtype
         return cls(config, source_of(config), plan_of(config), precision, getattr(torch, dtype))
+
+    @cached_property
+    def positions(self) -> Positions:
+        """How long a text the model can read."""
+        return positions_of(self._empty)
+
+    @property
+    def embedding_rows(self) -> int:
+        """How many tokens the model knows, added ones included."""
+        return len(self._empty.get_input_embeddings().weight)
+
+    @cached_property
+    def _empty(self) -> Any:
+        return empty_model(self.source)
+
+    @cached_property
+    def max_length(self) -> int:
+        """Most tokens of a training row. Raises ConfigError if ``data.max_length`` is more than the model can read."""
+        said, table = self.config.data.max_length, self.positions.table
+        if said == "auto":
+            return min(LONGEST_ROW, table or LONGEST_ROW)
+        if table is not None and said > table:
+            raise ConfigError(
+                f"data.max_length: {said} tokens, but {self.config.model.name} has a table of {table} positions and "
+                f"cannot read beyond it. Set it to {table} or less, or leave it out: rows are then cut to that"
+            )
+        return said
+
+    @property
+    def reading_length(self) -> int | None:
+        """Most tokens of a row that is evaluated: what the model was made for, and no less than it is trained on; None
+        for no limit."""
+        limit = self.positions.limit()
+        return limit if limit is None else max(limit, self.max_length)
 
     def plan_on(self, model: Any) -> Plan:
         """The plan for ``model``: its rules, and where tokens are added, one that trains their rows."""

@@ -112,8 +112,10 @@ class DataConfig(Section):
         description="The closed set of answers, which are then scored instead of generated. auto: found from the "
         "training answers; null: answers are open.",
     )
-    max_length: int = Field(
-        1024, ge=2, description="Longest row in tokens; what is beyond is cut. Higher: more memory."
+    max_length: Annotated[Literal["auto"] | int, BeforeValidator(values.max_length)] = Field(
+        "auto",
+        description="Longest row in tokens; what is beyond is cut. Higher: more memory. auto: 1024, or as many as the "
+        "model has positions for, where it has a table of them (GPT-2).",
     )
 
     def settled(self, sources: Sequence[Source]) -> list[Source]:

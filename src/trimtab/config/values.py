@@ -160,6 +160,12 @@ def save_every(value: object) -> Literal["epoch"] | int:
     raise ValueError("expected epoch, or a whole number of steps")
 
 
+def max_length(value: object) -> Literal["auto"] | int:
+    if value == "auto" or (_is_count(value) and value != 1):
+        return value  # type: ignore[return-value]
+    raise ValueError("expected auto, or a whole number of tokens from 2 on")
+
+
 def rule(value: dict[str, Any]) -> dict[str, Any]:
     for key in ("match", "method"):
         if key not in value:

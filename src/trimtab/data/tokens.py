@@ -87,6 +87,11 @@ class EncodedRows(Dataset[EncodedRow]):
         ids = self._ids[row]
         return {"input_ids": ids.tolist(), "labels": torch.where(self._trained[row], ids, IGNORED).tolist()}
 
+    def vocabulary(self) -> list[int]:
+        """Every token that is in some row, once."""
+        found: list[int] = self._ids.unique().tolist()
+        return found
+
     def __iter__(self) -> Iterator[EncodedRow]:
         return (self[index] for index in range(len(self)))
 

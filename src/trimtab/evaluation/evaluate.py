@@ -22,6 +22,7 @@ from trimtab.evaluation.generation import generate_answers
 from trimtab.files import write_jsonl
 from trimtab.metrics import Outcomes
 from trimtab.metrics import measure as compute_metrics
+from trimtab.models.positions import positions_of
 from trimtab.runs.results import RESULTS, Prediction, Result
 from trimtab.surgery.serving import evaluating
 from trimtab.tasks import Head
@@ -89,7 +90,7 @@ def evaluate(
         batch_size: most sequences in a forward pass. Predictions and their metrics do not depend on it; scores and
             perplexity change by rounding (a few hundredths of a nat in bfloat16).
         max_new_tokens: the limit of a generated answer.
-        max_length: most tokens of a row; the default, and the limit, is what the model has positions for.
+        max_length: most tokens of a row, as far as the model can read; by default what it was made for.
         progress: called as the rows get done.
 
     Raises:
@@ -99,7 +100,7 @@ def evaluate(
     if not examples:
         raise DataError(f"{name}: there are no rows to evaluate.")
     started = time.perf_counter()
-    settings: dict[str, Any] = {"batch_size": batch_size, "max_length": _limit(head.model, max_length)}
+    settings: dict[str, Any] = {"batch_size": batch_size, "max_length": positions_of(head.model).limit(max_length)}
     closed = closed_set(choices, examples)
     with evaluating(head.model):
         if (closed is not None or all(example.choices for example in examples)) and not generate:
@@ -175,10 +176,3 @@ def checked(loss: float, tokens: int) -> float:
             "training diverged; train with a lower learning rate."
         )
     return loss
-
-
-def _limit(model: Any, max_length: int | None) -> int | None:
-    """``max_length`` or the number of positions of the model, whichever is smaller; None if neither is known."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    known = [limit for limit in (max_length, positions) if limit is not None and limit > 0]
-    return min(known, default=None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -19,10 +19,14 @@ from trimtab.models.gguf import is_dequantised
 from trimtab.models.load import load_tokenizer
 from trimtab.runs.events import Listener
 from trimtab.runs.records import PlanRecord
-from trimtab.tasks import read_inputs
+from trimtab.surgery.attach_report import AttachReport
+from trimtab.tasks import Inputs, read_inputs
 
 Change = Mapping[str, Any]
 """Settings by their dotted keys."""
+
+Check = Callable[[Job, Inputs | None, AttachReport], Iterable[str]]
+"""Looks at a run before it begins: its rows, if they could be read, and what the plan does to its model."""
 
 SHORTEST = 64
 """Tokens: ``data.max_length`` is not suggested to be lower."""
@@ -44,12 +48,16 @@ class Suggestion:
         return f"{self.overrides}: {self.memory.hardest.needed / GIB:.2f} GiB"
 
 
-def check_run(job: Job, sizes: RowSizes) -> None:
-    """Raise ModelError, with what would help, if a run needs more memory than the machine has free."""
-    estimate = estimate_run(job, sizes).hardest
+def check_run(job: Job, sizes: RowSizes) -> AttachReport:
+    """Raise ModelError, with what would help, if a run needs more memory than the machine has free. Gives what the plan
+    will do to the model."""
+    memory = estimate_run(job, sizes)
+    estimate = memory.hardest
     if estimate.needed > available_memory(device()):
         advice = [str(suggestion) for suggestion in suggest(job, sizes)] or ["a smaller model"]
         check_fits(f"Training {job.config.model.name}", estimate.needed, device(), parts=estimate.told, advice=advice)
+    assert memory.attached is not None
+    return memory.attached
 
 
 def suggest(job: Job, sizes: RowSizes) -> list[Suggestion]:
@@ -76,33 +84,35 @@ def suggest(job: Job, sizes: RowSizes) -> list[Suggestion]:
     return []
 
 
-def read_sizes(job: Job) -> tuple[RowSizes, str]:
-    """Sizes of the rows of ``job`` and a word on where they are from: the rows, where their files and the tokenizer
-    are there to be read, else ``data.max_length``."""
+def read_rows(job: Job) -> tuple[Inputs | None, str]:
+    """The rows of ``job``, where their files and the tokenizer are there to be read, and a word on where their length
+    is from: the longest of them, or else ``data.max_length``."""
     config, data, source = job.config, job.config.data, job.source
-    capped = _capped(config)
-    why = f"the cap data.max_length = {data.max_length}, since"
+    why = f"the cap data.max_length = {job.max_length}, since"
     measured = [*(data.validation if isinstance(data.validation, tuple) else ()), *chain(*data.test.values())]
     if missing := [source.path for source in (*data.train, *measured) if not is_local(source.path, Path.cwd())]:
-        return capped, f"{why} {missing[0]} is not here"
+        return None, f"{why} {missing[0]} is not here"
     if source.kind == "gguf" and not is_dequantised(Path(source.location)):
-        return capped, f"{why} the tokenizer is still in {Path(source.location).name}"
+        return None, f"{why} the tokenizer is still in {Path(source.location).name}"
     try:
-        sizes = RowSizes.of(config, read_inputs(config, load_tokenizer(source), Listener()))
+        inputs = read_inputs(config, load_tokenizer(source), Listener(), job.max_length)
     except TrimtabError as error:
-        return capped, f"{why} the rows cannot be read ({error})"
-    return sizes, "the longest row"
+        return None, f"{why} the rows cannot be read ({error})"
+    return inputs, "the longest row"
 
 
-def describe_run(job: Job, length: int | None = None) -> dict[str, Any]:
-    """What ``trimtab plan`` says, as plain values: what the plan does to the model, and ``memory``, all sizes in GiB.
+def describe_run(job: Job, length: int | None = None, check: Check | None = None) -> dict[str, Any]:
+    """What ``trimtab plan`` says, as plain values: what the plan does to the model, ``memory``, all sizes in GiB, and
+    ``notes``.
 
-    ``length``: tokens of a row, all of which carry loss, in place of what the data has.
+    Args:
+        length: tokens of a row, all of which carry loss, in place of what the data has.
+        check: what a run does before it begins (`training.checks`): it gives what the user should know, and raises.
     """
-    if length is None:
-        sizes, origin = read_sizes(job)
-    else:
-        sizes, origin = replace(_capped(job.config), length=length, labels=length - 1), "--length"
+    inputs, origin = read_rows(job)
+    sizes = RowSizes.of(job.config, inputs) if inputs is not None else _capped(job)
+    if length is not None:
+        sizes, origin = replace(sizes, length=length, labels=length - 1), "--length"
     memory, room = estimate_run(job, sizes), available_memory(device())
     fits = memory.hardest.needed <= room
     assert memory.attached is not None
@@ -126,12 +136,13 @@ def describe_run(job: Job, length: int | None = None) -> dict[str, Any]:
     }
     attached = memory.attached
     told = {"lowered_ranks": attached.lowered_ranks, "unreached": attached.unreached}
-    return {**PlanRecord.of(attached).plain(), **told, "memory": described}
+    notes = [*(inputs.notes if inputs is not None else ()), *(check(job, inputs, attached) if check else ())]
+    return {**PlanRecord.of(attached).plain(), **told, "memory": described, "notes": notes}
 
 
-def _capped(config: RunConfig) -> RowSizes:
-    data = config.data
-    return RowSizes(data.max_length, data.max_length - 1, bool(data.test or data.validation))
+def _capped(job: Job) -> RowSizes:
+    data = job.config.data
+    return RowSizes(job.max_length, job.max_length - 1, bool(data.test or data.validation))
 
 
 def _attempts(job: Job, sizes: RowSizes) -> Iterator[list[list[Change]]]:

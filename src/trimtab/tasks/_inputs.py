@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from trimtab.config.resolve import LONGEST_ROW
 from trimtab.config.run import RunConfig
 from trimtab.data.choices import check_choices, infer_choices
 from trimtab.data.forms import read_examples
@@ -18,6 +19,7 @@ from trimtab.errors import ConfigError, DataError
 from trimtab.metrics import choosing
 from trimtab.models.gguf import cache_folder
 from trimtab.notes import Notes
+from trimtab.notes import rows as counted
 from trimtab.runs.events import Listener
 from trimtab.runs.records import RowsDigest, SourceRecord
 
@@ -44,16 +46,19 @@ class Inputs:
     """What the user should know of the rows, a sentence each; the listener has been told."""
 
 
-def read_inputs(config: RunConfig, tokenizer: Any, listener: Listener) -> Inputs:
-    """Read every file that ``config`` names. Raises DataError for a missing file, a bad row, or rows with nothing to
-    train on; ConfigError for a metric that these rows do not have."""
+def read_inputs(config: RunConfig, tokenizer: Any, listener: Listener, max_length: int = LONGEST_ROW) -> Inputs:
+    """Read every file that ``config`` names; training rows are cut to ``max_length`` tokens.
+
+    Raises DataError for a missing file, a bad row, or rows with nothing to train on; ConfigError for a metric that
+    these rows do not have.
+    """
     notes = Notes()
     with notes.told(listener.remark):
-        inputs = _read_inputs(config, tokenizer, listener, notes)
+        inputs = _read_inputs(config, tokenizer, listener, notes, max_length)
     return replace(inputs, notes=tuple(notes))
 
 
-def _read_inputs(config: RunConfig, tokenizer: Any, listener: Listener, notes: Notes) -> Inputs:
+def _read_inputs(config: RunConfig, tokenizer: Any, listener: Listener, notes: Notes, max_length: int) -> Inputs:
     data = config.data
 
     def read(sources: Sequence[Source]) -> list[Example]:
@@ -112,11 +117,12 @@ def _read_inputs(config: RunConfig, tokenizer: Any, listener: Listener, notes: N
     for name, tested in tests.items():
         listener.note(f"{len(tested)} test rows in '{name}'")
 
-    encoded = encode_once(training, tokenizer, data.max_length, cache_folder().with_name("tokens"))
+    encoded = encode_once(training, tokenizer, max_length, cache_folder().with_name("tokens"))
     for source, number, reason in encoded.dropped:
         notes.row(f"{source}, row {number}", f"left out of training ({reason})")
     if encoded.cut:
-        notes.add(f"{encoded.cut} rows were cut to data.max_length = {data.max_length} tokens")
+        why = ", as many as the model has positions" if data.max_length == "auto" and max_length < LONGEST_ROW else ""
+        notes.add(f"{counted(encoded.cut)} cut to data.max_length = {max_length} tokens{why}")
     return Inputs(
         rows=encoded.repeated(times),
         validation=validation,

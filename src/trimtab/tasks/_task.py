@@ -26,8 +26,8 @@ class Task(ABC):
     """Names of modules that are trained whole beside the adapter, such as a new head."""
 
     @abstractmethod
-    def read(self, config: RunConfig, tokenizer: Any, listener: Listener) -> Inputs:
-        """The rows that ``config`` names, in the forms that the task takes, checked and encoded."""
+    def read(self, config: RunConfig, tokenizer: Any, listener: Listener, max_length: int) -> Inputs:
+        """The rows that ``config`` names, in the forms that the task takes, checked, cut and encoded."""
 
     @abstractmethod
     def collator(self, tokenizer: Any, *, prompts: bool = False) -> Callable[[Sequence[EncodedRow]], dict[str, Tensor]]:

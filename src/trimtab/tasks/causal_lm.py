@@ -25,8 +25,8 @@ class CausalLM(_task.Task):
     model_class = "AutoModelForCausalLM"
     metrics = tuple(choosing())
 
-    def read(self, config: RunConfig, tokenizer: Any, listener: Listener) -> _inputs.Inputs:
-        return _inputs.read_inputs(config, tokenizer, listener)
+    def read(self, config: RunConfig, tokenizer: Any, listener: Listener, max_length: int) -> _inputs.Inputs:
+        return _inputs.read_inputs(config, tokenizer, listener, max_length)
 
     def collator(self, tokenizer: Any, *, prompts: bool = False) -> Collator:
         return Collator(tokenizer.pad_token_id, prompts=prompts)

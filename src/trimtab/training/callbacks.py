@@ -37,6 +37,21 @@ class Telling(TrainerCallback):
         self._listener.step(state.global_step, state.max_steps)
 
 
+class LastLoss(TrainerCallback):
+    """Has the loss written down at the last step, wherever that falls between two lines of metrics; and, where training
+    may stop early, at every validation, since each may be the last."""
+
+    def __init__(self, *, stops_early: bool) -> None:
+        self._stops_early = stops_early
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        if state.global_step >= state.max_steps or (self._stops_early and control.should_evaluate):
+            control.should_log = True
+        return control
+
+
 class Interrupting(TrainerCallback):
     """Ends training after the step at hand, with a checkpoint, once it was asked for.
 

@@ -40,7 +40,8 @@ from trimtab.surgery.attach import attach, detach
 from trimtab.surgery.serving import evaluating
 from trimtab.tasks import Head, Inputs, Task
 from trimtab.training.rate_prior import SPREAD, likely_rate
-from trimtab.training.trainer import AdapterTrainer, Diverged, total_steps
+from trimtab.training.schedule import total_steps
+from trimtab.training.trainer import AdapterTrainer, Diverged
 
 APART = 1 / 3
 """Decades between neighbouring rates: a factor of 2.15."""
@@ -274,7 +275,7 @@ class _Search:
         if not self._measured:  # the later half, in which the rate has fallen
             losses = [line.loss for line in lines if line.loss is not None]
             return round(float(np.mean(losses[len(losses) // 2 :])), 6)
-        size, length = self._job.config.evaluation.batch_size, self._job.config.data.max_length
+        size, length = self._job.config.evaluation.batch_size, self._job.max_length
         with evaluating(self._model):
             total, tokens = token_loss(self._head, self._tokenizer, self._measured, batch_size=size, max_length=length)
         return round(checked(total, tokens) / tokens, 6)

@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -39,12 +40,14 @@ from trimtab.surgery.attach import attach, trainable_parameters
 from trimtab.surgery.attach_report import AttachReport, describe
 from trimtab.surgery.serving import evaluating
 from trimtab.tasks import Inputs, Task
-from trimtab.training.callbacks import Interrupting, Telling
+from trimtab.training.callbacks import Interrupting, LastLoss, Telling
+from trimtab.training.checks import check_before
 from trimtab.training.compiling import Compiling
 from trimtab.training.metrics_log import Recorder, require_tensorboard
 from trimtab.training.rate_trials import with_rate
 from trimtab.training.resume_state import why_not
-from trimtab.training.trainer import AdapterTrainer, make_optimizer, total_steps
+from trimtab.training.schedule import total_steps
+from trimtab.training.trainer import AdapterTrainer, make_optimizer
 
 
 def finetune(
@@ -103,10 +106,13 @@ def _set_up(job: Job, opening: Opening, listener: Listener, began: float) -> _Ru
     task = tasks.find("causal_lm")
     tokenizer = load_tokenizer(job.source)
     listener.stage("Reading the rows")
-    inputs = task.read(config, tokenizer, listener)
+    inputs = task.read(config, tokenizer, listener, job.max_length)
     trains = not opening.trained and config.train.epochs > 0
     others = require_same_rows(opening, inputs.digests, inputs.sources, trains=trains)
-    check_run(job, RowSizes.of(config, inputs))
+    found = check_before(job, inputs, check_run(job, RowSizes.of(config, inputs)))
+    for sentence in found:
+        listener.remark(sentence)
+    inputs = replace(inputs, notes=(*inputs.notes, *found))
 
     _quiet_libraries()
     listener.show(preview(inputs.rows, tokenizer))
@@ -146,8 +152,7 @@ class _Run:
         listener: Listener,
         began: float,
     ) -> None:
-        self.job = job
-        self.config = job.config
+        self.job, self.config = job, job.config
         self.source = job.source
         self.folder = opening.folder
         self.opening = opening
@@ -306,6 +311,7 @@ class _Run:
             choices=self.inputs.choices,
             batch_size=self.config.evaluation.batch_size,
             max_new_tokens=self.config.evaluation.max_new_tokens,
+            max_length=self.job.reading_length,
             progress=lambda done, total: self.listener.evaluating(name, done, total),
         )
 
@@ -314,7 +320,7 @@ class _Run:
         those of scored answers."""
         rows = self.inputs.validation
         if not self.inputs.scored:
-            size, length = self.config.evaluation.batch_size, self.config.data.max_length
+            size, length = self.config.evaluation.batch_size, self.job.max_length
             with evaluating(self.model):
                 loss, tokens = token_loss(self._head, self.tokenizer, rows, batch_size=size, max_length=length)
             outcomes = metrics.Outcomes(loss=checked(loss, tokens), tokens=tokens)
@@ -353,7 +359,11 @@ class _Run:
         """Train, and leave the model with the adapter that the run ends with."""
         train = self.config.train
         interrupting = Interrupting()
-        callbacks: list[TrainerCallback] = [Telling(self.listener), interrupting]
+        callbacks: list[TrainerCallback] = [
+            Telling(self.listener),
+            LastLoss(stops_early=train.early_stopping is not None),
+            interrupting,
+        ]
         if train.early_stopping is not None:
             callbacks.append(EarlyStoppingCallback(train.early_stopping))
         earlier = self.folder.cut_metrics(_step_of(checkpoint))

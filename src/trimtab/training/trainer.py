@@ -28,6 +28,7 @@ from trimtab.tasks import Head, Task
 from trimtab.training.callbacks import Averaging
 from trimtab.training.compiling import plainly
 from trimtab.training.metrics_log import Lap, Throughput
+from trimtab.training.schedule import epoch_steps, total_steps
 
 
 class Diverged(RunError):  # noqa: N818 -- what happened, as people say it
@@ -68,17 +69,6 @@ def make_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.Optimize
     return torch.optim.AdamW(groups, fused=True)
 
 
-def epoch_steps(train: TrainConfig, rows: int) -> int:
-    """Optimiser steps of one epoch."""
-    return math.ceil(math.ceil(rows / train.batch_size) / train.gradient_accumulation)
-
-
-def total_steps(train: TrainConfig, rows: int) -> int:
-    """Optimiser steps of the whole run."""
-    whole = math.ceil(train.epochs * epoch_steps(train, rows))
-    return max(1, whole if train.max_steps is None else min(whole, train.max_steps))
-
-
 def training_arguments(train: TrainConfig, rows: int, folder: Path, best: Metric | None) -> TrainingArguments:
     """``train`` in the words of transformers' Trainer, for ``rows`` rows.
 
@@ -108,6 +98,7 @@ def training_arguments(train: TrainConfig, rows: int, folder: Path, best: Metric
         bf16=False,
         fp16=False,
         logging_steps=train.log_every,
+        logging_first_step=True,
         logging_nan_inf_filter=False,
         eval_strategy="steps" if best is not None else "no",
         eval_steps=every if isinstance(every, int) else max(1, round(every * steps)),

@@ -35,8 +35,9 @@ def command(
     with importing():
         from trimtab.config.resolve import Job
         from trimtab.memory.suggest import describe_run
+        from trimtab.training.checks import check_before
 
-    described = describe_run(Job.of(loaded), length)
+    described = describe_run(Job.of(loaded), length, check_before)
     if as_json:
         say(json.dumps(described, indent=2))
         return
@@ -55,6 +56,8 @@ def command(
     console.print(run_tables.plan_table(plan))
     for line in plan.remarks():
         console.print(line, soft_wrap=True)
+    for note in described["notes"]:
+        console.print(f"note: {note}", soft_wrap=True)
     if modules:
         table = Table("module", "method", "rule", "out x in", "parameters", box=None, header_style="bold")
         for module in plan.modules:

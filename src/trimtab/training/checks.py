@@ -1,0 +1,198 @@
+"""What is held against the model before anything runs: tokens, lengths and the schedule.
+
+Each check is a small function. What cannot work is an error that says what to change; what works otherwise than one may
+think is a sentence among the notes. ``trimtab plan`` says the same as ``trimtab finetune``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from trimtab.config.resolve import Job
+from trimtab.data.rows import Example
+from trimtab.data.tokens import EncodedRows, encode_all, encode_prompt
+from trimtab.errors import ConfigError, DataError, ModelError
+from trimtab.models.chat_template import unknown_marks
+from trimtab.models.load import load_tokenizer
+from trimtab.notes import Notes, rows
+from trimtab.surgery.attach_report import AttachReport
+from trimtab.tasks import Inputs
+from trimtab.training.cautions import caution
+from trimtab.training.schedule import epoch_steps, total_steps
+
+
+def check_before(job: Job, inputs: Inputs | None, attached: AttachReport) -> list[str]:
+    """Hold a run against its model, before weights are read; gives what the user should know, a sentence each.
+
+    Args:
+        inputs: its rows; None where they are not here to be read, and only the rest is checked.
+        attached: what the plan will do to the model.
+
+    Raises ConfigError, DataError, ModelError for what cannot work.
+    """
+    notes = Notes()
+    if inputs is not None:
+        tokenizer = load_tokenizer(job.source)
+        looked = _Looked(job, inputs, tokenizer)
+        for check in (_tokens, _template, _training_rows, _validation_rows, _room_to_write, _test_rows, _schedule):
+            check(looked, notes)
+    if job.config.train.epochs:
+        caution(job, attached, notes)
+    return list(notes)
+
+
+@dataclass(frozen=True)
+class _Looked:
+    """What the checks look at."""
+
+    job: Job
+    inputs: Inputs
+    tokenizer: Any
+
+    @property
+    def written(self) -> dict[str, list[Example]]:
+        """The test sets whose answers the model writes."""
+        if self.inputs.scored:
+            return {}
+        tests = self.inputs.tests.items()
+        return {name: tested for name, tested in tests if tested and all(row.answer is not None for row in tested)}
+
+
+def _tokens(looked: _Looked, notes: Notes) -> None:
+    """Every token that a batch can hold has a row of the embedding."""
+    job, inputs, tokenizer = looked.job, looked.inputs, looked.tokenizer
+    known = job.embedding_rows
+    used = {tokenizer.pad_token_id, tokenizer.eos_token_id} - {None}
+    examples = [*inputs.validation, *(row for tests in inputs.tests.values() for row in tests)]
+    texts = [ids for start in range(0, len(examples), 1000) for ids in _ids(examples[start : start + 1000], tokenizer)]
+    used |= set(inputs.rows.vocabulary()).union(*texts)
+    missing = sorted(token for token in used if token >= known)
+    if not missing:
+        return
+    named = [str(tokenizer.convert_ids_to_tokens(token)) for token in missing]
+    shown = ", ".join(f"{name} (token {token})" for name, token in zip(named[:5], missing, strict=False))
+    more = f" and {len(named) - 5} more" if len(named) > 5 else ""
+    asked = ", ".join(f'"{name}"' for name in named[:5])
+    raise ModelError(
+        f"{job.config.model.name}: the tokenizer has tokens that the model has no row for: {shown}{more}; its "
+        f"embedding has {known:,} rows. To make rows for them, which are then trained beside the plan, say "
+        f"model.add_tokens: [{asked}]; or take the tokenizer that belongs to the model"
+    )
+
+
+def _ids(examples: Sequence[Example], tokenizer: Any) -> Sequence[Sequence[int]]:
+    found: Sequence[Sequence[int]] = tokenizer([row.text for row in examples], add_special_tokens=False).input_ids
+    return found
+
+
+def _template(looked: _Looked, notes: Notes) -> None:
+    """The marks of a chat template of the run's own are tokens."""
+    said = looked.job.source.chat_template
+    marks = unknown_marks(looked.tokenizer) if said and looked.inputs.form == "chat" else []
+    if marks:
+        quoted = ", ".join(f'"{mark}"' for mark in marks)
+        notes.add(
+            f"model.chat_template writes {', '.join(marks)}, which the tokenizer takes to pieces. With "
+            f"model.add_tokens: [{quoted}] each is one token, and its row is trained"
+        )
+
+
+def _training_rows(looked: _Looked, notes: Notes) -> None:
+    """Rows are within what the model was made for, and the batch is not larger than the rows."""
+    trained = looked.job.positions.trained
+    if trained is not None and (long := sum(length > trained for length in looked.inputs.rows.lengths)):
+        notes.add(
+            f"{rows(long)} to train on with more than the {trained:,} tokens that the model was made for; nothing is "
+            f"cut off, since it can read them. data.max_length={trained} cuts them"
+        )
+
+
+def _validation_rows(looked: _Looked, notes: Notes) -> None:
+    """Some validation row has a token that is validated on."""
+    inputs, length = looked.inputs, looked.job.max_length
+    if not inputs.validation or inputs.scored or not looked.job.config.train.epochs:
+        return
+    try:
+        encoded = encode_all(inputs.validation, looked.tokenizer, length)
+    except DataError as error:
+        raise DataError(f"data.validation: {error} Raise data.max_length, or give other rows") from None
+    _tell_left(encoded, "validation", notes)
+
+
+def _room_to_write(looked: _Looked, notes: Notes) -> None:
+    """A prompt has room before the tokens that the model may write."""
+    limit, wanted = looked.job.reading_length, looked.job.config.evaluation.max_new_tokens
+    if limit is None or not looked.written:
+        return
+    most = limit - len(encode_prompt("", looked.tokenizer)) - 1
+    if wanted > most:
+        raise ConfigError(
+            f"evaluation.max_new_tokens: {wanted} leaves no room for a prompt: the model has {limit} positions for "
+            f"both. Set it to {most} at most; less leaves longer prompts whole"
+        )
+
+
+def _test_rows(looked: _Looked, notes: Notes) -> None:
+    """Test rows are read whole, or it is told which are not."""
+    limit, config = looked.job.reading_length, looked.job.config
+    if limit is None:
+        return
+    for name, tested in looked.inputs.tests.items():
+        if not tested:
+            continue
+        if name in looked.written:
+            room = limit - config.evaluation.max_new_tokens
+            cut = sum(len(encode_prompt(row.prompt, looked.tokenizer)) > room for row in tested)
+            if cut:
+                notes.add(
+                    f"{rows(cut)} of the test set {name} cut: only the last {room} tokens of a prompt are read, before "
+                    f"{config.evaluation.max_new_tokens} new ones (evaluation.max_new_tokens)"
+                )
+        try:
+            encoded = encode_all(tested, looked.tokenizer, limit)
+        except DataError as error:
+            raise DataError(f"data.test: {name}: {error}") from None
+        if encoded.cut and name not in looked.written:
+            notes.add(f"{rows(encoded.cut)} of the test set {name} cut to {limit} tokens")
+        _tell_left(encoded, f"test set {name}", notes)
+
+
+def _tell_left(encoded: EncodedRows, what: str, notes: Notes) -> None:
+    for source, number, reason in encoded.dropped:
+        notes.row(f"{source}, row {number}", f"left out of the loss of the {what} ({reason})")
+
+
+def _schedule(looked: _Looked, notes: Notes) -> None:
+    """What is to happen after some number of steps happens within the run."""
+    train, count = looked.job.config.train, len(looked.inputs.rows)
+    if not train.epochs:
+        return
+    steps = total_steps(train, count)
+    if isinstance(train.warmup, int) and train.warmup >= steps:
+        rate = f"{train.learning_rate:g}" if isinstance(train.learning_rate, float) else "the rate"
+        share = (steps - 1) / train.warmup
+        notes.add(
+            f"train.warmup: {train.warmup} steps of warmup, but the run has {steps}: the learning rate ends at "
+            f"{100 * share:.2g} % of {rate}. A fraction (0.03) follows the length of the run"
+        )
+    if isinstance(train.save_every, int) and train.save_every > steps:
+        notes.add(
+            f"train.save_every: {train.save_every} steps, but the run has {steps}: no checkpoint before its end, so a "
+            "run that is killed begins again"
+        )
+    if not looked.inputs.validation:
+        return
+    every = epoch_steps(train, count) if train.validate_every == "epoch" else train.validate_every
+    every = every if isinstance(every, int) else max(1, round(every * steps))
+    if every > steps:
+        notes.add(
+            f"train.validate_every: {every} steps, but the run has {steps}: it is never validated, and ends with the "
+            "adapter of its last step"
+        )
+    elif train.early_stopping is not None and train.early_stopping >= steps // every:
+        notes.add(
+            f"train.early_stopping: {train.early_stopping} validations without improvement, but the run has "
+            f"{steps // every}: it cannot stop early"
+        )
