@@ -13,7 +13,7 @@ from trimtab.config.read import build_config
 from trimtab.config.run import TrainConfig
 from trimtab.errors import DataError
 from trimtab.tasks import Inputs, read_inputs
-from trimtab.training.trainer import total_steps
+from trimtab.training.schedule import total_steps
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,7 @@ A missing weight is an error, since transformers would fill it with random value
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -198,6 +199,12 @@ def _check_weights(folder: Path) -> None:
             f"AutoModelForCausalLM.from_pretrained(FOLDER, use_safetensors=False).save_pretrained(NEW_FOLDER)"
         )
     raise ModelError(f"{folder}: a configuration without weights: expected *.safetensors beside config.json.")
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' own chatter out of a run's output from here on; their errors stay."""
+    for name in ("transformers", "accelerate", "datasets"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ think is a sentence among the notes. ``trimtab plan`` says the same as ``trimtab
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from trimtab.config.resolve import Job
@@ -17,6 +17,7 @@ from trimtab.errors import ConfigError, DataError, ModelError
 from trimtab.models.chat_template import unknown_marks
 from trimtab.models.load import load_tokenizer
 from trimtab.notes import Notes, rows
+from trimtab.runs.events import Listener
 from trimtab.surgery.attach_report import AttachReport
 from trimtab.tasks import Inputs
 from trimtab.training.cautions import caution
@@ -41,6 +42,15 @@ def check_before(job: Job, inputs: Inputs | None, attached: AttachReport) -> lis
     if job.config.train.epochs:
         caution(job, attached, notes)
     return list(notes)
+
+
+def checked_inputs(job: Job, inputs: Inputs, attached: AttachReport, listener: Listener) -> Inputs:
+    """``inputs`` of a run that may begin, with what the user should know of it, which ``listener`` is told. Raises as
+    ``check_before`` does."""
+    found = check_before(job, inputs, attached)
+    for sentence in found:
+        listener.remark(sentence)
+    return replace(inputs, notes=(*inputs.notes, *found))
 
 
 @dataclass(frozen=True)

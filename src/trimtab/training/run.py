@@ -5,11 +5,9 @@ folder = finetune(load_config(Path("run.yaml")))
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -29,7 +27,7 @@ from trimtab.evaluation.evaluate import Evaluation, checked, evaluate, token_los
 from trimtab.machine import describe_machine, device, peak_memory_gib, versions
 from trimtab.memory.estimate import RowSizes
 from trimtab.memory.suggest import check_run
-from trimtab.models.load import load_model, load_tokenizer
+from trimtab.models.load import load_model, load_tokenizer, quiet_libraries
 from trimtab.runs.beginning import Opening, opened
 from trimtab.runs.checkpoints import numbered, prune, set_aside
 from trimtab.runs.events import Listener
@@ -41,7 +39,7 @@ from trimtab.surgery.attach_report import AttachReport, describe
 from trimtab.surgery.serving import evaluating
 from trimtab.tasks import Inputs, Task
 from trimtab.training.callbacks import Interrupting, LastLoss, Telling
-from trimtab.training.checks import check_before
+from trimtab.training.checks import checked_inputs
 from trimtab.training.compiling import Compiling
 from trimtab.training.metrics_log import Recorder, require_tensorboard
 from trimtab.training.rate_trials import with_rate
@@ -109,12 +107,9 @@ def _set_up(job: Job, opening: Opening, listener: Listener, began: float) -> _Ru
     inputs = task.read(config, tokenizer, listener, job.max_length)
     trains = not opening.trained and config.train.epochs > 0
     others = require_same_rows(opening, inputs.digests, inputs.sources, trains=trains)
-    found = check_before(job, inputs, check_run(job, RowSizes.of(config, inputs)))
-    for sentence in found:
-        listener.remark(sentence)
-    inputs = replace(inputs, notes=(*inputs.notes, *found))
+    inputs = checked_inputs(job, inputs, check_run(job, RowSizes.of(config, inputs)), listener)
 
-    _quiet_libraries()
+    quiet_libraries()
     listener.show(preview(inputs.rows, tokenizer))
     if config.train.prompt_loss_weight:
         listener.note(f"in training, a token of the prompt counts {config.train.prompt_loss_weight:g} of a marked one")
@@ -411,9 +406,3 @@ class _Run:
 
 def _step_of(checkpoint: Path | None) -> int:
     return int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint is not None else 0
-
-
-def _quiet_libraries() -> None:
-    """Keep the libraries' own chatter out of a run's output; their errors stay."""
-    for name in ("transformers", "accelerate", "datasets"):
-        logging.getLogger(name).setLevel(logging.ERROR)
