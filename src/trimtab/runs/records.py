@@ -159,9 +159,22 @@ class PlanRecord(Record):
         """The methods in the order of the rules, each once."""
         return list(dict.fromkeys(rule.method for rule in self.rules))
 
+    @property
+    def headline(self) -> str:
+        """How many modules are adapted, and what share of the model is trained."""
+        share = 100 * self.trainable_parameters / max(1, self.total_parameters)
+        return (
+            f"{len(self.modules)} modules adapted: {self.trainable_parameters:,} of {self.total_parameters:,} "
+            f"parameters trained ({share:.2f} %)"
+        )
+
     def remarks(self) -> list[str]:
-        """What the user should know of the plan, a line each: ranks that were lowered, and what no rule reached."""
+        """What the user should know of the plan, a line each: rows of zeros, ranks that were lowered, and what no rule
+        reached."""
         lines = []
+        if self.zero_rows:
+            rows = sum(self.zero_rows.values())
+            lines.append(f"{rows} rows of zeros in {len(self.zero_rows)} modules keep their output at zero")
         if self.lowered_ranks:
             lines.append(f"rank lowered to the largest that fits: {_some(self.lowered_ranks)}")
         if self.unreached and self.modules:

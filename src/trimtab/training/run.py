@@ -269,14 +269,7 @@ class _Run:
         self._summary = self._summary.updated(
             total_parameters=report.total_parameters, trainable_parameters=report.trainable_parameters
         )
-        share = 100 * report.trainable_parameters / max(1, report.total_parameters)
-        self.listener.note(
-            f"{len(report.modules)} modules adapted: {report.trainable_parameters:,} of {report.total_parameters:,} "
-            f"parameters trained ({share:.2f} %)"
-        )
-        if report.zero_rows:
-            rows = sum(report.zero_rows.values())
-            self.remark(f"{rows} rows of zeros in {len(report.zero_rows)} modules keep their output at zero")
+        self.listener.note(plan.headline)
         for line in plan.remarks():
             self.remark(line)
 
@@ -361,9 +354,10 @@ class _Run:
         ]
         if train.early_stopping is not None:
             callbacks.append(EarlyStoppingCallback(train.early_stopping))
-        earlier = self.folder.cut_metrics(_step_of(checkpoint))
+        began_at = int(checkpoint.name.rpartition("-")[2]) if checkpoint is not None else 0
+        earlier = self.folder.cut_metrics(began_at)
         if checkpoint is not None:
-            self.listener.note(f"resuming at step {_step_of(checkpoint)}")
+            self.listener.note(f"resuming at step {began_at}")
         best = metrics.best_by(train.metric, scored=self.inputs.scored)
         events = self.folder.tensorboard if train.tensorboard else None
         began = time.perf_counter()
@@ -402,7 +396,3 @@ class _Run:
         if keeps_best:
             self._summary = self._summary.updated(best_step=step)
             self.listener.note(f"kept the adapter of step {step}, the best in validation")
-
-
-def _step_of(checkpoint: Path | None) -> int:
-    return int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint is not None else 0
