@@ -237,11 +237,23 @@ def _parquet(source: str, path: Path) -> Iterator[Row]:
                 budget.take(batch.nbytes + 128 * batch.num_rows)
                 for value in batch.to_pylist():
                     number += 1
-                    yield Row(source, number, f"{source}, row {number}", value)
+                    yield Row(source, number, f"{source}, row {number}", columnar(value))
     except pyarrow.ArrowException as error:
         if isinstance(error, MemoryError):
             raise
         raise DataError(f"{source}: not a readable parquet file: {first_line(error)}") from error
+
+
+def columnar(row: dict[str, Any]) -> dict[str, Any]:
+    """``row`` of a columnar file without the nulls in its objects: there every object has all the keys that any other
+    in the column has, and null where the row that was written had no such key. The row's own keys stay."""
+    return {key: _filled(value) if isinstance(value, dict | list) else value for key, value in row.items()}
+
+
+def _filled(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _filled(held) for key, held in value.items() if held is not None}
+    return [_filled(held) for held in value] if isinstance(value, list) else value
 
 
 def first_line(error: Exception) -> str:

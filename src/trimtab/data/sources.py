@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.data.opening import COMPRESSED, endings, require_file
-from trimtab.data.readers import READERS, first_line
+from trimtab.data.readers import READERS, columnar, first_line
 from trimtab.data.rows import Row, Source
 from trimtab.errors import DataError, did_you_mean, nearest
 
@@ -225,7 +225,7 @@ def _read_folder(source: str, folder: Path, split: str | None) -> Iterator[Row]:
         else:
             held = datasets.load_dataset(str(folder), split=split)
         for number, value in enumerate(held, start=1):
-            yield Row(source, number, f"{source}, row {number}", dict(value))
+            yield Row(source, number, f"{source}, row {number}", columnar(value))
     except (DataError, OSError):
         raise
     except Exception as error:
@@ -243,7 +243,7 @@ def _read_hub(source: str, path: str, part: _Slice | None) -> Iterator[Row]:
         split += f"[{part.start or ''}:{part.stop or ''}]"
     try:
         for number, value in enumerate(datasets.load_dataset(name, config, split=split), start=1):
-            yield Row(source, number, f"{source}, row {number}", dict(value))
+            yield Row(source, number, f"{source}, row {number}", columnar(value))
     except datasets.exceptions.DatasetNotFoundError as error:
         raise DataError(
             f"{source}: there is no such file, and the hub has no dataset '{name}' that you may read; check the "

@@ -54,7 +54,7 @@ class Reading:
             ("keys that the chat template does not show", self._offered),
         ):
             if keys:
-                listed = ", ".join(f"{key} ({rows.count:,} rows)" for key, rows in keys.items())
+                listed = ", ".join(f"{key} ({rows.count:,} row{'s' * (rows.count > 1)})" for key, rows in keys.items())
                 self.notes.add(f"{what}: {listed}; the first row is {next(iter(keys.values())).first}")
 
     @cached_property

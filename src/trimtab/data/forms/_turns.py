@@ -90,6 +90,7 @@ def _rendered(talk: Talk, template: ChatTemplate, place: str) -> tuple[Talk, str
     if not calls:
         return talk, _render(talk, template, place)
     refused: DataError | None = None
+    written = False
     for variant in _variants(talk):
         try:
             text = _render(variant, template, place)
@@ -98,7 +99,10 @@ def _rendered(talk: Talk, template: ChatTemplate, place: str) -> tuple[Talk, str
             continue
         if all(_stands(call, text) for call in calls):
             return variant, text
-    raise refused or DataError(
+        written = True
+    if refused and not written:
+        raise refused
+    raise DataError(
         f"{place}: the chat template does not write the call of '{name_of(calls[0])}', so it could not be learnt; use "
         "a model whose template knows tools, give model.chat_template, or write the call into the content."
     )

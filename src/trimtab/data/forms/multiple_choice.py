@@ -12,6 +12,7 @@ choice is scored. Small models do far better at this than at naming the right ch
 from __future__ import annotations
 
 import re
+import string
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -23,6 +24,9 @@ from trimtab.errors import DataError
 
 PROMPT = "Question: {question}\nAnswer:"
 """The prompt with which such sets are commonly evaluated."""
+
+LETTERS = tuple(string.ascii_uppercase)
+"""By which rows name their choices where no choice is such a letter itself."""
 
 _INSTRUCTION = re.compile(
     r"(?s)Please choose the correct \w+ [^:]*: (?P<question>.*?)\n\n(?P<choices>(?P<word>[A-Z][a-z]+)1: .*?)"
@@ -98,8 +102,10 @@ def _question(question: Any, choices: list[Any], labels: list[Any] | None, answe
         right = known.index(answer.strip())
     elif labels is None and isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(texts):
         right = answer
+    elif labels is None and isinstance(answer, str) and answer in LETTERS[: len(texts)]:
+        right = LETTERS.index(answer)
     else:
-        others = "" if labels is not None else f", or a number from 0 to {len(texts) - 1}"
+        others = "" if labels is not None else f", or a number from 0 to {len(texts) - 1}, or a letter"
         raise ValueError(f"'{key}' must be one of {', '.join(map(str, known))}{others}, but is {answer!r}")
     different = tuple(dict.fromkeys(texts))
     if len(different) < 2:
