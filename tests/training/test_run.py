@@ -82,7 +82,7 @@ def test_the_run_folder(make_config: Callable[..., Any], tmp_path: Path, model_f
     assert lines[0].keys() == {
         *("kind", "step", "epoch", "loss", "learning_rate", "grad_norm", "tokens_per_second", "seconds", "memory_gib")
     }
-    assert lines[1].keys() == {"kind", "step", "epoch", "loss", "accuracy", "macro_f1", "seconds"}
+    assert lines[2].keys() == {"kind", "step", "epoch", "loss", "accuracy", "macro_f1", "seconds"}
 
     summary = read_json(folder.summary)
     assert summary["status"] == "finished"

@@ -19,11 +19,12 @@ from trimtab.evaluation import answers
 from trimtab.evaluation.answers import Judge, Judged
 from trimtab.evaluation.choice import score_choices
 from trimtab.evaluation.generation import generate_answers
+from trimtab.evaluation.shortened import shortened
 from trimtab.files import write_jsonl
 from trimtab.metrics import Outcomes
 from trimtab.metrics import measure as compute_metrics
 from trimtab.models.positions import positions_of
-from trimtab.runs.results import RESULTS, Prediction, Result
+from trimtab.runs.results import RESULTS, Measured, Prediction, Result
 from trimtab.surgery.serving import evaluating
 from trimtab.tasks import Head
 
@@ -101,7 +102,8 @@ def evaluate(
         raise DataError(f"{name}: there are no rows to evaluate.")
     started = time.perf_counter()
     settings: dict[str, Any] = {"batch_size": batch_size, "max_length": positions_of(head.model).limit(max_length)}
-    closed = closed_set(choices, examples)
+    limit, closed = settings["max_length"], closed_set(choices, examples)
+    writes = False
     with evaluating(head.model):
         if (closed is not None or all(example.choices for example in examples)) and not generate:
             scored = score_choices(head, tokenizer, examples, closed, progress=progress, **settings)
@@ -110,6 +112,7 @@ def evaluate(
             loss, tokens = token_loss(head, tokenizer, examples, progress=progress, **settings)
             judged = Judged("perplexity", Outcomes(), [], {"tokens": tokens})
         else:
+            writes = True
             if closed is not None:
                 judge = partial(answers.labels, known=closed)
             settings["progress"] = progress
@@ -117,6 +120,8 @@ def evaluate(
             judged = judge(examples, written)
             loss, tokens = token_loss(head, tokenizer, examples, **{**settings, "progress": None})
     outcomes = replace(judged.outcomes, loss=checked(loss, tokens), tokens=tokens)
+    short = shortened(examples, tokenizer, limit, max_new_tokens if writes else None)
+    lengths = {"cut": short.cut, "left_out": len(short.left_out)}
     record = RESULTS[judged.kind](
         kind=judged.kind,
         dataset=name,
@@ -124,19 +129,21 @@ def evaluate(
         figures=compute_metrics(judged.kind, outcomes),
         seconds=round(time.perf_counter() - started, 3),
         **judged.details,
+        **{name: count for name, count in lengths.items() if count},
     )
     return Evaluation(name, record, judged.rows)
 
 
-def write(evaluation: Evaluation, folder: Path | str, stage: str) -> None:
+def write(evaluation: Evaluation, folder: Path | str, stage: str, measured: Measured | None = None) -> None:
     """Write ``evaluation/NAME.STAGE.json`` and any predictions, ``predictions/NAME.STAGE.jsonl``, into a run folder.
 
-    ``stage`` is ``"before"`` or ``"after"``.
+    ``stage`` is ``"before"`` or ``"after"``; ``measured``: what the result says that it is of.
     """
+    record = evaluation.record.updated(**measured._asdict()) if measured is not None else evaluation.record
     if evaluation.rows:
         write_jsonl(Path(folder) / "predictions" / f"{evaluation.name}.{stage}.jsonl", evaluation.predictions)
     # Last, since it says that the test set is evaluated.
-    evaluation.record.write_to(Path(folder) / "evaluation" / f"{evaluation.name}.{stage}.json")
+    record.write_to(Path(folder) / "evaluation" / f"{evaluation.name}.{stage}.json")
 
 
 def token_loss(

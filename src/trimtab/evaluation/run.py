@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 from trimtab.adapters.store import load_adapter
 from trimtab.config.read import load_config
-from trimtab.config.resolve import source_of
+from trimtab.config.resolve import Job, source_of
 from trimtab.config.run import EvaluationConfig
 from trimtab.data.forms import read_examples
 from trimtab.data.rows import Source
@@ -17,14 +20,16 @@ from trimtab.data.sources import name_of
 from trimtab.errors import ConfigError, DataError
 from trimtab.evaluation.benchmark_tasks import BenchmarkTask, evaluate_task, find_task
 from trimtab.evaluation.evaluate import evaluate, write
+from trimtab.files import read_json
 from trimtab.machine import best_precision, device
 from trimtab.models.load import load_tokenizer
 from trimtab.models.locate import locate
 from trimtab.notes import Notes
+from trimtab.notes import rows as counted
 from trimtab.runs.events import Listener
 from trimtab.runs.folder import RunFolder
 from trimtab.runs.load import is_run, load_fitting, load_run_model
-from trimtab.runs.results import Result
+from trimtab.runs.results import OWN_ADAPTER, Measured, Result, read_result
 from trimtab.tasks import Head
 
 ELSEWHERE = Path("runs/evaluate")
@@ -98,9 +103,20 @@ def measure(
         model = model.to(device()).eval()
 
     folder = out or (run.path if run is not None and as_in_run else ELSEWHERE)
+    model_name = config.model.name if config is not None else target
+    if run is not None and not base:
+        label, adapter_name = (
+            str(run.path.absolute()),
+            OWN_ADAPTER if folder == run.path else str(run.adapter.absolute()),
+        )
+    elif adapter is not None:
+        label, adapter_name = str(adapter.absolute()), str(adapter.absolute())
+    else:
+        label, adapter_name = model_name, None
     stage = "after" if (run is not None and not base) or adapter is not None else "before"
     summary = run.read_summary() if run is not None else None
     known = summary.choices if summary is not None else None
+    length = Job.of(config).reading_length if config is not None else None
     head = Head(model)
     results = []
     for name, examples in rows.items():
@@ -109,6 +125,7 @@ def measure(
             "generate": generate,
             "batch_size": batch_size or defaults.batch_size,
             "progress": partial(listener.evaluating, name),
+            "max_length": length,
         }
         if (task := named.get(name)) is not None:
             settings |= {"choices": choices, "limit": limit, "max_new_tokens": max_new_tokens}
@@ -122,9 +139,35 @@ def measure(
             settings["choices"] = choices or (known if fits else "infer")
             settings["max_new_tokens"] = max_new_tokens or defaults.max_new_tokens
             measured = evaluate(head, tokenizer, examples, name=name, **settings)
-        write(measured, folder, stage)
+        place = files[name]
+        of = Measured.of(model_name, adapter_name, [place] if isinstance(place, str) else [one.path for one in place])
+        if measured.record.cut:
+            listener.remark(f"{counted(measured.record.cut)} of {name} cut to what the model reads")
+        own_name = _free_name(folder, name, stage, of, Path(label).stem, own=run is not None and folder == run.path)
+        write(replace(measured, name=own_name), folder, stage, of)
+        listener.note(f"written to {folder / 'evaluation' / f'{own_name}.{stage}.json'}")
         results.append(measured.record)
     return folder, results
+
+
+def _free_name(folder: Path, name: str, stage: str, of: Measured, label: str, *, own: bool) -> str:
+    """``name``; or where the result of another model, another adapter or other rows has it already, ``name`` and
+    ``label``, with a number if need be. What is measured again takes the place that it had.
+
+    ``own``: results that do not say what they are of are the run's, which an earlier version wrote."""
+
+    def may_take(name: str) -> bool:
+        try:
+            before = read_result(read_json(folder / "evaluation" / f"{name}.{stage}.json")).measured
+        except FileNotFoundError:
+            return True
+        except (OSError, ValueError, RecursionError):  # damaged; whatever it was, it is not ours to replace
+            return False
+        return before == of or (own and before.model is None)
+
+    label = re.sub(r"[^A-Za-z0-9._-]+", "-", label).strip(".-") or "other"
+    names = chain([name, f"{name}-{label}"], (f"{name}-{label}-{number}" for number in count(2)))
+    return next(filter(may_take, names))
 
 
 def _files(

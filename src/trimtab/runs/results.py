@@ -5,7 +5,9 @@ The metrics of a result are its ``figures``; `trimtab.metrics` has the table of 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, Self, get_args
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, get_args
 
 from pydantic import Field, TypeAdapter, model_validator
 from pydantic_core import PydanticCustomError
@@ -39,13 +41,36 @@ class QuestionScore(FiguresRecord):
     rows: int
 
 
+OWN_ADAPTER = "adapter"
+"""What a result in a run's folder calls the run's own adapter, wherever the folder is moved."""
+
+
+class Measured(NamedTuple):
+    """What was measured on what: the model, its adapter (None: the bare model) and the files of the rows."""
+
+    model: str | None
+    adapter: str | None
+    source: str | None
+
+    @classmethod
+    def of(cls, model: str, adapter: str | None, files: Iterable[str]) -> Measured:
+        """With local files by their absolute paths."""
+        places = (str(Path(file).absolute()) if Path(file).exists() else file for file in files)
+        return cls(model, adapter, ", ".join(places))
+
+
 class _Result(FiguresRecord):
-    """What all kinds of result have. ``task`` and what follows it: of a benchmark's task alone."""
+    """What all kinds of result have. ``task`` and what follows it: of a benchmark's task alone.
+
+    ``cut``: rows of which the model did not read all; ``left_out``: those that are no part of the perplexity, since
+    their answers have no room. ``model``, ``adapter`` and ``source``, the files of the rows: what was measured on what.
+    """
 
     order: ClassVar[tuple[str, ...]] = (
         *("kind", "dataset", "rows", "answers", "choices", "figures", "per_class", "confusion", "majority", "chance"),
         *("unusable", "word_f1", "perplexity", "tokens", "seconds"),
         *("task", "answered_by", "relabelled", "questions", "mean_weighted_f1", "correct"),
+        *("cut", "left_out", "model", "adapter", "source"),
     )
 
     kind: str
@@ -56,6 +81,11 @@ class _Result(FiguresRecord):
     answered_by: str | None = None
     relabelled: dict[str, str] = Field(default_factory=dict)
     questions: list[QuestionScore] = Field(default_factory=list)
+    cut: int = 0
+    left_out: int = 0
+    model: str | None = None
+    adapter: str | None = None
+    source: str | None = None
     correct: str | None = None
     """In the results of a study's cell: a ``1`` or a ``0`` for each row."""
 
@@ -66,6 +96,11 @@ class _Result(FiguresRecord):
         if name not in self.figures or (self.figures[name] is None and name != "perplexity"):
             raise PydanticCustomError("missing", "'{name}' should be a number", {"name": name})
         return self
+
+    @property
+    def measured(self) -> Measured:
+        """What was measured on what."""
+        return Measured(self.model, self.adapter, self.source)
 
     @property
     def main(self) -> float | None:

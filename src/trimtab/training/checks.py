@@ -12,8 +12,9 @@ from typing import Any
 
 from trimtab.config.resolve import Job
 from trimtab.data.rows import Example
-from trimtab.data.tokens import EncodedRows, encode_all, encode_prompt
+from trimtab.data.tokens import encode_prompt
 from trimtab.errors import ConfigError, DataError, ModelError
+from trimtab.evaluation.shortened import shortened
 from trimtab.models.chat_template import unknown_marks
 from trimtab.models.load import load_tokenizer
 from trimtab.notes import Notes, rows
@@ -125,10 +126,11 @@ def _validation_rows(looked: _Looked, notes: Notes) -> None:
     if not inputs.validation or inputs.scored or not looked.job.config.train.epochs:
         return
     try:
-        encoded = encode_all(inputs.validation, looked.tokenizer, length)
+        short = shortened(inputs.validation, looked.tokenizer, length)
     except DataError as error:
         raise DataError(f"data.validation: {error} Raise data.max_length, or give other rows") from None
-    _tell_left(encoded, "validation", notes)
+    for place, reason in short.left_out:
+        notes.row(place, f"left out of the validation ({reason})")
 
 
 def _room_to_write(looked: _Looked, notes: Notes) -> None:
@@ -152,26 +154,20 @@ def _test_rows(looked: _Looked, notes: Notes) -> None:
     for name, tested in looked.inputs.tests.items():
         if not tested:
             continue
-        if name in looked.written:
-            room = limit - config.evaluation.max_new_tokens
-            cut = sum(len(encode_prompt(row.prompt, looked.tokenizer)) > room for row in tested)
-            if cut:
-                notes.add(
-                    f"{rows(cut)} of the test set {name} cut: only the last {room} tokens of a prompt are read, before "
-                    f"{config.evaluation.max_new_tokens} new ones (evaluation.max_new_tokens)"
-                )
+        new = config.evaluation.max_new_tokens if name in looked.written else None
         try:
-            encoded = encode_all(tested, looked.tokenizer, limit)
+            short = shortened(tested, looked.tokenizer, limit, new)
         except DataError as error:
             raise DataError(f"data.test: {name}: {error}") from None
-        if encoded.cut and name not in looked.written:
-            notes.add(f"{rows(encoded.cut)} of the test set {name} cut to {limit} tokens")
-        _tell_left(encoded, f"test set {name}", notes)
-
-
-def _tell_left(encoded: EncodedRows, what: str, notes: Notes) -> None:
-    for source, number, reason in encoded.dropped:
-        notes.row(f"{source}, row {number}", f"left out of the loss of the {what} ({reason})")
+        if short.cut and new is not None:
+            notes.add(
+                f"{rows(short.cut)} of the test set {name} cut: only the last {limit - new} tokens of a prompt are "
+                f"read, before {new} new ones (evaluation.max_new_tokens)"
+            )
+        elif short.cut:
+            notes.add(f"{rows(short.cut)} of the test set {name} cut to {limit} tokens")
+        for place, reason in short.left_out:
+            notes.row(place, f"left out of the loss of the test set {name} ({reason})")
 
 
 def _schedule(looked: _Looked, notes: Notes) -> None:

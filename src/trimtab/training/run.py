@@ -33,6 +33,7 @@ from trimtab.runs.checkpoints import numbered, prune, set_aside
 from trimtab.runs.events import Listener
 from trimtab.runs.folder import RunFolder
 from trimtab.runs.records import Machine, PlanRecord, Summary
+from trimtab.runs.results import OWN_ADAPTER, Measured
 from trimtab.runs.same_rows import require_same_rows
 from trimtab.surgery.attach import attach, trainable_parameters
 from trimtab.surgery.attach_report import AttachReport, describe
@@ -287,7 +288,8 @@ class _Run:
                 continue
             self.listener.stage(f"Evaluating {name} {stage} training")
             evaluation = self._evaluation(rows, name)
-            write(evaluation, self.folder.path, stage)
+            adapter, files = OWN_ADAPTER if stage == "after" else None, [s.path for s in self.config.data.test[name]]
+            write(evaluation, self.folder.path, stage, Measured.of(self.config.model.name, adapter, files))
             self.listener.evaluated(evaluation.result)
 
     def _evaluation(self, rows: list[Example], name: str) -> Evaluation:

@@ -92,7 +92,12 @@ def evaluation_table(result: Result) -> Table:
     table = _table()
     for title in (result.dataset, "value"):
         table.add_column(_text(title), justify="right" if title == "value" else "left")
-    lines = [("rows", words.count(result.rows))]
+    lines = [(name, text) for name, text in (("model", result.model), ("adapter", result.adapter)) if text]
+    lines.append(("rows", words.count(result.rows)))
+    if result.cut:
+        lines.append(("rows cut to what the model reads", words.count(result.cut)))
+    if result.left_out:
+        lines.append(("rows left out of the perplexity", words.count(result.left_out)))
     numbers = []
     for metric in of_kind(result.kind):
         value = result.figures.get(metric.name)
