@@ -185,7 +185,9 @@ def _rows() -> str:
         form = forms.find(name)
         module = inspect.getmodule(type(form))
         keys = ", ".join(f"`{key}`" for key in form.keys)
-        lines += [f"## `{name}`", "", f"Keys: {keys}.", "", *_prose(inspect.getdoc(module) or ""), ""]
+        more = ", ".join(f"`{key}`" for key in (*form.optional, "weight"))
+        used = f"Keys: {keys}. Used where they are there: {more}."
+        lines += [f"## `{name}`", "", used, "", *_prose(inspect.getdoc(module) or ""), ""]
     return "\n".join(lines)
 
 

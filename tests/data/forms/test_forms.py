@@ -15,6 +15,7 @@ from trimtab.data import forms
 from trimtab.data.forms import read_examples
 from trimtab.data.rows import Example
 from trimtab.errors import DataError
+from trimtab.notes import Notes
 
 CONTEXT = "Instruction: What is the sentiment of this news?\nInput: Profit rose .\nAnswer: "
 MESSAGES = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "a good answer"}]
@@ -142,6 +143,15 @@ def test_forms_are_recognised_in_order(jsonl: Writer, tmp_path: Path, tokenizer:
     for form, row in reversed(ROW_OF.items()):
         merged |= row
         assert read_examples(jsonl(merged), tokenizer, root=tmp_path)[0].form == form
+
+
+def test_every_form_says_which_keys_it_uses(jsonl: Writer, tmp_path: Path, tokenizer: Any) -> None:
+    for name, row in ROW_OF.items():
+        form = forms.find(name)
+        notes = Notes()
+        read_examples(jsonl({**row, "id": 3}), tokenizer, root=tmp_path, notes=notes)
+        assert any(note.startswith("keys that are not used: 'id' (1 row)") for note in notes), name
+        assert set(row) <= form.known
 
 
 def test_nulls_of_a_columnar_file_count_as_missing(tmp_path: Path) -> None:

@@ -157,14 +157,3 @@ def test_keys_that_are_not_used_are_named_once_with_their_rows(jsonl: Writer, tm
     assert list(notes) == [
         "keys that are not used: 'topic' (2 rows), 'source' (1 row); the first row is rows.jsonl, line 2"
     ]
-
-
-def test_every_form_says_which_keys_it_uses(jsonl: Writer, tmp_path: Path, tokenizer: Any) -> None:
-    from tests.data.forms.test_forms import ROW_OF
-
-    for name, row in ROW_OF.items():
-        form = forms.find(name)
-        notes = Notes()
-        read_examples(jsonl({**row, "id": 3}), tokenizer, root=tmp_path, notes=notes)
-        assert any(note.startswith("keys that are not used: 'id' (1 row)") for note in notes), name
-        assert set(row) <= form.known
