@@ -26,7 +26,7 @@ from pydantic import ValidationError
 
 from trimtab.config.run import RunConfig
 from trimtab.errors import RunError
-from trimtab.files import read_json
+from trimtab.files import read_json, remove_leftovers
 from trimtab.runs.events import Listener
 from trimtab.runs.folder import RunFolder
 from trimtab.runs.read import first_complaint, read_sets
@@ -57,19 +57,35 @@ def run_cell(
             else.
         Interrupted: by the user; what was done is kept.
     """
-    if (done := finished_cell(config)) is not None:
-        return done
     folder = RunFolder(config.output / "run")
+    if (done := finished_cell(config)) is not None:
+        _tidy(folder, keep)
+        return done
     if folder.status != "finished":
         run_apart(config.model_copy(update={"output": folder.path}), listener or Listener())
     cell = _record(folder, config)
     if measure is not None:
         cell = cell.updated(measured=measure(folder))
     cell.write_to(config.output / "cell.json")
-    shutil.rmtree(folder.checkpoints, ignore_errors=True)
-    if keep == "results":
-        shutil.rmtree(folder.path)
+    _tidy(folder, keep)
     return cell
+
+
+def _tidy(folder: RunFolder, keep: Literal["results", "adapters"]) -> None:
+    """Remove what a cell that is done does not keep, or what is left of it where this was cut off.
+
+    A run that was tidied already, and kept, has an adapter and no checkpoints: it stays.
+    """
+    remove_leftovers(folder.path.parent, alone=True)
+    removed = folder.path.with_name(".removed")
+    if folder.path.exists() and (folder.checkpoints.exists() or not folder.has_adapter):
+        if keep == "results":
+            shutil.rmtree(removed, ignore_errors=True)
+            folder.path.rename(removed)
+        else:
+            shutil.rmtree(folder.checkpoints, ignore_errors=True)
+    if removed.exists():
+        shutil.rmtree(removed)
 
 
 def finished_cell(config: RunConfig) -> CellRecord | None:

@@ -74,6 +74,7 @@ def compare(
             nonlocal number
             for cell in cells:
                 if finished_cell(cell.config) is not None:
+                    run_cell(cell.config, keep=study.said.keep)  # removes what it left where it was cut off
                     continue
                 number += 1
                 listener.cell_began(cell, number, total)

@@ -127,9 +127,9 @@ def _check_optimizer(found: Any, optimizer: torch.optim.Optimizer, step: int) ->
             said = mine.get(key, value)
             same = _is_plain(said, 0.0) and said >= 0 if key == "lr" else _same(said, value)
             _expect(same, _OPTIMIZER, f"'{key}' of a group is another")
-    shapes = dict(enumerate(p.shape for group in optimizer.param_groups for p in group["params"]))
-    _expect(isinstance(state, dict) and state.keys() <= shapes.keys(), _OPTIMIZER, "it is of other tensors")
-    _expect(bool(state) or not shapes, _OPTIMIZER, "its moments are missing")
+    trained = dict(enumerate(tensor for group in optimizer.param_groups for tensor in group["params"]))
+    _expect(isinstance(state, dict) and state.keys() <= trained.keys(), _OPTIMIZER, "it is of other tensors")
+    _expect(bool(state) or not trained, _OPTIMIZER, "its moments are missing")
     for number, moments in state.items():
         _expect(
             isinstance(moments, dict) and moments.keys() == {"step", "exp_avg", "exp_avg_sq"},
@@ -137,8 +137,8 @@ def _check_optimizer(found: Any, optimizer: torch.optim.Optimizer, step: int) ->
             f"the moments of tensor {number} are not there",
         )
         for key, tensor in moments.items():
-            shape = torch.Size() if key == "step" else shapes[number]
-            _expect(_is_dense(tensor, shape), _OPTIMIZER, f"'{key}' of tensor {number} is of another shape or kind")
+            like = torch.empty((), device="meta") if key == "step" else trained[number]
+            _expect(_is_like(tensor, like), _OPTIMIZER, f"'{key}' of tensor {number} is of another shape or kind")
             _expect(bool(tensor.isfinite().all()), _OPTIMIZER, f"'{key}' of tensor {number} is not a number")
         _expect(0 < float(moments["step"]) <= step, _OPTIMIZER, f"tensor {number} is of another step")
         _expect(bool((moments["exp_avg_sq"] >= 0).all()), _OPTIMIZER, f"a square of tensor {number} is negative")
@@ -151,15 +151,16 @@ def _same(found: Any, expected: Any) -> bool:
     return not isinstance(found, Tensor) and bool(found == expected)
 
 
-def _is_dense(tensor: Any, shape: torch.Size) -> bool:
-    """Whether ``tensor`` is an ordinary one of ``shape`` with a place in memory for each of its numbers."""
+def _is_like(tensor: Any, other: Tensor) -> bool:
+    """Whether ``tensor`` is an ordinary one, of the shape of ``other`` and laid out in memory as what torch makes like
+    that."""
     return (
         type(tensor) is Tensor
         and tensor.layout == torch.strided
         and tensor.device.type == "cpu"
         and tensor.is_floating_point()
-        and tensor.shape == shape
-        and (tensor.numel() <= 1 or torch.empty_like(tensor).stride() == tensor.stride())
+        and tensor.shape == other.shape
+        and tensor.stride() == torch.empty_like(other, device="meta").stride()
     )
 
 
@@ -205,7 +206,7 @@ def _check_average(file: Path, averaged: Mapping[str, nn.Parameter]) -> None:
             _expect(count.isdecimal() and 0 < len(count) < 10, file.name, "it has no count")
             for name, parameter in averaged.items():
                 tensor = stored.get_tensor(name)
-                _expect(_is_dense(tensor, parameter.shape), file.name, f"{name} is of another shape")
+                _expect(_is_like(tensor, parameter), file.name, f"{name} is of another shape")
                 _expect(bool(tensor.isfinite().all()), file.name, f"{name} is not a number")
     except (OSError, SafetensorError) as error:
         raise DamageError(f"{file.name} cannot be read ({_first_line(error)})") from None

@@ -129,7 +129,7 @@ def _conclude(folder: RunFolder, summary: Summary) -> None:
     from trimtab.reports.run.run_page import write_run_page  # matplotlib: not before the run is over
 
     folder.link_adapter()
-    write_run_page(folder.path, summary)
+    write_run_page(folder.path, Summary.read(summary.plain()))  # as it will be read from its file
     summary.write_to(folder.summary)
 
 
