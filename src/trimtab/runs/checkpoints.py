@@ -29,6 +29,11 @@ def numbered(folder: Path, kind: str = "checkpoint") -> list[tuple[int, Path]]:
     return sorted((int(step), place) for step, place in found if step.isdecimal())
 
 
+def step_of(checkpoint: Path) -> int:
+    """The step at which a checkpoint was written."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
 def best_folder(folder: Path, step: int) -> Path:
     """Where the adapter of the best validation lies, which was at ``step``."""
     here = folder / f"best-{step}"

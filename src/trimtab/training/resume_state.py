@@ -25,8 +25,9 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import safe_globals
 
 from trimtab.adapters.store import read_adapter
+from trimtab.config.run import TrainConfig
 from trimtab.errors import AdapterError
-from trimtab.runs.checkpoints import STATE, best_folder, damage
+from trimtab.runs.checkpoints import STATE, best_folder, damage, numbered, prune, set_aside, step_of
 from trimtab.training.callbacks import AVERAGE_FILE
 
 _OPTIMIZER, _SCHEDULER, _GENERATORS = "optimizer.pt", "scheduler.pt", "rng_state.pth"
@@ -35,6 +36,44 @@ _LARGEST_STATE = 16 * 1024**2  # bytes of trainer_state.json, which has a few hu
 
 class DamageError(Exception):
     """A file of a checkpoint is not what it should be; the message names it."""
+
+
+def newest_whole(
+    folder: Path,
+    optimizer: torch.optim.Optimizer,
+    train: TrainConfig,
+    *,
+    trained: Mapping[str, nn.Parameter],
+    steps: int,
+    validates: bool,
+    tell: Callable[[str], None],
+) -> Path | None:
+    """The newest checkpoint in ``folder`` that training can go on from; None if there is none. Those after it are told
+    and put aside, and those that ``train`` does not keep beside it are removed.
+
+    Args:
+        optimizer: as training makes it, without a state.
+        trained: the trained tensors; ``steps``: of the whole run.
+        validates: whether there are validation rows.
+        tell: is given a sentence for each checkpoint that is damaged.
+    """
+    keep = train.keep_checkpoints
+    for step, place in reversed(numbered(folder)):
+        averages = train.average is not None and step > round((1 - train.average) * steps)
+        reason = why_not(
+            place,
+            optimizer=optimizer,
+            averaged=trained if averages else {},
+            patience=train.early_stopping,
+            keeps_best=validates and train.keep_best,
+        )
+        if reason is None:
+            prune(folder, keep)
+            return place
+        kept = set_aside(place).name
+        tell(f"{place.name} is damaged ({reason}): it is kept as {kept}, and the one before it is taken")
+    prune(folder, keep)
+    return None
 
 
 def why_not(
@@ -53,7 +92,7 @@ def why_not(
         patience: of early stopping.
         keeps_best: whether the adapter of the best validation is needed at the end.
     """
-    step = int(checkpoint.name.rpartition("-")[2])
+    step = step_of(checkpoint)
     if (reason := damage(checkpoint, (STATE, _OPTIMIZER, _SCHEDULER, _GENERATORS))) is not None:
         return reason
     try:

@@ -29,7 +29,7 @@ from trimtab.memory.estimate import RowSizes
 from trimtab.memory.suggest import check_run
 from trimtab.models.load import load_model, load_tokenizer, quiet_libraries
 from trimtab.runs.beginning import Opening, opened
-from trimtab.runs.checkpoints import numbered, prune, set_aside
+from trimtab.runs.checkpoints import step_of
 from trimtab.runs.events import Listener
 from trimtab.runs.folder import RunFolder
 from trimtab.runs.records import Machine, PlanRecord, Summary
@@ -44,7 +44,7 @@ from trimtab.training.checks import checked_inputs
 from trimtab.training.compiling import Compiling
 from trimtab.training.metrics_log import Recorder, require_tensorboard
 from trimtab.training.rate_trials import with_rate
-from trimtab.training.resume_state import why_not
+from trimtab.training.resume_state import newest_whole
 from trimtab.training.schedule import total_steps
 from trimtab.training.trainer import AdapterTrainer, make_optimizer
 
@@ -326,24 +326,17 @@ class _Run:
         self._summary = self._summary.updated(learning_rate=self.config.train.rate)
 
     def _checkpoint(self) -> Path | None:
-        """The newest checkpoint that training can go on from; those that are damaged are told and put aside."""
-        train, folder = self.config.train, self.folder.checkpoints
-        averaged_from = round((1 - (train.average or 0.0)) * total_steps(train, len(self.inputs.rows)))
-        for step, place in reversed(numbered(folder)):
-            reason = why_not(
-                place,
-                optimizer=make_optimizer(self.model, train),
-                averaged=trainable_parameters(self.model) if step > averaged_from else {},
-                patience=train.early_stopping,
-                keeps_best=bool(self.inputs.validation) and train.keep_best,
-            )
-            if reason is None:
-                prune(folder, train.keep_checkpoints)
-                return place
-            kept = set_aside(place).name
-            self.remark(f"{place.name} is damaged ({reason}): it is kept as {kept}, and the one before it is taken")
-        prune(folder, train.keep_checkpoints)
-        return None
+        """The newest checkpoint that training can go on from."""
+        train = self.config.train
+        return newest_whole(
+            self.folder.checkpoints,
+            make_optimizer(self.model, train),
+            train,
+            trained=trainable_parameters(self.model),
+            steps=total_steps(train, len(self.inputs.rows)),
+            validates=bool(self.inputs.validation),
+            tell=self.remark,
+        )
 
     def train(self, checkpoint: Path | None) -> None:
         """Train, and leave the model with the adapter that the run ends with."""
@@ -356,10 +349,10 @@ class _Run:
         ]
         if train.early_stopping is not None:
             callbacks.append(EarlyStoppingCallback(train.early_stopping))
-        began_at = int(checkpoint.name.rpartition("-")[2]) if checkpoint is not None else 0
-        earlier = self.folder.cut_metrics(began_at)
+        at = step_of(checkpoint) if checkpoint is not None else 0
+        earlier = self.folder.cut_metrics(at)
         if checkpoint is not None:
-            self.listener.note(f"resuming at step {began_at}")
+            self.listener.note(f"resuming at step {at}")
         best = metrics.best_by(train.metric, scored=self.inputs.scored)
         events = self.folder.tensorboard if train.tensorboard else None
         began = time.perf_counter()
