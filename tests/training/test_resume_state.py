@@ -24,6 +24,7 @@ from trimtab.files import read_json, write_json
 from trimtab.runs.checkpoints import COMPLETE, STATE, _sum, numbered
 from trimtab.runs.events import Listener
 from trimtab.surgery.attach import trainable_parameters
+from trimtab.surgery.attach_report import AttachReport
 from trimtab.training import callbacks
 from trimtab.training.resume_state import why_not
 from trimtab.training.run import finetune
@@ -55,7 +56,7 @@ def cut_off(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunConfig]:
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRIMTAB_CACHE", str(place / "cache"))
-        patch.setattr("trimtab.training.run.check_run", lambda *_: None)
+        patch.setattr("trimtab.training.run.check_run", lambda *_: AttachReport((), (), 0, 0))
         patch.setattr("trimtab.reports.run.run_page.write_run_page", lambda *_: None)
         with pytest.raises(Interrupted):
             finetune(config, listener=Stop())
