@@ -101,6 +101,17 @@ def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return entries
 
 
+@contextmanager
+def panics() -> Iterator[None]:
+    """A context in which a panic of a library in Rust (tokenizers, safetensors) becomes a ValueError."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # it can be had nowhere, and is no Exception
+            raise
+        raise ValueError(f"the library that reads it gave up: {' '.join(str(error).split())[:300]}") from None
+
+
 # Time and memory ----------------------------------------------------------------------------------------------------
 
 

@@ -10,7 +10,11 @@ from torch import nn
 
 import trimtab
 from adapter_tools import OUR_FILES, PEFT_FILES, edit_tensors, trained
+from command_line import cli
+from run_fixtures import make_yaml, model_folder, own_cache
 from trimtab import Rule
+
+__all__ = ["cli", "good", "make_yaml", "model_folder", "ours", "own_cache", "theirs"]
 
 LAYOUTS = {
     "peft": (PEFT_FILES, [Rule(match=["*.q_proj", "*.v_proj"], method="dora", rank=2)]),

@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from trimtab.errors import AdapterError, PlanError, machine_refusal
+from trimtab.reading import check_safetensors, once, panics, read_text
 
-_MOST_BYTES = 64 * 2**20  # of a description; one of ten thousand modules has three million
 _LONGEST_NAME = 512
 _LARGEST_INTEGER = 2**53  # JSON guarantees no more, and sizes are multiplied, so they must have a limit
 # Integers and flags are what some modules count while they train.
@@ -28,9 +28,7 @@ _DTYPES = ("F64", "F32", "BF16", "F16", "I64", "I32", "BOOL")
 def read_description(path: Path) -> dict[str, Any]:
     """The JSON object in ``path``. Raises AdapterError for everything that ``parse_description`` refuses."""
     try:
-        if path.stat().st_size > _MOST_BYTES:
-            raise ValueError(f"larger than {_MOST_BYTES} bytes")
-        return parse_description(path.read_text(encoding="utf-8"))
+        return parse_description(read_text(path))
     except (OSError, ValueError) as error:
         raise AdapterError(machine_refusal(error, path) or f"{path}: not readable as JSON ({error})") from None
 
@@ -43,22 +41,13 @@ def parse_description(text: str) -> dict[str, Any]:
     """
     try:
         value = json.loads(
-            text, object_pairs_hook=_once, parse_constant=_finite, parse_float=_finite, parse_int=_integer
+            text, object_pairs_hook=once, parse_constant=_finite, parse_float=_finite, parse_int=_integer
         )
     except RecursionError:
         raise ValueError("nested too deeply") from None
     if not isinstance(value, dict):
         raise ValueError(f"expected a JSON object, got {type(value).__name__}")
     return value
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    entries: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in entries:
-            raise ValueError(f"the key {shown(key)} stands twice")
-        entries[key] = value
-    return entries
 
 
 def _finite(text: str) -> float:
@@ -93,17 +82,18 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not path.is_file():
         raise AdapterError(f"{path}: missing; the adapter is incomplete")
     try:
-        path.open("rb").close()  # safetensors takes a file that may not be read for one that is missing
-        with safe_open(path, framework="pt") as file:
+        check_safetensors(path)
+        with panics(), safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (not a mapping)
                 if len(name) > _LONGEST_NAME:
                     raise AdapterError(f"{path}: a tensor's name is {len(name)} characters long: {shown(name)}")
                 if (dtype := file.get_slice(name).get_dtype()) not in _DTYPES:
                     raise AdapterError(f"{path}: {shown(name)} is {dtype}; expected one of {', '.join(_DTYPES)}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return tensors, file.metadata() or {}
+            header = file.metadata() or {}
     except (SafetensorError, OSError, ValueError) as error:
         raise AdapterError(machine_refusal(error, path) or f"{path}: a damaged safetensors file ({error})") from None
+    return tensors, header
 
 
 def shown(name: object, most: int = 120) -> str:

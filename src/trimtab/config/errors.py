@@ -37,7 +37,7 @@ def explain(schema: type[BaseModel], keys: tuple[str, ...], problem: Any) -> str
     if kind == "extra_forbidden":
         return f"{dotted}: unknown key.{_suggest(schema, keys)}"
     if kind == "missing":
-        return f"{dotted}: missing. {_section(schema, keys[:-1]).model_fields[keys[-1]].description}"
+        return f"{dotted}: missing. {_described(schema, keys)}".rstrip()
     if kind in _EXPECTED:
         message = "expected " + _EXPECTED[kind].format(**context)
     if not message.startswith("expected"):
@@ -51,11 +51,16 @@ def explain(schema: type[BaseModel], keys: tuple[str, ...], problem: Any) -> str
     return f"{dotted}: {message}, got {show(value)}.{hint}"
 
 
+def _described(schema: type[BaseModel], keys: tuple[str, ...]) -> str:
+    field = _section(schema, keys[:-1]).model_fields.get(keys[-1])
+    return field.description or "" if field is not None else ""
+
+
 def _section(schema: type[BaseModel], keys: tuple[str, ...]) -> type[BaseModel]:
+    """The section that ``keys`` lead to; the name of an entry in a mapping of sections is passed over."""
     for key in keys:
-        section = _model(schema.model_fields[key].annotation)
-        assert section is not None
-        schema = section
+        field = schema.model_fields.get(key)
+        schema = (field is not None and _model(field.annotation)) or schema
     return schema
 
 

@@ -20,6 +20,7 @@ from trimtab.data import cache
 from trimtab.data.cache import Dropped, Tensors
 from trimtab.data.rows import EncodedRow, Example
 from trimtab.errors import DataError
+from trimtab.reading import panics
 
 IGNORED = -100
 """The label of a position that carries no loss, as in Hugging Face's models."""
@@ -262,16 +263,21 @@ def _encode_one(
 
 def _tokenise(texts: list[str], tokenizer: Any) -> list[tuple[list[int], list[tuple[int, int]]]]:
     """Ids and character offsets of each text, without the special tokens that the tokenizer adds."""
-    out = tokenizer(
-        texts,
-        add_special_tokens=False,
-        return_offsets_mapping=True,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        padding=False,
-        truncation=False,
-        verbose=False,
-    )
+    try:
+        with panics():
+            out = tokenizer(
+                texts,
+                add_special_tokens=False,
+                return_offsets_mapping=True,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                padding=False,
+                truncation=False,
+                verbose=False,
+            )
+    except ValueError as error:
+        name = tokenizer.name_or_path or "the tokenizer"
+        raise DataError(f"{name}: these texts cannot be taken apart ({error}).") from None
     return list(zip(out["input_ids"], out["offset_mapping"], strict=True))
 
 

@@ -10,7 +10,6 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
-from trimtab.adapters.store import load_adapter
 from trimtab.config.read import load_config
 from trimtab.config.resolve import Job, source_of
 from trimtab.config.run import EvaluationConfig
@@ -28,7 +27,7 @@ from trimtab.notes import Notes
 from trimtab.notes import rows as counted
 from trimtab.runs.events import Listener
 from trimtab.runs.folder import RunFolder
-from trimtab.runs.load import is_run, load_fitting, load_run_model
+from trimtab.runs.load import is_run, load_finite, load_fitting, load_run_model
 from trimtab.runs.results import OWN_ADAPTER, Measured, Result, read_result
 from trimtab.tasks import Head
 
@@ -99,7 +98,7 @@ def measure(
     else:
         model = load_fitting(source, best_precision())
         if adapter is not None:
-            load_adapter(model, adapter)
+            load_finite(model, adapter)
         model = model.to(device()).eval()
 
     folder = out or (run.path if run is not None and as_in_run else ELSEWHERE)

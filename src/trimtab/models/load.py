@@ -34,7 +34,10 @@ from trimtab.models.gguf import dequantised_folder, gguf_config
 from trimtab.models.locate import Source
 from trimtab.models.new_tokens import add_tokens, make_room
 from trimtab.models.tensors import Weights
+from trimtab.models.untrusted import check_config, check_tokenizer, check_weights
+from trimtab.reading import panics, within
 
+_SECONDS = 300.0  # for a model without weights; one of 47,000 layers takes ten
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
@@ -46,6 +49,8 @@ def load_config_only(source: Source) -> PretrainedConfig:
     with _loading(source, "configuration"):
         if source.kind == "gguf":
             return gguf_config(Path(source.location))
+        if folder := _fetched(source, "config.json"):
+            check_config(folder)
         config: PretrainedConfig = AutoConfig.from_pretrained(source.location, **_options(source))
         return config
 
@@ -65,7 +70,10 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
         raise ModelError(f"{source.location}: no tokenizer: expected one of {expected} beside config.json.")
     options = _options(source)
     with _loading(source, "tokenizer"):
+        if folder := _fetched(source, "tokenizer.json"):
+            check_tokenizer(folder)
         tokenizer = AutoTokenizer.from_pretrained(_location(source), **options)
+        tokenizer("a", verbose=False)  # what is wrong in its settings often shows only now
     add_tokens(tokenizer, source.add_tokens)
     if source.chat_template:
         tokenizer.chat_template = checked_template(source.chat_template, tokenizer)
@@ -99,6 +107,8 @@ def load_model(
     """
     if source.kind == "folder":
         _check_weights(Path(source.location))
+    elif folder := _fetched(source, "model.safetensors.index.json"):
+        check_weights(folder)
     options = _options(source) | ({} if attention == "auto" else {"attn_implementation": attention})
     with _loading(source, "model"):
         loaded: Any = getattr(transformers, model_class).from_pretrained(
@@ -111,6 +121,8 @@ def load_model(
         )
     model: PreTrainedModel
     model, report = loaded
+    if source.kind == "hub" and (folder := _fetched(source, "config.json")):
+        check_weights(folder)  # what has been fetched only now
     if missing := sorted(report["missing_keys"]):
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise ModelError(
@@ -137,7 +149,8 @@ def empty_model(source: Source, dtype: torch.dtype = torch.float32, attention: s
     """
     config = load_config_only(source)
     options: dict[str, Any] = {} if attention == "auto" else {"attn_implementation": attention}
-    with _loading(source, "model"), torch.device("meta"):
+    building = within("making it from its configuration", seconds=_SECONDS)
+    with _loading(source, "model"), building, torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=dtype, trust_remote_code=source.trust_remote_code, **options
         )
@@ -189,8 +202,22 @@ def _options(source: Source) -> dict[str, Any]:
     return options
 
 
+def _fetched(source: Source, name: str) -> Path | None:
+    """The folder with the file ``name`` of the model, which is fetched for it. None where there is none to be looked
+    at: transformers says why."""
+    if source.kind == "folder":
+        return Path(source.location)
+    if source.kind == "hub":
+        from huggingface_hub import hf_hub_download
+
+        with contextlib.suppress(Exception):
+            return Path(hf_hub_download(source.location, name, revision=source.revision)).parent
+    return None
+
+
 def _check_weights(folder: Path) -> None:
     if any(folder.glob("*.safetensors")):
+        check_weights(folder)
         return
     if pickled := sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]):
         raise ModelError(
@@ -225,7 +252,7 @@ def quiet_transformers() -> Iterator[None]:
 def _loading(source: Source, what: str) -> Iterator[None]:
     """Turn whatever transformers raises about ``source`` into a ModelError that says what to do."""
     try:
-        with quiet_transformers():
+        with quiet_transformers(), panics():
             yield
     except ModelError:
         raise

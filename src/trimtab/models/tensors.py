@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from trimtab.errors import ModelError, machine_refusal
+from trimtab.reading import check_safetensors, panics
 
 
 class Weights:
@@ -42,8 +43,8 @@ class Weights:
 @contextmanager
 def _open(file: Path) -> Iterator[safe_open]:
     try:
-        file.open("rb").close()  # safetensors takes a file that may not be read for one that is missing
-        with safe_open(file, framework="pt") as reader:
+        check_safetensors(file)
+        with panics(), safe_open(file, framework="pt") as reader:
             yield reader
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise ModelError(machine_refusal(error, file) or f"{file}: a damaged file ({error}).") from None

@@ -13,12 +13,13 @@ from trimtab.adapters.store import load_adapter
 from trimtab.config.read import load_config
 from trimtab.config.resolve import precision_of, source_of
 from trimtab.config.run import RunConfig
-from trimtab.errors import ConfigError, RunError
+from trimtab.errors import AdapterError, ConfigError, RunError
 from trimtab.machine import best_precision, check_fits, device
 from trimtab.models.load import empty_model, load_model, load_tokenizer
 from trimtab.models.locate import Source, locate
 from trimtab.models.quantise import weight_bytes
 from trimtab.runs.folder import RunFolder
+from trimtab.surgery.adapted import adapted_modules
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,21 @@ def load_run_model(
     if dtype is not None:
         model = model.to(getattr(torch, dtype))
     if adapter:
-        load_adapter(model, folder.adapter)
+        load_finite(model, folder.adapter)
     return model.to(device()).eval()
+
+
+def load_finite(model: Any, folder: Path) -> None:
+    """Load an adapter to answer with. Raises AdapterError as ``load_adapter`` does, and for values that are no numbers:
+    all that the model computed would be none, and its answers empty."""
+    load_adapter(model, folder)
+    for name, module in adapted_modules(model):
+        for key, tensor in module.adapter.stored_tensors().items():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise AdapterError(
+                    f"{folder}: {name}.{key} holds NaN or infinity, so the model computes nothing else. Its training "
+                    "diverged: lower the learning rate, or take an earlier checkpoint"
+                )
 
 
 @dataclass(frozen=True)
@@ -136,5 +150,5 @@ def load_target(
     check(tokenizer)
     model = load_fitting(source, best_precision())
     if adapter is not None:
-        load_adapter(model, adapter)
+        load_finite(model, adapter)
     return Target(model.to(device()).eval(), tokenizer, None, None)

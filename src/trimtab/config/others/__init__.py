@@ -38,6 +38,14 @@ def carry_over(file: Path) -> Carried:
         told = "; ".join(f"{tool.label} (by {tool.known_by})" for tool in tools)
         raise ConfigError(f"{file}: not a file of a tool that is known here: {told}")
     carried = Carried(file, fitting[0].label, {key: value for key, value in raw.items() if value is not None})
-    fitting[0].carry(carried)
-    carried.finish()
+    try:
+        fitting[0].carry(carried)
+        carried.finish()
+    except (TypeError, ValueError, LookupError, AttributeError, OverflowError) as error:
+        # A text where the tool has a list, and the like. The tool itself would say no more.
+        said = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"{file}: a value is not of the kind that {fitting[0].label} has there ({type(error).__name__}: {said}); "
+            "check the file with the tool that it is for"
+        ) from error
     return carried
