@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
+from stopped_runs import StopAt, adapter_of, interrupt, metrics_of, signals_are_heard
 from tiny_runs import rows, write_rows
 from trimtab.config.run import RunConfig
 from trimtab.errors import Interrupted, RunError
@@ -19,53 +18,11 @@ from trimtab.runs.beginning import opened
 from trimtab.runs.checkpoints import numbered
 from trimtab.runs.events import Listener
 from trimtab.runs.folder import RunFolder
-from trimtab.training.run import _Run, finetune
+from trimtab.training.measuring import Measuring
+from trimtab.training.run import finetune
 
+__all__ = ["signals_are_heard"]
 pytestmark = pytest.mark.usefixtures("bare_runs")
-TIMED = {"seconds", "tokens_per_second", "memory_gib"}
-
-
-class StopAt(Listener):
-    """Sends SIGINT, as Ctrl-C does, after the training step ``step``, or when a stage of the run begins."""
-
-    def __init__(self, step: int | None = None, stage: str | None = None, times: int = 1) -> None:
-        self.at, self.name, self.times = step, stage, times
-
-    def step(self, step: int, steps: int) -> None:
-        if step == self.at:
-            for _ in range(self.times):
-                signal.raise_signal(signal.SIGINT)
-
-    def stage(self, text: str) -> None:
-        if self.name is not None and text.startswith(self.name):
-            signal.raise_signal(signal.SIGINT)
-
-
-@pytest.fixture(autouse=True)
-def _signals_are_heard() -> Iterator[None]:
-    """A process that a script starts in the background has SIGINT ignored; here it interrupts, as at a terminal."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-def adapter_of(config: RunConfig) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
-    for file in sorted((config.output / "adapter").glob("*.safetensors")):
-        found |= load_file(file)
-    assert found
-    return found
-
-
-def metrics_of(config: RunConfig) -> list[dict[str, Any]]:
-    return [{key: row[key] for key in row if key not in TIMED} for row in read_jsonl(config.output / "metrics.jsonl")]
-
-
-def interrupt(config: RunConfig, resume: bool = False, **where: Any) -> None:
-    with pytest.raises(Interrupted, match=r"everything so far is in (.|\n)*trimtab finetune .*config\.yaml --resume"):
-        finetune(config, resume=resume, listener=StopAt(**where))
-    assert read_json(config.output / "summary.json")["status"] == "interrupted"
-    assert (config.output / "report.html").is_file() == (where.get("times", 1) == 1)  # written unless hurried
 
 
 def checkpoints_of(config: RunConfig) -> list[int]:
@@ -141,7 +98,7 @@ def test_interrupted_before_and_after_training(make_config: Callable[..., Any], 
 
 def test_ties_and_patience_are_remembered(make_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     found = iter([(0.5, 0.8), (0.9, 0.8), (0.8, 0.7), (0.1, 0.9)])
-    monkeypatch.setattr(_Run, "_validation", lambda *_: dict(zip(("loss", "accuracy"), next(found), strict=True)))
+    monkeypatch.setattr(Measuring, "validation", lambda *_: dict(zip(("loss", "accuracy"), next(found), strict=True)))
     config = make_config(count=30, data={"validation": 0.2}, train={"epochs": 5, "early_stopping": 2})
     interrupt(config, step=8)  # after the first validation
     interrupt(config, resume=True, step=14)  # a tie with a higher loss: not the best, and one without improvement

@@ -21,7 +21,8 @@ from trimtab.data.batches import Collator
 from trimtab.data.forms import read_examples
 from trimtab.data.tokens import EncodedRows, encode_all
 from trimtab.training.callbacks import Averaging
-from trimtab.training.run import _Run, finetune
+from trimtab.training.measuring import Measuring
+from trimtab.training.run import finetune
 from trimtab.training.trainer import AdapterTrainer, parameter_groups
 
 pytestmark = pytest.mark.usefixtures("bare_runs")
@@ -235,7 +236,7 @@ def test_the_average_is_the_mean_over_the_last_steps(
 def _validations(monkeypatch: pytest.MonkeyPatch, *found: tuple[float, float]) -> None:
     """Let validations give these pairs of loss and accuracy, one after the other."""
     results = iter(found)
-    monkeypatch.setattr(_Run, "_validation", lambda *_: dict(zip(("loss", "accuracy"), next(results), strict=True)))
+    monkeypatch.setattr(Measuring, "validation", lambda *_: dict(zip(("loss", "accuracy"), next(results), strict=True)))
 
 
 @pytest.mark.parametrize(

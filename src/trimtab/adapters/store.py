@@ -168,7 +168,7 @@ def read_adapter(folder: Path | str) -> dict[str, StoredAdapter]:
     Raises AdapterError if there is no adapter, or one that is damaged, not supported or empty.
     """
     place = local_folder(folder)
-    stored = _format_of(place).load(place)
+    stored = format_of(place).load(place)
     if not stored:
         raise AdapterError(f"{place}: the adapter is empty")
     return stored
@@ -179,7 +179,7 @@ def holds_adapter(folder: Path | str) -> bool:
     return any((Path(folder) / one.files[0]).is_file() for one in all_formats())
 
 
-def _format_of(place: Path) -> AdapterFormat:
+def format_of(place: Path) -> AdapterFormat:
     """The format of the adapter in ``place``."""
     known = all_formats()
     try:

@@ -58,7 +58,8 @@ def build_config(
         ConfigError: a key is unknown, or a value is not what it should be. One line for each problem.
     """
     spell_out(raw)
-    raw.setdefault("plan", deepcopy(list(DEFAULT_PLAN)))
+    if raw.get("adapter") is None and not any(text.strip().startswith("adapter=") for text in overrides):
+        raw.setdefault("plan", deepcopy(list(DEFAULT_PLAN)))
     _resolve_paths(raw, root, place)
     overridden = [override(raw, text) for text in overrides]
     return validated(RunConfig, raw, place, overridden, within)
@@ -134,7 +135,7 @@ def to_mapping(config: RunConfig, beside: Path | None = None) -> dict[str, Any]:
             path = os.path.relpath(text, beside.resolve())
             return path if path.startswith(".") else f"./{path}"
 
-        _map_sources(said, seen, seen)
+        _map_sources(said, seen, seen, seen)
     return said
 
 
@@ -204,12 +205,17 @@ def _resolve_paths(raw: dict[str, Any], root: Path, place: str) -> None:
     def data_file(text: str) -> str:
         return local(text) if is_local(text, root) else text
 
+    def adapter(text: str) -> str:
+        return (
+            local(text) if text.startswith((".", "/", "~")) or text.count("/") != 1 or (root / text).exists() else text
+        )
+
     def model(text: str) -> str:
         is_path = text.startswith((".", "/", "~")) or text.lower().endswith(".gguf")
         return local(text) if is_path or (root / text / "config.json").is_file() else text
 
     try:
-        _map_sources(raw, model, data_file)
+        _map_sources(raw, model, data_file, adapter)
         if isinstance(said := raw.get("model"), dict) and isinstance(template := said.get("chat_template"), str):
             said["chat_template"] = template_text(template, root)
         if isinstance(output := raw.get("output"), str) and output:
@@ -219,8 +225,13 @@ def _resolve_paths(raw: dict[str, Any], root: Path, place: str) -> None:
         raise ConfigError(f"{place}: a path cannot be looked up ({' '.join(str(error).split())[:200]})") from error
 
 
-def _map_sources(raw: dict[str, Any], model: Callable[[str], str], data_file: Callable[[str], str]) -> None:
-    """Change the names of the model and of the rows in ``raw``, wherever they are there."""
+_Change = Callable[[str], str]
+
+
+def _map_sources(raw: dict[str, Any], model: _Change, data_file: _Change, adapter: _Change) -> None:
+    """Change the names of the model, of the rows and of the adapter in ``raw``, wherever they are there."""
+    if "adapter" in raw:
+        raw["adapter"] = _map_texts(raw["adapter"], adapter)
     if isinstance(raw.get("model"), dict):
         if "name" in raw["model"]:
             raw["model"]["name"] = _map_texts(raw["model"]["name"], model)

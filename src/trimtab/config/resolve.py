@@ -9,12 +9,15 @@ from typing import Any
 import torch
 
 from trimtab.config.run import RunConfig
+from trimtab.config.start_from import attach_stored, trains_base
 from trimtab.errors import ConfigError, PlanError
 from trimtab.machine import best_precision
 from trimtab.models.load import empty_model, load_tokenizer
 from trimtab.models.locate import Source, locate
 from trimtab.models.new_tokens import rule_for
 from trimtab.models.positions import Positions, positions_of
+from trimtab.surgery.attach import attach
+from trimtab.surgery.attach_report import AttachReport
 from trimtab.surgery.plan import Plan, Rule
 
 LONGEST_ROW = 1024
@@ -28,14 +31,14 @@ class Job:
     Attributes:
         config: as it was read.
         source: where the model comes from.
-        plan: its rules, checked, without the one about added tokens (``plan_on``).
+        plan: its rules, checked, without the one about added tokens; None: the adapter that it begins from says them.
         precision: ``bfloat16`` or ``float32``, in which the run computes on this machine.
         dtype: that of the frozen weights.
     """
 
     config: RunConfig
     source: Source
-    plan: Plan
+    plan: Plan | None
     precision: str
     dtype: torch.dtype
 
@@ -81,12 +84,25 @@ class Job:
         limit = self.positions.limit()
         return limit if limit is None else max(limit, self.max_length)
 
-    def plan_on(self, model: Any) -> Plan:
-        """The plan for ``model``: its rules, and where tokens are added, one that trains their rows."""
+    def attach_to(self, model: Any) -> AttachReport:
+        """Attach what the run trains to ``model``: its plan with a rule for the rows of added tokens, or the adapter
+        that it begins from.
+
+        Raises PlanError or AdapterError for a plan or an adapter that is not of this model.
+        """
         tokens = self.source.add_tokens
-        if not tokens:
-            return self.plan
-        return Plan([*self.plan.rules, Rule(**rule_for(model, load_tokenizer(self.source), tokens))])
+        more = Rule(**rule_for(model, load_tokenizer(self.source), tokens)) if tokens else None
+        if self.config.adapter is not None:
+            return attach_stored(model, self.config.adapter, self.plan, more)
+        assert self.plan is not None, "a configuration has a plan or an adapter"
+        return attach(model, self.plan if more is None else Plan([*self.plan.rules, more]))
+
+    @property
+    def trains_base(self) -> bool:
+        """Whether tensors of the model itself are trained."""
+        if self.plan is None:
+            return self.config.adapter is not None and trains_base(self.config.adapter)
+        return any(rule.method_class.trains_base for rule in self.plan.rules)
 
 
 def source_of(config: RunConfig) -> Source:
@@ -96,8 +112,10 @@ def source_of(config: RunConfig) -> Source:
     return replace(source, add_tokens=said.add_tokens, chat_template=said.chat_template or "")
 
 
-def plan_of(config: RunConfig) -> Plan:
-    """The plan of ``config``. Raises PlanError, which names the rule, for one that cannot be."""
+def plan_of(config: RunConfig) -> Plan | None:
+    """The plan of ``config``, if it says one. Raises PlanError, which names the rule, for one that cannot be."""
+    if config.plan is None:
+        return None
     rules = []
     for number, said in enumerate(config.plan):
         try:

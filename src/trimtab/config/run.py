@@ -246,18 +246,37 @@ class RunConfig(Section):
         "torchao_int8: as int8, in torchao's form, which it needs. The output head and the embedding stay as they are.",
     )
     data: DataConfig = Field(description="The rows.")
+    adapter: str | None = Field(
+        None,
+        min_length=1,
+        description="Begin from this adapter, ours or PEFT's, in place of a fresh one: a folder (a run's own, too) or "
+        "a hub id. The plan may be left out then.",
+    )
     plan: Annotated[
-        tuple[Annotated[dict[str, Any], AfterValidator(values.rule)], ...], BeforeValidator(values.rules)
+        tuple[Annotated[dict[str, Any], AfterValidator(values.rule)], ...] | None, BeforeValidator(values.rules)
     ] = Field(
         DEFAULT_PLAN,
         description="Rules, each a mapping of match, layers, method and the method's options; the last that matches a "
-        "module decides.",
+        "module decides. Where the run begins from an adapter, the default is the adapter's own, null.",
     )
     train: TrainConfig = Field(default_factory=TrainConfig, description="How to train.")
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="How to evaluate.")
     output: Annotated[Path, BeforeValidator(values.path)] = Field(
         description="The run folder, relative to the working directory; by default runs/ and the YAML's name.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _adapter_brings_its_plan(cls, said: Any) -> Any:
+        if isinstance(said, dict) and said.get("adapter") is not None:
+            return {"plan": None, **said}
+        return said
+
+    @model_validator(mode="after")
+    def _plan_is_there(self) -> Self:
+        if self.plan is None and self.adapter is None:
+            raise ValueError("plan: expected a list of rules, got null; it is left out beside an adapter only")
+        return self
 
     @model_validator(mode="after")
     def _validation_is_there_if_needed(self) -> Self:

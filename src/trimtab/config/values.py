@@ -207,6 +207,8 @@ def quantisation(name: str) -> str:
 
 
 def rules(value: object) -> object:
+    if value is None:  # only beside an adapter, which has a plan of its own
+        return None
     if isinstance(value, list | tuple) and value:
         return tuple(value)
     raise ValueError("expected a list of rules")

@@ -17,7 +17,6 @@ from trimtab.machine import GIB
 from trimtab.memory.trace import Batch, Trace
 from trimtab.models.load import empty_model, load_config_only
 from trimtab.models.quantise import quantising_bytes, stored_sizes
-from trimtab.surgery.attach import attach
 from trimtab.surgery.attach_report import AttachReport
 from trimtab.tasks import Inputs
 from trimtab.tasks._head_loss import FROZEN_CHUNK
@@ -156,7 +155,7 @@ def estimate_run(job: Job, sizes: RowSizes) -> RunMemory:
     files = stored.itemsize * sum(one.numel() for one in model.parameters() if id(one) not in packed)
     vocabulary = model.config.get_text_config().vocab_size
     quantising = quantising_bytes(model, config.quantisation)
-    attached = attach(model, job.plan_on(model))
+    attached = job.attach_to(model)
     trace = Trace(model, quantisation=config.quantisation)
     standing, uncounted = trace.standing, None
     labels = sizes.length - 1 if train.prompt_loss_weight else sizes.labels

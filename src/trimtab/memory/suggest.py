@@ -8,7 +8,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from trimtab import bases, methods
+from trimtab import bases
 from trimtab.config.resolve import Job
 from trimtab.config.run import RunConfig
 from trimtab.data.sources import is_local
@@ -148,11 +148,10 @@ def _capped(job: Job) -> RowSizes:
 def _attempts(job: Job, sizes: RowSizes) -> Iterator[list[list[Change]]]:
     """Ladders of changes, each from mild to strong: first of single changes, then of more and more at once."""
     config, train = job.config, job.config.train
-    trains_base = any(methods.method_class(rule["method"]).trains_base for rule in config.plan)
     recompute: Change = {} if train.gradient_checkpointing else {"train.gradient_checkpointing": True}
     halve: Change = {} if job.precision == "bfloat16" else {"train.precision": "bfloat16"}
     smaller = list(_smaller_batches(train.batch_size, train.gradient_accumulation))
-    kinds = [] if config.quantisation != "none" or trains_base else bases.quantised_by_size()
+    kinds = [] if config.quantisation != "none" or job.trains_base else bases.quantised_by_size()
     packed: list[Change] = [{"quantisation": kind} for kind in kinds]
     together = [change for change in (recompute, halve) if change]
     yield [*([change] for change in together), smaller, packed]

@@ -225,6 +225,13 @@ class Machine(Record):
     memory_gib: float | None = None
 
 
+class BeganFrom(Record):
+    """The adapter that a run began from, and the SHA-256 of its files."""
+
+    adapter: str
+    sha256: str
+
+
 class Summary(Record):
     """``summary.json``; a run that was stopped early leaves parts of it out.
 
@@ -237,6 +244,7 @@ class Summary(Record):
         train_tokens: of all training rows once.
         learning_rate: the peak rate, as it was said or found.
         notes: what the user should know of the rows, the settings and the model, a sentence each.
+        began_from: the adapter that training began with; None: a fresh one.
         sources: what was taken of each source of training rows; ``digests``: by which the rows are known again.
     """
 
@@ -264,6 +272,7 @@ class Summary(Record):
     peak_memory_gib: float | None = None
     adapter_bytes: int | None = None
     notes: list[str] = []
+    began_from: BeganFrom | None = None
     sources: list[SourceRecord] = []
     digests: RowsDigest | None = None
 

@@ -42,7 +42,7 @@ def _in_attention(name: str) -> bool:
 
 def _scale(job: Job, attached: AttachReport, notes: Notes) -> None:
     low, high = USUAL_SCALE
-    for number, rule in enumerate(job.plan.rules):
+    for number, rule in enumerate(attached.rules):
         rank, alpha = (getattr(rule.options, name, None) for name in ("rank", "alpha"))
         if not rank or not alpha:
             continue
@@ -72,7 +72,7 @@ def _rates(job: Job, attached: AttachReport, notes: Notes) -> None:
         return
     whole = {
         number
-        for number, rule in enumerate(job.plan.rules, 1)
+        for number, rule in enumerate(attached.rules, 1)
         if rule.method == "full" and getattr(rule.options, "rows", None) is None
     }
     methods = {module.method for module in attached.modules if module.rule not in whole}

@@ -36,7 +36,7 @@ from trimtab.reports.run.rate_table import rate_table
 from trimtab.runs.events import Listener
 from trimtab.runs.rate_record import ChosenRate, RateTrial, read_rate
 from trimtab.runs.records import MetricsLine
-from trimtab.surgery.attach import attach, detach
+from trimtab.surgery.attach import detach
 from trimtab.surgery.serving import evaluating
 from trimtab.tasks import Head, Inputs, Task
 from trimtab.training.rate_prior import SPREAD, likely_rate
@@ -226,14 +226,15 @@ class _Search:
         self._job, self._inputs, self._model = job, inputs, model
         self._task, self._tokenizer, self._listener = task, tokenizer, listener
         self._head: Head = task.head(model)
-        self._plan = job.plan_on(model)
+        self._rules = job.attach_to(model).rules
+        detach(model)
         # Evenly over the validation rows, which may be sorted.
         self._measured: list[Example] = [inputs.validation[at * len(inputs.validation) // rows] for at in range(rows)]
 
     def likely(self, steps: int) -> float:
         """The likely rate of a training of so many steps."""
         text = getattr(self._model.config, "get_text_config", lambda: None)()
-        return likely_rate(self._plan.rules, getattr(text, "hidden_size", None), steps)
+        return likely_rate(self._rules, getattr(text, "hidden_size", None), steps)
 
     def trial(self, rate: float, turn: int, steps: int) -> RateTrial:
         """Train for ``steps`` steps at ``rate``."""
@@ -243,7 +244,7 @@ class _Search:
         if isinstance(train.warmup, int):  # the same share of fewer steps
             changed["warmup"] = min(0.9, train.warmup / total_steps(train, len(self._inputs.rows)))
         set_seed(train.seed)
-        attach(self._model, self._plan)
+        self._job.attach_to(self._model)
         try:
             loss = self._trained(train.model_copy(update=changed))
         except (Diverged, ModelError):  # a loss that is not a number, in training or in measuring

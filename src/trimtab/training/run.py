@@ -6,7 +6,6 @@ folder = finetune(load_config(Path("run.yaml")))
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
@@ -21,9 +20,8 @@ from trimtab.adapters.store import load_adapter, save_adapter
 from trimtab.config.resolve import Job
 from trimtab.config.run import RunConfig
 from trimtab.data.preview import preview
-from trimtab.data.rows import Example
 from trimtab.errors import STOPS, AdapterError, Interrupted, TrimtabError, machine_errors
-from trimtab.evaluation.evaluate import Evaluation, checked, evaluate, token_loss, write
+from trimtab.evaluation.evaluate import write
 from trimtab.machine import describe_machine, device, peak_memory_gib, versions
 from trimtab.memory.estimate import RowSizes
 from trimtab.memory.suggest import check_run
@@ -35,14 +33,15 @@ from trimtab.runs.folder import RunFolder
 from trimtab.runs.records import Machine, PlanRecord, Summary
 from trimtab.runs.results import OWN_ADAPTER, Measured
 from trimtab.runs.same_rows import require_same_rows
-from trimtab.surgery.attach import attach, trainable_parameters
+from trimtab.surgery.attach import trainable_parameters
 from trimtab.surgery.attach_report import AttachReport, describe
-from trimtab.surgery.serving import evaluating
 from trimtab.tasks import Inputs, Task
 from trimtab.training.callbacks import Interrupting, LastLoss, Telling
 from trimtab.training.checks import checked_inputs
 from trimtab.training.compiling import Compiling
+from trimtab.training.measuring import Measuring
 from trimtab.training.metrics_log import Recorder, require_tensorboard
+from trimtab.training.origin import Origin
 from trimtab.training.rate_trials import with_rate
 from trimtab.training.resume_state import newest_whole
 from trimtab.training.schedule import total_steps
@@ -101,7 +100,8 @@ def finetune(
 
 def _set_up(job: Job, opening: Opening, listener: Listener, began: float) -> _Run:
     """Read the rows and load the model; nothing is written yet."""
-    config = job.config
+    origin = Origin.of(job, opening)
+    job, config = origin.job, job.config
     task = tasks.find("causal_lm")
     tokenizer = load_tokenizer(job.source)
     listener.stage("Reading the rows")
@@ -119,7 +119,9 @@ def _set_up(job: Job, opening: Opening, listener: Listener, began: float) -> _Ru
         job.source, job.dtype, config.model.attention, config.quantisation, model_class=task.model_class
     )
     model = model.to(device())
-    run = _Run(job, opening, task=task, inputs=inputs, model=model, tokenizer=tokenizer, listener=listener, began=began)
+    run = _Run(
+        origin, opening, task=task, inputs=inputs, model=model, tokenizer=tokenizer, listener=listener, began=began
+    )
     run.measured_anew = others
     return run
 
@@ -138,7 +140,7 @@ class _Run:
 
     def __init__(
         self,
-        job: Job,
+        origin: Origin,
         opening: Opening,
         *,
         task: Task,
@@ -148,8 +150,9 @@ class _Run:
         listener: Listener,
         began: float,
     ) -> None:
-        self.job, self.config = job, job.config
-        self.source = job.source
+        job = self.job = origin.job
+        self.origin = origin
+        self.config = job.config
         self.folder = opening.folder
         self.opening = opening
         self.task = task
@@ -158,8 +161,8 @@ class _Run:
         self.tokenizer = tokenizer
         self.listener = listener
         self._head = task.head(model)
+        self._measuring = Measuring(job, inputs, self._head, tokenizer, listener)
         self._began = began
-        self._plan = job.plan_on(model) if job.config.train.epochs else None
         self._at_once = False
         self.measured_anew: list[str] = []
         before = opening.summary or Summary()
@@ -187,6 +190,7 @@ class _Run:
             digests=before.digests.updated(test=inputs.digests.test)
             if before.digests is not None and opening.trained
             else inputs.digests,
+            began_from=origin.record,
         )
 
     @property
@@ -204,11 +208,17 @@ class _Run:
             self.folder.forget_evaluation(name, "before", "after")
             self.remark(f"the test rows of '{name}' are others than when the run began, so they are evaluated anew")
         self._summarised("interrupted").write_to(self.folder.summary)
-        self.evaluate("before")
-        self.find_rate()
+        trains, begins_from_adapter = bool(self.config.train.epochs), self.config.adapter is not None
+        if not begins_from_adapter:
+            self.evaluate("before")
+        if trains:
+            self.find_rate()
         set_seed(self.config.train.seed)
-        self.attached(attach(self.model, self._plan) if self._plan is not None else describe(self.model, ()))
-        if self._plan is not None:
+        attaches = trains or begins_from_adapter
+        self.attached(self.job.attach_to(self.model) if attaches else describe(self.model, ()))
+        if begins_from_adapter:
+            self.evaluate("before")
+        if trains:
             if not self._has_taken_up():
                 self.train(self._checkpoint())
                 self._keep()
@@ -233,7 +243,7 @@ class _Run:
             self.folder.forget_evaluation(name, "after")
         save_adapter(self.model, self.folder.adapter)
         # So that the adapter can be used without this run's configuration.
-        if self.source.add_tokens or self.source.chat_template:
+        if self.job.source.add_tokens or self.job.source.chat_template:
             self.tokenizer.save_pretrained(self.folder.adapter)
         self._summary = self._summary.updated(trained=True)
         self._summarised("interrupted").write_to(self.folder.summary)
@@ -271,7 +281,7 @@ class _Run:
             total_parameters=report.total_parameters, trainable_parameters=report.trainable_parameters
         )
         self.listener.note(plan.headline)
-        for line in plan.remarks():
+        for line in [*plan.remarks(), *self.origin.remarks()]:
             self.remark(line)
 
     def remark(self, text: str) -> None:
@@ -283,43 +293,22 @@ class _Run:
         """Evaluate every test set, unless a resumed run has done so already."""
         if stage == "before" and not self.config.evaluation.before and self.config.train.epochs:
             return
-        for name, rows in self.inputs.tests.items():
+        for name in self.inputs.tests:
             if self.folder.is_evaluated(name, stage):
                 continue
+            if stage == "before" and self.origin.lost:
+                self.remark(f"{name} is not measured before training: the adapter that the run began from is gone")
+                continue
             self.listener.stage(f"Evaluating {name} {stage} training")
-            evaluation = self._evaluation(rows, name)
-            adapter, files = OWN_ADAPTER if stage == "after" else None, [s.path for s in self.config.data.test[name]]
+            evaluation = self._measuring.test_set(name)
+            adapter = OWN_ADAPTER if stage == "after" else self.config.adapter
+            files = [source.path for source in self.config.data.test[name]]
             write(evaluation, self.folder.path, stage, Measured.of(self.config.model.name, adapter, files))
             self.listener.evaluated(evaluation.result)
 
-    def _evaluation(self, rows: list[Example], name: str) -> Evaluation:
-        return evaluate(
-            self._head,
-            self.tokenizer,
-            rows,
-            name=name,
-            choices=self.inputs.choices,
-            batch_size=self.config.evaluation.batch_size,
-            max_new_tokens=self.config.evaluation.max_new_tokens,
-            max_length=self.job.reading_length,
-            progress=lambda done, total: self.listener.evaluating(name, done, total),
-        )
-
-    def _validation(self) -> Mapping[str, float]:
-        """The metrics of the validation rows that can choose the best step: the loss, and where answers are scored,
-        those of scored answers."""
-        rows = self.inputs.validation
-        if not self.inputs.scored:
-            size, length = self.config.evaluation.batch_size, self.job.max_length
-            with evaluating(self.model):
-                loss, tokens = token_loss(self._head, self.tokenizer, rows, batch_size=size, max_length=length)
-            outcomes = metrics.Outcomes(loss=checked(loss, tokens), tokens=tokens)
-            return metrics.of_validation(metrics.measure("perplexity", outcomes))
-        return metrics.of_validation(self._evaluation(rows, "validation").record.figures)
-
     def find_rate(self) -> None:
         """Let the trials of ``train.learning_rate: auto`` find the rate; the run then goes on with it."""
-        if self._plan is None or (self.opening.trained and not self.folder.rate.is_file()):
+        if self.opening.trained and not self.folder.rate.is_file():
             return
         found = {"tokenizer": self.tokenizer, "listener": self.listener, "file": self.folder.rate}
         self.config = with_rate(self.job, self.inputs, self.model, task=self.task, **found)
@@ -367,7 +356,7 @@ class _Run:
                 tokenizer=self.tokenizer,
                 folder=self.folder.checkpoints,
                 record=recorder.record,
-                validate=self._validation if self.inputs.validation else None,
+                validate=self._measuring.validation if self.inputs.validation else None,
                 best=best,
                 earlier=earlier,
                 callbacks=callbacks,

@@ -50,6 +50,8 @@ def command(
 
     console = Terminal()
     console.print(f"model: {loaded.model.name}", soft_wrap=True)
+    if loaded.adapter is not None:
+        console.print(f"begins from the adapter {loaded.adapter}", soft_wrap=True)
     if loaded.quantisation != "none":
         console.print(f"quantisation: {loaded.quantisation}, all linear layers but the output head")
     plan = PlanRecord.read(described)

@@ -1,0 +1,95 @@
+"""A run that begins with an adapter that is there, in place of a fresh one: ``adapter: FOLDER`` in its YAML."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from trimtab import methods
+from trimtab.adapters.hub import local_folder
+from trimtab.adapters.store import format_of, load_adapter, read_adapter
+from trimtab.errors import AdapterError, PlanError
+from trimtab.surgery.adapted import bare_modules
+from trimtab.surgery.attach import attach
+from trimtab.surgery.attach_report import AttachReport
+from trimtab.surgery.plan import Plan, Rule
+
+
+def attach_stored(model: nn.Module, name: str, plan: Plan | None, more: Rule | None = None) -> AttachReport:
+    """Attach the adapter ``name`` to ``model``; its tensors are trained on. A model without weights, on the meta
+    device, shows what would become of it.
+
+    Args:
+        plan: what the configuration says of it; None: the adapter says it itself.
+        more: a rule that the adapter has to obey besides.
+
+    Raises:
+        AdapterError: there is no such adapter, or it was made for another model.
+        PlanError: the adapter is not what the plan says.
+    """
+    if plan is None:
+        stored = read_adapter(name)
+        if more is not None and not any(fnmatch(module, glob) for module in stored for glob in more.match):
+            raise PlanError(
+                f"adapter: {name} does not train {', '.join(more.match)}, and model.add_tokens needs it to; begin from "
+                "an adapter that was trained with these tokens, or without model.add_tokens"
+            )
+        return _shortened(model, load_adapter(model, name))
+    report = attach(model, plan if more is None else Plan([*plan.rules, more]))
+    try:
+        load_adapter(model, name)
+    except AdapterError as error:
+        if "already carries other adapters" not in str(error):
+            raise
+        differ = str(error).partition("(they ")[2].partition(")")[0]
+        raise PlanError(
+            f"plan: it says other than the adapter that the run begins from, {name} (they {differ}). Leave plan out, "
+            "and it is the adapter's; or begin without adapter"
+        ) from None
+    return report
+
+
+def _shortened(model: nn.Module, report: AttachReport) -> AttachReport:
+    """``report`` with a pattern for the modules of a rule, ``*.q_proj``, where it means them and no others."""
+    known = {name for name, _ in bare_modules(model)}
+    rules = []
+    for number, rule in enumerate(report.rules, start=1):
+        mine = {name for module in report.modules if module.rule == number for name in (module.name, *module.aliases)}
+        globs = sorted({f"*.{name.rpartition('.')[2]}" for name in mine})
+        meant = {name for name in known if any(fnmatch(name, glob) for glob in globs)}
+        rules.append(rule.model_copy(update={"match": tuple(globs)}) if meant == mine else rule)
+    return replace(report, rules=tuple(rules))
+
+
+def trains_base(name: str) -> bool:
+    """Whether the adapter trains tensors of the model itself."""
+    return any(methods.method_class(entry.method).trains_base for entry in read_adapter(name).values())
+
+
+def adapter_digest(name: str) -> str:
+    """The SHA-256 of the adapter's files, by which it is known again. Raises AdapterError if there is none."""
+    folder = local_folder(name)
+    digest = hashlib.sha256()
+    try:
+        for file in format_of(folder).files:
+            with (folder / file).open("rb") as opened:
+                digest.update(hashlib.file_digest(opened, "sha256").digest())
+    except OSError as error:
+        raise AdapterError(f"{folder}: the adapter cannot be read ({error.strerror})") from None
+    return digest.hexdigest()
+
+
+def base_of(name: str) -> str | None:
+    """The model that the adapter says it was made for, if it says one."""
+    from trimtab.files import read_json
+
+    try:
+        said: Any = read_json(local_folder(name) / "adapter_config.json").get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return Path(said).name if isinstance(said, str) and said else None
