@@ -35,10 +35,18 @@ def command(
     with importing():
         from trimtab.config.resolve import Job
         from trimtab.memory.suggest import describe_run
+<<<<<<< HEAD
         from trimtab.training.checks import check_before
 
     described = describe_run(Job.of(loaded), length, check_before)
+=======
+        from trimtab.training.tune import told_trials
+
+    described = describe_run(Job.of(loaded), length)
+    trials = told_trials(Job.of(loaded)) if length is None else None
+>>>>>>> 91dd711 (trimtab tune finds a run's learning rate and writes it into a YAML; trimtab plan says what the trials of auto cost)
     if as_json:
+        described |= {"trials": trials} if trials else {}
         say(json.dumps(described, indent=2))
         return
 
@@ -69,3 +77,5 @@ def command(
     console.print(run_tables.memory_table(described["memory"]))
     for line in run_tables.memory_lines(described["memory"]):
         console.print(line, soft_wrap=True)
+    if trials:
+        console.print(trials, soft_wrap=True)

@@ -1,0 +1,50 @@
+"""``trimtab tune`` finds a rate and writes the YAML that names it; ``trimtab plan`` says beforehand what it takes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trimtab.config.read import load_config
+from trimtab.training import rate_trials
+
+TRAIN = {"max_steps": 30, "epochs": 10, "tune": {"budget": 1.0}}
+
+
+def test_tune_shows_its_trials_and_writes_a_yaml_that_trains_with_the_rate(
+    cli: Any, make_yaml: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rate_trials, "SHORTEST", 2)
+    yaml = make_yaml(train=TRAIN)
+    told = cli("plan", yaml, "train.learning_rate=auto")
+    assert "5 of 2 steps, then 3 of 4 steps" in told.out
+    result = cli("tune", yaml)
+    assert result.code == 0, result.err
+    assert len(re.findall(r"trial at", result.out)) == 8
+    assert "best" in result.out
+    tuned = load_config(yaml.with_name("run-tuned.yaml"))
+    assert f"learning rate {tuned.train.rate:g}" in result.out
+    assert tuned.train.model_copy(update={"learning_rate": 1e-2}) == load_config(yaml).train
+    again = cli("tune", yaml)
+    assert again.code == 1
+    assert "--out" in again.err
+
+
+def test_tune_refuses_what_it_cannot_do_before_anything_is_loaded(cli: Any, make_yaml: Callable[..., Path]) -> None:
+    yaml = make_yaml()
+    assert cli("tune", yaml, "--in-place", "--out", "other.yaml").code == 2
+    untrained = cli("tune", yaml, "train.epochs=0")
+    assert untrained.code == 1
+    assert "train.epochs" in untrained.err
+
+
+def test_in_place_a_short_run_gets_the_likely_rate(cli: Any, make_yaml: Callable[..., Path]) -> None:
+    yaml = make_yaml(train={"learning_rate": "auto"})
+    assert "too few for trials" in cli("plan", yaml).out
+    result = cli("tune", yaml, "--in-place")
+    assert result.code == 0, result.err
+    assert 1e-4 < load_config(yaml).train.rate < 1e-1
