@@ -35,16 +35,11 @@ def command(
     with importing():
         from trimtab.config.resolve import Job
         from trimtab.memory.suggest import describe_run
-<<<<<<< HEAD
         from trimtab.training.checks import check_before
-
-    described = describe_run(Job.of(loaded), length, check_before)
-=======
         from trimtab.training.tune import told_trials
 
-    described = describe_run(Job.of(loaded), length)
+    described = describe_run(Job.of(loaded), length, check_before)
     trials = told_trials(Job.of(loaded)) if length is None else None
->>>>>>> 91dd711 (trimtab tune finds a run's learning rate and writes it into a YAML; trimtab plan says what the trials of auto cost)
     if as_json:
         described |= {"trials": trials} if trials else {}
         say(json.dumps(described, indent=2))
