@@ -16,6 +16,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from trimtab.reading import open_text, read_text
+
 
 def write_atomically(path: Path | str, write: Callable[[Path], object]) -> None:
     """Let ``write`` make a file of the name of ``path`` in a temporary folder beside it, then move that into place in
@@ -147,12 +149,12 @@ def write_jsonl(path: Path | str, rows: Iterable[Any]) -> None:
 
 def read_json(path: Path | str) -> Any:
     """Read one JSON value."""
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    return json.loads(read_text(path))
 
 
 def read_jsonl(path: Path | str) -> Iterator[Any]:
     """Yield the value of every line that is not blank."""
-    with Path(path).open(encoding="utf-8") as lines:
+    with open_text(path) as lines:
         for line in lines:
             if line.strip():
                 yield json.loads(line)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import io
 import json
 import os
 import stat
@@ -21,7 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 MIB = 2**20
 MOST_BYTES = 64 * MIB
@@ -45,6 +46,11 @@ def open_file(path: Path | str) -> BinaryIO:
     except BaseException:
         os.close(handle)
         raise
+
+
+def open_text(path: Path | str) -> TextIO:
+    """Open a file to read its lines of text in UTF-8. Raises OSError as ``open_file`` does."""
+    return io.TextIOWrapper(open_file(path), encoding="utf-8")
 
 
 def read_bytes(path: Path | str, most: int = MOST_BYTES) -> bytes:

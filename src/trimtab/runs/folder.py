@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import filecmp
-import json
 import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-
-from pydantic import ValidationError
 
 from trimtab.errors import RunError
 from trimtab.files import read_json, read_jsonl, write_jsonl
@@ -169,7 +166,7 @@ class RunFolder:
             return None
         try:
             return Summary.read(read_json(self.summary))
-        except (json.JSONDecodeError, UnicodeDecodeError, ValidationError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise RunError(f"{self.summary}: a damaged file ({error})") from None
 
     @property

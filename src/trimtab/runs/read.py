@@ -9,13 +9,14 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
 from trimtab.errors import RunError
 from trimtab.files import read_json
 from trimtab.metrics import KINDS
+from trimtab.reading import open_text, read_text
 from trimtab.runs.rate_record import ChosenRate, read_rate
 from trimtab.runs.records import MetricsLine, PlanRecord, Summary
 from trimtab.runs.results import Prediction, Result, read_result
@@ -82,7 +83,7 @@ def read_run(path: Path | str) -> Run:
         )
     return Run(
         path=run,
-        config=_read(run / "config.yaml", lambda file: file.read_text(encoding="utf-8")),
+        config=_read(run / "config.yaml", read_text),
         plan=_read(run / "plan.json", lambda file: PlanRecord.read(read_json(file))),
         metrics=read_metrics(run / "metrics.jsonl"),
         sets=sets,
@@ -144,15 +145,15 @@ def _read(file: Path, reader: Callable[[Path], T]) -> T | None:
         return reader(file)
     except FileNotFoundError:
         return None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise _damaged(file, str(error)) from error
     except ValidationError as error:
         raise _damaged(file, first_complaint(error)) from error
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: no JSON, no UTF-8, a number of 5,000 digits
+        raise _damaged(file, getattr(error, "strerror", None) or str(error)) from error
 
 
 def _lines(file: Path) -> Iterable[tuple[int, str, bool]]:
     """The lines that are not blank: number from 1, text, and whether it ended as a line should."""
-    with file.open(encoding="utf-8") as lines:
+    with open_text(file) as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 yield number, line, line.endswith("\n")
@@ -162,28 +163,33 @@ def _metrics(file: Path) -> list[MetricsLine]:
     """Sorted by step. A resumed run repeats the steps since its checkpoint: the later line counts."""
     last: dict[tuple[str, int], MetricsLine] = {}
     for number, line, whole in _lines(file):
-        try:
-            measure = MetricsLine.read(json.loads(line))
-        except json.JSONDecodeError as error:
-            if not whole:  # a run that was killed while it appended its last line
-                break
-            raise _damaged(file, f"line {number}: {error}") from error
-        except ValidationError as error:
-            raise _damaged(file, f"line {number}: {first_complaint(error)}") from error
-        last[measure.kind, measure.step] = measure
+        # A run that was killed while it appended its last line has cut it.
+        if whole or _is_json(line):
+            measure = _record(file, number, line, MetricsLine.read)
+            last[measure.kind, measure.step] = measure
     return sorted(last.values(), key=lambda measure: measure.step)
 
 
+def _is_json(line: str) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
+
+
 def _predictions(file: Path) -> list[Prediction]:
-    rows = []
-    for number, line, _ in _lines(file):
-        try:
-            rows.append(Prediction.read(json.loads(line)))
-        except json.JSONDecodeError as error:
-            raise _damaged(file, f"line {number}: {error}") from error
-        except ValidationError as error:
-            raise _damaged(file, f"line {number}: {first_complaint(error)}") from error
-    return rows
+    return [_record(file, number, line, Prediction.read) for number, line, _ in _lines(file)]
+
+
+def _record(file: Path, number: int, line: str, read: Callable[[Any], T]) -> T:
+    """What ``line`` holds; raises RunError, which names it, where it is damaged."""
+    try:
+        return read(json.loads(line))
+    except ValidationError as error:
+        raise _damaged(file, f"line {number}: {first_complaint(error)}") from error
+    except (ValueError, RecursionError) as error:
+        raise _damaged(file, f"line {number}: {error}") from error
 
 
 def first_complaint(error: ValidationError) -> str:
