@@ -43,8 +43,10 @@ SPREAD = 0.35
 
 
 def likely_rate(rules: Iterable[Rule], width: int | None, steps: int) -> float:
-    """The rate for a plan; of rules that want different ones the lowest, since too high is worse than too low."""
-    return min(_of_rule(rule, width or WIDTH, steps) for rule in rules)
+    """The rate for a plan; of rules that want different ones the lowest, since too high is worse than too low. An
+    adapter whose rules are not known is taken as LoRA."""
+    known = list(rules) or [Rule(match="*", method="lora", rank=16)]
+    return min(_of_rule(rule, width or WIDTH, steps) for rule in known)
 
 
 def _of_rule(rule: Rule, width: int, steps: int) -> float:

@@ -11,12 +11,13 @@ from trimtab.errors import TrimtabError
 from trimtab.machine import device
 from trimtab.memory.estimate import RowSizes
 from trimtab.memory.suggest import check_run
-from trimtab.models.load import load_model, load_tokenizer
+from trimtab.models.load import load_model, load_tokenizer, quiet_libraries
 from trimtab.runs.events import Listener
 from trimtab.runs.rate_record import ChosenRate
 from trimtab.tasks import read_inputs
+from trimtab.training.checks import checked_inputs
 from trimtab.training.rate_trials import find_rate, plan_trials
-from trimtab.training.trainer import total_steps
+from trimtab.training.schedule import total_steps
 
 
 def tune(config: RunConfig, listener: Listener) -> ChosenRate:
@@ -27,8 +28,9 @@ def tune(config: RunConfig, listener: Listener) -> ChosenRate:
     task = tasks.find("causal_lm")
     tokenizer = load_tokenizer(job.source)
     listener.stage("Reading the rows")
-    inputs = task.read(config, tokenizer, listener)
-    check_run(job, RowSizes.of(config, inputs))
+    inputs = task.read(config, tokenizer, listener, job.max_length)
+    inputs = checked_inputs(job, inputs, check_run(job, RowSizes.of(config, inputs)), listener)
+    quiet_libraries()
     listener.stage(f"Loading {config.model.name}")
     model: Any = load_model(
         job.source, job.dtype, config.model.attention, config.quantisation, model_class=task.model_class
@@ -45,7 +47,7 @@ def told_trials(job: Job) -> str | None:
     if train.learning_rate != "auto" or not train.epochs:
         return None
     try:
-        inputs = read_inputs(job.config, load_tokenizer(job.source), Listener())
+        inputs = read_inputs(job.config, load_tokenizer(job.source), Listener(), job.max_length)
     except TrimtabError:
         return f"learning rate: found by trials, which cost at most {train.tune.budget:.0%} of the run's steps"
     steps = total_steps(train, len(inputs.rows))
