@@ -16,6 +16,7 @@ from typing import Any
 from trimtab.data import forms
 from trimtab.data.sources import read_rows
 from trimtab.errors import DataError
+from trimtab.models.chat_template import render
 
 Message = dict[str, Any]
 
@@ -65,7 +66,7 @@ def system_message(text: str | None) -> list[Message]:
 def rendered(messages: list[Message], tokenizer: Any) -> str:
     """A conversation as its template writes it, up to where the assistant speaks. Raises DataError without one."""
     require_template(tokenizer)
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    return str(render(tokenizer, messages, add_generation_prompt=True))
 
 
 def require_template(tokenizer: Any) -> None:

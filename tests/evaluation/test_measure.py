@@ -7,10 +7,14 @@ from typing import Any
 
 import pytest
 
-from tiny_runs import rows, tiny_model, write_model, write_rows
+from tiny_runs import rows, tiny_model, tiny_tokenizer, write_model, write_rows
 from trimtab.adapters.store import save_adapter
+from trimtab.errors import ModelError
 from trimtab.evaluation.run import measure
 from trimtab.files import read_json, read_jsonl
+from trimtab.models.load import load_tokenizer
+from trimtab.models.locate import locate
+from trimtab.runs.load import with_tokens_of
 from trimtab.surgery.attach import attach
 from trimtab.surgery.plan import Plan, Rule
 
@@ -71,3 +75,24 @@ def test_rows_that_are_cut_are_counted_in_the_result(models: Path, tmp_path: Pat
     assert (record.rows, record.cut, record.left_out) == (6, 1, 1)
     assert read_json(tmp_path / "evaluation" / "long.before.json")["cut"] == 1
     assert len(list(read_jsonl(tmp_path / "predictions" / "long.before.jsonl"))) == 6
+
+
+def test_an_adapter_brings_the_tokens_and_the_template_that_it_was_trained_on(models: Path) -> None:
+    adapter = models / "tide"
+    tokenizer = tiny_tokenizer("{% for m in messages %}{{ m.content + '<|eos|>' }}{% endfor %}")
+    tokenizer.add_tokens(["<crane>", "<berth>"])
+    tokenizer.save_pretrained(adapter)
+    source = with_tokens_of(adapter, locate(str(models / "base")))
+    assert (source.add_tokens, source.chat_template) == (("<crane>", "<berth>"), tokenizer.chat_template)
+    assert load_tokenizer(source).get_vocab() == tokenizer.get_vocab()
+    assert with_tokens_of(models / "fog", locate(str(models / "base"))) == locate(str(models / "base"))
+
+
+def test_a_token_that_the_model_does_not_have_is_an_error(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tiny_model(len(tokenizer)).save_pretrained(tmp_path / "short")
+    tokenizer.add_tokens(["<crane>"])
+    tokenizer.save_pretrained(tmp_path / "short")
+    file = write_rows(tmp_path / "r.jsonl", [{"prompt": "the <crane> is", "completion": " free"}] * 2)
+    with pytest.raises(ModelError, match=r"<crane> \(token 341\)"):
+        measure(str(tmp_path / "short"), [str(file)], out=tmp_path)

@@ -23,12 +23,14 @@ from trimtab.files import read_json
 from trimtab.machine import best_precision, device
 from trimtab.models.load import load_tokenizer
 from trimtab.models.locate import locate
+from trimtab.models.new_tokens import require_rows
 from trimtab.notes import Notes
 from trimtab.notes import rows as counted
 from trimtab.runs.events import Listener
 from trimtab.runs.folder import RunFolder
-from trimtab.runs.load import is_run, load_finite, load_fitting, load_run_model
+from trimtab.runs.load import is_run, load_finite, load_fitting, load_run_model, with_tokens_of
 from trimtab.runs.results import OWN_ADAPTER, Measured, Result, read_result
+from trimtab.surgery.adapted import bare
 from trimtab.tasks import Head
 
 ELSEWHERE = Path("runs/evaluate")
@@ -85,7 +87,7 @@ def measure(
     if own_sets and limit is None:
         limit = defaults.limit
 
-    source = source_of(config) if config is not None else locate(target)
+    source = source_of(config) if config is not None else with_tokens_of(adapter, locate(target))
     tokenizer = load_tokenizer(source)
     form = form or (config.data.form if config is not None else "auto")
     notes = Notes()
@@ -101,18 +103,17 @@ def measure(
             load_finite(model, adapter)
         model = model.to(device()).eval()
 
+    texts = [row.text for examples in rows.values() for row in examples]
+    words: Any = bare(model.get_input_embeddings())
+    require_rows(target, tokenizer, texts, len(words.weight))
     folder = out or (run.path if run is not None and as_in_run else ELSEWHERE)
     model_name = config.model.name if config is not None else target
-    if run is not None and not base:
-        label, adapter_name = (
-            str(run.path.absolute()),
-            OWN_ADAPTER if folder == run.path else str(run.adapter.absolute()),
-        )
-    elif adapter is not None:
-        label, adapter_name = str(adapter.absolute()), str(adapter.absolute())
-    else:
-        label, adapter_name = model_name, None
-    stage = "after" if (run is not None and not base) or adapter is not None else "before"
+    put_on = run.adapter if run is not None and not base else adapter
+    adapter_name = str(put_on.absolute()) if put_on is not None else None
+    if run is not None and put_on is not None and folder == run.path:
+        adapter_name = OWN_ADAPTER
+    label = model_name if put_on is None else str(run.path.absolute() if run is not None else put_on.absolute())
+    stage = "before" if put_on is None else "after"
     summary = run.read_summary() if run is not None else None
     known = summary.choices if summary is not None else None
     length = Job.of(config).reading_length if config is not None else None

@@ -6,20 +6,45 @@ The new rows are drawn as transformers draws them (around the mean of the old on
 from __future__ import annotations
 
 import glob
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from trimtab.errors import ModelError
 from trimtab.surgery.adapted import bare_modules
 
 _SEED = 0
+_AT_ONCE = 1000
 
 
 def add_tokens(tokenizer: Any, tokens: Sequence[str]) -> None:
     """Teach ``tokenizer`` each of ``tokens`` as one token. Those that it has stay what they are."""
     tokenizer.add_tokens(list(tokens))
+
+
+def require_rows(name: str, tokenizer: Any, texts: Sequence[str], rows: int, used: Collection[int] = ()) -> None:
+    """Raise ModelError, which says how to make them, if the model ``name``, whose embedding has so many ``rows``, has
+    none for a token of ``texts``, for one of ``used``, or for those that pad a batch and end a text."""
+    special = {tokenizer.pad_token_id, tokenizer.eos_token_id} - {None}
+    if max(len(tokenizer), *special, *used) <= rows - 1:
+        return
+    found = {*special, *used}
+    for start in range(0, len(texts), _AT_ONCE):
+        found.update(*tokenizer(list(texts[start : start + _AT_ONCE]), add_special_tokens=False).input_ids)
+    missing = sorted(token for token in found if token >= rows)
+    if not missing:
+        return
+    named = [str(tokenizer.convert_ids_to_tokens(token)) for token in missing]
+    shown = ", ".join(f"{one} (token {token})" for one, token in zip(named[:5], missing, strict=False))
+    more = f" and {len(named) - 5} more" if len(named) > 5 else ""
+    asked = ", ".join(f'"{one}"' for one in named[:5])
+    raise ModelError(
+        f"{name}: the tokenizer has tokens that the model has no row for: {shown}{more}; its embedding has {rows:,} "
+        f"rows. To make rows for them, which are then trained beside the plan, say model.add_tokens: [{asked}]; or "
+        "take the tokenizer that belongs to the model"
+    )
 
 
 def make_room(model: Any, tokens: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,19 @@ def load_finite(model: Any, folder: Path) -> None:
                 )
 
 
+def with_tokens_of(adapter: Path | None, source: Source) -> Source:
+    """``source`` with the tokens and the chat template of the tokenizer that was handed over with ``adapter``, if one
+    was: the adapter was trained on them."""
+    if adapter is None or not (adapter / "tokenizer.json").is_file():
+        return source
+    beside = load_tokenizer(Source(str(adapter), "folder", str(adapter.absolute())))
+    own = load_tokenizer(source)
+    known, template = own.get_vocab(), beside.chat_template
+    added = sorted((token, word) for word, token in beside.get_added_vocab().items() if word not in known)
+    changed = isinstance(template, str) and template != own.chat_template
+    return replace(source, add_tokens=tuple(word for _, word in added), chat_template=template if changed else "")
+
+
 @dataclass(frozen=True)
 class Target:
     """The model that a user named, by a run or by itself, in eval mode.
@@ -145,7 +158,7 @@ def load_target(
             f"{name}: not a run folder (it has no config.yaml), and not a model's (it has no config.json); name the "
             "output of trimtab finetune, or a model"
         )
-    source = locate(name)
+    source = with_tokens_of(adapter, locate(name))
     tokenizer = load_tokenizer(source)
     check(tokenizer)
     model = load_fitting(source, best_precision())

@@ -6,17 +6,17 @@ think is a sentence among the notes. ``trimtab plan`` says the same as ``trimtab
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from trimtab.config.resolve import Job
 from trimtab.data.rows import Example
 from trimtab.data.tokens import encode_prompt
-from trimtab.errors import ConfigError, DataError, ModelError
+from trimtab.errors import ConfigError, DataError
 from trimtab.evaluation.shortened import shortened
 from trimtab.models.chat_template import unknown_marks
 from trimtab.models.load import load_tokenizer
+from trimtab.models.new_tokens import require_rows
 from trimtab.notes import Notes, rows
 from trimtab.runs.events import Listener
 from trimtab.surgery.attach_report import AttachReport
@@ -73,29 +73,10 @@ class _Looked:
 
 def _tokens(looked: _Looked, notes: Notes) -> None:
     """Every token that a batch can hold has a row of the embedding."""
-    job, inputs, tokenizer = looked.job, looked.inputs, looked.tokenizer
-    known = job.embedding_rows
-    used = {tokenizer.pad_token_id, tokenizer.eos_token_id} - {None}
-    examples = [*inputs.validation, *(row for tests in inputs.tests.values() for row in tests)]
-    texts = [ids for start in range(0, len(examples), 1000) for ids in _ids(examples[start : start + 1000], tokenizer)]
-    used |= set(inputs.rows.vocabulary()).union(*texts)
-    missing = sorted(token for token in used if token >= known)
-    if not missing:
-        return
-    named = [str(tokenizer.convert_ids_to_tokens(token)) for token in missing]
-    shown = ", ".join(f"{name} (token {token})" for name, token in zip(named[:5], missing, strict=False))
-    more = f" and {len(named) - 5} more" if len(named) > 5 else ""
-    asked = ", ".join(f'"{name}"' for name in named[:5])
-    raise ModelError(
-        f"{job.config.model.name}: the tokenizer has tokens that the model has no row for: {shown}{more}; its "
-        f"embedding has {known:,} rows. To make rows for them, which are then trained beside the plan, say "
-        f"model.add_tokens: [{asked}]; or take the tokenizer that belongs to the model"
-    )
-
-
-def _ids(examples: Sequence[Example], tokenizer: Any) -> Sequence[Sequence[int]]:
-    found: Sequence[Sequence[int]] = tokenizer([row.text for row in examples], add_special_tokens=False).input_ids
-    return found
+    job, inputs = looked.job, looked.inputs
+    texts = [row.text for row in (*inputs.validation, *(row for tests in inputs.tests.values() for row in tests))]
+    used = inputs.rows.vocabulary()
+    require_rows(job.config.model.name, looked.tokenizer, texts, job.embedding_rows, used)
 
 
 def _template(looked: _Looked, notes: Notes) -> None:

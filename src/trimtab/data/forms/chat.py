@@ -31,7 +31,8 @@ class Chat(_form.Form):
         if getattr(tokenizer, "chat_template", None) is None:
             raise DataError(
                 f"{place}: the row is a conversation, but the tokenizer {_name(tokenizer)} has no chat template; use a "
-                "model that was tuned for chat, give model.chat_template, or turn the rows into prompt/completion."
+                "model that was tuned for chat, name a template in model.chat_template (chatml, a file), or turn the "
+                "rows into prompt/completion."
             )
 
     def talk(self, row: Row, reading: Reading) -> Talk:
