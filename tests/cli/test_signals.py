@@ -1,0 +1,134 @@
+"""Ctrl-C and SIGTERM: one line that says what is kept, the exit code of the signal, and no traceback."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from command_line import Result
+from trimtab.cli.exits import exit_code
+from trimtab.cli.signals import forget, listening
+from trimtab.errors import Interrupted, Terminated
+
+SIGNALS = [pytest.param(signal.SIGINT, 130, id="Ctrl-C"), pytest.param(signal.SIGTERM, 143, id="SIGTERM")]
+
+
+@pytest.fixture(autouse=True)
+def _signals_are_heard() -> Iterator[None]:
+    """A process that a script starts in the background has SIGINT ignored; here it interrupts, as at a terminal."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+    forget()
+
+
+def raising(number: int) -> Callable[..., Any]:
+    def work(*_: Any, **__: Any) -> Any:
+        signal.raise_signal(number)
+        pytest.fail("the signal was not heard")
+
+    return work
+
+
+# What each verb is stopped in, and what it is given.
+STOPPED = {
+    "plan": ("trimtab.config.read.load_config", ("run.yaml",), "nothing was written; the same command begins again"),
+    "finetune": (
+        "trimtab.config.read.load_config",
+        ("run.yaml",),
+        "nothing was changed; the same command begins again",
+    ),
+    "merge": ("trimtab.export.export_format", ("run", "out"), "nothing was written"),
+    "evaluate": ("trimtab.evaluation.run.measure", ("run",), "the sets that are measured are kept"),
+    "compare": ("trimtab.studies.study_cells.load_study", ("study.yaml",), "every run that is done is kept"),
+    "explore": ("trimtab.config.search.load_explore", ("search.yaml",), "every run that is done is kept"),
+    "analyze": ("trimtab.models.locate.locate", ("model", "run"), "nothing was written"),
+    "doctor": ("trimtab.diagnosis.diagnose", (), "nothing was written"),
+}
+
+
+@pytest.mark.parametrize(("number", "code"), SIGNALS)
+@pytest.mark.parametrize("verb", STOPPED)
+def test_a_verb_that_is_stopped_says_what_is_kept(
+    verb: str, number: int, code: int, cli: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where, words, kept = STOPPED[verb]
+    monkeypatch.setattr(where, raising(number))
+    result = cli(verb, *words)
+    assert result.code == code, result
+    assert result.err.startswith(f"\ninterrupted; {kept}"), result
+    assert result.err.count("\n") == 2
+
+
+def test_a_question_that_is_left_unanswered(cli: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked(*_: Any, **__: Any) -> Any:
+        raise typer.Abort
+
+    def ended(*_: Any, **__: Any) -> Any:
+        try:
+            raise EOFError
+        except EOFError:
+            raise typer.Abort from None
+
+    monkeypatch.setattr("trimtab.cli.verbs.init._model", asked)
+    result = cli("init", "new.yaml")
+    assert (result.code, result.err) == (130, "\ninterrupted; nothing was written; the same command begins again\n")
+    monkeypatch.setattr("trimtab.cli.verbs.init._model", ended)
+    result = cli("init", "new.yaml")
+    assert result.code == 1
+    assert "the input ended before the question was answered" in result.err
+    assert not Path("new.yaml").exists()
+
+
+@pytest.mark.parametrize(("number", "code"), SIGNALS)
+def test_before_there_is_a_verb_nothing_was_begun(number: int, code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    with listening():
+        assert exit_code(raising(number)) == code
+    assert capsys.readouterr().err == "\ninterrupted; nothing was begun\n"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # as before
+
+
+def test_a_signal_that_is_ignored_stays_ignored() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with listening():
+        signal.raise_signal(signal.SIGINT)
+
+
+TWICE = """
+import signal, sys
+from trimtab.cli.signals import listening, forget
+from trimtab.errors import STOPS
+with listening():
+    for _ in range(3):  # each is dealt with, as in a conversation
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except STOPS:
+            forget()
+    try:
+        signal.raise_signal(signal.SIGTERM)
+    except STOPS:
+        print("putting things down", flush=True)
+        try:
+            signal.raise_signal(signal.SIGINT)
+        finally:
+            print("not at once")
+"""
+
+
+def test_the_second_one_ends_the_process_at_once() -> None:
+    done = subprocess.run([sys.executable, "-c", TWICE], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "putting things down\n", "")
+
+
+def test_an_interruption_knows_what_it_came_from() -> None:
+    assert Interrupted("x").code == Interrupted.by(KeyboardInterrupt(), "x").code == 130
+    assert Interrupted.by(Terminated(), "x").code == Interrupted.by(Interrupted("", 143), "x").code == 143
+    with pytest.raises(SystemExit):
+        raise Terminated
