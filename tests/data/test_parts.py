@@ -161,6 +161,8 @@ def test_columns_of_any_table_are_our_keys(tmp_path: Path) -> None:
         "translation": row["translation"],
         "messages": "12",
     }
+    with pytest.raises(DataError, match=r"t\.jsonl: data\.columns: no form has a key 'promt'.* Did you mean 'prompt'"):
+        read_examples(Source(path="t.jsonl", columns={"promt": "id", "completion": "messages"}), None, root=tmp_path)
     message = error_of(Source(path="t.jsonl", columns={"prompt": "mesages"}), tmp_path)
     assert "t.jsonl, line 1: data.columns says that 'prompt' is in the column 'mesages', which is not there" in message
     assert "Did you mean 'messages'?" in message

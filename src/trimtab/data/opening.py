@@ -27,6 +27,9 @@ UNFOLDED, RATIO = 64 * 2**20, 200
 """A file unfolds to at most so many bytes, or so many times its own size where that is more. Text shrinks to a third
 or a tenth; a bomb of zeros to a thousandth and less."""
 
+LINE = 64
+"""What a line counts for besides its bytes, since many empty ones take time, too."""
+
 
 def _zstd(path: Path) -> Any:
     import pyarrow  # it is there with `datasets`, and reads zstd without a package of its own
@@ -109,15 +112,20 @@ def opened(source: str, path: Path) -> Iterator[io.BufferedIOBase]:
         ) from error
 
 
-def numbered_lines(source: str, path: Path) -> Iterator[tuple[int, str]]:
-    """The lines of a text file with their ends, and their numbers from 1."""
+def numbered_lines(source: str, path: Path, *, blank: bool = True) -> Iterator[tuple[int, str]]:
+    """The lines of a text file with their ends, and their numbers from 1; without ``blank`` ones where not asked."""
+    packed = bool(endings(path)[1])
+    budget = Budget(source, path)
     with opened(source, path) as stream:
         number = 0
         while raw := stream.readline(ROW + 1):
             number += 1
+            if packed:
+                budget.take(LINE + len(raw))
             if len(raw) > ROW:
                 raise DataError(f"{source}, line {number}: {too_long()}")
-            yield number, decoded(source, raw, number)
+            if blank or not (len(raw) < 3 and raw.isspace()):
+                yield number, decoded(source, raw, number)
 
 
 def whole_text(source: str, path: Path) -> str:
@@ -132,7 +140,8 @@ def decoded(source: str, raw: bytes, line: int = 1) -> str:
         text = raw.decode("utf-8-sig" if line == 1 else "utf-8")
     except UnicodeDecodeError as error:
         number = line + error.object.count(b"\n", 0, error.start)
-        kind = "; it looks like UTF-16" if line == 1 and raw[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
+        wide = (line == 1 and raw[:2] in (b"\xff\xfe", b"\xfe\xff")) or b"\0" in raw[:100]
+        kind = "; it looks like UTF-16" if wide else ""
         raise DataError(
             f"{source}, line {number}: expected UTF-8 text, but came the byte 0x{error.object[error.start]:02x}{kind}; "
             "save the file as UTF-8."

@@ -98,7 +98,7 @@ def _kind(value: Any) -> str:
 
 
 def _jsonl(source: str, path: Path) -> Iterator[Row]:
-    for number, text in numbered_lines(source, path):
+    for number, text in numbered_lines(source, path, blank=False):
         line = text.strip().removeprefix("\ufeff")  # files with a mark each, put together
         if not line:
             continue
@@ -211,7 +211,7 @@ def _csv_records(source: str, path: Path) -> Iterator[tuple[int, list[str]]]:
 
 def _text(source: str, path: Path) -> Iterator[Row]:
     # A line is a text, as `datasets` and those who build on it read such files.
-    for number, line in numbered_lines(source, path):
+    for number, line in numbered_lines(source, path, blank=False):
         if (text := line.rstrip("\r\n")) and not text.isspace():
             yield Row(source, number, f"{source}, line {number}", {"text": text})
 
@@ -229,8 +229,9 @@ def _parquet(source: str, path: Path) -> Iterator[Row]:
             budget.take(sum(groups))
             budget = Budget(source, path, free=2 * UNFOLDED)
             # A value that stands once in the file may be that of many rows, so the rows of a batch are few where a
-            # single value could be large.
-            size = min(1024, max(8, 256 * 2**20 // max(1, *groups, 1)))
+            # single value could be large; not in a large file, which has its size from somewhere.
+            fewest = 1 if path.stat().st_size < ROW else 16
+            size = min(1024, max(fewest, 256 * 2**20 // max(1, *groups, 1)))
             for batch in file.iter_batches(batch_size=size):
                 if batch.nbytes > ROW * max(1, batch.num_rows):
                     raise DataError(f"{source}, row {number + 1}: {too_long()}")

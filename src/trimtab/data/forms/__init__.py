@@ -81,6 +81,8 @@ def _examples(rows: Iterator[Row], reading: Reading, form: Form | None, entry: S
     """The examples of ``rows`` of one file, all of the same ``form``; None: that of the first row, by its keys."""
     named, first = form is not None, None
     for row in rows:
+        if first is None:
+            _require_known(entry.columns or {}, row)
         form = form or _recognise(row, entry.columns or {})
         if first is None:
             first = row
@@ -112,7 +114,8 @@ def _form_of(row: Row) -> Form | None:
 
 def _recognise(row: Row, columns: Mapping[str, str]) -> Form:
     # The keys that the user mapped decide, whatever else the table holds.
-    form = next((form for form in _all() if columns and columns.keys() >= set(form.keys)), None) or _form_of(row)
+    mapped = replace(row, value={key: row.value[key] for key in columns})
+    form = (_form_of(mapped) if columns else None) or _form_of(row)
     if form is not None:
         return form
     if all(row.value.get(key) is not None for key in ("chosen", "rejected")):
@@ -125,6 +128,16 @@ def _recognise(row: Row, columns: Mapping[str, str]) -> Form:
         f"{row.place}: no known form has these keys: {keys_of(row)}. Expected one of: {expected}. If a column has "
         "another name, say so: data.columns={prompt: its name, completion: its name}."
     )
+
+
+def _require_known(columns: Mapping[str, str], row: Row) -> None:
+    known = sorted({key for form in _all() for key in form.known})
+    for key in columns:
+        if key not in known:
+            raise DataError(
+                f"{row.source}: data.columns: no form has a key '{key}'; on the left stands one of ours "
+                f"({', '.join(known)}), on the right a column.{did_you_mean(key, known)}"
+            )
 
 
 def _require_same_form(row: Row, form: Form, first: Row) -> None:
