@@ -23,9 +23,9 @@ def test_prompts_are_those_of_the_rows(tokenizer: Any) -> None:
     assert said == (
         "<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\nthe fog<|im_end|>\n<|im_start|>assistant\n"
     )
-    for form in (None, "alpaca"):
-        with pytest.raises(DataError, match=r"--system.*--chat"):
-            prompt_of(form, "the fog", tokenizer, "be brief")
+    with pytest.raises(DataError, match=r"--system.*--chat"):
+        prompt_of(None, "the fog", tokenizer, "be brief")
+    assert prompt_of("alpaca", "the fog", tokenizer, "be brief").startswith("be brief\n\n### Instruction:\nthe fog")
     with pytest.raises(DataError, match=r"no chat template.*model\.chat_template"):
         prompt_of("chat", "the fog", tiny_tokenizer(None), "be brief")
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.data import forms
+from trimtab.data.forms.chat import Chat
 from trimtab.data.sources import read_rows
 from trimtab.errors import DataError
-from trimtab.models.chat_template import render
 
 Message = dict[str, Any]
 
@@ -26,15 +26,16 @@ _ASKING = ("prompt", "question", "instruction", "context", "input", "text")
 
 @dataclass(frozen=True)
 class Question:
-    """A question: its words, or a conversation that ends with the user's turn."""
+    """A question: its words, or a conversation that ends with the user's turn; and the row's own system message."""
 
     text: str
     messages: tuple[Message, ...] = ()
+    system: str | None = None
 
     def prompt(self, form: str | None, tokenizer: Any, system: str | None) -> str:
         """The prompt that asks it as rows of ``form`` do; None: the text as it is."""
         if not self.messages:
-            return prompt_of(form, self.text, tokenizer, system)
+            return prompt_of(form, self.text, tokenizer, self.system or system)
         own = self.messages[0].get("role") == "system"
         return rendered([*([] if own else system_message(system)), *self.messages], tokenizer)
 
@@ -50,12 +51,15 @@ def prompt_of(form: str | None, text: str, tokenizer: Any, system: str | None = 
         raise DataError("the prompt is not text in UTF-8; write it so, or give it in a file") from None
     if not text.strip():
         raise DataError("the prompt is empty: there is nothing to go on from")
+    if form is None:
+        if system is not None:
+            raise DataError(
+                "--system: the prompt is put as it is, without a place for it; add --chat for the chat template"
+            )
+        return text
     if form == "chat":
-        return rendered([*system_message(system), {"role": "user", "content": text}], tokenizer)
-    if system is not None:
-        kind = "as it is" if form is None else f"as the run's {form} rows have it"
-        raise DataError(f"--system: the prompt is put {kind}, without a place for it; add --chat for the chat template")
-    return forms.find(form).prompt(text, tokenizer) if form is not None else text
+        require_template(tokenizer)
+    return forms.find(form).prompt(text, tokenizer, system=system or "")
 
 
 def system_message(text: str | None) -> list[Message]:
@@ -66,7 +70,9 @@ def system_message(text: str | None) -> list[Message]:
 def rendered(messages: list[Message], tokenizer: Any) -> str:
     """A conversation as its template writes it, up to where the assistant speaks. Raises DataError without one."""
     require_template(tokenizer)
-    return str(render(tokenizer, messages, add_generation_prompt=True))
+    chat = forms.find("chat")
+    assert isinstance(chat, Chat)
+    return chat.render(messages, tokenizer)
 
 
 def require_template(tokenizer: Any) -> None:
@@ -102,7 +108,9 @@ def _of_row(place: str, row: dict[str, Any]) -> Question:
     for key in _ASKING:
         if isinstance(text := row.get(key), str) and text.strip():
             extra = row.get("input") if key == "instruction" else None
-            return Question(f"{text}\n\n{extra}" if extra else text)
+            system = row.get("system")
+            said = f"{text}\n\n{extra}" if extra else text
+            return Question(said, system=system if isinstance(system, str) and system else None)
     raise DataError(
         f"{place}: the row asks nothing; expected 'messages', or a text under one of {', '.join(_ASKING)}; keys found: "
         f"{', '.join(row) or 'none'}"

@@ -261,6 +261,11 @@ class RunConfig(Section):
     )
     train: TrainConfig = Field(default_factory=TrainConfig, description="How to train.")
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="How to evaluate.")
+    report_to: Annotated[tuple[str, ...], BeforeValidator(values.trackers)] = Field(
+        (),
+        description="Trackers that the run reports to, as transformers names them: wandb, mlflow, trackio, tensorboard "
+        "and others, each installed and set up as it says itself. A run is named after its folder.",
+    )
     output: Annotated[Path, BeforeValidator(values.path)] = Field(
         description="The run folder, relative to the working directory; by default runs/ and the YAML's name.",
     )

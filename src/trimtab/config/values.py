@@ -222,3 +222,20 @@ def path(value: object) -> Path:
     if isinstance(value, str | Path) and str(value):
         return Path(value)
     raise ValueError("expected a path")
+
+
+TRACKERS = (
+    *("azure_ml", "clearml", "codecarbon", "comet_ml", "dagshub", "dvclive", "flyte", "kubeflow", "mlflow", "neptune"),
+    *("swanlab", "tensorboard", "trackio", "wandb"),
+)
+"""As transformers names them, which is not asked here: it takes seconds to import."""
+
+
+def trackers(value: object) -> tuple[str, ...]:
+    items = [] if value in (None, "none") else [value] if isinstance(value, str) else value
+    if not isinstance(items, list | tuple) or not all(isinstance(item, str) for item in items):
+        raise ValueError("expected the name of a tracker, a list of them, or none")
+    for name in items:
+        if name not in TRACKERS:
+            raise ValueError(f"expected one of {', '.join(TRACKERS)}; got '{name}'.{did_you_mean(name, TRACKERS)}")
+    return tuple(dict.fromkeys(items))

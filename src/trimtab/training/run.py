@@ -45,6 +45,7 @@ from trimtab.training.origin import Origin
 from trimtab.training.rate_trials import with_rate
 from trimtab.training.resume_state import newest_whole
 from trimtab.training.schedule import total_steps
+from trimtab.training.tracking import trackers
 from trimtab.training.trainer import AdapterTrainer, make_optimizer
 
 
@@ -69,6 +70,7 @@ def finetune(
     job = Job.of(config)
     if config.train.tensorboard:
         require_tensorboard()
+    reports = trackers(config, listener.remark)
     with opened(config, resume=resume, overwrite=overwrite) as opening:
         folder = opening.folder
         if opening.summary is not None and opening.is_measured(config):  # killed right before its end
@@ -77,6 +79,7 @@ def finetune(
             return folder
         try:
             run = _set_up(job, opening, listener, began)
+            run.trackers = reports
         except STOPS as stop:
             kept = (
                 f"the run is as it was\nGo on with: {folder.resume_command}" if opening.resumes else "nothing was begun"
@@ -165,6 +168,7 @@ class _Run:
         self._began = began
         self._at_once = False
         self.measured_anew: list[str] = []
+        self.trackers: list[TrainerCallback] = []
         before = opening.summary or Summary()
         self._earlier_seconds = before.training_seconds or 0.0, before.total_seconds or 0.0
         self._summary = Summary(
@@ -359,7 +363,7 @@ class _Run:
                 validate=self._measuring.validation if self.inputs.validation else None,
                 best=best,
                 earlier=earlier,
-                callbacks=callbacks,
+                callbacks=[*callbacks, *self.trackers],
             )
             trainer.add_callback(Compiling(self.model, train.compile, self.listener, trainer.throughput))
             try:

@@ -239,6 +239,7 @@ class AdapterTrainer(Trainer):
             )
         )
         metrics = {f"eval_{name}": value for name, value in figures.items()}
+        self.control = self.callback_handler.on_log(self.args, self.state, self.control, metrics)  # for trackers
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 

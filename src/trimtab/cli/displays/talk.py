@@ -58,6 +58,7 @@ class Talk:
                 else:
                     self._ask(said[1:] if said.startswith("//") else said)
             except KeyboardInterrupt:  # of a line that was begun, or of a long prompt; the conversation goes on
+                forget()
                 self._tell("", "Ctrl-D or /exit ends the conversation" if self._interactive else "")
             except TrimtabError as error:
                 self._tell(str(error))
@@ -104,6 +105,8 @@ class Talk:
             say(text, end="")
 
     def _after(self, answer: Answer, left_out: int) -> None:
+        if answer.stopped:
+            forget()  # the next Ctrl-C is a first one again
         if not answer.text:
             self._tell("the model said nothing; the turn is not kept")
         elif answer.stopped:

@@ -65,9 +65,8 @@ class LlamaFactoryConfig(OtherConfig):
             carried.put("train.precision", "bfloat16", "bf16")
         if carried.take("train_on_prompt"):
             carried.put("train.prompt_loss_weight", 1.0, "train_on_prompt")
-        if carried.left.get("report_to") in ("tensorboard", ["tensorboard"]):
-            carried.put("train.tensorboard", True, "report_to")
-            carried.forget(["report_to"])
+        if carried.left.get("report_to") not in (None, "none", [], ["none"], "all"):
+            carried.same({"report_to": "report_to"})
         self._rows(carried)
         self._when(carried)
         self._plan(carried)
@@ -79,7 +78,7 @@ class LlamaFactoryConfig(OtherConfig):
                 "packing": "rows are not packed; rows of like length share a batch",
                 "optim": "AdamW is the optimiser",
                 "flash_attn": "model.attention has auto, sdpa and eager",
-                "report_to": "train.tensorboard is what there is",
+                "report_to": "name each tracker",
             }
         )
         carried.forget(["do_train", "do_eval", "overwrite_cache", "overwrite_output_dir", "preprocessing_num_workers"])
