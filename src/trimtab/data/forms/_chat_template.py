@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from functools import cached_property
-from itertools import zip_longest
 from typing import Any
 
 from trimtab.errors import DataError, ModelError
@@ -21,6 +20,9 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         self.specials = special_tokens(tokenizer)
         """Any of these may end a turn."""
+        longest_first = sorted(self.specials, key=len, reverse=True)
+        self.mark = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        """Finds a special token."""
 
     def render(
         self,
@@ -34,7 +36,9 @@ class ChatTemplate:
         """The text of ``messages``. Raises DataError, which names ``place``, if the template refuses them."""
         said = options or {}
         try:
-            return str(render(self.tokenizer, messages, tools=tools, add_generation_prompt=generation, **said))
+            return str(
+                render(self.tokenizer, self.taken(messages), tools=tools, add_generation_prompt=generation, **said)
+            )
         except (ModelError, TypeError) as error:  # options can have the names of parameters
             roles = ", ".join(str(message["role"]) for message in messages)
             raise DataError(
@@ -68,39 +72,59 @@ class ChatTemplate:
         return [{**first, "content": f"{system['content']}\n\n{first['content']}"}, *rest]
 
     @cached_property
+    def closing(self) -> str:
+        """What ends the last assistant turn: its special tokens up to any white space, or all there is if it has none;
+        empty if nothing ends it."""
+        rest = self._turn.rpartition(_WORD)[2].strip()
+        end = 0
+        while found := self.mark.match(rest, end):
+            end = found.end()
+        return rest[:end] if end else rest
+
+    @cached_property
     def opening(self) -> str:
         """What stands before every assistant turn; empty if that is not the same everywhere."""
-        return self._marks[0]
+        question, turn = [{"role": "user", "content": "x"}], self._turn
+        before, prompt = self._try(question), self._try(question, generation=True)
+        if before is None or prompt is None or not turn:
+            return ""
+        # Some templates end what is no prompt with an end token (Phi-3).
+        base = same_start(before, same_start(prompt, turn))
+        return same_start(prompt, turn[: turn.rfind(_WORD)])[len(base) :]
+
+    def taken(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """``messages`` with their content as this template takes it."""
+        return _as_parts(messages) if self._wants_parts else messages
 
     @cached_property
-    def closing(self) -> str:
-        """What ends an assistant turn, without white space; empty if nothing does."""
-        return self._marks[1]
+    def _turn(self) -> str:
+        """A question, and a word that answers it; empty if the template cannot render them."""
+        turn = self._try([{"role": "user", "content": "x"}, {"role": "assistant", "content": _WORD}]) or ""
+        return turn if _WORD in turn else ""
 
     @cached_property
-    def _marks(self) -> tuple[str, str]:
-        question, answer = {"role": "user", "content": "x"}, {"role": "assistant", "content": _WORD}
-        before, prompt = self._try([question]), self._try([question], generation=True)
-        turn = self._try([question, answer])
-        if turn is None or _WORD not in turn:
-            return "", ""
-        closing = turn[turn.rfind(_WORD) + len(_WORD) :].strip()
-        if before is None or prompt is None or not (prompt.startswith(before) and turn.startswith(before)):
-            return "", closing
-        header = turn[len(before) : turn.rfind(_WORD)]
-        pairs = zip_longest(prompt[len(before) :], header)
-        same = next((at for at, (one, other) in enumerate(pairs) if one != other), len(header))
-        return header[:same], closing
+    def _wants_parts(self) -> bool:
+        """Whether content is left out unless it is a list of parts, as in templates of models that see images."""
+        whole = [{"role": "user", "content": _WORD}]
+        shown = [self._shown(whole), self._shown(_as_parts(whole))]
+        return _WORD not in shown[0] and _WORD in shown[1]
 
-    def shows(self, key: str) -> bool:
-        """Whether the last assistant turn shows what it has under ``key``."""
+    def _shown(self, messages: list[dict[str, Any]]) -> str:
+        try:
+            return str(render(self.tokenizer, messages))
+        except ModelError:
+            return ""
+
+    def shows(self, key: str | None) -> bool:
+        """Whether the last assistant turn shows the thoughts that it has under ``key``; None: in its content."""
         if key not in self._shows:
-            answer = {"role": "assistant", "content": "x", key: _WORD}
-            self._shows[key] = _WORD in (self._try([{"role": "user", "content": "x"}, answer]) or "")
+            thought = {"content": f"<think>\n{_WORD}\n</think>\n\nx"} if key is None else {"content": "x", key: _WORD}
+            talk = [{"role": "user", "content": "x"}, {"role": "assistant", **thought}]
+            self._shows[key] = _WORD in (self._try(talk) or "")
         return self._shows[key]
 
     @cached_property
-    def _shows(self) -> dict[str, bool]:
+    def _shows(self) -> dict[str | None, bool]:
         return {}
 
     def _try(self, messages: list[dict[str, Any]], *, generation: bool = False) -> str | None:
@@ -108,6 +132,19 @@ class ChatTemplate:
             return self.render(messages, "", generation=generation)
         except DataError:
             return None
+
+
+def same_start(one: str, other: str) -> str:
+    """The text with which both begin; marks such as ``<|end|>`` are not cut."""
+    at = next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    return one[:at] if at in (len(one), len(other)) else one[:at].rstrip("<|\uff5c")
+
+
+def _as_parts(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        {**message, "content": [{"type": "text", "text": message["content"]}]} if message.get("content") else message
+        for message in messages
+    ]
 
 
 def special_tokens(tokenizer: Any) -> tuple[str, ...]:

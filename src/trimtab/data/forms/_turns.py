@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from trimtab.data.forms._chat_template import ChatTemplate
+from trimtab.data.forms._chat_template import ChatTemplate, same_start
 from trimtab.data.forms._messages import ROLES, Talk, name_of
 from trimtab.data.forms._reading import Reading
 from trimtab.data.rows import Example, Row
@@ -50,17 +50,25 @@ def follow(talk: Talk, row: Row, reading: Reading) -> Example | None:
     _look_for_what_is_dropped(talk, text, reading, row.place)
     spans = _spans(talk, text, template, row.place)
     last = len(talk.messages) - 1
+    for index, (start, stop) in spans.items():
+        # White space that a template puts after an end token is no part of the turn.
+        turn = text[start:stop].rstrip()
+        if turn.endswith(template.specials):
+            spans[index] = (start, start + len(turn))
     trained = []
     for index in sorted(talk.trained):
         start, stop = spans[index]
-        if index < last and _lost_thought(talk.messages[index], text[start:stop], template):
-            reading.tell(
-                row.place,
-                "earlier answers that are context only, since the chat template drops the thoughts before them once "
-                "another question follows",
-                "To train such an answer, give it a row of its own that ends with it",
-            )
-            continue
+        thought, key = _thought(talk.messages[index])
+        if thought and thought not in text[start:stop]:
+            if index < last and template.shows(key):
+                what = (
+                    "earlier answers that are context only, since the chat template drops the thoughts before them "
+                    "once another question follows"
+                )
+                reading.tell(row.place, what, "To train such an answer, give it a row of its own that ends with it")
+                continue
+            if key is None:
+                reading.tell(row.place, "thoughts (<think>) that the chat template leaves out")
         trained.append((start, stop))
     start, stop = spans[last]
     text = text[:stop]
@@ -89,19 +97,24 @@ def _rendered(talk: Talk, template: ChatTemplate, place: str) -> tuple[Talk, str
     calls = [call for message in talk.messages for call in message.get("tool_calls", ())]
     if not calls:
         return talk, _render(talk, template, place)
-    refused: DataError | None = None
+    bare = replace(talk, messages=[_varied(_without(message, "tool_calls"), None, "") for message in talk.messages])
+    try:
+        elsewhere = _render(bare, template, place)  # names of functions stand among the tools, too
+    except DataError:
+        elsewhere = ""
+    refused: list[DataError] = []
     written = False
     for variant in _variants(talk):
         try:
             text = _render(variant, template, place)
         except DataError as error:
-            refused = refused or error
+            refused.append(error)
             continue
-        if all(_stands(call, text) for call in calls):
+        if all(_stands(call, text, elsewhere) for call in calls):
             return variant, text
         written = True
-    if refused and not written:
-        raise refused
+    if not written:
+        raise refused[1]  # the template's own words about an empty content, rather than about none
     raise DataError(
         f"{place}: the chat template does not write the call of '{name_of(calls[0])}', so it could not be learnt; use "
         "a model whose template knows tools, give model.chat_template, or write the call into the content."
@@ -116,14 +129,14 @@ def _variants(talk: Talk) -> Iterator[Talk]:
 
 def _varied(message: dict[str, Any], arguments: Any, empty: Any) -> dict[str, Any]:
     """``message`` with its ``arguments`` put in another way, and an ``empty`` content in place of none."""
-    if "tool_calls" not in message:
+    if message["role"] != "assistant" or (message.get("content") and "tool_calls" not in message):
         return message
     out = dict(message)
     if empty is not None and not out.get("content"):
         out.pop("content", None)
         if empty is not ...:
             out["content"] = empty
-    if arguments is not None:
+    if arguments is not None and "tool_calls" in message:
         out["tool_calls"] = [_with_arguments(call, arguments) for call in message["tool_calls"]]
     return out
 
@@ -140,9 +153,10 @@ def _with_arguments(call: dict[str, Any], change: Any) -> dict[str, Any]:
     return call
 
 
-def _stands(call: dict[str, Any], text: str) -> bool:
-    """Whether ``text`` has this call: its name, and arguments that are neither JSON in quotes nor Python's own."""
-    if name_of(call) not in text:
+def _stands(call: dict[str, Any], text: str, elsewhere: str) -> bool:
+    """Whether ``text`` has this call: its name more often than the text without calls, ``elsewhere``, and arguments
+    that are neither JSON in quotes nor Python's own."""
+    if text.count(name_of(call)) <= elsewhere.count(name_of(call)):
         return False
     inner = call["function"] if isinstance(call.get("function"), dict) else call
     arguments = inner.get("arguments")
@@ -204,21 +218,21 @@ def _spans(talk: Talk, text: str, template: ChatTemplate, place: str) -> dict[in
 
 def _by_marks(talk: Talk, turns: list[int], text: str, template: ChatTemplate) -> dict[int, Span] | None:
     """All turns by what stands before and after each; None if these words stand elsewhere, too, or not everywhere."""
-    opening, closing = template.opening, template.closing
-    if not opening.strip() or not closing or text.count(opening) != len(turns):
+    # A prompt may open the thoughts of a new turn; past turns may have none.
+    header = template.opening.partition("<think>")[0]
+    closing, thoughts = template.closing, template.opening[len(header) :]
+    if not header.strip() or not closing or text.count(header) != len(turns):
         return None
+    starts = [found.end() for found in re.finditer(re.escape(header), text)]
     spans: dict[int, Span] = {}
-    start = 0
-    for index in turns:
-        start = text.index(opening, start) + len(opening)
-        stop = text.find(closing, start)
-        if stop < 0:
-            return None
-        said, turn = _said(talk.messages[index]), text[start:stop].rstrip()
-        if not (said in turn if "tool_calls" in talk.messages[index] else turn.endswith(said)):
+    for index, start, following in zip(turns, starts, [*starts[1:], len(text) + len(header)], strict=True):
+        if text.startswith(thoughts, start):
+            start += len(thoughts)
+        stop = text.find(closing, start, following - len(header))
+        said, turn = _said(talk.messages[index]), text[start : max(start, stop)].rstrip()
+        if stop < 0 or not (said in turn if "tool_calls" in talk.messages[index] else turn.endswith(said)):
             return None
         spans[index] = (start, stop + len(closing))
-        start = stop
     return spans
 
 
@@ -231,23 +245,30 @@ def _find_turn(talk: Talk, index: int, text: str, template: ChatTemplate, place:
     before = _render(talk.upto(index), template, place, generation=True) if index else ""
     start = len(before)
     if not text.startswith(before):
-        # Some templates open a new turn with more than a past turn has ("<think>"): the turn starts where they differ.
+        # Some templates open a new turn with more than a past turn has ("<think>"): the turn starts where they differ,
+        # or at a mark that begins there.
         if not text.startswith(_render(talk.upto(index), template, place)):
             raise _lost(place, index, "what comes before it is rendered in another way once it is there")
-        start = next(at for at in range(start) if text[at : at + 1] != before[at])
+        start = len(same_start(text, before))
     through = _render(talk.upto(index + 1), template, place).rstrip()
     if text.startswith(through) and len(through) > start:
         return start, len(through)
     # Some templates render the last turn differently from a past one (Qwen3 puts empty reasoning before it). Both end
-    # in the same way, so we search for the content together with that ending.
-    said = _said(talk.messages[index])
+    # in the same way, so we search for what is said last in it together with that ending.
+    calls = talk.messages[index].get("tool_calls")
+    said = name_of(calls[-1]) if calls else _said(talk.messages[index])
     if not said or said not in through:
         raise _lost(place, index, "its content is changed")
-    turn = said + through[through.rfind(said) + len(said) :]
-    begin = text.find(turn, start)
-    if begin < 0:
+    ending = through[through.rfind(said) + len(said) :]
+    begin = text.find(said + ending, start)
+    if begin >= 0:
+        return start, begin + len(said + ending)
+    # Or they end differently (gpt-oss, Phi-3): the turn ends with the first special token after what is said.
+    begin = text.find(said, start)
+    end = template.mark.search(text, begin + len(said)) if begin >= 0 else None
+    if end is None or (text[begin + len(said) : end.start()].strip() and not calls):
         raise _lost(place, index, "its content is changed, or left out, once another turn follows")
-    return start, begin + len(turn)
+    return start, end.end()
 
 
 def _lost(place: str, index: int, reason: str) -> DataError:
@@ -264,7 +285,7 @@ def _marked_spans(talk: Talk, template: ChatTemplate, place: str) -> list[Span]:
 
     out = render(
         template.tokenizer,
-        talk.messages,
+        template.taken(talk.messages),
         tools=talk.tools,
         tokenize=True,
         return_dict=True,
@@ -287,12 +308,6 @@ def _thought(message: dict[str, Any]) -> tuple[str, str | None]:
             return thought.strip(), key
     inside = _THOUGHT.search(message.get("content") or "")
     return (inside[1].strip(), None) if inside else ("", None)
-
-
-def _lost_thought(message: dict[str, Any], turn: str, template: ChatTemplate) -> bool:
-    """Whether ``turn`` lacks the thoughts that the template would have shown had the turn been the last one."""
-    thought, key = _thought(message)
-    return bool(thought) and thought not in turn and (key is None or template.shows(key))
 
 
 def _locate_answer(text: str, start: int, message: dict[str, Any], specials: tuple[str, ...]) -> tuple[int, str]:
