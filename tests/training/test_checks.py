@@ -150,7 +150,7 @@ def test_what_is_to_happen_after_the_end_of_the_run_is_told(check: Callable[...,
     notes = check(OPEN, train=late, data={"validation": validation})
     assert "200 steps of warmup, but the run has 2: the learning rate ends at 0.5 % of 0.001" in only(notes, "warmup")
     assert "no checkpoint before its end" in only(notes, "save_every")
-    assert "it is never validated" in only(notes, "validate_every")
+    assert "validated once, at its end" in only(notes, "validate_every")
     notes = check(OPEN, train={"early_stopping": 5}, data={"validation": validation})
     assert "it cannot stop early" in only(notes, "early_stopping")
 

@@ -279,9 +279,26 @@ def test_the_last_adapter_is_kept_where_the_best_is_not_wanted(
 def test_early_stopping(make_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     _validations(monkeypatch, (1.0, 0.5), (0.9, 0.9), (1.1, 0.8), (1.2, 0.7), (0.1, 1.0))
     config = make_config(count=30, data={"validation": 0.2}, train={"epochs": 5, "early_stopping": 2})
-    folder = finetune(config)
+    listener = Kept()
+    folder = finetune(config, listener=listener)
     summary = folder.read_summary()
     assert (summary.status, summary.steps, summary.best_step) == ("finished", 24, 12)
+    assert listener.column("step") == list(range(1, 25))
+
+
+def test_every_run_has_a_first_and_a_last_loss(
+    make_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rare = {"log_every": 100}
+    listener = Kept()
+    finetune(make_config(train={"max_steps": 4, **rare}), listener=listener)
+    assert listener.column("step") == [1, 4]
+    # Where training may stop at any validation, each of them has a loss.
+    _validations(monkeypatch, (1.0, 0.5), (1.1, 0.4))
+    listener = Kept()
+    train = {"epochs": 5, "early_stopping": 1, **rare}
+    finetune(make_config("early", count=30, data={"validation": 0.2}, train=train), listener=listener)
+    assert listener.column("step") == [1, 6, 12]
 
 
 def test_validation_by_steps_includes_the_last_step(make_config: Callable[..., Any]) -> None:

@@ -163,8 +163,8 @@ def parse_override(text: str) -> tuple[tuple[str, ...], Any]:
     keys = tuple(dotted.strip().split("."))
     if not sign or not all(keys):
         raise ConfigError(f"command line: expected key.sub=value, got '{text}'.")
-    # YAML takes a leading * for an alias; here it can only be a pattern such as *.q_proj.
-    return keys, value if value.startswith("*") else parse_yaml(value, f"command line: {dotted.strip()}")
+    # YAML takes a leading * for an alias; here it can only be a pattern such as *.q_proj. Nor is a template YAML.
+    return keys, value if value.startswith(("*", "{{", "{%")) else parse_yaml(value, f"command line: {dotted.strip()}")
 
 
 def set_dotted(mapping: dict[str, Any], keys: tuple[str, ...], value: Any) -> None:

@@ -6,6 +6,7 @@ think is a sentence among the notes. ``trimtab plan`` says the same as ``trimtab
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -175,11 +176,11 @@ def _schedule(looked: _Looked, notes: Notes) -> None:
     every = every if isinstance(every, int) else max(1, round(every * steps))
     if every > steps:
         notes.add(
-            f"train.validate_every: {every} steps, but the run has {steps}: it is never validated, and ends with the "
-            "adapter of its last step"
+            f"train.validate_every: {every} steps, but the run has {steps}: it is validated once, at its end, and "
+            "there is no better step to keep"
         )
-    elif train.early_stopping is not None and train.early_stopping >= steps // every:
+    elif train.early_stopping is not None and train.early_stopping >= (checks := math.ceil(steps / every)):
         notes.add(
             f"train.early_stopping: {train.early_stopping} validations without improvement, but the run has "
-            f"{steps // every}: it cannot stop early"
+            f"{checks}: it cannot stop early"
         )
