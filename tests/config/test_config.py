@@ -176,7 +176,10 @@ def test_a_wrong_override_is_told_as_one(tmp_path: Path, override: str, message:
         ("train: null", "train: expected a mapping, got null."),
         ("train: {epochs: true}", "train.epochs: expected a number, got true."),
         ("train: {epochs: -1}", "train.epochs: expected at least 0, got -1."),
-        ("train: {learning_rate: .nan}", "train.learning_rate: expected a finite number, got NaN."),
+        (
+            "train: {learning_rate: .nan}",
+            "train.learning_rate: expected a number above 0, such as 5e-4, or auto, got NaN.",
+        ),
         ("train: {max_steps: '3'}", 'train.max_steps: expected a whole number, got "3".'),
         ("train: {batch_size: 1.5}", "train.batch_size: expected a whole number, got 1.5."),
         ("train: {average: 2}", "train.average: expected at most 1, got 2."),
