@@ -16,7 +16,8 @@ PUBLIC = "trimtab/__init__.py"
 LAYERS = [
     *(
         "errors",
-        "files hints listing machine metrics notes reading",
+        "hints listing machine metrics notes reading",
+        "files",
         "diagnosis",
         "ops",
         "bases",
