@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from trimtab.config.yaml_text import parse_yaml
 from trimtab.data.choices import closed_set
 from trimtab.data.forms import read_examples
 from trimtab.data.rows import Example
+from trimtab.data.sources import is_local
 from trimtab.data.tokens import encode_all, encode_pair
 from trimtab.errors import ConfigError
 from trimtab.machine import device
@@ -92,6 +94,9 @@ def draft(wish: Wish, place: Path) -> Draft:
     examples = read_examples(list(wish.train), tokenizer := load_tokenizer(source), root=Path.cwd())
     seen = _look(examples, tokenizer)
     notes = [f"{seen.count:,} rows of the form '{seen.form}', the longest of {seen.longest:,} tokens"]
+    counted = Counter((row.entry.path if row.entry is not None else row.source, row.form) for row in examples)
+    if len(counted) > 1:
+        notes += [f"{path}: {count:,} rows ({form})" for (path, form), count in counted.items()]
     if seen.choices:
         notes.append(f"answers are a closed set of {len(seen.choices)}, so they are scored, not written")
     if wish.test is not None:
@@ -145,7 +150,8 @@ def _look(examples: list[Example], tokenizer: Any) -> _Seen:
     if choices is None and not all(row.choices for row in examples):
         written = sorted((row for row in examples if row.answer), key=lambda row: len(row.answer or ""))[-20:]
         answer = max((_tokens_of_answer(row, tokenizer) for row in written), default=0)
-    return _Seen(len(examples), examples[0].form, choices, longest, answer)
+    forms = " and ".join(dict.fromkeys(row.form for row in examples))
+    return _Seen(len(examples), forms, choices, longest, answer)
 
 
 def _tokens_of_answer(row: Example, tokenizer: Any) -> int:
@@ -163,14 +169,14 @@ def _settings(wish: Wish, seen: _Seen, source: Source, place: Path) -> Settings:
     said: Settings = {"model.name": (_from(place, wish.model, source), "also: a model folder, a .gguf file, a hub id")}
     if device().type == "cpu" and length <= SHORT:
         said["model.attention"] = "eager", "for rows this short faster on a processor than the fused kernel"
-    train = [_relative(place, name) for name in wish.train]
+    train = [_rows_from(place, name) for name in wish.train]
     said["data.train"] = train[0] if len(train) == 1 else train, f"{seen.count:,} rows of the form {seen.form}"
     if few:
         said["data.validation"] = None, f"{seen.count} rows are few: train on all of them, keep the last step"
     else:
         said["data.validation"] = 0.05, "split off the rows; it picks the best checkpoint"
     if wish.test is not None:
-        said["data.test"] = _relative(place, wish.test), "evaluated before and after"
+        said["data.test"] = _rows_from(place, wish.test), "evaluated before and after"
     cut = f"the longest row has {seen.longest:,} tokens" + (", which is cut" if seen.longest > length else "")
     said["data.max_length"] = length, cut
     rule: dict[str, Any] = {"match": "all-linear", "method": wish.method}
@@ -189,6 +195,13 @@ def _settings(wish: Wish, seen: _Seen, source: Source, place: Path) -> Settings:
 
 def _from(place: Path, model: str, source: Source) -> str:
     return _relative(place, model) if source.kind != "hub" and Path(model).exists() else model
+
+
+def _rows_from(place: Path, name: str) -> str:
+    """Where rows are as seen from the folder of ``place``: a file, a pattern or a part of one; a hub id as it is."""
+    if not is_local(name, Path.cwd()):
+        return name
+    return os.path.relpath(Path(name).expanduser(), place.parent)
 
 
 def _relative(place: Path, name: str) -> str:

@@ -120,6 +120,18 @@ def test_rows_are_read_where_they_are(job: Job) -> None:
     assert describe_run(job, 100)["memory"]["length"] == 100
     gone = changed(job, data=job.config.data.model_copy(update={"train": (Source(path="gone.jsonl"),)}))
     assert describe_run(gone)["memory"]["length"] == job.max_length
+    assert describe_run(gone)["rows"] is None
+    twice = changed(
+        job,
+        data=job.config.data.model_copy(
+            update={"train": (job.config.data.train[0], Source(path=job.config.data.train[0].path, weight=2))}
+        ),
+    )
+    rows = describe_run(twice)["rows"]
+    count = rows["sources"][0]["rows"]
+    assert [source["weight"] for source in rows["sources"]] == [1.0, 2.0]
+    assert rows["an_epoch"] == sum(source["an_epoch"] for source in rows["sources"])
+    assert rows["validation"] + sum(source["training"] for source in rows["sources"]) == 2 * count
     assert "There is no data file gone.jsonl" in describe_run(gone)["memory"]["length_from"]
 
 

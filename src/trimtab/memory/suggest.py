@@ -102,8 +102,8 @@ def read_rows(job: Job) -> tuple[Inputs | None, str]:
 
 
 def describe_run(job: Job, length: int | None = None, check: Check | None = None) -> dict[str, Any]:
-    """What ``trimtab plan`` says, as plain values: what the plan does to the model, ``memory``, all sizes in GiB, and
-    ``notes``.
+    """What ``trimtab plan`` says, as plain values: what the plan does to the model, ``memory``, all sizes in GiB,
+    ``rows``, what is taken of each source (None where they cannot be read), and ``notes``.
 
     Args:
         length: tokens of a row, all of which carry loss, in place of what the data has.
@@ -137,7 +137,19 @@ def describe_run(job: Job, length: int | None = None, check: Check | None = None
     attached = memory.attached
     told = {"lowered_ranks": attached.lowered_ranks, "unreached": attached.unreached}
     notes = [*(inputs.notes if inputs is not None else ()), *(check(job, inputs, attached) if check else ())]
-    return {**PlanRecord.of(attached).plain(), **told, "memory": described, "notes": notes}
+    return {**PlanRecord.of(attached).plain(), **told, "memory": described, "rows": _rows(inputs), "notes": notes}
+
+
+def _rows(inputs: Inputs | None) -> dict[str, Any] | None:
+    """What ``trimtab plan`` says of the rows."""
+    if inputs is None:
+        return None
+    return {
+        "sources": [source.plain() for source in inputs.sources],
+        "an_epoch": len(inputs.rows),
+        "validation": len(inputs.validation),
+        "tests": {name: len(tested) for name, tested in inputs.tests.items()},
+    }
 
 
 def _capped(job: Job) -> RowSizes:

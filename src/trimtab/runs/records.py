@@ -97,10 +97,14 @@ class SourceRecord(Record):
     an_epoch: int
     """How many come in an epoch: ``training`` times ``weight``."""
 
-    def __str__(self) -> str:
+    @property
+    def shown(self) -> str:
+        """The path as seen from here, where it lies below."""
         path = Path(self.path)
-        shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-        said = f"{shown}: {self.rows:,} rows ({', '.join(self.forms)})"
+        return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else self.path
+
+    def __str__(self) -> str:
+        said = f"{self.shown}: {self.rows:,} rows ({', '.join(self.forms)})"
         if self.training != self.rows:
             said += f", {self.training:,} to train on"
         return said + (f", weight {self.weight:g}: {self.an_epoch:,} in an epoch" if self.weight != 1 else "")

@@ -36,6 +36,7 @@ def command(
         from trimtab.config.resolve import Job
         from trimtab.memory.suggest import describe_run
         from trimtab.training.checks import check_before
+        from trimtab.training.schedule import total_steps
         from trimtab.training.tune import told_trials
 
     described = describe_run(Job.of(loaded), length, check_before)
@@ -49,7 +50,7 @@ def command(
 
     from trimtab.cli.displays.console import Terminal
     from trimtab.reports.run import run_tables
-    from trimtab.runs.records import PlanRecord
+    from trimtab.runs.records import PlanRecord, SourceRecord
 
     console = Terminal()
     console.print(f"model: {loaded.model.name}", soft_wrap=True)
@@ -63,6 +64,16 @@ def command(
         console.print(line, soft_wrap=True)
     for note in described["notes"]:
         console.print(f"note: {note}", soft_wrap=True)
+    if rows := described["rows"]:
+        sources = [SourceRecord.read(source) for source in rows["sources"]]
+        if len(sources) > 1 or sources[0].weight != 1:
+            console.print(run_tables.sources_table(sources))
+        steps = total_steps(loaded.train, rows["an_epoch"]) if loaded.train.epochs else 0
+        measured = [f"{name}: {count:,}" for name, count in {"validation": rows["validation"], **rows["tests"]}.items()]
+        console.print(
+            f"rows: {rows['an_epoch']:,} to train on in an epoch, {steps:,} steps in all; {', '.join(measured)}",
+            soft_wrap=True,
+        )
     if modules:
         table = Table("module", "method", "rule", "out x in", "parameters", box=None, header_style="bold")
         for module in plan.modules:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -15,7 +15,7 @@ from trimtab.reports.run import pairs, prompts
 from trimtab.reports.run.measured import baseline, measured
 from trimtab.reports.shared import words
 from trimtab.runs.read import Run
-from trimtab.runs.records import PlanRecord
+from trimtab.runs.records import PlanRecord, SourceRecord
 from trimtab.runs.results import ChoiceResult, MultipleChoiceResult, Prediction, Result
 
 # Letters of a prompt and of an answer in a terminal's row. The narrow columns leave the prompt room in 80 letters.
@@ -162,6 +162,23 @@ def plan_table(known: PlanRecord) -> Table:
         said = (rule.method, "\n".join(words.listing(rule.match)), str(rule.layers), options)
         share = words.small_percent(rule.parameters, known.total_parameters)
         table.add_row(str(rule.rule), *map(_text, said), words.count(rule.modules), words.count(rule.parameters), share)
+    return table
+
+
+def sources_table(sources: Sequence[SourceRecord]) -> Table:
+    """What was taken of each source of training rows, and in all."""
+    table = _table(show_footer=True)
+    table.add_column("rows from", footer="in all", overflow="fold")
+    table.add_column("form", overflow="fold")
+    figures: dict[str, Any] = {"justify": "right", "no_wrap": True}
+    table.add_column("rows", footer=words.count(sum(source.rows for source in sources)), **figures)
+    table.add_column("to train on", footer=words.count(sum(source.training for source in sources)), **figures)
+    table.add_column("weight", **figures)
+    table.add_column("in an epoch", footer=words.count(sum(source.an_epoch for source in sources)), **figures)
+    for source in sources:
+        counts = (words.count(source.rows), words.count(source.training), f"{source.weight:g}")
+        said = (_text(source.shown), _text(", ".join(source.forms)))
+        table.add_row(*said, *counts, words.count(source.an_epoch))
     return table
 
 
