@@ -5,7 +5,9 @@ What is expected is written out by hand, or is the template's own rendering of t
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import sampling
+from trimtab.data import forms
 from trimtab.data.forms import read_examples
 from trimtab.data.preview import preview
-from trimtab.data.rows import Example
+from trimtab.data.rows import Example, Row
 from trimtab.data.tokens import encode_all
 from trimtab.errors import DataError
 from trimtab.notes import Notes
@@ -367,3 +371,44 @@ def test_the_preview_marks_what_is_trained(read: Callable[..., Any], make_tokeni
     shown = str(preview(encode_all([example], tokenizer, None), tokenizer))
     marked = [part.split("]]")[0] for part in shown.split("[[")[1:]]
     assert marked == parts(example)
+
+
+def test_turns_are_those_that_the_templates_of_the_field_mark(make_tokenizer: Callable[..., Any]) -> None:
+    """TRL brings the templates of many families, and the same with the assistant's text marked: a reference that was
+    written by others. Where both render one text, the turns that are searched for are those that are marked."""
+    trl = importlib.util.find_spec("trl")
+    if trl is None or trl.origin is None:
+        pytest.skip("needs TRL for its templates")
+    folder = Path(trl.origin).parent / "chat_templates"
+    again = {"role": "assistant", "content": "Yes."}
+    tokenizer = make_tokenizer()
+    texts = "".join(path.read_text(encoding="utf-8") for path in folder.glob("*.jinja"))
+    marks = set(re.findall(r"<\|?[A-Za-z_]+\|?>|<｜[^｜]+｜>", texts)) - {"<think>", "<tool_call>", "<tools>"}
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>", *sorted(marks)]})
+    compared = []
+    for marked in sampling.sample(sorted(folder.glob("*_training.jinja")), 4):
+        both = [folder / marked.name.replace("_training", ""), marked]
+        if not both[0].is_file():
+            continue
+        found = []
+        for path in both:
+            template = path.read_text(encoding="utf-8")
+            tokenizer = make_tokenizer(template=template)
+            marks = set(re.findall(r"<\|?[A-Za-z_]+\|?>|<｜[^｜]+｜>", template)) - {
+                "<think>",
+                "<tool_call>",
+                "<tools>",
+            }
+            tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>", *sorted(marks)]})
+            row = Row("rows.jsonl", 1, "rows.jsonl, line 1", {"messages": [QUESTION, ANSWER, QUESTION, again]})
+            found.append(forms.find("chat").example(row, forms.Reading(tokenizer)))
+        searched, reference = found
+        assert searched is not None
+        assert reference is not None
+        # Some mark the header, too, or what the prompt already has; the ends are the same.
+        if searched.text == reference.text:
+            compared.append(marked.name)
+            for one, other in zip(searched.trained, reference.trained, strict=True):
+                assert one[1] == other[1], marked.name
+                assert other[0] <= one[0], marked.name
+    assert len(compared) >= 4, compared
