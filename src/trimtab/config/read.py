@@ -178,7 +178,7 @@ def set_dotted(mapping: dict[str, Any], keys: tuple[str, ...], value: Any) -> No
         here = ".".join(keys[:depth])
         index: Any = key
         if isinstance(target, list):
-            if not key.isdecimal() or int(key) >= len(target):
+            if not (key.isdecimal() and len(key) < 10 and int(key) < len(target)):
                 raise ConfigError(
                     f"command line: {here} is a list of {len(target)}, counted from 0; it has no '{key}'."
                 )

@@ -17,7 +17,9 @@ import matplotlib
 from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
+from trimtab.errors import printable
 from trimtab.files import write_atomically
 
 # As page.css has them for a light screen.
@@ -181,6 +183,10 @@ def write_picture(figure: Figure, folder: Path, name: str, label: str) -> Markup
 
 def _saved(figure: Figure, form: str, **settings: Any) -> bytes:
     """The file that holds ``figure``; the same figure gives the same bytes."""
+    for text in figure.findobj(Text):
+        if (said := text.get_text()) and not said.startswith("$\\mathdefault"):  # which the ticks of log scales are
+            text.set_text(printable(said))
+            text.set_parse_math(False)  # a name with two $ is no formula
     buffer = io.BytesIO()
     rc: Any = {"svg.hashsalt": "trimtab", **settings}
     with matplotlib.rc_context(rc):
