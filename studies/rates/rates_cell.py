@@ -23,10 +23,12 @@ from trimtab.errors import RunError
 from trimtab.machine import versions
 from trimtab.models.load import load_model, load_tokenizer
 from trimtab.runs.events import Listener
+from trimtab.runs.rate_record import ChosenRate
 from trimtab.runs.records import MetricsLine
-from trimtab.surgery.attach import attach, detach
+from trimtab.surgery.attach import detach
 from trimtab.surgery.serving import evaluating
 from trimtab.tasks import Head, Inputs
+from trimtab.training.rate_trials import find_rate
 from trimtab.training.trainer import AdapterTrainer
 
 ROWS_AT_ONCE = 32
@@ -46,7 +48,7 @@ class Trainings:
         self._head = self._task.head(self._model)
         self._inputs: dict[str, Inputs] = {}
 
-    def _config(self, cell: RateCell) -> RunConfig:
+    def _config(self, cell: RateCell, **train: Any) -> RunConfig:
         study = self._study
         settings = study.settings(cell.task, cell.arm)
         settings["data"] = {
@@ -54,21 +56,37 @@ class Trainings:
             "validation": [str(study.rows(cell.task, "validation"))],
             "choices": None,
         }
-        settings["train"] = {**settings["train"], "learning_rate": cell.rate, "seed": cell.seed, "log_every": 4}
+        settings["train"] = {
+            **settings["train"],
+            "learning_rate": cell.rate,
+            "seed": cell.seed,
+            "log_every": 4,
+            **train,
+        }
         settings["output"] = str(study.state / "none")
         return build_config(settings, study.state, str(cell))
 
-    def run(self, cell: RateCell) -> dict[str, Any]:
-        """Train one cell; gives what its file holds. ``loss`` is None where training diverged."""
-        config = self._config(cell)
-        job = Job.of(config)
+    def _read(self, cell: RateCell, job: Job) -> Inputs:
         if cell.task not in self._inputs:
-            self._inputs[cell.task] = self._task.read(config, self._tokenizer, Listener())
-        inputs = self._inputs[cell.task]
+            self._inputs[cell.task] = self._task.read(job.config, self._tokenizer, Listener(), job.max_length)
+        return self._inputs[cell.task]
+
+    def find_rate(self, cell: RateCell, budget: float) -> ChosenRate:
+        """What ``train.learning_rate: auto`` finds for the run of a cell (whose own rate plays no part)."""
+        job = Job.of(self._config(cell, learning_rate="auto", tune={"budget": budget}))
+        inputs = self._read(cell, job)
+        return find_rate(job, inputs, self._model, task=self._task, tokenizer=self._tokenizer, listener=Listener())
+
+    def run(self, cell: RateCell, rate: float | None = None) -> dict[str, Any]:
+        """Train one cell, or the same at another ``rate``; gives what its file holds. ``loss`` is None where training
+        diverged."""
+        config = self._config(cell) if rate is None else self._config(cell, learning_rate=rate)
+        job = Job.of(config)
+        inputs = self._read(cell, job)
         began, worked = time.perf_counter(), time.process_time()
         lines: list[MetricsLine] = []
         set_seed(cell.seed)
-        report = attach(self._model, job.plan_on(self._model))
+        report = job.attach_to(self._model)
         try:
             with tempfile.TemporaryDirectory() as folder:
                 trainer = AdapterTrainer(
@@ -93,7 +111,7 @@ class Trainings:
         return {
             "task": cell.task,
             "arm": cell.arm,
-            "rate": cell.rate,
+            "rate": config.train.rate,
             "seed": cell.seed,
             **self._study.identity(cell),
             "loss": round(loss, 6) if math.isfinite(loss) else None,

@@ -30,7 +30,8 @@ def main(arguments: Sequence[str]) -> int:
 def run(file: str, *overrides: str, only_results: bool = False) -> None:
     from rates_study import load_rates_study
     from trimtab.errors import Interrupted
-    from trimtab.files import locked, write_json
+    from trimtab.files import write_json
+    from trimtab.runs.lock import locked
 
     study = load_rates_study(file, overrides)
     if not only_results:
@@ -50,6 +51,12 @@ def run(file: str, *overrides: str, only_results: bool = False) -> None:
                     )
             except KeyboardInterrupt:
                 raise Interrupted("stopped; every finished cell is kept. Go on with the same command.") from None
+    from rates_page import write_rates_page
+    from rates_results import write_results
+
+    results = write_results(study)
+    page = write_rates_page(study.output, results)
+    print(f"{results['done']} of {results['of']} cells; results: {study.output / 'rates.json'}; page: {page}")
 
 
 if __name__ == "__main__":

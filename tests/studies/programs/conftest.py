@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 STUDIES = Path(__file__).resolve().parents[3] / "studies"
-sys.path[:0] = [str(STUDIES / name) for name in ("memorize", "pattern")]
+sys.path[:0] = [str(STUDIES / name) for name in ("memorize", "pattern", "rates")]
 
 
 @pytest.fixture

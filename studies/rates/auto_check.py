@@ -1,0 +1,129 @@
+"""Hold ``train.learning_rate: auto`` against the grid of the study, with a fixed 5e-4 beside it.
+
+    python studies/rates/auto_check.py studies/rates/study.yaml [budget=0.15] [tasks=orders] [key=value ...]
+
+For each setting (task, arm) whose grid is done for all seeds: the final validation loss at the rate that ``auto``
+finds, seed by seed, less that of the grid's best rate (the one whose mean over the seeds is lowest, a choice made in
+hindsight). ``auto`` is close on a setting where the mean is at most 0.02 nats. Trials are measured on the validation
+rows whose loss counts in the end, as the grid's best is chosen by them.
+
+What the likely rates are made from (``trimtab.training.rate_prior``) must not be what they are held against: they may
+be tuned on the task ``sentiment``, and ``orders`` (14 settings) is what counts. Finished trainings are kept in the
+study's state, so the same command goes on; it writes ``auto.json`` into the output folder and prints a table.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from trimtab.cli.exits import exit_code
+from trimtab.machine import keep_few_products
+
+if TYPE_CHECKING:
+    from rates_study import RatesStudy
+
+CLOSE = 0.02
+"""Nats a token."""
+FIXED = 5e-4
+"""The rate that a run has whose YAML says none."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    if not arguments or "--help" in arguments:
+        print(__doc__)
+        return 0 if arguments else 2
+    return exit_code(lambda: run(*arguments))
+
+
+def run(file: str, *overrides: str) -> None:
+    from rates_study import load_rates_study
+    from trimtab.errors import RunError
+    from trimtab.files import write_json
+    from trimtab.runs.lock import locked
+
+    own = dict(text.split("=", 1) for text in overrides if text.startswith(("budget=", "tasks=")))
+    study = load_rates_study(file, [text for text in overrides if not text.startswith(("budget=", "tasks="))])
+    budget, tasks = float(own.get("budget", "0.15")), own.get("tasks", "orders").split(",")
+    with locked(study.state / "auto" / ".lock"):
+        rows = list(settings(study, budget, tasks))
+    if not rows:
+        raise RunError("no setting's grid is done for all seeds yet; go on with studies/rates/run.py first")
+    for row in rows:
+        print(
+            f"{row['task']:10} {row['arm']:18} best {row['best_rate']:<8g} {row['best_loss']:.4f}   "
+            f"auto {row['auto_rates']} {row['auto_over']:+.4f}   5e-4 {row['fixed_over']:+.4f}"
+        )
+    close = {name: sum(row[f"{name}_over"] <= CLOSE for row in rows) for name in ("auto", "fixed")}
+    print(
+        f"within {CLOSE} nats of the grid's best: auto {close['auto']}, 5e-4 {close['fixed']}, of {len(rows)} settings"
+    )
+    write_json(study.output / "auto.json", {"budget": budget, "close": close, "of": len(rows), "settings": rows})
+
+
+def settings(study: RatesStudy, budget: float, tasks: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """A line for each setting whose grid is whole."""
+    from rates_cell import Trainings
+    from rates_study import RateCell, at_lattice
+
+    trainings: Trainings | None = None
+    for task, arm in study.pairs:
+        grid = study.grid(task, arm)
+        cells = {
+            (index, seed): study.done(RateCell(task, arm, index, seed)) for index in grid for seed in study.said.seeds
+        }
+        if task not in tasks or any(cell is None for cell in cells.values()):
+            continue
+        losses = {key: _loss(cell) for key, cell in cells.items() if cell is not None}
+        best = min(grid, key=lambda at: statistics.fmean(losses[at, seed] for seed in study.said.seeds))
+        over: dict[str, list[float]] = {"auto": [], "fixed": []}
+        rates: list[float] = []
+        costs: list[float] = []
+        for seed in study.said.seeds:
+            cell = RateCell(task, arm, best, seed)
+            for name in over:
+                trainings = trainings or Trainings(study)
+                found = _trained(study, trainings, cell, name, budget)
+                over[name].append(_loss(found) - losses[best, seed])
+                if name == "auto":
+                    rates.append(found["rate"])
+                    costs.append(found["cost"])
+        yield {
+            "task": task,
+            "arm": arm,
+            "best_rate": at_lattice(best),
+            "best_loss": round(statistics.fmean(losses[best, seed] for seed in study.said.seeds), 5),
+            "auto_rates": rates,
+            "auto_cost": max(costs),
+            **{f"{name}_over": min(99.0, round(statistics.fmean(values), 5)) for name, values in over.items()},
+        }
+
+
+def _trained(study: RatesStudy, trainings: Any, cell: Any, name: str, budget: float) -> dict[str, Any]:
+    """The training of a setting with one seed at the rate of ``auto`` or the fixed one; kept once it is done."""
+    from trimtab.files import read_json, write_json
+
+    file = study.file(cell)
+    folder = f"auto-{budget:g}" if name == "auto" else name
+    kept = study.state / "auto" / folder / file.parent.relative_to(study.state / "cells") / f"seed{cell.seed}.json"
+    known = read_json(kept) if kept.is_file() else {}
+    chosen = trainings.find_rate(cell, budget) if name == "auto" else None
+    rate, likely = (FIXED, None) if chosen is None else (chosen.rate, chosen.likely)
+    if (known.get("rate"), known.get("settings")) != (rate, study.identity(cell)["settings"]):
+        known = {**trainings.run(cell, rate), "likely": likely, "cost": 0.0 if chosen is None else chosen.cost}
+        write_json(kept, known)
+        print(f"  {cell.arm} on {cell.task}, seed {cell.seed}, {name}: {rate:g}", file=sys.stderr, flush=True)
+    found: dict[str, Any] = known
+    return found
+
+
+def _loss(cell: dict[str, Any]) -> float:
+    return math.inf if cell["loss"] is None else float(cell["loss"])
+
+
+if __name__ == "__main__":
+    keep_few_products()
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,92 @@
+"""The study on one page: a picture and a table for each question. Reads what ``rates_results`` wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
+
+from trimtab.reports.shared.figures import blank, plain, write_picture
+from trimtab.reports.shared.shell import write_page
+
+_COLOURS = ("#1f5fa8", "#c2571a", "#3a7d44", "#7a4fa3", "#8a6d1f", "#a33b5e")
+_PICTURES = {
+    "methods": ["full", "LoRA r8", "DoRA r8", "MoRA r8"],
+    "ranks": ["LoRA r1", "LoRA r8", "LoRA r64", "MoRA r1", "MoRA r8", "MoRA r64"],
+    "alpha": ["LoRA r1", "LoRA r1 alpha 16", "LoRA r8", "LoRA r8 alpha 64", "LoRA r64", "LoRA r64 alpha 16"],
+    "steps": ["LoRA r8, 8 steps", "LoRA r8", "LoRA r8, 96 steps", "full, 8 steps", "full", "full, 96 steps"],
+}
+
+
+def write_rates_page(folder: Path, results: Mapping[str, Any]) -> Path:
+    """Write ``rates.html`` and its pictures into ``folder``."""
+    arms = {(arm["task"], arm["arm"]): arm for arm in results["arms"]}
+    tasks = results["said"]["tasks"]
+    pictures = {
+        name: write_picture(_draw(arms, tasks, names), folder, f"rates-{name}", f"Loss over the learning rate: {name}")
+        for name, names in _PICTURES.items()
+    }
+    questions = [
+        (question, [_line(row) for row in results["compared"] if row["question"] == question])
+        for question in dict.fromkeys(row["question"] for row in results["compared"])
+    ]
+    best = [
+        [arm["task"], arm["arm"], told(arm["best"]), "at the edge: undecided" if arm["edge"] else "", _share(arm)]
+        for arm in results["arms"]
+    ]
+    values = {"results": results, "pictures": pictures, "questions": questions, "best": best}
+    return write_page(folder / "rates.html", "rates_page.html", values, folder=Path(__file__).parent)
+
+
+def _share(arm: Mapping[str, Any]) -> str:
+    return f"{arm['cells']} of {arm['of']}"
+
+
+def told(known: Mapping[str, Any] | None) -> str:
+    """A rate or a ratio with its interval."""
+    if known is None:
+        return "–"
+    interval = f" ({known['low']:.2g} to {known['high']:.2g})" if known["low"] is not None else ", one seed"
+    return f"{known['rate']:.2g}{interval}"
+
+
+def _line(row: Mapping[str, Any]) -> list[str]:
+    verdict = row.get("why", "")
+    if (ratio := row["ratio"]) is not None:
+        if ratio["low"] is None:
+            verdict = "one seed: no interval"
+        else:
+            verdict = "not told from the same" if ratio["low"] <= 1 <= ratio["high"] else "another"
+    return [row["task"], row["arm"], row["against"], told(ratio), verdict]
+
+
+def _draw(arms: Mapping[tuple[str, str], Mapping[str, Any]], tasks: Sequence[str], names: Sequence[str]) -> Figure:
+    """Loss over the rate: a panel a task, a line an arm."""
+    shown = [task for task in tasks if any((task, name) in arms for name in names)]
+    figure = blank(4.2 * len(shown) + 1.6, 3.4)
+    for place, task in enumerate(shown):
+        axes = figure.add_subplot(1, len(shown), place + 1)
+        plain(axes)
+        for colour, name in zip(_COLOURS, names, strict=False):
+            curve = arms.get((task, name), {"curve": []})["curve"]
+            points = [(point["rate"], point["loss"]) for point in curve if point["loss"] is not None]
+            if not points:
+                continue
+            rates, losses = [rate for rate, _ in points], [loss for _, loss in points]
+            axes.plot(rates, [loss["mean"] for loss in losses], color=colour, marker="o", markersize=3, label=name)
+            if all(loss["low"] is not None for loss in losses):
+                low, high = [loss["low"] for loss in losses], [loss["high"] for loss in losses]
+                axes.fill_between(rates, low, high, color=colour, alpha=0.15, linewidth=0)
+        axes.set_xscale("log")
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_ylim(0, 1.5)
+        axes.set_title(task, fontsize=9)
+        axes.set_xlabel("learning rate", fontsize=8)
+        axes.set_ylabel("validation loss (nats a token)", fontsize=8)
+        if axes.lines:
+            axes.legend(fontsize=7, frameon=False)
+    figure.set_layout_engine("tight")
+    return figure

@@ -1,0 +1,142 @@
+"""What the cells of the study say together: the best rate of each arm with its interval, and how arms differ in it.
+
+rates.json    everything that the page shows        rates.csv    a line for each cell
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rates_study import RateCell, RatesStudy, at_lattice
+from trimtab.files import write_json, write_text
+from trimtab.studies.statistics import mean_interval
+
+_COLUMNS = ("task", "arm", "rate", "seed", "loss", "exact", "trained", "seconds", "processor_seconds")
+
+QUESTIONS: Mapping[str, Sequence[tuple[str, str]]] = {
+    "Is LoRA's best rate ten times that of full fine-tuning?": [
+        (f"{name} r8", "full") for name in ("LoRA", "DoRA", "MoRA")
+    ],
+    "Does it move with the rank, where alpha is twice the rank?": [
+        (f"{name} r{rank}", f"{name} r8") for name in ("LoRA", "DoRA", "MoRA") for rank in (1, 64)
+    ],
+    "Does it move with the rank, where alpha is fixed at 16?": [
+        ("LoRA r1 alpha 16", "LoRA r8"),
+        ("LoRA r64 alpha 16", "LoRA r8"),
+    ],
+    "Does it move with alpha, at one rank?": [
+        ("LoRA r8 alpha 64", "LoRA r8"),
+        ("LoRA r1 alpha 16", "LoRA r1"),
+        ("LoRA r64 alpha 16", "LoRA r64"),
+    ],
+    "Does it move with the number of steps?": [
+        (f"{name}, {steps} steps", name) for name in ("LoRA r8", "full") for steps in (8, 96)
+    ],
+}
+"""Question -> pairs of arms whose best rates it compares."""
+
+
+def best_place(losses: Mapping[int, float]) -> float:
+    """Where on the lattice the loss is lowest: the bottom of the parabola through the lowest loss and its neighbours,
+    and the lowest itself where it has no two neighbours that are numbers."""
+    best = min(losses, key=lambda index: losses[index])
+    low, middle, high = (losses.get(best + step, math.inf) for step in (-1, 0, 1))
+    if not (math.isfinite(low) and math.isfinite(high)) or low + high <= 2 * middle:
+        return float(best)
+    return best + (low - high) / (2 * (low - 2 * middle + high))
+
+
+def arm_results(study: RatesStudy, task: str, arm: str) -> dict[str, Any]:
+    """What is known of an arm on a task. ``best`` is the best rate over the seeds whose whole grid is done; None where
+    there is no such seed, or where in one of them it is at an edge of the grid (``edge``), so that nothing is said."""
+    grid = study.grid(task, arm)
+    seeds: dict[int, dict[int, float]] = {}
+    for seed in study.said.seeds:
+        found = {index: study.done(RateCell(task, arm, index, seed)) for index in grid}
+        seeds[seed] = {
+            index: math.inf if cell["loss"] is None else cell["loss"]
+            for index, cell in found.items()
+            if cell is not None
+        }
+    whole = {seed: losses for seed, losses in seeds.items() if len(losses) == len(grid)}
+    edge = any(min(losses, key=lambda at: losses[at]) in (grid[0], grid[-1]) for losses in whole.values())
+    places = {seed: best_place(losses) for seed, losses in whole.items()}
+    curve = []
+    for index in grid:
+        values = [losses[index] for losses in whole.values() or seeds.values() if index in losses]
+        finite = [value for value in values if math.isfinite(value)]
+        mean = mean_interval(finite).plain() if finite and len(finite) == len(values) else None
+        curve.append(
+            {"rate": at_lattice(index), "loss": mean, "seeds": len(values), "diverged": len(values) - len(finite)}
+        )
+    return {
+        "task": task,
+        "arm": arm,
+        "cells": sum(map(len, seeds.values())),
+        "of": len(grid) * len(study.said.seeds),
+        "edge": edge,
+        "places": {str(seed): round(place, 4) for seed, place in places.items()},
+        "best": None if edge or not places else _rates(list(places.values())),
+        "curve": curve,
+    }
+
+
+def _rates(places: Sequence[float]) -> dict[str, Any]:
+    """Rates from places on the lattice: the mean (geometric) and its 95 % interval over seeds."""
+    known = mean_interval(list(places))
+    ends = {"low": known.low, "high": known.high}
+    rates = {name: None if place is None else at_lattice(place) for name, place in ends.items()}
+    return {"rate": at_lattice(known.mean), "seeds": known.n, **rates}
+
+
+def compared(arms: Mapping[tuple[str, str], Mapping[str, Any]], tasks: Sequence[str]) -> list[dict[str, Any]]:
+    """For every question and pair of arms: how many times the one's best rate is the other's, seed by seed."""
+    found = []
+    for question, pairs in QUESTIONS.items():
+        for task in tasks:
+            for one, other in pairs:
+                if (task, one) not in arms or (task, other) not in arms:
+                    continue
+                mine, theirs = arms[task, one], arms[task, other]
+                both = [seed for seed in mine["places"] if seed in theirs["places"]]
+                ratio = None
+                if both and not (mine["edge"] or theirs["edge"]):
+                    ratio = _rates([mine["places"][seed] - theirs["places"][seed] for seed in both])
+                why = "a best rate is at the edge of its grid" if mine["edge"] or theirs["edge"] else "not done yet"
+                found.append(
+                    {"question": question, "task": task, "arm": one, "against": other, "ratio": ratio}
+                    | ({} if ratio else {"why": why})
+                )
+    return found
+
+
+def write_results(study: RatesStudy) -> dict[str, Any]:
+    """Write both files; return what ``rates.json`` holds."""
+    arms = {(task, arm): arm_results(study, task, arm) for task, arm in study.pairs}
+    cells = [
+        found
+        for task, arm in study.pairs
+        for seed in study.said.seeds
+        for index in study.grid(task, arm)
+        if (found := study.done(RateCell(task, arm, index, seed))) is not None
+    ]
+    results = {
+        "said": study.said.model_dump(mode="json", exclude={"state", "output", "phrasebank"}),
+        "done": len(cells),
+        "of": sum(known["of"] for known in arms.values()),
+        "processor_hours": round(sum(cell["processor_seconds"] for cell in cells) / 3600, 2),
+        "arms": list(arms.values()),
+        "compared": compared(arms, study.said.tasks),
+        "versions": cells[-1]["versions"] if cells else {},
+    }
+    write_json(study.output / "rates.json", results)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, _COLUMNS, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(cells)
+    write_text(study.output / "rates.csv", text.getvalue())
+    return results

@@ -1,0 +1,123 @@
+"""The study of learning rates: the order of its cells, grids that grow at an edge, and what it claims of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rates_page import write_rates_page
+from rates_results import best_place, compared, write_results
+from rates_rows import _orders
+from rates_study import RateCell, RatesStudy, at_lattice, lattice_index, load_rates_study
+from trimtab.config.read import build_config
+from trimtab.config.resolve import plan_of
+from trimtab.errors import RunError
+from trimtab.files import write_json
+
+YAML = Path(__file__).resolve().parents[3] / "studies" / "rates" / "study.yaml"
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> RatesStudy:
+    """The study itself, with rows made here and a state and an output of its own."""
+    rows = tmp_path / "fpb.jsonl"
+    rows.write_text(
+        "".join(
+            json.dumps({"context": f"Instruction: what?\nInput: Sales rose to {n} .\nAnswer: ", "target": "positive"})
+            + "\n"
+            for n in range(200)
+        ),
+        encoding="utf-8",
+    )
+    own = [f"state={tmp_path / 'state'}", f"output={tmp_path / 'out'}", f"phrasebank={rows}"]
+    return load_rates_study(YAML, own)
+
+
+def finish(study: RatesStudy, cell: RateCell, best: float) -> None:
+    """A cell as it would have been found with a loss that is lowest at the lattice place ``best``."""
+    loss = 0.3 + 0.05 * (cell.index - best) ** 2 + 0.001 * cell.seed
+    found = {"task": cell.task, "arm": cell.arm, "rate": cell.rate, "seed": cell.seed, **study.identity(cell)}
+    more = {"loss": loss, "exact": 0.5, "trained": 1, "seconds": 1.0, "processor_seconds": 1.0, "versions": {}}
+    write_json(study.file(cell), {**found, **more})
+
+
+def finish_all(study: RatesStudy, best: Callable[[RateCell], float]) -> list[RateCell]:
+    """Every cell that the study asks for, in its order."""
+    done = []
+    for cell in study.missing():
+        finish(study, cell, best(cell))
+        done.append(cell)
+    return done
+
+
+def test_every_arm_is_a_run_and_its_plan_can_be(study: RatesStudy) -> None:
+    for task, arm in study.pairs:
+        settings = {**study.settings(task, arm), "data": {"train": "rows.jsonl"}, "output": "none"}
+        plan_of(build_config(settings, Path.cwd(), arm))
+    assert {len(study.grid(task, arm)) for task, arm in study.pairs} == {7}
+
+
+def test_the_first_seed_comes_first_and_its_coarse_grid_before_the_rest(study: RatesStudy) -> None:
+    middle = {"adapters": -8.0, "full": -12.0}
+    done = finish_all(study, lambda cell: middle[study.said.arms[cell.arm].rates])
+    arms = len(study.pairs)
+    assert [cell.seed for cell in done] == [1] * 7 * arms + [2] * 7 * arms + [3] * 7 * arms
+    assert len({(cell.task, cell.arm) for cell in done[: 4 * arms]}) == arms
+    assert len(set(done)) == len(done) == 567
+
+
+def test_a_grid_grows_where_its_best_is_at_an_edge_and_claims_nothing_if_it_still_is(study: RatesStudy) -> None:
+    place = {"LoRA r8": -5.0, "DoRA r8": 20.0}  # one beyond the grid's end, and one out of reach
+    finish_all(study, lambda cell: place.get(cell.arm, -9.0))
+    assert [len(study.grid("orders", arm)) for arm in ("LoRA r8", "DoRA r8", "MoRA r8")] == [9, 10, 7]
+    results = write_results(study)
+    found = {(arm["task"], arm["arm"]): arm for arm in results["arms"]}
+    assert found["orders", "LoRA r8"]["best"]["rate"] == pytest.approx(at_lattice(-5), rel=0.01)
+    assert found["orders", "DoRA r8"]["edge"]
+    assert found["orders", "DoRA r8"]["best"] is None
+    rows = {(row["task"], row["arm"], row["against"]): row for row in results["compared"]}
+    assert rows["orders", "DoRA r8", "full"]["ratio"] is None
+    assert "edge" in rows["orders", "DoRA r8", "full"]["why"]
+    assert rows["orders", "LoRA r1", "LoRA r8"]["ratio"]["rate"] == pytest.approx(10 ** (-4 / 3), rel=0.02)
+
+
+def test_what_is_not_done_is_no_result_and_the_page_shows_what_there_is(study: RatesStudy) -> None:
+    for index in study.grid("orders", "LoRA r8"):
+        finish(study, RateCell("orders", "LoRA r8", index, 1), -8.4)
+    results = write_results(study)
+    assert (results["done"], results["of"]) == (7, 567)
+    row = next(row for row in results["compared"] if (row["task"], row["arm"]) == ("orders", "LoRA r8"))
+    assert row["ratio"] is None
+    page = write_rates_page(study.output, results).read_text(encoding="utf-8")
+    assert "7 of 567 cells" in page
+    assert len(list(study.output.glob("*.png"))) == 4
+    assert (study.output / "rates.csv").read_text(encoding="utf-8").count("\n") == 8
+
+
+def test_a_cell_of_other_settings_is_refused(study: RatesStudy) -> None:
+    cell = RateCell("orders", "full", -12, 1)
+    finish(study, cell, -12)
+    assert study.done(cell) is not None
+    file = study.file(cell)
+    write_json(file, {**json.loads(file.read_text(encoding="utf-8")), "rows": "others"})
+    with pytest.raises(RunError, match="other settings"):
+        study.done(cell)
+
+
+@pytest.mark.parametrize("best", [-8.0, -7.7, -6.5])
+def test_the_best_place_is_the_bottom_of_a_parabola(best: float) -> None:
+    losses = {index: 1 + (index - best) ** 2 for index in range(-12, -5)}
+    assert best_place(losses) == pytest.approx(best)
+    assert best_place({**losses, -6: float("inf")}) == pytest.approx(best if best < -7 else -7.0)
+
+
+def test_rates_and_places_lead_to_each_other_and_orders_are_right() -> None:
+    assert [lattice_index(at_lattice(index)) for index in range(-20, 3)] == list(range(-20, 3))
+    assert compared({}, ["orders"]) == []
+    rows: list[Any] = list(_orders())
+    assert len({row["prompt"] for row in rows}) == len(rows)
+    assert all(row["completion"].count(";") == 3 for row in rows)
