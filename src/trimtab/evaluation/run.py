@@ -143,18 +143,18 @@ def measure(
         of = Measured.of(model_name, adapter_name, [place] if isinstance(place, str) else [one.path for one in place])
         if measured.record.cut:
             listener.remark(f"{counted(measured.record.cut)} of {name} cut to what the model reads")
-        own_name = _free_name(folder, name, stage, of, Path(label).stem, own=run is not None and folder == run.path)
+        # A run's own result is made anew, whoever wrote it.
+        again = run is not None and as_in_run and folder == run.path
+        own_name = name if again else _free_name(folder, name, stage, of, Path(label).name)
         write(replace(measured, name=own_name), folder, stage, of)
         listener.note(f"written to {folder / 'evaluation' / f'{own_name}.{stage}.json'}")
-        results.append(measured.record)
+        results.append(measured.record.updated(**of._asdict()))
     return folder, results
 
 
-def _free_name(folder: Path, name: str, stage: str, of: Measured, label: str, *, own: bool) -> str:
+def _free_name(folder: Path, name: str, stage: str, of: Measured, label: str) -> str:
     """``name``; or where the result of another model, another adapter or other rows has it already, ``name`` and
-    ``label``, with a number if need be. What is measured again takes the place that it had.
-
-    ``own``: results that do not say what they are of are the run's, which an earlier version wrote."""
+    ``label``, with a number if need be. What is measured again takes the place that it had."""
 
     def may_take(name: str) -> bool:
         try:
@@ -163,7 +163,7 @@ def _free_name(folder: Path, name: str, stage: str, of: Measured, label: str, *,
             return True
         except (OSError, ValueError, RecursionError):  # damaged; whatever it was, it is not ours to replace
             return False
-        return before == of or (own and before.model is None)
+        return before == of
 
     label = re.sub(r"[^A-Za-z0-9._-]+", "-", label).strip(".-") or "other"
     names = chain([name, f"{name}-{label}"], (f"{name}-{label}-{number}" for number in count(2)))
