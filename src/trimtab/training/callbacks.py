@@ -18,6 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from trimtab.errors import Terminated
 from trimtab.files import write_atomically
+from trimtab.runs.checkpoints import step_of
 from trimtab.runs.events import Listener
 from trimtab.surgery.attach import trainable_parameters
 
@@ -112,13 +113,17 @@ class Averaging(TrainerCallback):
 
     @torch.no_grad()
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if not self._fraction or state.global_step <= round((1 - self._fraction) * state.max_steps):
+        if not self._fraction or state.global_step <= self._begins(state.max_steps):
             return
         if not self._count:
             self._means = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
         self._count += 1
         means = [self._means[name] for name in self._parameters]
         torch._foreach_lerp_(means, list(self._parameters.values()), 1 / self._count)
+
+    def _begins(self, steps: int) -> int:
+        """After which of ``steps`` steps the mean is taken."""
+        return round((1 - self._fraction) * steps)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -147,9 +152,10 @@ class Averaging(TrainerCallback):
             metadata = {"count": str(self._count)}
             write_atomically(folder / AVERAGE_FILE, lambda path: save_file(self._means, path, metadata=metadata))
 
-    def load(self, folder: Path) -> None:
-        """Take the mean of a checkpoint, if it has one."""
-        if (folder / AVERAGE_FILE).is_file():
+    def load(self, folder: Path, steps: int) -> None:
+        """Take the mean of a checkpoint, if it has one that is of the last part of ``steps`` steps: a run that goes on
+        for longer than it was to begins to average later."""
+        if (folder / AVERAGE_FILE).is_file() and step_of(folder) > self._begins(steps):
             with safe_open(folder / AVERAGE_FILE, framework="pt") as stored:
                 self._count = int(stored.metadata()["count"])
                 self._means = {

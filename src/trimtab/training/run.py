@@ -346,6 +346,12 @@ class _Run:
         earlier = self.folder.cut_metrics(at)
         if checkpoint is not None:
             self.listener.note(f"resuming at step {at}")
+        if checkpoint is not None and self.opening.changes.longer:
+            steps = total_steps(train, len(self.inputs.rows))
+            self.remark(
+                f"trained further, from step {at} to step {steps}: the learning rate goes on as in a run of {steps} "
+                "steps"
+            )
         best = metrics.best_by(train.metric, scored=self.inputs.scored)
         events = self.folder.tensorboard if train.tensorboard else None
         began = time.perf_counter()

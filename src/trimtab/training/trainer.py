@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -302,7 +302,18 @@ class AdapterTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_adapter(self._adapted, Path(resume_from_checkpoint))
-        self._averaging.load(Path(resume_from_checkpoint))
+        self._averaging.load(Path(resume_from_checkpoint), self.args.max_steps)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            # A checkpoint has the rates of the schedule that it was written under, and the run may be longer now.
+            optimizer, scheduler = cast(Any, self.optimizer), cast(Any, self.lr_scheduler)
+            shares = [share(scheduler.last_epoch) for share in scheduler.lr_lambdas]
+            rates = [base * share for base, share in zip(scheduler.base_lrs, shares, strict=True)]
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+            scheduler.load_state_dict({**scheduler.state_dict(), "_last_lr": rates})
 
     def settle(self, *, keep_best: bool) -> int | None:
         """Leave the model with the adapter that training ends with: the average, where there is one, or with
