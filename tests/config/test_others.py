@@ -163,6 +163,8 @@ def test_llama_factory(here: Path) -> None:
     assert (train.batch_size, train.gradient_accumulation, train.epochs, train.learning_rate) == (2, 8, 1.5, 1e-4)
     assert (train.schedule, train.warmup, train.validate_every, train.precision) == ("cosine", 0.05, 30, "bfloat16")
     assert config.output == here / "saves" / "one"
+    # Their rows go into a chat template, whatever their form; which one, the model says.
+    assert config.data.form == "chat"
     assert 'not carried over: template: "llama3"' in output
     assert "not carried over: neftune_noise_alpha: 5" in output
 

@@ -67,6 +67,8 @@ class LlamaFactoryConfig(OtherConfig):
             carried.put("train.prompt_loss_weight", 1.0, "train_on_prompt")
         if carried.left.get("report_to") not in (None, "none", [], ["none"], "all"):
             carried.same({"report_to": "report_to"})
+        if carried.left.get("template") not in (None, "", "default", "empty"):
+            carried.put("data.form", "chat", "template")
         self._rows(carried)
         self._when(carried)
         self._plan(carried)
