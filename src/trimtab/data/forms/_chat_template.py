@@ -20,6 +20,8 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         self.specials = special_tokens(tokenizer)
         """Any of these may end a turn."""
+        self._marked: dict[bool, bool] = {}
+        self._shows: dict[str | None, bool] = {}
         longest_first = sorted(self.specials, key=len, reverse=True)
         self.mark = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         """Finds a special token."""
@@ -48,7 +50,10 @@ class ChatTemplate:
 
     def marked(self, tools: list[dict[str, Any]] | None = None) -> bool:
         """Whether the template marks the assistant's text itself (``{% generation %}``)."""
-        return _GENERATION.search(self.tokenizer.get_chat_template(tools=tools)) is not None
+        if (with_tools := bool(tools)) not in self._marked:
+            found = _GENERATION.search(self.tokenizer.get_chat_template(tools=tools))
+            self._marked[with_tools] = found is not None
+        return self._marked[with_tools]
 
     def names(self, word: str) -> bool:
         """Whether the template has ``word`` in quotes."""
@@ -122,10 +127,6 @@ class ChatTemplate:
             talk = [{"role": "user", "content": "x"}, {"role": "assistant", **thought}]
             self._shows[key] = _WORD in (self._try(talk) or "")
         return self._shows[key]
-
-    @cached_property
-    def _shows(self) -> dict[str | None, bool]:
-        return {}
 
     def _try(self, messages: list[dict[str, Any]], *, generation: bool = False) -> str | None:
         try:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+from trimtab.data.forms import _form
 from trimtab.data.forms._chat_template import ChatTemplate, same_start
 from trimtab.data.forms._messages import ROLES, Talk, name_of
 from trimtab.data.forms._reading import Reading
@@ -47,6 +48,7 @@ def follow(talk: Talk, row: Row, reading: Reading) -> Example | None:
         reading.tell(row.place, what)
         talk = replace(talk, messages=folded, trained=frozenset(at - fewer for at in talk.trained))
     talk, text = _rendered(talk, template, row.place)
+    _form.require_encodable(text, f"{row.place}: the text of its messages")
     _look_for_what_is_dropped(talk, text, reading, row.place)
     spans = _spans(talk, text, template, row.place)
     last = len(talk.messages) - 1
