@@ -13,6 +13,7 @@ import pytest
 import typer
 
 from command_line import Result
+from tiny_runs import rows, write_rows
 from trimtab.cli.exits import exit_code
 from trimtab.cli.signals import forget, listening
 from trimtab.errors import Interrupted, Terminated
@@ -65,6 +66,33 @@ def test_a_verb_that_is_stopped_says_what_is_kept(
     assert result.code == code, result
     assert result.err.startswith(f"\ninterrupted; {kept}"), result
     assert result.err.count("\n") == 2
+
+
+@pytest.mark.usefixtures("bare_runs")
+def test_a_run_that_is_told_to_end(
+    cli: Callable[..., Result], make_yaml: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At any stage it says how to go on, and does."""
+    from trimtab.cli.displays.run import RunDisplay
+
+    test = write_rows(Path("test.jsonl").absolute(), rows(4))
+    file = make_yaml(data={"test": str(test)}, train={"max_steps": 3})
+    stages: list[str] = []
+    stop = ["Reading the rows", "Loading", "Evaluating test before", "Training", "Evaluating test after"]
+
+    def stage(display: RunDisplay, text: str) -> None:
+        stages.append(text)
+        if stop and text.startswith(stop[0]):
+            stop.pop(0)
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(RunDisplay, "stage", stage)
+    said = [cli("finetune", file, *(["--resume"] if file.with_suffix("").exists() else [])) for _ in range(6)]
+    assert [result.code for result in said] == [143] * 5 + [0]
+    assert said[0].err == said[1].err == "\ninterrupted; nothing was begun\n"
+    command = r"\ninterrupted; everything so far is in .*\nGo on with: trimtab finetune .*config\.yaml --resume\n"
+    assert all(result.matches(command) for result in said[2:5])
+    assert stages.count("Training") == 2
 
 
 def test_a_question_that_is_left_unanswered(cli: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
