@@ -57,6 +57,21 @@ def test_every_spelling_gives_one_example(row: dict[str, Any], jsonl: Writer, tm
     assert example.ends
 
 
+def test_the_other_spellings_of_the_commonsense_sets_are_read() -> None:
+    """BoolQ names its two answers in the question; WinoGrande has no blank line before the answer's format."""
+    asked = (
+        "Please answer the following question with true or false, question: is fog wet?\n\nAnswer format: x"
+    )
+    boolq = {"instruction": asked, "input": "", "output": "the correct answer is true", "answer": "true"}
+    assert read_question(boolq) == ("is fog wet?", ("true", "false"), "true")
+    with pytest.raises(ValueError, match="'answer' must be one of true, false"):
+        read_question({**boolq, "answer": "yes"})
+    blank = "Please choose the correct answer to fill in the blank to complete the given sentence: "
+    filled = f"{blank}Ann had the boat and _ the oars.\n\nOption1: Ann Option2: Bo Answer format: option1/option2"
+    winogrande = {"instruction": filled, "input": "", "output": "the correct answer is option2", "answer": "option2"}
+    assert read_question(winogrande) == ("Ann had the boat and _ the oars.", ("Ann", "Bo"), "Bo")
+
+
 def test_a_choice_may_hold_digits_colons_and_lines(jsonl: Writer, tmp_path: Path) -> None:
     choices = ("12: 30", "at Answer Bay", "one\n\ntwo", "Answers: 4")
     (example,) = read_examples(jsonl(spelled_out(*choices)), None, root=tmp_path, form="multiple_choice")

@@ -2,8 +2,9 @@
 
 Two layouts are read. On the hub, rows have ``question``, ``choices`` and ``answer`` or ``answerKey``, where the choices
 are a list of texts, or ``{"text": [...], "label": [...]}`` as in ARC. In LLM-Adapters' commonsense sets (arXiv
-2304.01933) the ``instruction`` contains the choices ("Answer1: ... Answer2: ...") and ``answer`` names one ("answer2").
-These rows have the keys of ``alpaca``, so the configuration has to name this form.
+2304.01933) the ``instruction`` contains the choices ("Answer1: ... Answer2: ...", or "with true or false" in BoolQ) and
+``answer`` names one ("answer2", "true"). These rows have the keys of ``alpaca``, so the configuration has to name this
+form.
 
 The model reads the question alone and learns to write the text of the right choice; in evaluation the text of each
 choice is scored. Small models do far better at this than at naming the right choice by its label.
@@ -30,7 +31,11 @@ LETTERS = tuple(string.ascii_uppercase)
 
 _INSTRUCTION = re.compile(
     r"(?s)Please choose the correct \w+ [^:]*: (?P<question>.*?)\n\n(?P<choices>(?P<word>[A-Z][a-z]+)1: .*?)"
-    r"\n\nAnswer format: .*"
+    r"\s+Answer format: .*"
+)
+_TRUE_OR_FALSE = re.compile(
+    r"(?s)Please answer the following question with (?P<one>\w+) or (?P<other>\w+), question: (?P<question>.*?)"
+    r"\s+Answer format: .*"
 )
 
 
@@ -80,7 +85,10 @@ def read_question(row: Mapping[str, Any]) -> Question:
 
 def _from_instruction(row: Mapping[str, Any]) -> Question:
     instruction, answer = row.get("instruction"), row.get("answer")
-    match = _INSTRUCTION.fullmatch(instruction) if isinstance(instruction, str) else None
+    text = instruction if isinstance(instruction, str) else ""
+    if (either := _TRUE_OR_FALSE.fullmatch(text)) is not None:
+        return _question(either["question"], [either["one"], either["other"]], None, answer, "answer")
+    match = _INSTRUCTION.fullmatch(text)
     if match is None:
         raise ValueError(
             "its 'instruction' is not of the form 'Please choose the correct answer to the question: ... Answer1: ... "
