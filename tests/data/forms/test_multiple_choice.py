@@ -59,9 +59,7 @@ def test_every_spelling_gives_one_example(row: dict[str, Any], jsonl: Writer, tm
 
 def test_the_other_spellings_of_the_commonsense_sets_are_read() -> None:
     """BoolQ names its two answers in the question; WinoGrande has no blank line before the answer's format."""
-    asked = (
-        "Please answer the following question with true or false, question: is fog wet?\n\nAnswer format: x"
-    )
+    asked = "Please answer the following question with true or false, question: is fog wet?\n\nAnswer format: x"
     boolq = {"instruction": asked, "input": "", "output": "the correct answer is true", "answer": "true"}
     assert read_question(boolq) == ("is fog wet?", ("true", "false"), "true")
     with pytest.raises(ValueError, match="'answer' must be one of true, false"):
