@@ -16,7 +16,7 @@ from rich.console import Console
 from scipy import stats
 
 from tiny_runs import rows, write_rows
-from trimtab.errors import Interrupted, RunError
+from trimtab.errors import ConfigError, Interrupted, RunError
 from trimtab.files import read_json
 from trimtab.reports.study.comparison import findings, study_tables
 from trimtab.reports.study.study_page import write_study_page
@@ -358,3 +358,22 @@ def test_nothing_done_yet_is_a_page_too(make_study: Callable[..., Path]) -> None
     assert write_results(study).runs == []
     assert "Not finished: 0 of 5 runs are done" in write_study_page(study.folder).read_text(encoding="utf-8")
     assert study_tables(read_study_results(study.folder)) == []
+
+
+def test_each_run_of_a_study_finds_its_own_rate_and_the_results_name_it(make_study: Callable[..., Path]) -> None:
+    study = load_study(make_study(), ["train.learning_rate=auto"])
+    compare(study, selection=Selection(arms=frozenset({"lora"})))
+    results = write_results(study)
+    found = {run.seed: run.learning_rate for run in results.runs}
+    assert found.keys() == {0, 1}
+    assert all(isinstance(rate, float) and 0 < rate < 1 for rate in found.values())
+    assert {run.learning_rate for run in results.missing if run.arm == "dora"} == {None}
+    assert results.summary[0].learning_rate in found.values()
+    assert write_study_page(study.folder).is_file()
+    assert not compare(study, selection=Selection(arms=frozenset({"lora"})))  # what is done is found again
+
+
+def test_a_search_over_factors_of_auto_is_refused(make_study: Callable[..., Path]) -> None:
+    path = make_study(search={"factors": [0.5, 2], "settings": {"data": {"validation": 0.25}}})
+    with pytest.raises(ConfigError, match="factors multiply"):
+        load_study(path, ["train.learning_rate=auto"])
