@@ -26,6 +26,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from trimtab.errors import ModelError
 from trimtab.files import write_folder
 from trimtab.machine import GIB, check_fits
+from trimtab.models.untrusted import check_settings
+from trimtab.reading import panics
 
 # A dequantised value is a 4 to 8 bit number times a 16 bit scale, plus an offset. float32 holds that exactly for every
 # type of block, and takes 540 MB of disk for SmolLM2-135M. bfloat16 would round its Q4_1 file by 0.14 % of the weights'
@@ -61,6 +63,7 @@ def dequantised_folder(file: Path) -> Path:
     if not _is_complete(target):
         _log.info("Dequantising %s, once, into %s", file.name, target)
         with _reading(file):
+            gguf_config(file)  # a million layers are not begun with
             reader = GGUFReader(file)
             model = _dequantised(file, reader)
             tokenizer = _tokenizer(file, reader)
@@ -92,6 +95,7 @@ def gguf_config(file: Path) -> PretrainedConfig:
     else:
         with _reading(file):
             config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+            check_settings(config.to_dict(), file)
     return config
 
 
@@ -110,7 +114,8 @@ def _is_complete(folder: Path) -> bool:
 @contextlib.contextmanager
 def _reading(file: Path) -> Iterator[None]:
     try:
-        yield
+        with panics():
+            yield
     except ModelError:
         raise
     except Exception as error:  # three libraries read the file, and each fails in ways of its own

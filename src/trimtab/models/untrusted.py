@@ -32,17 +32,17 @@ def check_config(folder: Path) -> None:
     _check_files(folder)
     if not (folder / "config.json").exists():
         return  # a tokenizer by itself
-    config = _json(folder / "config.json")
-    for name, value in _settings(config):
+    check_settings(_json(folder / "config.json"), folder / "config.json")
+
+
+def check_settings(settings: dict[str, Any], place: Path) -> None:
+    """Raise ModelError if a model's settings, from the file ``place``, have numbers that no model has."""
+    for name, value in _settings(settings):
         if value != value:
-            raise ModelError(f"{folder / 'config.json'}: '{name}' is not a number (NaN)")
-        for pattern, least, most in _LIMITS:
-            if pattern.fullmatch(name) and isinstance(value, (int, float)) and not least <= value <= most:
-                raise ModelError(
-                    f"{folder / 'config.json'}: '{name}' is {str(value)[:30]}; expected {least} to {most:,}"
-                )
-            if pattern.fullmatch(name):
-                break
+            raise ModelError(f"{place}: '{name}' is not a number (NaN)")
+        limits = next(((least, most) for pattern, least, most in _LIMITS if pattern.fullmatch(name)), None)
+        if limits is not None and isinstance(value, (int, float)) and not limits[0] <= value <= limits[1]:
+            raise ModelError(f"{place}: '{name}' is {str(value)[:30]}; expected {limits[0]} to {limits[1]:,}")
 
 
 def check_weights(folder: Path) -> None:
@@ -96,7 +96,7 @@ def _settings(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """Every plain value with the name that it stands under."""
     if isinstance(value, dict):
         for key, one in value.items():
-            yield from _settings(one, key)
+            yield from _settings(one, str(key))
     elif isinstance(value, list):
         for one in value:
             yield from _settings(one, name)
