@@ -126,7 +126,7 @@ def draft_carried(carried: Carried, said: Mapping[str, Any], place: Path) -> Dra
     settings: Settings = {key: (value, f"{carried.tool}: {key_}") for key, (value, key_) in carried.settings.items()}
     settings.update({key: (value, "as said") for key, value in said.items()})
     settings.setdefault("output", (f"runs/{place.stem}", "adapter, figures and report.html"))
-    for key in ("model.name", "data.train", "data.validation", "data.test"):
+    for key in ("model.name", "data.train", "data.validation", "data.test", "adapter"):
         value, comment = settings.get(key, (None, ""))
         if isinstance(value, str):
             settings[key] = _moved(value, carried.file.parent, place), comment

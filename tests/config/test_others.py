@@ -191,6 +191,23 @@ def test_peft(here: Path) -> None:
     assert "not carried over: alora_invocation_tokens: [1, 2]" in output
 
 
+@pytest.mark.parametrize(
+    ("text", "key"), [(AXOLOTL, "lora_model_dir"), (LLAMA_FACTORY, "adapter_name_or_path")], ids=["axolotl", "llama"]
+)
+def test_a_run_that_began_from_an_adapter_does_so_here(here: Path, text: str, key: str) -> None:
+    (here / "before").mkdir()
+    config, _ = converted(here, "one.yaml", text + f"{key}: before\n")
+    assert config.adapter is not None
+    assert Path(config.adapter).resolve() == here / "before"
+    assert config.plan is None
+
+
+def test_trackers_are_carried_over(here: Path) -> None:
+    config, output = converted(here, "ax.yml", AXOLOTL + "wandb_project: mine\nuse_mlflow: true\n")
+    assert config.report_to == ("wandb", "mlflow")
+    assert 'not carried over: wandb_project: "mine": say it in the environment: WANDB_PROJECT' in output
+
+
 @pytest.mark.parametrize("text", [AXOLOTL, LLAMA_FACTORY, MLX], ids=["axolotl", "llama_factory", "mlx_lm"])
 def test_a_key_that_nobody_knows_is_said(here: Path, text: str) -> None:
     _, output = converted(here, "one.yaml", text + "a_new_key: 3\n")

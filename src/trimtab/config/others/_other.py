@@ -103,7 +103,7 @@ class Carried:
 
     def finish(self) -> None:
         """Put the rules into the settings, and say what nobody looked at."""
-        if self.rules:
+        if self.rules and "adapter" not in self.settings:  # which has a plan of its own
             self.settings["plan"] = self.rules, "the rules"
         for key, value in self.left.items():
             self.tell(key, value, "no setting here has this meaning")

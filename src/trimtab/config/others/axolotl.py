@@ -42,6 +42,7 @@ class AxolotlConfig(OtherConfig):
                 "load_best_model_at_end": "train.keep_best",
                 "eval_batch_size": "evaluation.batch_size",
                 "use_tensorboard": "train.tensorboard",
+                "lora_model_dir": "adapter",
             }
         )
         carried.numbers(
@@ -64,6 +65,10 @@ class AxolotlConfig(OtherConfig):
         if carried.take("train_on_inputs"):
             carried.put("train.prompt_loss_weight", 1.0, "train_on_inputs")
         carried.default("train.keep_best", False)
+        trackers = {"use_wandb": "wandb", "wandb_project": "wandb", "use_mlflow": "mlflow", "use_comet": "comet_ml"}
+        if named := [key for key in trackers if carried.left.get(key)]:
+            carried.put("report_to", list(dict.fromkeys(trackers[key] for key in named)), ", ".join(named))
+            carried.forget(["use_wandb", "use_mlflow", "use_comet"])
         self._rows(carried)
         self._when(carried)
         self._plan(carried)
@@ -81,6 +86,8 @@ class AxolotlConfig(OtherConfig):
                 "optimizer": "AdamW is the optimiser",
                 "chat_template": "the tokenizer's own chat template is used; model.chat_template names another",
                 "special_tokens": "the tokenizer's own are used",
+                "wandb_project": "say it in the environment: WANDB_PROJECT",
+                "wandb_name": "the tracker gets the name of the run's folder",
             }
         )
         carried.forget(["gradient_checkpointing", "gradient_checkpointing_kwargs", "pad_to_sequence_len", "tf32"])

@@ -39,6 +39,7 @@ class LlamaFactoryConfig(OtherConfig):
                 "load_best_model_at_end": "train.keep_best",
                 "seed": "train.seed",
                 "output_dir": "output",
+                "adapter_name_or_path": "adapter",
             }
         )
         carried.numbers(

@@ -54,7 +54,8 @@ class MlxConfig(OtherConfig):
             {
                 "optimizer": "AdamW is the optimiser",
                 "adapter_path": "the adapter lies in the run's folder, output",
-                "resume_adapter_file": "trimtab finetune RUN/config.yaml --resume goes on with a run",
+                "resume_adapter_file": "adapter: FOLDER begins from an adapter, ours or PEFT's, not mlx-lm's",
+                "report_to": "trackers are named as transformers does: report_to: [wandb]",
                 "val_batches": "all validation rows are used",
                 "test_batches": "evaluation.limit is in rows",
             }
