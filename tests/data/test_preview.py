@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -66,3 +67,13 @@ def test_long_rows_are_abridged_in_the_middle(tokenizer: Any) -> None:
     assert "characters ..." in shown
     assert "Z:[[ neutral<|eos|>]]" in shown
     assert len(shown) < LONGEST + 200
+
+
+def test_each_source_is_shown_and_a_repeated_row_once(tokenizer: Any) -> None:
+    found = [example(f"p {n} ", "a", n) for n in (1, 2)] + [replace(example("q ", "b", 1), source="other.csv")]
+    rows = encode_all(found, tokenizer, None).repeated([3, 3, 3])
+    headings = [heading.split(":")[0] for heading, _ in preview(rows, tokenizer).rows]
+    assert headings == ["rows.jsonl, row 1", "other.csv, row 1"]
+    alone = encode_all(found[:2], tokenizer, None).repeated([3, 1])
+    headings = [heading.split(":")[0] for heading, _ in preview(alone, tokenizer).rows]
+    assert headings == ["rows.jsonl, row 1", "rows.jsonl, row 2"]

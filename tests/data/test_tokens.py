@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
+from trimtab.data import tokens
 from trimtab.data.forms import read_examples
 from trimtab.data.rows import EncodedRow, Example
-from trimtab.data.tokens import IGNORED, encode, encode_all, encode_once, encode_pair, encode_prompt
+from trimtab.data.tokens import IGNORED, encode, encode_all, encode_flat, encode_once, encode_pair, encode_prompt
 from trimtab.errors import DataError
 
 CONTEXT = "Instruction: What is the sentiment of this news?\nInput: Profit rose .\nAnswer: "
@@ -308,3 +310,23 @@ def test_tokenizer_without_an_end(make_tokenizer: Callable[..., Any]) -> None:
     with pytest.raises(DataError, match="no end-of-sequence token"):
         encode(plain("Profit rose ."), tokenizer, None)
     assert encode(pair("Answer: ", "neutral", ends=False), tokenizer, None)["labels"][-1] != IGNORED
+
+
+def test_a_very_long_text_is_cut_as_a_shorter_one_would_be(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = "Profit rose and sales fell .\nThe firm grew news " * 300
+    text = Example("a", 1, words, ((0, len(words)),), "", None, True)
+    answered = Example("a", 2, words + "last", ((20, 30), (len(words), len(words) + 4)), words, "last", True)
+    blank = " " * 20_000 + "end"  # fewer tokens than characters by far
+    spaces = Example("a", 3, blank, ((0, len(blank)),), "", None, True)
+    giant = Example("a", 4, "q: " + words, ((3, len(words) + 3),), "q: ", words, True)
+    wanted = encode_flat([text, answered, spaces, giant], tokenizer, 16)
+    sizes: list[int] = []
+    whole = tokens._tokenise
+    monkeypatch.setattr(tokens, "LONG", 1000)
+    monkeypatch.setattr(tokens, "_tokenise", lambda texts, t: (sizes.extend(map(len, texts)), whole(texts, t))[1])
+    found = encode_flat([text, answered, spaces, giant], tokenizer, 16)
+    assert found[1] == wanted[1]
+    assert all(torch.equal(found[0][name], wanted[0][name]) for name in wanted[0])
+    assert sizes[:2] == [64 * 16, 64 * 16 + 4]
+    assert sizes[3] == 64 * 16
+    assert found[1] == [(3, "max_length 16 leaves no room for its answer and a prompt before it")]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby, islice
+from itertools import groupby
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -18,6 +18,9 @@ Parts = tuple[tuple[str, bool], ...]
 
 LONGEST = 1500
 """Most characters of a part that are shown; a longer one loses its middle."""
+
+MOST = 4
+"""Most rows that are shown where there are several sources."""
 
 
 @dataclass(frozen=True)
@@ -50,14 +53,27 @@ class Preview:
 
 
 def preview(rows: EncodedRows, tokenizer: Any, count: int = 2) -> Preview:
-    """The first ``count`` rows, decoded from their token ids with all special tokens."""
+    """``count`` rows, decoded from their token ids with all special tokens: the first of each source, up to four, then
+    those that follow."""
     shown = []
-    for (source, number), row in islice(zip(rows.origins, rows, strict=True), count):
+    for index in _worth_showing(rows.origins, count):
+        (source, number), row = rows.origins[index], rows[index]
         ids, labels = row["input_ids"], row["labels"]
         trained = sum(label != IGNORED for label in labels)
         heading = f"{source}, row {number}: {len(ids)} tokens, {trained} trained"
         shown.append((heading, tuple(_parts(ids, labels, tokenizer))))
     return Preview(tuple(shown))
+
+
+def _worth_showing(origins: Sequence[tuple[str, int]], count: int) -> list[int]:
+    firsts: dict[str, int] = {}
+    for index, (source, _) in enumerate(origins):
+        firsts.setdefault(source, index)
+    chosen = list(firsts.values())[:MOST]
+    for index, origin in enumerate(origins):
+        if len(chosen) < count and origin not in {origins[at] for at in chosen}:  # a repeated row is shown once
+            chosen.append(index)
+    return sorted(chosen)
 
 
 def _parts(ids: Sequence[int], labels: Sequence[int], tokenizer: Any) -> Iterator[tuple[str, bool]]:

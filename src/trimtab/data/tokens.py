@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,14 @@ IGNORED = -100
 VERSION = 1
 """Part of the name of every file of tokenised rows; raise it when the same rows would be encoded differently."""
 
-CHUNK, CHARACTERS = 1000, 4_000_000
+CHUNK, CHARACTERS = 1000, 2_000_000
 """Texts and characters handed to the tokenizer at once: enough to keep all its threads busy, and few enough that their
 offsets take little memory."""
+
+
+LONG, LONG_TOKEN = 500_000, 64
+"""Characters: of a text longer than the first, only what lies within so many for each token that is kept is looked at.
+Tokens have four on average."""
 
 
 class EncodedRows(Dataset[EncodedRow]):
@@ -206,20 +212,44 @@ def _encode_each(
     """Each example's row and whether it was shortened to ``max_length``, or the reason why it has none."""
     prefix = _prefix(tokenizer)
     end = _end_id(tokenizer) if any(example.ends for example in examples) else -1
-    for chunk in _chunks(examples):
-        tokens = _tokenise([example.text for example in chunk], tokenizer)
-        for example, (ids, offsets) in zip(chunk, tokens, strict=True):
+    for chunk in _chunks(examples, max_length):
+        near = [_near(example, max_length) for example in chunk]
+        tokens = _tokenise([example.text for example in near], tokenizer)
+        for whole, example, (ids, offsets) in zip(chunk, near, tokens, strict=True):
+            if example is not whole and max_length is not None and len(ids) <= 2 * max_length:
+                # Its tokens are uncommonly long, so the part was too short.
+                example, [(ids, offsets)] = whole, _tokenise([whole.text], tokenizer)
             ids, offsets = _with_prefix(ids, offsets, prefix)
             yield _encode_one(example, ids, offsets, head=len(prefix), end=end, max_length=max_length)
 
 
-def _chunks(examples: Sequence[Example]) -> Iterator[list[Example]]:
+def _near(example: Example, max_length: int | None) -> Example:
+    """The part of a very long text that can be left when it is cut to ``max_length`` tokens, and much around it.
+
+    A text of ten million characters takes gigabytes and minutes to tokenise, and a thousand of its tokens are kept.
+    Its tokens near the cut do not depend on what is that far away.
+    """
+    room = LONG_TOKEN * max_length if max_length is not None else len(example.text)
+    if len(example.text) <= max(LONG, 2 * room):
+        return example
+    if example.answer is None:
+        spans = ((start, min(end, room)) for start, end in example.trained if start < room)
+        return replace(example, text=example.text[:room], trained=tuple(spans))
+    answer = example.trained[-1][0]
+    if len(example.text) - answer > 2 * room:  # an answer for which there is no room
+        return replace(example, text=example.text[answer : answer + room], trained=((0, room),))
+    first = max(0, answer - room)
+    spans = ((max(0, start - first), end - first) for start, end in example.trained if end > first)
+    return replace(example, text=example.text[first:], trained=tuple(spans))
+
+
+def _chunks(examples: Sequence[Example], max_length: int | None) -> Iterator[list[Example]]:
     """The examples in pieces of at most ``CHUNK``, and of about ``CHARACTERS`` where their texts are long."""
     chunk: list[Example] = []
     size = 0
     for example in examples:
         chunk.append(example)
-        size += len(example.text)
+        size += len(_near(example, max_length).text)
         if len(chunk) == CHUNK or size > CHARACTERS:
             yield chunk
             chunk, size = [], 0
