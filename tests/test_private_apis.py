@@ -108,6 +108,8 @@ def test_what_is_taught_to_transformers() -> None:
     for name, arguments in (
         ("_save", ["self", "output_dir", "state_dict"]),
         ("_load_from_checkpoint", ["self", "resume_from_checkpoint", "model"]),
+        ("_save_optimizer_and_scheduler", ["self", "output_dir"]),
+        ("_save_checkpoint", ["self", "model", "trial"]),
         ("_load_best_model", ["self"]),
         ("create_optimizer", ["self", "model"]),
     ):

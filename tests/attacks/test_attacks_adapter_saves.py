@@ -138,12 +138,12 @@ def test_a_save_that_fails_while_writing_leaves_the_old_one(
     trimtab.save_adapter(before, tmp_path)
     names = sorted(path.name for path in tmp_path.iterdir())
 
-    def half(tensors: Any, path: Path, metadata: Any = None) -> None:
+    def half(path: Path, tensors: Any, metadata: Any) -> None:
         Path(path).write_bytes(b"half")
         raise error("no space left on device")
 
     for writer in (native, peft):
-        monkeypatch.setattr(writer, "save_file", half)
+        monkeypatch.setattr(writer, "write_tensors", half)
     with pytest.raises(AdapterError if error is OSError else error, match="no space left"):
         trimtab.save_adapter(adapter(tiny_llama, layout, 8, seed=6), tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == names

@@ -13,9 +13,8 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from trimtab.files import write_atomically
+from trimtab.files import write_atomically, write_tensors
 
 Tensors = dict[str, torch.Tensor]
 Dropped = list[tuple[int, str]]
@@ -49,7 +48,7 @@ def keep(path: Path, tensors: Tensors, dropped: Dropped) -> None:
     """Write the file. If that fails, a warning is logged."""
     metadata = {"dropped": json.dumps(dropped), "digest": _digest(tensors, dropped)}
     try:
-        write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+        write_atomically(path, lambda temporary: write_tensors(temporary, tensors, metadata))
     except (OSError, SafetensorError) as error:
         log.warning("The tokenised rows could not be kept in %s (%s); the next run tokenises them again.", path, error)
 

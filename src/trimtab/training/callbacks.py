@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from trimtab.errors import Terminated
-from trimtab.files import write_atomically
+from trimtab.files import write_atomically, write_tensors
 from trimtab.runs.checkpoints import step_of
 from trimtab.runs.events import Listener
 from trimtab.surgery.attach import trainable_parameters
@@ -150,7 +149,7 @@ class Averaging(TrainerCallback):
         """Write the mean into a checkpoint."""
         if self._count:
             metadata = {"count": str(self._count)}
-            write_atomically(folder / AVERAGE_FILE, lambda path: save_file(self._means, path, metadata=metadata))
+            write_atomically(folder / AVERAGE_FILE, lambda path: write_tensors(path, self._means, metadata))
 
     def load(self, folder: Path, steps: int) -> None:
         """Take the mean of a checkpoint, if it has one that is of the last part of ``steps`` steps: a run that goes on

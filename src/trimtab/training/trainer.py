@@ -292,6 +292,11 @@ class AdapterTrainer(Trainer):
         if self.args.should_save:
             checkpoints.put(self._folder, self.state.global_step, self._train_config.keep_checkpoints)
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        # transformers has just noted here where the best checkpoint lies, which is moved to its place afterwards.
+        self.state.best_model_checkpoint = None
+        super()._save_optimizer_and_scheduler(output_dir)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         # Checkpoints are few, and one that is spoiled would push out one that is not.
         if not all(parameter.isfinite().all() for parameter in trainable_parameters(self._adapted).values()):

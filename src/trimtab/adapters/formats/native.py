@@ -21,7 +21,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import nn
 
 from trimtab import methods
@@ -29,7 +28,7 @@ from trimtab.adapters.formats._adapter_format import AdapterFormat
 from trimtab.adapters.record import StoredAdapter
 from trimtab.adapters.safe_read import damage_in, read_description, read_tensors, shown
 from trimtab.errors import AdapterError
-from trimtab.files import write_json
+from trimtab.files import write_json, write_tensors
 from trimtab.surgery.adapted import Adapted
 
 _FORMAT = "trimtab adapter"
@@ -58,7 +57,7 @@ class NativeFormat(AdapterFormat):
             }
             tensors.update({f"{name}.{key}": value for key, value in mine.items()})
         base = getattr(getattr(model, "config", None), "_name_or_path", None)
-        save_file(tensors, folder / self.files[1], metadata={"format": "pt", _HEADER: _digest(modules)})
+        write_tensors(folder / self.files[1], tensors, {"format": "pt", _HEADER: _digest(modules)})
         description = {"format": _FORMAT, "version": _VERSION, "base": base or None, "modules": modules}
         write_json(folder / self.files[0], description)
 

@@ -27,7 +27,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from trimtab import methods
@@ -38,7 +37,7 @@ from trimtab.adapters.record import StoredAdapter
 from trimtab.adapters.safe_read import damage_in, parse_description, read_description, read_tensors, shown
 from trimtab.bases import WeightBase
 from trimtab.errors import AdapterError
-from trimtab.files import write_json
+from trimtab.files import write_json, write_tensors
 from trimtab.methods import lora
 from trimtab.surgery.adapted import Adapted, owners
 from trimtab.surgery.wrappers import without_wrappers
@@ -92,7 +91,7 @@ class PeftFormat(AdapterFormat):
             place: {"method": module.method, "options": module.adapter.options.model_dump()}
             for place, module in placed.items()
         }
-        save_file(tensors, folder / self.files[1], metadata={"format": "pt", _HEADER: json.dumps(options)})
+        write_tensors(folder / self.files[1], tensors, {"format": "pt", _HEADER: json.dumps(options)})
         write_json(folder / self.files[0], configuration)
 
     def load(self, folder: Path) -> dict[str, StoredAdapter]:
