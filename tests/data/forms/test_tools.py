@@ -179,6 +179,18 @@ def test_calls_that_would_be_lost_are_errors(read: Callable[..., Any], row: dict
     assert "rows.jsonl, line 1" in str(caught.value)
 
 
+def test_a_name_among_the_tools_is_no_call(read: Callable[..., Any]) -> None:
+    listing = "{% if tools %}{{ tools | tojson }}{% endif %}"
+    with pytest.raises(DataError, match="does not write the call of 'tide_at'"):
+        read({"messages": calling(content=None), "tools": [TOOL]}, listing + CHATML)
+    first = THINKING.replace("{% for c in m.tool_calls %}", "{% for c in (m.tool_calls or [])[:1] %}")
+    twice = [QUESTION, {"role": "assistant", "tool_calls": [CALL, CALL]}, TOLD, ANSWER]
+    with pytest.raises(DataError, match="does not write the call of 'tide_at'"):
+        read({"messages": twice, "tools": [TOOL]}, first)
+    example, _ = read({"messages": twice, "tools": [TOOL]}, THINKING)
+    assert parts(example)[0].count("<tool_call>") == 2
+
+
 def test_other_spellings_of_a_call(read: Callable[..., Any]) -> None:
     inner = CALL["function"]
     told = {"role": "observation", "content": "2.5 m"}

@@ -20,6 +20,8 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         self.specials = special_tokens(tokenizer)
         """Any of these may end a turn."""
+        self.calls_written = 0
+        """Conversations with calls of tools that it was seen to write."""
         self._marked: dict[bool, bool] = {}
         self._shows: dict[str | None, bool] = {}
         longest_first = sorted(self.specials, key=len, reverse=True)

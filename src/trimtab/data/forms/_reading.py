@@ -18,7 +18,7 @@ ENDS = (
 """How models in use write the end of an answer. Each counts only where the tokenizer has it as a special token."""
 
 PROBES = 20
-"""Rows on which it is tried whether a chat template shows a key, before it is said that it does not."""
+"""Rows on which it is tried what a chat template makes of a key, or of calls of tools."""
 
 
 @dataclass

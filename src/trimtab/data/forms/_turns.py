@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 from trimtab.data.forms import _form
 from trimtab.data.forms._chat_template import ChatTemplate, same_start
 from trimtab.data.forms._messages import ROLES, Talk, name_of
-from trimtab.data.forms._reading import Reading
+from trimtab.data.forms._reading import PROBES, Reading
 from trimtab.data.rows import Example, Row
 from trimtab.errors import DataError
 from trimtab.models.chat_template import render
@@ -99,11 +100,8 @@ def _rendered(talk: Talk, template: ChatTemplate, place: str) -> tuple[Talk, str
     calls = [call for message in talk.messages for call in message.get("tool_calls", ())]
     if not calls:
         return talk, _render(talk, template, place)
-    bare = replace(talk, messages=[_varied(_without(message, "tool_calls"), None, "") for message in talk.messages])
-    try:
-        elsewhere = _render(bare, template, place)  # names of functions stand among the tools, too
-    except DataError:
-        elsewhere = ""
+    elsewhere = _without_calls(talk, template, place) if template.calls_written < PROBES else ""
+    called = Counter(map(name_of, calls))
     refused: list[DataError] = []
     written = False
     for variant in _variants(talk):
@@ -112,7 +110,9 @@ def _rendered(talk: Talk, template: ChatTemplate, place: str) -> tuple[Talk, str
         except DataError as error:
             refused.append(error)
             continue
-        if all(_stands(call, text, elsewhere) for call in calls):
+        names = all(text.count(name) >= elsewhere.count(name) + count for name, count in called.items())
+        if names and all(_arguments_stand(call, text) for call in calls):
+            template.calls_written += 1
             return variant, text
         written = True
     if not written:
@@ -155,11 +155,18 @@ def _with_arguments(call: dict[str, Any], change: Any) -> dict[str, Any]:
     return call
 
 
-def _stands(call: dict[str, Any], text: str, elsewhere: str) -> bool:
-    """Whether ``text`` has this call: its name more often than the text without calls, ``elsewhere``, and arguments
-    that are neither JSON in quotes nor Python's own."""
-    if text.count(name_of(call)) <= elsewhere.count(name_of(call)):
-        return False
+def _without_calls(talk: Talk, template: ChatTemplate, place: str) -> str:
+    """The text of ``talk`` without its calls, where the names of functions stand among the tools; empty if the template
+    cannot render that."""
+    bare = [_varied(_without(message, "tool_calls"), None, "") for message in talk.messages]
+    try:
+        return _render(replace(talk, messages=bare), template, place)
+    except DataError:
+        return ""
+
+
+def _arguments_stand(call: dict[str, Any], text: str) -> bool:
+    """Whether the arguments in ``text`` are neither JSON in quotes nor Python's own."""
     inner = call["function"] if isinstance(call.get("function"), dict) else call
     arguments = inner.get("arguments")
     if isinstance(arguments, str):
