@@ -123,10 +123,15 @@ def test_before_there_is_a_verb_nothing_was_begun(number: int, code: int, capsys
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # as before
 
 
-def test_a_signal_that_is_ignored_stays_ignored() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with listening():
-        signal.raise_signal(signal.SIGINT)
+def test_what_a_script_runs_in_the_background_can_be_interrupted() -> None:
+    """A shell without job control lets it ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with listening(), pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 TWICE = """

@@ -26,15 +26,16 @@ def forget() -> None:
 
 @contextmanager
 def listening() -> Iterator[None]:
-    """While open, the first SIGINT raises KeyboardInterrupt and the first SIGTERM `Terminated`."""
+    """While open, the first SIGINT raises KeyboardInterrupt and the first SIGTERM `Terminated`.
+
+    SIGINT is heard where it was ignored, too: a shell's script has it so for what it starts in the background, and
+    whoever sends it there by hand means it.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     _heard.clear()
-    before = {}
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as a shell's script has it for what runs in the background
-            before[number] = signal.signal(number, _stop)
+    before = {number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
