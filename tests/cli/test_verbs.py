@@ -56,6 +56,13 @@ for words in ([], *([verb] for verb in sys.argv[1:])):
         main()
     except SystemExit as end:
         assert end.code == 0, words
+import os
+
+os.environ |= {"_TRIMTAB_COMPLETE": "complete_bash", "COMP_WORDS": "trimtab finetune --res", "COMP_CWORD": "2"}
+try:
+    main()
+except SystemExit as end:
+    assert end.code == 0
 heavy = {"torch", "transformers", "datasets", "matplotlib", "sklearn"} & set(sys.modules)
 assert not heavy, heavy
 """
@@ -63,6 +70,7 @@ assert not heavy, heavy
     assert done.returncode == 0, done.stderr
     for verb in VERBS:
         assert f"trimtab {verb} [OPTIONS]" in done.stdout
+    assert done.stdout.endswith("\n--resume\n")  # completion, as quick as help
     assert "..." not in done.stdout.split("Commands:")[1].split("Usage:")[0]  # no summary is cut off
 
 
