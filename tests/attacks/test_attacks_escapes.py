@@ -5,14 +5,20 @@ from __future__ import annotations
 
 import ast
 import io
+import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 from rich.progress import Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
 import trimtab
+from command_line import Result
+from tiny_runs import write_rows
 from trimtab.cli.displays.console import Terminal
 from trimtab.cli.displays.run import RunDisplay
 from trimtab.cli.exits import exit_code, say
@@ -127,3 +133,72 @@ def test_nothing_is_printed_in_another_way(file: Path) -> None:
     ways = {"print", "typer.echo", "typer.secho", "click.echo", "Console", "sys.stdout.write", "sys.stderr.write"}
     allowed = {"print"} if file == CLI / "exits.py" else set()
     assert names & ways <= allowed
+
+
+EVIL = f"fog{CLEAR}{TITLE}\u202e[bold red]"
+WRONG: dict[str, tuple[str, list[dict[str, object]]]] = {
+    "an unknown key": ("", [{f"prompt{EVIL}": "a", "completion": "b"}]),
+    "no answer": ("", [{"messages": [{"role": EVIL, "content": EVIL}]}]),
+    "a value of another kind": ("", [{"prompt": [EVIL], "completion": {EVIL: 1}}]),
+    "an unknown key of the YAML": (json.dumps({EVIL: 1})[1:-1], [{"prompt": "a", "completion": "b"}]),
+    "a rule that matches nothing": (f"plan: [{{match: {json.dumps(EVIL)}, method: lora}}]", []),
+    "a method that there is not": (f"plan: [{{match: '*', method: {json.dumps(EVIL)}}}]", []),
+    "layers that there are not": (f"plan: [{{match: '*', method: lora, rank: 1, layers: {json.dumps(EVIL)}}}]", []),
+    "rows that are not there": (f"evaluation: {{max_new_tokens: {json.dumps(EVIL)}}}", []),
+    "a template that fails": (
+        "model: {name: MODEL, chat_template: \"{{ raise_exception('\\x1b[2J') }}\"}",
+        [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_what_is_wrong_is_told_without_what_acts(
+    kind: str, cli: Callable[..., Result], make_yaml: Callable[..., Path], model_folder: Path, tmp_path: Path
+) -> None:
+    said, rows = WRONG[kind]
+    file = make_yaml(count=6)
+    known = yaml.safe_load(file.read_text("utf-8"))
+    if rows:
+        write_rows(tmp_path / "completion.jsonl", rows)
+    known |= yaml.safe_load(said.replace("MODEL", str(model_folder)) or "{}")
+    file.write_text(yaml.safe_dump(known), "utf-8")
+    result = cli("finetune", file)
+    assert result.code == 1
+    assert not acts(result.out + result.err)
+    assert result.err.startswith("trimtab: ")
+
+
+def test_a_whole_run_prints_and_writes_nothing_that_acts(
+    cli: Callable[..., Result], make_yaml: Callable[..., Path], model_folder: Path, tmp_path: Path
+) -> None:
+    """Prompts, answers, the model's folder and the test set's file are hostile, and go through every verb."""
+    model = shutil.copytree(model_folder, tmp_path / f"model{CLEAR}[red]")
+    rows = [{"prompt": f"{EVIL} {number} ", "completion": f"{EVIL}"} for number in range(6)]
+    file = make_yaml(model={"name": str(model)}, train={"max_steps": 1}, data={"test": f"te{CLEAR}st.jsonl"})
+    write_rows(tmp_path / "completion.jsonl", rows)
+    write_rows(tmp_path / f"te{CLEAR}st.jsonl", rows)
+    run, merged = file.with_suffix(""), tmp_path / f"merged{TITLE}"
+    for words in (
+        ("plan", file, "--modules"),
+        ("finetune", file, "evaluation.max_new_tokens=4"),
+        ("evaluate", run, "--data", tmp_path / "completion.jsonl"),
+        ("generate", run, EVIL, "--max-new-tokens", "2"),
+        ("merge", run, merged),
+        ("analyze", model, run, "--out", tmp_path / f"out{CLEAR}"),
+        (
+            "init",
+            tmp_path / f"new{CLEAR}.yaml",
+            "--model",
+            model,
+            "--train",
+            tmp_path / "completion.jsonl",
+            "--method",
+            "dora",
+        ),
+    ):
+        result = cli(*words)
+        assert result.code == 0, (words[0], result.err)
+        assert not acts(result.out + result.err), words[0]
+    for page in tmp_path.rglob("*.html"):
+        assert not acts(page.read_text("utf-8"))
