@@ -215,3 +215,13 @@ def test_a_base_on_the_hub_that_is_out_of_reach_is_told(tmp_path: Path, monkeypa
     base = Source("own/model", "hub", "own/model")
     told = MERGED.write(tiny_model(), tiny_tokenizer(), tmp_path / "out", base=base)
     assert "own/model: its files besides weights and tokenizer cannot be reached" in told[0]
+
+
+def test_of_a_gguf_file_what_can_be_written_is_written(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trimtab.export._carried.side_files", lambda base: folder)
+    tokenizer = tiny_tokenizer()
+    MERGED.write(tiny_model(), tokenizer, tmp_path / "out", base=Source("m.gguf", "gguf", str(tmp_path / "m.gguf")))
+    assert json.loads((tmp_path / "out" / "vocab.json").read_text())["<|im_end|>"] == 3
+    assert (tmp_path / "out" / "merges.txt").is_file()
