@@ -118,6 +118,9 @@ class RowsDigest(Record):
     test: dict[str, str] = {}
 
 
+_LEFT_ALONE = {"Embedding", "output head"}
+
+
 class RuleRecord(Record):
     """One rule of a plan and what it came to."""
 
@@ -172,16 +175,19 @@ class PlanRecord(Record):
             f"parameters trained ({share:.2f} %)"
         )
 
-    def remarks(self) -> list[str]:
+    def remarks(self, *, usual: bool = True) -> list[str]:
         """What the user should know of the plan, a line each: rows of zeros, ranks that were lowered, and what no rule
-        reached."""
+        reached.
+
+        ``usual``: also where that is what most plans leave alone, the embedding and the output head.
+        """
         lines = []
         if self.zero_rows:
             rows = sum(self.zero_rows.values())
             lines.append(f"{rows} rows of zeros in {len(self.zero_rows)} modules keep their output at zero")
         if self.lowered_ranks:
             lines.append(f"rank lowered to the largest that fits: {_some(self.lowered_ranks)}")
-        if self.unreached and self.modules:
+        if self.unreached and self.modules and (usual or self.unreached.keys() - _LEFT_ALONE):
             kinds = f"{len(self.unreached)} kind{'s' * (len(self.unreached) > 1)}"
             numbers = sum(self.unreached.values())
             lines.append(f"not reached by any rule: {numbers:,} numbers in {kinds}: {_some(self.unreached)}")

@@ -284,8 +284,11 @@ class _Run:
         self._summary = self._summary.updated(
             total_parameters=report.total_parameters, trainable_parameters=report.trainable_parameters
         )
-        self.listener.note(plan.headline)
-        for line in [*plan.remarks(), *self.origin.remarks()]:
+        told = [*plan.remarks(usual=False), *self.origin.remarks()]
+        for line in (plan.headline, *plan.remarks()):
+            if line not in told:
+                self.listener.note(line)
+        for line in told:
             self.remark(line)
 
     def remark(self, text: str) -> None:
