@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+import auto_check
+import rates_cell
 from rates_page import write_rates_page
 from rates_results import best_place, compared, write_results
 from rates_rows import _orders
@@ -106,6 +109,35 @@ def test_a_cell_of_other_settings_is_refused(study: RatesStudy) -> None:
     write_json(file, {**json.loads(file.read_text(encoding="utf-8")), "rows": "others"})
     with pytest.raises(RunError, match="other settings"):
         study.done(cell)
+
+
+def test_auto_is_held_against_the_best_of_whole_grids_alone(study: RatesStudy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rates that auto finds are 1e-3 here, and every training's loss is that of the bowl around the best place."""
+
+    class Known:
+        made = 0
+
+        def __init__(self, study: RatesStudy) -> None: ...
+
+        def find_rate(self, cell: RateCell, budget: float) -> Any:
+            return SimpleNamespace(rate=1e-3, likely=1e-3, cost=0.0)
+
+        def run(self, cell: RateCell, rate: float) -> dict[str, Any]:
+            Known.made += 1
+            loss = 0.3 + 0.05 * (lattice_index(rate) + 9) ** 2 + 0.001 * cell.seed
+            return {"rate": rate, "loss": None if cell.arm == "full" else loss, **study.identity(cell)}
+
+    monkeypatch.setattr(rates_cell, "Trainings", Known)
+    assert list(auto_check.settings(study, 0.15, ["orders"])) == []
+    finish_all(study, lambda cell: -12 if "full" in cell.arm else -9)
+    rows = {row["arm"]: row for row in auto_check.settings(study, 0.15, ["orders"])}
+    assert len(rows) == 14
+    assert rows["LoRA r8"]["auto_over"] == pytest.approx(0)
+    assert rows["LoRA r8"]["fixed_over"] == pytest.approx(0.05)  # 5e-4 is one place below
+    assert rows["full"]["auto_over"] == 99.0  # diverged
+    made = Known.made
+    assert len(list(auto_check.settings(study, 0.15, ["orders"]))) == 14
+    assert Known.made == made  # kept
 
 
 @pytest.mark.parametrize("best", [-8.0, -7.7, -6.5])
