@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any, TextIO
 
 MIB = 2**20
 MOST_BYTES = 64 * MIB
@@ -35,7 +35,7 @@ class BoundsError(ValueError):
     """Reading took more time or memory than it may."""
 
 
-def open_file(path: Path | str) -> BinaryIO:
+def open_file(path: Path | str) -> io.BufferedReader:
     """Open a file to read its bytes. Raises OSError for a pipe, a socket or a device, without waiting for anybody."""
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:

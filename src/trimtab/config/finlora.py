@@ -26,6 +26,7 @@ from trimtab.config.read import build_config
 from trimtab.config.run import RunConfig
 from trimtab.config.yaml_text import show
 from trimtab.errors import ConfigError, did_you_mean
+from trimtab.reading import read_text
 
 TARGETS = ("*.q_proj", "*.k_proj", "*.v_proj")
 
@@ -98,8 +99,8 @@ def read_entries(path: Path) -> dict[str, Any]:
         others = [other.name for other in path.parent.glob("*.json")] if path.parent.is_dir() else []
         raise ConfigError(f"{path}: no such file.{did_you_mean(path.name, others)}")
     try:
-        entries = parse_description(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        entries = parse_description(read_text(path))
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: expected a JSON object of run names and their settings, but: {error}.") from None
     if not entries:
         raise ConfigError(f"{path}: no run in it; expected a JSON object of run names and their settings.")

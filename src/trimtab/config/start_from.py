@@ -14,6 +14,7 @@ from trimtab import methods
 from trimtab.adapters.hub import local_folder
 from trimtab.adapters.store import format_of, load_adapter, read_adapter
 from trimtab.errors import AdapterError, PlanError
+from trimtab.reading import open_file
 from trimtab.surgery.adapted import bare_modules
 from trimtab.surgery.attach import attach
 from trimtab.surgery.attach_report import AttachReport
@@ -77,7 +78,7 @@ def adapter_digest(name: str) -> str:
     digest = hashlib.sha256()
     try:
         for file in format_of(folder).files:
-            with (folder / file).open("rb") as opened:
+            with open_file(folder / file) as opened:
                 digest.update(hashlib.file_digest(opened, "sha256").digest())
     except OSError as error:
         raise AdapterError(f"{folder}: the adapter cannot be read ({error.strerror})") from None

@@ -17,6 +17,7 @@ from typing import Any
 from uuid import uuid4
 
 from trimtab.files import open_to_readers, read_json, write_json
+from trimtab.reading import open_file, read_text
 
 SAVING = ".saving"
 COMPLETE = "complete.json"
@@ -109,12 +110,12 @@ def damage(place: Path, needed: Iterable[str] = ()) -> str | None:
 
 
 def _sum(file: Path) -> dict[str, Any]:
-    with file.open("rb") as content:
+    with open_file(file) as content:
         return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(content, "sha256").hexdigest()}
 
 
 def _best_step(place: Path) -> Any:
     try:
-        return json.loads((place / STATE).read_text(encoding="utf-8"))["best_global_step"]
+        return json.loads(read_text(place / STATE))["best_global_step"]
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None

@@ -12,6 +12,7 @@ from pathlib import Path
 from trimtab.errors import RunError
 from trimtab.files import read_json, read_jsonl, write_jsonl
 from trimtab.hints import pasted
+from trimtab.reading import read_text
 from trimtab.runs.read import read_metrics
 from trimtab.runs.records import MetricsLine, Summary
 from trimtab.runs.results import read_result
@@ -101,7 +102,7 @@ class RunFolder:
     def written_config(self) -> str:
         """The text of ``config.yaml``; an empty one where there is none, or none that is text."""
         try:
-            return self.config.read_text(encoding="utf-8")
+            return read_text(self.config)
         except (FileNotFoundError, UnicodeDecodeError):
             return ""
 

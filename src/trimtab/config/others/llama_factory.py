@@ -8,6 +8,7 @@ from typing import Any
 
 from trimtab.config.others._other import ADAMW, SCHEDULES, Carried, OtherConfig, globs
 from trimtab.errors import ConfigError
+from trimtab.reading import read_text
 
 
 class LlamaFactoryConfig(OtherConfig):
@@ -108,7 +109,7 @@ class LlamaFactoryConfig(OtherConfig):
         """The rows that their ``dataset_info.json`` knows by ``name``."""
         table = folder / "dataset_info.json"
         try:
-            entry = json.loads(table.read_text(encoding="utf-8"))[name]
+            entry = json.loads(read_text(table))[name]
         except (OSError, ValueError, KeyError, TypeError):
             carried.tell(f"{key} {name}", name, f"not in {table}; name the file of its rows with --train")
             return None
