@@ -93,10 +93,11 @@ def draft(wish: Wish, place: Path) -> Draft:
     source = locate(wish.model)
     examples = read_examples(list(wish.train), tokenizer := load_tokenizer(source), root=Path.cwd())
     seen = _look(examples, tokenizer)
-    notes = [f"{seen.count:,} rows of the form '{seen.form}', the longest of {seen.longest:,} tokens"]
+    forms = " and ".join(f"'{form}'" for form in dict.fromkeys(row.form for row in examples))
+    notes = [f"{seen.count:,} rows of the form {forms}, the longest of {seen.longest:,} tokens"]
     counted = Counter((row.entry.path if row.entry is not None else row.source, row.form) for row in examples)
     if len(counted) > 1:
-        notes += [f"{path}: {count:,} rows ({form})" for (path, form), count in counted.items()]
+        notes += [f"{path}: {count:,} row{'s' * (count != 1)} ({form})" for (path, form), count in counted.items()]
     if seen.choices:
         notes.append(f"answers are a closed set of {len(seen.choices)}, so they are scored, not written")
     if wish.test is not None:

@@ -60,6 +60,17 @@ def test_the_file_reads_back_and_says_what_was_seen(here: Path, method: str) -> 
     assert "trimtab finetune sub/one.yaml" in output
 
 
+def test_patterns_and_parts_are_counted_and_written_as_seen_from_the_file(here: Path) -> None:
+    said = ("--model", "tiny model", "--train", "ro*.jsonl", "--train", "test.jsonl[:2]", "--method", "lora")
+    output = run("sub/parts.yaml", *said, "--test", "rows.jsonl[-3:]")
+    assert "ro*.jsonl: 30 rows (completion)" in output
+    assert "test.jsonl[:2]: 1 row (completion)" in output
+    assert '  train: ["../ro*.jsonl", "../test.jsonl[:2]"]' in (here / "sub" / "parts.yaml").read_text()
+    config = load_config(here / "sub" / "parts.yaml")
+    assert paths(config.data.train) == (str(here / "ro*.jsonl"), str(here / "test.jsonl[:2]"))
+    assert paths(config.data.test) == {"rows": str(here / "rows.jsonl[-3:]")}
+
+
 def test_questions_are_asked_with_what_lies_here_as_answers(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(init, "_can_ask", lambda: True)
     run(typed="tiny model\n\n\nlora\n")

@@ -104,7 +104,7 @@ class SourceRecord(Record):
         return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else self.path
 
     def __str__(self) -> str:
-        said = f"{self.shown}: {self.rows:,} rows ({', '.join(self.forms)})"
+        said = f"{self.shown}: {self.rows:,} row{'s' * (self.rows != 1)} ({', '.join(self.forms)})"
         if self.training != self.rows:
             said += f", {self.training:,} to train on"
         return said + (f", weight {self.weight:g}: {self.an_epoch:,} in an epoch" if self.weight != 1 else "")
