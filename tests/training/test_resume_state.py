@@ -19,7 +19,7 @@ import trimtab
 from tiny_runs import Kept, rows, write_config, write_model, write_rows
 from trimtab.config.read import load_config
 from trimtab.config.run import RunConfig
-from trimtab.errors import Interrupted
+from trimtab.errors import Interrupted, MachineError
 from trimtab.files import read_json, write_json
 from trimtab.runs.checkpoints import COMPLETE, STATE, _sum, numbered
 from trimtab.runs.events import Listener
@@ -410,3 +410,27 @@ def test_callbacks_that_are_kept_in_a_checkpoint_are_known() -> None:
     mine = [kind for kind in found if kind.__module__ == callbacks.__name__]
     assert mine
     assert not any(issubclass(kind, ExportableState) for kind in mine)  # else resume_state would have to know of it
+
+
+@pytest.mark.usefixtures("bare_runs")
+def test_half_a_checkpoint_is_not_left_where_the_disk_is_full(
+    make_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The earlier one stays whole, the error is in words, and the run goes on from there once there is room."""
+    config = make_config(train={"epochs": 1, "save_every": 2})
+    real = torch.save
+
+    def full(value: Any, file: Any, *rest: Any) -> None:
+        if "checkpoint-4" in str(file) and file.endswith(SCHEDULE):
+            Path(file).write_bytes(b"PK")
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+        real(value, file, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.save", full)
+        with pytest.raises(MachineError, match=r"then go on with: trimtab finetune .* --resume"):
+            finetune(config)
+    assert sorted(place.name for place in (config.output / "checkpoints").iterdir()) == ["checkpoint-2"]
+    told = Kept()
+    assert finetune(config, resume=True, listener=told).status == "finished"
+    assert "resuming at step 2" in told.notes

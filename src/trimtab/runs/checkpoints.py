@@ -50,14 +50,18 @@ def put(folder: Path, step: int, keep: int) -> None:
     write_json(written / COMPLETE, files)
     remove(place)
     written.rename(place)
-    shutil.rmtree(folder / SAVING, ignore_errors=True)
     prune(folder, keep)
+
+
+def drop_half(folder: Path) -> None:
+    """Remove a checkpoint that was not written to its end."""
+    shutil.rmtree(folder / SAVING, ignore_errors=True)
 
 
 def prune(folder: Path, keep: int) -> None:
     """Remove the oldest checkpoints but ``keep``, what was left half written, and the best adapters that no checkpoint
     knows of."""
-    shutil.rmtree(folder / SAVING, ignore_errors=True)
+    drop_half(folder)
     there = numbered(folder)
     for _, place in there[:-keep]:
         remove(place)

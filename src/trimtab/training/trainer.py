@@ -288,9 +288,13 @@ class AdapterTrainer(Trainer):
         return str(self._folder / checkpoints.SAVING)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        if self.args.should_save:
-            checkpoints.put(self._folder, self.state.global_step, self._train_config.keep_checkpoints)
+        try:
+            super()._save_checkpoint(model, trial)
+            if self.args.should_save:
+                checkpoints.put(self._folder, self.state.global_step, self._train_config.keep_checkpoints)
+        except BaseException:
+            checkpoints.drop_half(self._folder)  # of no use, and it may have filled the disk
+            raise
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         # transformers has just noted here where the best checkpoint lies, which is moved to its place afterwards.
