@@ -202,3 +202,14 @@ def test_a_whole_run_prints_and_writes_nothing_that_acts(
         assert not acts(result.out + result.err), words[0]
     for page in tmp_path.rglob("*.html"):
         assert not acts(page.read_text("utf-8"))
+
+
+def test_arms_of_a_study_are_named_as_text(cli: Callable[..., Result], tmp_path: Path) -> None:
+    arm = {"plan": [{"match": "all-linear", "method": "lora", "rank": 1}]}
+    base = {"model": "./model", "data": {"train": "a.jsonl", "test": "b.jsonl"}}
+    study = {"base": base, "arms": {EVIL: arm, "other": arm}, "reference": "other", "seeds": [0]}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study), "utf-8")
+    for words in (("--only", "nothing"), ("--plan",)):
+        result = cli("compare", "study.yaml", *words)
+        assert not acts(result.out + result.err)
+        assert "2J" in result.out + result.err

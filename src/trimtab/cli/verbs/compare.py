@@ -42,13 +42,16 @@ def command(
     """
     if plan and page_only:
         raise typer.BadParameter("--plan writes nothing, and --page-only writes the page; choose one")
+    from trimtab.errors import printable
     from trimtab.studies.study_cells import load_study
 
     loaded = load_study(study, overrides or [], out=out)
     for option, given, known in (("--only", only, loaded.said.arms), ("--task", task, loaded.said.tasks)):
         for name in given or []:
             if name not in known:
-                raise typer.BadParameter(f"{option}: '{name}' is not in this study; it has {', '.join(known)}")
+                raise typer.BadParameter(
+                    printable(f"{option}: '{name}' is not in this study; it has {', '.join(known)}")
+                )
 
     from trimtab.cli.displays.console import Terminal
     from trimtab.cli.displays.study import StudyDisplay, cells_table
