@@ -345,6 +345,7 @@ def test_prompt_and_completion_as_messages(read: Callable[..., Any]) -> None:
     assert example.text == whole.text
     assert parts(example) == ["It is 2.5 m.<|im_end|>"]
     assert read({"prompt": earlier, "completion": "It is 2.5 m."})[0] == example
+    assert read({"prompt": earlier, "completion": [*earlier, ANSWER]})[0] == example
     alone, _ = read({"prompt": "How high is the tide?", "completion": [ANSWER]})
     assert alone.text == read({"messages": [QUESTION, ANSWER]})[0].text
 

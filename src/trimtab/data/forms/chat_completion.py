@@ -27,6 +27,8 @@ class ChatCompletion(Chat):
         prompt, completion = (
             self._messages(row, key, role) for key, role in zip(self.keys, ("user", "assistant"), strict=True)
         )
+        if completion[: len(prompt)] == prompt:  # some tables repeat the prompt in what follows it
+            completion = completion[len(prompt) :]
         return read_talk(row, [*prompt, *completion], reading, key="prompt", context=len(prompt))
 
     def _messages(self, row: Row, key: str, role: str) -> list[Any]:
