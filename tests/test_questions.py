@@ -9,7 +9,7 @@ import pytest
 
 from tiny_runs import rows, tiny_tokenizer, write_rows
 from trimtab.errors import DataError
-from trimtab.questions import Question, prompt_of, questions_in
+from trimtab.questions import prompt_of, questions_in
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,30 @@ def test_questions_of_a_text_and_of_rows(tmp_path: Path) -> None:
         found = questions_in(str(write_rows(tmp_path / f"{form}.jsonl", rows(3, form))))
         assert len(found) == 3
     asked = write_rows(tmp_path / "asked.jsonl", [{"prompt": "the fog"}, {"instruction": "say", "input": "tug"}])
-    assert questions_in(str(asked)) == [Question("the fog"), Question("say\n\ntug")]
+    assert [question.text for question in questions_in(str(asked))] == ["the fog", "say\n\ntug"]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "What is it?", "input": "fog", "output": "calm"},
+        {"instruction": "What is it?", "input": "fog", "output": "calm", "system": "Be brief."},
+        {"prompt": "Message: fog\nAnswer: ", "completion": "calm"},
+        {"question": "fog?", "choices": ["calm", "storm"], "answer": "calm"},
+    ],
+    ids=["alpaca", "system", "completion", "choices"],
+)
+def test_a_row_is_asked_as_it_was_trained_with_or_without_its_answer(
+    row: dict[str, Any], tokenizer: Any, tmp_path: Path
+) -> None:
+    from trimtab.data.forms import read_examples
+
+    file = write_rows(tmp_path / "rows.jsonl", [row])
+    (example,) = read_examples(str(file), tokenizer, root=tmp_path)
+    bare = {key: value for key, value in row.items() if key not in ("output", "completion")}
+    for said in (row, bare):
+        (question,) = questions_in(str(write_rows(tmp_path / "asked.jsonl", [said])))
+        assert question.prompt(example.form, tokenizer, None) == example.prompt
 
 
 def test_questions_that_there_are_none(tmp_path: Path) -> None:

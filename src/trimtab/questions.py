@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from trimtab.data import forms
+from trimtab.data.forms._reading import Reading
 from trimtab.data.forms.chat import Chat
+from trimtab.data.rows import Row
 from trimtab.data.sources import read_rows
 from trimtab.errors import DataError
 
@@ -26,15 +28,22 @@ _ASKING = ("prompt", "question", "instruction", "context", "input", "text")
 
 @dataclass(frozen=True)
 class Question:
-    """A question: its words, or a conversation that ends with the user's turn; and the row's own system message."""
+    """A question: its words, or a conversation that ends with the user's turn; and the row's own system message.
+
+    ``row``: where it comes from, so that what it has besides is put as in training.
+    """
 
     text: str
     messages: tuple[Message, ...] = ()
     system: str | None = None
+    row: Row | None = None
 
     def prompt(self, form: str | None, tokenizer: Any, system: str | None) -> str:
         """The prompt that asks it as rows of ``form`` do; None: the text as it is."""
         if not self.messages:
+            trained = _as_trained(form, self.row, tokenizer) if self.row is not None and form is not None else None
+            if trained is not None and (system is None or self.system is not None):
+                return trained
             return prompt_of(form, self.text, tokenizer, self.system or system)
         own = self.messages[0].get("role") == "system"
         return rendered([*([] if own else system_message(system)), *self.messages], tokenizer)
@@ -60,6 +69,18 @@ def prompt_of(form: str | None, text: str, tokenizer: Any, system: str | None = 
     if form == "chat":
         require_template(tokenizer)
     return forms.find(form).prompt(text, tokenizer, system=system or "")
+
+
+def _as_trained(form: str, row: Row, tokenizer: Any) -> str | None:
+    """The prompt of ``row`` in training; None if it is not of the form. Its answer may be missing."""
+    kind = forms.find(form)
+    missing = [key for key in kind.keys if row.value.get(key) is None]
+    try:
+        filled = replace(row, value={**row.value, **dict.fromkeys(missing[:1], "-")})
+        example = kind.example(filled, Reading(tokenizer)) if kind.fits(filled) else None
+    except DataError:
+        return None
+    return example.prompt if example is not None and example.prompt.strip() else None
 
 
 def system_message(text: str | None) -> list[Message]:
@@ -90,7 +111,7 @@ def questions_in(source: str) -> list[Question]:
     Raises DataError if there is none, or a row that asks nothing.
     """
     if Path(source).suffix.lower() in _TABLES:
-        found = [_of_row(row.place, row.value) for row in read_rows(source, root=Path.cwd())]
+        found = [_of_row(row) for row in read_rows(source, root=Path.cwd())]
     else:
         found = [Question(line) for line in _lines(source) if line.strip()]
     if not found:
@@ -98,7 +119,8 @@ def questions_in(source: str) -> list[Question]:
     return found
 
 
-def _of_row(place: str, row: dict[str, Any]) -> Question:
+def _of_row(said: Row) -> Question:
+    row = said.value
     messages = row.get("messages", row.get("prompt"))
     if isinstance(messages, list) and all(isinstance(each, dict) for each in messages):
         while messages and messages[-1].get("role") == "assistant":
@@ -109,11 +131,11 @@ def _of_row(place: str, row: dict[str, Any]) -> Question:
         if isinstance(text := row.get(key), str) and text.strip():
             extra = row.get("input") if key == "instruction" else None
             system = row.get("system")
-            said = f"{text}\n\n{extra}" if extra else text
-            return Question(said, system=system if isinstance(system, str) and system else None)
+            words = f"{text}\n\n{extra}" if extra else text
+            return Question(words, system=system if isinstance(system, str) and system else None, row=said)
     raise DataError(
-        f"{place}: the row asks nothing; expected 'messages', or a text under one of {', '.join(_ASKING)}; keys found: "
-        f"{', '.join(row) or 'none'}"
+        f"{said.place}: the row asks nothing; expected 'messages', or a text under one of {', '.join(_ASKING)}; keys "
+        f"found: {', '.join(row) or 'none'}"
     )
 
 

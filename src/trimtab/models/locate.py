@@ -106,7 +106,9 @@ def _what_is_in(folder: Path) -> str:
     from trimtab.adapters.formats import all_formats  # torch comes with it
 
     if any((folder / one.files[0]).is_file() for one in all_formats()):
-        return "It holds an adapter: name the model that the adapter was trained on."
+        return (
+            "It holds an adapter: name the model that it was trained on, and the adapter by adapter: in a run's YAML."
+        )
     if (folder / "adapter").is_dir():
         return "It is a run folder: name the model that the run was trained on, or make one with `trimtab merge`."
     return ""

@@ -60,7 +60,8 @@ class Origin:
         if self.record is None:
             return []
         name, said = self.record.adapter, self.job.config.model.name
-        lines = [f"begun from the adapter {name}: what is measured before training is measured with it"]
+        measured = ": what is measured before training is measured with it" if self.job.config.data.test else ""
+        lines = [f"begun from the adapter {name}{measured}"]
         if (base := base_of(name)) is not None and base != said.rstrip("/").rpartition("/")[2]:
             lines.append(f"the adapter says that it was made for {base}, and this run's model is {said}")
         return lines
