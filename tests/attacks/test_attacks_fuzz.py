@@ -28,6 +28,7 @@ def _fuzz() -> ModuleType:
 fuzz = _fuzz()
 RUNS = {"studies": 2, "runs": 8, "yaml": 15, "model": 15, "tokenizer": 15, "whole gguf": 15}
 AXOLOTL, FACTORY, MLX, PEFT = (next(iter(files.items())) for files in fuzz.OTHERS)
+SEARCH = (Path(__file__).parents[2] / "studies" / "mixing" / "nuance-explore" / "explore.json").read_bytes()
 Files = dict[str, bytes]
 
 
@@ -46,6 +47,7 @@ FOUND: dict[str, tuple[str, Files]] = {
     "a number among data sets": ("others", changed(AXOLOTL, b"{path: rows.jsonl, type: alpaca}", b".inf")),
     "a data set without a path": ("others", changed(AXOLOTL, b"path: rows.jsonl,", b"")),
     "a number for data sets": ("others", changed(FACTORY, b"dataset: own", b"dataset: 1.5")),
+    "a search for no metric": ("studies", {"explore.json": SEARCH.replace(b'"metric": "loss"', b'"metric": ""')}),
     "numbers among modules": ("others", changed(PEFT, b'"v_proj"', b"1.5")),
 }
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from trimtab.config.values import Rate
 from trimtab.metrics import METRICS, Metric
@@ -317,6 +317,13 @@ class SearchResults(Record):
     best_uniform: int | None
     trials: list[Trial]
     confirmation: Confirmation | None
+
+    @field_validator("metric")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in METRICS:
+            raise ValueError(f"expected one of {', '.join(METRICS)}")
+        return name
 
     @property
     def improved(self) -> Metric:
