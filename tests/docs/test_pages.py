@@ -87,7 +87,7 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for place in re.findall(r"([\w/-]+)\.md", (ROOT / "mkdocs.yml").read_text("utf-8").partition("nav:")[2]):
-        assert (tmp_path / f"{place}.html").is_file(), place
+        assert (tmp_path / f"{place.replace('README', 'index')}.html").is_file(), place
     page = (tmp_path / "reference" / "run-yaml.html").read_text("utf-8")
     assert "train.learning_rate" in page
     for folder in tmp_path.rglob("*.html"):
