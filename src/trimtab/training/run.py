@@ -315,7 +315,9 @@ class _Run:
 
     def find_rate(self) -> None:
         """Let the trials of ``train.learning_rate: auto`` find the rate; the run then goes on with it."""
-        if self.opening.trained and not self.folder.rate.is_file():
+        before = self.opening.summary
+        if before is not None and before.learning_rate and self.opening.trained and not self.folder.rate.is_file():
+            self._summary = self._summary.updated(learning_rate=before.learning_rate)
             return
         found = {"tokenizer": self.tokenizer, "listener": self.listener, "file": self.folder.rate}
         self.config = with_rate(self.job, self.inputs, self.model, task=self.task, **found)
