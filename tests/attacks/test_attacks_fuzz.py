@@ -11,7 +11,8 @@ import pytest
 
 from sampling import everything
 
-pytestmark = pytest.mark.timeout(600)
+# Time that is over may be told first to a callback of the garbage collector, which drops it; it is told again.
+pytestmark = [pytest.mark.timeout(600), pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")]
 
 
 def _fuzz() -> ModuleType:

@@ -17,7 +17,8 @@ from trimtab.models.load import load_model
 from trimtab.models.locate import locate
 from trimtab.reading import MIB, within
 
-pytestmark = pytest.mark.timeout(120)
+# Time that is over may be told first to a callback of the garbage collector, which drops it; it is told again.
+pytestmark = [pytest.mark.timeout(120), pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")]
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,8 @@ from trimtab.models.tensors import Weights
 from trimtab.runs.load import load_fitting
 
 Make = Callable[..., Any]
-pytestmark = pytest.mark.timeout(120)
+# Time that is over may be told first to a callback of the garbage collector, which drops it; it is told again.
+pytestmark = [pytest.mark.timeout(120), pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")]
 
 
 @pytest.fixture

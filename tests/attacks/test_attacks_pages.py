@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from known_runs import run as known_run
+from sampling import sample
 from trimtab.reports.run.run_page import write_run_page
 from trimtab.reports.search.search_page import write_explore_page
 from trimtab.reports.shared.shell import write_page
@@ -159,7 +160,10 @@ PAGES: dict[str, Callable[[Path, str], Path]] = {
 }
 
 
-@pytest.mark.parametrize("kind", PAGES)
+KINDS = sample(list(PAGES), every=6, always=["report", "compare", "explore", "analyze"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_hostile_texts_on_a_page_are_text(kind: str, tmp_path: Path) -> None:
     text = PAGES[kind](tmp_path, payload("http://host.invalid")).read_text("utf-8")
     assert f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">' in text
@@ -175,9 +179,9 @@ def test_hostile_texts_on_a_page_are_text(kind: str, tmp_path: Path) -> None:
 def test_in_a_browser_nothing_runs_and_nothing_is_fetched(server: tuple[str, list[str]], tmp_path: Path) -> None:
     address, asked = server
     pages = []
-    for kind, write in PAGES.items():
+    for kind in KINDS:
         (tmp_path / kind).mkdir()
-        pages.append(write(tmp_path / kind, payload(address)))
+        pages.append(PAGES[kind](tmp_path / kind, payload(address)))
     opened(pages, tmp_path)
     assert asked == []
 

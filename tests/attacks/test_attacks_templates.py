@@ -15,7 +15,8 @@ from trimtab.errors import DataError, ModelError, TrimtabError
 from trimtab.models import chat_template
 from trimtab.reading import MIB
 
-pytestmark = pytest.mark.timeout(60)
+# Time that is over may be told first to a callback of the garbage collector, which drops it; it is told again.
+pytestmark = [pytest.mark.timeout(60), pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")]
 
 MESSAGES = [{"role": "user", "content": "Which gate?"}, {"role": "assistant", "content": "north"}]
 MACRO = "{% macro again(n) %}{{ again(n + 1) }}{% endmacro %}{{ again(0) }}"
