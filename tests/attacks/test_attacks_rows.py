@@ -92,15 +92,15 @@ def write_all(folder: Path) -> dict[str, str]:
             continue
         put(f"spaces.jsonl.{ending}", pack(b" " * MIB) * 400, "a row of more than 16 MiB")
         put(f"deep.json.{ending}", pack(b"[" * MIB) * 400, "unfolds to more than")
-    put("rows.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 80_000) * 300, "unfolds to more than")
+    put("rows.jsonl.gz", gzip.compress((b'{"text": "' + b"a" * 1000 + b'"}\n') * 1000) * 300, "unfolds to more than")
     tables: dict[str, tuple[Any, str]] = {
-        "values.parquet": (one_value("x" * (100 * MIB), 64), "a row of more than 16 MiB"),
+        "values.parquet": (one_value("x" * (40 * MIB), 64), "a row of more than 16 MiB"),
         "long-value.parquet": (one_value("x" * (140 * MIB), 2), "unfolds to more than 128 MiB"),
-        "rows.parquet": (one_value("ab", 5_000_000), "unfolds to more than 128 MiB"),
-        "nulls.parquet": (pa.nulls(20_000_000, pa.string()), "unfolds to more than 128 MiB"),
+        "rows.parquet": (one_value("ab", 2_000_000), "unfolds to more than 128 MiB"),
+        "nulls.parquet": (pa.nulls(4_000_000, pa.string()), "unfolds to more than 128 MiB"),
     }
     for name, (column, said) in tables.items():
-        pq.write_table(pa.table({"text": column}), folder / name, compression="zstd")
+        pq.write_table(pa.table({"text": column}), folder / name, compression="zstd", dictionary_pagesize_limit=2**30)
         assert (folder / name).stat().st_size < 60_000
         made[name] = said
     return made

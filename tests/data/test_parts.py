@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from trimtab.data.forms import read_examples
@@ -174,3 +175,9 @@ def test_a_mapped_key_goes_before_what_else_the_table_holds(tmp_path: Path) -> N
         Source(path="t.csv", columns={"prompt": "question", "completion": "answer"}), None, root=tmp_path
     )
     assert (example.form, example.answer) == ("completion", "a")
+
+
+def test_a_parquet_column_of_categories_is_text(tmp_path: Path) -> None:
+    column = pa.DictionaryArray.from_arrays(pa.array([1, 0, None, 1], pa.int32()), pa.array(["no", "yes"]))
+    pq.write_table(pa.table({"text": column, "n": [1, 2, 3, 4]}), tmp_path / "a.parquet")
+    assert [row.value["text"] for row in read_rows("a.parquet", root=tmp_path)] == ["yes", "no", None, "yes"]

@@ -233,6 +233,9 @@ def _parquet(source: str, path: Path) -> Iterator[Row]:
             fewest = 1 if path.stat().st_size < ROW else 16
             size = min(1024, max(fewest, 256 * 2**20 // max(1, *groups, 1)))
             for batch in file.iter_batches(batch_size=size):
+                for index, column in enumerate(batch.columns):
+                    if pyarrow.types.is_dictionary(column.type):  # counted as what it stands for
+                        batch = batch.set_column(index, batch.schema.names[index], column.dictionary_decode())
                 if batch.nbytes > ROW * max(1, batch.num_rows):
                     raise DataError(f"{source}, row {number + 1}: {too_long()}")
                 budget.take(batch.nbytes + 128 * batch.num_rows)
