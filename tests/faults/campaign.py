@@ -36,7 +36,9 @@ def main() -> None:
             trials = Trials(scene.work(kind))
             places = trials.places[:: asked.every]
             different = []
-            for place in places:
+            for number, place in enumerate(places, 1):
+                if sys.stderr.isatty():
+                    print(f"\r{kind}: {number} of {len(places)}", end="\r", file=sys.stderr)
                 if (said := trials.kill(place)) is not None:
                     different.append(said)
                     print(said, flush=True)

@@ -6,25 +6,16 @@ A sample of the places is tried here, spread over the kinds of work; ``pytest --
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import sampling
-from faults.trials import Place, Trials
+from faults.trials import Place, Trials, Work
 from faults.works import Scene
 
 SAMPLE = {"run": 4, "study": 1, "merge": 2, "merge over another": 3, "save": 3, "save over another": 6, "init": 1}
 """How many places of each kind are tried without ``--all``: 20."""
-
-
-@pytest.fixture(scope="module")
-def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRIMTAB_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        yield Scene(tmp_path_factory.mktemp("scene"))
 
 
 @pytest.mark.parametrize("kind", SAMPLE)
@@ -44,8 +35,6 @@ def chosen(places: list[Place], count: int) -> list[Place]:
 
 def test_a_place_that_leaves_something_else_is_noticed(tmp_path: Path, scene: Scene) -> None:
     """The harness itself: a work that does not write its files in one step fails at some place."""
-    from faults.trials import Work
-
     folder = tmp_path / "out"
 
     def begin() -> int:

@@ -49,12 +49,13 @@ class Place:
 
 
 class Trials:
-    """The trials of one work."""
+    """The trials of one work. What is kept of them lies in ``beside``, by default beside the work's folder."""
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: Work, beside: Path | None = None) -> None:
         self._work = work
-        self._log = work.folder.with_name(f"{work.folder.name}.log")
-        self._whole = work.folder.with_name(f"{work.folder.name}.whole")
+        beside = beside or work.folder.parent
+        self._log = beside / f"{work.folder.name}.log"
+        self._whole = beside / f"{work.folder.name}.whole"
         seen = self._log.with_suffix(".seen")
 
         def undisturbed() -> int:
@@ -68,7 +69,7 @@ class Trials:
         if self._forked(undisturbed):
             raise RuntimeError(f"{work.kind} fails undisturbed:\n{self.said()}")
         shutil.rmtree(self._whole, ignore_errors=True)
-        work.folder.rename(self._whole)
+        shutil.move(work.folder, self._whole)
         self.places: list[Place] = []
         """Where this work can be killed."""
         for number, line in enumerate(seen.read_text(encoding="utf-8").splitlines(), 1):
@@ -94,10 +95,23 @@ class Trials:
         differences = differing(self._whole, self._work.folder, self._work.passing)
         return f"{where}: {'; '.join(differences)}" if differences else None
 
-    def begin(self, around: Callable[[Callable[[], int]], int]) -> int:
-        """The exit code of the work, begun in a fork by ``around``."""
+    def begin(self, before: Callable[[], object]) -> int:
+        """The exit code of the work, begun in a fork in which ``before`` was called."""
         self._fresh()
-        return self._forked(lambda: around(self._work.begin))
+
+        def begun() -> int:
+            before()
+            return self._work.begin()
+
+        return self._forked(begun)
+
+    def begin_twice(self) -> tuple[list[int], str]:
+        """The exit codes of two processes that do the work at once, and what they said."""
+        self._fresh()
+        logs = [self._log, self._log.with_suffix(".second")]
+        children = [fork(self._work.begin, log) for log in logs]
+        codes = [wait(child) for child in children]
+        return codes, "\n".join(log.read_text(encoding="utf-8", errors="replace") for log in logs)
 
     def said(self) -> str:
         """The end of what the last fork printed."""

@@ -102,26 +102,34 @@ class Scene:
         return Work("merge over another", out, merge, merge, prepare=prepare)
 
     def _save(self, home: Path, out: Path) -> Work:
-        return Work("save", out, lambda: self._saved(out, "lora"), lambda: self._saved(out, "lora"))
+        return Work("save", out, self._saving(out, "lora"), self._saving(out, "lora"))
 
     def _save_over_another(self, home: Path, out: Path) -> Work:
-        old = home / "old"
-        if not old.exists() and wait(fork(lambda: self._saved(old, "mora"), home / "old.log")):
-            raise RuntimeError((home / "old.log").read_text(encoding="utf-8"))
+        old = self.folder / "old"
+        if not old.exists() and wait(fork(self._saving(old, "mora"), self.folder / "old.log")):
+            raise RuntimeError((self.folder / "old.log").read_text(encoding="utf-8"))
 
         def again() -> int:
             # Whenever the save was killed, a whole adapter can be loaded: the old one or the new one.
             from trimtab.adapters.store import read_adapter
 
             methods = {entry.method for entry in read_adapter(out).values()}
-            return self._saved(out, "lora") if methods in ({"mora"}, {"lora"}) else 1
+            return self._saving(out, "lora")() if methods in ({"mora"}, {"lora"}) else 1
 
         def prepare() -> None:
             shutil.copytree(old, out)
 
-        return Work("save over another", out, lambda: self._saved(out, "lora"), again, prepare=prepare)
+        return Work("save over another", out, self._saving(out, "lora"), again, prepare=prepare)
 
-    def _saved(self, folder: Path, method: str) -> int:
+    def _saving(self, folder: Path, method: str) -> Callable[[], int]:
+        def call() -> int:
+            from trimtab.cli.exits import exit_code
+
+            return exit_code(lambda: self._save_one(folder, method))
+
+        return call
+
+    def _save_one(self, folder: Path, method: str) -> None:
         import torch
         from transformers import AutoModelForCausalLM
 
@@ -134,7 +142,6 @@ class Scene:
             for parameter in trainable_parameters(model).values():
                 parameter.normal_()
         save_adapter(model, folder)
-        return 0
 
     def _init(self, home: Path, out: Path) -> Work:
         def prepare() -> None:
