@@ -11,8 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors import safe_open
 
-from trimtab.files import remove_leftovers, temporary_folder, write_atomically, write_folder, write_text
+from trimtab.files import remove_leftovers, temporary_folder, write_atomically, write_folder, write_tensors, write_text
 
 KILLED = """
 import os, sys
@@ -108,3 +110,16 @@ def test_files_are_as_readable_as_the_umask_says(mask: int, mode: int, tmp_path:
         write_folder(tmp_path / "folder", lambda folder: write(folder / "file"), replace=False)
     for file in (tmp_path / "file", tmp_path / "folder" / "file"):
         assert file.stat().st_mode & 0o777 == mode
+
+
+def test_the_same_tensors_are_the_same_file(tmp_path: Path) -> None:
+    """safetensors puts metadata in another order in each process, and in one process each time."""
+    tensors = {"one": torch.arange(4.0), "zwei": torch.ones(2, 3)}
+    metadata = {"format": "pt", "modules": '{"ä": "\\u2028"}', "a\n": "\x7f"}
+    files = [tmp_path / str(number) for number in range(8)]
+    for file in files:
+        write_tensors(file, tensors, metadata)
+    assert len({file.read_bytes() for file in files}) == 1
+    with safe_open(files[0], framework="pt") as stored:
+        assert stored.metadata() == metadata
+        assert all(torch.equal(stored.get_tensor(name), tensor) for name, tensor in tensors.items())
