@@ -24,7 +24,7 @@ from trimtab.reports.study.study_pictures import draw_scores
 from trimtab.runs.read import read_study_results
 from trimtab.runs.study_records import CellRecord, StudyResults
 from trimtab.studies import compare as comparing
-from trimtab.studies.cell import run_cell
+from trimtab.studies.cell import finished_cell, run_cell
 from trimtab.studies.compare import Selection, chosen_runs, compare
 from trimtab.studies.statistics import holm, paired_difference
 from trimtab.studies.study_cells import Cell, load_study
@@ -74,7 +74,8 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def _noted(found: list[str], config: Any, **how: Any) -> Any:
-    found.append("/".join(re.sub(r"-[0-9a-f]{8}$", "", part) for part in config.output.parts[-2:]))
+    if finished_cell(config) is None:  # one that is done is only tidied
+        found.append("/".join(re.sub(r"-[0-9a-f]{8}$", "", part) for part in config.output.parts[-2:]))
     return run_cell(config, **how)
 
 
@@ -200,7 +201,7 @@ def test_two_at_one_study_are_refused(make_study: Callable[..., Path]) -> None:
 
     class Second(comparing.StudyListener):
         def cell_began(self, cell: Cell, number: int, total: int) -> None:
-            with pytest.raises(RunError, match="another process is at work here"):
+            with pytest.raises(RunError, match=r"another process .*is at work here"):
                 compare(study)
 
     assert compare(study, Second(), Selection(arms=frozenset({"untrained"}))) == []

@@ -97,6 +97,11 @@ class _Result(FiguresRecord):
             raise PydanticCustomError("missing", "'{name}' should be a number", {"name": name})
         return self
 
+    def unnamed(self) -> Self:
+        """A copy that names no model, adapter or file: paths of one machine have no place in the results of a study."""
+        kept = self.model_fields_set - set(Measured._fields)
+        return type(self)(**{name: getattr(self, name) for name in kept})
+
     @property
     def measured(self) -> Measured:
         """What was measured on what."""

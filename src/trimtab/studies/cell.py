@@ -156,4 +156,5 @@ def _record(folder: RunFolder, config: RunConfig) -> CellRecord:
 
 def _scored(result: Result, predictions: Sequence[Prediction]) -> Result:
     """``result`` with which of its rows are right, where the predictions tell."""
+    result = result.unnamed()
     return result.updated(correct="".join("01"[row.correct] for row in predictions)) if predictions else result
