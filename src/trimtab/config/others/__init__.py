@@ -41,7 +41,7 @@ def carry_over(file: Path) -> Carried:
     try:
         fitting[0].carry(carried)
         carried.finish()
-    except (TypeError, ValueError, LookupError, AttributeError, OverflowError) as error:
+    except (TypeError, ValueError, LookupError, AttributeError, OverflowError, OSError) as error:
         # A text where the tool has a list, and the like. The tool itself would say no more.
         said = " ".join(str(error).split())[:200]
         raise ConfigError(
