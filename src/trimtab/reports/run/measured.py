@@ -102,7 +102,7 @@ def headline(tests: TestSet) -> Headline:
 
 def interval(share: float, rows: int) -> tuple[float, float]:
     """The 95 % interval of a share that was counted on ``rows`` rows (Wilson's; it stays within 0 and 1)."""
-    if rows <= 0:
+    if rows <= 0 or not 0 <= share <= 1:  # of a damaged record
         return 0.0, 1.0
     z = 1.959964
     centre = (share + z * z / (2 * rows)) / (1 + z * z / rows)
