@@ -11,7 +11,7 @@ import torch
 
 import trimtab
 from adapter_tools import PLANS, trained
-from trimtab.adapters import formats, store
+from trimtab.adapters import formats, placing, store
 from trimtab.adapters.formats import AdapterFormat, all_formats
 from trimtab.surgery.adapted import adapted_modules
 
@@ -76,7 +76,8 @@ def test_a_format_in_the_folder_is_saved_in_loaded_from_and_tidied_away(
             return native.load(copy)
 
     third = Wrapped()
-    monkeypatch.setattr(store, "all_formats", lambda: (third, *formats.all_formats()))
+    for module in (store, placing):
+        monkeypatch.setattr(module, "all_formats", lambda: (third, *formats.all_formats()))
     one = trained(tiny_llama(), trimtab.Rule(match="*.layers.0.self_attn.q_proj", method="lora", rank=2))
     folder = tmp_path / "adapter"
     trimtab.save_adapter(one, folder)
