@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Name -> module that defines it. Read at first use, so that `trimtab --help` and the reports never import torch.
 _PUBLIC = {
