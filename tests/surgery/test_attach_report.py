@@ -18,7 +18,7 @@ from adapter_tools import trained
 from trimtab import Rule, bases
 from trimtab.methods import lora
 from trimtab.runs.records import PlanRecord
-from trimtab.surgery.attach_report import OUTPUT_HEAD
+from trimtab.surgery.attach_report import OUTPUT_HEAD, usually_frozen
 
 Make = Callable[..., Any]
 
@@ -125,6 +125,14 @@ def test_the_largest_kind_comes_first_in_one_line() -> None:
     kinds = len(report.unreached)
     assert line.startswith(f"not reached by any rule: {numbers:,} numbers in {kinds} kinds: ")
     assert "Conv2d 96" in line
+
+
+def test_embeddings_of_any_name_and_the_head_are_usually_frozen() -> None:
+    kinds = {"Embedding": True, "GemmaTextScaledWordEmbedding": True, OUTPUT_HEAD: True, "Conv2d": False}
+    assert {kind: usually_frozen(kind) for kind in kinds} == kinds
+    report = trimtab.attach(nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4)), Rule(match="1", method="lora", rank=2))
+    assert len(PlanRecord.of(report).remarks()) == 1
+    assert PlanRecord.of(report).remarks(usual=False) == []
 
 
 def test_what_every_rule_reached_says_nothing(tiny_llama: Make) -> None:

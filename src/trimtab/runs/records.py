@@ -118,9 +118,6 @@ class RowsDigest(Record):
     test: dict[str, str] = {}
 
 
-_LEFT_ALONE = {"Embedding", "output head"}
-
-
 class RuleRecord(Record):
     """One rule of a plan and what it came to."""
 
@@ -181,13 +178,15 @@ class PlanRecord(Record):
 
         ``usual``: also where that is what most plans leave alone, the embedding and the output head.
         """
+        from trimtab.surgery.attach_report import usually_frozen  # torch: not to read a record
+
         lines = []
         if self.zero_rows:
             rows = sum(self.zero_rows.values())
             lines.append(f"{rows} rows of zeros in {len(self.zero_rows)} modules keep their output at zero")
         if self.lowered_ranks:
             lines.append(f"rank lowered to the largest that fits: {_some(self.lowered_ranks)}")
-        if self.unreached and self.modules and (usual or self.unreached.keys() - _LEFT_ALONE):
+        if self.unreached and self.modules and (usual or not all(map(usually_frozen, self.unreached))):
             kinds = f"{len(self.unreached)} kind{'s' * (len(self.unreached) > 1)}"
             numbers = sum(self.unreached.values())
             lines.append(f"not reached by any rule: {numbers:,} numbers in {kinds}: {_some(self.unreached)}")

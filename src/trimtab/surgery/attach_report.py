@@ -17,6 +17,12 @@ from trimtab.surgery.targets import output_heads
 OUTPUT_HEAD = "output head"
 
 
+def usually_frozen(kind: str) -> bool:
+    """Whether most plans leave modules of this ``kind`` (of ``AttachReport.unreached``) as they are: embeddings, models'
+    own scaled ones too, and the output head."""
+    return kind == OUTPUT_HEAD or kind.endswith("Embedding")
+
+
 @dataclass(frozen=True)
 class ModuleReport:
     """One adapted module."""

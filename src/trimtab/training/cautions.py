@@ -6,7 +6,7 @@ import math
 
 from trimtab.config.resolve import Job
 from trimtab.notes import Notes
-from trimtab.surgery.attach_report import OUTPUT_HEAD, AttachReport
+from trimtab.surgery.attach_report import AttachReport, usually_frozen
 
 REGRET = "Schulman et al., LoRA Without Regret, thinkingmachines.ai 2025"
 LEARNS_LESS = "Biderman et al., arXiv 2405.09673"
@@ -28,7 +28,7 @@ def caution(job: Job, attached: AttachReport, notes: Notes) -> None:
 
 def _attention_only(job: Job, attached: AttachReport, notes: Notes) -> None:
     modules = [module.name for module in attached.modules if module.method != "full"]
-    others = [kind for kind in attached.unreached if kind not in (OUTPUT_HEAD, "Embedding")]
+    others = [kind for kind in attached.unreached if not usually_frozen(kind)]
     if modules and others and all(_in_attention(name) for name in modules):
         notes.add(
             "only attention is adapted: adapters on all linear layers have learned more at the same number of trained "
