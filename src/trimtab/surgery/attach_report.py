@@ -18,8 +18,8 @@ OUTPUT_HEAD = "output head"
 
 
 def usually_frozen(kind: str) -> bool:
-    """Whether most plans leave modules of this ``kind`` (of ``AttachReport.unreached``) as they are: embeddings, models'
-    own scaled ones too, and the output head."""
+    """Whether most plans leave this ``kind`` of ``AttachReport.unreached`` as it is: embeddings, models' own scaled
+    ones too, and the output head."""
     return kind == OUTPUT_HEAD or kind.endswith("Embedding")
 
 
