@@ -13,7 +13,7 @@ from stopped_runs import StopAt, adapter_of, interrupt, metrics_of, signals_are_
 from tiny_runs import rows, write_rows
 from trimtab.config.run import RunConfig
 from trimtab.errors import Interrupted, RunError
-from trimtab.files import read_json, read_jsonl
+from trimtab.files import read_json, read_jsonl, write_json
 from trimtab.runs.beginning import opened
 from trimtab.runs.checkpoints import numbered
 from trimtab.runs.events import Listener
@@ -116,6 +116,25 @@ def test_a_run_that_was_killed_while_it_wrote(make_config: Callable[..., Any]) -
     (folder.checkpoints / "checkpoint-9").mkdir()  # begun, and without its state
     finetune(config, resume=True)
     assert [row["step"] for row in metrics_of(config)] == list(range(1, 13))
+
+
+def test_a_run_that_trains_nothing_and_was_killed_at_its_end(make_config: Callable[..., Any], tmp_path: Path) -> None:
+    test = write_rows(tmp_path / "test.jsonl", rows(6))
+    config = make_config(data={"test": str(test)}, train={"epochs": 0})
+    folder = finetune(config)
+    whole = read_json(folder.summary)
+    assert whole["total_parameters"] > whole["trainable_parameters"] == 0
+    # What is written when it begins, and no more.
+    begun = {key: value for key, value in whole.items() if not key.endswith("_parameters")}
+    write_json(folder.summary, {**begun, "status": "interrupted"})
+    folder.report.unlink()
+    finetune(config, resume=True)
+    again = read_json(folder.summary)
+    assert {key: again[key] for key in ("status", "total_parameters", "trainable_parameters")} == {
+        **{"status": "finished", "trainable_parameters": 0},
+        "total_parameters": whole["total_parameters"],
+    }
+    assert folder.report.is_file()
 
 
 def test_resuming_is_refused(make_config: Callable[..., Any]) -> None:

@@ -47,7 +47,9 @@ class Opening:
         """Whether the run is trained and every test set evaluated, as its settings say now."""
         trains = bool(config.train.epochs)
         stages = ["before"] * (config.evaluation.before or not trains) + ["after"] * trains
-        return (self.trained or (not trains and self.resumes)) and not any(
+        # A run that trains nothing has counted its parameters right before its end.
+        counted = not trains and self.summary is not None and self.summary.trainable_parameters is not None
+        return (self.trained or counted) and not any(
             name in self.changes.measured_anew or not self.folder.is_evaluated(name, stage)
             for name in config.data.test
             for stage in stages
