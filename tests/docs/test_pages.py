@@ -1,16 +1,19 @@
 """The documentation: it builds without a warning, and what its pages say can be typed does what they say.
 
-A page's blocks run in their order, in an empty folder in which ``smollm2-135m`` is a tiny model:
+A page's blocks run in their order, in a folder in which ``smollm2-135m`` is a tiny model. Where a page speaks of a run
+that it does not make (``runs/run``, ``runs/first``), it is there, and has its page left to make:
 
     ```yaml title="run.yaml"     is written to that file; so is any block with a title
     ```console                   each line that begins with ``$`` is run: trimtab in this process, make if it has such a
-                                 target; pip is not
+                                 target; a line with a pipe in a shell; pip is not
     ```python                    is run
     ```text                      is not
 """
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shlex
 import shutil
@@ -39,6 +42,10 @@ PAGES.remove("index.md")
 )
 def test_what_a_page_says_can_be_typed(page: str, cli: Callable[..., Result], tmp_path: Path) -> None:
     shutil.copytree(MODEL, tmp_path / "smollm2-135m")
+    text = (DOCS / page).read_text("utf-8")
+    for name in sorted(set(re.findall(r"^(?:\$ .*|adapter: )\bruns/(run|first)\b", text, re.MULTILINE))):
+        if f'title="{name}.yaml"' not in text:
+            _make_run(name, cli, tmp_path)
     names: dict[str, object] = {}
     for kind, title, text in BLOCK.findall((DOCS / page).read_text("utf-8")):
         if title:
@@ -53,7 +60,25 @@ def test_what_a_page_says_can_be_typed(page: str, cli: Callable[..., Result], tm
             raise AssertionError(f"{page}: a YAML without a title, which nobody has tried")
 
 
+def _make_run(name: str, cli: Callable[..., Result], folder: Path) -> None:
+    turns = [{"role": "user", "content": "Is berth seven free?"}, {"role": "assistant", "content": "It is."}]
+    (folder / "made.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 8, "utf-8")
+    settings = {
+        **{"model": "smollm2-135m", "output": f"runs/{name}", "plan": [{"match": "*.q_proj", "method": "lora"}]},
+        "data": {"train": "made.jsonl", "validation": None, "choices": None, "test": "made.jsonl"},
+        "evaluation": {"before": False, "limit": 1, "max_new_tokens": 2},
+        "train": {"epochs": 1, "batch_size": 4, "learning_rate": 1e-3},
+    }
+    (folder / "made.yaml").write_text(json.dumps(settings), "utf-8")
+    assert cli("finetune", "made.yaml").code == 0
+    (folder / "runs" / name / "report.html").unlink()
+
+
 def _run(line: str, cli: Callable[..., Result]) -> None:
+    if "|" in line or ">" in line:
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        subprocess.run(["bash", "-c", line], check=True, env=os.environ | {"PATH": path})
+        return
     program, *words = shlex.split(line, comments=True)
     if program == "trimtab":
         result = cli(*words)
