@@ -44,7 +44,7 @@ def test_what_a_page_says_can_be_typed(page: str, cli: Callable[..., Result], tm
     shutil.copytree(MODEL, tmp_path / "smollm2-135m")
     text = (DOCS / page).read_text("utf-8")
     for name in sorted(set(re.findall(r"^(?:\$ .*|adapter: )\bruns/(run|first)\b", text, re.MULTILINE))):
-        if f'title="{name}.yaml"' not in text:
+        if f"trimtab finetune {name}.yaml" not in text:
             _make_run(name, cli, tmp_path)
     names: dict[str, object] = {}
     for kind, title, text in BLOCK.findall((DOCS / page).read_text("utf-8")):
