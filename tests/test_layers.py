@@ -71,8 +71,13 @@ def name_of(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imports(name: str) -> Iterator[str]:
+@cache
+def imports(name: str) -> list[str]:
     """The files of the library that the file ``name`` imports, at the top or anywhere else."""
+    return list(_imports(name))
+
+
+def _imports(name: str) -> Iterator[str]:
     known = modules()
     for node in ast.walk(known[name]):
         if isinstance(node, ast.Import):

@@ -78,6 +78,7 @@ def test_the_user_decides_how_many_products_are_kept() -> None:
     assert environment == {"LRU_CACHE_CAPACITY": "7", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
 
 
+@pytest.mark.full
 @pytest.mark.skipif(sys.platform != "linux", reason="gives freed memory back by malloc_trim, to see what is kept")
 def test_memory_does_not_grow_with_the_number_of_widths() -> None:
     environment = {name: value for name, value in os.environ.items() if not name.endswith("CACHE_CAPACITY")}

@@ -70,6 +70,7 @@ def test_a_study_from_plan_to_page(cli: Any, study: Path, monkeypatch: pytest.Mo
     assert re.search(r"all +dora +0 +0\.01 +harbour accuracy", cli("compare", study, "--dry-run").out)
 
 
+@pytest.mark.full
 def test_one_arm_with_a_setting_into_another_folder(cli: Any, study: Path, tmp_path: Path) -> None:
     result = cli("compare", study, "train.max_steps=1", "--only", "dora", "--out", "there")
     assert result.code == 0, result.err

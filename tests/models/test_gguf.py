@@ -187,6 +187,7 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
         dequantised_folder(tmp_path / "tiny.gguf")
 
 
+@pytest.mark.full
 def test_the_real_model_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRIMTAB_CACHE")  # the real cache: filled once, for all tests
     source = locate("smollm2-135m")

@@ -339,6 +339,7 @@ def test_arms_may_be_compared_in_pairs(make_study: Callable[..., Path], tmp_path
     write_study_page(folder)
 
 
+@pytest.mark.full
 def test_a_page_of_one_seed_and_of_texts_without_answers(make_study: Callable[..., Path], tmp_path: Path) -> None:
     results, folder = made_up(tmp_path, make_study, {"lora": ["10" * 20], "dora": ["11" * 20]}, seeds=[0])
     assert results.summary[0].low is None

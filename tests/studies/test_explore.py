@@ -225,6 +225,7 @@ def test_what_is_behind_is_left(make_search: Make, pretend: Any, pruner: str) ->
     )
 
 
+@pytest.mark.full
 def test_a_pruned_run_is_left_in_order(make_search: Make, in_process: list[str], monkeypatch: Any) -> None:
     monkeypatch.setattr(plan_search.Search, "_pruner", lambda self: _Impatient())
     folder = explore(make_search("trials=4"))

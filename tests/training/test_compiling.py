@@ -105,6 +105,7 @@ def test_what_cannot_be_compiled_runs_as_it_is(make_yaml: Callable[..., Path], m
     assert {name: getattr(torch._dynamo.config, name) for name in compiling.SETTINGS} == before
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("worth", [True, pytest.param(False, marks=pytest.mark.full)])
 def test_auto_waits_a_few_steps_and_then_compiles_where_it_pays(
     make_yaml: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, worth: bool

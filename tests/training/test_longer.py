@@ -49,6 +49,7 @@ def test_where_the_rate_stays_two_epochs_and_two_more_are_four(
     assert (metrics_of(whole) == metrics_of(parts)) == (average is None)
 
 
+@pytest.mark.full
 def test_the_rate_goes_on_as_in_a_run_of_all_the_steps(make_config: Callable[..., Any]) -> None:
     settings = {"count": 16, "train": {"epochs": 4, "schedule": "linear", "warmup": 2, "keep_best": False}}
     whole = make_config("whole", **settings)

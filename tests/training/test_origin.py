@@ -144,6 +144,7 @@ def test_a_folder_of_peft(begun: Callable[..., RunConfig], tmp_path: Path, model
     assert measured(base, "before")["perplexity"] == measured(run, "before")["perplexity"]
 
 
+@pytest.mark.full
 def test_a_resumed_run_ends_as_it_would_have(begun: Callable[..., RunConfig], first: RunConfig) -> None:
     whole, parts, early = (begun(name, adapter=str(first.output)) for name in ("whole", "parts", "early"))
     finetune(whole)

@@ -149,6 +149,7 @@ def test_a_run_finds_its_rate_and_is_then_the_run_that_is_told_it(make_yaml: Cal
     assert "The learning rate" not in same.report.read_text(encoding="utf-8")
 
 
+@pytest.mark.full
 def test_trials_are_repeatable_go_on_where_they_stopped_and_are_not_done_twice(
     make_yaml: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, quick: None
 ) -> None:
@@ -183,6 +184,7 @@ def test_trials_are_repeatable_go_on_where_they_stopped_and_are_not_done_twice(
     assert again.rate == after.rate
 
 
+@pytest.mark.full
 def test_a_rate_that_was_found_is_kept_when_the_run_goes_on(make_yaml: Callable[..., Path], quick: None) -> None:
     config = load_config(make_yaml("kept", train={**AUTO, "save_every": 20}))
     folder = finetune(config)

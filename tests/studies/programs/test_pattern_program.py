@@ -260,6 +260,7 @@ def test_the_verdict_goes_no_further_than_its_interval() -> None:
     assert with_interval(said("lora", 0.5, 0.2, 0.7)) == "+0.50 [+0.20, +0.70]"
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("seeds", [pytest.param(1, marks=pytest.mark.full), 3])
 def test_the_page_is_whole(study: Callable[..., Path], tmp_path: Path, seeds: int) -> None:
     loaded = load_pattern_study(study())
