@@ -13,14 +13,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from trimtab.cli.exits import exit_code
+from trimtab.cli.exits import program
 
 
 def main(arguments: Sequence[str]) -> int:
-    if not arguments or "--help" in arguments:
-        print(__doc__)
-        return 0 if arguments else 2
-    return exit_code(lambda: run(*arguments))
+    return program(arguments, __doc__, run)
 
 
 def run(file: str, *overrides: str) -> None:

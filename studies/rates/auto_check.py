@@ -20,8 +20,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from trimtab.cli.exits import exit_code
-from trimtab.machine import keep_few_products
+from trimtab.cli.exits import program
 
 if TYPE_CHECKING:
     from rates_study import RatesStudy
@@ -33,10 +32,7 @@ FIXED = 5e-4
 
 
 def main(arguments: Sequence[str]) -> int:
-    if not arguments or "--help" in arguments:
-        print(__doc__)
-        return 0 if arguments else 2
-    return exit_code(lambda: run(*arguments))
+    return program(arguments, __doc__, run)
 
 
 def run(file: str, *overrides: str) -> None:
@@ -125,5 +121,4 @@ def _loss(cell: dict[str, Any]) -> float:
 
 
 if __name__ == "__main__":
-    keep_few_products()
     sys.exit(main(sys.argv[1:]))

@@ -14,17 +14,14 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 
-from trimtab.cli.exits import exit_code
-from trimtab.machine import keep_few_products
+from trimtab.cli.exits import program
 
 
 def main(arguments: Sequence[str]) -> int:
-    if not arguments or "--help" in arguments:
-        print(__doc__)
-        return 0 if arguments else 2
-    file, *rest = [argument for argument in arguments if argument != "--results"]
-    return exit_code(lambda: run(file, *rest, only_results="--results" in arguments))
+    rest = [argument for argument in arguments if argument != "--results"]
+    return program(rest, __doc__, partial(run, only_results=len(rest) < len(arguments)))
 
 
 def run(file: str, *overrides: str, only_results: bool = False) -> None:
@@ -60,5 +57,4 @@ def run(file: str, *overrides: str, only_results: bool = False) -> None:
 
 
 if __name__ == "__main__":
-    keep_few_products()
     sys.exit(main(sys.argv[1:]))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from trimtab.cli.terminal import make_safe
 from trimtab.errors import STOPS, Interrupted, TrimtabError, machine_refusal, printable
@@ -21,6 +21,15 @@ def say(text: str = "", *, error: bool = False, end: str = "\n") -> None:
     """Print a plain line, or with ``end`` a part of one, to standard error if it is an ``error``. Whatever it quotes
     cannot drive the terminal."""
     print(printable(text), file=sys.stderr if error else sys.stdout, end=end, flush=True)
+
+
+def program(arguments: Sequence[str], told: str | None, work: Callable[..., int | None]) -> int:
+    """The exit code of a program of its own, such as a study's: ``work(*arguments)``. Asked for help, or given nothing,
+    it prints ``told`` in place of that."""
+    if not arguments or "--help" in arguments:
+        say(told or "")
+        return 0 if arguments else 2
+    return exit_code(lambda: work(*arguments))
 
 
 def exit_code(work: Callable[[], int | None]) -> int:
