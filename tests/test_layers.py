@@ -53,6 +53,8 @@ NAMESAKES = {
     **dict.fromkeys(("compare", "evaluate", "explore", "merge", "plan", "tune"), "a verb is named after what it calls"),
     **dict.fromkeys(("run", "search", "study"), "its YAML, its loop, its progress at the terminal, its page"),
     "chat": "the form of rows, and the verb that talks by it",
+    "export": "a verb is named after what it calls",
+    "lora": "a method, and the folder that hands over what it trained",
     "errors": "the tree of errors; and how one of them is told of a YAML",
     "finlora": "FinLoRA's list of runs, and its form of rows",
     "load": "a model from its folder, and the adapted model from a run's",

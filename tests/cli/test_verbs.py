@@ -26,7 +26,10 @@ from trimtab.runs.load import load_run
 from trimtab.studies import process
 from trimtab.training.run import finetune
 
-VERBS = ("finetune", "plan", "tune", "evaluate", "generate", "chat", "merge", "analyze", "compare", "explore")
+VERBS = (
+    *("finetune", "plan", "tune", "evaluate", "generate", "chat", "merge", "export", "analyze", "compare"),
+    "explore",
+)
 IDS = torch.tensor([[5, 40, 60, 7, 80, 33], [9, 12, 300, 200, 4, 50]])
 PROGRAM = (sys.executable, "-m", "trimtab")
 

@@ -15,10 +15,22 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tiny_runs import tiny_model, tiny_tokenizer
 from trimtab import export
 from trimtab.errors import ModelError
+from trimtab.export._hand_over import write_whole
+from trimtab.export.merged import save
 from trimtab.models.load import load_model
 from trimtab.models.locate import Source, locate
 
 MERGED = export.export_format("merged")
+
+
+def write(
+    model: Any, tokenizer: Any, out: Path, *, overwrite: bool = False, base: Source | None = None, chat: bool = False
+) -> list[str]:
+    """A model without adapters as the format ``merged`` writes it."""
+    told: list[str] = []
+    target = MERGED.check_target(out, overwrite=overwrite)
+    write_whole(target, lambda folder: told.extend(save(model, tokenizer, folder, base=base, chat=chat)), lambda: 1000)
+    return told
 
 
 @pytest.fixture
@@ -30,22 +42,6 @@ def folder(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", export.names())
-def test_every_format_writes_whole_and_replaces_only_when_told_to(name: str, tmp_path: Path) -> None:
-    form = export.export_format(name)
-    model, tokenizer = tiny_model(), tiny_tokenizer()
-    out = tmp_path / "new" / "out"
-    assert form.check_target(out) == out
-    form.write(model, tokenizer, out)
-    assert [path.name for path in out.parent.iterdir()] == ["out"]  # nothing temporary stays
-    with pytest.raises(ModelError, match="--overwrite"):
-        form.check_target(out)
-    with pytest.raises(ModelError, match="--overwrite"):
-        form.write(model, tokenizer, out)
-    form.write(model, tokenizer, out, overwrite=True)
-    assert form.summary
-
-
 def test_an_unknown_format_is_an_error_that_lists_the_known_ones() -> None:
     with pytest.raises(ModelError, match=r"unknown export format 'mergd': expected one of .*merged.* Did you mean"):
         export.export_format("mergd")
@@ -55,7 +51,7 @@ def test_a_written_folder_loads_without_trimtab(tmp_path: Path) -> None:
     model, tokenizer = tiny_model(), tiny_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     model.generation_config.max_new_tokens = 7
-    MERGED.write(model, tokenizer, tmp_path / "a" / "out")
+    write(model, tokenizer, tmp_path / "a" / "out")
     out = tmp_path / "a" / "out"
 
     again = AutoModelForCausalLM.from_pretrained(out)
@@ -71,27 +67,27 @@ def test_a_written_folder_loads_without_trimtab(tmp_path: Path) -> None:
 
 def test_written_files_are_as_readable_as_others(tmp_path: Path) -> None:
     (tmp_path / "plain").write_text("")
-    MERGED.write(tiny_model(), tiny_tokenizer(), tmp_path / "out")
+    write(tiny_model(), tiny_tokenizer(), tmp_path / "out")
     expected = stat.S_IMODE((tmp_path / "plain").stat().st_mode)
     assert {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "out").iterdir()} == {expected}
 
 
 def test_an_empty_folder_is_written_into(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    MERGED.write(tiny_model(), tiny_tokenizer(), tmp_path / "out")
+    write(tiny_model(), tiny_tokenizer(), tmp_path / "out")
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
 def test_a_folder_that_holds_something_is_refused(folder: Path) -> None:
     before = (folder / "model.safetensors").read_bytes()
     with pytest.raises(ModelError, match="not empty"):
-        MERGED.write(tiny_model(), tiny_tokenizer(), folder)
+        write(tiny_model(), tiny_tokenizer(), folder)
     assert (folder / "model.safetensors").read_bytes() == before
 
 
 def test_a_model_folder_is_replaced_as_a_whole_if_allowed(folder: Path) -> None:
     (folder / "model-00001-of-00002.safetensors").write_text("of the old model")
-    MERGED.write(tiny_model(hidden_size=48), tiny_tokenizer(), folder, overwrite=True)
+    write(tiny_model(hidden_size=48), tiny_tokenizer(), folder, overwrite=True)
     assert load_model(locate(str(folder))).config.hidden_size == 48
     assert not (folder / "model-00001-of-00002.safetensors").exists()
 
@@ -99,14 +95,14 @@ def test_a_model_folder_is_replaced_as_a_whole_if_allowed(folder: Path) -> None:
 def test_a_folder_of_other_things_is_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(ModelError, match="something other than a model"):
-        MERGED.write(tiny_model(), tiny_tokenizer(), tmp_path, overwrite=True)
+        write(tiny_model(), tiny_tokenizer(), tmp_path, overwrite=True)
     assert (tmp_path / "thesis.tex").is_file()
 
 
 def test_a_file_is_not_a_folder(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("")
     with pytest.raises(ModelError, match="found a file"):
-        MERGED.write(tiny_model(), tiny_tokenizer(), tmp_path / "out")
+        write(tiny_model(), tiny_tokenizer(), tmp_path / "out")
 
 
 def test_a_write_that_fails_leaves_nothing_and_keeps_what_was_there(
@@ -120,7 +116,7 @@ def test_a_write_that_fails_leaves_nothing_and_keeps_what_was_there(
 
     monkeypatch.setattr(tokenizer, "save_pretrained", fail)
     with pytest.raises(ModelError, match=r"the disk is full .*free some of it"):
-        MERGED.write(model, tokenizer, folder, overwrite=True)
+        write(model, tokenizer, folder, overwrite=True)
     assert (folder / "model.safetensors").read_bytes() == before
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
@@ -136,19 +132,19 @@ def _generation(folder: Path) -> dict[str, Any]:
 def test_every_token_that_ends_an_answer_is_written_down(tmp_path: Path) -> None:
     model, tokenizer = tiny_model(), tiny_tokenizer()
     model.generation_config.eos_token_id = [5, 0]
-    MERGED.write(model, tokenizer, tmp_path / "out")
+    write(model, tokenizer, tmp_path / "out")
     assert _generation(tmp_path / "out")["eos_token_id"] == [0, 3, 5]  # the texts' end, the template's, one of its own
     assert not _generation(tmp_path / "out").get("_from_model_config")
     assert AutoTokenizer.from_pretrained(tmp_path / "out").eos_token == "<|eos|>"
     assert model.generation_config.eos_token_id == [5, 0]
 
-    MERGED.write(tiny_model(), tiny_tokenizer(None), tmp_path / "plain")
+    write(tiny_model(), tiny_tokenizer(None), tmp_path / "plain")
     assert _generation(tmp_path / "plain")["eos_token_id"] == 0
 
 
 def test_after_training_on_conversations_texts_end_as_turns_do(tmp_path: Path) -> None:
     model, tokenizer = tiny_model(), tiny_tokenizer()
-    MERGED.write(model, tokenizer, tmp_path / "out", chat=True)
+    write(model, tokenizer, tmp_path / "out", chat=True)
     assert AutoTokenizer.from_pretrained(tmp_path / "out").eos_token == "<|im_end|>"
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert (again.config.eos_token_id, again.generation_config.eos_token_id) == (3, [0, 3])
@@ -158,7 +154,7 @@ def test_after_training_on_conversations_texts_end_as_turns_do(tmp_path: Path) -
 def test_a_base_that_sets_a_temperature_without_sampling_is_written_all_the_same(tmp_path: Path) -> None:
     model = tiny_model()
     model.generation_config.update(temperature=0.6, top_p=0.9)
-    MERGED.write(model, tiny_tokenizer(), tmp_path / "out")
+    write(model, tiny_tokenizer(), tmp_path / "out")
     said = _generation(tmp_path / "out")
     assert (said["temperature"], said["top_p"], said["do_sample"]) == (0.6, 0.9, True)
 
@@ -181,7 +177,7 @@ def test_files_of_the_base_besides_weights_are_carried_along(folder: Path, tmp_p
     (folder / "added_tokens.json").write_text("{}")
     out, tokenizer = tmp_path / "out", tiny_tokenizer()
     tokenizer.add_tokens(["<tool>"])
-    told = MERGED.write(tiny_model(), tokenizer, out, base=_base(folder), chat=True)
+    told = write(tiny_model(), tokenizer, out, base=_base(folder), chat=True)
 
     assert told == []
     assert {name: (out / name).read_bytes() for name in kept} == kept
@@ -194,10 +190,10 @@ def test_files_of_the_base_besides_weights_are_carried_along(folder: Path, tmp_p
 
 def test_code_of_the_base_is_carried_only_if_it_was_trusted(folder: Path, tmp_path: Path) -> None:
     (folder / "modeling_own.py").write_text("1 / 0")
-    told = MERGED.write(tiny_model(), tiny_tokenizer(), tmp_path / "a", base=_base(folder))
+    told = write(tiny_model(), tiny_tokenizer(), tmp_path / "a", base=_base(folder))
     assert told == ["code of the base is not carried along: modeling_own.py"]
     assert not (tmp_path / "a" / "modeling_own.py").exists()
-    told = MERGED.write(tiny_model(), tiny_tokenizer(), tmp_path / "b", base=_base(folder, trust_remote_code=True))
+    told = write(tiny_model(), tiny_tokenizer(), tmp_path / "b", base=_base(folder, trust_remote_code=True))
     assert "trust_remote_code is on: modeling_own.py" in told[0]
     assert (tmp_path / "b" / "modeling_own.py").is_file()
 
@@ -205,7 +201,7 @@ def test_code_of_the_base_is_carried_only_if_it_was_trusted(folder: Path, tmp_pa
 def test_a_template_of_the_run_s_own_replaces_all_of_the_base_s(folder: Path, tmp_path: Path) -> None:
     (folder / "chat_template.json").write_text('{"chat_template": "old"}')
     template = "{% for m in messages %}{{ m.content }}|{% endfor %}"
-    MERGED.write(tiny_model(), tiny_tokenizer(template), tmp_path / "out", base=_base(folder, chat_template=template))
+    write(tiny_model(), tiny_tokenizer(template), tmp_path / "out", base=_base(folder, chat_template=template))
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == template
     assert not (tmp_path / "out" / "chat_template.json").exists()
 
@@ -213,7 +209,7 @@ def test_a_template_of_the_run_s_own_replaces_all_of_the_base_s(folder: Path, tm
 def test_a_base_on_the_hub_that_is_out_of_reach_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     base = Source("own/model", "hub", "own/model")
-    told = MERGED.write(tiny_model(), tiny_tokenizer(), tmp_path / "out", base=base)
+    told = write(tiny_model(), tiny_tokenizer(), tmp_path / "out", base=base)
     assert "own/model: its files besides weights and tokenizer cannot be reached" in told[0]
 
 
@@ -222,6 +218,6 @@ def test_of_a_gguf_file_what_can_be_written_is_written(
 ) -> None:
     monkeypatch.setattr("trimtab.export._carried.side_files", lambda base: folder)
     tokenizer = tiny_tokenizer()
-    MERGED.write(tiny_model(), tokenizer, tmp_path / "out", base=Source("m.gguf", "gguf", str(tmp_path / "m.gguf")))
+    write(tiny_model(), tokenizer, tmp_path / "out", base=Source("m.gguf", "gguf", str(tmp_path / "m.gguf")))
     assert json.loads((tmp_path / "out" / "vocab.json").read_text())["<|im_end|>"] == 3
     assert (tmp_path / "out" / "merges.txt").is_file()

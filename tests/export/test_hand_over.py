@@ -1,0 +1,106 @@
+"""``trimtab export``: every format from outside, with its card, its figures and its refusals."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from trimtab.runs.load import load_run
+
+LORA = [{"match": "all-linear", "method": "lora", "rank": 4, "alpha": 8}]
+DORA = [{"match": "*.q_proj", "method": "dora", "rank": 2}]
+IDS = torch.tensor([[5, 40, 60, 7, 80, 33], [9, 12, 300, 200, 4, 50]])
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model.eval()(IDS).logits
+    return found
+
+
+def card(folder: Path) -> tuple[dict[str, Any], str]:
+    """The metadata and the text of a model card."""
+    _, head, text = (folder / "README.md").read_text().split("---\n", 2)
+    return yaml.safe_load(head), text
+
+
+def test_merged_is_what_merge_writes_and_has_a_card(cli: Any, trained: Callable[..., Path], tmp_path: Path) -> None:
+    run = trained("dora", DORA)
+    assert cli("merge", run, tmp_path / "a").code == 0
+    result = cli("export", run, tmp_path / "b", "--to", "merged")
+    assert result.code == 0, result
+    assert re.search(r"merged against unmerged, on \d+ answer tokens of 6 rows of kind: logits differ by", result.out)
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
+    head, text = card(tmp_path / "b")
+    assert head["library_name"] == "transformers"
+    assert head["model-index"][0]["results"][0]["metrics"][0]["type"] == "accuracy"
+    assert "method: dora on `*.q_proj` (2 modules)" in text
+    assert "| kind (6 rows) | accuracy (%) |" in text
+    assert "KL" in text
+    assert str(tmp_path.parent) not in text  # no place on this machine
+    torch.testing.assert_close(
+        logits(AutoModelForCausalLM.from_pretrained(tmp_path / "b")), logits(load_run(run).model)
+    )
+
+
+def test_lora_is_a_folder_that_peft_loads(cli: Any, trained: Callable[..., Path], tmp_path: Path) -> None:
+    run, out = trained("lora", LORA), tmp_path / "out"
+    result = cli("export", run, out, "--to", "lora")
+    assert result.code == 0, result
+    loaded = load_run(run)
+    base = AutoModelForCausalLM.from_pretrained(loaded.config.model.name)
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(base, out)), logits(loaded.model))
+    with safe_open(out / "adapter_model.safetensors", "pt") as file:
+        assert len(list(file.keys())) == 28
+    assert len(AutoTokenizer.from_pretrained(out)) == len(loaded.tokenizer)
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert not config["use_dora"]
+    assert card(out)[0]["library_name"] == "peft"
+    assert "likeliest next token is the same after 100 %" in result.out
+
+
+# Refusals
+
+
+def test_an_unknown_format_names_the_known_ones(cli: Any, trained: Callable[..., Path], tmp_path: Path) -> None:
+    result = cli("export", trained("lora", LORA), tmp_path / "out", "--to", "ggfu")
+    assert result.code == 1
+    assert "unknown export format 'ggfu': expected one of" in result.err
+
+
+def test_an_option_of_another_format_is_refused(cli: Any, trained: Callable[..., Path], tmp_path: Path) -> None:
+    result = cli("export", trained("lora", LORA), tmp_path / "out", "--to", "lora", "--dtype", "float16")
+    assert result.code == 1
+    assert "--dtype means nothing in this format" in result.err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("form", ["merged", "lora"])
+def test_a_folder_that_holds_something_stays(form: str, cli: Any, trained: Callable[..., Path], tmp_path: Path) -> None:
+    run, out = trained("lora", LORA), tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.tex").write_text("years of work")
+    assert "not empty" in cli("export", run, out, "--to", form).err
+    assert "something other than" in cli("export", run, out, "--to", form, "--overwrite").err
+    assert [file.name for file in tmp_path.iterdir()] == ["out"] or (out / "thesis.tex").is_file()
+
+
+def test_rows_that_are_gone_are_told(cli: Any, make_yaml: Callable[..., Path], tmp_path: Path) -> None:
+    from trimtab.config.read import load_config
+    from trimtab.training.run import finetune
+
+    run = finetune(load_config(make_yaml(plan=LORA, train={"max_steps": 1}))).path
+    (tmp_path / "completion.jsonl").unlink()
+    result = cli("export", run, "out", "--to", "lora")
+    assert "on 64 random tokens" in result.out, result
+    assert "the run's rows cannot be read" in result.out
