@@ -14,6 +14,7 @@ _PUBLIC = {
     "AdapterError": "errors",
     "AttachReport": "surgery.attach_report",
     "ConfigError": "errors",
+    "ConversionReport": "surgery.conversion_report",
     "DataError": "errors",
     "Interrupted": "errors",
     "MergeReport": "surgery.merge",
@@ -26,6 +27,7 @@ _PUBLIC = {
     "TrimtabError": "errors",
     "WeightChange": "ops.decomposition",
     "attach": "surgery.attach",
+    "convert_to_lora": "surgery.convert",
     "decompose": "ops.decomposition",
     "detach": "surgery.attach",
     "disable_adapter": "surgery.serving",
@@ -74,6 +76,8 @@ if TYPE_CHECKING:  # what the lazy names are, for type checkers and editors
     from trimtab.ops.decomposition import WeightChange, decompose, weight_change
     from trimtab.surgery.attach import attach, detach, effective_weight, trainable_parameters
     from trimtab.surgery.attach_report import AttachReport
+    from trimtab.surgery.conversion_report import ConversionReport
+    from trimtab.surgery.convert import convert_to_lora
     from trimtab.surgery.merge import MergeReport, merge
     from trimtab.surgery.plan import Plan, Rule
     from trimtab.surgery.serving import disable_adapter, serving

@@ -21,6 +21,7 @@ from trimtab.bases._base import (
     own_parameters,
 )
 from trimtab.bases._held import HeldBase, HeldWeight
+from trimtab.bases._moments import second_moments
 from trimtab.bases._offloading import stay
 from trimtab.bases._quantised import QuantisedBase
 from trimtab.bases._registry import (
@@ -60,5 +61,6 @@ __all__ = [
     "quantised_base",
     "quantised_by_size",
     "quantised_names",
+    "second_moments",
     "stay",
 ]
