@@ -26,9 +26,12 @@ _PUBLIC = {
     "SurgeryError": "errors",
     "TrimtabError": "errors",
     "WeightChange": "ops.decomposition",
+    "active_adapter": "surgery.names",
+    "adapters": "adapters",
     "attach": "surgery.attach",
     "convert_to_lora": "surgery.convert",
     "decompose": "ops.decomposition",
+    "delete_adapter": "surgery.names",
     "detach": "surgery.attach",
     "disable_adapter": "surgery.serving",
     "effective_weight": "surgery.attach",
@@ -36,6 +39,7 @@ _PUBLIC = {
     "merge": "surgery.merge",
     "save_adapter": "adapters.store",
     "serving": "surgery.serving",
+    "set_adapter": "surgery.names",
     "trainable_parameters": "surgery.attach",
     "weight_change": "ops.decomposition",
 }
@@ -51,7 +55,8 @@ def __getattr__(name: str) -> Any:
     if _PUBLIC[name].startswith(("surgery", "adapters")):
         # Registers there what other libraries are told of an adapted model.
         importlib.import_module("trimtab.integrations")
-    value = getattr(importlib.import_module(f"trimtab.{_PUBLIC[name]}"), name)
+    module = importlib.import_module(f"trimtab.{_PUBLIC[name]}")
+    value = module if _PUBLIC[name] == name else getattr(module, name)  # the package ``adapters`` can be called
     globals()[name] = value
     return value
 
@@ -79,5 +84,6 @@ if TYPE_CHECKING:  # what the lazy names are, for type checkers and editors
     from trimtab.surgery.conversion_report import ConversionReport
     from trimtab.surgery.convert import convert_to_lora
     from trimtab.surgery.merge import MergeReport, merge
+    from trimtab.surgery.names import active_adapter, delete_adapter, set_adapter
     from trimtab.surgery.plan import Plan, Rule
     from trimtab.surgery.serving import disable_adapter, serving

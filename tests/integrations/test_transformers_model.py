@@ -200,12 +200,21 @@ def test_what_transformers_knows_of_adapters_is_right(stored_gpt2: Path, load: L
     for call in (
         lambda: model.add_adapter(LoraConfig()),
         lambda: model.load_adapter(tmp_path / "adapter"),
-        lambda: model.delete_adapter("default"),
+        lambda: model.delete_adapter("other"),
         lambda: model.set_adapter("other"),
+        lambda: model.set_adapter(["default", "default"]),
     ):
-        with pytest.raises(trimtab.SurgeryError, match=r"trimtab|called 'default'"):
+        with pytest.raises(trimtab.SurgeryError, match=r"trimtab|no adapter 'other', but 'default'"):
             call()
     assert torch.equal(logits(model), right)
+    trimtab.attach(model, RULES["mora"], name="other")
+    assert model.active_adapters() == ["other"]
+    assert set(model.get_adapter_state_dict("default")) == set(state)
+    model.set_adapter("default")
+    assert torch.equal(logits(model), right)
+    model.delete_adapter(["other", "default"])
+    assert torch.equal(logits(model), bare)
+    assert "active_adapters" not in vars(model), "transformers' own methods are back"
 
 
 def test_a_frozen_embedding_lets_gradients_through_checkpointed_blocks(stored_gpt2: Path, load: Load) -> None:

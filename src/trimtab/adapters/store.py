@@ -25,15 +25,20 @@ from trimtab.adapters.unfrozen import Unfrozen, statistics, unfrozen
 from trimtab.adapters.whole import whole_tensors
 from trimtab.bases import WeightBase
 from trimtab.errors import AdapterError, PlanError, machine_refusal, nearest
-from trimtab.surgery.adapted import (
-    Adapted,
-    adapted_modules,
-    bare_modules,
-    install,
-    remove_adapters,
-    require_adapted,
-)
+from trimtab.surgery.adapted import Adapted, bare_modules, require_adapted
 from trimtab.surgery.attach_report import AttachReport, describe
+from trimtab.surgery.carrier import DEFAULT
+from trimtab.surgery.install import install, remove_adapter, switch
+from trimtab.surgery.names import (
+    active_adapter,
+    adapters,
+    entries,
+    entries_by_every_name,
+    known_adapter,
+    require_new_name,
+    seen_by,
+    set_adapter,
+)
 from trimtab.surgery.plan import Rule, Target
 from trimtab.surgery.wrappers import synchronised_by, unsharded, unwrapped, whole, write
 
@@ -41,8 +46,11 @@ from trimtab.surgery.wrappers import synchronised_by, unsharded, unwrapped, whol
 _SAVING = threading.Lock()
 
 
-def save_adapter(model: nn.Module, folder: Path | str, *, state_dict: Mapping[str, Tensor] | None = None) -> Path:
-    """Write the adapters of ``model`` into ``folder``, which is made if there is none, and return it.
+def save_adapter(
+    model: nn.Module, folder: Path | str, name: str | None = None, *, state_dict: Mapping[str, Tensor] | None = None
+) -> Path:
+    """Write the adapter ``name`` of ``model`` (None: the active one) into ``folder``, which is made if there is none,
+    and return it. The name itself is not written: whoever loads the folder gives it one.
 
     LoRA and DoRA are written as PEFT writes them (``adapter_config.json``, ``adapter_model.safetensors``), provided
     that one PEFT configuration can describe all of them and that PEFT computes the same from it. Everything else (MoRA,
@@ -62,17 +70,19 @@ def save_adapter(model: nn.Module, folder: Path | str, *, state_dict: Mapping[st
     taken from ``state_dict``, the model's own with whole tensors, where the caller has gathered it.
 
     Raises:
-        SurgeryError: the model has no adapters.
+        SurgeryError: the model has no adapters, or none of that name; or no name is given and none is active.
         AdapterError: the folder cannot be written, or a tensor is trained itself that no adapter's folder can hold.
     """
     model = unwrapped(model)
-    adapted = dict(require_adapted(model, "save_adapter"))
+    require_adapted(model, "save_adapter")
+    name = known_adapter(model, name, "save_adapter")
+    adapted = entries(model, name)
     for module in adapted.values():
         module.adapter.settle(module.handle)
     target = Path(folder)
     try:
         with _SAVING, replacing(target) as fresh, whole_tensors(model, state_dict):
-            adapted |= {name: one.entry for name, one in unfrozen(model).items()}
+            adapted |= {place: one.entry for place, one in unfrozen(model, name).items()}
             writer = next(one for one in all_formats() if one.can_express(model, adapted))
             writer.save(model, adapted, fresh)
     except (OSError, SafetensorError) as error:
@@ -81,67 +91,71 @@ def save_adapter(model: nn.Module, folder: Path | str, *, state_dict: Mapping[st
     return target
 
 
-def load_adapter(model: nn.Module, folder: Path | str) -> AttachReport:
-    """Attach the adapter stored in ``folder``, ours or PEFT's own, to ``model`` in place. The name of a folder that is
-    not there is taken for a hub id, ``OWNER/NAME``.
+def load_adapter(model: nn.Module, folder: Path | str, name: str = DEFAULT) -> AttachReport:
+    """Attach the adapter stored in ``folder``, ours or PEFT's own, to ``model`` in place, under ``name``, and make it
+    the active one. The name of a folder that is not there is taken for a hub id, ``OWNER/NAME``.
 
-    If ``model`` has adapters already, they take over the stored values, and so do tensors that were unfrozen by hand.
-    They must sit on the same modules, and compute the same from the same tensors.
+    If ``model`` has an adapter ``name`` already, it takes over the stored values, and so do tensors that were unfrozen
+    by hand. It must sit on the same modules, and compute the same from the same tensors. Adapters of other names stay
+    beside it.
 
-    Raises AdapterError if there is no adapter, or one that is damaged, not supported, or made for another model. The
-    model is then unchanged.
+    Raises AdapterError if there is no adapter, or one that is damaged, not supported, or made for another model, and
+    SurgeryError as ``attach`` does. The model is then unchanged.
     """
     place = local_folder(folder)
     wrapper, model = synchronised_by(model), unwrapped(model)
+    before = active_adapter(model)
+    if name not in adapters(model):
+        require_new_name(model, name, "load_adapter")
     stored = read_adapter(place)
     places = Places(dict(bare_modules(model)))
     stored = on_parameters(places, as_named_in(model, places, stored))
     stored = as_held_in(place, model, places.known, stored)
-    carried = dict(adapted_modules(model))
-    stored = _fitted(place, dict(bare_modules(model)), stored)
-    if carried:
+    known = dict(seen_by(model, name))
+    stored = _fitted(place, known, stored)
+    if carried := entries(model, name):
         with whole_tensors(model):
-            by_hand = statistics(model, stored) | unfrozen(model)
-        _check_same(place, carried | {name: one.entry for name, one in by_hand.items() if one.trained}, stored, by_hand)
+            by_hand = statistics(model, name, stored) | unfrozen(model, name)
+        _check_same(place, carried | {key: one.entry for key, one in by_hand.items() if one.trained}, stored, by_hand)
         rules, number = _rules(stored)
-        _fill(model, place, stored, number, by_hand)
-        return describe(model, rules)
+        _fill(model, name, place, stored, by_hand)
+        for module_name, module in bare_modules(model):
+            if isinstance(module, Adapted) and name in module.adapter_slots:
+                module.renumber_rule(name, number[module_name])
+        if name != before:
+            set_adapter(model, name)
+        return describe(model, rules, name)
     if wrapper is not None:
         raise AdapterError(
             f"{place}: {wrapper} has taken the model already, and would not keep new adapters alike in all processes. "
             f"Load the adapter first, and call {wrapper} then. The model is unchanged"
         )
-    _check_modules(place, dict(bare_modules(model)), stored)
+    _check_modules(place, known, stored)
     rules, number = _rules(stored)
     with unsharded(model, changes=True):
         try:
-            install(model, _targets(place, dict(bare_modules(model)), stored, rules, number))
+            install(model, _targets(place, known, stored, rules, number), name)
         except PlanError as error:
             raise AdapterError(f"{place}: this adapter does not fit the model: {error}") from None
         try:
-            _fill(model, place, stored, number, {})
+            _fill(model, name, place, stored, {})
         except BaseException:
-            remove_adapters(model)
+            remove_adapter(model, name)
+            switch(model, before)
             raise
-        return describe(model, rules)
+        return describe(model, rules, name)
 
 
 def _fill(
-    model: nn.Module,
-    place: Path,
-    stored: dict[str, StoredAdapter],
-    number: dict[str, int],
-    by_hand: dict[str, Unfrozen],
+    model: nn.Module, adapter: str, place: Path, stored: dict[str, StoredAdapter], by_hand: dict[str, Unfrozen]
 ) -> None:
-    """Copy ``stored`` into the adapters of ``model``, and into what is trained or counted beside them."""
-    present = {name: module for name, module in bare_modules(model) if isinstance(module, Adapted)}
+    """Copy ``stored`` into the ``adapter`` of ``model``, and into what is trained or counted beside it."""
+    present = entries_by_every_name(model, adapter)
     seen = present | {name: one.entry for name, one in by_hand.items()}
     stored = {name: entry.on(seen[name].handle) for name, entry in stored.items()}
     _check_tensors(place, seen, stored)
     with torch.no_grad():
         for name, entry in stored.items():
-            if name in present:
-                present[name].rule = number[name]
             if name in by_hand:
                 by_hand[name].load(entry.tensors)
                 continue
@@ -307,8 +321,9 @@ def _check_same(
     ]
     if wrong:
         raise AdapterError(
-            f"{place}: the model already carries other adapters (they differ at {len(wrong)} modules, such as "
-            f"{shown(wrong[0])}); call trimtab.merge(model) or trimtab.detach(model) first"
+            f"{place}: the model already carries other adapters under this name (they differ at {len(wrong)} "
+            f"modules, such as {shown(wrong[0])}); give another name, or call "
+            "trimtab.merge(model) or trimtab.detach(model) first"
         )
 
 

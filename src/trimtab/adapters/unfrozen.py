@@ -20,7 +20,8 @@ from trimtab.adapters.record import StoredAdapter
 from trimtab.adapters.whole import whole_tensors
 from trimtab.bases import Base, HeldWeight, WeightBase
 from trimtab.errors import AdapterError
-from trimtab.surgery.adapted import Adapted, AdaptedBlock, adapted_modules, bare, bare_modules
+from trimtab.surgery.adapted import Adapted, AdaptedBlock, bare, bare_modules
+from trimtab.surgery.names import known_adapter, seen_by, trained_beside
 from trimtab.surgery.watchers import WATCHERS, Watcher
 from trimtab.surgery.wrappers import unwrapped, without_wrappers, write
 
@@ -51,16 +52,16 @@ class Unfrozen:
             write(own[name], value)
 
 
-def unfrozen(model: nn.Module) -> dict[str, Unfrozen]:
-    """The modules of ``model`` with tensors of their own that are trained or counted, by name.
+def unfrozen(model: nn.Module, adapter: str) -> dict[str, Unfrozen]:
+    """The modules of ``model`` with tensors of their own that are trained or counted beside ``adapter``, by name.
 
     Raises AdapterError if some tensor is trained that no entry of an adapter's folder can say.
     """
-    own = {id(one) for _, adapted in adapted_modules(model) for one in adapted.adapter.parameters()}
+    beside = set(trained_beside(model))
     left = {
         id(parameter): without_wrappers(model, name)
         for name, parameter in model.named_parameters()
-        if parameter.requires_grad and id(parameter) not in own
+        if parameter.requires_grad and without_wrappers(model, name) in beside
     }
     counted: dict[str, int] = getattr(model, _COUNTED_BEFORE, {})
     counting = {name for name, count in _counts(model) if count != counted.get(name, count)}
@@ -69,7 +70,7 @@ def unfrozen(model: nn.Module) -> dict[str, Unfrozen]:
     found: dict[str, Unfrozen] = {}
     seen: set[int] = set()
     said: set[int] = set()
-    for name, module in bare_modules(model):
+    for name, module in seen_by(model, adapter):
         plain = unwrapped(bare(module))
         if id(plain) in seen or type(module) is HeldWeight:
             continue
@@ -96,14 +97,14 @@ def require_savable(model: nn.Module) -> None:
     """Raise AdapterError if ``model`` trains a tensor that its adapter's folder will not be able to hold: before it is
     trained, and not after."""
     with whole_tensors(model):
-        unfrozen(model)
+        unfrozen(model, known_adapter(model, None, "training"))
 
 
-def statistics(model: nn.Module, stored: Mapping[str, StoredAdapter]) -> dict[str, Unfrozen]:
-    """The entries of ``stored`` that hold nothing but what modules of ``model`` count themselves, such as the
-    statistics of a frozen batch norm."""
+def statistics(model: nn.Module, adapter: str, stored: Mapping[str, StoredAdapter]) -> dict[str, Unfrozen]:
+    """The entries of ``stored``, for ``adapter``, that hold nothing but what modules of ``model`` count themselves,
+    such as the statistics of a frozen batch norm."""
     found = {}
-    for name, module in bare_modules(model):
+    for name, module in seen_by(model, adapter):
         entry = stored.get(name)
         if entry is None or entry.method != "full" or isinstance(module, Adapted):
             continue
@@ -188,15 +189,15 @@ def _cannot(name: str, why: str) -> AdapterError:
 
 
 def _counts(model: nn.Module) -> Iterator[tuple[str, int]]:
-    """How many batches each batch norm without an adapter has counted."""
-    for name, module in bare_modules(model):
+    """How many batches each batch norm has counted itself."""
+    for name, module in ((name, bare(module)) for name, module in bare_modules(model)):
         count = module.num_batches_tracked if isinstance(module, _NormBase) else None
         if count is not None and not count.is_meta:
             yield name, int(count)
 
 
 def _remember(model: nn.Module) -> None:
-    setattr(model, _COUNTED_BEFORE, dict(_counts(model)))
+    vars(model).setdefault(_COUNTED_BEFORE, dict(_counts(model)))
 
 
 def _forget(model: nn.Module) -> None:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from trimtab.methods import Method
 from trimtab.surgery.wrappers import whole, without_wrappers
 
 
@@ -22,7 +23,8 @@ def whole_tensors(model: nn.Module, state_dict: Mapping[str, Tensor] | None = No
     try:
         for prefix, holder in list(model.named_modules()):
             own = {key: parameter for key, parameter in holder._parameters.items() if parameter is not None}
-            if not any(parameter.requires_grad for parameter in own.values()) and not isinstance(holder, _NormBase):
+            trains = isinstance(holder, Method) or any(parameter.requires_grad for parameter in own.values())
+            if not trains and not isinstance(holder, _NormBase):
                 continue
             for key, parameter in own.items():
                 name = without_wrappers(model, f"{prefix}.{key}" if prefix else key)

@@ -18,10 +18,9 @@ from trimtab.adapters.safe_read import read_tensors
 from trimtab.adapters.store import save_adapter
 from trimtab.bases import is_instance_by_name
 from trimtab.errors import SurgeryError
-from trimtab.surgery.adapted import adapted_modules
+from trimtab.surgery import names
+from trimtab.surgery.adapted import carriers
 
-ADAPTER = "default"
-"""The name under which transformers knows the adapter."""
 # The attribute of a model that keeps what our attributes have replaced in its dictionary.
 _REPLACED = "_trimtab_replaced"
 
@@ -32,7 +31,7 @@ def attached(model: nn.Module) -> None:
         if is_instance_by_name(module, "transformers.modeling_utils", "PreTrainedModel") and _REPLACED not in vars(
             module
         ):
-            if next(adapted_modules(module), None) is None:
+            if next(carriers(module), None) is None:
                 continue
             ours: dict[str, Any] = {name: MethodOf(module, function) for name, function in _METHODS.items()}
             # With this, transformers lets a quantised base be trained, and lets gradients into a frozen embedding where
@@ -94,44 +93,47 @@ def save_pretrained(
 
 def active_adapters(model: nn.Module) -> list[str]:
     """The names of the adapters that are in use."""
-    return [ADAPTER] if any(not module.off for _, module in adapted_modules(model)) else []
+    name = names.active_adapter(model)
+    disabled = any(module.adapters_disabled for module in carriers(model))
+    return [] if name is None or disabled else [name]
 
 
 def get_adapter_state_dict(
     model: nn.Module, adapter_name: str | None = None, state_dict: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """The trained tensors, under the names that they have in the model's adapter folder."""
-    _require_known(adapter_name)
+    """The trained tensors, under the names that they have in the folder of the adapter."""
     with tempfile.TemporaryDirectory() as folder:
-        save_adapter(model, folder, state_dict=state_dict)
+        save_adapter(model, folder, adapter_name, state_dict=state_dict)
         [path] = Path(folder).glob("*.safetensors")
         tensors, _ = read_tensors(path)
     return {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
 
 
 def set_adapter(model: nn.Module, adapter_name: str | list[str]) -> None:
-    """Switch the adapter on."""
-    for name in [adapter_name] if isinstance(adapter_name, str) else adapter_name:
-        _require_known(name)
+    """Switch to the adapter of this name, and adapters on."""
+    chosen = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+    for name in chosen:
+        names.known_adapter(model, name, "set_adapter")
+    if len(chosen) != 1:
+        raise SurgeryError(
+            f"set_adapter: expected the name of one adapter, got {chosen}; one is active at a time. Rows of a batch "
+            "can go through different ones (trimtab.per_row), and trimtab.combine adds some up"
+        )
+    names.set_adapter(model, chosen[0])
     enable_adapters(model)
 
 
 def enable_adapters(model: nn.Module) -> None:
     """Switch the adapters on again."""
-    for _, module in adapted_modules(model):
-        module.off = False
+    for module in carriers(model):
+        module.adapters_disabled = False
 
 
 def disable_adapters(model: nn.Module) -> None:
     """Switch the adapters off: the model computes what it did without them. (``trimtab.disable_adapter`` does so for a
     while.)"""
-    for _, module in adapted_modules(model):
-        module.off = True
-
-
-def _require_known(name: str | None) -> None:
-    if name not in (None, ADAPTER):
-        raise SurgeryError(f"the model has no adapter '{name}'; its adapter is called '{ADAPTER}'")
+    for module in carriers(model):
+        module.adapters_disabled = True
 
 
 def add_adapter(model: nn.Module, *_: Any, **__: Any) -> None:
@@ -150,9 +152,13 @@ def load_adapter(model: nn.Module, *_: Any, **__: Any) -> None:
     )
 
 
-def delete_adapter(model: nn.Module, *_: Any, **__: Any) -> None:
-    """Refused: it is not PEFT's."""
-    raise SurgeryError("delete_adapter: the adapter is trimtab's; call trimtab.detach(model)")
+def delete_adapter(model: nn.Module, adapter_names: str | list[str]) -> None:
+    """Remove the adapters of these names (``trimtab.delete_adapter``)."""
+    chosen = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+    for name in chosen:
+        names.known_adapter(model, name, "delete_adapter")
+    for name in chosen:
+        names.delete_adapter(model, name)
 
 
 _METHODS: dict[str, Callable[..., Any]] = {

@@ -49,7 +49,7 @@ def _on_bare_modules(model: Any, method: str, *args: Any, **kwargs: Any) -> Any:
     places = [place for place in places if not isinstance(place[3], AdaptedParameter)]
     ratios = {}
     if method == "resize_token_embeddings" and (args or kwargs):
-        ratios = {id(layer.adapter): layer.adapter.ratio_on(layer.handle) for layer in _on_the_vocabulary(model)}
+        ratios = {id(entry.adapter): entry.adapter.ratio_on(entry.handle) for entry in _on_the_vocabulary(model)}
     for _, parent, attribute, adapted in places:
         parent._modules[attribute] = adapted.base  # type: ignore[assignment]
     try:
@@ -59,18 +59,19 @@ def _on_bare_modules(model: Any, method: str, *args: Any, **kwargs: Any) -> Any:
             adapted.base = parent._modules[attribute]  # type: ignore[assignment]
             parent._modules[attribute] = adapted
     for adapted in {id(place[3]): place[3] for place in places}.values():
-        adapted.adapter.refit(adapted.handle, ratios.get(id(adapted.adapter)))  # type: ignore[union-attr,operator]
+        for entry in adapted.every_entry():  # type: ignore[operator]
+            entry.adapter.refit(entry.handle, ratios.get(id(entry.adapter)))
     return next((adapted for _, _, _, adapted in places if adapted.base is result), result)
 
 
 def _on_the_vocabulary(model: Any) -> list[Adapted]:
-    """The adapted ones of embedding and output head. Raises SurgeryError if one of their adapters cannot follow."""
+    """The adapters of embedding and output head, each with its layer. Raises SurgeryError if one cannot follow."""
     layers = (model.get_input_embeddings(), model.get_output_embeddings())
-    adapted = [layer for layer in layers if isinstance(layer, Adapted)]
-    for layer in adapted:
-        if not layer.adapter.can_refit:
+    adapted = [entry for layer in layers if isinstance(layer, Adapted) for entry in layer.every_entry()]
+    for entry in adapted:
+        if not entry.adapter.can_refit:
             raise SurgeryError(
-                f"resize_token_embeddings: an adapter of method {layer.method} sits on the vocabulary, and its matrix "
+                f"resize_token_embeddings: an adapter of method {entry.method} sits on the vocabulary, and its matrix "
                 "is laid out for the present number of tokens. Nothing was changed; merge or detach first, or resize "
                 "before the adapters are attached"
             )

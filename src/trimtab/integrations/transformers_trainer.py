@@ -12,6 +12,7 @@ import functools
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -27,10 +28,13 @@ from trimtab.adapters.formats import all_formats
 from trimtab.adapters.store import holds_adapter, load_adapter, save_adapter
 from trimtab.adapters.unfrozen import require_savable
 from trimtab.errors import AdapterError
-from trimtab.surgery.adapted import adapted_modules
+from trimtab.surgery.adapted import carriers
+from trimtab.surgery.names import known_adapter
 from trimtab.surgery.wrappers import unwrapped
 
 _TRAINER = "transformers.trainer"
+# A tensor of an adapter, by its name among those of the model.
+_OF_AN_ADAPTER = re.compile(r"\.adapter(_[^.]+)?\.")
 
 
 def teach_when_imported() -> None:
@@ -63,7 +67,7 @@ def _adapted(model: Any) -> nn.Module | None:
     if not isinstance(model, nn.Module):
         return None
     bare = unwrapped(model)
-    return bare if next(adapted_modules(bare), None) is not None else None
+    return bare if next(carriers(bare), None) is not None else None
 
 
 def _saving(method: Callable[..., None]) -> Callable[..., None]:
@@ -85,7 +89,7 @@ def _loading_a_checkpoint(method: Callable[..., None]) -> Callable[..., None]:
     def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: Any = None) -> None:
         adapted = _adapted(self.model if model is None else model)
         if adapted is not None and holds_adapter(resume_from_checkpoint):
-            load_adapter(adapted, resume_from_checkpoint)
+            load_adapter(adapted, resume_from_checkpoint, known_adapter(adapted, None, "resume_from_checkpoint"))
             return
         if adapted is not None:
             _refuse_bare(Path(resume_from_checkpoint))
@@ -100,7 +104,7 @@ def _refuse_bare(checkpoint: Path) -> None:
     weights = checkpoint / "model.safetensors"
     if weights.is_file():
         with safe_open(weights, framework="pt") as file:
-            if not any(".adapter." in name for name in file.keys()):  # noqa: SIM118 (not a mapping)
+            if not any(_OF_AN_ADAPTER.search(name) for name in file.keys()):  # noqa: SIM118 (not a mapping)
                 raise AdapterError(
                     f"{checkpoint}: this checkpoint is of a model without adapters, and the model to be trained has "
                     "some. Load it with from_pretrained, attach, and train from the start"
@@ -112,7 +116,7 @@ def _loading_the_best(method: Callable[..., None]) -> Callable[..., None]:
         adapted, folder = _adapted(self.model), self.state.best_model_checkpoint
         if adapted is None or not holds_adapter(folder):
             return method(self)
-        load_adapter(adapted, folder)
+        load_adapter(adapted, folder, known_adapter(adapted, None, "load_best_model_at_end"))
 
     return _load_best_model
 
@@ -148,11 +152,11 @@ def _restore_magnitudes(model: nn.Module) -> None:
     a magnitude's steps are often smaller than bfloat16 can hold, and it would never move. One that has only been
     rounded from where it starts goes back there.
     """
-    for _, module in adapted_modules(model):
-        adapter: Any = module.adapter
+    for entry in (entry for module in carriers(model) for entry in module.every_entry()):
+        adapter: Any = entry.adapter
         magnitude = adapter._parameters.get("magnitude")
         if magnitude is not None and magnitude.dtype != adapter.dtype:
-            start = adapter.square_norms(module.handle).sqrt().to(adapter.dtype)
+            start = adapter.square_norms(entry.handle).sqrt().to(adapter.dtype)
             rounded_only = start.to(magnitude.dtype) == magnitude
             magnitude.data = torch.where(rounded_only, start, magnitude.to(adapter.dtype))
 

@@ -159,7 +159,9 @@ class Trace:
         """
         modules = list(self._model.modules())
         block_of = {id(inner): number for number, block in enumerate(self._blocks) for inner in block.modules()}
-        adapters = {id(inner) for each in modules if isinstance(each, Adapted) for inner in each.adapter.modules()}
+        adapters = {
+            id(inner) for each in modules if isinstance(each, Adapted) for inner in each.current_adapter.modules()
+        }
         done: dict[int, tuple[Tensor, Tensor]] = {}
         trained: dict[nn.Parameter, int | None] = {}
         for module in modules:
@@ -183,7 +185,7 @@ class Trace:
         for module in modules:
             if isinstance(module, Adapted):
                 with self._ledger.labelled("adapters", block_of.get(id(module))), torch.no_grad():
-                    module.adapter.prepare(module.handle)
+                    module.current_adapter.prepare(module.handle)
         return trained
 
     def _like(self, parameter: Tensor, kind: str, block: int | None) -> Tensor:

@@ -379,7 +379,7 @@ class WeightMethod(_method.Method):
             if self.magnitude is not None and ratio is not None and ratio.shape == self.magnitude.shape:
                 # Norms over more or fewer numbers than before: what they are divided by must not change what stayed.
                 norms = self.norm(seen.weight(), seen)
-                self.magnitude.copy_(torch.where(ratio > 0, ratio * norms, self.magnitude))
+                self.magnitude.copy_(torch.where(ratio != 0, ratio * norms, self.magnitude))
 
     def _apply(self, *args: Any, **kwargs: Any) -> WeightMethod:
         self._squares = self._kept = self._few_tokens = None

@@ -89,7 +89,7 @@ def load_finite(model: Any, folder: Path) -> None:
     all that the model computed would be none, and its answers empty."""
     load_adapter(model, folder)
     for name, module in adapted_modules(model):
-        for key, tensor in module.adapter.stored_tensors().items():
+        for key, tensor in module.current_adapter.stored_tensors().items():
             if tensor.is_floating_point() and not tensor.isfinite().all():
                 raise AdapterError(
                     f"{folder}: {name}.{key} holds NaN or infinity, so the model computes nothing else. Its training "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -11,68 +12,27 @@ from trimtab import bases
 from trimtab.bases import Base, BlockBase, HeldBase, HeldWeight, ModuleBase, WeightBase
 from trimtab.errors import SurgeryError
 from trimtab.methods import Method
-from trimtab.surgery.build import build_adapters
-from trimtab.surgery.holding import hold, let_go, own_class
+from trimtab.surgery.carrier import DEFAULT, Carrier, Slot, place_of
+from trimtab.surgery.holding import own_class
 from trimtab.surgery.hooks import call_with_hooks, has_hooks
-from trimtab.surgery.plan import Target
-from trimtab.surgery.references import replace_references
-from trimtab.surgery.watchers import WATCHERS
-from trimtab.surgery.wrappers import unwrapped, without_wrappers
-
-# The attribute of a model that keeps the names of what was trainable before its adapters came.
-_TRAINABLE_BEFORE = "_trimtab_trainable_before"
+from trimtab.surgery.wrappers import unwrapped
 
 
-class Adapted(nn.Module):
-    """A frozen module ``base`` with an ``adapter`` beside it. Attributes that it lacks are looked up on the module."""
-
-    off = False
-    """Whether the module does what it did without its adapter (``trimtab.disable_adapter``)."""
-
-    def __init__(self, handle: Base, adapter: Method, method: str, rule: int) -> None:
-        super().__init__()
-        self.base = handle.module
-        self.adapter = adapter
-        self.method = method
-        self.rule = rule
-        self._handle = handle
-        self.training = handle.module.training  # the modules inside a block may be in another mode
-        adapter.train(self.training)
-
-    @property
-    def handle(self) -> Base:
-        """The handle on the module that is under the adapter now. In a replica of ``nn.DataParallel`` that is another
-        one than this was made for. Raises SurgeryError if no base knows it."""
-        handle, adapter = self._handle, self._modules["adapter"]
-        if handle.module is not self._modules["base"]:
-            handle = self._handle_anew()
-        if adapter.unset:  # type: ignore[union-attr]
-            adapter.settle(handle)  # type: ignore[union-attr,operator]
-        return handle
-
-    def _handle_anew(self) -> Base:
-        base, kind = self._modules["base"], type(self._handle)
-        assert base is not None
-        handle = kind(base) if type(base) is type(self._handle.module) else bases.find(base, self._handle.kind)
-        if handle is None:
-            raise SurgeryError(
-                f"the module under an adapter of method {self.method} was replaced by a {type(base).__name__}, which "
-                "no base knows; put back one of a kind that the adapter can sit on"
-            )
-        self._handle = handle
-        return handle
+class Adapted(Carrier):
+    """A frozen module ``base`` with the adapters beside it. Attributes that it lacks are looked up on the module."""
 
     @staticmethod
     def around(handle: Base, adapter: Method, method: str, rule: int) -> Adapted:
-        """An adapted module of the kind that ``handle`` asks for."""
-        kind: type[Adapted] = AdaptedBlock if handle.kind == "block" else AdaptedLayer
-        if isinstance(handle, (HeldBase, ModuleBase)):
-            kind = AdaptedParameter if isinstance(handle, HeldBase) else AdaptedModule
-        return kind(handle, adapter, method, rule)
+        """An adapted module of the kind that ``handle`` asks for, with one adapter."""
+        return Adapted.kind_for(handle)(DEFAULT, Slot(handle, method, rule, place_of(DEFAULT), 0), adapter)
 
-    def remove(self) -> nn.Module:
-        """The frozen module, after removing whatever the adapter put onto it."""
-        return self.base
+    @staticmethod
+    def kind_for(handle: Base) -> type[Adapted]:
+        if isinstance(handle, ModuleBase):
+            return AdaptedModule
+        if isinstance(handle, HeldBase):
+            return AdaptedParameter
+        return AdaptedBlock if handle.kind == "block" else AdaptedLayer
 
     def __getattr__(self, name: str) -> Any:
         """What this module lacks (``padding_idx``, ``kernel_size``, ...) is looked up on the frozen one."""
@@ -86,9 +46,6 @@ class Adapted(nn.Module):
             if mine or "base" not in self.__dict__.get("_modules", {}):
                 raise
             return getattr(self.base, name)
-
-    def extra_repr(self) -> str:
-        return f"method={self.method}, rule={self.rule}"
 
 
 class AdaptedLayer(Adapted):
@@ -117,13 +74,13 @@ class AdaptedLayer(Adapted):
         if self.off:
             return self.handle.multiply(x)
         try:
-            return self._modules["adapter"](x, self.handle)  # type: ignore[misc]
+            return self.current_adapter(x, self.handle)
         except (RuntimeError, NotImplementedError):
             self._require_memory()
             raise
 
     def _require_memory(self) -> None:
-        if not self.handle.parameter.is_meta and any(tensor.is_meta for tensor in self.adapter.parameters()):
+        if not self.handle.parameter.is_meta and any(tensor.is_meta for tensor in self.current_adapter.parameters()):
             raise SurgeryError(
                 f"the adapter ({self.method}) is on the meta device, without numbers, and the weight that it sits on "
                 "is not. Give it memory (adapter.to_empty(device=...)), or load a state that holds its tensors, too"
@@ -132,12 +89,11 @@ class AdaptedLayer(Adapted):
     @property
     def weight(self) -> Tensor:
         handle = self.handle
-        return handle.as_stored(handle.weight()) if self.off else handle.read(self.adapter)
+        return handle.as_stored(handle.weight()) if self.off else handle.read(self.current_adapter)
 
     @property
     def bias(self) -> Tensor | None:
-        adapter: Any = self.adapter
-        bias: Tensor | None = self.handle.bias if self.off else adapter.bias_of(self.handle)
+        bias: Tensor | None = self.handle.bias if self.off else self.current_adapter.bias_of(self.handle)
         return bias
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -148,7 +104,7 @@ class AdaptedLayer(Adapted):
             super().__setattr__(name, value)
 
 
-_OWN = ("base", "adapter", "method", "rule", "training", "forward")
+_OWN = ("base", "adapters_disabled", "training", "forward")
 
 
 def _has(module: nn.Module | None, name: str) -> bool:
@@ -176,15 +132,18 @@ class AdaptedParameter(AdaptedLayer):
         handle = self.handle.on(holder)
         if self.off:
             return handle.as_stored(handle.weight())
-        shown = handle.reading(self.adapter)
-        return handle.read(self.adapter) if shown is None else shown
+        shown = handle.reading(self.current_adapter)
+        return handle.read(self.current_adapter) if shown is None else shown
 
     def read_bias(self, holder: nn.Module) -> Tensor | None:
         """The same for the bias that is trained beside the weight."""
         handle = self.handle.on(holder)
-        adapter: Any = self.adapter
-        bias: Tensor | None = handle.bias if self.off else adapter.bias_of(handle)
+        bias: Tensor | None = handle.bias if self.off else self.current_adapter.bias_of(handle)
         return bias
+
+    def around_forward(self, holder: nn.Module) -> AbstractContextManager[object]:
+        """The context in which the forward pass of ``holder`` runs."""
+        return nullcontext() if self.off else self.handle.on(holder).around_forward(self.current_adapter)
 
 
 class AdaptedBlock(Adapted):
@@ -199,22 +158,8 @@ class AdaptedBlock(Adapted):
         @property
         def handle(self) -> BlockBase: ...
 
-    def __init__(self, handle: Base, adapter: Method, method: str, rule: int) -> None:
-        super().__init__(handle, adapter, method, rule)
-        self._hook = self.base.register_forward_hook(self._change, with_kwargs=True)
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.base(*args, **kwargs)
-
-    def _change(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        if self.off:
-            return output
-        x = self.handle.input(args, kwargs)
-        return self.handle.changed(output, lambda hidden: self.adapter(x, hidden))
-
-    def remove(self) -> nn.Module:
-        self._hook.remove()
-        return self.base
 
 
 class AdaptedModule(Adapted):
@@ -234,12 +179,11 @@ class AdaptedModule(Adapted):
             return self.base(*args, **kwargs)
         if "_hf_hook" in self.base.__dict__:
             bases.stay(self.base)  # accelerate would put the module's own tensors over the trained ones
-        return self.adapter(self.handle, args, kwargs)
+        return self.current_adapter(self.handle, args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        adapter = self.__dict__.get("_modules", {}).get("adapter")
-        if name not in ("base", "adapter") and adapter is not None and not self.off and name in adapter:
-            return adapter.tensor(name, self.handle)
+        if name not in self.__dict__.get("_modules", (name,)) and not self.off and name in self.current_adapter:
+            return self.current_adapter.tensor(name, self.handle)
         return super().__getattr__(name)
 
 
@@ -295,6 +239,22 @@ def adapted_modules(model: nn.Module) -> Iterator[tuple[str, Adapted]]:
             yield name, module
 
 
+def carriers(model: nn.Module) -> Iterator[Adapted]:
+    """Every adapted module of ``model`` once, in no order that is promised: quicker than ``adapted_modules``."""
+    ahead: list[nn.Module | None] = [model]
+    seen = set()
+    while ahead:
+        module = ahead.pop()
+        if module is None or module in seen:
+            continue
+        seen.add(module)
+        if isinstance(module, Adapted):
+            yield module
+            ahead.append(module._modules["base"])
+        elif module._modules:
+            ahead += module._modules.values()
+
+
 def owners(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
     """Every place where a module hangs, as (full name, parent, attribute, child). A shared child has several places."""
     for prefix, parent in model.named_modules():
@@ -326,45 +286,3 @@ def require_adapted(model: nn.Module, verb: str) -> list[tuple[str, Adapted]]:
             f"{verb}: the model has no adapters; attach some first (trimtab.attach or trimtab.load_adapter)"
         )
     return adapted
-
-
-def install(model: nn.Module, targets: list[Target]) -> None:
-    """Put an adapter onto every target. The model is not changed before all adapters are built."""
-    adapters = build_adapters(targets)
-    # A shared parameter is noted under all its names: if a merge unties it, both are trainable where the one was.
-    every = model.named_parameters(remove_duplicate=False)
-    before = tuple(without_wrappers(model, name) for name, parameter in every if parameter.requires_grad)
-    setattr(model, _TRAINABLE_BEFORE, before)
-    model.requires_grad_(False)
-    replacement = {
-        id(target.module): Adapted.around(target.base, adapter, target.method, target.rule)
-        for target, adapter in zip(targets, adapters, strict=True)
-    }
-    for _, parent, attribute, child in list(owners(model)):
-        if id(child) in replacement:
-            parent._modules[attribute] = replacement[id(child)]
-    replace_references(model, replacement)
-    for adapted in replacement.values():
-        if isinstance(adapted, AdaptedParameter):
-            hold(adapted.base.holder, adapted.base.attribute, adapted)
-    for watcher in WATCHERS:
-        watcher.attached(model)
-
-
-def remove_adapters(model: nn.Module) -> None:
-    """Put every frozen module back in its place, and give the parameters their old ``requires_grad``."""
-    frozen = {}
-    places = list(owners(model))  # kept, so that no id is another module's before all is replaced
-    for _, parent, attribute, child in places:
-        if isinstance(child, AdaptedParameter):
-            let_go(parent, child.base.attribute)
-        elif isinstance(child, Adapted):
-            parent._modules[attribute] = frozen[id(child)] = child.remove()
-    replace_references(model, frozen)
-    before = set(getattr(model, _TRAINABLE_BEFORE, ()))
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        parameter.requires_grad_(without_wrappers(model, name) in before)
-    if hasattr(model, _TRAINABLE_BEFORE):
-        delattr(model, _TRAINABLE_BEFORE)
-    for watcher in WATCHERS:
-        watcher.removed(model)

@@ -7,33 +7,29 @@ from torch import Tensor, nn
 
 from trimtab import bases, methods
 from trimtab.errors import PlanError, SurgeryError, nearest
-from trimtab.surgery.adapted import (
-    AdaptedBlock,
-    AdaptedLayer,
-    AdaptedModule,
-    adapted_modules,
-    bare_modules,
-    install,
-    remove_adapters,
-    require_adapted,
-)
+from trimtab.surgery.adapted import Adapted, AdaptedBlock, adapted_modules, bare_modules, require_adapted
 from trimtab.surgery.attach_report import AttachReport, describe
+from trimtab.surgery.carrier import DEFAULT
+from trimtab.surgery.install import install, remove_adapters
+from trimtab.surgery.names import require_new_name
 from trimtab.surgery.plan import Plan, Rule
 from trimtab.surgery.targets import find_targets
 from trimtab.surgery.wrappers import synchronised_by, unsharded, unwrapped, without_wrappers
 
 
-def attach(model: nn.Module, plan: Plan | Rule | list[Rule]) -> AttachReport:
-    """Attach the adapters of ``plan`` to ``model`` in place, and freeze everything else.
+def attach(model: nn.Module, plan: Plan | Rule | list[Rule], name: str = DEFAULT) -> AttachReport:
+    """Attach the adapter of ``plan`` to ``model`` in place, under ``name``, and freeze everything else.
 
-    The outputs of the model do not change until it is trained. A module with several names gets one adapter, and so do
-    modules that share one weight. Where ``all-linear`` meets a layer that the rank does not fit (a gate with one
-    output), the layer takes the largest rank that does, at the same scale. The report says so, and what no rule
-    reached. If anything is wrong, the model is left unchanged.
+    What the bare model gives does not change until the adapter is trained. Adapters under other names stay beside it,
+    whatever modules and methods they have; the new one is the active one (``trimtab.set_adapter``). A module with
+    several names gets one adapter, and so do modules that share one weight. Where ``all-linear`` meets a layer that the
+    rank does not fit (a gate with one output), the layer takes the largest rank that does, at the same scale. The
+    report says so, and what no rule reached. If anything is wrong, the model is left unchanged.
 
     Raises:
         PlanError: a rule ends with no module, or its options do not suit a module that it matches.
-        SurgeryError: the model has adapters already, or is itself a layer, which cannot be replaced in place.
+        SurgeryError: the model has an adapter of that name already, or is itself a layer, which cannot be replaced in
+            place; or tensors of its own are trained beside its adapters, which all of them would share.
     """
     if isinstance(plan, Rule):
         plan = Plan([plan])
@@ -49,23 +45,19 @@ def attach(model: nn.Module, plan: Plan | Rule | list[Rule]) -> AttachReport:
             f"Attach first, and call {wrapper} then"
         )
     model = unwrapped(model)
-    if names := [name for name, _ in adapted_modules(model)]:
-        raise SurgeryError(
-            f"attach: the model already has adapters on {len(names)} modules, such as "
-            f"{names[0] or 'the model itself'}; call trimtab.merge(model) or trimtab.detach(model) first"
-        )
+    require_new_name(model, name, "attach")
     if bases.find(model) is not None:
         raise SurgeryError(
             f"attach: the model is a bare {type(model).__name__}, which cannot be replaced inside itself; wrap it, "
             "for instance torch.nn.Sequential(layer)"
         )
     targets = find_targets(model, plan)
-    install(model, targets)
-    return describe(model, plan.rules)
+    install(model, targets, name)
+    return describe(model, plan.rules, name)
 
 
 def detach(model: nn.Module) -> int:
-    """Remove every adapter from ``model`` in place, and return how many modules had one.
+    """Remove every adapter, of all names, from ``model`` in place, and return how many modules had one.
 
     The model is then bit for bit what it was before, and the same parameters are trainable. Raises SurgeryError if the
     model has no adapters.
@@ -90,9 +82,10 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def rate_groups(model: nn.Module) -> dict[str, methods.RateGroup]:
     """``name -> rate group`` for everything in ``trainable_parameters``; each method says those of its tensors."""
     known = {
-        id(parameter): module.adapter.rate_groups.get(key, "weight")
+        id(parameter): adapter.rate_groups.get(key, "weight")
         for _, module in adapted_modules(model)
-        for key, parameter in module.adapter.named_parameters()
+        for adapter in module.every_adapter()
+        for key, parameter in adapter.named_parameters()
     }
     return {
         name: known.get(id(parameter), "weight" if parameter.dim() > 1 else "bias")
@@ -114,16 +107,19 @@ def effective_weight(model: nn.Module, name: str) -> Tensor:
 def _effective_weight(model: nn.Module, name: str) -> Tensor:
     modules = dict(bare_modules(model))
     module = modules.get(name)
+    if isinstance(module, Adapted) and module.off:
+        module = module.base
     if isinstance(module, AdaptedBlock):
         raise SurgeryError(
             f"effective_weight: '{name}' is a block with an adapter of method {module.method}, which changes a hidden "
             "state and no weight. Name a layer inside it"
         )
-    if isinstance(module, (AdaptedLayer, AdaptedModule)):
-        return module.adapter.effective_weight(module.handle)
+    if isinstance(module, Adapted):
+        effective: Tensor = module.current_adapter.effective_weight(module.handle)
+        return effective
     handle = bases.find(module) if module is not None else None
     if handle is None:
-        known = [other for other, inner in modules.items() if isinstance(inner, AdaptedLayer)] or [
+        known = [other for other, inner in modules.items() if isinstance(inner, Adapted)] or [
             other for other, inner in modules.items() if bases.find(inner) is not None
         ]
         near = [other for other in known if other.endswith(name)] or nearest(name, known)

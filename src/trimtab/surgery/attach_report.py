@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from trimtab import bases
-from trimtab.surgery.adapted import Adapted, adapted_modules, bare, bare_modules
+from trimtab.surgery.adapted import Adapted, bare, bare_modules, carriers
+from trimtab.surgery.carrier import DEFAULT
+from trimtab.surgery.names import entries_by_every_name
 from trimtab.surgery.plan import Rule
 from trimtab.surgery.targets import output_heads
 
@@ -112,31 +115,31 @@ class AttachReport:
         }
 
 
-def describe(model: nn.Module, rules: tuple[Rule, ...]) -> AttachReport:
-    """The report of a model with adapters; ``rules`` are those of its plan, if they are known."""
+def describe(model: nn.Module, rules: tuple[Rule, ...], called: str = DEFAULT) -> AttachReport:
+    """The report of a model with the adapter ``called`` so; ``rules`` are those of its plan, if they are known."""
+    entries = entries_by_every_name(model, called)
     names: dict[int, list[str]] = defaultdict(list)
-    for name, module in bare_modules(model):
-        if isinstance(module, Adapted):
-            names[id(module)].append(name)
+    for name, entry in entries.items():
+        names[id(entry)].append(name)
     reports = []
     counted: set[int] = set()
-    for name, module in adapted_modules(model):
-        adapter = module.adapter
+    for entry in {id(entry): entry for entry in entries.values()}.values():
+        adapter, (name, *aliases) = entry.adapter, names[id(entry)]
         # Modules that share a weight share an adapter, or a trained tensor in it, whose numbers count once.
         fresh = [one for one in adapter.parameters() if id(one) not in counted]
         counted.update(map(id, fresh))
         rank = getattr(adapter.options, "rank", None)
-        asked = getattr(rules[module.rule - 1].options, "rank", None) if rules else rank
+        asked = getattr(rules[entry.rule - 1].options, "rank", None) if rules else rank
         reports.append(
             ModuleReport(
                 name=name,
-                method=module.method,
-                rule=module.rule,
+                method=entry.method,
+                rule=entry.rule,
                 out_features=adapter.out_features,
                 in_features=adapter.in_features,
                 parameters=sum(parameter.numel() for parameter in fresh),
                 zero_rows=adapter.zero_rows if fresh else 0,
-                aliases=tuple(names[id(module)][1:]),
+                aliases=tuple(aliases),
                 lowered_rank=None if rank == asked else rank,
             )
         )
@@ -145,18 +148,19 @@ def describe(model: nn.Module, rules: tuple[Rule, ...]) -> AttachReport:
     handles = [base for module in model.modules() if (base := bases.find(module)) is not None]
     shapes = {id(base.parameter): base.shape for base in handles if not base.stored_dense}
     sizes = {id(parameter): tuple(shapes.get(id(parameter), parameter.shape)) for parameter in model.parameters()}
-    numbers = sum(map(math.prod, sizes.values()))
-    return AttachReport(tuple(reports), rules, trainable, numbers - trainable, _unreached(model, sizes))
+    carried = {id(one) for module in carriers(model) for every in module.every_adapter() for one in every.parameters()}
+    numbers = sum(math.prod(size) for key, size in sizes.items() if key not in carried)
+    return AttachReport(tuple(reports), rules, trainable, numbers, _unreached(model, sizes, entries.values()))
 
 
-def _unreached(model: nn.Module, sizes: dict[int, tuple[int, ...]]) -> dict[str, int]:
-    """`AttachReport.unreached`, a shared matrix once; ``sizes``: id of a parameter -> the shape of what it holds."""
+def _unreached(model: nn.Module, sizes: dict[int, tuple[int, ...]], entries: Iterable[Adapted]) -> dict[str, int]:
+    """`AttachReport.unreached`, a shared matrix once; ``sizes``: id of a parameter -> the shape of what it holds;
+    ``entries``: the modules with an adapter."""
     seen = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
-    for module in model.modules():
-        if isinstance(module, Adapted):
-            handle = module.handle
-            reached = [handle.parameter] if isinstance(handle, bases.WeightBase) else module.base.parameters()
-            seen.update(map(id, reached))
+    for entry in entries:
+        handle = entry.handle
+        reached = [handle.parameter] if isinstance(handle, bases.WeightBase) else entry.base.parameters()
+        seen.update(map(id, reached))
     heads = output_heads(model)
     parts: dict[int, str] = {}  # the output projection of an attention is counted as the attention's
     found: dict[str, int] = defaultdict(int)

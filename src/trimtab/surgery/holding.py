@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from trimtab.bases import HeldBase
 from trimtab.bases._held import stored
 from trimtab.errors import SurgeryError
 
@@ -37,7 +36,7 @@ def hold(holder: nn.Module, attribute: str, adapted: Any) -> None:
     """Put ``adapted`` onto ``holder``: from now on, ``attribute`` shows the effective weight, and the attribute of a
     bias that is trained with it the trained one."""
     holder._modules[attribute + SUFFIX] = adapted
-    bias = None if adapted.adapter.bias is None else adapted.handle.bias_attribute
+    bias = adapted.handle.bias_attribute if any(one.bias is not None for one in adapted.every_adapter()) else None
     shown = {attribute} if bias is None else {attribute, bias}
     _show(holder, {*_shown(holder).attributes, *((name, attribute) for name in shown)})
 
@@ -111,8 +110,7 @@ def _wrapped(shown: _Shown) -> Any:
         with ExitStack() as around:
             for weight in {weight: None for _, weight in shown.attributes}:
                 adapted: Any = self._modules[weight + SUFFIX]
-                handle: HeldBase = adapted.handle.on(self)
-                around.enter_context(handle.around_forward(adapted.adapter))
+                around.enter_context(adapted.around_forward(self))
             return inner(self, *args, **kwargs)
 
     return forward

@@ -16,15 +16,16 @@ from trimtab.surgery.adapted import (
     Adapted,
     AdaptedBlock,
     AdaptedLayer,
-    adapted_modules,
     bare,
     bare_modules,
+    carriers,
     owners,
-    remove_adapters,
     require_adapted,
     weights_elsewhere,
 )
+from trimtab.surgery.install import remove_adapter, remove_adapters
 from trimtab.surgery.merged_parts import merged_parts
+from trimtab.surgery.names import active_adapter, adapters, known_adapter
 from trimtab.surgery.ties import keep_other_ties, parameters_by_name
 from trimtab.surgery.wrappers import unsharded, unwrapped
 
@@ -51,7 +52,7 @@ class MergeReport:
 
 @torch.no_grad()
 def merge(model: nn.Module, onto: Onto = "dequantised") -> MergeReport:
-    """Fold every adapter of ``model`` into its base in place, and remove it.
+    """Fold the active adapter of ``model`` into its base in place, and remove all adapters.
 
     The effective weight is computed in float64 by the plain formula, and rounded once to the base's dtype. A weight
     that several adapted modules share is merged once. A weight that is shared with a module without an adapter (an
@@ -72,8 +73,8 @@ def merge(model: nn.Module, onto: Onto = "dequantised") -> MergeReport:
     ``trimtab.load_adapter``, and merge that. The result then lacks the quantisation error that the adapter was trained
     with.
 
-    Raises SurgeryError if the model has no adapters, if one sits on a block, if one holds NaN or infinity, or if a
-    merged weight does not fit into its base's dtype. The model is then unchanged.
+    Raises SurgeryError if the model has no adapters or none is active, if one sits on a block, if one holds NaN or
+    infinity, or if a merged weight does not fit into its base's dtype. The model is then unchanged.
     """
     if onto not in get_args(Onto):
         raise SurgeryError(
@@ -93,6 +94,9 @@ def _merge(model: nn.Module, onto: Onto) -> MergeReport:
         handle = module.handle
         wide = onto == "dequantised" and isinstance(handle, WeightBase) and not handle.stored_dense
         _check_result(name, module, around or handle.dtype if wide else None)
+    for other in adapters(model):
+        if other != active_adapter(model):
+            remove_adapter(model, other)
     dequantised = _dequantise(model, around) if onto == "dequantised" else ()
     before = parameters_by_name(model)
     rounding, untied = _fold(model, adapted)
@@ -103,8 +107,9 @@ def _merge(model: nn.Module, onto: Onto) -> MergeReport:
 
 
 def _require_mergeable(model: nn.Module) -> list[tuple[str, Adapted]]:
-    """The adapted modules of ``model``. Raises SurgeryError if some adapter cannot be merged into a weight."""
-    adapted = require_adapted(model, "merge")
+    """The modules that the active adapter has. Raises SurgeryError if it cannot be merged into weights."""
+    carried, name = require_adapted(model, "merge"), known_adapter(model, None, "merge")
+    adapted = [(place, module) for place, module in carried if name in module.adapter_slots]
     blocks = [(name, module) for name, module in adapted if isinstance(module, AdaptedBlock)]
     if blocks:
         raise SurgeryError(
@@ -114,12 +119,12 @@ def _require_mergeable(model: nn.Module) -> list[tuple[str, Adapted]]:
             f"({', '.join(methods.names('weight'))})"
         )
     for name, module in adapted:
-        if not all(torch.isfinite(parameter).all() for parameter in module.adapter.parameters()):
+        if not all(torch.isfinite(parameter).all() for parameter in module.current_adapter.parameters()):
             raise SurgeryError(
                 f"merge: the adapter of {name} holds NaN or infinity, and would destroy the weight it is folded into. "
                 "Nothing was changed; load an earlier checkpoint"
             )
-        if isinstance(module, AdaptedLayer) and module.adapter.bias is not None and module.handle.bias is None:
+        if isinstance(module, AdaptedLayer) and module.current_adapter.bias is not None and module.handle.bias is None:
             raise SurgeryError(
                 f"merge: the adapter of {name} has a bias (PEFT's lora_bias), and the layer has none that it could be "
                 "folded into. Nothing was changed; keep the adapter beside the model"
@@ -185,7 +190,7 @@ def _fold(model: nn.Module, adapted: list[tuple[str, Adapted]]) -> tuple[float, 
 
 def _dtype_around(model: nn.Module) -> torch.dtype | None:
     """The dtype of the model's first floating-point parameter that is not an adapter's; None if there is none."""
-    own = {id(parameter) for _, module in adapted_modules(model) for parameter in module.adapter.parameters()}
+    own = {id(one) for module in carriers(model) for adapter in module.every_adapter() for one in adapter.parameters()}
     plain = (parameter for parameter in model.parameters() if id(parameter) not in own)
     return next((parameter.dtype for parameter in plain if parameter.is_floating_point()), None)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +37,7 @@ class MergedPart:
 
 def merged_parts(module: Adapted) -> Iterator[MergedPart]:
     """All that is merged of ``module``: a weight and a bias, or the tensors of a module that is trained as a whole."""
-    adapter: Any = module.adapter
+    adapter = module.current_adapter
     if isinstance(module, AdaptedLayer):
         handle = module.handle
         if adapter.changes_weight:

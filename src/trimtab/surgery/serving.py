@@ -9,8 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from trimtab.surgery.adapted import adapted_modules, require_adapted
-from trimtab.surgery.attach import trainable_parameters
+from trimtab.surgery.adapted import carriers, require_adapted
+from trimtab.surgery.names import trained_beside
 from trimtab.surgery.wrappers import unwrapped
 
 
@@ -23,7 +23,7 @@ def serving(model: nn.Module) -> Iterator[None]:
     For passes of a few tokens, tensors are also prepared once, which speeds up writing one token at a time. If trained
     tensors change in this context all the same, the outdated norm is used until it ends. Contexts may be nested.
     """
-    adapters = [adapted.adapter for _, adapted in adapted_modules(model)]
+    adapters = [adapter for adapted in carriers(model) for adapter in adapted.every_adapter()]
     for adapter in adapters:
         adapter.hold()
     try:
@@ -46,22 +46,20 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     """
     model = unwrapped(model)
     adapted = [module for _, module in require_adapted(model, "disable_adapter")]
-    own = {id(parameter) for module in adapted for parameter in module.adapter.parameters()}
-    trained = [name for name, one in trainable_parameters(model).items() if id(one) not in own]
-    if trained:
+    if trained := trained_beside(model):
         warnings.warn(
             f"disable_adapter: {len(trained)} tensors outside of the adapters are trained themselves, such as "
             f"{trained[0]}, and keep their trained values. Train them by a rule of method full to switch them off, too",
             stacklevel=3,
         )
-    before = [module.off for module in adapted]
+    before = [module.adapters_disabled for module in adapted]
     for module in adapted:
-        module.off = True
+        module.adapters_disabled = True
     try:
         yield
     finally:
-        for module, off in zip(adapted, before, strict=True):
-            module.off = off
+        for module, disabled in zip(adapted, before, strict=True):
+            module.adapters_disabled = disabled
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from torch import nn
 
 from trimtab import bases, methods
 from trimtab.errors import PlanError, nearest
-from trimtab.surgery.adapted import Adapted, bare_modules
+from trimtab.surgery.adapted import bare, bare_modules
 from trimtab.surgery.plan import Plan, Rule, Target
 
 # The names of output heads, looked for among the top-level children of a model that does not say which is its head.
@@ -87,7 +87,7 @@ def block_number(name: str) -> tuple[str, int] | None:
 
 def output_heads(model: nn.Module) -> set[int]:
     """The ids of the modules that ``all-linear`` leaves out."""
-    heads = set()
+    heads: set[int] = set()
     for module in model.modules():  # the model that knows its head may be inside another one
         getter = getattr(module, "get_output_embeddings", None)
         try:
@@ -95,7 +95,7 @@ def output_heads(model: nn.Module) -> set[int]:
         except (NotImplementedError, AttributeError):
             head = None
         if isinstance(head, nn.Module):
-            heads.add(id(head))
+            heads.update((id(head), id(bare(head))))
     if heads:
         return heads
     tops = [module for name, module in model.named_children() if name in _HEAD_NAMES]
@@ -109,22 +109,20 @@ class _Modules:
         self.by_id: dict[int, nn.Module] = {}
         self.names: dict[int, list[str]] = defaultdict(list)
         self.by_holder: set[int] = set()  # what is selected by the name of the module that holds it, too
-        inside_adapted: set[int] = set()
-        for name, module in bare_modules(model):
-            if isinstance(module, Adapted):
-                inside_adapted.update(id(inner) for inner in module.modules())
+        for name, found in bare_modules(model):
+            module = bare(found)  # which may have adapters under other names
             if name:
                 self.by_id[id(module)] = module
                 self.names[id(module)].append(name)
             if isinstance(module, bases.HeldWeight):
                 self.by_holder.add(id(module))
-            self.by_holder.update(id(part) for part in bases.parts(module))
+            self.by_holder.update(id(bare(part)) for part in bases.parts(module))
         self.heads = output_heads(model)
         # The modules that a method of each kind could sit on.
         self.handles: dict[bases.Kind, dict[int, bases.Base]] = {kind: {} for kind in kinds}
         for kind, handles in self.handles.items():
             for key, module in self.by_id.items():
-                if key not in inside_adapted and (handle := bases.find(module, kind)) is not None:
+                if (handle := bases.find(module, kind)) is not None:
                     handles[key] = handle
         # The number of blocks in each list of blocks: {"model.layers": 30}
         self.blocks: dict[str, int] = defaultdict(int)
