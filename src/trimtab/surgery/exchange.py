@@ -32,7 +32,7 @@ class Exchange:
         handle = module.handle if isinstance(module, AdaptedLayer) else bases.find(module.base)
         assert handle is not None
         made = Adapted.around(handle, adapter, "lora", module.rule)
-        made.off = module.off
+        made.adapters_disabled = module.adapters_disabled
         return made
 
     def make(self) -> None:
