@@ -31,10 +31,10 @@ LAYERS = [
     *(
         "config",
         "runs",
-        "tasks",
         "evaluation",
+        "tasks",
         "questions",
-        "asking",
+        "asking assessing",
         "memory",
         "drafting",
         "reports",

@@ -82,7 +82,7 @@ def test_a_run_is_loaded_with_its_adapter(folder: Path, expected: dict[str, torc
 
 
 def test_a_run_is_evaluated_to_the_same_figures(folder: Path) -> None:
-    from trimtab.evaluation.run import measure
+    from trimtab.assessing import measure
 
     where, results = measure(str(folder / "run"), [], listener=None)
     assert where == folder / "run"

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimtab.data.tokens import IGNORED, encode_prompt
+from trimtab.data.tokens import encode_prompt
 from trimtab.errors import ConfigError, ModelError
 from trimtab.evaluation.generation import greedy
+from trimtab.models.causal_head import IGNORED
 from trimtab.surgery.serving import evaluating
 
 DIGITS = "0123456789abcdef"

@@ -18,9 +18,10 @@ from trimtab.config.read import build_config
 from trimtab.config.resolve import Job
 from trimtab.config.run import RunConfig
 from trimtab.data.batches import Collator
-from trimtab.data.tokens import IGNORED, encode_all
+from trimtab.data.tokens import encode_all
 from trimtab.errors import RunError
 from trimtab.machine import versions
+from trimtab.models.causal_head import IGNORED
 from trimtab.models.load import load_model, load_tokenizer
 from trimtab.runs.events import Listener
 from trimtab.runs.rate_record import ChosenRate

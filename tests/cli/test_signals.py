@@ -47,7 +47,7 @@ STOPPED = {
         "nothing was changed; the same command begins again",
     ),
     "merge": ("trimtab.export.export_format", ("run", "out"), "nothing was written"),
-    "evaluate": ("trimtab.evaluation.run.measure", ("run",), "the sets that are measured are kept"),
+    "evaluate": ("trimtab.assessing.measure", ("run",), "the sets that are measured are kept"),
     "compare": ("trimtab.studies.study_cells.load_study", ("study.yaml",), "every run that is done is kept"),
     "explore": ("trimtab.config.search.load_explore", ("search.yaml",), "every run that is done is kept"),
     "analyze": ("trimtab.models.locate.locate", ("model", "run"), "nothing was written"),

@@ -17,8 +17,9 @@ from transformers import PreTrainedTokenizerFast
 from trimtab.data import tokens
 from trimtab.data.forms import read_examples
 from trimtab.data.rows import EncodedRow, Example
-from trimtab.data.tokens import IGNORED, encode, encode_all, encode_flat, encode_once, encode_pair, encode_prompt
+from trimtab.data.tokens import encode, encode_all, encode_flat, encode_once, encode_pair, encode_prompt
 from trimtab.errors import DataError
+from trimtab.models.causal_head import IGNORED
 
 CONTEXT = "Instruction: What is the sentiment of this news?\nInput: Profit rose .\nAnswer: "
 

@@ -165,7 +165,7 @@ def load_everything() -> None:
 
     for name in ("training.run", "cli", "cli.displays.run", "cli.displays.study", "reports.run.run_page", "drafting",
                  "reports.run.run_tables", "reports.study.study_page", "studies.compare", "studies.study_results",
-                 "evaluation.run", "evaluation.agreement", "runs.load", "surgery.merge", "export.merged"):  # fmt: skip
+                 "assessing", "evaluation.agreement", "runs.load", "surgery.merge", "export.merged"):  # fmt: skip
         importlib.import_module(f"trimtab.{name}")
     importlib.import_module("transformers.models.llama.modeling_llama")
 

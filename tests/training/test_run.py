@@ -12,9 +12,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tiny_runs import Kept, rows, tiny_tokenizer, write_rows
+from trimtab.assessing import measure
 from trimtab.config.read import load_config
 from trimtab.errors import ConfigError, DataError, ModelError, RunError
-from trimtab.evaluation.run import measure
 from trimtab.files import read_json, read_jsonl
 from trimtab.runs.load import load_run
 from trimtab.tasks import Head, read_inputs

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import Sampler
 
 from trimtab.data.rows import EncodedRow
-from trimtab.data.tokens import IGNORED
+from trimtab.models.causal_head import IGNORED
 
 TOKENS = 8192
 """Most tokens, padding included, of a batch that is evaluated, however many rows the caller allows."""

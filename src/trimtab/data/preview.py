@@ -10,8 +10,9 @@ from typing import Any
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
-from trimtab.data.tokens import IGNORED, EncodedRows
+from trimtab.data.tokens import EncodedRows
 from trimtab.errors import printable
+from trimtab.models.causal_head import IGNORED
 
 Parts = tuple[tuple[str, bool], ...]
 """Pieces of a text, each with whether it carries loss."""

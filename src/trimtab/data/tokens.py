@@ -21,10 +21,8 @@ from trimtab.data import cache
 from trimtab.data.cache import Dropped, Tensors
 from trimtab.data.rows import EncodedRow, Example
 from trimtab.errors import DataError
+from trimtab.models.causal_head import IGNORED
 from trimtab.reading import panics
-
-IGNORED = -100
-"""The label of a position that carries no loss, as in Hugging Face's models."""
 
 VERSION = 1
 """Part of the name of every file of tokenised rows; raise it when the same rows would be encoded differently."""

@@ -21,8 +21,8 @@ from trimtab.errors import ConfigError, did_you_mean
 from trimtab.evaluation import answers
 from trimtab.evaluation.evaluate import Evaluation, evaluate
 from trimtab.metrics import Outcomes, measure
+from trimtab.models.causal_head import Head
 from trimtab.runs.results import Prediction, QuestionScore
-from trimtab.tasks import Head
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,9 @@ from transformers.cache_utils import DynamicLayer
 
 from trimtab.data.batches import by_length
 from trimtab.data.rows import Example
-from trimtab.data.tokens import IGNORED, encode_all, encode_prompt
+from trimtab.data.tokens import encode_all, encode_prompt
 from trimtab.errors import DataError, ModelError
-from trimtab.tasks import Head
+from trimtab.models.causal_head import IGNORED, Head
 
 WORTHWHILE = 8
 """Fewest tokens of a shared beginning that is run once. Running fewer again costs less than copying their keys and

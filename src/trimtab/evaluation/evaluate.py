@@ -13,7 +13,7 @@ from typing import Any, Literal
 from trimtab.data.batches import Collator, by_length
 from trimtab.data.choices import closed_set
 from trimtab.data.rows import Example
-from trimtab.data.tokens import IGNORED, encode_all
+from trimtab.data.tokens import encode_all
 from trimtab.errors import DataError, ModelError
 from trimtab.evaluation import answers
 from trimtab.evaluation.answers import Judge, Judged
@@ -23,10 +23,10 @@ from trimtab.evaluation.shortened import shortened
 from trimtab.files import write_jsonl
 from trimtab.metrics import Outcomes
 from trimtab.metrics import measure as compute_metrics
+from trimtab.models.causal_head import IGNORED, Head
 from trimtab.models.positions import positions_of
 from trimtab.runs.results import RESULTS, Measured, Prediction, Result
 from trimtab.surgery.serving import evaluating
-from trimtab.tasks import Head
 
 Progress = Callable[[int, int], None]
 """Called with the number of rows done and of all rows."""

@@ -22,8 +22,8 @@ from trimtab.data.batches import by_length
 from trimtab.data.rows import Example
 from trimtab.data.tokens import encode_prompt
 from trimtab.errors import DataError
+from trimtab.models.causal_head import Head
 from trimtab.models.chat_template import turn_end
-from trimtab.tasks import Head
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,14 @@ import torch
 from trimtab.config.resolve import Job
 from trimtab.config.run import RunConfig
 from trimtab.data.batches import TOKENS
-from trimtab.data.tokens import IGNORED
 from trimtab.machine import GIB
 from trimtab.memory.trace import Batch, Trace
+from trimtab.models.causal_head import IGNORED
+from trimtab.models.head_loss import FROZEN_CHUNK
 from trimtab.models.load import empty_model, load_config_only
 from trimtab.models.quantise import quantising_bytes, stored_sizes
 from trimtab.surgery.attach_report import AttachReport
 from trimtab.tasks import Inputs
-from trimtab.tasks._head_loss import FROZEN_CHUNK
 
 BEYOND = 220 * 2**20
 """Bytes that a run's process holds at its peak beyond its tensors and what the process of ``trimtab plan`` holds:

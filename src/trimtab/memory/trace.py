@@ -21,9 +21,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import masking_utils
 
 from trimtab.memory.tracker import OTHER, Label, Ledger
+from trimtab.models.causal_head import Head
 from trimtab.models.quantise import stored_sizes
 from trimtab.surgery.adapted import Adapted, block_lists
-from trimtab.tasks import Head
 
 Bytes = Mapping[str, int]
 """Bytes by what they are for: weights, adapters, gradients, optimiser, activations."""

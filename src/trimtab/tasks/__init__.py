@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from trimtab import listing
 from trimtab.errors import ConfigError, did_you_mean
-from trimtab.tasks._head import Head
+from trimtab.models.causal_head import Head
 from trimtab.tasks._inputs import Inputs, read_inputs
 from trimtab.tasks._task import Task
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from trimtab.config.run import RunConfig
 from trimtab.data.rows import EncodedRow
+from trimtab.models.causal_head import Head
 from trimtab.runs.events import Listener
-from trimtab.tasks._head import Head
 from trimtab.tasks._inputs import Inputs
 
 

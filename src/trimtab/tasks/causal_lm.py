@@ -14,9 +14,9 @@ from torch import Tensor
 from trimtab.config.run import RunConfig
 from trimtab.data.batches import Collator
 from trimtab.metrics import choosing
+from trimtab.models.causal_head import Head
 from trimtab.runs.events import Listener
 from trimtab.tasks import _inputs, _task
-from trimtab.tasks._head import Head
 
 
 class CausalLM(_task.Task):

@@ -11,8 +11,9 @@ from trimtab.data.forms import Reading, find
 from trimtab.data.forms._messages import read_talk
 from trimtab.data.forms._turns import follow as follow_talk
 from trimtab.data.rows import Example, Row
-from trimtab.data.tokens import IGNORED, encode
+from trimtab.data.tokens import encode
 from trimtab.errors import DataError
+from trimtab.models.causal_head import IGNORED
 
 TALK = [
     {"role": "user", "content": "hello"},

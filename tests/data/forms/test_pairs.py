@@ -11,8 +11,9 @@ import pytest
 from trimtab.data import forms
 from trimtab.data.forms import read_examples
 from trimtab.data.rows import Example
-from trimtab.data.tokens import IGNORED, encode
+from trimtab.data.tokens import encode
 from trimtab.errors import DataError
+from trimtab.models.causal_head import IGNORED
 from trimtab.notes import Notes
 
 Writer = Callable[..., str]

@@ -70,7 +70,7 @@ def command(
     from trimtab.cli.displays.run import RunDisplay
 
     with importing():
-        from trimtab.evaluation.run import measure
+        from trimtab.assessing import measure
 
     console = Terminal()
     with RunDisplay(console) as display:

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trimtab.tasks import _head_loss as module
-from trimtab.tasks._head_loss import head_loss
+from trimtab.models import head_loss as module
+from trimtab.models.head_loss import head_loss
 
 
 def chunks_of(monkeypatch: pytest.MonkeyPatch, positions: int) -> None:

@@ -9,8 +9,8 @@ import pytest
 
 from tiny_runs import rows, tiny_model, tiny_tokenizer, write_model, write_rows
 from trimtab.adapters.store import save_adapter
+from trimtab.assessing import measure
 from trimtab.errors import ModelError
-from trimtab.evaluation.run import measure
 from trimtab.files import read_json, read_jsonl
 from trimtab.models.load import load_tokenizer
 from trimtab.models.locate import locate

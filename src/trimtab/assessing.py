@@ -21,6 +21,7 @@ from trimtab.evaluation.benchmark_tasks import BenchmarkTask, evaluate_task, fin
 from trimtab.evaluation.evaluate import evaluate, write
 from trimtab.files import read_json
 from trimtab.machine import best_precision, device
+from trimtab.models.causal_head import Head
 from trimtab.models.load import load_tokenizer
 from trimtab.models.locate import locate
 from trimtab.models.new_tokens import require_rows
@@ -31,7 +32,6 @@ from trimtab.runs.folder import RunFolder
 from trimtab.runs.load import is_run, load_finite, load_fitting, load_run_model, with_tokens_of
 from trimtab.runs.results import OWN_ADAPTER, Measured, Result, read_result
 from trimtab.surgery.adapted import bare
-from trimtab.tasks import Head
 
 ELSEWHERE = Path("runs/evaluate")
 """Where results go by default, unless they are those of a run on its own test sets."""

@@ -15,9 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trimtab.data.tokens import IGNORED
+from trimtab.models.head_loss import head_loss, wide
 from trimtab.surgery.serving import evaluating
-from trimtab.tasks._head_loss import head_loss, wide
+
+IGNORED = -100
+"""The label of a position that carries no loss, as in Hugging Face's models."""
 
 SCORED_AT_ONCE = 128
 """Positions whose logits exist at once while tokens are scored: 26 MB in float32 for a vocabulary of 49,152."""

@@ -25,8 +25,8 @@ from transformers import (
 )
 
 from evaluation_cases import gpt2, llama
+from trimtab.models import head_loss as loss_module
 from trimtab.tasks import Head
-from trimtab.tasks import _head_loss as loss_module
 
 SIZES: dict[str, Any] = {
     "vocab_size": 50,
