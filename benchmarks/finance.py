@@ -92,7 +92,7 @@ def run_ours(method: str, rank: int, steps: int, folder: str, compiled: bool) ->
         rows,
         task=task,
         head=task.head(model),
-        tokenizer=tokenizer,
+        reader=tokenizer,
         folder=Path(folder),
         record=lambda row: losses.append(row["loss"]),
     )

@@ -12,7 +12,6 @@ from typing import Any
 
 from trimtab.config.others import Carried
 from trimtab.config.read import build_config
-from trimtab.config.resolve import Job
 from trimtab.config.run import RunConfig
 from trimtab.config.yaml_text import parse_yaml
 from trimtab.data.choices import closed_set
@@ -26,6 +25,7 @@ from trimtab.memory.suggest import describe_run
 from trimtab.models.load import empty_model, load_tokenizer
 from trimtab.models.locate import Source, locate
 from trimtab.models.positions import positions_of
+from trimtab.tasks import job_of
 
 RATES = {"full": 5e-5}
 """Peak learning rates of methods for which the default, made for adapters, is too high."""
@@ -105,7 +105,7 @@ def draft(wish: Wish, place: Path) -> Draft:
         notes.append(f"{len(tested):,} rows to test on")
     settings = _settings(wish, seen, source, place)
     text = _write(settings)
-    job = Job.of(build_config(parse_yaml(text, str(place)), place.parent, str(place)))
+    job = job_of(build_config(parse_yaml(text, str(place)), place.parent, str(place)))
     memory = describe_run(job)["memory"]
     notes.append(f"needs about {memory['needed']:.1f} GiB of memory, {memory['free']:.1f} are free")
     if not memory["fits"]:

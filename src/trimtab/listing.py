@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TypeVar
 
 Kind = TypeVar("Kind")
@@ -13,6 +14,11 @@ Kind = TypeVar("Kind")
 def names(folder: Iterable[str]) -> list[str]:
     """The sorted names of a package's files, given its ``__path__``; names that begin with ``_`` are left out."""
     return sorted(module.name for module in pkgutil.iter_modules(folder) if not module.name.startswith("_"))
+
+
+def names_of(package: str) -> list[str]:
+    """As ``names``, of a package of this library that is not to be imported."""
+    return names([str(Path(__file__).with_name(package))])
 
 
 def class_in(package: str, name: str, kind: type[Kind]) -> type[Kind]:

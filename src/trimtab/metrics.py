@@ -12,12 +12,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
-Kind = Literal["choice", "multiple_choice", "generation", "perplexity"]
-"""What was asked of the rows: an answer of one closed set, one of each row's own choices, an open answer, no answer."""
+Kind = Literal["choice", "multiple_choice", "generation", "perplexity", "labels", "number", "tags"]
+"""What was asked of the rows: an answer of one closed set, one of each row's own choices, an open answer, no answer;
+several labels of one set, a number, a tag for each word."""
 
-KINDS: tuple[Kind, ...] = ("choice", "multiple_choice", "generation", "perplexity")
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 class ClassFigures(NamedTuple):
@@ -42,6 +43,8 @@ class Outcomes:
         usable: whether what the model wrote could be read at all.
         explanations: whether the answers are texts, whose words can be compared.
         loss: the summed loss of the answers' ``tokens``.
+        probabilities: of each choice for each row, ``[rows, choices]``, where a head gives them.
+        true_labels, given_labels: of each row, where a row has several; ``choices`` are all that there are.
     """
 
     truth: Sequence[str] = ()
@@ -53,6 +56,9 @@ class Outcomes:
     explanations: bool = False
     loss: float = 0.0
     tokens: int = 0
+    probabilities: Any = None
+    true_labels: Sequence[Sequence[str]] = ()
+    given_labels: Sequence[Sequence[str]] = ()
 
     @cached_property
     def classes(self) -> ClassFigures:
@@ -63,6 +69,21 @@ class Outcomes:
         return ClassFigures(
             *precision_recall_fscore_support(self.truth, self.predicted, labels=labels, zero_division=0.0)
         )
+
+    @cached_property
+    def indicators(self) -> tuple[Any, Any]:
+        """True and given labels as ``[rows, choices]`` of 0 and 1."""
+        from sklearn.preprocessing import MultiLabelBinarizer
+
+        binarizer = MultiLabelBinarizer(classes=list(self.choices))
+        return binarizer.fit_transform(self.true_labels), binarizer.fit_transform(self.given_labels)
+
+    @cached_property
+    def label_figures(self) -> ClassFigures:
+        """By scikit-learn, each label by itself, where a row has several."""
+        from sklearn.metrics import precision_recall_fscore_support
+
+        return ClassFigures(*precision_recall_fscore_support(*self.indicators, average=None, zero_division=0.0))
 
 
 @dataclass(frozen=True)
@@ -126,12 +147,42 @@ def _accuracy_norm(rows: Outcomes) -> float | None:
 
 
 def _macro_f1(rows: Outcomes) -> float:
-    return float(rows.classes.f1.mean())
+    return float((rows.label_figures if rows.true_labels else rows.classes).f1.mean())
 
 
 def _weighted_f1(rows: Outcomes) -> float:
     classes = rows.classes
     return float((classes.f1 * classes.rows).sum() / classes.rows.sum())
+
+
+def _matthews(rows: Outcomes) -> float | None:
+    """Matthews' correlation, also of more than two classes."""
+    if rows.probabilities is None:
+        return None
+    from sklearn.metrics import matthews_corrcoef
+
+    return float(matthews_corrcoef(rows.truth, rows.predicted))
+
+
+def _auroc(rows: Outcomes) -> float | None:
+    """The area under the ROC curve; of more than two classes the mean over them, each against the rest. None where one
+    of them does not occur."""
+    if rows.probabilities is None or set(rows.truth) != set(rows.choices):
+        return None
+    from sklearn.metrics import roc_auc_score
+
+    truth = [[one == choice for choice in rows.choices] for one in rows.truth]
+    return float(roc_auc_score(truth, rows.probabilities, average="macro"))
+
+
+def _micro_f1(rows: Outcomes) -> float:
+    from sklearn.metrics import f1_score
+
+    return float(f1_score(*rows.indicators, average="micro", zero_division=0.0))
+
+
+def _mean_loss(rows: Outcomes) -> float | None:
+    return rows.loss / rows.tokens if rows.tokens else None
 
 
 def _exact_match(rows: Outcomes) -> float | None:
@@ -171,6 +222,16 @@ def _share(flags: Iterable[bool]) -> float:
 
 _TABLE = (
     Metric(
+        "micro_f1",
+        "micro F1",
+        _micro_f1,
+        kinds=("labels",),
+        in_terminal=("labels",),
+        chooses=True,
+        compared=True,
+        full_label="F1 over all labels of all rows",
+    ),
+    Metric(
         "accuracy",
         "accuracy",
         _accuracy,
@@ -191,12 +252,14 @@ _TABLE = (
         "macro_f1",
         "macro F1",
         _macro_f1,
-        kinds=("choice",),
-        in_terminal=("choice",),
+        kinds=("choice", "labels"),
+        in_terminal=("choice", "labels"),
         chooses=True,
         compared=True,
     ),
     Metric("weighted_f1", "weighted F1", _weighted_f1, kinds=("choice",)),
+    Metric("matthews", "Matthews", _matthews, kinds=("choice",), share=False, full_label="Matthews correlation"),
+    Metric("auroc", "AUROC", _auroc, kinds=("choice",), share=False, full_label="area under the ROC curve"),
     Metric(
         "mean_weighted_f1",
         "weighted F1 over questions",
@@ -208,7 +271,7 @@ _TABLE = (
         "exact_match",
         "exact match",
         _exact_match,
-        kinds=("generation",),
+        kinds=("generation", "labels"),
         in_terminal=("generation",),
         compared=True,
     ),
@@ -225,15 +288,22 @@ _TABLE = (
         "perplexity",
         "perplexity",
         _perplexity,
-        kinds=KINDS,
+        kinds=("choice", "multiple_choice", "generation", "perplexity"),
         in_terminal=("multiple_choice", "generation", "perplexity"),
         share=False,
         higher_is_better=False,
         compared=True,
     ),
-    # Of a validation, by ``of_validation``: the other results have the perplexity.
+    # Of a validation, by ``of_validation``, where results have the perplexity.
     Metric(
-        "loss", "loss", _elsewhere, kinds=(), share=False, higher_is_better=False, chooses=True, unit="nats per token"
+        "loss",
+        "loss",
+        _mean_loss,
+        kinds=("labels", "number", "tags"),
+        share=False,
+        higher_is_better=False,
+        chooses=True,
+        unit="nats per token",
     ),
 )
 
@@ -255,7 +325,7 @@ def choosing(kind: str | None = None) -> list[str]:
 
     Every validation has its loss.
     """
-    return ["loss"] + [m.name for m in _TABLE if m.chooses and m.kinds and (kind is None or kind in m.kinds)]
+    return ["loss"] + [m.name for m in _TABLE if m.chooses and m.name != "loss" and kind in (None, *m.kinds)]
 
 
 def best_by(said: str, *, scored: bool) -> Metric:
@@ -270,9 +340,10 @@ def of_validation(figures: Mapping[str, float | None]) -> dict[str, float]:
 
 def of_result(name: str, figures: Mapping[str, float | None]) -> float:
     """The metric ``name``, one that can choose, of a result: its loss is the logarithm of its perplexity."""
-    value = figures["perplexity" if name == "loss" else name]
+    from_perplexity = name == "loss" and figures.get("loss") is None
+    value = figures["perplexity" if from_perplexity else name]
     assert value is not None, "rows that are answered or continued have a loss"
-    return math.log(value) if name == "loss" else value
+    return math.log(value) if from_perplexity else value
 
 
 def compared() -> list[Metric]:

@@ -43,9 +43,7 @@ class Trainings:
         self._task = tasks.find("causal_lm")
         job = Job.of(self._config(RateCell(*study.pairs[0], 0, 0)))
         self._tokenizer = load_tokenizer(job.source)
-        self._model: Any = load_model(
-            job.source, job.dtype, job.config.model.attention, model_class=self._task.model_class
-        )
+        self._model: Any = load_model(job.source, job.dtype, job.config.model.attention)
         self._head = self._task.head(self._model)
         self._inputs: dict[str, Inputs] = {}
 
@@ -69,14 +67,14 @@ class Trainings:
 
     def _read(self, cell: RateCell, job: Job) -> Inputs:
         if cell.task not in self._inputs:
-            self._inputs[cell.task] = self._task.read(job.config, self._tokenizer, Listener(), job.max_length)
+            self._inputs[cell.task] = self._task.read(job, self._tokenizer, Listener())
         return self._inputs[cell.task]
 
     def find_rate(self, cell: RateCell, budget: float) -> ChosenRate:
         """What ``train.learning_rate: auto`` finds for the run of a cell (whose own rate plays no part)."""
         job = Job.of(self._config(cell, learning_rate="auto", tune={"budget": budget}))
         inputs = self._read(cell, job)
-        return find_rate(job, inputs, self._model, task=self._task, tokenizer=self._tokenizer, listener=Listener())
+        return find_rate(job, inputs, self._model, task=self._task, reader=self._tokenizer, listener=Listener())
 
     def run(self, cell: RateCell, rate: float | None = None) -> dict[str, Any]:
         """Train one cell, or the same at another ``rate``; gives what its file holds. ``loss`` is None where training
@@ -96,7 +94,7 @@ class Trainings:
                     inputs.rows,
                     task=self._task,
                     head=self._head,
-                    tokenizer=self._tokenizer,
+                    reader=self._tokenizer,
                     folder=Path(folder),
                     record=lines.append,
                 )

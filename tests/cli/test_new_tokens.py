@@ -16,8 +16,9 @@ from tiny_runs import rows, tiny_tokenizer, write_model, write_rows
 from trimtab.config.read import load_config
 from trimtab.config.resolve import Job
 from trimtab.errors import ConfigError
-from trimtab.memory.estimate import RowSizes, estimate_run
+from trimtab.memory.estimate import estimate_run
 from trimtab.runs.load import load_run
+from trimtab.tasks import RowSizes
 from trimtab.training.run import finetune
 
 TOKENS = ["<tool>", "</tool>"]

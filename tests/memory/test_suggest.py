@@ -15,9 +15,10 @@ from trimtab.data.rows import Source
 from trimtab.errors import ModelError
 from trimtab.machine import GIB
 from trimtab.memory import estimate
-from trimtab.memory.estimate import MemoryEstimate, RowSizes, RunMemory, estimate_run
+from trimtab.memory.estimate import MemoryEstimate, RunMemory, estimate_run
 from trimtab.memory.suggest import check_run, describe_run, suggest
 from trimtab.memory.trace import Trace
+from trimtab.tasks import RowSizes
 
 SIZES = RowSizes(length=64, labels=63)
 LLAMA_3_1_8B = {

@@ -9,8 +9,9 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import trimtab
-from trimtab.memory.trace import Batch, Trace
-from trimtab.tasks import Head
+from trimtab import tasks
+from trimtab.memory.trace import Trace
+from trimtab.tasks import Batch, Head
 
 BATCH = Batch(4, 64, 4 * 63)
 MIXED = [
@@ -38,7 +39,7 @@ def traced(make: Any, rules: Any, **settings: Any) -> dict[str, Any]:
     with torch.device("meta"):
         model = make()
     trimtab.attach(model, rules)
-    return Trace(model).run(BATCH, **settings)
+    return Trace(model, tasks.find("causal_lm")).run(BATCH, **settings)
 
 
 def kept_in_truth(make: Any, rules: Any) -> int:
@@ -138,7 +139,7 @@ def test_quantised_weights_and_the_one_that_is_unpacked() -> None:
     with torch.device("meta"):
         model = llama(torch.bfloat16)
     trimtab.attach(model, trimtab.Rule(match="*.q_proj", method="lora", rank=4))
-    found = Trace(model, quantisation="int8").run(BATCH)["training"]
+    found = Trace(model, tasks.find("causal_lm"), quantisation="int8").run(BATCH)["training"]
     plain = traced(lambda: llama(torch.bfloat16), trimtab.Rule(match="*.q_proj", method="lora", rank=4))["training"]
     rows = 5 * (64 + 32 + 32 + 64 + 160 + 160 + 64)
     numbers = 5 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 160)

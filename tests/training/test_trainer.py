@@ -81,7 +81,7 @@ def make_trainer(
         encoded,
         task=task,
         head=task.head(model),
-        tokenizer=tiny_tokenizer(),
+        reader=tiny_tokenizer(),
         folder=folder,
         record=lambda row: None,
         callbacks=callbacks,

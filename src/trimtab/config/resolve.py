@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fnmatch
+import glob
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -12,8 +14,8 @@ from trimtab.config.run import RunConfig
 from trimtab.config.start_from import attach_stored, trains_base
 from trimtab.errors import ConfigError, PlanError
 from trimtab.machine import best_precision
-from trimtab.models.load import empty_model, load_tokenizer
-from trimtab.models.locate import Source, locate
+from trimtab.models.load import empty_model, load_tokenizer, trained_beside
+from trimtab.models.locate import ModelHead, Source, locate
 from trimtab.models.new_tokens import rule_for
 from trimtab.models.positions import Positions, positions_of
 from trimtab.surgery.attach import attach
@@ -34,6 +36,7 @@ class Job:
         plan: its rules, checked, without the one about added tokens; None: the adapter that it begins from says them.
         precision: ``bfloat16`` or ``float32``, in which the run computes on this machine.
         dtype: that of the frozen weights.
+        task: the name of what the model is asked for; `trimtab.tasks.job_of` finds it where ``config`` says none.
     """
 
     config: RunConfig
@@ -41,6 +44,7 @@ class Job:
     plan: Plan | None
     precision: str
     dtype: torch.dtype
+    task: str = "causal_lm"
 
     @classmethod
     def of(cls, config: RunConfig) -> Job:
@@ -49,6 +53,10 @@ class Job:
         precision = precision_of(config)
         dtype = precision if config.model.dtype == "auto" else config.model.dtype
         return cls(config, source_of(config), plan_of(config), precision, getattr(torch, dtype))
+
+    def read_for(self, head: ModelHead) -> Job:
+        """The same run of a model that is read for ``head``."""
+        return replace(self, source=replace(self.source, head=head))
 
     @cached_property
     def positions(self) -> Positions:
@@ -85,17 +93,26 @@ class Job:
         return limit if limit is None else max(limit, self.max_length)
 
     def attach_to(self, model: Any) -> AttachReport:
-        """Attach what the run trains to ``model``: its plan with a rule for the rows of added tokens, or the adapter
-        that it begins from.
+        """Attach what the run trains to ``model``: its plan with rules for the rows of added tokens and for a head of
+        its own, or the adapter that it begins from.
 
         Raises PlanError or AdapterError for a plan or an adapter that is not of this model.
         """
         tokens = self.source.add_tokens
-        more = Rule(**rule_for(model, load_tokenizer(self.source), tokens)) if tokens else None
+        more = [Rule(**rule_for(model, load_tokenizer(self.source), tokens))] if tokens else []
+        if whole := [name for name in trained_beside(self.source, model) if not self._names(name)]:
+            more.append(Rule(match=[glob.escape(name) for name in whole], method="full"))
         if self.config.adapter is not None:
             return attach_stored(model, self.config.adapter, self.plan, more)
         assert self.plan is not None, "a configuration has a plan or an adapter"
-        return attach(model, self.plan if more is None else Plan([*self.plan.rules, more]))
+        return attach(model, Plan([*self.plan.rules, *more]))
+
+    def _names(self, module: str) -> bool:
+        """Whether a rule of the plan is about ``module`` by its name, which the user then decides about."""
+        rules = self.plan.rules if self.plan is not None else ()
+        last = module.rpartition(".")[2]
+        matches = (one for rule in rules for one in ([rule.match] if isinstance(rule.match, str) else rule.match))
+        return any(fnmatch.fnmatchcase(module, one) and last in one for one in matches)
 
     @property
     def trains_base(self) -> bool:
@@ -105,11 +122,12 @@ class Job:
         return any(rule.method_class.trains_base for rule in self.plan.rules)
 
 
-def source_of(config: RunConfig) -> Source:
-    """Where the model of ``config`` comes from."""
+def source_of(config: RunConfig, head: ModelHead | None = None) -> Source:
+    """Where the model of ``config`` comes from, read for ``head``; by default as a causal language model."""
     said = config.model
     source = locate(said.name, revision=said.revision, trust_remote_code=said.trust_remote_code)
-    return replace(source, add_tokens=said.add_tokens, chat_template=said.chat_template or "")
+    source = replace(source, add_tokens=said.add_tokens, chat_template=said.chat_template or "")
+    return source if head is None else replace(source, head=head)
 
 
 def plan_of(config: RunConfig) -> Plan | None:

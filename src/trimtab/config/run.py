@@ -25,7 +25,7 @@ from pydantic import (
     model_validator,
 )
 
-from trimtab import metrics
+from trimtab import listing, metrics
 from trimtab.config import values
 from trimtab.data import forms
 from trimtab.data.rows import Source
@@ -171,6 +171,13 @@ class TrainConfig(Section):
     warmup: Annotated[float | int, BeforeValidator(values.warmup)] = Field(
         0.03, description="The learning rate rises over these steps: a fraction of all steps below 1, or a number."
     )
+    class_weights: Annotated[Literal["balanced"] | dict[str, float] | None, BeforeValidator(values.class_weights)] = (
+        Field(
+            None,
+            description="What a row counts in the training loss of a classification, by its label. balanced: each "
+            "label as much as any other, however many rows it has; or a mapping of labels to numbers.",
+        )
+    )
     prompt_loss_weight: float = Field(
         0.0,
         ge=0,
@@ -235,6 +242,11 @@ class EvaluationConfig(Section):
 
 class RunConfig(Section):
     """Everything that decides a run."""
+
+    task: Annotated[str, AfterValidator(values.one_of(lambda: ["auto", *listing.names_of("tasks")]))] = Field(
+        "auto",
+        description="What the model is asked for. auto: found from the model and the keys of the rows, and said.",
+    )
 
     model: Annotated[ModelConfig, BeforeValidator(values.named)] = Field(
         description="The pretrained model: its name, or a mapping."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -21,13 +22,13 @@ from trimtab.surgery.attach_report import AttachReport
 from trimtab.surgery.plan import Plan, Rule
 
 
-def attach_stored(model: nn.Module, name: str, plan: Plan | None, more: Rule | None = None) -> AttachReport:
+def attach_stored(model: nn.Module, name: str, plan: Plan | None, more: Sequence[Rule] = ()) -> AttachReport:
     """Attach the adapter ``name`` to ``model``; its tensors are trained on. A model without weights, on the meta
     device, shows what would become of it.
 
     Args:
         plan: what the configuration says of it; None: the adapter says it itself.
-        more: a rule that the adapter has to obey besides.
+        more: rules that the adapter has to obey besides.
 
     Raises:
         AdapterError: there is no such adapter, or it was made for another model.
@@ -35,13 +36,15 @@ def attach_stored(model: nn.Module, name: str, plan: Plan | None, more: Rule | N
     """
     if plan is None:
         stored = read_adapter(name)
-        if more is not None and not any(fnmatch(module, glob) for module in stored for glob in more.match):
-            raise PlanError(
-                f"adapter: {name} does not train {', '.join(more.match)}, and model.add_tokens needs it to; begin from "
-                "an adapter that was trained with these tokens, or without model.add_tokens"
-            )
+        for rule in more:
+            if not any(fnmatch(module, glob) for module in stored for glob in rule.match):
+                raise PlanError(
+                    f"adapter: {name} does not train {', '.join(rule.match)}, which this run needs it to: the rows of "
+                    "model.add_tokens, or the head of its task. Begin from an adapter that was trained so, or without "
+                    "adapter"
+                )
         return _shortened(model, load_adapter(model, name))
-    report = attach(model, plan if more is None else Plan([*plan.rules, more]))
+    report = attach(model, Plan([*plan.rules, *more]))
     try:
         load_adapter(model, name)
     except AdapterError as error:

@@ -31,6 +31,20 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
+def class_weights(value: object) -> object:
+    """``balanced``, or a mapping of labels to positive numbers."""
+    if value is None or value == "balanced":
+        return value
+    if not isinstance(value, Mapping) or not value:
+        raise ValueError(f"expected balanced, null, or a mapping of labels to numbers, got {show(value)}")
+    weights = {}
+    for label, weight in value.items():
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+            raise ValueError(f"expected a positive number for '{label}', got {show(weight)}")
+        weights[str(label)] = float(weight)
+    return weights
+
+
 def sources(value: object) -> tuple[Source, ...]:
     """Where rows come from: a path, a mapping of `Source`'s keys, or a list of such."""
     items = value if isinstance(value, list | tuple) else [value]

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Literal
 
-from trimtab.data.rows import Example
+from trimtab.data.rows import Answered, Example
 from trimtab.errors import DataError
 
 MOST_CHOICES, MOST_WORDS, FEWEST_REPEATS = 20, 5, 5
@@ -27,7 +27,7 @@ def infer_choices(examples: Sequence[Example]) -> list[str] | None:
     return sorted(choices) if closed else None
 
 
-def check_choices(choices: Sequence[str], examples: Sequence[Example]) -> list[str]:
+def check_choices(choices: Sequence[str], examples: Sequence[Answered]) -> list[str]:
     """The choices without outer white space.
 
     Raises:

@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, TypedDict
+from typing import Any, Protocol, TypedDict, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
@@ -104,10 +104,33 @@ class Example:
         return replace(self, text=text, trained=((start, len(text)),), answer=answer, ends=ends)
 
 
-def digest(examples: Sequence[Example], times: Sequence[int] | None = None) -> str:
+class Answered(Protocol):
+    """What all tasks' rows have: where they stand, and what the right answer is."""
+
+    @property
+    def source(self) -> str: ...
+    @property
+    def number(self) -> int: ...
+    @property
+    def form(self) -> str: ...
+    @property
+    def entry(self) -> Source | None: ...
+    @property
+    def place(self) -> str: ...
+    @property
+    def prompt(self) -> str: ...
+    @property
+    def answer(self) -> str | None: ...
+
+
+OneAnswered = TypeVar("OneAnswered", bound=Answered)
+
+
+def digest(examples: Sequence[Answered], times: Sequence[int] | None = None) -> str:
     """By which the same rows are known again, in their order and each so many ``times``, wherever they lie."""
-    content = [part.name for part in fields(Example) if part.name not in ("source", "number", "entry")]
     found = hashlib.sha256()
+    kept = ("source", "number", "entry")
+    content = [part.name for part in fields(examples[0]) if part.name not in kept] if examples else []  # type: ignore[arg-type]
     for index, example in enumerate(examples):
         said = [getattr(example, name) for name in content]
         found.update(json.dumps([said, times[index] if times is not None else 1]).encode())

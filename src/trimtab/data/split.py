@@ -7,11 +7,11 @@ import random
 from collections import defaultdict
 from collections.abc import Sequence
 
-from trimtab.data.rows import Example
+from trimtab.data.rows import Answered, OneAnswered
 from trimtab.errors import DataError
 
 
-def draw(examples: Sequence[Example], count: int, seed: int, choices: Sequence[str] | None) -> list[Example]:
+def draw(examples: Sequence[OneAnswered], count: int, seed: int, choices: Sequence[str] | None) -> list[OneAnswered]:
     """``count`` of the rows, or all if there are no more, in their order; files and choices keep their shares."""
     if count >= len(examples):
         return list(examples)
@@ -19,8 +19,8 @@ def draw(examples: Sequence[Example], count: int, seed: int, choices: Sequence[s
 
 
 def split_off(
-    examples: Sequence[Example], fraction: float, seed: int, choices: Sequence[str] | None
-) -> tuple[list[Example], list[Example]]:
+    examples: Sequence[OneAnswered], fraction: float, seed: int, choices: Sequence[str] | None
+) -> tuple[list[OneAnswered], list[OneAnswered]]:
     """Training rows, and ``fraction`` of the rows for validation; in both, files and choices keep their shares.
 
     Raises DataError if either would be empty.
@@ -34,7 +34,7 @@ def split_off(
     return training, validation
 
 
-def times_an_epoch(examples: Sequence[Example], seed: int, choices: Sequence[str] | None) -> list[int]:
+def times_an_epoch(examples: Sequence[Answered], seed: int, choices: Sequence[str] | None) -> list[int]:
     """How often each row comes in an epoch, by the weight of its source.
 
     The whole part of a weight is how often every row comes. Of the rest, such as 0.3, three tenths of the rows come
@@ -53,15 +53,15 @@ def times_an_epoch(examples: Sequence[Example], seed: int, choices: Sequence[str
 
 
 def _partition(
-    examples: Sequence[Example], fraction: float, seed: int, choices: Sequence[str] | None
-) -> tuple[list[Example], list[Example]]:
+    examples: Sequence[OneAnswered], fraction: float, seed: int, choices: Sequence[str] | None
+) -> tuple[list[OneAnswered], list[OneAnswered]]:
     """``fraction`` of the rows drawn at random, and the remaining rows, both in their order."""
     drawn = _drawn(examples, fraction, seed, choices)
     rest = [example for index, example in enumerate(examples) if index not in drawn]
     return [example for index, example in enumerate(examples) if index in drawn], rest
 
 
-def _drawn(examples: Sequence[Example], fraction: float, seed: int, choices: Sequence[str] | None) -> set[int]:
+def _drawn(examples: Sequence[Answered], fraction: float, seed: int, choices: Sequence[str] | None) -> set[int]:
     """The places of ``fraction`` of the rows, drawn at random from each group.
 
     A group is one file and, where there are ``choices``, one answer in it. What rounding leaves over in one group is

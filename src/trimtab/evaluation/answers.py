@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from typing import Any
 
-from trimtab.data.rows import Example
+from trimtab.data.rows import Answered, Example
 from trimtab.evaluation.choice import ChoiceScores
 from trimtab.evaluation.closed_set import class_details
 from trimtab.evaluation.generation import Generated, same_answer
@@ -37,6 +37,10 @@ class Judged:
     rows: list[Prediction]
     details: dict[str, Any] = field(default_factory=dict)
 
+    def with_loss(self, loss: float, tokens: int) -> Outcomes:
+        """The outcomes, with the summed loss of so many tokens or labels."""
+        return replace(self.outcomes, loss=loss, tokens=tokens)
+
 
 Judge = Callable[[Sequence[Example], Sequence[Generated]], Judged]
 """Judges the answers that were written to some rows."""
@@ -47,7 +51,7 @@ KEPT_SCORES = 20
 _NUMBER = re.compile(r"[-+]?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
 
 
-def prediction(index: int, example: Example, predicted: str, correct: bool, **more: Any) -> Prediction:
+def prediction(index: int, example: Answered, predicted: str, correct: bool, **more: Any) -> Prediction:
     """The prediction of the row at ``index``."""
     return Prediction(
         row=index + 1,

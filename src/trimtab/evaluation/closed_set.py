@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from trimtab.metrics import Outcomes
-from trimtab.runs.results import ClassScore, Majority
+from trimtab.runs.results import Majority, class_scores
 
 
 def class_details(rows: Outcomes) -> dict[str, Any]:
@@ -21,14 +21,10 @@ def class_details(rows: Outcomes) -> dict[str, Any]:
     from sklearn.metrics import confusion_matrix
 
     labels, classes = list(rows.choices), rows.classes
-    columns = (column.tolist() for column in classes)
     most = int(classes.rows.argmax())
     return {
         "choices": labels,
-        "per_class": {
-            label: ClassScore(precision=precision, recall=recall, f1=f1, rows=int(count))
-            for label, precision, recall, f1, count in zip(labels, *columns, strict=True)
-        },
+        "per_class": class_scores(labels, classes),
         "confusion": confusion_matrix(rows.truth, rows.predicted, labels=labels).tolist(),
         "majority": Majority(answer=labels[most], accuracy=float(classes.rows[most] / classes.rows.sum())),
     }

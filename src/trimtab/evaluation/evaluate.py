@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -119,7 +119,7 @@ def evaluate(
             written = generate_answers(head, tokenizer, examples, max_new_tokens=max_new_tokens, **settings)
             judged = judge(examples, written)
             loss, tokens = token_loss(head, tokenizer, examples, **{**settings, "progress": None})
-    outcomes = replace(judged.outcomes, loss=checked(loss, tokens), tokens=tokens)
+    outcomes = judged.with_loss(checked(loss, tokens), tokens)
     short = shortened(examples, tokenizer, limit, max_new_tokens if writes else None)
     lengths = {"cut": short.cut, "left_out": len(short.left_out)}
     record = RESULTS[judged.kind](

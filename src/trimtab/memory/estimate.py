@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import psutil
 import torch
 
+from trimtab import tasks
 from trimtab.config.resolve import Job
 from trimtab.config.run import RunConfig
 from trimtab.data.batches import TOKENS
 from trimtab.machine import GIB
-from trimtab.memory.trace import Batch, Trace
-from trimtab.models.causal_head import IGNORED
+from trimtab.memory.trace import Trace
 from trimtab.models.head_loss import FROZEN_CHUNK
 from trimtab.models.load import empty_model, load_config_only
 from trimtab.models.quantise import quantising_bytes, stored_sizes
 from trimtab.surgery.attach_report import AttachReport
-from trimtab.tasks import Inputs
+from trimtab.tasks import Batch, RowSizes
 
 BEYOND = 220 * 2**20
 """Bytes that a run's process holds at its peak beyond its tensors and what the process of ``trimtab plan`` holds:
@@ -81,37 +80,6 @@ class MemoryEstimate:
 
 
 @dataclass(frozen=True)
-class RowSizes:
-    """All that a run's rows mean for its memory.
-
-    Attributes:
-        length: tokens of the longest row.
-        labels: positions of a long row that carry loss.
-        evaluated: whether there are validation or test rows.
-        generates: whether their answers are generated.
-    """
-
-    length: int
-    labels: int
-    evaluated: bool = False
-    generates: bool = False
-
-    @classmethod
-    def of(cls, config: RunConfig, inputs: Inputs) -> RowSizes:
-        """The sizes of rows that have been read."""
-        lengths = inputs.rows.lengths
-        longest = sorted(range(len(lengths)), key=lambda row: -lengths[row])[: config.train.batch_size]
-        labels = sum(label != IGNORED for row in longest for label in inputs.rows[row]["labels"])
-        tested = [example for rows in inputs.tests.values() for example in rows]
-        return cls(
-            max(lengths),
-            math.ceil(labels / len(longest)),
-            bool(inputs.validation or tested),
-            not inputs.scored and any(example.answer is not None for example in tested),
-        )
-
-
-@dataclass(frozen=True)
 class RunMemory:
     """The estimates of a run's moments: loading, evaluating, training.
 
@@ -153,10 +121,11 @@ def estimate_run(job: Job, sizes: RowSizes) -> RunMemory:
     packed = stored_sizes(model, config.quantisation)
     # A weight that is quantised is read through a map of its own, which is given back with it.
     files = stored.itemsize * sum(one.numel() for one in model.parameters() if id(one) not in packed)
-    vocabulary = model.config.get_text_config().vocab_size
+    task = tasks.of(job)
+    vocabulary = task.logits_width(model)
     quantising = quantising_bytes(model, config.quantisation)
     attached = job.attach_to(model)
-    trace = Trace(model, quantisation=config.quantisation)
+    trace = Trace(model, task, quantisation=config.quantisation)
     standing, uncounted = trace.standing, None
     labels = sizes.length - 1 if train.prompt_loss_weight else sizes.labels
     batch = Batch(train.batch_size, sizes.length, train.batch_size * labels)

@@ -8,19 +8,17 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from trimtab import bases
+from trimtab import bases, tasks
 from trimtab.config.resolve import Job
-from trimtab.config.run import RunConfig
 from trimtab.data.sources import is_local
 from trimtab.errors import TrimtabError
 from trimtab.machine import GIB, available_memory, check_fits, device
-from trimtab.memory.estimate import RowSizes, RunMemory, estimate_run
+from trimtab.memory.estimate import RunMemory, estimate_run
 from trimtab.models.gguf import is_dequantised
-from trimtab.models.load import load_tokenizer
 from trimtab.runs.events import Listener
 from trimtab.runs.records import PlanRecord
 from trimtab.surgery.attach_report import AttachReport
-from trimtab.tasks import Inputs, read_inputs
+from trimtab.tasks import Inputs, RowSizes
 
 Change = Mapping[str, Any]
 """Settings by their dotted keys."""
@@ -70,7 +68,7 @@ def suggest(job: Job, sizes: RowSizes) -> list[Suggestion]:
     attempts = _attempts(job, sizes)
 
     def fitting(change: Change) -> Suggestion | None:
-        memory = _with(job.config, sizes, change)
+        memory = _with(job, sizes, change)
         return Suggestion(change, memory) if memory.hardest.needed <= room else None
 
     for ladders in attempts:
@@ -87,7 +85,7 @@ def suggest(job: Job, sizes: RowSizes) -> list[Suggestion]:
 def read_rows(job: Job) -> tuple[Inputs | None, str]:
     """The rows of ``job``, where their files and the tokenizer are there to be read, and a word on where their length
     is from: the longest of them, or else ``data.max_length``."""
-    config, data, source = job.config, job.config.data, job.source
+    data, source = job.config.data, job.source
     why = f"the cap data.max_length = {job.max_length}, since"
     measured = [*(data.validation if isinstance(data.validation, tuple) else ()), *chain(*data.test.values())]
     if missing := [source.path for source in (*data.train, *measured) if not is_local(source.path, Path.cwd())]:
@@ -95,7 +93,7 @@ def read_rows(job: Job) -> tuple[Inputs | None, str]:
     if source.kind == "gguf" and not is_dequantised(Path(source.location)):
         return None, f"{why} the tokenizer is still in {Path(source.location).name}"
     try:
-        inputs = read_inputs(config, load_tokenizer(source), Listener(), job.max_length)
+        inputs = (task := tasks.of(job)).read(job, task.reader(source), Listener())
     except TrimtabError as error:
         return None, f"{why} the rows cannot be read ({error})"
     return inputs, "the longest row"
@@ -110,7 +108,10 @@ def describe_run(job: Job, length: int | None = None, check: Check | None = None
         check: what a run does before it begins (`training.checks`): it gives what the user should know, and raises.
     """
     inputs, origin = read_rows(job)
-    sizes = RowSizes.of(job.config, inputs) if inputs is not None else _capped(job)
+    task = tasks.of(job)
+    if inputs is not None:
+        job = job.read_for(task.head_for(job, inputs))
+    sizes = task.sizes(job, inputs) if inputs is not None else task.largest(job)
     if length is not None:
         sizes, origin = replace(sizes, length=length, labels=length - 1), "--length"
     memory, room = estimate_run(job, sizes), available_memory(device())
@@ -152,11 +153,6 @@ def _rows(inputs: Inputs | None) -> dict[str, Any] | None:
     }
 
 
-def _capped(job: Job) -> RowSizes:
-    data = job.config.data
-    return RowSizes(job.max_length, job.max_length - 1, bool(data.test or data.validation))
-
-
 def _attempts(job: Job, sizes: RowSizes) -> Iterator[list[list[Change]]]:
     """Ladders of changes, each from mild to strong: first of single changes, then of more and more at once."""
     config, train = job.config, job.config.train
@@ -190,8 +186,9 @@ def _shorter(length: int) -> Iterator[int]:
         yield length
 
 
-def _with(config: RunConfig, sizes: RowSizes, change: Change) -> RunMemory:
+def _with(job: Job, sizes: RowSizes, change: Change) -> RunMemory:
     """The estimate after ``change``."""
+    config = job.config
     train = {key.removeprefix("train."): value for key, value in change.items() if key.startswith("train.")}
     changed: dict[str, Any] = {"train": config.train.model_copy(update=train)}
     if (quantisation := change.get("quantisation")) is not None:
@@ -199,4 +196,4 @@ def _with(config: RunConfig, sizes: RowSizes, change: Change) -> RunMemory:
     config = config.model_copy(update=changed)
     if (length := change.get("data.max_length")) is not None:
         sizes = replace(sizes, length=length, labels=min(sizes.labels, length - 1))
-    return estimate_run(Job.of(config), sizes)
+    return estimate_run(replace(Job.of(config), task=job.task, source=job.source), sizes)

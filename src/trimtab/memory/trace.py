@@ -21,21 +21,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import masking_utils
 
 from trimtab.memory.tracker import OTHER, Label, Ledger
-from trimtab.models.causal_head import Head
 from trimtab.models.quantise import stored_sizes
 from trimtab.surgery.adapted import Adapted, block_lists
+from trimtab.tasks import Batch, Task
 
 Bytes = Mapping[str, int]
 """Bytes by what they are for: weights, adapters, gradients, optimiser, activations."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """The size of a batch: ``rows`` of ``length`` tokens. ``labels`` of all its positions carry loss."""
-
-    rows: int
-    length: int
-    labels: int
 
 
 @dataclass
@@ -61,15 +52,17 @@ class Trace:
     """A model made ready to be traced, once.
 
     Args:
-        model: a transformers causal language model on the meta device, with its adapters. It cannot be used afterwards.
+        model: a transformers model on the meta device, with its adapters. It cannot be used afterwards.
+        task: what it is asked for.
         quantisation: how the base weights of linear layers other than the head are stored.
 
     Attributes:
         standing: what is held whatever the batch is: weights, adapters, their gradients and AdamW's moments.
     """
 
-    def __init__(self, model: Any, *, quantisation: str = "none") -> None:
+    def __init__(self, model: Any, task: Task, *, quantisation: str = "none") -> None:
         self._model = model
+        self._task = task
         self._packed = stored_sizes(model, quantisation)
         self._unpacked = max((weight.nbytes for weight in model.parameters() if id(weight) in self._packed), default=0)
         self.standing = self._standing()
@@ -141,12 +134,12 @@ class Trace:
             del means
         return peaks
 
-    def _head(self) -> Head:
+    def _head(self) -> Any:
         """Probed without blocks, which take no part in what it finds out."""
         lists = [(blocks, list(blocks)) for blocks in block_lists(self._model)]
         for blocks, _ in lists:
             del blocks[:]
-        head = Head(self._model)
+        head = self._task.head(self._model)
         for blocks, kept in lists:
             blocks.extend(kept)
         return head
@@ -209,21 +202,18 @@ class Trace:
             )
         return optimiser
 
-    def _evaluate(self, head: Head, batch: Batch, generates: bool) -> Bytes:
+    def _evaluate(self, head: Any, batch: Batch, generates: bool) -> Bytes:
         self._model.eval()
-        ids, labels = self._begin(batch)
+        tensors = self._begin(batch)
         with torch.no_grad():
-            if generates:
-                held = self._model(input_ids=ids, use_cache=True, logits_to_keep=1)
-            else:
-                held = head.loss_at_labels(ids, labels, num_items=1)
+            held = self._task.foresee(head, tensors, generates=generates)
             self._kept()
             del held
         return self._end()
 
-    def _train(self, head: Head, batch: Batch, trained: list[nn.Parameter], optimiser: torch.optim.Optimizer) -> Bytes:
-        ids, labels = self._begin(batch)
-        loss = head.loss_at_labels(ids, labels, num_items=torch.tensor(batch.labels))
+    def _train(self, head: Any, batch: Batch, trained: list[nn.Parameter], optimiser: torch.optim.Optimizer) -> Bytes:
+        tensors = self._begin(batch)
+        loss = self._task.loss(head, tensors, count=torch.tensor(batch.labels))
         self._kept()
         loss.backward()
         del loss
@@ -234,13 +224,12 @@ class Trace:
 
     # The turns of the blocks ---------------------------------------------------------------------------------------
 
-    def _begin(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _begin(self, batch: Batch) -> dict[str, Tensor]:
         self._labels = batch.labels
-        ids = torch.zeros(batch.rows, batch.length, dtype=torch.int64)
-        labels = torch.zeros_like(ids)
+        tensors = self._task.sample(self._model, batch)
         self._pass = _Pass(self._ledger.held.copy(), dict.fromkeys(range(len(self._blocks)), "waiting"))
         self._ledger.mark()
-        return ids, labels
+        return tensors
 
     def _turn(self, stages: Mapping[int, str]) -> None:
         """Some blocks enter another stage, so a new stretch begins."""

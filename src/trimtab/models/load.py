@@ -20,7 +20,6 @@ import torch
 import transformers
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -31,6 +30,7 @@ from transformers.utils import logging as transformers_logging
 from trimtab.errors import ModelError
 from trimtab.models.chat_template import checked_template
 from trimtab.models.gguf import dequantised_folder, gguf_config
+from trimtab.models.heads import POOLER, draw, head_modules, is_known, poolers
 from trimtab.models.locate import Source
 from trimtab.models.new_tokens import add_tokens, make_room
 from trimtab.models.tensors import Weights
@@ -53,6 +53,18 @@ def load_config_only(source: Source) -> PretrainedConfig:
             check_config(folder)
         config: PretrainedConfig = AutoConfig.from_pretrained(source.location, **_options(source))
         return config
+
+
+def _config_with_head(source: Source) -> PretrainedConfig:
+    """The configuration of the model with the labels that it is read for."""
+    config, head = load_config_only(source), source.head
+    if head.problem:
+        config.id2label = dict(enumerate(head.names))
+        config.label2id = {name: number for number, name in enumerate(head.names)}
+        config.problem_type = head.problem  # type: ignore[assignment]
+        if config.pad_token_id is None and "ImageClassification" not in head.model_class:
+            config.pad_token_id = load_tokenizer(source).pad_token_id  # by which a decoder's head finds a text's end
+    return config
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
@@ -90,20 +102,18 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     attention: str = "auto",
     quantisation: str = "none",
-    model_class: str = "AutoModelForCausalLM",
 ) -> PreTrainedModel:
     """The model in ``dtype``, in eval mode, on the processor.
 
     Args:
-        source: from ``locate``.
+        source: from ``locate``; its ``head`` says what the model is read for.
         dtype: the floating point type of the weights.
         attention: ``auto`` (what transformers prefers), ``sdpa`` or ``eager``.
         quantisation: ``none``, or the quantised base that its linear layers are packed as while they are read.
-        model_class: the class of transformers that reads the folder.
 
     Raises:
-        ModelError: it cannot be fetched or read, has no safetensors, lacks weights, is not a causal language model,
-            or cannot be quantised.
+        ModelError: it cannot be fetched or read, has no safetensors, lacks weights, is no model of the class that is
+            asked for, or cannot be quantised.
     """
     if source.kind == "folder":
         _check_weights(Path(source.location))
@@ -111,7 +121,9 @@ def load_model(
         check_weights(folder)
     options = _options(source) | ({} if attention == "auto" else {"attn_implementation": attention})
     with _loading(source, "model"):
-        loaded: Any = getattr(transformers, model_class).from_pretrained(
+        if source.head.problem:
+            options |= {"config": _config_with_head(source), "ignore_mismatched_sizes": True}
+        loaded: Any = getattr(transformers, source.head.model_class).from_pretrained(
             _location(source),
             # In the dtype of the files, weights are only mapped, and are read one by one while they are quantised.
             dtype=dtype if quantisation == "none" else "auto",
@@ -123,7 +135,8 @@ def load_model(
     model, report = loaded
     if source.kind == "hub" and (folder := _fetched(source, "config.json")):
         check_weights(folder)  # what has been fetched only now
-    if missing := sorted(report["missing_keys"]):
+    drawn = _draw_head(model, source, {*report["missing_keys"], *(one[0] for one in report["mismatched_keys"])})
+    if missing := sorted({*report["missing_keys"], *(one[0] for one in report["mismatched_keys"])} - drawn):
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise ModelError(
             f"{source.name}: {len(missing)} weights of a {type(model).__name__} are not in its files ({shown}). "
@@ -142,16 +155,45 @@ def load_model(
     return model
 
 
+def trained_beside(source: Source, model: Any) -> list[str]:
+    """The modules of ``model`` that are trained whole beside an adapter: its head, and what its files lack below it."""
+    if not source.head.problem:
+        return []
+    below = poolers(model)
+    if below and not (source.kind == "hub" and model.device.type == "meta"):
+        stored = list(Weights(weights_folder(source)))
+        below = [name for name in below if not any(key.endswith(_end_of(name)) for key in stored)]
+    return [*head_modules(model), *below]
+
+
+def _end_of(name: str) -> str:
+    """By which the weight of a pooler is known in a file, whatever stands before."""
+    return f"{name[name.index(POOLER) :]}.weight"
+
+
+def _draw_head(model: Any, source: Source, missing: set[str]) -> set[str]:
+    """Draw the head of ``model`` anew, unless it brings one for the very labels; gives those of the ``missing`` weights
+    that are none any more."""
+    if not source.head.problem:
+        return set()
+    heads, lacking = head_modules(model), {name.rpartition(".")[0] for name in missing}
+    wanted = lacking & set(poolers(model))
+    if lacking & set(heads) or not is_known(load_config_only(source), source.head.names):
+        wanted |= set(heads)
+    draw(model, sorted(wanted), source.head.seed)
+    return {name for name in missing if name.rpartition(".")[0] in wanted}
+
+
 def empty_model(source: Source, dtype: torch.dtype = torch.float32, attention: str = "auto") -> PreTrainedModel:
     """The model on the meta device, made from its configuration: with every shape, and without weights.
 
-    Raises ModelError as ``load_config_only`` does, or if it is not a causal language model.
+    Raises ModelError as ``load_config_only`` does, or if it is no model of the class that is asked for.
     """
-    config = load_config_only(source)
+    config = _config_with_head(source)
     options: dict[str, Any] = {} if attention == "auto" else {"attn_implementation": attention}
     building = within("making it from its configuration", seconds=_SECONDS)
     with _loading(source, "model"), building, torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        model: PreTrainedModel = getattr(transformers, source.head.model_class).from_config(
             config, dtype=dtype, trust_remote_code=source.trust_remote_code, **options
         )
         if source.add_tokens:

@@ -22,6 +22,29 @@ from trimtab.errors import ModelError, did_you_mean
 
 
 @dataclass(frozen=True)
+class ModelHead:
+    """What a model is read for.
+
+    Attributes:
+        model_class: the class of transformers that reads its folder.
+        problem: ``single_label_classification``, ``multi_label_classification`` or ``regression``, as transformers
+            names them; empty where the model brings the head that it needs.
+        labels: what the head tells apart, in the order of its rows; none for a regression.
+        seed: by which the head is drawn, where the model brings none for these labels.
+    """
+
+    model_class: str = "AutoModelForCausalLM"
+    problem: str = ""
+    labels: tuple[str, ...] = ()
+    seed: int = 0
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """A name for each row of the head, as transformers has them."""
+        return self.labels or ("LABEL_0",)
+
+
+@dataclass(frozen=True)
 class Source:
     """Where a model comes from."""
 
@@ -37,6 +60,8 @@ class Source:
     """Tokens to add to its vocabulary."""
     chat_template: str = ""
     """The Jinja text of a chat template in place of the tokenizer's own; empty for that."""
+    head: ModelHead = ModelHead()
+    """What the model is read for."""
     advice: str = ""
     """What to do if the model cannot be fetched."""
 

@@ -16,9 +16,10 @@ from trimtab.config.run import RunConfig
 from trimtab.errors import AdapterError, ConfigError, RunError
 from trimtab.machine import best_precision, check_fits, device
 from trimtab.models.load import empty_model, load_model, load_tokenizer
-from trimtab.models.locate import Source, locate
+from trimtab.models.locate import ModelHead, Source, locate
 from trimtab.models.quantise import weight_bytes
 from trimtab.runs.folder import RunFolder
+from trimtab.runs.records import Summary
 from trimtab.surgery.adapted import adapted_modules
 
 
@@ -76,12 +77,17 @@ def load_run_model(
     said = (summary and summary.precision) or precision_of(config)
     trained = said if config.model.dtype == "auto" else config.model.dtype
     quantisation = config.quantisation if quantised else "none"
-    model = load_fitting(source_of(config), trained, config.model.attention, quantisation)
+    model = load_fitting(source_of(config, head_of(summary)), trained, config.model.attention, quantisation)
     if dtype is not None:
         model = model.to(getattr(torch, dtype))
     if adapter:
         load_finite(model, folder.adapter)
     return model.to(device()).eval()
+
+
+def head_of(summary: Summary | None) -> ModelHead:
+    """What the model of a run with this summary was read for."""
+    return summary.head.head if summary is not None and summary.head is not None else ModelHead()
 
 
 def load_finite(model: Any, folder: Path) -> None:

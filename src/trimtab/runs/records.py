@@ -25,6 +25,7 @@ from pydantic import (
 
 from trimtab.files import write_json
 from trimtab.metrics import METRICS
+from trimtab.models.locate import ModelHead
 
 if TYPE_CHECKING:
     from trimtab.surgery.attach_report import AttachReport
@@ -241,6 +242,27 @@ class BeganFrom(Record):
     sha256: str
 
 
+class HeadRecord(Record):
+    """What the model of a run was read for; its fields are those of `ModelHead`."""
+
+    model_class: str
+    problem: str
+    labels: list[str] = []
+    seed: int = 0
+
+    @classmethod
+    def of(cls, head: ModelHead) -> HeadRecord | None:
+        """None where the model brought its head."""
+        if head == ModelHead():
+            return None
+        return cls(model_class=head.model_class, problem=head.problem, labels=list(head.labels), seed=head.seed)
+
+    @property
+    def head(self) -> ModelHead:
+        """The same for `Source`."""
+        return ModelHead(self.model_class, self.problem, tuple(self.labels), self.seed)
+
+
 class Summary(Record):
     """``summary.json``; a run that was stopped early leaves parts of it out.
 
@@ -249,6 +271,7 @@ class Summary(Record):
         trained: whether training is over and its adapter written; None in what an earlier version wrote.
         precision: what the run computed in.
         best_step: whose adapter the run ended with; None: that of the last one.
+        task: what the model is asked for; ``head``: what it was read for, where it is no causal language model.
         form: of the rows; ``choices``: the closed set of their answers, if they have one.
         train_tokens: of all training rows once.
         learning_rate: the peak rate, as it was said or found.
@@ -267,6 +290,8 @@ class Summary(Record):
     precision: str | None = None
     quantisation: str | None = None
     best_step: int | None = None
+    task: str | None = None
+    head: HeadRecord | None = None
     form: str | None = None
     choices: list[str] | None = None
     train_rows: int | None = None

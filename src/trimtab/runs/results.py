@@ -5,14 +5,14 @@ The metrics of a result are its ``figures``; `trimtab.metrics` has the table of 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, get_args
 
 from pydantic import Field, TypeAdapter, model_validator
 from pydantic_core import PydanticCustomError
 
-from trimtab.metrics import main_metric
+from trimtab.metrics import ClassFigures, main_metric
 from trimtab.runs.records import FiguresRecord, Record
 
 
@@ -30,6 +30,15 @@ class ClassScore(Record):
     recall: float
     f1: float
     rows: int
+
+
+def class_scores(labels: Sequence[str], figures: ClassFigures) -> dict[str, ClassScore]:
+    """How well each of ``labels`` is recognised."""
+    columns = (column.tolist() for column in figures)
+    return {
+        label: ClassScore(precision=precision, recall=recall, f1=f1, rows=int(count))
+        for label, precision, recall, f1, count in zip(labels, *columns, strict=True)
+    }
 
 
 class QuestionScore(FiguresRecord):
@@ -154,7 +163,15 @@ class PerplexityResult(_Result):
     tokens: int | None = None
 
 
-Result = ChoiceResult | MultipleChoiceResult | GenerationResult | PerplexityResult
+class LabelsResult(_Result):
+    """Rows that may have several labels each. ``per_class``: each label by itself."""
+
+    kind: Literal["labels"] = "labels"
+    choices: list[str]
+    per_class: dict[str, ClassScore] = Field(default_factory=dict)
+
+
+Result = ChoiceResult | MultipleChoiceResult | GenerationResult | PerplexityResult | LabelsResult
 
 RESULTS: dict[str, type[Result]] = {kind.model_fields["kind"].default: kind for kind in get_args(Result)}
 """The class of each kind of result."""

@@ -1,19 +1,32 @@
 """The tasks: what a model is asked for. One file is one task, and the file's name is the task's name.
 
-A task says which class of model it takes, how its rows are read and batched, what its loss is, by which metrics a step
-can be chosen as the best, and what is trained beside the adapter (`_task.py`). Putting such a file into this folder is
-all it takes.
+A task says which class of model it takes, how its rows are read and batched, what its loss is, how it is measured, and
+what head is trained beside the adapter (`_task.py`). Putting such a file into this folder is all it takes.
 """
 
 from __future__ import annotations
 
-from trimtab import listing
-from trimtab.errors import ConfigError, did_you_mean
-from trimtab.models.causal_head import Head
-from trimtab.tasks._inputs import Inputs, read_inputs
-from trimtab.tasks._task import Task
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
 
-__all__ = ["Head", "Inputs", "Task", "find", "names", "read_inputs"]
+from trimtab import listing
+from trimtab.config.resolve import Job
+from trimtab.config.run import RunConfig
+from trimtab.data.sources import is_local, rows_of
+from trimtab.errors import ConfigError, TrimtabError, did_you_mean
+from trimtab.models.causal_head import Head
+from trimtab.models.family import family
+from trimtab.models.load import load_config_only
+from trimtab.models.locate import ModelHead
+from trimtab.tasks._inputs import Inputs
+from trimtab.tasks._sizes import Batch, RowSizes
+from trimtab.tasks._task import Task
+from trimtab.tasks._texts import read_inputs
+
+__all__ = ["Batch", "Head", "Inputs", "RowSizes", "Task", "find", "job_of", "names", "of", "read_inputs"]
 
 
 def names() -> list[str]:
@@ -21,8 +34,45 @@ def names() -> list[str]:
     return listing.names(__path__)
 
 
+@cache
 def find(name: str) -> Task:
     """The task of that name. Raises ConfigError, which names the nearest, if there is none."""
     if name not in names():
         raise ConfigError(f"no task '{name}': expected one of {', '.join(names())}.{did_you_mean(name, names())}")
     return listing.class_in(__name__, name, Task)()  # type: ignore[type-abstract]
+
+
+def of(job: Job) -> Task:
+    """The task of a job that ``job_of`` made."""
+    return find(job.task)
+
+
+def job_of(config: RunConfig) -> Job:
+    """What ``config`` names, with its task: where it says none, the one that its model and the first row speak for.
+
+    Raises as ``Job.of`` does.
+    """
+    job = Job.of(config)
+    name = _meant(job) if config.task == "auto" else config.task
+    return replace(job, task=name).read_for(ModelHead(find(name).model_class))
+
+
+def _meant(job: Job) -> str:
+    if job.source.kind == "gguf":
+        return "causal_lm"
+    model = load_config_only(job.source)
+    kind, classes = family(model), list(model.architectures or [])
+    row = None if kind == "decoder" and classes and classes[0].endswith(("ForCausalLM", "LMHeadModel")) else _first(job)
+    tasks = sorted(map(find, names()), key=lambda task: task.precedence)
+    return next(task.name for task in tasks if task.suits(kind, classes, row))
+
+
+def _first(job: Job) -> Mapping[str, Any] | None:
+    """The first training row under our keys, where it can be read."""
+    source = job.config.data.settled(job.config.data.train)[0]
+    if not is_local(source.path, Path.cwd()):
+        return None
+    try:
+        return next(rows_of(source, root=Path.cwd())).value
+    except TrimtabError:
+        return None  # whoever reads the rows says what is wrong with them

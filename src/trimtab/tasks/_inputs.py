@@ -1,25 +1,18 @@
-"""The rows of a run: read, recognised, split, tokenised."""
+"""The rows of a run: read, recognised, split, encoded, each by what its task says of it."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from typing import Any, Generic
 
-from trimtab.config.resolve import LONGEST_ROW
 from trimtab.config.run import RunConfig
-from trimtab.data.choices import check_choices, infer_choices
-from trimtab.data.forms import read_examples
-from trimtab.data.rows import Example, Source, digest
+from trimtab.data.rows import Answered, OneAnswered, Source, digest
 from trimtab.data.split import draw, split_off, times_an_epoch
-from trimtab.data.tokens import EncodedRows, encode_once
-from trimtab.errors import ConfigError, DataError
-from trimtab.metrics import choosing
-from trimtab.models.gguf import cache_folder
+from trimtab.errors import DataError
 from trimtab.notes import Notes
-from trimtab.notes import rows as counted
 from trimtab.runs.events import Listener
 from trimtab.runs.records import RowsDigest, SourceRecord
 
@@ -32,9 +25,11 @@ class Inputs:
     ``scored``: whether answers are scored among choices, and not written.
     """
 
-    rows: EncodedRows
-    validation: list[Example]
-    tests: dict[str, list[Example]]
+    rows: Any
+    """The training rows as tensors: an `EncodedRows`, or what has all that it has."""
+    validation: list[Any]
+    tests: dict[str, list[Any]]
+    """Rows as the task reads them: an `Example` each, or a `Labelled`."""
     form: str
     choices: list[str] | None
     scored: bool
@@ -46,50 +41,80 @@ class Inputs:
     """What the user should know of the rows, a sentence each; the listener has been told."""
 
 
-def read_inputs(config: RunConfig, tokenizer: Any, listener: Listener, max_length: int = LONGEST_ROW) -> Inputs:
-    """Read every file that ``config`` names; training rows are cut to ``max_length`` tokens.
+@dataclass(frozen=True)
+class Answers:
+    """What a task found of the answers of its training rows.
+
+    ``choices``: the closed set of them, or None; ``scored``: whether answers are scored among choices, and not written;
+    ``own``: whether each row brings its own choices.
+    """
+
+    choices: list[str] | None
+    scored: bool
+    own: bool = False
+
+
+class Rows(ABC, Generic[OneAnswered]):
+    """How a task reads rows."""
+
+    def __init__(self, config: RunConfig, listener: Listener) -> None:
+        self.config = config
+        self.listener = listener
+
+    @abstractmethod
+    def read(self, sources: Sequence[Source], notes: Notes) -> list[OneAnswered]:
+        """The rows of ``sources``."""
+
+    @abstractmethod
+    def answers(self, training: list[OneAnswered], notes: Notes) -> Answers:
+        """What the answers of the training rows are; the listener is told. Raises DataError, ConfigError for answers
+        that cannot be."""
+
+    @abstractmethod
+    def check(self, answers: Answers, rows: list[OneAnswered]) -> None:
+        """Raise DataError, which names the row, unless ``rows`` can be measured."""
+
+    @abstractmethod
+    def encode(self, training: list[OneAnswered], answers: Answers, notes: Notes) -> Any:
+        """The training rows as tensors: an `EncodedRows`, or what has all that it has."""
+
+    def check_metric(self, answers: Answers) -> None:
+        """Raise ConfigError unless validation rows of such answers have ``train.metric``."""
+
+
+def gather(rows: Rows[Any]) -> Inputs:
+    """Read every file that a run's configuration names, as its task reads them.
 
     Raises DataError for a missing file, a bad row, or rows with nothing to train on; ConfigError for a metric that
     these rows do not have.
     """
     notes = Notes()
-    with notes.told(listener.remark):
-        inputs = _read_inputs(config, tokenizer, listener, notes, max_length)
+    with notes.told(rows.listener.remark):
+        inputs = _gather(rows, notes)
     return replace(inputs, notes=tuple(notes))
 
 
-def _read_inputs(config: RunConfig, tokenizer: Any, listener: Listener, notes: Notes, max_length: int) -> Inputs:
+def _gather(rows: Rows[Any], notes: Notes) -> Inputs:
+    config, listener = rows.config, rows.listener
     data = config.data
-
-    def read(sources: Sequence[Source]) -> list[Example]:
-        return read_examples(data.settled(sources), tokenizer, root=Path.cwd(), notes=notes)
-
     named = data.settled(data.train)
-    training = everything = read_examples(named, tokenizer, root=Path.cwd(), notes=notes)
+    training = everything = rows.read(named, notes)
     forms = Counter(row.form for row in training)
     told = " and ".join(f"'{form}'" for form in forms)
     listener.note(f"{len(training)} training rows of the form{'s' * (len(forms) > 1)} {told}")
-    tests = {name: read(sources) for name, sources in data.test.items()}
-    own = all(row.choices for row in training)
-    choices = _choices(config, training, own)
-    if own:
-        listener.note("each row brings its own answers to choose from")
-    elif choices is None:
-        listener.note("answers are open" if any(row.answer is not None for row in training) else "rows without answers")
-    else:
-        listener.note(f"answers are a closed set of {len(choices)}: {', '.join(choices)}")
-        if unseen := sorted(set(choices) - {str(row.answer) for row in training}):
-            notes.add(f"no training row has the answer {', '.join(unseen)}, which cannot be learned then")
+    tests = {name: rows.read(data.settled(sources), notes) for name, sources in data.test.items()}
+    answers = rows.answers(training, notes)
+    choices = answers.choices
 
     if data.train_limit is not None and data.train_limit < len(training):
         training = draw(training, data.train_limit, 0, choices)
         listener.note(f"{len(training)} of them drawn: data.train_limit")
-    validation: list[Example] = []
+    validation: list[Any] = []
     if isinstance(data.validation, float):
         training, validation = split_off(training, data.validation, config.train.seed, choices)
         listener.note(f"{len(validation)} rows split off for validation, {len(training)} left to train on")
     elif data.validation is not None:
-        validation = read(data.validation)
+        validation = rows.read(data.settled(data.validation), notes)
         listener.note(f"{len(validation)} validation rows")
     times = times_an_epoch(training, config.train.seed, choices)
     taken = _taken(named, everything, training, times)
@@ -97,39 +122,25 @@ def _read_inputs(config: RunConfig, tokenizer: Any, listener: Listener, notes: N
         for record in taken:
             listener.note(str(record))
     training, times = [row for row, count in zip(training, times, strict=True) if count], list(filter(None, times))
-    scored = choices is not None or own
-    if choices is not None:
-        for measured in (validation, *tests.values()):
-            check_choices(choices, measured)
+    for measured in (validation, *tests.values()):
+        rows.check(answers, measured)
     if config.evaluation.limit is not None:
         tests = {name: tested[: config.evaluation.limit] for name, tested in tests.items()}
-    metric = config.train.metric
-    if validation and not scored and metric not in ("auto", *choosing("perplexity")):
-        raise ConfigError(
-            f"train.metric: {metric} is for a closed set of answers, and these are open; choose loss, or "
-            "name the answers in data.choices"
-        )
-    if validation and own and metric not in ("auto", *(known := choosing("multiple_choice"))):
-        raise ConfigError(
-            f"train.metric: {metric} is for a closed set of answers, and here each row brings its own; choose "
-            f"{' or '.join(known[::-1])}"
-        )
+    if validation:
+        rows.check_metric(answers)
     for name, tested in tests.items():
         listener.note(f"{len(tested)} test rows in '{name}'")
 
-    encoded = encode_once(training, tokenizer, max_length, cache_folder().with_name("tokens"))
+    encoded = rows.encode(training, answers, notes)
     for source, number, reason in encoded.dropped:
         notes.row(f"{source}, row {number}", f"left out of training ({reason})")
-    if encoded.cut:
-        why = ", as many as the model has positions" if data.max_length == "auto" and max_length < LONGEST_ROW else ""
-        notes.add(f"{counted(encoded.cut)} cut to data.max_length = {max_length} tokens{why}")
     return Inputs(
         rows=encoded.repeated(times),
         validation=validation,
         tests=tests,
         form=forms.most_common(1)[0][0],
         choices=choices,
-        scored=scored,
+        scored=answers.scored,
         sources=taken,
         digests=RowsDigest(
             train=digest(training, times),
@@ -140,7 +151,7 @@ def _read_inputs(config: RunConfig, tokenizer: Any, listener: Listener, notes: N
 
 
 def _taken(
-    named: Sequence[Source], everything: Sequence[Example], training: Sequence[Example], times: Sequence[int]
+    named: Sequence[Source], everything: Sequence[Answered], training: Sequence[Answered], times: Sequence[int]
 ) -> tuple[SourceRecord, ...]:
     """What was taken of each source ``named``: of all rows, the ``training`` rows, each so many ``times``."""
     place = {id(source): index for index, source in enumerate(named)}  # rows hold the very objects
@@ -169,18 +180,3 @@ def _taken(
         )
         for index, source in enumerate(named)
     )
-
-
-def _choices(config: RunConfig, training: list[Example], own: bool) -> list[str] | None:
-    said = config.data.choices
-    if own:
-        if said != "auto":
-            raise ConfigError("data.choices: these rows bring their own choices; leave it at auto")
-        return None
-    if said is None:
-        return None
-    if said == "auto":
-        return infer_choices(training)
-    if any(row.answer is None for row in training):
-        raise ConfigError("data.choices: these rows are plain text and have no answers; set it to null")
-    return check_choices(said, training)

@@ -8,37 +8,150 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from trimtab.config.run import RunConfig
-from trimtab.data.rows import EncodedRow
-from trimtab.models.causal_head import Head
+from trimtab.config.resolve import Job
+from trimtab.config.run import EvaluationConfig
+from trimtab.evaluation.evaluate import Evaluation, Progress
+from trimtab.metrics import Metric, best_by, of_validation
+from trimtab.models.family import Family
+from trimtab.models.load import load_tokenizer
+from trimtab.models.locate import ModelHead, Source
 from trimtab.runs.events import Listener
 from trimtab.tasks._inputs import Inputs
+from trimtab.tasks._sizes import Batch, RowSizes
 
 
 class Task(ABC):
-    """What a model is asked for. The name of a task is that of its file."""
+    """What a model is asked for. The name of a task is that of its file.
+
+    A *reader* is what makes tensors of rows: the model's tokenizer, or its image processor. A *head* is the model as
+    the task runs it.
+    """
 
     model_class: ClassVar[str]
-    """The class of transformers that makes such a model of a folder."""
+    """The class of transformers that reads the folder of such a model."""
     metrics: ClassVar[tuple[str, ...]]
     """The metrics by which a step can be chosen as the best, by name."""
-    trained_beside: ClassVar[tuple[str, ...]] = ()
-    """Names of modules that are trained whole beside the adapter, such as a new head."""
+    precedence: ClassVar[int] = 50
+    """Tasks of lower numbers are asked first whether a model and rows are theirs."""
+    checked_as_texts: ClassVar[bool] = False
+    """Whether rows are texts with parts that are learnt, which are held against the model's tokens and positions."""
+
+    @property
+    def name(self) -> str:
+        """The name of the task."""
+        return type(self).__module__.rpartition(".")[2]
 
     @abstractmethod
-    def read(self, config: RunConfig, tokenizer: Any, listener: Listener, max_length: int) -> Inputs:
-        """The rows that ``config`` names, in the forms that the task takes, checked, cut and encoded."""
+    def suits(self, family: Family, classes: Sequence[str], row: Mapping[str, Any] | None) -> bool:
+        """Whether this is what someone means who says no task.
+
+        Args:
+            family: of the model; ``classes``: as what its configuration says that it was saved.
+            row: the first one; None where there is none to be read.
+        """
+
+    def reader(self, source: Source) -> Any:
+        """What makes tensors of rows for the model of ``source``."""
+        return load_tokenizer(source)
 
     @abstractmethod
-    def collator(self, tokenizer: Any, *, prompts: bool = False) -> Callable[[Sequence[EncodedRow]], dict[str, Tensor]]:
+    def read(self, job: Job, reader: Any, listener: Listener) -> Inputs:
+        """The rows that ``job`` names, in the forms that the task takes, checked, cut and encoded."""
+
+    def head_for(self, job: Job, inputs: Inputs) -> ModelHead:
+        """What the model is read for, now that the rows are known."""
+        return ModelHead(self.model_class)
+
+    @abstractmethod
+    def collator(self, reader: Any, *, prompts: bool = False) -> Callable[[Sequence[Any]], dict[str, Tensor]]:
         """What makes a batch of rows; with ``prompts``, of their prompts' tokens too, for a loss that counts them."""
 
-    @abstractmethod
-    def head(self, model: Any) -> Head:
+    def head(self, model: Any) -> Any:
         """The model as training and evaluation run it. Made once; adapters may come onto the model later."""
+        return model
 
     @abstractmethod
     def loss(
-        self, head: Head, batch: Mapping[str, Tensor], *, count: int | Tensor | None = None, prompt_weight: float = 0.0
+        self, head: Any, batch: Mapping[str, Tensor], *, count: int | Tensor | None = None, prompt_weight: float = 0.0
     ) -> Tensor:
         """The training loss of ``batch``: a sum over what carries loss, divided by ``count`` (None: by its number)."""
+
+    @abstractmethod
+    def evaluate(
+        self,
+        head: Any,
+        reader: Any,
+        examples: Sequence[Any],
+        *,
+        name: str,
+        choices: Sequence[str] | None,
+        evaluation: EvaluationConfig,
+        max_length: int | None,
+        progress: Progress | None = None,
+    ) -> Evaluation:
+        """Measure the model on rows as ``read`` gives them.
+
+        Args:
+            name: of the data set.
+            choices: the closed set of answers or labels; None where there is none.
+            max_length: most tokens of a row; None: what the model was made for.
+            progress: called as the rows get done.
+        """
+
+    def validation(
+        self, head: Any, reader: Any, examples: Sequence[Any], *, inputs: Inputs, job: Job, progress: Progress
+    ) -> Mapping[str, float]:
+        """The metrics of validation rows that can choose the best step, the loss among them."""
+        measured = self.evaluate(
+            head,
+            reader,
+            examples,
+            name="validation",
+            choices=inputs.choices,
+            evaluation=job.config.evaluation,
+            max_length=job.reading_length,
+            progress=progress,
+        )
+        return of_validation(measured.record.figures)
+
+    def validation_loss(self, head: Any, reader: Any, examples: Sequence[Any], *, inputs: Inputs, job: Job) -> float:
+        """The loss of validation rows by itself."""
+        return self.validation(head, reader, examples, inputs=inputs, job=job, progress=_unseen)["loss"]
+
+    def best(self, said: str, inputs: Inputs) -> Metric:
+        """What ``train.metric`` means."""
+        return best_by(said, scored=inputs.scored)
+
+    @abstractmethod
+    def preview(self, inputs: Inputs, reader: Any) -> Any:
+        """A few training rows as the model will see them, to print."""
+
+    def tokens(self, row: Mapping[str, Any]) -> int:
+        """What a row of a batch counts in the speed of training."""
+        return len(row["input_ids"])
+
+    @abstractmethod
+    def sizes(self, job: Job, inputs: Inputs) -> RowSizes:
+        """All that the rows mean for the memory of a run."""
+
+    def largest(self, job: Job) -> RowSizes:
+        """The same before any row is known: the longest that a row may be."""
+        data = job.config.data
+        return RowSizes(job.max_length, job.max_length - 1, bool(data.test or data.validation))
+
+    @abstractmethod
+    def sample(self, model: Any, batch: Batch) -> dict[str, Tensor]:
+        """A batch of that size, whatever its values are; called under fake tensors."""
+
+    def logits_width(self, model: Any) -> int:
+        """Numbers of a row of logits of which many are there at once; 0 where logits are few."""
+        return 0
+
+    def foresee(self, head: Any, batch: Mapping[str, Tensor], *, generates: bool) -> Any:
+        """Run ``batch`` as an evaluation would, so that its memory can be seen; gives what stays while it is looked
+        at. Called without gradients."""
+        return self.loss(head, batch, count=1)
+
+
+def _unseen(done: int, total: int) -> None:
+    pass

@@ -6,30 +6,45 @@ may count a little, too. Nothing is trained beside the adapter: the model brings
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from trimtab.config.run import RunConfig
+from trimtab import metrics
+from trimtab.config.resolve import Job
+from trimtab.config.run import EvaluationConfig
 from trimtab.data.batches import Collator
-from trimtab.metrics import choosing
-from trimtab.models.causal_head import Head
+from trimtab.data.preview import Preview, preview
+from trimtab.data.rows import Example
+from trimtab.evaluation.evaluate import Evaluation, Progress, checked, evaluate, token_loss
+from trimtab.models.causal_head import IGNORED, Head
+from trimtab.models.family import Family
 from trimtab.runs.events import Listener
+from trimtab.surgery.serving import evaluating
 from trimtab.tasks import _inputs, _task
+from trimtab.tasks._sizes import Batch, RowSizes
+from trimtab.tasks._texts import read_inputs
 
 
 class CausalLM(_task.Task):
     """The next token, from all that came before it."""
 
     model_class = "AutoModelForCausalLM"
-    metrics = tuple(choosing())
+    metrics = tuple(metrics.choosing())
+    precedence = 90
+    checked_as_texts = True
 
-    def read(self, config: RunConfig, tokenizer: Any, listener: Listener, max_length: int) -> _inputs.Inputs:
-        return _inputs.read_inputs(config, tokenizer, listener, max_length)
+    def suits(self, family: Family, classes: Sequence[str], row: Mapping[str, Any] | None) -> bool:
+        return True
 
-    def collator(self, tokenizer: Any, *, prompts: bool = False) -> Collator:
-        return Collator(tokenizer.pad_token_id, prompts=prompts)
+    def read(self, job: Job, reader: Any, listener: Listener) -> _inputs.Inputs:
+        return read_inputs(job.config, reader, listener, job.max_length)
+
+    def collator(self, reader: Any, *, prompts: bool = False) -> Collator:
+        return Collator(reader.pad_token_id, prompts=prompts)
 
     def head(self, model: Any) -> Head:
         return Head(model)
@@ -46,3 +61,81 @@ class CausalLM(_task.Task):
             lesser=batch.get("prompt_labels"),
             weight=prompt_weight,
         )
+
+    def evaluate(
+        self,
+        head: Head,
+        reader: Any,
+        examples: Sequence[Example],
+        *,
+        name: str,
+        choices: Sequence[str] | None,
+        evaluation: EvaluationConfig,
+        max_length: int | None,
+        progress: Progress | None = None,
+    ) -> Evaluation:
+        return evaluate(
+            head,
+            reader,
+            examples,
+            name=name,
+            choices=choices,
+            batch_size=evaluation.batch_size,
+            max_new_tokens=evaluation.max_new_tokens,
+            max_length=max_length,
+            progress=progress,
+        )
+
+    def validation(
+        self,
+        head: Head,
+        reader: Any,
+        examples: Sequence[Example],
+        *,
+        inputs: _inputs.Inputs,
+        job: Job,
+        progress: Progress,
+    ) -> Mapping[str, float]:
+        if inputs.scored:
+            return super().validation(head, reader, examples, inputs=inputs, job=job, progress=progress)
+        loss, tokens = self._token_loss(head, reader, examples, job)
+        return metrics.of_validation(metrics.measure("perplexity", metrics.Outcomes(loss=loss, tokens=tokens)))
+
+    def validation_loss(
+        self, head: Head, reader: Any, examples: Sequence[Example], *, inputs: _inputs.Inputs, job: Job
+    ) -> float:
+        loss, tokens = self._token_loss(head, reader, examples, job)
+        return loss / tokens
+
+    def _token_loss(self, head: Head, reader: Any, examples: Sequence[Example], job: Job) -> tuple[float, int]:
+        size, length = job.config.evaluation.batch_size, job.max_length
+        with evaluating(head.model):
+            loss, tokens = token_loss(head, reader, examples, batch_size=size, max_length=length)
+        return checked(loss, tokens), tokens
+
+    def preview(self, inputs: _inputs.Inputs, reader: Any) -> Preview:
+        return preview(inputs.rows, reader)
+
+    def sizes(self, job: Job, inputs: _inputs.Inputs) -> RowSizes:
+        lengths = inputs.rows.lengths
+        longest = sorted(range(len(lengths)), key=lambda row: -lengths[row])[: job.config.train.batch_size]
+        labels = sum(label != IGNORED for row in longest for label in inputs.rows[row]["labels"])
+        tested = [example for rows in inputs.tests.values() for example in rows]
+        return RowSizes(
+            max(lengths),
+            math.ceil(labels / len(longest)),
+            bool(inputs.validation or tested),
+            not inputs.scored and any(example.answer is not None for example in tested),
+        )
+
+    def sample(self, model: Any, batch: Batch) -> dict[str, Tensor]:
+        ids = torch.zeros(batch.rows, batch.length, dtype=torch.int64)
+        return {"input_ids": ids, "labels": torch.zeros_like(ids)}
+
+    def logits_width(self, model: Any) -> int:
+        return int(model.config.get_text_config().vocab_size)
+
+    def foresee(self, head: Head, batch: Mapping[str, Tensor], *, generates: bool) -> Any:
+        if generates:  # keys and values are kept
+            return head.model(input_ids=batch["input_ids"], use_cache=True, logits_to_keep=1)
+        return super().foresee(head, batch, generates=generates)

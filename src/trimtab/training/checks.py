@@ -10,13 +10,13 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+from trimtab import tasks
 from trimtab.config.resolve import Job
 from trimtab.data.rows import Example
 from trimtab.data.tokens import encode_prompt
 from trimtab.errors import ConfigError, DataError
 from trimtab.evaluation.shortened import shortened
 from trimtab.models.chat_template import unknown_marks
-from trimtab.models.load import load_tokenizer
 from trimtab.models.new_tokens import require_rows
 from trimtab.notes import Notes, rows
 from trimtab.runs.events import Listener
@@ -37,9 +37,10 @@ def check_before(job: Job, inputs: Inputs | None, attached: AttachReport) -> lis
     """
     notes = Notes()
     if inputs is not None:
-        tokenizer = load_tokenizer(job.source)
-        looked = _Looked(job, inputs, tokenizer)
-        for check in (_tokens, _template, _training_rows, _validation_rows, _room_to_write, _test_rows, _schedule):
+        task = tasks.of(job)
+        looked = _Looked(job, inputs, task.reader(job.source))
+        texts = (_tokens, _template, _training_rows, _validation_rows, _room_to_write, _test_rows)
+        for check in (*(texts if task.checked_as_texts else ()), _schedule):
             check(looked, notes)
     if job.config.train.epochs:
         caution(job, attached, notes)

@@ -29,16 +29,13 @@ from transformers import set_seed
 
 from trimtab.config.resolve import Job
 from trimtab.config.run import RunConfig, TrainConfig
-from trimtab.data.rows import Example
 from trimtab.errors import ModelError, RunError
-from trimtab.evaluation.evaluate import checked, token_loss
 from trimtab.reports.run.rate_table import rate_table
 from trimtab.runs.events import Listener
 from trimtab.runs.rate_record import ChosenRate, RateTrial, read_rate
 from trimtab.runs.records import MetricsLine
 from trimtab.surgery.attach import detach
-from trimtab.surgery.serving import evaluating
-from trimtab.tasks import Head, Inputs, Task
+from trimtab.tasks import Inputs, Task
 from trimtab.training.rate_prior import SPREAD, likely_rate
 from trimtab.training.schedule import total_steps
 from trimtab.training.trainer import AdapterTrainer, Diverged
@@ -94,7 +91,7 @@ def with_rate(
     model: nn.Module,
     *,
     task: Task,
-    tokenizer: Any,
+    reader: Any,
     listener: Listener,
     file: Path | None = None,
 ) -> RunConfig:
@@ -102,7 +99,7 @@ def with_rate(
     if job.config.train.learning_rate != "auto":
         return job.config
     listener.stage("Finding the learning rate")
-    found = find_rate(job, inputs, model, task=task, tokenizer=tokenizer, listener=listener, file=file)
+    found = find_rate(job, inputs, model, task=task, reader=reader, listener=listener, file=file)
     listener.show(rate_table(found))
     train = job.config.train.model_copy(update={"learning_rate": found.rate})
     return job.config.model_copy(update={"train": train})
@@ -114,7 +111,7 @@ def find_rate(
     model: nn.Module,
     *,
     task: Task,
-    tokenizer: Any,
+    reader: Any,
     listener: Listener,
     file: Path | None = None,
 ) -> ChosenRate:
@@ -131,7 +128,7 @@ def find_rate(
     train = job.config.train
     steps = total_steps(train, len(inputs.rows))
     plan = plan_trials(train, steps, len(inputs.validation))
-    search = _Search(job, inputs, model, task=task, tokenizer=tokenizer, listener=listener, rows=plan.rows)
+    search = _Search(job, inputs, model, task=task, reader=reader, listener=listener, rows=plan.rows)
     likely = search.likely(steps)
     known = read_rate(file) if file is not None else None
     if known is not None and known.rate is not None:
@@ -219,17 +216,17 @@ class _Search:
         model: nn.Module,
         *,
         task: Task,
-        tokenizer: Any,
+        reader: Any,
         listener: Listener,
         rows: int,
     ) -> None:
         self._job, self._inputs, self._model = job, inputs, model
-        self._task, self._tokenizer, self._listener = task, tokenizer, listener
-        self._head: Head = task.head(model)
+        self._task, self._reader, self._listener = task, reader, listener
+        self._head = task.head(model)
         self._rules = job.attach_to(model).rules
         detach(model)
         # Evenly over the validation rows, which may be sorted.
-        self._measured: list[Example] = [inputs.validation[at * len(inputs.validation) // rows] for at in range(rows)]
+        self._measured = [inputs.validation[at * len(inputs.validation) // rows] for at in range(rows)]
 
     def likely(self, steps: int) -> float:
         """The likely rate of a training of so many steps."""
@@ -267,7 +264,7 @@ class _Search:
                 self._inputs.rows,
                 task=self._task,
                 head=self._head,
-                tokenizer=self._tokenizer,
+                reader=self._reader,
                 folder=Path(folder),
                 record=lines.append,
             )
@@ -276,7 +273,5 @@ class _Search:
         if not self._measured:  # the later half, in which the rate has fallen
             losses = [line.loss for line in lines if line.loss is not None]
             return round(float(np.mean(losses[len(losses) // 2 :])), 6)
-        size, length = self._job.config.evaluation.batch_size, self._job.max_length
-        with evaluating(self._model):
-            total, tokens = token_loss(self._head, self._tokenizer, self._measured, batch_size=size, max_length=length)
-        return round(checked(total, tokens) / tokens, 6)
+        loss = self._task.validation_loss(self._head, self._reader, self._measured, inputs=self._inputs, job=self._job)
+        return round(loss, 6)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -15,22 +16,20 @@ from typing import Any
 from torch import nn
 from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 
-from trimtab import metrics, tasks
+from trimtab import tasks
 from trimtab.adapters.store import load_adapter, save_adapter
 from trimtab.config.resolve import Job
 from trimtab.config.run import RunConfig
-from trimtab.data.preview import preview
 from trimtab.errors import STOPS, AdapterError, Interrupted, TrimtabError, machine_errors
 from trimtab.evaluation.evaluate import write
 from trimtab.machine import describe_machine, device, peak_memory_gib, versions
-from trimtab.memory.estimate import RowSizes
 from trimtab.memory.suggest import check_run
-from trimtab.models.load import load_model, load_tokenizer, quiet_libraries
+from trimtab.models.load import load_model, quiet_libraries
 from trimtab.runs.beginning import Opening, opened
 from trimtab.runs.checkpoints import step_of
 from trimtab.runs.events import Listener
 from trimtab.runs.folder import RunFolder
-from trimtab.runs.records import Machine, PlanRecord, Summary
+from trimtab.runs.records import HeadRecord, Machine, PlanRecord, Summary
 from trimtab.runs.results import OWN_ADAPTER, Measured
 from trimtab.runs.same_rows import require_same_rows
 from trimtab.surgery.attach import trainable_parameters
@@ -67,7 +66,7 @@ def finetune(
     """
     listener = listener or Listener()
     began = time.perf_counter()
-    job = Job.of(config)
+    job = tasks.job_of(config)
     if config.train.tensorboard:
         require_tensorboard()
     reports = trackers(config, listener.remark)
@@ -105,26 +104,24 @@ def _set_up(job: Job, opening: Opening, listener: Listener, began: float) -> _Ru
     """Read the rows and load the model; nothing is written yet."""
     origin = Origin.of(job, opening)
     job, config = origin.job, job.config
-    task = tasks.find("causal_lm")
-    tokenizer = load_tokenizer(job.source)
+    task = tasks.of(job)
+    reader = task.reader(job.source)
     listener.stage("Reading the rows")
-    inputs = task.read(config, tokenizer, listener, job.max_length)
+    inputs = task.read(job, reader, listener)
+    job = job.read_for(task.head_for(job, inputs))
+    origin = replace(origin, job=job)
     trains = not opening.trained and config.train.epochs > 0
     others = require_same_rows(opening, inputs.digests, inputs.sources, trains=trains)
-    inputs = checked_inputs(job, inputs, check_run(job, RowSizes.of(config, inputs)), listener)
+    inputs = checked_inputs(job, inputs, check_run(job, task.sizes(job, inputs)), listener)
 
     quiet_libraries()
-    listener.show(preview(inputs.rows, tokenizer))
+    listener.show(task.preview(inputs, reader))
     if config.train.prompt_loss_weight:
         listener.note(f"in training, a token of the prompt counts {config.train.prompt_loss_weight:g} of a marked one")
     listener.stage(f"Loading {config.model.name}")
-    model: Any = load_model(
-        job.source, job.dtype, config.model.attention, config.quantisation, model_class=task.model_class
-    )
+    model: Any = load_model(job.source, job.dtype, config.model.attention, config.quantisation)
     model = model.to(device())
-    run = _Run(
-        origin, opening, task=task, inputs=inputs, model=model, tokenizer=tokenizer, listener=listener, began=began
-    )
+    run = _Run(origin, opening, task=task, inputs=inputs, model=model, reader=reader, listener=listener, began=began)
     run.measured_anew = others
     return run
 
@@ -149,7 +146,7 @@ class _Run:
         task: Task,
         inputs: Inputs,
         model: nn.Module,
-        tokenizer: Any,
+        reader: Any,
         listener: Listener,
         began: float,
     ) -> None:
@@ -161,10 +158,10 @@ class _Run:
         self.task = task
         self.inputs = inputs
         self.model = model
-        self.tokenizer = tokenizer
+        self.reader = reader
         self.listener = listener
         self._head = task.head(model)
-        self._measuring = Measuring(job, inputs, self._head, tokenizer, listener)
+        self._measuring = Measuring(job, task, inputs, head=self._head, reader=reader, listener=listener)
         self._began = began
         self._at_once = False
         self.measured_anew: list[str] = []
@@ -180,6 +177,8 @@ class _Run:
             precision=job.precision,
             quantisation=job.config.quantisation,
             best_step=before.best_step,
+            task=task.name,
+            head=HeadRecord.of(job.source.head),
             form=inputs.form,
             choices=inputs.choices,
             train_rows=len(inputs.rows),
@@ -248,7 +247,7 @@ class _Run:
         save_adapter(self.model, self.folder.adapter)
         # So that the adapter can be used without this run's configuration.
         if self.job.source.add_tokens or self.job.source.chat_template:
-            self.tokenizer.save_pretrained(self.folder.adapter)
+            self.reader.save_pretrained(self.folder.adapter)
         self._summary = self._summary.updated(trained=True)
         self._summarised("interrupted").write_to(self.folder.summary)
 
@@ -319,7 +318,7 @@ class _Run:
         if before is not None and before.learning_rate and self.opening.trained and not self.folder.rate.is_file():
             self._summary = self._summary.updated(learning_rate=before.learning_rate)
             return
-        found = {"tokenizer": self.tokenizer, "listener": self.listener, "file": self.folder.rate}
+        found = {"reader": self.reader, "listener": self.listener, "file": self.folder.rate}
         self.config = with_rate(self.job, self.inputs, self.model, task=self.task, **found)
         self._summary = self._summary.updated(learning_rate=self.config.train.rate)
 
@@ -357,7 +356,7 @@ class _Run:
                 f"trained further, from step {at} to step {steps}: the learning rate goes on as in a run of {steps} "
                 "steps"
             )
-        best = metrics.best_by(train.metric, scored=self.inputs.scored)
+        best = self.task.best(train.metric, self.inputs)
         events = self.folder.tensorboard if train.tensorboard else None
         began = time.perf_counter()
         self.listener.stage("Training")
@@ -368,7 +367,7 @@ class _Run:
                 self.inputs.rows,
                 task=self.task,
                 head=self._head,
-                tokenizer=self.tokenizer,
+                reader=self.reader,
                 folder=self.folder.checkpoints,
                 record=recorder.record,
                 validate=self._measuring.validation if self.inputs.validation else None,

@@ -16,15 +16,13 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from trimtab.adapters.store import load_adapter, save_adapter
 from trimtab.config.run import TrainConfig
 from trimtab.data.batches import LengthGroupedBatches
-from trimtab.data.rows import EncodedRow
-from trimtab.data.tokens import EncodedRows
 from trimtab.errors import RunError
 from trimtab.methods import RateGroup
 from trimtab.metrics import METRICS, Metric
 from trimtab.runs import checkpoints
 from trimtab.runs.records import MetricsLine
 from trimtab.surgery.attach import rate_groups, trainable_parameters
-from trimtab.tasks import Head, Task
+from trimtab.tasks import Task
 from trimtab.training.callbacks import Averaging
 from trimtab.training.compiling import plainly
 from trimtab.training.metrics_log import Lap, Throughput
@@ -133,7 +131,7 @@ class AdapterTrainer(Trainer):
         rows: the training rows.
         task: makes batches of them, and gives their loss.
         head: of ``model``, as ``task`` made it.
-        tokenizer: the one that encoded the rows.
+        reader: what encoded the rows.
         folder: where checkpoints go.
         record: is given each line for ``metrics.jsonl``, which it completes with the time.
         validate: gives the validation metrics by name, or None for no validation.
@@ -149,11 +147,11 @@ class AdapterTrainer(Trainer):
         self,
         model: nn.Module,
         train: TrainConfig,
-        rows: EncodedRows,
+        rows: Any,
         *,
         task: Task,
-        head: Head,
-        tokenizer: Any,
+        head: Any,
+        reader: Any,
         folder: Path,
         record: Callable[[MetricsLine], None],
         validate: Callable[[], Mapping[str, float]] | None = None,
@@ -167,7 +165,7 @@ class AdapterTrainer(Trainer):
         self._adapted = model
         self._train_config = train
         self._task, self._head = task, head
-        self._collator = task.collator(tokenizer, prompts=train.prompt_loss_weight > 0)
+        self._collator = task.collator(reader, prompts=train.prompt_loss_weight > 0)
         self._averaging = Averaging(model, train.average or 0.0)
         super().__init__(
             model=model,
@@ -187,8 +185,8 @@ class AdapterTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
 
-    def _collate(self, rows: Sequence[EncodedRow]) -> dict[str, Tensor]:
-        self.throughput.add(sum(len(row["input_ids"]) for row in rows))
+    def _collate(self, rows: Sequence[Any]) -> dict[str, Tensor]:
+        self.throughput.add(sum(map(self._task.tokens, rows)))
         return self._collator(rows)
 
     def get_train_dataloader(self) -> DataLoader[Any]:

@@ -103,7 +103,7 @@ def _question(folder: RunFolder, form: str | None) -> str:
     from trimtab.files import read_jsonl
 
     file = next(iter(sorted((folder.path / "predictions").glob("*.after.jsonl"))), None)
-    if file is None or form is None or forms.find(form).has_template:
+    if file is None or form not in forms.names() or forms.find(form).has_template:
         return "..."
     prompt: str = next(iter(read_jsonl(file)))["prompt"].rstrip()
     return prompt if prompt.replace("\n", "").isprintable() else "..."

@@ -33,14 +33,15 @@ def command(
     loaded = load_config(config, overrides or [])
 
     with importing():
-        from trimtab.config.resolve import Job
         from trimtab.memory.suggest import describe_run
+        from trimtab.tasks import job_of
         from trimtab.training.checks import check_before
         from trimtab.training.schedule import total_steps
         from trimtab.training.tune import told_trials
 
-    described = describe_run(Job.of(loaded), length, check_before)
-    trials = told_trials(Job.of(loaded)) if length is None else None
+    job = job_of(loaded)
+    described = describe_run(job, length, check_before)
+    trials = told_trials(job) if length is None else None
     if as_json:
         described |= {"trials": trials} if trials else {}
         say(json.dumps(described, indent=2))

@@ -1,0 +1,130 @@
+"""Rows that a head of its own answers: a text, its tokens or a picture, each with what it is labelled with.
+
+They are read by their keys. Another column is named by ``data.columns``, such as ``{text: sentence, label: gold}``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from trimtab.data.forms._form import keys_of
+from trimtab.data.forms._messages import read_weight
+from trimtab.data.forms._reading import Reading
+from trimtab.data.rows import Row, Source
+from trimtab.data.sources import rows_of
+from trimtab.errors import DataError, did_you_mean
+from trimtab.notes import Notes
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """One row, and its label.
+
+    Attributes:
+        source, number: as in `Row`.
+        label: a name, several of them, or a number.
+        text: what is classified; ``pair``: the second text of two.
+        words: of a text whose words are labelled one by one.
+        image: the file of a picture; a relative path starts from the working directory.
+        form: the keys that were used.
+        entry: what the configuration says of where the row comes from.
+    """
+
+    source: str
+    number: int
+    label: str | tuple[str, ...] | float
+    text: str = ""
+    pair: str | None = None
+    words: tuple[str, ...] = ()
+    image: str = ""
+    form: str = ""
+    entry: Source | None = field(default=None, compare=False)
+
+    @property
+    def place(self) -> str:
+        """Where the row stands, for a message."""
+        return f"{self.source}, row {self.number}"
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Its labels, however many; none where it is labelled with a number."""
+        return self.label if isinstance(self.label, tuple) else (self.label,) if isinstance(self.label, str) else ()
+
+    @property
+    def answer(self) -> str:
+        """The label in words."""
+        return f"{self.label:g}" if isinstance(self.label, float) else ", ".join(self.labels)
+
+    @property
+    def prompt(self) -> str:
+        """What is labelled, in words."""
+        shown = self.text or " ".join(self.words) or self.image
+        return shown if self.pair is None else f"{shown}\n{self.pair}"
+
+
+Make = Callable[[Row], Labelled]
+"""Makes the row of a task of what was read. Raises DataError, which names the row."""
+
+
+def read_labelled(
+    sources: Sequence[Source], make: Make, *, keys: Sequence[str], root: Path, notes: Notes | None = None
+) -> list[Labelled]:
+    """Read ``sources`` one after the other.
+
+    Args:
+        make: makes a row of the task.
+        keys: those that it may use; ``notes`` are told of others.
+        root: the folder that relative paths start from.
+
+    Raises DataError if a source cannot be read, or if a row is not what the task takes.
+    """
+    found = []
+    with Reading(None, notes) as reading:
+        for entry in sources:
+            for key in entry.columns or {}:
+                if key not in keys:
+                    raise DataError(
+                        f"{entry.path}: data.columns: this task has no key '{key}'; on the left stands one of "
+                        f"{', '.join(keys)}, on the right a column.{did_you_mean(key, keys)}"
+                    )
+            for row in rows_of(entry, root=root):
+                for key, value in row.value.items():
+                    if not (key in keys or key == "weight" or value is None or value in ("", [], {})):
+                        reading.unused(f"'{key}'", row.place)
+                weight = row.value.get("weight")
+                if weight is not None and not read_weight(row.place, "weight", weight):
+                    reading.tell(row.place, "rows left out, since their weight is 0")
+                else:
+                    found.append(replace(make(row), entry=entry))
+    if not found:
+        raise DataError("No row is left: all have the weight 0.")
+    return found
+
+
+def text_of(row: Row, key: str = "text") -> str:
+    """The text under ``key``. Raises DataError if it is none."""
+    value = row.value.get(key)
+    if isinstance(value, str):
+        return value
+    if value is None:
+        raise DataError(
+            f"{row.place}: expected a text under '{key}', but its keys are {keys_of(row)}. If the column has another "
+            f"name, say so: data.columns={{{key}: its name}}."
+        )
+    raise DataError(f"{row.place}: expected a text under '{key}', got {type(value).__name__}.")
+
+
+def name_of_label(value: object, place: str, key: str = "label") -> str:
+    """A label as it is called: a word, or a number as it is written. Raises DataError for anything else."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    if isinstance(value, str) and value.strip():
+        return value.strip()
+    said = "nothing" if value is None or value == "" else f"{value!r}"[:60]
+    raise DataError(f"{place}: expected a label under '{key}', a word or a whole number, got {said}.")

@@ -1,0 +1,64 @@
+"""The head of a model, what it has on top of its base: of a classifier a layer or two, with a row for each label.
+
+A head is drawn anew where the model brings none for the labels that it is to learn, and is trained whole beside the
+adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+POOLER = "pooler"
+"""A part of an encoder that its pretraining may have had no use for, so that its files lack it."""
+
+
+def is_known(config: Any, labels: Sequence[str]) -> bool:
+    """Whether a model whose files say ``config`` has a head for these labels, in this order."""
+    return _labels_of(config) == list(labels)
+
+
+def in_the_order_of(config: Any, labels: Iterable[str]) -> list[str]:
+    """``labels`` in the order of the head of a model whose files say ``config``, if it has these very labels."""
+    wanted, named = list(labels), _labels_of(config)
+    return named if sorted(named) == sorted(wanted) else wanted
+
+
+def _labels_of(config: Any) -> list[str]:
+    known = getattr(config, "id2label", None) or {}
+    return [str(known[number]) for number in sorted(known)]
+
+
+def head_modules(model: Any) -> list[str]:
+    """The names of the modules on top of the base of ``model`` that have weights of their own."""
+    base = getattr(model, model.base_model_prefix, None)
+    below = {id(module) for module in base.modules()} if isinstance(base, nn.Module) and base is not model else set()
+    return [name for name, module in _with_weights(model) if id(module) not in below]
+
+
+def poolers(model: Any) -> list[str]:
+    """The names of the layers of ``model`` that its files may lack although they are below its head."""
+    return [name for name, _ in _with_weights(model) if POOLER in name.split(".")]
+
+
+def _with_weights(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    return (
+        (name, module)
+        for name, module in model.named_modules()
+        if name and any(True for _ in module.parameters(recurse=False))
+    )
+
+
+def draw(model: Any, names: Iterable[str], seed: int) -> None:
+    """Draw the weights of the modules ``names`` as transformers draws those of a new model: for one ``seed`` always the
+    same."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.default_generator.manual_seed(seed)
+        for name in names:
+            module = model.get_submodule(name)
+            for parameter in module.parameters(recurse=False):
+                parameter._is_hf_initialized = False
+            model._init_weights(module)

@@ -1,0 +1,331 @@
+"""What the tasks have in common whose answer is a head's: rows with labels, batches, the loss, and measuring.
+
+Such a task says which keys its rows have (`example`), how a row becomes tensors (`encode`), what a wrong answer costs
+(`costs`), and how the head's logits are judged (`judge`).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from trimtab.config.resolve import Job
+from trimtab.config.run import EvaluationConfig
+from trimtab.data.batches import by_length
+from trimtab.data.choices import check_choices
+from trimtab.data.labelled import Labelled, read_labelled
+from trimtab.data.preview import Preview
+from trimtab.data.rows import Row, Source
+from trimtab.errors import ConfigError, DataError
+from trimtab.evaluation.answers import Judged
+from trimtab.evaluation.evaluate import Evaluation, Progress, checked
+from trimtab.metrics import measure
+from trimtab.models.causal_head import IGNORED
+from trimtab.models.heads import in_the_order_of
+from trimtab.models.load import load_config_only
+from trimtab.models.locate import ModelHead
+from trimtab.notes import Notes
+from trimtab.notes import rows as counted
+from trimtab.runs.events import Listener
+from trimtab.runs.results import RESULTS
+from trimtab.surgery.serving import evaluating
+from trimtab.tasks._inputs import Answers, Inputs, Rows, gather
+from trimtab.tasks._sizes import RowSizes
+from trimtab.tasks._task import Task
+
+Tensors = dict[str, Any]
+"""A row as the model takes it: ``input_ids`` or ``pixel_values`` and more, ``labels``, and the ``weight`` of a row."""
+
+
+class EncodedLabels(Dataset[Tensors]):
+    """A map-style dataset of rows as tensors.
+
+    Attributes:
+        lengths: tokens of each row.
+        origins: ``(source, number)`` of each row.
+        cut: how many rows were shortened.
+        dropped: ``(source, number, reason)`` of each row that was left out; here none is.
+    """
+
+    def __init__(self, rows: Sequence[Tensors], examples: Sequence[Labelled], cut: int, length: Callable[..., int]):
+        self._rows = list(rows)
+        self.lengths = [length(row) for row in rows]
+        self.origins = [(example.source, example.number) for example in examples]
+        self.cut = cut
+        self.dropped: list[tuple[str, int, str]] = []
+
+    def repeated(self, times: Sequence[int]) -> EncodedLabels:
+        """The rows as they come in an epoch: ``times[i]`` is how often the i-th does."""
+        if all(count == 1 for count in times):
+            return self
+        repeated = copy(self)
+        order = [row for row, count in enumerate(times) for _ in range(count)]
+        repeated._rows = [self._rows[row] for row in order]
+        repeated.lengths = [self.lengths[row] for row in order]
+        repeated.origins = [self.origins[row] for row in order]
+        return repeated
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Tensors:
+        return self._rows[index]
+
+    def __iter__(self) -> Iterator[Tensors]:
+        return iter(self._rows)
+
+
+class LabelledRows(Rows[Labelled]):
+    """Rows with labels."""
+
+    def __init__(self, task: LabelledTask, job: Job, reader: Any, listener: Listener) -> None:
+        super().__init__(job.config, listener)
+        self.task, self.job, self.reader = task, job, reader
+
+    def read(self, sources: Sequence[Source], notes: Notes) -> list[Labelled]:
+        if named := next((one.form for one in sources if one.form not in (None, "auto")), None):
+            raise ConfigError(
+                f"data.form: {named} is a form for causal_lm; the rows of {self.task.name} are read by their keys "
+                f"({', '.join(self.task.keys)})"
+            )
+        return read_labelled(sources, self.task.example, keys=self.task.keys, root=Path.cwd(), notes=notes)
+
+    def answers(self, training: list[Labelled], notes: Notes) -> Answers:
+        found = self.task.labels_of(training)
+        said = self.config.data.choices
+        if said not in (None, "auto") and found is None:
+            raise ConfigError(f"data.choices: the rows of {self.task.name} are labelled with numbers; leave it at auto")
+        if found is None:
+            return Answers(None, scored=False)
+        if isinstance(said, tuple):
+            check_choices(said, [])
+            labels = [label.strip() for label in said]
+        else:
+            labels = in_the_order_of(load_config_only(self.job.source), found)
+        if len(labels) < (1 if isinstance(training[0].label, tuple) else 2):
+            only = f"'{labels[0]}' is the only label" if labels else "no row has a label"
+            raise DataError(f"{training[0].source}: {only}, so there is nothing to tell apart.")
+        answers = Answers(labels, scored=True)
+        self.check(answers, training)
+        self.listener.note(f"{len(labels)} labels: {', '.join(labels[:20])}{', ...' if len(labels) > 20 else ''}")
+        if unseen := [label for label in labels if label not in found]:
+            notes.add(f"no training row has the label {', '.join(unseen)}, which cannot be learned then")
+        return answers
+
+    def check(self, answers: Answers, rows: list[Labelled]) -> None:
+        known = set(answers.choices or ())
+        for row in rows:
+            if (strange := [label for label in row.labels if label not in known]) and answers.choices is not None:
+                raise DataError(
+                    f"{row.place}: the label '{strange[0]}' is not among those of the training rows "
+                    f"({', '.join(answers.choices[:20])}), so it cannot be learned; name all labels in data.choices, "
+                    "or repair the row (upper and lower case differ)."
+                )
+
+    def check_metric(self, answers: Answers) -> None:
+        metric = self.config.train.metric
+        if metric not in ("auto", *self.task.metrics):
+            raise ConfigError(
+                f"train.metric: {metric} is not measured for {self.task.name}; choose one of "
+                f"{', '.join(self.task.metrics)}"
+            )
+
+    def encode(self, training: list[Labelled], answers: Answers, notes: Notes) -> EncodedLabels:
+        weights = self._weights(training, answers)
+        rows = self.task.encode(training, self.reader, answers.choices, self.job.max_length)
+        for example, row in zip(training, rows, strict=True):
+            if weights:
+                row["weight"] = sum(weights[label] for label in example.labels) / max(1, len(example.labels))
+        cut = sum(row.pop("cut", False) for row in rows)
+        if cut:
+            notes.add(f"{counted(cut)} cut to data.max_length = {self.job.max_length} tokens")
+        if empty := [example for example in training if not example.prompt.strip()]:
+            notes.row(empty[0].place, f"{counted(len(empty))} to train on without any text")
+        return EncodedLabels(rows, training, cut, self.task.tokens)
+
+    def _weights(self, training: list[Labelled], answers: Answers) -> dict[str, float]:
+        """What a row of each label counts, 1 on average over the rows; empty where all count alike."""
+        said = self.config.train.class_weights
+        if said is None:
+            return {}
+        if answers.choices is None or not self.task.weighs:
+            raise ConfigError(f"train.class_weights: the rows of {self.task.name} have no classes to weigh")
+        counts = Counter(label for row in training for label in row.labels)
+        if said == "balanced":
+            weights = {label: 1 / counts[label] if counts[label] else 0.0 for label in answers.choices}
+        else:
+            if strange := [label for label in said if label not in answers.choices]:
+                raise ConfigError(
+                    f"train.class_weights: '{strange[0]}' is not a label; expected some of {', '.join(answers.choices)}"
+                )
+            weights = {label: said.get(label, 1.0) for label in answers.choices}
+        mean = sum(weights[label] * count for label, count in counts.items()) / counts.total()
+        return {label: weight / mean for label, weight in weights.items()}
+
+
+class LabelledTask(Task):
+    """A task whose rows have labels, and whose model has a head of its own for them."""
+
+    keys: ClassVar[tuple[str, ...]]
+    """What the rows of the task may hold; another column is mapped to one of these by ``data.columns``."""
+    weighs: ClassVar[bool] = True
+    """Whether ``train.class_weights`` has a meaning."""
+
+    @abstractmethod
+    def example(self, row: Row) -> Labelled:
+        """The row of the task that was read. Raises DataError, which names the row and what it lacks."""
+
+    @abstractmethod
+    def problem(self, inputs: Inputs) -> str:
+        """The kind of problem, as transformers names it (`ModelHead`)."""
+
+    @abstractmethod
+    def encode(
+        self, examples: Sequence[Labelled], reader: Any, labels: Sequence[str] | None, max_length: int | None
+    ) -> list[Tensors]:
+        """The tensors of each row, with its ``labels``, and ``cut``: whether it was shortened."""
+
+    @abstractmethod
+    def costs(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """What each of ``labels`` costs, in nats or squared; of the labels' shape. ``logits`` are in float32."""
+
+    @abstractmethod
+    def judge(self, logits: Sequence[Tensor], examples: Sequence[Labelled], labels: Sequence[str] | None) -> Judged:
+        """The head's answers, judged: ``logits`` of each row, in float32 on the processor."""
+
+    @abstractmethod
+    def pad(self, rows: Sequence[Tensors], reader: Any) -> dict[str, Tensor]:
+        """A batch of rows, without labels and weights."""
+
+    def stacked_labels(self, rows: Sequence[Tensors], width: int) -> Tensor:
+        """The labels of a batch, whose texts are ``width`` tokens wide."""
+        return torch.stack([torch.as_tensor(row["labels"]) for row in rows])
+
+    def labels_of(self, training: Sequence[Labelled]) -> list[str] | None:
+        """The labels of the training rows, sorted; None where they are numbers."""
+        found = {label for row in training for label in row.labels}
+        if len(found) > max(20, len(training) / 2):
+            raise DataError(
+                f"{training[0].source}: {len(found):,} different labels on {len(training):,} rows are no classes; for "
+                "numbers say task: regression, for texts to be written task: causal_lm, or name the right column in "
+                "data.columns."
+            )
+        return sorted(found, key=lambda label: (int(label), "") if label.isdecimal() else (math.inf, label))
+
+    def read(self, job: Job, reader: Any, listener: Listener) -> Inputs:
+        if job.config.train.prompt_loss_weight:
+            raise ConfigError(f"train.prompt_loss_weight: the rows of {self.name} have no prompts; leave it at 0")
+        return gather(LabelledRows(self, job, reader, listener))
+
+    def head_for(self, job: Job, inputs: Inputs) -> ModelHead:
+        return ModelHead(
+            self.model_class, self.problem(inputs), tuple(inputs.choices or ()), seed=job.config.train.seed
+        )
+
+    def collator(self, reader: Any, *, prompts: bool = False) -> Callable[[Sequence[Tensors]], dict[str, Tensor]]:
+        return partial(self._collate, reader=reader)
+
+    def _collate(self, rows: Sequence[Tensors], reader: Any) -> dict[str, Tensor]:
+        batch = self.pad(rows, reader)
+        width = batch["input_ids"].shape[1] if "input_ids" in batch else 0
+        batch["labels"] = self.stacked_labels(rows, width)
+        if "weight" in rows[0]:
+            batch["weight"] = torch.tensor([row["weight"] for row in rows])
+        return batch
+
+    def logits(self, head: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        """The head's logits for ``batch``, in float32 (or float64)."""
+        given = {name: tensor for name, tensor in batch.items() if name not in ("labels", "weight")}
+        logits: Tensor = head(**given).logits
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    def loss(
+        self, head: Any, batch: Mapping[str, Tensor], *, count: int | Tensor | None = None, prompt_weight: float = 0.0
+    ) -> Tensor:
+        labels = batch["labels"]
+        costs = self.costs(self.logits(head, batch), labels)
+        if (weight := batch.get("weight")) is not None:
+            costs = costs * weight.reshape(-1, *[1] * (costs.dim() - 1)).to(costs.dtype)
+        return costs.sum() / ((labels != IGNORED).sum() if count is None else count)
+
+    def evaluate(
+        self,
+        head: Any,
+        reader: Any,
+        examples: Sequence[Labelled],
+        *,
+        name: str,
+        choices: Sequence[str] | None,
+        evaluation: EvaluationConfig,
+        max_length: int | None,
+        progress: Progress | None = None,
+    ) -> Evaluation:
+        if not examples:
+            raise DataError(f"{name}: there are no rows to evaluate.")
+        started = time.perf_counter()
+        rows = self.encode(examples, reader, choices, max_length)
+        cut = sum(row.pop("cut", False) for row in rows)
+        logits, total, count = self._logits_of_all(head, reader, rows, evaluation.batch_size, progress)
+        judged = self.judge(logits, examples, choices)
+        figures = measure(judged.kind, judged.with_loss(checked(total, count), count))
+        record = RESULTS[judged.kind](
+            kind=judged.kind,
+            dataset=name,
+            rows=len(examples),
+            figures=figures,
+            seconds=round(time.perf_counter() - started, 3),
+            **judged.details,
+            **({"cut": cut} if cut else {}),
+        )
+        return Evaluation(name, record, judged.rows)
+
+    def _logits_of_all(
+        self, head: Any, reader: Any, rows: Sequence[Tensors], batch_size: int, progress: Progress | None
+    ) -> tuple[list[Tensor], float, int]:
+        """The logits of each row, the summed cost of all labels, and how many labels these are."""
+        collate, device = self.collator(reader), head.device
+        found: dict[int, Tensor] = {}
+        total, count = 0.0, 0
+        with evaluating(head):
+            for indices in by_length([self.tokens(row) for row in rows], batch_size):
+                batch = {key: value.to(device) for key, value in collate([rows[at] for at in indices]).items()}
+                logits, labels = self.logits(head, batch), batch["labels"]
+                total += float(self.costs(logits, labels).sum())
+                count += int((labels != IGNORED).sum())
+                found.update(zip(indices, logits.cpu(), strict=True))
+                if progress is not None:
+                    progress(len(found), len(rows))
+        return [found[at] for at in range(len(rows))], total, count
+
+    def preview(self, inputs: Inputs, reader: Any) -> Preview:
+        shown = []
+        for at in range(min(2, len(inputs.rows))):
+            (source, number), row = inputs.rows.origins[at], inputs.rows[at]
+            shown.append((f"{source}, row {number}: {self.described(row)}", self.shown(row, reader, inputs.choices)))
+        return Preview(tuple(shown))
+
+    def described(self, row: Tensors) -> str:
+        """The size of a row, in words."""
+        return f"{self.tokens(row)} tokens"
+
+    @abstractmethod
+    def shown(self, row: Tensors, reader: Any, labels: Sequence[str] | None) -> tuple[tuple[str, bool], ...]:
+        """Pieces of a row as the model sees it, each with whether it is what is learnt."""
+
+    def sizes(self, job: Job, inputs: Inputs) -> RowSizes:
+        return RowSizes(max(inputs.rows.lengths), 1, bool(inputs.validation or inputs.tests))
+
+    def largest(self, job: Job) -> RowSizes:
+        data = job.config.data
+        return RowSizes(job.max_length, 1, bool(data.test or data.validation))

@@ -1,0 +1,59 @@
+"""Texts for a model with a head of its own: tokenised, cut and padded as the tokenizer does it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimtab.data.labelled import Labelled
+from trimtab.errors import DataError, printable
+
+KEPT = ("input_ids", "token_type_ids")
+
+
+def tokenised(examples: Sequence[Labelled], tokenizer: Any, max_length: int | None) -> list[dict[str, Any]]:
+    """``input_ids`` of each text, or of each pair, and ``cut``: whether it was longer than ``max_length`` tokens.
+
+    Raises DataError for a text that has no token at all.
+    """
+    texts = [example.text for example in examples]
+    paired = any(example.pair is not None for example in examples)
+    pairs = [example.pair or "" for example in examples] if paired else None
+    whole = tokenizer(texts, pairs, truncation=False, verbose=False)
+    short = tokenizer(texts, pairs, truncation=True, max_length=max_length) if max_length is not None else whole
+    rows = []
+    for at, example in enumerate(examples):
+        row: dict[str, Any] = {name: short[name][at] for name in KEPT if name in short}
+        if not row["input_ids"]:
+            raise DataError(f"{example.place}: the text is empty, and this tokenizer puts nothing before it.")
+        rows.append({**row, "cut": len(whole["input_ids"][at]) > len(row["input_ids"])})
+    return rows
+
+
+def padded(rows: Sequence[dict[str, Any]], tokenizer: Any) -> dict[str, Tensor]:
+    """A batch of tokenised rows, padded on the right to the longest, with its ``attention_mask``."""
+    width = max(len(row["input_ids"]) for row in rows)
+    fill = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
+    batch = {
+        name: torch.tensor([[*row[name], *[fill[name]] * (width - len(row[name]))] for row in rows])
+        for name in KEPT
+        if name in rows[0]
+    }
+    lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+    batch["attention_mask"] = (torch.arange(width) < lengths[:, None]).long()
+    return batch
+
+
+def decoded(row: dict[str, Any], tokenizer: Any) -> str:
+    """The text of a tokenised row, with its special tokens, to show."""
+    text: str = tokenizer.decode(row["input_ids"], skip_special_tokens=False)
+    return printable(text if len(text) < 1500 else f"{text[:700]} [...] {text[-700:]}")
+
+
+def sample(rows: int, length: int) -> dict[str, Tensor]:
+    """A batch of that size, whatever its tokens are."""
+    ids = torch.zeros(rows, length, dtype=torch.int64)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
