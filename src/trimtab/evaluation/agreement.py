@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from trimtab.data.rows import Example
-from trimtab.data.tokens import IGNORED, encode_all
+from trimtab.data.tokens import encode_all
 from trimtab.errors import DataError
+from trimtab.models.causal_head import IGNORED
 
 ROWS, TOKENS = 32, 256
 """Most rows and most predicted tokens that are compared: their logits take 256 x vocabulary x 4 bytes, twice."""
