@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import trimtab
 from contract_cases import QUANTISED, quantise
 from expert_models import qwen3_moe
+from named_adapters import PLANS, Every, ids, together_and_alone
 from trimtab.surgery import convert
 from trimtab.surgery.adapted import adapted_modules
 
@@ -353,3 +354,29 @@ def test_it_goes_on_as_any_adapter(tmp_path: Path) -> None:
     assert torch.equal(other(x), model(x))
     trimtab.merge(model)
     torch.testing.assert_close(model(x), other(x))
+
+
+@pytest.mark.parametrize("name", ["legal", "v1.5 (fr)", "whole"])
+def test_of_several_adapters_the_active_one_is_converted(name: str) -> None:
+    torch.manual_seed(0)
+    together, _ = together_and_alone(Every().double().eval())
+    x = ids()
+    before = {}
+    for other in PLANS:
+        trimtab.set_adapter(together, other)
+        before[other] = together(x).detach()
+    trimtab.set_adapter(together, name)
+    report = trimtab.convert_to_lora(together, 24, [x])
+    assert report.outputs is not None
+    assert report.outputs.difference < 1e-9
+    assert trimtab.active_adapter(together) == name
+    for other in PLANS:
+        trimtab.set_adapter(together, other)
+        torch.testing.assert_close(together(x), before[other], rtol=1e-9, atol=1e-9)
+    trimtab.set_adapter(together, None)
+    with pytest.raises(trimtab.SurgeryError, match="no adapter is active"):
+        trimtab.convert_to_lora(together)
+    trimtab.set_adapter(together, name)
+    trained = trimtab.trainable_parameters(together)
+    together(x).sum().backward()
+    assert all(one.grad is not None for one in trained.values())

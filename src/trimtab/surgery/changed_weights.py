@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ from trimtab import bases
 from trimtab.bases import TurnedBase, WeightBase
 from trimtab.errors import PlanError, SurgeryError
 from trimtab.methods import lora
-from trimtab.surgery.adapted import Adapted, AdaptedBlock, AdaptedLayer, AdaptedModule
+from trimtab.surgery.adapted import Adapted, AdaptedBlock, AdaptedModule
 
 
 @dataclass
@@ -23,23 +23,21 @@ class ChangedWeight:
 
     Attributes:
         names: of the modules.
-        modules: the adapted modules.
+        handles: on the layer that each of them is.
         handle: on the weight, ``[out, in]`` the way round in which the adapter sees it.
+        method: of the adapter.
         delta: computes dW ``[..., out, in]`` in float64.
         low_rank: ``(A, B)`` in float64 with ``dW = B A``, where the adapter is plain LoRA; computed when called.
         bias: the trained bias, where it differs from the layer's own.
     """
 
     names: list[str]
-    modules: list[Adapted]
+    handles: list[WeightBase]
     handle: WeightBase
+    method: str
     delta: Callable[[], Tensor]
     low_rank: Callable[[], tuple[Tensor, Tensor]] | None = None
     bias: Tensor | None = None
-    method: str = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.method = self.modules[0].method
 
     @property
     def name(self) -> str:
@@ -48,7 +46,7 @@ class ChangedWeight:
     def join(self, other: ChangedWeight) -> None:
         """Take the modules of ``other`` in, which has the same change."""
         self.names += other.names
-        self.modules += other.modules
+        self.handles += other.handles
         if isinstance(self.handle, TurnedBase):  # rather the layer that the adapter was made for
             self.handle, self.delta = other.handle, other.delta
         self.bias = other.bias if self.bias is None else self.bias
@@ -56,18 +54,18 @@ class ChangedWeight:
     @property
     def is_in_one_direction(self) -> bool:
         """Whether all modules multiply with the weight the same way round."""
-        return all(_weight_handle(module).stored_transposed == self.handle.stored_transposed for module in self.modules)
+        return all(one.stored_transposed == self.handle.stored_transposed for one in self.handles)
 
 
-def changed_weights(adapted: Iterable[tuple[str, Adapted]], verb: str) -> tuple[list[ChangedWeight], dict[str, str]]:
-    """The changes of these modules; and the modules whose adapters change no weight in a way that a matrix of low rank
-    could, with the reason.
+def changed_weights(entries: Mapping[str, Adapted], verb: str) -> tuple[list[ChangedWeight], dict[str, str]]:
+    """The changes that an adapter makes, whose ``entries`` these are (`surgery.names.entries`); and the modules where
+    it changes no weight in a way that a matrix of low rank could, with the reason.
 
-    Raises SurgeryError for adapters that sit on blocks, or that hold NaN or infinity.
+    Raises SurgeryError if it sits on a block, or holds NaN or infinity.
     """
     found: dict[Any, ChangedWeight] = {}
     kept: dict[str, str] = {}
-    for name, module in adapted:
+    for name, module in entries.items():
         if isinstance(module, AdaptedBlock):
             raise SurgeryError(
                 f"{verb}: the adapter of {name} (method {module.method}) sits on a block: an activation stands between "
@@ -98,16 +96,16 @@ def _of_layer(name: str, module: Any) -> tuple[Any, ChangedWeight] | str:
         return "its bias alone is trained"
     if getattr(adapter, "groups", 1) > 1:
         return "its update reads all groups of a convolution (across_groups), and no kernel of the layer's own does"
-    if handle.stored_transposed != adapter.stored_transposed:
-        handle = TurnedBase(handle)
+    seen = handle if handle.stored_transposed == adapter.stored_transposed else TurnedBase(handle)
     plain = isinstance(adapter, lora.LoRA) and adapter.magnitude is None
     # A copy of a weight may be shared with a module of another kind, such as an embedding.
     shared = adapter.weight if adapter.trains_base and adapter.magnitude is None else adapter
     return id(shared), ChangedWeight(
         [name],
-        [module],
-        handle,
-        delta=partial(_product if plain else _delta, adapter, handle),
+        [handle],
+        seen,
+        module.method,
+        delta=partial(_product if plain else _delta, adapter, seen),
         low_rank=partial(_factors, adapter) if plain else None,
         bias=_changed_bias(adapter.bias, handle.bias),
     )
@@ -146,9 +144,10 @@ def _of_module(name: str, module: AdaptedModule) -> tuple[Any, ChangedWeight] | 
         return str(error)
     return id(mine["weight"]), ChangedWeight(
         [name],
-        [module],
+        [handle],
         handle,
-        lambda: handle.as_weight(mine["weight"].detach()).double() - handle.weight().double(),
+        module.method,
+        delta=lambda: handle.as_weight(mine["weight"].detach()).double() - handle.weight().double(),
         bias=_changed_bias(mine.get("bias"), handle.bias),
     )
 
@@ -158,11 +157,3 @@ def _changed_bias(mine: Tensor | None, own: Tensor | None) -> Tensor | None:
     if mine is None or (own is not None and torch.equal(mine.detach().to(own.dtype), own.detach())):
         return None
     return mine.detach()
-
-
-def _weight_handle(module: Adapted) -> WeightBase:
-    if isinstance(module, AdaptedLayer):
-        return module.handle
-    handle = bases.find(module.base)
-    assert handle is not None
-    return handle

@@ -17,10 +17,11 @@ from trimtab.bases import TurnedBase, WeightBase
 from trimtab.errors import SurgeryError
 from trimtab.methods import lora, method_class
 from trimtab.ops.truncation import Moments, Spectrum, output_norm, spectrum
-from trimtab.surgery.adapted import Adapted, require_adapted
+from trimtab.surgery.adapted import adapted_modules, require_adapted
 from trimtab.surgery.changed_weights import ChangedWeight, changed_weights
 from trimtab.surgery.conversion_report import ConversionReport, ModuleError
-from trimtab.surgery.exchange import Exchange
+from trimtab.surgery.exchange import Exchange, Successor
+from trimtab.surgery.names import entries, known_adapter
 from trimtab.surgery.row_passes import Rows
 from trimtab.surgery.serving import evaluating
 from trimtab.surgery.wrappers import unwrapped
@@ -65,24 +66,26 @@ def convert_to_lora(
     """
     _check(rank, error)
     model = unwrapped(model)
-    adapted = require_adapted(model, "convert_to_lora")
+    require_adapted(model, "convert_to_lora")
+    active = known_adapter(model, None, "convert_to_lora")
     if any(callable(getattr(module, "reshard", None)) for module in model.modules()):
         raise SurgeryError(
             "convert_to_lora: the model is sharded (fully_shard). Save the adapter, and convert it on a model that is "
             "loaded as a whole"
         )
-    changes, kept = changed_weights(adapted, "convert_to_lora")
+    changes, kept = changed_weights(entries(model, active), "convert_to_lora")
     if not changes:
         name, why = next(iter(kept.items()))
         raise SurgeryError(f"convert_to_lora: nothing in this adapter can become LoRA; {name}: {why}")
     with evaluating(model):
         inputs = None if rows is None else Rows(model, rows)
-        products = _products(changes, inputs, rank, error, progress)
+        known = _Known(inputs, dict(adapted_modules(model)))
+        products = _products(changes, known, rank, error, progress)
         if error is None:
             most = max(product.rank for product in products)
             products = [product.of_rank(most) for product in products]
         _match_partners(changes, products)
-        exchange = Exchange(model, _converted(changes, products))
+        exchange = Exchange(model, active, _converted(changes, products))
         outputs = None if inputs is None else inputs.compare(exchange.made)
     exchange.make()
     modules = {name: one.error for change, one in zip(changes, products, strict=True) for name in change.names}
@@ -123,9 +126,38 @@ def _with_rank(error: ModuleError, rank: int) -> ModuleError:
     return ModuleError(**{**vars(error), "rank": rank})
 
 
+@dataclass
+class _Known:
+    """What is known of the inputs of modules: the rows, if there are some, and the modules by name."""
+
+    rows: Rows | None
+    modules: Mapping[str, nn.Module]
+
+    def moments(self, changes: Sequence[ChangedWeight]) -> dict[int, Moments]:
+        """By the id of each change, the moments of what the rows feed to its modules. Those that multiply with one
+        weight in two directions have none."""
+        if self.rows is None:
+            return {}
+        fed = [
+            (self.modules[name], change.handle)
+            for change in changes
+            for name in change.names
+            if change.is_in_one_direction and not isinstance(change.handle, TurnedBase)
+        ]
+        found = self.rows.moments(fed)
+        known = {}
+        for change in changes:
+            of_each = [found.get(id(self.modules[name])) for name in change.names]
+            if parts := [part for part in of_each if part is not None]:
+                count = sum(part.inputs for part in parts)
+                mean = torch.stack([part.mean * (part.inputs / count) for part in parts]).sum(0)
+                known[id(change)] = Moments(mean, count)
+        return known
+
+
 def _products(
     changes: Sequence[ChangedWeight],
-    rows: Rows | None,
+    inputs: _Known,
     rank: int | None,
     error: float | None,
     progress: Progress | None,
@@ -137,10 +169,10 @@ def _products(
         room = _MOMENTS_AT_ONCE
         for change in changes[len(products) :]:
             room -= _moments_bytes(change)
-            if group and (rows is None or room < 0):
+            if group and (inputs.rows is None or room < 0):
                 break
             group.append(change)
-        known = {} if rows is None else _moments(rows, group)
+        known = inputs.moments(group)
         for change in group:
             products.append(_product(change, known.pop(id(change), None), rank, error))
             if progress is not None:
@@ -151,26 +183,6 @@ def _products(
 def _moments_bytes(change: ChangedWeight) -> int:
     size = change.handle.shape[1]
     return 8 * size * (1 if change.handle.stored_transposed and not change.handle.is_linear else size)
-
-
-def _moments(rows: Rows, changes: Sequence[ChangedWeight]) -> dict[int, Moments]:
-    """By the id of each change, the moments of what the rows feed to its modules. Those that multiply with one weight
-    in two directions have none."""
-    fed = [
-        (module, change.handle)
-        for change in changes
-        for module in change.modules
-        if change.is_in_one_direction and not isinstance(change.handle, TurnedBase)
-    ]
-    found = rows.moments(fed)
-    known = {}
-    for change in changes:
-        parts = [found[id(module)] for module in change.modules if id(module) in found]
-        if parts:
-            count = sum(part.inputs for part in parts)
-            mean = torch.stack([part.mean * (part.inputs / count) for part in parts]).sum(0)
-            known[id(change)] = Moments(mean, count)
-    return known
 
 
 def _product(change: ChangedWeight, moments: Moments | None, rank: int | None, error: float | None) -> _Product:
@@ -241,10 +253,10 @@ def _match_partners(changes: Sequence[ChangedWeight], products: list[_Product]) 
                 products[one] = products[one].of_rank(most)
 
 
-def _converted(changes: Sequence[ChangedWeight], products: Sequence[_Product]) -> Mapping[int, Adapted]:
-    """By the id of each adapted module that is converted, the one that takes its place."""
+def _converted(changes: Sequence[ChangedWeight], products: Sequence[_Product]) -> Mapping[str, Successor]:
+    """By the name of each module that is converted, what takes the place of its adapter."""
     kind = method_class("lora")
-    made: dict[int, Adapted] = {}
+    made: dict[str, Successor] = {}
     for change, product in zip(changes, products, strict=True):
         beside = change.bias is not None
         options = lora.Options(
@@ -259,6 +271,6 @@ def _converted(changes: Sequence[ChangedWeight], products: Sequence[_Product]) -
             adapter.B.copy_(product.b)
             if change.bias is not None:
                 adapter.bias.copy_(change.bias)
-        for module in change.modules:
-            made[id(module)] = Exchange.around(module, adapter)
+        for name, handle in zip(change.names, change.handles, strict=True):
+            made[name] = Successor(handle, "lora", adapter)
     return made

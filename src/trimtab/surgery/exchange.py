@@ -1,63 +1,72 @@
-"""Puts adapted modules into the places of others, for a while or for good."""
+"""Puts other adapters into the places of those that a model carries under one name, for a while or for good."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from torch import nn
 
-from trimtab import bases
+from trimtab.bases import Base
 from trimtab.methods import Method
-from trimtab.surgery.adapted import Adapted, AdaptedLayer, AdaptedParameter, adapted_modules, owners
+from trimtab.surgery.adapted import Adapted, AdaptedParameter, adapted_modules
+from trimtab.surgery.carrier import Slot
 from trimtab.surgery.holding import hold, let_go
-from trimtab.surgery.references import replace_references
+
+
+class Successor(NamedTuple):
+    """What takes the place of an adapter on one module."""
+
+    handle: Base
+    method: str
+    adapter: Method
+
+
+class _Place(NamedTuple):
+    module: Adapted
+    old: tuple[Slot, Method]
+    new: tuple[Slot, Method]
 
 
 class Exchange:
-    """Other adapters for some modules of a model.
+    """Other adapters for some of the modules that one adapter of a model has.
 
     Args:
         model: the model.
-        new: by the id of an adapted module of the model, the one that takes its place; both on one frozen module.
+        name: of the adapter.
+        new: by the name of a module, what takes the adapter's place there.
     """
 
-    def __init__(self, model: nn.Module, new: Mapping[int, Adapted]) -> None:
-        self._model = model
-        self._pairs = [(module, new[id(module)]) for _, module in adapted_modules(model) if id(module) in new]
-
-    @staticmethod
-    def around(module: Adapted, adapter: Method) -> Adapted:
-        """An adapted module with ``adapter``, a LoRA, on the frozen module of ``module``."""
-        handle = module.handle if isinstance(module, AdaptedLayer) else bases.find(module.base)
-        assert handle is not None
-        made = Adapted.around(handle, adapter, "lora", module.rule)
-        made.adapters_disabled = module.adapters_disabled
-        return made
+    def __init__(self, model: nn.Module, name: str, new: Mapping[str, Successor]) -> None:
+        self._name = name
+        self._places = []
+        for place, module in adapted_modules(model):
+            if place in new:
+                slot, (handle, method, adapter) = module.adapter_slots[name], new[place]
+                put = slot._replace(handle=handle, method=method)
+                self._places.append(_Place(module, (slot, module.entry_of(name).adapter), (put, adapter)))
 
     def make(self) -> None:
-        """Put the new modules in."""
-        for old, new in self._pairs:
-            new.training = old.training
-            new.adapter.train(old.adapter.training)
-        self._put(self._pairs)
+        """Put the new adapters in."""
+        for place in self._places:
+            place.new[1].train(place.old[1].training)
+            self._put(place.module, *place.new)
 
     @contextmanager
     def made(self) -> Iterator[None]:
-        """A context in which the new modules are in their places."""
+        """A context in which the new adapters are in their places."""
         try:
-            self._put(self._pairs)
+            for place in self._places:
+                self._put(place.module, *place.new)
             yield
         finally:
-            self._put([(new, old) for old, new in self._pairs])
+            for place in self._places:
+                self._put(place.module, *place.old)
 
-    def _put(self, pairs: list[tuple[Adapted, Adapted]]) -> None:
-        placed: dict[int, nn.Module] = {id(old): new for old, new in pairs}
-        for _, parent, attribute, child in list(owners(self._model)):
-            if id(child) in placed and not isinstance(child, AdaptedParameter):
-                parent._modules[attribute] = placed[id(child)]
-        replace_references(self._model, placed)
-        for old, new in pairs:
-            if isinstance(old, AdaptedParameter) and isinstance(new, AdaptedParameter):
-                let_go(old.base.holder, old.base.attribute)
-                hold(new.base.holder, new.base.attribute, new)
+    def _put(self, module: Adapted, slot: Slot, adapter: Method) -> None:
+        module.put_adapter(self._name, slot, adapter)
+        module.switch_adapter(module.active_name)  # which kind of module it is may be another
+        if isinstance(module, AdaptedParameter):  # so may be whether it shows a bias
+            let_go(module.base.holder, module.base.attribute)
+            hold(module.base.holder, module.base.attribute, module)
