@@ -40,6 +40,7 @@ _PUBLIC = {
     "save_adapter": "adapters.store",
     "serving": "surgery.serving",
     "set_adapter": "surgery.names",
+    "speed_up": "integrations.speed_up",
     "trainable_parameters": "surgery.attach",
     "weight_change": "ops.decomposition",
 }
@@ -78,6 +79,7 @@ if TYPE_CHECKING:  # what the lazy names are, for type checkers and editors
         SurgeryError,
         TrimtabError,
     )
+    from trimtab.integrations.speed_up import speed_up
     from trimtab.ops.decomposition import WeightChange, decompose, weight_change
     from trimtab.surgery.attach import attach, detach, effective_weight, trainable_parameters
     from trimtab.surgery.attach_report import AttachReport

@@ -256,13 +256,21 @@ class WeightMethod(_method.Method):
         ``W^T``, that layer as one with the weight W."""
         return base if base.stored_transposed == self.stored_transposed else TurnedBase(base)
 
+    def drops(self, x: Tensor) -> bool:
+        """Whether the update sees less than all of ``x``."""
+        # What a look-up is given are numbers of rows, of which none can be dropped.
+        return self.training and bool(self.options.dropout) and x.is_floating_point()
+
+    def draw(self, x: Tensor) -> Keep | None:
+        """What dropout leaves of ``x`` to the update, drawn anew."""
+        return draw_keep(x, self.options.dropout)
+
     def forward(self, x: Tensor, base: WeightBase) -> Tensor:
         """The output ``[..., out]`` for ``x [..., in]`` on the frozen weight of ``base``."""
         seen, axis = self._seen(base), self.options.magnitude_axis
         if turned := seen is not base:
             axis = "input" if axis == "output" else "output"
-        # What a look-up is given are numbers of rows, of which none can be dropped.
-        drops = self.training and bool(self.options.dropout) and x.is_floating_point()
+        drops = self.drops(x)
         held = self._holds and not (turned or self._is_replica)
         if held and not (drops or torch.is_grad_enabled() or torch.compiler.is_compiling()):
             if self._few_tokens is None:
@@ -270,7 +278,7 @@ class WeightMethod(_method.Method):
             if self._few_tokens is not None and self._few_tokens.takes(x):
                 return self._few_tokens(x)
         update, tensors = self.turned_factors() if turned else self.factors()
-        keep = draw_keep(x, self.options.dropout) if drops and update is not None else None
+        keep = self.draw(x) if drops and update is not None else None
         padded = base.prepared(x)
         if keep is not None and padded is not x:
             keep = keep._replace(mask=base.prepared(keep.mask.to(x.dtype)).to(torch.int8))

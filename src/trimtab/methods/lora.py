@@ -124,12 +124,17 @@ class LoRA(_weight.WeightMethod):
         alpha = options.scale * (math.sqrt(rank) if options.rank_stabilised else rank)
         return options if rank == options.rank else options.model_copy(update={"rank": rank, "alpha": alpha})
 
+    @property
+    def scale(self) -> float:
+        """``s``: what ``B A`` is multiplied by."""
+        return self.options.scale
+
     def factors(self) -> tuple[Update | None, tuple[Tensor, ...]]:
         if not self.options.rank:
             return None, ()
         if self.groups > 1:
-            return AcrossGroups(self.options.scale, self.groups), (self.A, self.B)
-        return low_rank.LowRank(self.options.scale), (self.A, self.B)
+            return AcrossGroups(self.scale, self.groups), (self.A, self.B)
+        return low_rank.LowRank(self.scale), (self.A, self.B)
 
     def turned_factors(self) -> tuple[Update | None, tuple[Tensor, ...]]:
         update, tensors = self.factors()
@@ -146,7 +151,7 @@ class LoRA(_weight.WeightMethod):
     def squared_norms(self, weight: Tensor, squares: Tensor) -> Tensor:
         if not self.options.rank:
             return squares
-        scale, axis = self.options.scale, self.options.magnitude_axis
+        scale, axis = self.scale, self.options.magnitude_axis
         if self.groups > 1:
             return across_groups.squared_norms(weight, squares, self.A, self.B, scale)
         return low_rank.squared_norms(weight, squares, self.held(self.A), self.B, scale=scale, axis=axis)
