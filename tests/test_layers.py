@@ -54,6 +54,7 @@ NAMESAKES = {
     **dict.fromkeys(("run", "search", "study"), "its YAML, its loop, its progress at the terminal, its page"),
     "chat": "the form of rows, and the verb that talks by it",
     "export": "a verb is named after what it calls",
+    "gguf": "a file that models are read from, and the one that they are handed over in",
     "lora": "a method, and the folder that hands over what it trained",
     "errors": "the tree of errors; and how one of them is told of a YAML",
     "finlora": "FinLoRA's list of runs, and its form of rows",

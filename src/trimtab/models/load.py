@@ -191,13 +191,14 @@ def empty_model(source: Source, dtype: torch.dtype = torch.float32, attention: s
     """
     config = _config_with_head(source)
     options: dict[str, Any] = {} if attention == "auto" else {"attn_implementation": attention}
+    tokens = len(load_tokenizer(source)) if source.add_tokens else 0  # a GGUF file is dequantised for it: not on meta
     building = within("making it from its configuration", seconds=_SECONDS)
     with _loading(source, "model"), building, torch.device("meta"):
         model: PreTrainedModel = getattr(transformers, source.head.model_class).from_config(
             config, dtype=dtype, trust_remote_code=source.trust_remote_code, **options
         )
-        if source.add_tokens:
-            make_room(model, len(load_tokenizer(source)))
+        if tokens:
+            make_room(model, tokens)
         return model
 
 
