@@ -36,10 +36,11 @@ def loaded(code: str, *names: str) -> list[str]:
         ("import trimtab", ("torch", "pydantic", *HEAVY)),
         ("import trimtab; trimtab.attach", ("transformers", *HEAVY)),
         ("import trimtab.config.read, trimtab.reports.run.run_tables", ("torch", "transformers", *HEAVY)),
-        ("import trimtab.memory.suggest, trimtab.runs.load", ("transformers.trainer", *HEAVY)),
+        ("import trimtab.memory.suggest, trimtab.training.rate_plan", ("transformers.trainer", *HEAVY)),
+        ("import trimtab.runs.load", ("transformers.trainer", *HEAVY)),
         (HELP, ("torch", "transformers", *HEAVY)),
     ],
-    ids=["package", "attach", "configuration and tables", "plan and generate", "help"],
+    ids=["package", "attach", "configuration and tables", "plan", "generate", "help"],
 )
 def test_what_is_not_needed_is_not_loaded(code: str, names: tuple[str, ...]) -> None:
     assert loaded(code, *names) == []

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from trimtab.config.read import load_config
-from trimtab.training import rate_trials
+from trimtab.training import rate_plan
 
 TRAIN = {"max_steps": 30, "epochs": 10, "tune": {"budget": 1.0}}
 
@@ -18,7 +18,7 @@ TRAIN = {"max_steps": 30, "epochs": 10, "tune": {"budget": 1.0}}
 def test_tune_shows_its_trials_and_writes_a_yaml_that_trains_with_the_rate(
     cli: Any, make_yaml: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rate_trials, "SHORTEST", 2)
+    monkeypatch.setattr(rate_plan, "SHORTEST", 2)
     yaml = make_yaml(train=TRAIN)
     told = cli("plan", yaml, "train.learning_rate=auto")
     assert "5 of 2 steps, then 3 of 4 steps" in told.out

@@ -1,20 +1,23 @@
 """Runs tests against mutants, each in a fork of a process that has loaded what it needs.
 
-A mutant inside a function is put into a process that has collected all tests: the loaded functions get its code, and
-the tests that call them are run until one fails, one case of each before a second of any. A mutant that no test is seen
-to call (a default in the body of a class, what is called while a module is imported) is put into a process without the
-library, which loads the changed file and runs all tests.
+A mutant inside a function is put into a process that has collected all tests: the loaded functions get its code and its
+defaults, and the tests that call them are run until one fails. First come those that killed other mutants of the
+function, then one case of each test before a second of any. A mutant that no test is seen to call (a default in the
+body of a class, what is called while a module is imported) is put into a process without the library, which loads the
+changed file and runs the tests that call anything in it.
 """
 
 from __future__ import annotations
 
 import ast
 import gc
+import hashlib
 import importlib
 import importlib.abc
 import importlib.util
 import json
 import os
+import resource
 import signal
 import sys
 import tempfile
@@ -22,64 +25,76 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from types import CodeType, FrameType, FunctionType, ModuleType
 from typing import Any
 
-from mutating import SOURCE, Mutant
+from mutating import ROOT, SOURCE, Mutant, mutated
 
 TESTS = ("tests/ops", "tests/methods", "tests/bases", "tests/surgery", "tests/contract")
 # Plugins that are loaded before pytest begins are loaded for the fork's sake, and warnings are errors.
 OPTIONS = ("-x", "-q", "-p", "no:cacheprovider", "--tb=no", "-W", "ignore::pytest.PytestAssertRewriteWarning")
 OWN = ("tests/ops", "tests/methods")
-SECONDS = 20  # of the other tests for a mutant
-SLACK = 120  # seconds beyond ten times that; a mutant that runs longer never ends, and counts as found
+KILLERS = 6  # tests that are tried first, because they killed a mutant of the same function before
+SLACK = 20  # seconds of processor time beyond ten times what the tests take; a mutant that runs longer never ends
+MEMORY = 8 * 2**30  # bytes beyond what the process has: a mutant that asks for more is found
 
-Mutants = Sequence[tuple[Mutant, ast.Module]]
 Told = Callable[[Mutant, bool], None]
 """Called with each mutant and whether it lives."""
 Function = tuple[str, str]
 """File and qualified name."""
+Calls = dict[Function, dict[int, float]]
+"""``function -> number of a test that calls it -> seconds``."""
+Work = Callable[[], tuple[Callable[[], int], float]]
+"""Says when its turn has come what a fork has to do, and for how many seconds. The fork ends with 0 if it lives."""
 
 
-def run(mutants: Mutants, told: Told, jobs: int) -> None:
-    """Run tests against every mutant, ``jobs`` at once. Raises SystemExit if some test fails without any."""
+def run(mutants: Sequence[Mutant], told: Told, jobs: int, seconds: float, cache: Path) -> None:
+    """Run tests against every mutant, ``jobs`` at once, each for ``seconds`` of the tests of single functions and for
+    as long of the others. ``cache`` keeps which test calls what. Raises SystemExit if some test fails without any."""
     _warm_up()
     with tempfile.TemporaryDirectory() as folder:
         left = Path(folder) / "left.json"
         child = os.fork()
         if child == 0:
-            os._exit(_in_functions(mutants, told, jobs, left))
+            os._exit(_in_functions(mutants, told, jobs, seconds, cache, left))
         if os.waitpid(child, 0)[1]:
             raise SystemExit("some test fails without any mutant: mend that first")
-        names = set(json.loads(left.read_text("utf-8")))
-    anew = [(mutant, tree) for mutant, tree in mutants if repr(mutant) in names]
+        tests = json.loads(left.read_text("utf-8"))
+    anew = [mutant for mutant in mutants if repr(mutant) in tests]
+    everything = 20 * SLACK + 20 * seconds
     _each(
-        [(mutant, lambda mutant=mutant, tree=tree: _loaded_anew(mutant, tree), SLACK) for mutant, tree in anew],
+        [
+            (mutant, lambda mutant=mutant: (partial(_loaded_anew, mutant, tests[repr(mutant)]), everything))
+            for mutant in anew
+        ],
         told,
         jobs,
     )
 
 
-def _each(work: Sequence[tuple[Mutant, Callable[[], int], float]], told: Told, jobs: int) -> None:
+def _each(work: Sequence[tuple[Mutant, Work]], told: Told, jobs: int) -> None:
     """Do the ``work`` on each mutant in a fork, which ends with 0 if the mutant lives."""
     waiting, running = list(reversed(work)), dict[int, tuple[Mutant, float]]()
+    gc.collect()
+    gc.freeze()
     while waiting or running:
         while waiting and len(running) < jobs:
-            mutant, task, seconds = waiting.pop()
+            mutant, begin = waiting.pop()
+            task, seconds = begin()
             child = os.fork()
             if child == 0:
                 os.setpgid(0, 0)
                 quiet = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(quiet, 1)
                 os.dup2(quiet, 2)
+                _limit(seconds)
                 code = 1
                 try:
                     code = task()
                 finally:
                     os._exit(code)
-            running[child] = mutant, time.monotonic() + seconds
+            running[child] = mutant, time.monotonic() + 5 * seconds
         for child, (mutant, end) in list(running.items()):
             done, status = os.waitpid(child, os.WNOHANG)
             if not done and time.monotonic() > end:
@@ -91,82 +106,125 @@ def _each(work: Sequence[tuple[Mutant, Callable[[], int], float]], told: Told, j
         time.sleep(0.005)
 
 
+def _limit(seconds: float) -> None:
+    """A fork gets so much processor time, whatever else the machine does, and some gigabytes beyond what it has."""
+    resource.setrlimit(resource.RLIMIT_CPU, (int(seconds), int(seconds)))
+    pages = int(Path("/proc/self/statm").read_text("ascii").split()[0])
+    limit = pages * resource.getpagesize() + MEMORY
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
 # In a process that has collected all tests ---------------------------------------------------------------------------
 
 
-def _in_functions(mutants: Mutants, told: Told, jobs: int, left: Path) -> int:
+def _in_functions(mutants: Sequence[Mutant], told: Told, jobs: int, seconds: float, cache: Path, left: Path) -> int:
     import pytest
+
+    killer = left.with_name("killer")
 
     class Session:
         """Takes the place of pytest's own loop over the tests."""
 
         def pytest_runtestloop(self, session: pytest.Session) -> bool:
-            calls = _calls(session.items, left.with_name("calls.json"))
+            calls = _calls(session.items, cache)
             functions = _functions()
-            work, others = [], []
-            for mutant, tree in mutants:
+            numbers = {item.nodeid: number for number, item in enumerate(session.items)}
+            killers: dict[Function, list[int]] = defaultdict(list)
+            work: list[tuple[Mutant, Work]] = []
+            others = {}
+
+            def begin(mutant: Mutant, function: Function) -> tuple[Callable[[], int], float]:
+                chosen, takes = _chosen(session.items, calls[function], killers[function], seconds)
+                return partial(_with_change, mutant, function, functions[function], chosen), SLACK + 10 * takes
+
+            def noted(mutant: Mutant, lives: bool) -> None:
                 function = _function_of(mutant, functions)
-                if tests := _chosen(session.items, calls.get(function, {})):
-                    task = partial(_with_tree, tree, function, functions[function], tests)
-                    work.append((mutant, task, SLACK + 10 * SECONDS))
+                if killer.is_file() and function:
+                    number = numbers[killer.read_text("utf-8")]
+                    killers[function] = [number, *(one for one in killers[function] if one != number)][:KILLERS]
+                    killer.unlink()
+                told(mutant, lives)
+
+            for mutant in mutants:
+                function = _function_of(mutant, functions)
+                if function and calls.get(function):
+                    work.append((mutant, partial(begin, mutant, function)))
                 else:
-                    others.append(repr(mutant))
-            _each(work, told, jobs)
+                    of_file: dict[int, float] = {}
+                    everywhere: dict[int, float] = {}
+                    for (file, _), some in calls.items():
+                        everywhere |= some
+                        if file == str(SOURCE / mutant.file):
+                            of_file |= some
+                    of_file = of_file or everywhere
+                    others[repr(mutant)] = [one.nodeid for one in _chosen(session.items, of_file, [], seconds)[0]]
+            _each(work, noted, jobs)
             left.write_text(json.dumps(others), "utf-8")
             return True
 
         @pytest.hookimpl(tryfirst=True)
         def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
             if report.failed:
+                killer.write_text(report.nodeid, "utf-8")
                 os._exit(1)
 
     return int(pytest.main([*OPTIONS, *TESTS], plugins=[Session()]))
 
 
-def _calls(items: Sequence[Any], place: Path) -> dict[Function, dict[int, float]]:
-    """``function -> number of a test that calls it -> seconds``, seen in a fork. Raises SystemExit if a test fails."""
-    child = os.fork()
-    if child == 0:
-        calls: dict[Function, dict[int, float]] = defaultdict(dict)
-        ours = str(SOURCE)
-        for number, item in enumerate(items):
-            seen: set[CodeType] = set()
+def _calls(items: Sequence[Any], cache: Path) -> Calls:
+    """Which tests call which function, seen in a fork, and kept for as long as neither the library nor a test changes.
+    Raises SystemExit if a test fails."""
+    files = sorted([*SOURCE.rglob("*.py"), *(ROOT / "tests").rglob("*.py")])
+    kept = cache / f"calls-{hashlib.sha256(b''.join(file.read_bytes() for file in files)).hexdigest()[:12]}.json"
+    if not kept.is_file():
+        child = os.fork()
+        if child == 0:
+            calls: Calls = defaultdict(dict)
+            ours = str(SOURCE)
+            for number, item in enumerate(items):
+                seen: set[CodeType] = set()
 
-            def see(frame: FrameType, event: str, _: Any, seen: set[CodeType] = seen) -> None:
-                if event == "call":
-                    seen.add(frame.f_code)
+                def see(frame: FrameType, event: str, _: Any, seen: set[CodeType] = seen) -> None:
+                    if event == "call":
+                        seen.add(frame.f_code)
 
-            began = time.monotonic()
-            sys.setprofile(see)
-            item.config.hook.pytest_runtest_protocol(item=item, nextitem=(*items, None)[number + 1])
-            sys.setprofile(None)
-            for code in seen:
-                if code.co_filename.startswith(ours):
-                    calls[code.co_filename, _outermost(code.co_qualname)][number] = time.monotonic() - began
-        place.write_text(json.dumps([[*function, tests] for function, tests in calls.items()]), "utf-8")
-        os._exit(0)
-    if os.waitpid(child, 0)[1]:
-        raise SystemExit(1)
-    every = json.loads(place.read_text("utf-8"))
+                began = time.monotonic()
+                sys.setprofile(see)
+                item.config.hook.pytest_runtest_protocol(item=item, nextitem=(*items, None)[number + 1])
+                sys.setprofile(None)
+                for code in seen:
+                    if code.co_filename.startswith(ours):
+                        calls[code.co_filename, _outermost(code.co_qualname)][number] = time.monotonic() - began
+            kept.write_text(json.dumps([[*function, tests] for function, tests in calls.items()]), "utf-8")
+            os._exit(0)
+        if os.waitpid(child, 0)[1]:
+            raise SystemExit(1)
+    every = json.loads(kept.read_text("utf-8"))
     return {(file, name): {int(number): took for number, took in tests.items()} for file, name, tests in every}
 
 
-def _chosen(items: Sequence[Any], seconds: dict[int, float]) -> list[Any]:
-    """The tests of a function in the order in which they are run.
+def _chosen(
+    items: Sequence[Any], took: dict[int, float], killers: Sequence[int], seconds: float
+) -> tuple[list[Any], float]:
+    """The tests of a function in the order in which they are run, and how long they take.
 
-    Those of single functions come first (tests/ops, tests/methods), all of them. Of the others, cases of one test are
-    much alike, so the quickest case of each comes first, then the second of each, for ``SECONDS`` in all.
+    ``killers`` come first, then the tests of single functions (tests/ops, tests/methods), then all others, ``seconds``
+    of each. Cases of one test are much alike, so the quickest case of each comes first, then the second of each.
     """
     cases: dict[str, list[tuple[float, int]]] = defaultdict(list)
-    for number, took in seconds.items():
-        cases[items[number].nodeid.partition("[")[0]].append((took, number))
-    order = []
-    for name, some in cases.items():
-        own = name.startswith(OWN)
-        order += [(not own, 0 if own else place, took, number) for place, (took, number) in enumerate(sorted(some))]
-    order.sort()
-    ends = accumulate(took if other else 0.0 for other, _, took, _ in order)
-    return [items[number] for (*_, number), end in zip(order, ends, strict=True) if end <= SECONDS]
+    for number, one in took.items():
+        cases[items[number].nodeid.partition("[")[0]].append((one, number))
+    every = [
+        (not name.startswith(OWN), place, one, number)
+        for name, some in cases.items()
+        for place, (one, number) in enumerate(sorted(some))
+    ]
+    chosen, total = [items[number] for number in killers], [0.0, 0.0]
+    for other, _, one, number in sorted(every):
+        if number not in killers and total[other] + one <= seconds:
+            total[other] += one
+            chosen.append(items[number])
+    return chosen, sum(total) + sum(took.get(number, 0.0) for number in killers)
 
 
 def _functions() -> dict[Function, list[FunctionType]]:
@@ -204,14 +262,36 @@ def _code(tree: ast.Module, function: Function) -> list[CodeType]:
     return list(inside(compile(ast.fix_missing_locations(tree), file, "exec")))
 
 
-def _with_tree(tree: ast.Module, name: Function, functions: Sequence[FunctionType], items: Sequence[Any]) -> int:
-    """Give ``functions`` their code from ``tree``, and run ``items``."""
+def _with_change(mutant: Mutant, name: Function, functions: Sequence[FunctionType], items: Sequence[Any]) -> int:
+    """Give ``functions`` their code and their defaults from the changed file, and run ``items``."""
+    tree = mutated(mutant)
     new = {code.co_firstlineno: code for code in _code(tree, name)}
+    arguments = {
+        min(one.lineno for one in (node, *node.decorator_list)): node.args
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef)
+    }
     for function in functions:
-        function.__code__ = new[function.__code__.co_firstlineno]
+        line = function.__code__.co_firstlineno
+        function.__code__ = new[line]
+        _set_defaults(function, arguments[line])
     for number, item in enumerate(items):
         item.config.hook.pytest_runtest_protocol(item=item, nextitem=(*items, None)[number + 1])
     return 0
+
+
+def _set_defaults(function: FunctionType, arguments: ast.arguments) -> None:
+    """Defaults that are constants, as the changed file has them; others stay."""
+
+    def value(node: ast.expr | None, before: Any) -> Any:
+        return node.value if isinstance(node, ast.Constant) else before
+
+    if function.__defaults__:
+        pairs = zip(arguments.defaults, function.__defaults__, strict=True)
+        function.__defaults__ = tuple(value(node, before) for node, before in pairs)
+    for argument, node in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True):
+        if node is not None:
+            function.__kwdefaults__[argument.arg] = value(node, function.__kwdefaults__[argument.arg])
 
 
 # In a process without the library ------------------------------------------------------------------------------------
@@ -235,12 +315,19 @@ class Changed(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         exec(compile(ast.fix_missing_locations(self.tree), str(self.path), "exec"), module.__dict__)
 
 
-def _loaded_anew(mutant: Mutant, tree: ast.Module) -> int:
+def _loaded_anew(mutant: Mutant, tests: Sequence[str]) -> int:
+    """Collect the files of ``tests`` with the changed module, and run ``tests`` in their order."""
     import pytest
 
+    class Chosen:
+        def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+            found = {item.nodeid: item for item in items}
+            items[:] = [found[name] for name in tests if name in found]
+
     name = ".".join(("trimtab", *Path(mutant.file).with_suffix("").parts)).removesuffix(".__init__")
-    sys.meta_path.insert(0, Changed(name, SOURCE / mutant.file, tree))
-    return int(pytest.main([*OPTIONS, *TESTS]))
+    sys.meta_path.insert(0, Changed(name, SOURCE / mutant.file, mutated(mutant)))
+    files = dict.fromkeys(one.partition("::")[0] for one in tests)
+    return int(pytest.main([*OPTIONS, *files], plugins=[Chosen()]))
 
 
 def _warm_up() -> None:

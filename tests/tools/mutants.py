@@ -2,13 +2,15 @@
 
     python tests/tools/mutants.py                          every mutant of both folders (make mutants)
     python tests/tools/mutants.py --only ops/ratio.py      of one file
-    python tests/tools/mutants.py --sample 20              at most 20 of a file, always the same ones
-    python tests/tools/mutants.py --again                  those that lived the last time
+    python tests/tools/mutants.py --resume                 go on where it was cut off, or where the library changed
+    python tests/tools/mutants.py --again --seconds 60     those that lived the last time, with more tests
+    python tests/tools/mutants.py --page                   write the page again, with new reasons
 
 A mutant is the library with one expression changed: a comparison, a sum, a constant, a condition, a result, the order
-of two arguments, a call left out. Each meets the tests of ``killing.TESTS`` until one of them fails. What lives is
-listed in tests/mutants.md with the reason why no test can see it; a row without a reason is work to do. The page keeps
-its reasons when it is written again.
+of two arguments, a call left out. Each meets tests of ``killing.TESTS`` that call its function until one of them fails.
+They are tried in eight rounds, every eighth of each file in a round, so that a run that is cut off has an even sample.
+What lives is listed in tests/mutants.md with the reason why no test can see it, from tests/mutants.yaml; a row without
+a reason is work to do.
 
 Why not mutmut: version 3.8 leaves out functions with two decorators, which are the backward passes here, and puts a
 call of its own into every function, which the compiler that other tests use cannot follow.
@@ -17,63 +19,71 @@ call of its own into every function, which the compiler that other tests use can
 from __future__ import annotations
 
 import argparse
-import ast
 import json
 import os
-import random
 import sys
 from collections import defaultdict
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+import yaml
 from killing import run
 from mutating import ROOT, SOURCE, Mutant, mutants
 
 PAGE = ROOT / "tests" / "mutants.md"
-RESULTS = ROOT / ".mutants.json"
+REASONS = ROOT / "tests" / "mutants.yaml"
 FOLDERS = ("ops", "methods")
+ROUNDS = (0, 4, 2, 6, 1, 5, 3, 7)
+Results = dict[str, dict[str, Any]]
+
+
+def name_of(mutant: Mutant) -> str:
+    """Place and change as they stand on the page, without line numbers, which every edit would move."""
+    number = f" ({mutant.number + 1})" if mutant.number else ""
+    return f"{mutant.file} {mutant.place}{number}: {mutant.before} -> {mutant.after}"
 
 
 def reasons() -> dict[str, str]:
-    """What the page says of mutants that live, by their place and change."""
-    if not PAGE.is_file():
-        return {}
-    rows = [line.split(" | ") for line in PAGE.read_text("utf-8").splitlines() if line.startswith("| `")]
-    return {" | ".join(row[:-1]): row[-1].removesuffix(" |").strip() for row in rows}
+    """Why mutants live, by their names. One reason may be that of many."""
+    groups = yaml.safe_load(REASONS.read_text("utf-8")) if REASONS.is_file() else []
+    return {name: group["why"] for group in groups for name in group["mutants"]}
 
 
-def row_of(mutant: Mutant) -> str:
-    """Place and change as they stand on the page, without line numbers, which every edit would move."""
-    before, after = (text.replace("|", "\\|") for text in (mutant.before, mutant.after))
-    number = f" ({mutant.number + 1})" if mutant.number else ""
-    return f"| `{mutant.file}` {mutant.place}{number} | `{before}` | `{after}`"
-
-
-def write_page(results: dict[str, dict[str, Any]], sampled: int | None) -> None:
-    """The page of those that live, and how many there are of a file."""
+def write_page(results: Results, every: list[Mutant]) -> None:
+    """The page: how many mutants of each file were tried and found, and those that live."""
     known, lines = reasons(), []
-    counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
-    for one in results.values():
-        mutant = Mutant(**one["mutant"])
+    counts: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
+    for mutant in every:
         counts[mutant.file][0] += 1
-        counts[mutant.file][1] += not one["lives"]
-        if one["lives"]:
-            row = row_of(mutant)
-            lines.append(f"{row} | {known.get(row, '**no reason yet**')} |")
-    total, killed = (sum(count[part] for count in counts.values()) for part in (0, 1))
-    share = f"at most {sampled} of a file, drawn with a fixed seed" if sampled else "all of them"
-    table = [f"| `{file}` | {all_} | {dead} | {100 * dead / all_:.0f} % |" for file, (all_, dead) in counts.items()]
+        if one := results.get(repr(mutant)):
+            counts[mutant.file][1] += 1
+            counts[mutant.file][2] += not one["lives"]
+            if one["lives"]:
+                before, after = (text.replace("|", "\\|") for text in (mutant.before, mutant.after))
+                number = f" ({mutant.number + 1})" if mutant.number else ""
+                why = known.pop(name_of(mutant), "**no reason yet**")
+                lines.append(f"| `{mutant.file}` {mutant.place}{number} | `{before}` | `{after}` | {why} |")
+    total, tried, found = (sum(count[part] for count in counts.values()) for part in (0, 1, 2))
+    table = [
+        f"| `{file}` | {all_} | {some} | {dead} | {f'{100 * dead / some:.0f} %' if some else ''} |"
+        for file, (all_, some, dead) in counts.items()
+    ]
     open_ = sum("**no reason yet**" in line for line in lines)
+    share = "All of them were" if tried == total else f"An even sample of {tried} was"
     text = [
         "# Mutants",
         "",
-        f"Made by `make mutants` ({share}): {total} small faults in `ops/` and `methods/`, of which the tests of these",
-        f"folders and the contract suite find {killed}: **{100 * killed / max(total, 1):.1f} %**. Those that live are",
-        "listed below with the reason why no test can see them" + (f"; {open_} have none yet." if open_ else "."),
+        f"`make mutants` makes {total:,} small faults in `ops/` and `methods/`, one at a time, and runs tests against",
+        "each: those of these folders, of the bases and of the surgery, and the contract suite.",
+        f"{share} tried, and the tests found {found:,}: **{100 * found / max(tried, 1):.1f} %**.",
+        "Those that live are below with the reason why no test can see them"
+        + (f"; {open_} have none yet." if open_ else "."),
         "",
-        "| file | mutants | found | share |",
-        "| --- | --- | --- | --- |",
+        "| file | mutants | tried | found | share |",
+        "| --- | --- | --- | --- | --- |",
         *table,
+        f"| **all** | {total} | {tried} | {found} | {100 * found / max(tried, 1):.1f} % |",
         "",
         "| place | was | is | why it lives |",
         "| --- | --- | --- | --- |",
@@ -81,50 +91,62 @@ def write_page(results: dict[str, dict[str, Any]], sampled: int | None) -> None:
         "",
     ]
     PAGE.write_text("\n".join(text), "utf-8")
+    for name in known.keys() - {name_of(mutant) for mutant in every}:
+        print(f"{REASONS.name} gives a reason for what is no mutant any more: {name}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=[], help="files below src/trimtab, such as ops/ratio.py")
-    parser.add_argument("--sample", type=int, help="at most so many mutants of a file")
+    parser.add_argument("--resume", action="store_true", help="keep the results of functions that are as they were")
     parser.add_argument("--again", action="store_true", help="only those that lived the last time")
+    parser.add_argument(
+        "--seconds", type=float, default=10.0, help="of tests for each: of ops and methods, and of others"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="so many mutants at once")
+    parser.add_argument("--state", type=Path, default=ROOT / ".mutants", help="folder of results (%(default)s)")
     parser.add_argument("--list", action="store_true", help="print the mutants and run none")
+    parser.add_argument("--page", action="store_true", help="write the page and run none")
     said = parser.parse_args()
-    files = said.only or [
-        str(path.relative_to(SOURCE)) for folder in FOLDERS for path in sorted((SOURCE / folder).rglob("*.py"))
-    ]
-    results = _results() if said.again or said.only else {}
-    chosen: list[tuple[Mutant, ast.Module]] = []
-    for file in files:
-        every = mutants(file)
-        if said.sample and len(every) > said.sample:
-            every = random.Random(file).sample(every, said.sample)
-        if said.again:
-            every = [(mutant, tree) for mutant, tree in every if results.get(repr(mutant), {}).get("lives")]
-        else:
-            results = {name: one for name, one in results.items() if one["mutant"]["file"] != file}
-        chosen += every
+    by_file = {
+        name: mutants(name)
+        for folder in FOLDERS
+        for name in (str(path.relative_to(SOURCE)) for path in sorted((SOURCE / folder).rglob("*.py")))
+    }
+    every = [mutant for some in by_file.values() for mutant in some]
+    wanted = said.only or list(by_file)
     if said.list:
-        print(*(mutant for mutant, _ in chosen), sep="\n")
+        print(*(mutant for file in wanted for mutant in by_file[file]), sep="\n")
         return
-    RESULTS.write_text(json.dumps(results), "utf-8")
+    said.state.mkdir(exist_ok=True)
+    place = said.state / "results.json"
+    results: Results = json.loads(place.read_text("utf-8")) if place.is_file() else {}
+    chosen = [mutant for part in ROUNDS for file in wanted for mutant in by_file[file][part :: len(ROUNDS)]]
+    if said.page:
+        chosen = []
+    elif said.again:
+        chosen = [mutant for mutant in chosen if results.get(repr(mutant), {}).get("lives")]
+    elif said.resume:
+        chosen = [mutant for mutant in chosen if repr(mutant) not in results]
+    else:
+        results = {name: one for name, one in results.items() if one["mutant"]["file"] not in wanted}
+    place.write_text(json.dumps(results), "utf-8")
 
     def told(mutant: Mutant, lives: bool) -> None:
-        results = _results()  # the file and no variable: this is called in more than one process
+        results = json.loads(place.read_text("utf-8"))  # the file and no variable: this is called in two processes
         results[repr(mutant)] = {"mutant": asdict(mutant), "lives": lives}
-        RESULTS.write_text(json.dumps(results), "utf-8")
+        part = place.with_suffix(".part")
+        part.write_text(json.dumps(results), "utf-8")
+        part.replace(place)
         if lives:
-            print(f"lives: {mutant}", flush=True)
-        write_page(results, said.sample)  # after each: an hour that is cut off has its page
+            print(f"lives: {name_of(mutant)}", flush=True)
 
-    run(chosen, told, said.jobs)
-    lived = sum(results[repr(mutant)]["lives"] for results in [_results()] for mutant, _ in chosen)
-    print(f"{len(chosen) - lived} of {len(chosen)} found; {PAGE.relative_to(ROOT)} lists the others")
-
-
-def _results() -> dict[str, dict[str, Any]]:
-    return json.loads(RESULTS.read_text("utf-8")) if RESULTS.is_file() else {}
+    try:
+        if chosen:
+            run(chosen, told, jobs=said.jobs, seconds=said.seconds, cache=said.state)
+    finally:
+        write_page(json.loads(place.read_text("utf-8")), every)
+    print(f"{PAGE.relative_to(ROOT)} has the result")
 
 
 if __name__ == "__main__":

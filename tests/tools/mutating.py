@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import hashlib
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ class Mutant:
     after: str
     number: int
     """Which of the changes of this kind at this place."""
+    around: str = ""
+    """A digest of the function or class of the file that it is in: the result of a changed one is worth nothing."""
 
     def __str__(self) -> str:
         return f"{self.file} {self.place}: `{self.before}` -> `{self.after}`"
@@ -80,13 +83,29 @@ def changes(node: ast.AST) -> Iterator[ast.AST]:
             yield like(args=[second, first, *more])
 
 
-def mutants(file: str) -> list[tuple[Mutant, ast.Module]]:
-    """All mutants of one file, each with the whole of it."""
-    tree = ast.parse((SOURCE / file).read_text("utf-8"))
-    found: list[tuple[Mutant, ast.Module]] = []
-    counted: dict[tuple[str, str, str], int] = defaultdict(int)
+def mutants(file: str) -> list[Mutant]:
+    """All mutants of one file."""
+    return [mutant for mutant, _ in _each_with_tree(file)]
 
-    def walk(node: ast.AST, place: str) -> None:
+
+def mutated(mutant: Mutant) -> ast.Module:
+    """The whole file with this one change. Raises KeyError where the file has no such mutant."""
+    for other, tree in _each_with_tree(mutant.file):
+        if other == mutant:
+            return tree
+    raise KeyError(str(mutant))
+
+
+def _each_with_tree(file: str) -> Iterator[tuple[Mutant, ast.Module]]:
+    """Each mutant with the tree of its file, which has the change for as long as nobody asks for the next."""
+    tree = ast.parse((SOURCE / file).read_text("utf-8"))
+    counted: dict[tuple[str, str, str], int] = defaultdict(int)
+    inside: dict[str, str] = {"": ""}
+    for statement in tree.body:
+        if isinstance(statement, ast.FunctionDef | ast.ClassDef):
+            inside[statement.name] = hashlib.sha256(ast.dump(statement).encode()).hexdigest()[:12]
+
+    def walk(node: ast.AST, place: str) -> Iterator[tuple[Mutant, ast.Module]]:
         for name, value in ast.iter_fields(node):
             if name in ("annotation", "returns", "type_params") or (
                 isinstance(node, ast.keyword) and node.arg in WORDS
@@ -102,16 +121,15 @@ def mutants(file: str) -> list[tuple[Mutant, ast.Module]]:
                     text = (place or "(file)", _line(child), _line(changed))
                     if text[1] == text[2]:
                         continue
-                    mutant = Mutant(file, *text, counted[text])
+                    mutant = Mutant(file, *text, counted[text], inside.get(place.split(".")[0], ""))
                     counted[text] += 1
                     _put(node, name, index, changed)
-                    found.append((mutant, copy.deepcopy(tree)))
+                    yield mutant, tree
                     _put(node, name, index, child)
                 if not isinstance(child, ast.Raise):
-                    walk(child, inner)
+                    yield from walk(child, inner)
 
-    walk(tree, "")
-    return found
+    yield from walk(tree, "")
 
 
 def _put(node: ast.AST, name: str, index: int | None, value: ast.AST) -> None:

@@ -19,9 +19,10 @@ from trimtab.errors import ConfigError, Interrupted, RunError
 from trimtab.files import read_json, write_json
 from trimtab.runs.rate_record import RateTrial, read_rate
 from trimtab.surgery.plan import Rule
-from trimtab.training import rate_trials
+from trimtab.training import rate_plan, rate_trials
+from trimtab.training.rate_plan import SHORTEST, plan_trials
 from trimtab.training.rate_prior import likely_rate
-from trimtab.training.rate_trials import APART, SHORTEST, _narrow, choose, plan_trials
+from trimtab.training.rate_trials import APART, _narrow, choose
 from trimtab.training.run import finetune
 
 
@@ -126,7 +127,7 @@ AUTO = {"learning_rate": "auto", "max_steps": 30, "epochs": 10, "tune": {"budget
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trials of two steps are enough to see that they are made."""
-    monkeypatch.setattr(rate_trials, "SHORTEST", 2)
+    monkeypatch.setattr(rate_plan, "SHORTEST", 2)
 
 
 def test_a_run_finds_its_rate_and_is_then_the_run_that_is_told_it(make_yaml: Callable[..., Path], quick: None) -> None:

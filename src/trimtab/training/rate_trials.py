@@ -18,7 +18,6 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,7 @@ from trimtab.runs.rate_record import ChosenRate, RateTrial, read_rate
 from trimtab.runs.records import MetricsLine
 from trimtab.surgery.attach import detach
 from trimtab.tasks import Inputs, Task
+from trimtab.training.rate_plan import TrialPlan, plan_trials
 from trimtab.training.rate_prior import SPREAD, likely_rate
 from trimtab.training.schedule import total_steps
 from trimtab.training.trainer import AdapterTrainer, Diverged
@@ -43,46 +43,8 @@ from trimtab.training.trainer import AdapterTrainer, Diverged
 APART = 1 / 3
 """Decades between neighbouring rates: a factor of 2.15."""
 
-SHORTEST = 5
-"""Steps: what a shorter training ends with says little of the rate."""
-
 FLAT = 0.02
 """Nats a token: a difference that a trial's few steps and rows do not tell from none."""
-
-_FORWARD = 1 / 3
-"""What measuring a row costs beside training on it: one pass of three."""
-
-
-@dataclass(frozen=True)
-class TrialPlan:
-    """``rounds``: how many rates, and for how many steps each; ``rows``: to measure each trial on; ``cost``: of all of
-    it, in steps of the run."""
-
-    rounds: tuple[tuple[int, int], ...]
-    rows: int
-    cost: float
-
-    @property
-    def told(self) -> str:
-        """In words."""
-        rounds = ", then ".join(f"{rates} of {steps} steps" for rates, steps in self.rounds)
-        return f"{rounds}, as much as {self.cost:.0f} steps of the run" if rounds else "none"
-
-
-def plan_trials(train: TrainConfig, steps: int, validation_rows: int) -> TrialPlan:
-    """Which trials a run of ``steps`` steps affords."""
-    budget, batch = train.tune.budget * steps, train.batch_size * train.gradient_accumulation
-    for rates in ((5, 3), (3,)):
-        lengths = [2**turn for turn in range(len(rates))]
-        trials, units = sum(rates), sum(count * length for count, length in zip(rates, lengths, strict=True))
-        # At most a quarter of the budget is for measuring.
-        rows = min(validation_rows, train.tune.rows, int(budget / 4 / trials * batch / _FORWARD))
-        measuring = trials * rows / batch * _FORWARD
-        unit = int((budget - measuring) / units)
-        if unit >= SHORTEST:
-            rounds = tuple((count, unit * length) for count, length in zip(rates, lengths, strict=True))
-            return TrialPlan(rounds, rows, unit * units + measuring)
-    return TrialPlan((), 0, 0.0)
 
 
 def with_rate(

@@ -36,8 +36,8 @@ def command(
         from trimtab.memory.suggest import describe_run
         from trimtab.tasks import job_of
         from trimtab.training.checks import check_before
+        from trimtab.training.rate_plan import told_trials
         from trimtab.training.schedule import total_steps
-        from trimtab.training.tune import told_trials
 
     job = job_of(loaded)
     described = describe_run(job, length, check_before)

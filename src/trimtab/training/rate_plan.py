@@ -1,0 +1,69 @@
+"""Which trials ``train.learning_rate: auto`` makes, and what ``trimtab plan`` says of them.
+
+Nothing is trained here, and so nothing that trains is imported.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from trimtab import tasks
+from trimtab.config.resolve import Job
+from trimtab.config.run import TrainConfig
+from trimtab.errors import TrimtabError
+from trimtab.runs.events import Listener
+from trimtab.training.schedule import total_steps
+
+SHORTEST = 5
+"""Steps: what a shorter training ends with says little of the rate."""
+
+_FORWARD = 1 / 3
+"""What measuring a row costs beside training on it: one pass of three."""
+
+
+@dataclass(frozen=True)
+class TrialPlan:
+    """``rounds``: how many rates, and for how many steps each; ``rows``: to measure each trial on; ``cost``: of all of
+    it, in steps of the run."""
+
+    rounds: tuple[tuple[int, int], ...]
+    rows: int
+    cost: float
+
+    @property
+    def told(self) -> str:
+        """In words."""
+        rounds = ", then ".join(f"{rates} of {steps} steps" for rates, steps in self.rounds)
+        return f"{rounds}, as much as {self.cost:.0f} steps of the run" if rounds else "none"
+
+
+def plan_trials(train: TrainConfig, steps: int, validation_rows: int) -> TrialPlan:
+    """Which trials a run of ``steps`` steps affords."""
+    budget, batch = train.tune.budget * steps, train.batch_size * train.gradient_accumulation
+    for rates in ((5, 3), (3,)):
+        lengths = [2**turn for turn in range(len(rates))]
+        trials, units = sum(rates), sum(count * length for count, length in zip(rates, lengths, strict=True))
+        # At most a quarter of the budget is for measuring.
+        rows = min(validation_rows, train.tune.rows, int(budget / 4 / trials * batch / _FORWARD))
+        measuring = trials * rows / batch * _FORWARD
+        unit = int((budget - measuring) / units)
+        if unit >= SHORTEST:
+            rounds = tuple((count, unit * length) for count, length in zip(rates, lengths, strict=True))
+            return TrialPlan(rounds, rows, unit * units + measuring)
+    return TrialPlan((), 0, 0.0)
+
+
+def told_trials(job: Job) -> str | None:
+    """What ``train.learning_rate: auto`` will do, for ``trimtab plan``; None for a run whose rate is a number."""
+    train = job.config.train
+    if train.learning_rate != "auto" or not train.epochs:
+        return None
+    try:
+        inputs = (task := tasks.of(job)).read(job, task.reader(job.source), Listener())
+    except TrimtabError:
+        return f"learning rate: found by trials, which cost at most {train.tune.budget:.0%} of the run's steps"
+    steps = total_steps(train, len(inputs.rows))
+    plan = plan_trials(train, steps, len(inputs.validation))
+    if not plan.rounds:
+        return f"learning rate: the likely one, since {steps:,} steps are too few for trials"
+    return f"learning rate: found by trials, {plan.told} ({plan.cost / steps:.0%} of {steps:,})"
