@@ -42,6 +42,7 @@ class Outcomes:
         correct: whether each row counts as right, where that is more than equal texts.
         usable: whether what the model wrote could be read at all.
         explanations: whether the answers are texts, whose words can be compared.
+        overlaps: whether the answers are texts that may share a part with the true one.
         loss: the summed loss of the answers' ``tokens``.
         probabilities: of each choice for each row, ``[rows, choices]``, where a head gives them.
         true_labels, given_labels: of each row, where a row has several; ``choices`` are all that there are.
@@ -54,6 +55,7 @@ class Outcomes:
     correct: Sequence[bool] | None = None
     usable: Sequence[bool] | None = None
     explanations: bool = False
+    overlaps: bool = False
     loss: float = 0.0
     tokens: int = 0
     probabilities: Any = None
@@ -206,6 +208,26 @@ def word_f1(one: str, other: str) -> float:
     return 2 * (first & second).total() / total if total else 1.0
 
 
+def _chrf(rows: Outcomes) -> float | None:
+    """chrF of all answers together, by sacrebleu, as a share of 1."""
+    if not rows.overlaps:
+        return None
+    from sacrebleu.metrics.chrf import CHRF
+
+    return float(CHRF().corpus_score(list(rows.predicted), [list(rows.truth)]).score) / 100
+
+
+def _rouge_l(rows: Outcomes) -> float | None:
+    """The mean ROUGE-L of the answers (F1 of the longest common subsequence of words), by rouge-score."""
+    if not rows.overlaps:
+        return None
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"])
+    pairs = zip(rows.truth, rows.predicted, strict=True)
+    return sum(float(scorer.score(a, b)["rougeL"].fmeasure) for a, b in pairs) / len(rows.truth)
+
+
 def _perplexity(rows: Outcomes) -> float | None:
     """``exp(loss / tokens)``; at most ``exp(700)``, near the largest number that a float holds."""
     return math.exp(min(rows.loss / rows.tokens, 700.0)) if rows.tokens else None
@@ -283,6 +305,8 @@ _TABLE = (
         in_terminal=("generation",),
         higher_is_better=False,
     ),
+    Metric("chrf", "chrF", _chrf, kinds=("generation",), in_terminal=("generation",), compared=True),
+    Metric("rouge_l", "ROUGE-L", _rouge_l, kinds=("generation",), in_terminal=("generation",), compared=True),
     Metric("word_f1", "word F1", _word_f1, kinds=("generation",), full_label="F1 over words"),
     Metric(
         "perplexity",

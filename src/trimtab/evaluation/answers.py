@@ -166,6 +166,11 @@ def texts(examples: Sequence[Example], answers: Sequence[Generated]) -> Judged:
     return _open(examples, answers, same_answer, lambda answer: answer.text != "", explanations=True)
 
 
+def written_texts(examples: Sequence[Example], answers: Sequence[Generated]) -> Judged:
+    """Texts that are near the true one or far from it: exact matches, and how much of it they share."""
+    return _open(examples, answers, same_answer, lambda answer: answer.usable, overlaps=True)
+
+
 def parts(text: str) -> list[str]:
     """The answers in a text with several, which are separated by commas or line breaks."""
     return [part.strip() for part in re.split(r"[,\n]", text) if part.strip()]
@@ -178,6 +183,7 @@ def _open(
     usable: Callable[[Generated], bool],
     *,
     explanations: bool = False,
+    overlaps: bool = False,
 ) -> Judged:
     rows = [
         prediction(index, example, answer.text, same(answer.text, str(example.answer)), usable=usable(answer))
@@ -189,6 +195,7 @@ def _open(
         correct=[row.correct for row in rows],
         usable=[row.usable for row in rows],
         explanations=explanations,
+        overlaps=overlaps,
     )
     return Judged("generation", outcomes, rows)
 

@@ -10,15 +10,13 @@ import math
 import time
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from copy import copy
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from trimtab.config.resolve import Job
 from trimtab.config.run import EvaluationConfig
@@ -40,50 +38,10 @@ from trimtab.notes import rows as counted
 from trimtab.runs.events import Listener
 from trimtab.runs.results import RESULTS
 from trimtab.surgery.serving import evaluating
+from trimtab.tasks._encoded import EncodedTensors, Tensors
 from trimtab.tasks._inputs import Answers, Inputs, Rows, gather
 from trimtab.tasks._sizes import RowSizes
 from trimtab.tasks._task import Task
-
-Tensors = dict[str, Any]
-"""A row as the model takes it: ``input_ids`` or ``pixel_values`` and more, ``labels``, and the ``weight`` of a row."""
-
-
-class EncodedLabels(Dataset[Tensors]):
-    """A map-style dataset of rows as tensors.
-
-    Attributes:
-        lengths: tokens of each row.
-        origins: ``(source, number)`` of each row.
-        cut: how many rows were shortened.
-        dropped: ``(source, number, reason)`` of each row that was left out; here none is.
-    """
-
-    def __init__(self, rows: Sequence[Tensors], examples: Sequence[Labelled], cut: int, length: Callable[..., int]):
-        self._rows = list(rows)
-        self.lengths = [length(row) for row in rows]
-        self.origins = [(example.source, example.number) for example in examples]
-        self.cut = cut
-        self.dropped: list[tuple[str, int, str]] = []
-
-    def repeated(self, times: Sequence[int]) -> EncodedLabels:
-        """The rows as they come in an epoch: ``times[i]`` is how often the i-th does."""
-        if all(count == 1 for count in times):
-            return self
-        repeated = copy(self)
-        order = [row for row, count in enumerate(times) for _ in range(count)]
-        repeated._rows = [self._rows[row] for row in order]
-        repeated.lengths = [self.lengths[row] for row in order]
-        repeated.origins = [self.origins[row] for row in order]
-        return repeated
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: int) -> Tensors:
-        return self._rows[index]
-
-    def __iter__(self) -> Iterator[Tensors]:
-        return iter(self._rows)
 
 
 class LabelledRows(Rows[Labelled]):
@@ -141,7 +99,7 @@ class LabelledRows(Rows[Labelled]):
                 f"{', '.join(self.task.metrics)}"
             )
 
-    def encode(self, training: list[Labelled], answers: Answers, notes: Notes) -> EncodedLabels:
+    def encode(self, training: list[Labelled], answers: Answers, notes: Notes) -> EncodedTensors:
         weights = self._weights(training, answers)
         rows = self.task.encode(training, self.reader, answers.choices, self.job.max_length)
         for example, row in zip(training, rows, strict=True):
@@ -152,7 +110,7 @@ class LabelledRows(Rows[Labelled]):
             notes.add(f"{counted(cut)} cut to data.max_length = {self.job.max_length} tokens")
         if empty := [example for example in training if not example.prompt.strip()]:
             notes.row(empty[0].place, f"{counted(len(empty))} to train on without any text")
-        return EncodedLabels(rows, training, cut, self.task.tokens)
+        return EncodedTensors(rows, training, cut, self.task.tokens)
 
     def _weights(self, training: list[Labelled], answers: Answers) -> dict[str, float]:
         """What a row of each label counts, 1 on average over the rows; empty where all count alike."""

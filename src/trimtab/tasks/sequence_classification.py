@@ -22,6 +22,7 @@ from trimtab.evaluation.answers import Judged
 from trimtab.metrics import METRICS, Metric
 from trimtab.models.family import Family
 from trimtab.tasks import _labelled, _read_text
+from trimtab.tasks._encoded import Tensors
 from trimtab.tasks._inputs import Inputs
 from trimtab.tasks._judged import judged_classes, judged_labels
 from trimtab.tasks._sizes import Batch
@@ -76,7 +77,7 @@ class SequenceClassification(_labelled.LabelledTask):
 
     def encode(
         self, examples: Sequence[Labelled], reader: Any, labels: Sequence[str] | None, max_length: int | None
-    ) -> list[_labelled.Tensors]:
+    ) -> list[Tensors]:
         places = {label: number for number, label in enumerate(labels or ())}
         rows = _read_text.tokenised(examples, reader, max_length)
         for row, example in zip(rows, examples, strict=True):
@@ -86,7 +87,7 @@ class SequenceClassification(_labelled.LabelledTask):
                 row["labels"] = places[example.answer]
         return rows
 
-    def pad(self, rows: Sequence[_labelled.Tensors], reader: Any) -> dict[str, Tensor]:
+    def pad(self, rows: Sequence[Tensors], reader: Any) -> dict[str, Tensor]:
         return _read_text.padded(rows, reader)
 
     def costs(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -99,7 +100,7 @@ class SequenceClassification(_labelled.LabelledTask):
         several = isinstance(examples[0].label, tuple)
         return (judged_labels if several else judged_classes)(stacked, examples, list(labels or ()))
 
-    def shown(self, row: _labelled.Tensors, reader: Any, labels: Sequence[str] | None) -> tuple[tuple[str, bool], ...]:
+    def shown(self, row: Tensors, reader: Any, labels: Sequence[str] | None) -> tuple[tuple[str, bool], ...]:
         known, said = labels or (), row["labels"]
         marked = [known[said]] if isinstance(said, int) else [known[at] for at, one in enumerate(said) if one]
         return (_read_text.decoded(row, reader), False), (f" {', '.join(marked) or 'no label'}", True)

@@ -131,6 +131,7 @@ ROW_OF = {
     "question_answer": {"question": "Q", "answer": "a"},
     "labelled_text": {"text": "a", "label": "b"},
     "text": {"text": "a"},
+    "source_target": {"source": "Q", "target": "a"},
 }
 
 

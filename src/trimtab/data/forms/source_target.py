@@ -1,0 +1,22 @@
+"""Rows ``{"source": ..., "target": ...}``: a text and what it becomes, such as its translation. Both as they stand."""
+
+from __future__ import annotations
+
+from trimtab.data.forms import _form
+from trimtab.data.forms._reading import Reading
+from trimtab.data.rows import Row
+
+
+class SourceTarget(_form.PairForm):
+    """A text and what it becomes."""
+
+    keys = ("source", "target")
+    precedence = 120
+    has_template = True
+    answer = "target"
+
+    def question(self, row: Row, reading: Reading) -> str:
+        return self.text(row, "source", reading)
+
+    def put(self, question: str) -> str:
+        return f"{question.rstrip()}\n"

@@ -1,0 +1,121 @@
+"""Sequence to sequence: the loss is transformers' own, targets are written whatever the batch, a run goes through."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForSeq2SeqLM
+
+from tiny_runs import Kept, write_rows
+from tiny_seq2seq import pair_rows, seq2seq_config, write_t5
+from trimtab import tasks
+from trimtab.config.run import EvaluationConfig
+from trimtab.errors import ConfigError, DataError
+from trimtab.memory.estimate import estimate_run
+from trimtab.models.load import load_tokenizer
+from trimtab.runs.read import read_run
+from trimtab.training.run import finetune
+
+TASK = tasks.find("seq2seq")
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    write_t5(tmp_path / "t5")
+    write_rows(tmp_path / "train.jsonl", pair_rows(24))
+    return tmp_path
+
+
+def read(place: Path, **sections: Any) -> tuple[Any, Any, Any]:
+    job = tasks.job_of(seq2seq_config(place, **sections))
+    reader = load_tokenizer(job.source)
+    return job, reader, TASK.read(job, reader, Kept())
+
+
+def test_an_encoder_with_a_decoder_speaks_for_the_task(place: Path) -> None:
+    job, _, inputs = read(place)
+    assert job.task == "seq2seq"
+    assert job.source.head.model_class == "AutoModelForSeq2SeqLM"
+    assert inputs.form == "source_target"
+
+
+def test_loss_and_gradients_are_those_of_the_model_itself(place: Path) -> None:
+    _, reader, inputs = read(place)
+    model: Any = AutoModelForSeq2SeqLM.from_pretrained(place / "t5").double()
+    plain = copy.deepcopy(model)
+    batch = TASK.collator(reader)([inputs.rows[at] for at in range(4)])
+    loss = TASK.loss(model, batch)
+    expected = plain(**batch).loss
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+    halves = [TASK.collator(reader)([inputs.rows[at] for at in part]) for part in ((0, 1), (2, 3))]
+    count = int((batch["labels"] != -100).sum())
+    torch.testing.assert_close(sum(TASK.loss(model, half, count=count) for half in halves), loss, rtol=1e-5, atol=0)
+    loss.backward()
+    expected.backward()
+    for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_what_is_written_does_not_depend_on_the_batch(place: Path) -> None:
+    job, reader, inputs = read(place)
+    model: Any = AutoModelForSeq2SeqLM.from_pretrained(place / "t5")
+    alone, together = (
+        TASK.evaluate(
+            model,
+            reader,
+            inputs.tests["train"],
+            name="t",
+            choices=None,
+            evaluation=EvaluationConfig(batch_size=size, max_new_tokens=6),
+            max_length=job.reading_length,
+        )
+        for size in (1, 8)
+    )
+    assert [row.predicted for row in alone.rows] == [row.predicted for row in together.rows]
+    assert alone.record.figures == pytest.approx(together.record.figures, rel=1e-5)
+    assert {"exact_match", "chrf", "rouge_l", "perplexity"} <= alone.record.figures.keys()
+
+
+def test_a_run_trains_and_is_measured(place: Path) -> None:
+    folder = finetune(seq2seq_config(place, train={"epochs": 4, "learning_rate": 0.02}))
+    run = read_run(folder.path)
+    assert run.summary is not None
+    assert run.summary.task == "seq2seq"
+    before, after = run.sets[0].before, run.sets[0].after
+    assert before is not None
+    assert after is not None
+    assert after.figures["perplexity"] < before.figures["perplexity"]  # type: ignore[operator]
+
+
+def test_long_sources_and_targets_are_cut_and_told(place: Path) -> None:
+    _, _, inputs = read(place, data={"max_length": 5})
+    assert max(len(row["input_ids"]) for row in inputs.rows) == 5
+    assert any("cut to data.max_length = 5 tokens" in note for note in inputs.notes)
+
+
+def test_memory_is_counted_over_both_stacks(place: Path) -> None:
+    job, _, inputs = read(place)
+    memory = estimate_run(job, TASK.sizes(job, inputs))
+    assert memory.uncounted is None
+    assert {estimate.moment for estimate in memory.moments} == {"loading", "evaluating", "training"}
+
+
+@pytest.mark.parametrize(
+    ("sections", "error", "told"),
+    [
+        ({"data": {"choices": ["a", "b"]}}, ConfigError, "data.choices: seq2seq writes"),
+        ({"train": {"prompt_loss_weight": 0.1}}, ConfigError, "train.prompt_loss_weight: the decoder"),
+        ({"train": {"class_weights": "balanced"}}, ConfigError, "train.class_weights: targets are texts"),
+        ({"train": {"metric": "accuracy"}}, ConfigError, "train.metric: accuracy is not measured for seq2seq"),
+        ({"data": {"train": "plain.jsonl"}}, DataError, "a text alone has no target"),
+    ],
+)
+def test_what_has_no_meaning_is_refused(place: Path, sections: Any, error: type[Exception], told: str) -> None:
+    write_rows(place / "plain.jsonl", [{"text": "one"}, {"text": "two"}])
+    with pytest.raises(error, match=told):
+        read(place, **sections)
