@@ -11,7 +11,7 @@ class SourceTarget(_form.PairForm):
     """A text and what it becomes."""
 
     keys = ("source", "target")
-    precedence = 120
+    precedence = 12
     has_template = True
     answer = "target"
 
