@@ -35,11 +35,19 @@ class Handed:
     notes: list[str]
 
 
-def hand_over(form: ExportFormat, run: Path, out: Path, wishes: Wishes, *, overwrite: bool = False) -> Handed:
+def hand_over(
+    form: ExportFormat,
+    run: Path,
+    out: Path,
+    wishes: Wishes,
+    *,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Handed:
     """Write the run at ``run`` to ``out`` in ``form``, with a model card (README.md).
 
     The folder appears whole or not at all. With ``overwrite`` it replaces a folder of the same format, and nothing
-    else.
+    else. ``progress`` is called where a format works on modules one by one, with the number done and of all.
 
     Raises:
         ConfigError: something is wished for that the format does not know.
@@ -51,6 +59,7 @@ def hand_over(form: ExportFormat, run: Path, out: Path, wishes: Wishes, *, overw
             raise ConfigError(f"--{name} means nothing in this format ({form.summary}); leave it out")
     target = form.check_target(out, overwrite=overwrite)
     subject = Subject.load(run, wishes)
+    subject.progress = progress
     form.check(subject)
     notes = Notes()
     passages = subject.passages(notes)

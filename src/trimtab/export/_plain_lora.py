@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor
 from trimtab.errors import SurgeryError
 from trimtab.export._subject import Subject
 from trimtab.surgery.adapted import adapted_modules
+from trimtab.surgery.conversion_report import ConversionReport
+from trimtab.surgery.convert import convert_to_lora
+from trimtab.surgery.names import entries, known_adapter
 
 RANK = 32
 """Of the LoRA that another method becomes, where nothing is said."""
@@ -45,21 +49,84 @@ class Factors:
 
 def is_plain(model: Any) -> bool:
     """Whether every adapter of ``model`` is LoRA without a magnitude."""
-    return all(one.method == "lora" and one.adapter.magnitude is None for _, one in adapted_modules(model))
+    return all(one.method == "lora" and one.adapter.magnitude is None for one in _entries(model))
 
 
-def make_plain(subject: Subject) -> list[str]:
-    """Turn the adapter of ``subject.model`` into plain LoRA, if it is something else. Gives what was done, a sentence
-    each."""
-    if is_plain(subject.model):
-        if subject.wishes.rank is not None:
-            raise SurgeryError("--rank is for what has to be converted; this run is plain LoRA and keeps its ranks")
-        return []
-    methods = ", ".join(sorted({one.method for _, one in adapted_modules(subject.model)}))
-    raise SurgeryError(
-        f"this run is not plain LoRA ({methods}), and what the format holds is; `trimtab export RUN OUT --to merged` "
-        "hands it over exactly"
-    )
+def _entries(model: Any) -> list[Any]:
+    return list(entries(model, known_adapter(model, None, "export")).values())
+
+
+@dataclass(frozen=True)
+class Plain:
+    """What became of a run's adapter.
+
+    Attributes:
+        done: what was done, a sentence each.
+        notes: what the user should know of it, a sentence each.
+        report: of the conversion; None where there was nothing to convert.
+    """
+
+    done: list[str]
+    notes: list[str] = field(default_factory=list)
+    report: ConversionReport | None = None
+
+
+def make_plain(subject: Subject) -> Plain:
+    """Turn the adapter of ``subject.model`` into plain LoRA, if it is something else, or of a higher rank than is
+    wished for. With rows, the error is weighed by what they feed to each module. Raises as ``convert_to_lora`` does."""
+    wishes, model = subject.wishes, subject.model
+    ranks = [getattr(one.adapter.options, "rank", 0) for one in _entries(model)]
+    lower = wishes.error is not None or (wishes.rank is not None and wishes.rank < max(ranks))
+    if is_plain(model) and not lower:
+        return Plain([])
+    if blocks := [name for name, one in adapted_modules(model) if one.handle.kind == "block"]:
+        raise SurgeryError(
+            f"the adapter of {blocks[0]} sits on a block, between whose products an activation stands: no LoRA can say "
+            "that, and no weight can take it in"
+        )
+    rank = wishes.rank if wishes.rank is not None or wishes.error is not None else RANK
+    inputs = subject.weighing()
+    report = convert_to_lora(model, rank, inputs, error=wishes.error, progress=subject.progress)
+    return Plain(_done(report, inputs), _notes(report, wishes.error), report)
+
+
+def _done(report: ConversionReport, inputs: Sequence[object] | None) -> list[str]:
+    methods = ", ".join(sorted({one.method for one in report.modules.values()}))
+    ranks = sorted(set(report.ranks.values()))
+    said = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}, by module"
+    weighed = "" if inputs is None else f", weighed by {len(inputs)} rows"
+    worst = report.modules[report.worst]
+    answers = "" if report.output_error is None else f", of their answers to the rows {report.output_error:.1e}"
+    return [
+        f"converted {len(report.modules)} modules ({methods}) to plain LoRA of {said}{weighed}",
+        f"relative error of the change of the weights {report.error:.1e}{answers}; the worst module is "
+        f"{report.worst} with {worst.judged:.1e} (first singular value left out: {worst.bound:.1e})",
+        "ranks that an error would need, as a median and at most: "
+        + "; ".join(f"{error:g}: {_ranks(report, error)}" for error in (0.1, 0.05, 0.01)),
+    ]
+
+
+def _ranks(report: ConversionReport, error: float) -> str:
+    ranks = sorted(report.rank_for(error).values())
+    return f"{ranks[len(ranks) // 2]}, {ranks[-1]}"
+
+
+def _notes(report: ConversionReport, error: float | None) -> list[str]:
+    notes = []
+    if report.kept:
+        name, why = next(iter(report.kept.items()))
+        notes.append(
+            f"{len(report.kept)} modules are no LoRA and are handed over as they are, which PEFT reads and vLLM and "
+            f"llama.cpp do not: {name}: {why}"
+        )
+    missed = {} if error is None else {name: one for name, one in report.modules.items() if one.judged > error * 1.001}
+    if missed:
+        worst = max(missed, key=lambda name: missed[name].judged)
+        notes.append(
+            f"{len(missed)} modules miss the error of {error:g} at the highest rank that --rank allows, such as "
+            f"{worst} with {missed[worst].judged:.1e}, which would need rank {missed[worst].rank_for(error or 1)}"
+        )
+    return notes
 
 
 def plain_factors(model: Any, what: str) -> list[Factors]:

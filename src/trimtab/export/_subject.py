@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from trimtab.config.resolve import source_of
 from trimtab.config.run import RunConfig
 from trimtab.data.forms import read_examples
+from trimtab.data.rows import Example
 from trimtab.data.rows import Source as Rows
 from trimtab.data.sources import is_local, name_of
+from trimtab.data.tokens import encode_all
 from trimtab.errors import DataError
 from trimtab.evaluation.agreement import Passages
 from trimtab.models.locate import Source
@@ -32,7 +37,8 @@ class Wishes:
         dtype: of the weights that are stored; None: the one that the run trained on.
         onto: which weights the adapter of a quantised run is folded into, as in ``trimtab merge --onto``.
         type: of tensors in a GGUF file; None: each in its own.
-        rank: of the LoRA that another method is converted to; None: 32.
+        rank: of the LoRA that another method is converted to; None: 32. With ``error`` the most that a module may get.
+        error: the relative error that the conversion may make; it chooses the rank of each module.
         rows: a file of rows to compare outputs on, and to weigh a conversion by; None: the run's own.
         gguf: the GGUF file of the run's base, where the run was not trained on it.
         system: a system message for the Modelfile.
@@ -42,6 +48,7 @@ class Wishes:
     onto: str = "dequantised"
     type: str | None = None
     rank: int | None = None
+    error: float | None = None
     rows: Path | None = None
     gguf: Path | None = None
     system: str | None = None
@@ -62,6 +69,8 @@ class Subject:
     tokenizer: Any
     wishes: Wishes
     summary: Summary | None
+    progress: Callable[[int, int], None] | None = None
+    """Called with the number of modules done and of all, where a format works on them one by one."""
 
     @classmethod
     def load(cls, run: Path, wishes: Wishes) -> Subject:
@@ -108,6 +117,13 @@ class Subject:
             notes.add(f"the run's rows cannot be read, so outputs are compared on random tokens ({failed})")
         return Passages.random(self.model)
 
+    def weighing(self) -> list[dict[str, Tensor]] | None:
+        """The rows that the user named, as inputs of the model; None if none are named."""
+        if self.wishes.rows is None:
+            return None
+        rows = encode_all(self._examples([Rows(path=str(self.wishes.rows))]), self.tokenizer, self._limit)
+        return [{"input_ids": torch.tensor([row["input_ids"]])} for row in rows]
+
     def _own_rows(self) -> Iterator[list[Rows]]:
         data = self.config.data
         validation = data.validation if isinstance(data.validation, tuple) else ()
@@ -115,12 +131,18 @@ class Subject:
             if local := [one for one in sources if is_local(one.path, Path.cwd())]:
                 yield local[:4]
 
-    def _read(self, sources: list[Rows], notes: Notes) -> Passages:
+    def _examples(self, sources: list[Rows]) -> list[Example]:
         few = [
             one if one.path.endswith("]") else one.model_copy(update={"path": f"{one.path}[:{_FEW}]"})
             for one in sources
         ]
-        examples = read_examples(few, tokenizer=self.tokenizer, root=Path.cwd(), notes=Notes())
+        return list(read_examples(few, tokenizer=self.tokenizer, root=Path.cwd(), notes=Notes()))
+
+    @property
+    def _limit(self) -> int:
         length = self.config.data.max_length
-        limit = length if isinstance(length, int) else 1024
-        return Passages.of_rows(examples, self.tokenizer, limit, ", ".join(name_of(one.path) for one in sources))
+        return length if isinstance(length, int) else 1024
+
+    def _read(self, sources: list[Rows], notes: Notes) -> Passages:
+        names = ", ".join(name_of(one.path) for one in sources)
+        return Passages.of_rows(self._examples(sources), self.tokenizer, self._limit, names)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
@@ -63,3 +65,20 @@ class ProgressLine:
         """The time that the rest takes if it goes on as it went since ``start``."""
         began, first = self._began
         return f"{clock((time.perf_counter() - began) / max(1, done - first) * (total - done))} left"
+
+
+@contextmanager
+def working(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar for ``what`` is worked on, which begins with the first call of what this gives: with how many are done, and
+    of how many."""
+    line = ProgressLine(Terminal(stderr=True))
+
+    def progress(done: int, total: int) -> None:
+        if not line.drawn:
+            line.start(what, done - 1, total)
+        line.update(line.left(done, total), done)
+
+    try:
+        yield progress
+    finally:
+        line.stop()

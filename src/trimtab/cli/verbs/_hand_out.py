@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from trimtab.cli.displays.progress import working
 from trimtab.cli.exits import say
 
 
@@ -60,7 +61,8 @@ def hand_out(run: Path, out: Path, to: str, *, overwrite: bool, **wishes: Any) -
     from trimtab.export import Wishes, export_format, hand_over
 
     form = export_format(to)
-    handed = hand_over(form, run, out, Wishes(**wishes), overwrite=overwrite)
+    with working("modules") as progress:
+        handed = hand_over(form, run, out, Wishes(**wishes), overwrite=overwrite, progress=progress)
     first, *rest = handed.done
     say(f"{first} into {out}")
     for sentence in (*rest, f"{form.compared}, {handed.agreement}", *handed.notes):
