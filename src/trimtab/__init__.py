@@ -37,6 +37,7 @@ _PUBLIC = {
     "effective_weight": "surgery.attach",
     "load_adapter": "adapters.store",
     "merge": "surgery.merge",
+    "per_row": "surgery.per_row",
     "save_adapter": "adapters.store",
     "serving": "surgery.serving",
     "set_adapter": "surgery.names",
@@ -87,5 +88,6 @@ if TYPE_CHECKING:  # what the lazy names are, for type checkers and editors
     from trimtab.surgery.convert import convert_to_lora
     from trimtab.surgery.merge import MergeReport, merge
     from trimtab.surgery.names import active_adapter, delete_adapter, set_adapter
+    from trimtab.surgery.per_row import per_row
     from trimtab.surgery.plan import Plan, Rule
     from trimtab.surgery.serving import disable_adapter, serving

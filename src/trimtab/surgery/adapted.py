@@ -12,9 +12,12 @@ from trimtab import bases
 from trimtab.bases import Base, BlockBase, HeldBase, HeldWeight, ModuleBase, WeightBase
 from trimtab.errors import SurgeryError
 from trimtab.methods import Method
+from trimtab.ops.read_weight import read_weight
 from trimtab.surgery.carrier import DEFAULT, Carrier, Slot, place_of
 from trimtab.surgery.holding import own_class
 from trimtab.surgery.hooks import call_with_hooks, has_hooks
+from trimtab.surgery.mixing import mixed_call, mixed_layer
+from trimtab.surgery.row_plan import Group
 from trimtab.surgery.wrappers import unwrapped
 
 
@@ -33,6 +36,53 @@ class Adapted(Carrier):
         if isinstance(handle, HeldBase):
             return AdaptedParameter
         return AdaptedBlock if handle.kind == "block" else AdaptedLayer
+
+    def _by_rows(self, groups: list[Group], args: Any, kwargs: Any) -> Any:
+        """What the module gives inside of ``per_row``, for the rows of each adapter."""
+        plan, what = self._rows, f"a {type(self.base).__name__}"
+        assert plan is not None
+        if len(groups) == 1:
+            return self._alone(groups[0].name, args, kwargs)
+        handles = {group.name: self.handle_of(group.name) for group in groups if group.name is not None}
+        kinds = {handle.kind for handle in handles.values()}
+        if kinds == {"block"}:
+            return self.base(*args, **kwargs)  # with the hook on it
+        base = next(iter(handles.values()))
+        if kinds == {"weight"} and isinstance(base, WeightBase):
+            (x,) = args or kwargs.values()
+            adapters = {group.name: None if group.name is None else self.adapter_of(group.name) for group in groups}
+            return mixed_layer(plan, groups, adapters, base, x)
+
+        def alone(*args: Any, **kwargs: Any) -> Any:
+            return self._alone(self.acting_names()[0], args, kwargs)
+
+        # Modules inside of this one may have adapters that it has not.
+        inside = {name for one in self.modules() if isinstance(one, Adapted) for name in one.adapter_slots}
+        return mixed_call(plan, plan.groups(sorted(inside)), alone, args, kwargs, what=what)
+
+    def _alone(self, name: str | None, args: Any, kwargs: Any) -> Any:
+        """What the module gives with the adapter ``name`` for all rows."""
+        layer: Any = next((slot.handle for slot in self._slots.values() if slot.handle.kind == "weight"), None)
+        handle = layer if name is None else self.handle_of(name)
+        if handle is None or handle.kind == "block":
+            return self.base(*args, **kwargs)
+        if handle.kind != "weight":
+            return self.adapter_of(name or "")(handle, args, kwargs)
+        (x,) = args or kwargs.values()
+        return layer.multiply(x) if name is None else self.adapter_of(name)(x, handle)
+
+    def _refused(self, own: Tensor) -> Tensor:
+        """What code gets that reads a tensor of this module while the rows of the batch have different ones: its shape
+        and dtype, and SurgeryError for its numbers."""
+
+        def numbers() -> Tensor:
+            raise SurgeryError(
+                f"per_row: a tensor of a {type(self.base).__name__} {list(own.shape)} is read, and not called with the "
+                "rows of the batch, which have different ones. Leave this module out of the adapters, or give all rows "
+                "of a batch one adapter (trimtab.set_adapter)"
+            )
+
+        return read_weight(numbers, (), of=(own.shape, own.dtype, own.device))
 
     def __getattr__(self, name: str) -> Any:
         """What this module lacks (``padding_idx``, ``kernel_size``, ...) is looked up on the frozen one."""
@@ -65,11 +115,13 @@ class AdaptedLayer(Adapted):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         base = self._modules["base"]
         assert base is not None
-        if has_hooks(base) and not (self.off and self.handle.stored_dense):  # which then calls the layer itself
-            return call_with_hooks(base, self._compute, args, kwargs)
+        if has_hooks(base) and not (self.acting_names() == [None] and self.handle.stored_dense):
+            return call_with_hooks(base, self._compute, args, kwargs)  # (a bare dense layer calls itself)
         return self._compute(*args, **kwargs)
 
     def _compute(self, *args: Any, **kwargs: Any) -> Any:
+        if (groups := self.row_groups()) is not None:
+            return self._by_rows(groups, args, kwargs)
         (x,) = args or kwargs.values()
         if self.off:
             return self.handle.multiply(x)
@@ -88,13 +140,28 @@ class AdaptedLayer(Adapted):
 
     @property
     def weight(self) -> Tensor:
-        handle = self.handle
-        return handle.as_stored(handle.weight()) if self.off else handle.read(self.current_adapter)
+        name, *others = self.acting_names()
+        if others:
+            return self._refused(self.handle.parameter)
+        handle: Any = self.handle_of(name or self._worn)
+        weight: Tensor = handle.as_stored(handle.weight()) if name is None else handle.read(self.adapter_of(name))
+        return weight
 
     @property
     def bias(self) -> Tensor | None:
-        bias: Tensor | None = self.handle.bias if self.off else self.current_adapter.bias_of(self.handle)
-        return bias
+        return self._bias_on(self.base)
+
+    def _bias_on(self, holder: nn.Module) -> Tensor | None:
+        """The bias of the layer; of a weight that hangs on a module, that of ``holder``."""
+        found: list[Tensor | None] = []
+        for name in self.acting_names():
+            handle: Any = self.handle_of(name or self._worn)
+            handle = handle.on(holder) if isinstance(handle, HeldBase) else handle
+            found.append(handle.bias if name is None else self.adapter_of(name).bias_of(handle))
+        if any(bias is not found[0] for bias in found):
+            assert found[0] is not None
+            return self._refused(found[0])
+        return found[0]
 
     def __setattr__(self, name: str, value: Any) -> None:
         # What the frozen layer has belongs to it: its weight and bias, and numbers such as out_features.
@@ -129,21 +196,29 @@ class AdaptedParameter(AdaptedLayer):
 
     def read(self, holder: nn.Module) -> Tensor:
         """What the attribute of ``holder`` shows; it may be a copy that shares this child (DataParallel's replicas)."""
-        handle = self.handle.on(holder)
-        if self.off:
-            return handle.as_stored(handle.weight())
-        shown = handle.reading(self.current_adapter)
-        return handle.read(self.current_adapter) if shown is None else shown
+        name, *others = self.acting_names()
+        if others:
+            return self._refused(self.handle.on(holder).parameter)
+        handle: Any = self.handle_of(name or self._worn)
+        handle = handle.on(holder)
+        if name is None:
+            stored: Tensor = handle.as_stored(handle.weight())
+            return stored
+        shown: Tensor | None = handle.reading(self.adapter_of(name))
+        return handle.read(self.adapter_of(name)) if shown is None else shown
 
     def read_bias(self, holder: nn.Module) -> Tensor | None:
         """The same for the bias that is trained beside the weight."""
-        handle = self.handle.on(holder)
-        bias: Tensor | None = handle.bias if self.off else self.current_adapter.bias_of(handle)
-        return bias
+        return self._bias_on(holder)
 
     def around_forward(self, holder: nn.Module) -> AbstractContextManager[object]:
         """The context in which the forward pass of ``holder`` runs."""
-        return nullcontext() if self.off else self.handle.on(holder).around_forward(self.current_adapter)
+        name, *others = self.acting_names()
+        if name is None or others:
+            return nullcontext()
+        handle: Any = self.handle_of(name)
+        around: AbstractContextManager[object] = handle.on(holder).around_forward(self.adapter_of(name))
+        return around
 
 
 class AdaptedBlock(Adapted):
@@ -159,7 +234,8 @@ class AdaptedBlock(Adapted):
         def handle(self) -> BlockBase: ...
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.base(*args, **kwargs)
+        groups = self.row_groups()
+        return self.base(*args, **kwargs) if groups is None else self._by_rows(groups, args, kwargs)
 
 
 class AdaptedModule(Adapted):
@@ -175,6 +251,8 @@ class AdaptedModule(Adapted):
         def handle(self) -> ModuleBase: ...
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if (groups := self.row_groups()) is not None:
+            return self._by_rows(groups, args, kwargs)
         if self.off:
             return self.base(*args, **kwargs)
         if "_hf_hook" in self.base.__dict__:
@@ -182,9 +260,19 @@ class AdaptedModule(Adapted):
         return self.current_adapter(self.handle, args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        if name not in self.__dict__.get("_modules", (name,)) and not self.off and name in self.current_adapter:
-            return self.current_adapter.tensor(name, self.handle)
+        if name not in self.__dict__.get("_modules", (name,)):
+            acting = self.acting_names()
+            trained = [one for one in acting if one is not None and _trains(self.adapter_of(one), name)]
+            if trained and len(acting) > 1:
+                return self._refused(getattr(self.base, name))
+            if trained:
+                return self.adapter_of(trained[0]).tensor(name, self.handle_of(trained[0]))
         return super().__getattr__(name)
+
+
+def _trains(adapter: Any, name: str) -> bool:
+    """Whether ``adapter`` has a trained tensor in the place of the module's own ``name``."""
+    return hasattr(type(adapter), "tensor") and name in adapter
 
 
 def bare(module: nn.Module) -> nn.Module:

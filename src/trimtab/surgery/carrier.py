@@ -9,9 +9,11 @@ from urllib.parse import quote
 from torch import nn
 
 from trimtab import bases
-from trimtab.bases import Base, BlockBase
+from trimtab.bases import Base
 from trimtab.errors import SurgeryError
 from trimtab.methods import Method
+from trimtab.surgery.mixing import mixed_block
+from trimtab.surgery.row_plan import Group, RowPlan
 
 
 class Slot(NamedTuple):
@@ -41,6 +43,7 @@ class Carrier(nn.Module):
 
     adapter: Method
     """The tensors of the adapter that is called ``default``; of what ``entry_of`` gives, those of its only one."""
+    _rows: RowPlan | None = None  # which rows go through which adapter, inside of ``per_row``
     adapters_disabled = False
     """Whether the module does for a while what it did without adapters (``trimtab.disable_adapter``)."""
 
@@ -121,6 +124,15 @@ class Carrier(nn.Module):
     def _adapter(self, slot: Slot) -> Method:
         return self.__dict__["_modules"][slot.place]  # type: ignore[no-any-return]
 
+    def adapter_of(self, name: str) -> Any:
+        """The tensors of the adapter ``name`` on this module."""
+        return self._adapter(self._slots[name])
+
+    def acting_names(self) -> list[str | None]:
+        """The adapters by which the module computes for the batch at hand, each once; None for no adapter."""
+        groups = self.row_groups()
+        return [None if self.off else self._active] if groups is None else [group.name for group in groups]
+
     @property
     def current_adapter(self) -> Any:
         """The active adapter's tensors on this module; those of another one where it has none here."""
@@ -186,12 +198,22 @@ class Carrier(nn.Module):
             self._hook.remove()
         return self.base
 
+    def row_groups(self) -> list[Group] | None:
+        """The rows of the batch by adapter, inside of ``per_row``; else None."""
+        return None if self._rows is None or self.adapters_disabled else self._rows.groups(self._slots)
+
     def _change(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """What a block with an adapter gives: its own ``output``, changed."""
-        if self.off or not isinstance(handle := self.handle, BlockBase):
+        names = self.acting_names()
+        on_blocks = [name for name in names if name is not None and self._slots[name].handle.kind == "block"]
+        if not on_blocks:
             return output
+        handle: Any = self.handle_of(on_blocks[0])
         x = handle.input(args, kwargs)
-        return handle.changed(output, lambda hidden: self.current_adapter(x, hidden))
+        if len(names) == 1:
+            return handle.changed(output, lambda hidden: self.adapter_of(on_blocks[0])(x, hidden))
+        plan, groups, adapters = self._rows, self.row_groups(), {name: self.adapter_of(name) for name in on_blocks}
+        return handle.changed(output, lambda hidden: mixed_block(plan, groups, adapters, x, hidden))  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:
         named = (
