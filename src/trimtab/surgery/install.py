@@ -23,7 +23,7 @@ _TRAINABLE_BEFORE = "_trimtab_trainable_before"
 def install(model: nn.Module, targets: list[Target], name: str) -> None:
     """Put an adapter onto every target under ``name``, which is new, and make it the active one. All else is frozen.
     The model is not changed before all adapters are built."""
-    _require_no_rows(model)
+    require_no_rows(model)
     adapters = build_adapters(targets)
     there = {id(bare(module)): module for module in carriers(model)}
     if not there:
@@ -66,7 +66,7 @@ def switch(model: nn.Module, name: str | None) -> None:
 
 def remove_adapters(model: nn.Module) -> None:
     """Put every frozen module back in its place, and give the parameters their old ``requires_grad``."""
-    _require_no_rows(model)
+    require_no_rows(model)
     _put_back(model, lambda module: True)
     before = set(getattr(model, _TRAINABLE_BEFORE, ()))
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -80,7 +80,7 @@ def remove_adapters(model: nn.Module) -> None:
 def remove_adapter(model: nn.Module, name: str) -> None:
     """Remove the adapter ``name`` alone. If it was the active one, none is; if it was the last one, the model is as it
     was before the first."""
-    _require_no_rows(model)
+    require_no_rows(model)
     modules = list(carriers(model))
     if all(module.adapter_slots.keys() == {name} for module in modules):
         remove_adapters(model)
@@ -93,7 +93,7 @@ def remove_adapter(model: nn.Module, name: str) -> None:
             module.drop_adapter(name)
 
 
-def _require_no_rows(model: nn.Module) -> None:
+def require_no_rows(model: nn.Module) -> None:
     """Raise SurgeryError inside of ``per_row``, whose rows have adapters that must not come or go meanwhile."""
     if any(module.row_groups() is not None for module in carriers(model)):
         raise SurgeryError(

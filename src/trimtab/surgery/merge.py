@@ -23,7 +23,7 @@ from trimtab.surgery.adapted import (
     require_adapted,
     weights_elsewhere,
 )
-from trimtab.surgery.install import remove_adapter, remove_adapters
+from trimtab.surgery.install import remove_adapter, remove_adapters, require_no_rows
 from trimtab.surgery.merged_parts import merged_parts
 from trimtab.surgery.names import active_adapter, adapters, known_adapter
 from trimtab.surgery.ties import keep_other_ties, parameters_by_name
@@ -108,6 +108,7 @@ def _merge(model: nn.Module, onto: Onto) -> MergeReport:
 
 def _require_mergeable(model: nn.Module) -> list[tuple[str, Adapted]]:
     """The modules that the active adapter has. Raises SurgeryError if it cannot be merged into weights."""
+    require_no_rows(model)
     carried, name = require_adapted(model, "merge"), known_adapter(model, None, "merge")
     adapted = [(place, module) for place, module in carried if name in module.adapter_slots]
     blocks = [(name, module) for name, module in adapted if isinstance(module, AdaptedBlock)]
