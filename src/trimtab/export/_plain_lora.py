@@ -133,8 +133,13 @@ def plain_factors(model: Any, what: str) -> list[Factors]:
     """The factors of every module of ``model``, which is plain LoRA. Raises SurgeryError for what ``what``, the format,
     cannot hold: a trained bias, a layer that is not one matrix, an adapter that two modules share."""
     found = []
-    for name, one in adapted_modules(model):
+    for name, one in entries(model, known_adapter(model, None, "export")).items():
         adapter: Any = one.adapter
+        if one.method != "lora":
+            raise SurgeryError(
+                f"{name}: a {type(one.base).__name__} that is trained as a whole cannot be said in {what}; export --to "
+                "merged holds it"
+            )
         if adapter.bias is not None:
             raise SurgeryError(f"{name}: a trained bias cannot be said in {what}; export --to merged holds it")
         shapes = (adapter.A.ndim, adapter.B.ndim, len(one.handle.shape))

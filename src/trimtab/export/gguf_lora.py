@@ -59,8 +59,8 @@ class GgufLora(ExportFormat):
             subject.load_anew(dtype="float32")  # the values of the file, and not what the run's dtype makes of them
 
     def fill(self, subject: Subject, folder: Path) -> Written:
-        done, model, path = make_plain(subject), subject.model, _file(subject)
-        factors, notes = plain_factors(model, "an adapter of llama.cpp"), []
+        plain, model, path = make_plain(subject), subject.model, _file(subject)
+        factors, notes = plain_factors(model, "an adapter of llama.cpp"), plain.notes
         if path is not None:
             file = GgufFile(path)
             architecture, places = file.architecture, _places(file, factors, model, exact=subject.wishes.gguf is None)
@@ -78,7 +78,7 @@ class GgufLora(ExportFormat):
         base = path.name if path is not None else "base.gguf"
         text, told = modelfile(subject.tokenizer, model, f"./{base}", adapter=f"./{NAME}", system=subject.wishes.system)
         write_text(folder / "Modelfile", f"# Put the base's GGUF file beside this one, as {base}.\n{text}")
-        done.append(f"wrote {len(factors)} pairs of matrices in {kind.name}")
+        done = [*plain.done, f"wrote {len(factors)} pairs of matrices in {kind.name}"]
         return Written(done, [*notes, *told], _USE.replace("BASE", base))
 
 
