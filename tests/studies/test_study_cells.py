@@ -159,9 +159,9 @@ def test_shipped_studies_can_be_read(file: Path) -> None:
     first = next(iter(study.configs.values()))
     for config in study.configs.values():
         plan_of(config)
-        # All else equal: arms differ in nothing but what a method is.
-        assert config.data == first.data
-        assert config.model == first.model
+        # All else equal: arms differ in nothing but what a method is, or in the model where that is the question.
+        assert config.data.model_copy(update={"columns": {}}) == first.data.model_copy(update={"columns": {}})
+        assert config.model == first.model or file.stem.endswith("-models")
         same = (
             "batch_size",
             "gradient_accumulation",
