@@ -16,6 +16,7 @@ PUBLIC = "trimtab/__init__.py"
 LAYERS = [
     *(
         "errors",
+        "outcomes",
         "hints listing machine metrics notes reading",
         "files",
         "diagnosis",

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from trimtab.evaluation.closed_set import class_details
-from trimtab.metrics import KINDS, METRICS, Outcomes, choosing, compared, main_metric, measure
+from trimtab.metrics import KINDS, METRICS, choosing, compared, main_metric, measure
+from trimtab.outcomes import Outcomes
 from trimtab.runs.results import ChoiceResult
 
 
@@ -46,13 +47,21 @@ def test_plain_types_for_json() -> None:
 
 
 def test_every_kind_of_result_has_a_main_metric_and_studies_compare_it() -> None:
-    assert [main_metric(kind).name for kind in KINDS] == ["accuracy", "accuracy", "exact_match", "perplexity"]
-    assert all(main_metric(kind) in compared() for kind in KINDS)
+    assert {kind: main_metric(kind).name for kind in KINDS if kind != "tags"} == {
+        "choice": "accuracy",
+        "multiple_choice": "accuracy",
+        "generation": "exact_match",
+        "perplexity": "perplexity",
+        "labels": "micro_f1",
+        "number": "rmse",
+    }
+    assert all(main_metric(kind) in compared() for kind in KINDS if kind != "tags")
 
 
 def test_what_can_choose_the_best_step_depends_on_the_validation_rows() -> None:
-    assert choosing() == choosing("choice") == ["loss", "accuracy", "macro_f1"]
+    assert choosing("choice") == ["loss", "accuracy", "macro_f1"]
     assert choosing("multiple_choice") == ["loss", "accuracy"]
+    assert choosing("number") == ["loss", "rmse", "pearson", "spearman", "mean_absolute_error"]
     assert choosing("generation") == choosing("perplexity") == ["loss"]
 
 

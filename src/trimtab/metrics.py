@@ -7,85 +7,18 @@ a study show what they find there, and ``train.metric`` takes what can choose th
 from __future__ import annotations
 
 import math
-import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, get_args
+
+from trimtab import outcomes
+from trimtab.outcomes import Outcomes
 
 Kind = Literal["choice", "multiple_choice", "generation", "perplexity", "labels", "number", "tags"]
 """What was asked of the rows: an answer of one closed set, one of each row's own choices, an open answer, no answer;
 several labels of one set, a number, a tag for each word."""
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
-
-
-class ClassFigures(NamedTuple):
-    """How well each class is recognised: arrays in the order of the classes; ``rows``: how often it is the true one."""
-
-    precision: Any
-    recall: Any
-    f1: Any
-    rows: Any
-
-
-@dataclass(frozen=True)
-class Outcomes:
-    """What metrics are computed from. A kind of result fills in what it has; a metric gives None without its part.
-
-    Attributes:
-        truth: the right answer of each row (of each part, where an answer has several).
-        predicted: the model's answer to each.
-        choices: the closed set of answers.
-        by_length: the choice of each row that is best by its log-likelihood per character.
-        correct: whether each row counts as right, where that is more than equal texts.
-        usable: whether what the model wrote could be read at all.
-        explanations: whether the answers are texts, whose words can be compared.
-        overlaps: whether the answers are texts that may share a part with the true one.
-        loss: the summed loss of the answers' ``tokens``.
-        probabilities: of each choice for each row, ``[rows, choices]``, where a head gives them.
-        true_labels, given_labels: of each row, where a row has several; ``choices`` are all that there are.
-    """
-
-    truth: Sequence[str] = ()
-    predicted: Sequence[str] = ()
-    choices: Sequence[str] = ()
-    by_length: Sequence[str] | None = None
-    correct: Sequence[bool] | None = None
-    usable: Sequence[bool] | None = None
-    explanations: bool = False
-    overlaps: bool = False
-    loss: float = 0.0
-    tokens: int = 0
-    probabilities: Any = None
-    true_labels: Sequence[Sequence[str]] = ()
-    given_labels: Sequence[Sequence[str]] = ()
-
-    @cached_property
-    def classes(self) -> ClassFigures:
-        """By scikit-learn, over exactly the choices: a wrong answer never makes a class of its own."""
-        from sklearn.metrics import precision_recall_fscore_support
-
-        labels = list(self.choices)
-        return ClassFigures(
-            *precision_recall_fscore_support(self.truth, self.predicted, labels=labels, zero_division=0.0)
-        )
-
-    @cached_property
-    def indicators(self) -> tuple[Any, Any]:
-        """True and given labels as ``[rows, choices]`` of 0 and 1."""
-        from sklearn.preprocessing import MultiLabelBinarizer
-
-        binarizer = MultiLabelBinarizer(classes=list(self.choices))
-        return binarizer.fit_transform(self.true_labels), binarizer.fit_transform(self.given_labels)
-
-    @cached_property
-    def label_figures(self) -> ClassFigures:
-        """By scikit-learn, each label by itself, where a row has several."""
-        from sklearn.metrics import precision_recall_fscore_support
-
-        return ClassFigures(*precision_recall_fscore_support(*self.indicators, average=None, zero_division=0.0))
 
 
 @dataclass(frozen=True)
@@ -140,113 +73,54 @@ class Metric:
         return -value if self.higher_is_better else value
 
 
-def _accuracy(rows: Outcomes) -> float:
-    return _share(a == b for a, b in zip(rows.truth, rows.predicted, strict=True))
-
-
-def _accuracy_norm(rows: Outcomes) -> float | None:
-    return None if rows.by_length is None else _share(a == b for a, b in zip(rows.truth, rows.by_length, strict=True))
-
-
-def _macro_f1(rows: Outcomes) -> float:
-    return float((rows.label_figures if rows.true_labels else rows.classes).f1.mean())
-
-
-def _weighted_f1(rows: Outcomes) -> float:
-    classes = rows.classes
-    return float((classes.f1 * classes.rows).sum() / classes.rows.sum())
-
-
-def _matthews(rows: Outcomes) -> float | None:
-    """Matthews' correlation, also of more than two classes."""
-    if rows.probabilities is None:
-        return None
-    from sklearn.metrics import matthews_corrcoef
-
-    return float(matthews_corrcoef(rows.truth, rows.predicted))
-
-
-def _auroc(rows: Outcomes) -> float | None:
-    """The area under the ROC curve; of more than two classes the mean over them, each against the rest. None where one
-    of them does not occur."""
-    if rows.probabilities is None or set(rows.truth) != set(rows.choices):
-        return None
-    from sklearn.metrics import roc_auc_score
-
-    truth = [[one == choice for choice in rows.choices] for one in rows.truth]
-    return float(roc_auc_score(truth, rows.probabilities, average="macro"))
-
-
-def _micro_f1(rows: Outcomes) -> float:
-    from sklearn.metrics import f1_score
-
-    return float(f1_score(*rows.indicators, average="micro", zero_division=0.0))
-
-
-def _mean_loss(rows: Outcomes) -> float | None:
-    return rows.loss / rows.tokens if rows.tokens else None
-
-
-def _exact_match(rows: Outcomes) -> float | None:
-    return None if rows.correct is None else _share(rows.correct)
-
-
-def _unusable(rows: Outcomes) -> float | None:
-    return None if rows.usable is None else _share(not usable for usable in rows.usable)
-
-
-def _word_f1(rows: Outcomes) -> float | None:
-    if not rows.explanations:
-        return None
-    return sum(word_f1(a, b) for a, b in zip(rows.predicted, rows.truth, strict=True)) / len(rows.truth)
-
-
-def word_f1(one: str, other: str) -> float:
-    """F1 of the words in common, counted as often as they stand in both; case and punctuation do not count."""
-    first, second = (Counter(re.findall(r"\w+", text.casefold())) for text in (one, other))
-    total = first.total() + second.total()
-    return 2 * (first & second).total() / total if total else 1.0
-
-
-def _chrf(rows: Outcomes) -> float | None:
-    """chrF of all answers together, by sacrebleu, as a share of 1."""
-    if not rows.overlaps:
-        return None
-    from sacrebleu.metrics.chrf import CHRF
-
-    return float(CHRF().corpus_score(list(rows.predicted), [list(rows.truth)]).score) / 100
-
-
-def _rouge_l(rows: Outcomes) -> float | None:
-    """The mean ROUGE-L of the answers (F1 of the longest common subsequence of words), by rouge-score."""
-    if not rows.overlaps:
-        return None
-    from rouge_score.rouge_scorer import RougeScorer
-
-    scorer = RougeScorer(["rougeL"])
-    pairs = zip(rows.truth, rows.predicted, strict=True)
-    return sum(float(scorer.score(a, b)["rougeL"].fmeasure) for a, b in pairs) / len(rows.truth)
-
-
-def _perplexity(rows: Outcomes) -> float | None:
-    """``exp(loss / tokens)``; at most ``exp(700)``, near the largest number that a float holds."""
-    return math.exp(min(rows.loss / rows.tokens, 700.0)) if rows.tokens else None
-
-
-def _elsewhere(_: Outcomes) -> None:
-    return None
-
-
-def _share(flags: Iterable[bool]) -> float:
-    values = list(flags)
-    return sum(values) / len(values)
-
-
 _TABLE = (
+    Metric(
+        "rmse",
+        "RMSE",
+        outcomes.rmse,
+        kinds=("number",),
+        in_terminal=("number",),
+        share=False,
+        higher_is_better=False,
+        chooses=True,
+        compared=True,
+        full_label="root mean squared error",
+    ),
+    Metric(
+        "pearson",
+        "Pearson",
+        outcomes.pearson,
+        kinds=("number",),
+        in_terminal=("number",),
+        share=False,
+        chooses=True,
+        compared=True,
+        full_label="Pearson correlation",
+    ),
+    Metric(
+        "spearman",
+        "Spearman",
+        outcomes.spearman,
+        kinds=("number",),
+        in_terminal=("number",),
+        share=False,
+        chooses=True,
+        full_label="Spearman correlation",
+    ),
+    Metric(
+        "mean_absolute_error",
+        "mean absolute error",
+        outcomes.mean_absolute_error,
+        kinds=("number",),
+        in_terminal=("number",),
+        share=False,
+        higher_is_better=False,
+        chooses=True,
+    ),
     Metric(
         "micro_f1",
         "micro F1",
-        _micro_f1,
+        outcomes.micro_f1,
         kinds=("labels",),
         in_terminal=("labels",),
         chooses=True,
@@ -256,7 +130,7 @@ _TABLE = (
     Metric(
         "accuracy",
         "accuracy",
-        _accuracy,
+        outcomes.accuracy,
         kinds=("choice", "multiple_choice"),
         in_terminal=("choice", "multiple_choice"),
         chooses=True,
@@ -265,7 +139,7 @@ _TABLE = (
     Metric(
         "accuracy_norm",
         "accuracy per character",
-        _accuracy_norm,
+        outcomes.accuracy_norm,
         kinds=("multiple_choice",),
         in_terminal=("multiple_choice",),
         full_label="accuracy by likelihood per character",
@@ -273,26 +147,28 @@ _TABLE = (
     Metric(
         "macro_f1",
         "macro F1",
-        _macro_f1,
+        outcomes.macro_f1,
         kinds=("choice", "labels"),
         in_terminal=("choice", "labels"),
         chooses=True,
         compared=True,
     ),
-    Metric("weighted_f1", "weighted F1", _weighted_f1, kinds=("choice",)),
-    Metric("matthews", "Matthews", _matthews, kinds=("choice",), share=False, full_label="Matthews correlation"),
-    Metric("auroc", "AUROC", _auroc, kinds=("choice",), share=False, full_label="area under the ROC curve"),
+    Metric("weighted_f1", "weighted F1", outcomes.weighted_f1, kinds=("choice",)),
+    Metric(
+        "matthews", "Matthews", outcomes.matthews, kinds=("choice",), share=False, full_label="Matthews correlation"
+    ),
+    Metric("auroc", "AUROC", outcomes.auroc, kinds=("choice",), share=False, full_label="area under the ROC curve"),
     Metric(
         "mean_weighted_f1",
         "weighted F1 over questions",
-        _elsewhere,
+        outcomes.elsewhere,
         kinds=("choice",),
         full_label="mean of weighted F1 over questions",
     ),
     Metric(
         "exact_match",
         "exact match",
-        _exact_match,
+        outcomes.exact_match,
         kinds=("generation", "labels"),
         in_terminal=("generation",),
         compared=True,
@@ -300,18 +176,18 @@ _TABLE = (
     Metric(
         "unusable",
         "unusable",
-        _unusable,
+        outcomes.unusable,
         kinds=("choice", "generation"),
         in_terminal=("generation",),
         higher_is_better=False,
     ),
-    Metric("chrf", "chrF", _chrf, kinds=("generation",), in_terminal=("generation",), compared=True),
-    Metric("rouge_l", "ROUGE-L", _rouge_l, kinds=("generation",), in_terminal=("generation",), compared=True),
-    Metric("word_f1", "word F1", _word_f1, kinds=("generation",), full_label="F1 over words"),
+    Metric("chrf", "chrF", outcomes.chrf, kinds=("generation",), in_terminal=("generation",), compared=True),
+    Metric("rouge_l", "ROUGE-L", outcomes.rouge_l, kinds=("generation",), in_terminal=("generation",), compared=True),
+    Metric("word_f1", "word F1", outcomes.mean_word_f1, kinds=("generation",), full_label="F1 over words"),
     Metric(
         "perplexity",
         "perplexity",
-        _perplexity,
+        outcomes.perplexity,
         kinds=("choice", "multiple_choice", "generation", "perplexity"),
         in_terminal=("multiple_choice", "generation", "perplexity"),
         share=False,
@@ -322,7 +198,7 @@ _TABLE = (
     Metric(
         "loss",
         "loss",
-        _mean_loss,
+        outcomes.mean_loss,
         kinds=("labels", "number", "tags"),
         share=False,
         higher_is_better=False,
@@ -375,9 +251,9 @@ def compared() -> list[Metric]:
     return [metric for metric in _TABLE if metric.compared]
 
 
-def measure(kind: Kind, outcomes: Outcomes) -> dict[str, float]:
-    """Every metric of ``kind`` that ``outcomes`` suffice for, by name."""
-    values = {metric.name: metric.function(outcomes) for metric in of_kind(kind)}
+def measure(kind: Kind, rows: Outcomes) -> dict[str, float]:
+    """Every metric of ``kind`` that ``rows`` suffice for, by name."""
+    values = {metric.name: metric.function(rows) for metric in of_kind(kind)}
     return {name: value for name, value in values.items() if value is not None}
 
 

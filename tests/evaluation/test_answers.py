@@ -10,7 +10,8 @@ from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 from evaluation_cases import example
 from trimtab.evaluation import answers
 from trimtab.evaluation.generation import Generated
-from trimtab.metrics import measure, word_f1
+from trimtab.metrics import measure
+from trimtab.outcomes import word_f1
 from trimtab.runs.results import RESULTS
 
 SENTIMENT = ["negative", "neutral", "positive"]

@@ -16,7 +16,8 @@ from trimtab.data.tokens import encode
 from trimtab.errors import ModelError
 from trimtab.evaluation import evaluate
 from trimtab.evaluation.evaluate import checked
-from trimtab.metrics import Outcomes, measure
+from trimtab.metrics import measure
+from trimtab.outcomes import Outcomes
 from trimtab.surgery.serving import evaluating
 from trimtab.tasks import Head
 

@@ -14,6 +14,7 @@ from trimtab.config.run import RunConfig
 from trimtab.config.start_from import attach_stored, trains_base
 from trimtab.errors import ConfigError, PlanError
 from trimtab.machine import best_precision
+from trimtab.models.heads import learn_in_units
 from trimtab.models.load import empty_model, load_tokenizer, trained_beside
 from trimtab.models.locate import ModelHead, Source, locate
 from trimtab.models.new_tokens import rule_for
@@ -53,6 +54,13 @@ class Job:
         precision = precision_of(config)
         dtype = precision if config.model.dtype == "auto" else config.model.dtype
         return cls(config, source_of(config), plan_of(config), precision, getattr(torch, dtype))
+
+    def computing_in(self, precision: str) -> Job:
+        """The same run in ``precision``, where its configuration leaves that to us."""
+        if self.config.train.precision != "auto":
+            return self
+        dtype = getattr(torch, precision) if self.config.model.dtype == "auto" else self.dtype
+        return replace(self, precision=precision, dtype=dtype)
 
     def read_for(self, head: ModelHead) -> Job:
         """The same run of a model that is read for ``head``."""
@@ -103,9 +111,12 @@ class Job:
         if whole := [name for name in trained_beside(self.source, model) if not self._names(name)]:
             more.append(Rule(match=[glob.escape(name) for name in whole], method="full"))
         if self.config.adapter is not None:
-            return attach_stored(model, self.config.adapter, self.plan, more)
-        assert self.plan is not None, "a configuration has a plan or an adapter"
-        return attach(model, Plan([*self.plan.rules, *more]))
+            report = attach_stored(model, self.config.adapter, self.plan, more)
+        else:
+            assert self.plan is not None, "a configuration has a plan or an adapter"
+            report = attach(model, Plan([*self.plan.rules, *more]))
+        learn_in_units(model, whole, self.source.head)
+        return report
 
     def _names(self, module: str) -> bool:
         """Whether a rule of the plan is about ``module`` by its name, which the user then decides about."""

@@ -5,6 +5,7 @@ They are read by their keys. Another column is named by ``data.columns``, such a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -55,7 +56,7 @@ class Labelled:
     @property
     def answer(self) -> str:
         """The label in words."""
-        return f"{self.label:g}" if isinstance(self.label, float) else ", ".join(self.labels)
+        return f"{self.label:.9g}" if isinstance(self.label, float) else ", ".join(self.labels)
 
     @property
     def prompt(self) -> str:
@@ -116,6 +117,34 @@ def text_of(row: Row, key: str = "text") -> str:
     raise DataError(f"{row.place}: expected a text under '{key}', got {type(value).__name__}.")
 
 
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+
+LARGEST = 1e15
+"""Larger numbers have squares that float32 cannot hold."""
+
+
+def number_of(value: object, place: str, key: str = "label") -> float:
+    """A label that is a number, or a text that is one. Raises DataError for anything else."""
+    said = value.strip() if isinstance(value, str) else value
+    if isinstance(said, str) and _NUMBER.fullmatch(said):
+        said = float(said)
+    if isinstance(said, bool) or not isinstance(said, int | float):
+        shown = "nothing" if said is None or said == "" else f"{value!r}"[:60]
+        hint = " A decimal point is a point, and thousands have none." if isinstance(said, str) and "," in said else ""
+        raise DataError(f"{place}: expected a number under '{key}', got {shown}.{hint}")
+    if not abs(said) <= LARGEST:  # NaN, too
+        raise DataError(f"{place}: expected a number of at most {LARGEST:g} under '{key}', got {said!r:.60}.")
+    return float(said)
+
+
+def is_broken(value: object) -> bool:
+    """Whether a label is a number that is not whole, or a text that is one."""
+    try:
+        return value is not None and not number_of(value, "").is_integer()
+    except DataError:
+        return False
+
+
 def name_of_label(value: object, place: str, key: str = "label") -> str:
     """A label as it is called: a word, or a number as it is written. Raises DataError for anything else."""
     if isinstance(value, bool):
@@ -127,4 +156,5 @@ def name_of_label(value: object, place: str, key: str = "label") -> str:
     if isinstance(value, str) and value.strip():
         return value.strip()
     said = "nothing" if value is None or value == "" else f"{value!r}"[:60]
-    raise DataError(f"{place}: expected a label under '{key}', a word or a whole number, got {said}.")
+    hint = " For numbers say task: regression." if isinstance(value, float) else ""
+    raise DataError(f"{place}: expected a label under '{key}', a word or a whole number, got {said}.{hint}")

@@ -17,7 +17,8 @@ from trimtab.data.rows import Answered, Example
 from trimtab.evaluation.choice import ChoiceScores
 from trimtab.evaluation.closed_set import class_details
 from trimtab.evaluation.generation import Generated, same_answer
-from trimtab.metrics import Kind, Outcomes
+from trimtab.metrics import Kind
+from trimtab.outcomes import Outcomes
 from trimtab.runs.results import Prediction
 
 
@@ -51,7 +52,7 @@ KEPT_SCORES = 20
 _NUMBER = re.compile(r"[-+]?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
 
 
-def prediction(index: int, example: Answered, predicted: str, correct: bool, **more: Any) -> Prediction:
+def prediction(index: int, example: Answered, predicted: str, correct: bool | None, **more: Any) -> Prediction:
     """The prediction of the row at ``index``."""
     return Prediction(
         row=index + 1,

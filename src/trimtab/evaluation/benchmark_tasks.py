@@ -20,8 +20,9 @@ from trimtab.data.rows import Example
 from trimtab.errors import ConfigError, did_you_mean
 from trimtab.evaluation import answers
 from trimtab.evaluation.evaluate import Evaluation, evaluate
-from trimtab.metrics import Outcomes, measure
+from trimtab.metrics import measure
 from trimtab.models.causal_head import Head
+from trimtab.outcomes import Outcomes
 from trimtab.runs.results import Prediction, QuestionScore
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from trimtab.metrics import Outcomes
+from trimtab.outcomes import Outcomes
 from trimtab.runs.results import Majority, class_scores
 
 

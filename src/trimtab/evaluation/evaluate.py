@@ -21,10 +21,10 @@ from trimtab.evaluation.choice import score_choices
 from trimtab.evaluation.generation import generate_answers
 from trimtab.evaluation.shortened import shortened
 from trimtab.files import write_jsonl
-from trimtab.metrics import Outcomes
 from trimtab.metrics import measure as compute_metrics
 from trimtab.models.causal_head import IGNORED, Head
 from trimtab.models.positions import positions_of
+from trimtab.outcomes import Outcomes
 from trimtab.runs.results import RESULTS, Measured, Prediction, Result
 from trimtab.surgery.serving import evaluating
 

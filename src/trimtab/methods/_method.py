@@ -73,6 +73,8 @@ class Method(nn.Module):
     _is_replica = False  # nn.DataParallel sets it on its copies, which live for one pass
     rate_groups: Mapping[str, RateGroup] = {}
     """The rate group of each trained tensor that is no plain ``weight``."""
+    unit: float = 1.0
+    """What a step of an optimiser is counted in: its learning rate is so many times the usual one."""
 
     def __init__(self, base: Base, options: Options, shape: tuple[int, int] | None = None) -> None:
         super().__init__()

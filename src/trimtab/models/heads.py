@@ -6,11 +6,16 @@ adapter.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from trimtab.models.locate import ModelHead
+from trimtab.surgery.adapted import Adapted, bare_modules
 
 POOLER = "pooler"
 """A part of an encoder that its pretraining may have had no use for, so that its files lack it."""
@@ -50,6 +55,43 @@ def _with_weights(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         for name, module in model.named_modules()
         if name and any(True for _ in module.parameters(recurse=False))
     )
+
+
+def learn_in_units(model: nn.Module, names: Iterable[str], head: ModelHead) -> None:
+    """Let the last layer of a head of one number, if it is among the modules ``names`` that carry adapters, be trained
+    in steps of ``head.spread`` (of the size of the numbers, where it has no bias).
+
+    An optimiser's steps are as large as its learning rate says, whatever the loss is, so numbers in the thousands would
+    take thousands of them. Trained so, the layer moves as one would that learns ``(number - centre) / spread``, its
+    gradients (and with them what is clipped) the same.
+    """
+    modules = dict(bare_modules(model))
+    for name in names:
+        module = modules.get(name)
+        if head.spread and isinstance(module, Adapted) and getattr(module.base, "out_features", None) == 1:
+            unit = module.current_adapter.unit = _unit(module.base, head)
+            for parameter in module.current_adapter.parameters():
+                parameter.register_hook(partial(_times, unit))
+
+
+def _times(unit: float, gradient: Tensor) -> Tensor:
+    return gradient * unit
+
+
+@torch.no_grad()
+def begin_around(model: Any, names: Iterable[str], head: ModelHead) -> None:
+    """Let a new head of one number, whose layers are the modules ``names``, begin around ``head.centre``, as far apart
+    as ``head.spread``. A layer without a bias has to learn where the centre is."""
+    for module in map(model.get_submodule, names):
+        if head.spread and getattr(module, "out_features", None) == 1:
+            module.weight.mul_(_unit(module, head))
+            if module.bias is not None:
+                module.bias.fill_(head.centre)
+
+
+def _unit(layer: Any, head: ModelHead) -> float:
+    """How large the numbers are that the weight of ``layer`` has to give: without a bias, all of them."""
+    return head.spread if layer.bias is not None else math.hypot(head.centre, head.spread)
 
 
 def draw(model: Any, names: Iterable[str], seed: int) -> None:

@@ -30,7 +30,7 @@ from transformers.utils import logging as transformers_logging
 from trimtab.errors import ModelError
 from trimtab.models.chat_template import checked_template
 from trimtab.models.gguf import dequantised_folder, gguf_config
-from trimtab.models.heads import POOLER, draw, head_modules, is_known, poolers
+from trimtab.models.heads import POOLER, begin_around, draw, head_modules, is_known, poolers
 from trimtab.models.locate import Source
 from trimtab.models.new_tokens import add_tokens, make_room
 from trimtab.models.tensors import Weights
@@ -181,6 +181,7 @@ def _draw_head(model: Any, source: Source, missing: set[str]) -> set[str]:
     if lacking & set(heads) or not is_known(load_config_only(source), source.head.names):
         wanted |= set(heads)
     draw(model, sorted(wanted), source.head.seed)
+    begin_around(model, wanted, source.head)
     return {name for name in missing if name.rpartition(".")[0] in wanted}
 
 

@@ -31,12 +31,16 @@ class ModelHead:
             names them; empty where the model brings the head that it needs.
         labels: what the head tells apart, in the order of its rows; none for a regression.
         seed: by which the head is drawn, where the model brings none for these labels.
+        centre, spread: mean and standard deviation of the numbers that a regression learns. A head that is drawn begins
+            around them, and every head learns in steps of that size. A spread of 0 says nothing.
     """
 
     model_class: str = "AutoModelForCausalLM"
     problem: str = ""
     labels: tuple[str, ...] = ()
     seed: int = 0
+    centre: float = 0.0
+    spread: float = 0.0
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ keys that are unknown are left out, so that what a newer version wrote can still
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -249,18 +250,20 @@ class HeadRecord(Record):
     problem: str
     labels: list[str] = []
     seed: int = 0
+    centre: float = 0.0
+    spread: float = 0.0
 
     @classmethod
     def of(cls, head: ModelHead) -> HeadRecord | None:
         """None where the model brought its head."""
         if head == ModelHead():
             return None
-        return cls(model_class=head.model_class, problem=head.problem, labels=list(head.labels), seed=head.seed)
+        return cls(**{**asdict(head), "labels": list(head.labels)})
 
     @property
     def head(self) -> ModelHead:
         """The same for `Source`."""
-        return ModelHead(self.model_class, self.problem, tuple(self.labels), self.seed)
+        return ModelHead(**{**self.model_dump(), "labels": tuple(self.labels)})
 
 
 class Summary(Record):

@@ -12,7 +12,8 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, get_args
 from pydantic import Field, TypeAdapter, model_validator
 from pydantic_core import PydanticCustomError
 
-from trimtab.metrics import ClassFigures, main_metric
+from trimtab.metrics import main_metric
+from trimtab.outcomes import ClassFigures
 from trimtab.runs.records import FiguresRecord, Record
 
 
@@ -77,6 +78,7 @@ class _Result(FiguresRecord):
 
     order: ClassVar[tuple[str, ...]] = (
         *("kind", "dataset", "rows", "answers", "choices", "figures", "per_class", "confusion", "majority", "chance"),
+        *("spread",),
         *("unusable", "word_f1", "perplexity", "tokens", "seconds"),
         *("task", "answered_by", "relabelled", "questions", "mean_weighted_f1", "correct"),
         *("cut", "left_out", "model", "adapter", "source"),
@@ -171,7 +173,15 @@ class LabelsResult(_Result):
     per_class: dict[str, ClassScore] = Field(default_factory=dict)
 
 
-Result = ChoiceResult | MultipleChoiceResult | GenerationResult | PerplexityResult | LabelsResult
+class NumberResult(_Result):
+    """Rows whose answers are numbers. ``spread``: their standard deviation, which is the RMSE of always answering
+    their mean."""
+
+    kind: Literal["number"] = "number"
+    spread: float
+
+
+Result = ChoiceResult | MultipleChoiceResult | GenerationResult | PerplexityResult | LabelsResult | NumberResult
 
 RESULTS: dict[str, type[Result]] = {kind.model_fields["kind"].default: kind for kind in get_args(Result)}
 """The class of each kind of result."""
@@ -189,6 +199,7 @@ class Prediction(Record):
 
     Attributes:
         row: its number, from 1.
+        correct: None where an answer is neither right nor wrong, but near or far: a number.
         usable: whether what the model wrote could be read; ``read``: as which of the choices, or as which several.
         scores: choice -> its log-likelihood; the best of them, where there are many.
     """
@@ -197,7 +208,7 @@ class Prediction(Record):
     prompt: str
     answer: str
     predicted: str
-    correct: bool
+    correct: bool | None
     usable: bool = True
     read_as: str | list[str | None] | None = Field(None, alias="read")
     scores: dict[str, float] = Field(default_factory=dict)

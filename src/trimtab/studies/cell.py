@@ -157,4 +157,5 @@ def _record(folder: RunFolder, config: RunConfig) -> CellRecord:
 def _scored(result: Result, predictions: Sequence[Prediction]) -> Result:
     """``result`` with which of its rows are right, where the predictions tell."""
     result = result.unnamed()
-    return result.updated(correct="".join("01"[row.correct] for row in predictions)) if predictions else result
+    right = [row.correct for row in predictions if row.correct is not None]
+    return result.updated(correct="".join("01"[one] for one in right)) if right else result

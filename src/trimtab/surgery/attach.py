@@ -93,6 +93,20 @@ def rate_groups(model: nn.Module) -> dict[str, methods.RateGroup]:
     }
 
 
+def rate_units(model: nn.Module) -> dict[str, float]:
+    """``name -> unit`` for everything in ``trainable_parameters`` whose learning rate is another than its group's."""
+    known = {
+        id(parameter): adapter.unit
+        for _, module in adapted_modules(model)
+        for adapter in module.every_adapter()
+        if adapter.unit != 1.0
+        for parameter in adapter.parameters()
+    }
+    return {
+        name: known[id(parameter)] for name, parameter in trainable_parameters(model).items() if id(parameter) in known
+    }
+
+
 def effective_weight(model: nn.Module, name: str) -> Tensor:
     """The weight ``[out, in]`` that the module ``name`` computes with: ``m * (W + dV) / ||W + dV||`` or ``W + dV``.
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from trimtab import listing
 from trimtab.config.resolve import Job
 from trimtab.config.run import RunConfig
+from trimtab.data.labelled import is_broken
 from trimtab.data.sources import is_local, rows_of
 from trimtab.errors import ConfigError, TrimtabError, did_you_mean
 from trimtab.models.causal_head import Head
@@ -27,6 +29,10 @@ from trimtab.tasks._task import Task
 from trimtab.tasks._texts import read_inputs
 
 __all__ = ["Batch", "Head", "Inputs", "RowSizes", "Task", "find", "job_of", "names", "of", "read_inputs"]
+
+
+LOOKED_AT = 200
+"""Rows that may tell what their task is."""
 
 
 def names() -> list[str]:
@@ -54,7 +60,9 @@ def job_of(config: RunConfig) -> Job:
     """
     job = Job.of(config)
     name = _meant(job) if config.task == "auto" else config.task
-    return replace(job, task=name).read_for(ModelHead(find(name).model_class))
+    task = find(name)
+    job = job if task.precision is None else job.computing_in(task.precision)
+    return replace(job, task=name).read_for(ModelHead(task.model_class))
 
 
 def _meant(job: Job) -> str:
@@ -68,11 +76,13 @@ def _meant(job: Job) -> str:
 
 
 def _first(job: Job) -> Mapping[str, Any] | None:
-    """The first training row under our keys, where it can be read."""
+    """The first training row under our keys, where it can be read. Where its label is a whole number, the next rows say
+    whether all are: one that is not speaks for them."""
     source = job.config.data.settled(job.config.data.train)[0]
     if not is_local(source.path, Path.cwd()):
         return None
     try:
-        return next(rows_of(source, root=Path.cwd())).value
+        rows = [row.value for row in islice(rows_of(source, root=Path.cwd()), LOOKED_AT)]
+        return next((row for row in rows if is_broken(row.get("label"))), rows[0])
     except TrimtabError:
         return None  # whoever reads the rows says what is wrong with them

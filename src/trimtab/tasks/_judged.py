@@ -9,7 +9,7 @@ from torch import Tensor
 from trimtab.data.labelled import Labelled
 from trimtab.evaluation.answers import KEPT_SCORES, Judged, prediction
 from trimtab.evaluation.closed_set import class_details
-from trimtab.metrics import Outcomes
+from trimtab.outcomes import Outcomes
 from trimtab.runs.results import class_scores
 
 

@@ -43,6 +43,9 @@ from trimtab.tasks._inputs import Answers, Inputs, Rows, gather
 from trimtab.tasks._sizes import RowSizes
 from trimtab.tasks._task import Task
 
+COUNTED = 5
+"""More labels than these that are all whole numbers may be amounts, and no names."""
+
 
 class LabelledRows(Rows[Labelled]):
     """Rows with labels."""
@@ -77,6 +80,11 @@ class LabelledRows(Rows[Labelled]):
         answers = Answers(labels, scored=True)
         self.check(answers, training)
         self.listener.note(f"{len(labels)} labels: {', '.join(labels[:20])}{', ...' if len(labels) > 20 else ''}")
+        if said == "auto" and len(labels) > COUNTED and all(label.lstrip("-").isdecimal() for label in labels):
+            notes.add(
+                f"the labels are {len(labels)} whole numbers, and each is taken for a class of its own; if a near "
+                "label is better than one that is far, say task: regression"
+            )
         if unseen := [label for label in labels if label not in found]:
             notes.add(f"no training row has the label {', '.join(unseen)}, which cannot be learned then")
         return answers

@@ -33,6 +33,8 @@ class Task(ABC):
     """The metrics by which a step can be chosen as the best, by name."""
     precedence: ClassVar[int] = 50
     """Tasks of lower numbers are asked first whether a model and rows are theirs."""
+    precision: ClassVar[str | None] = None
+    """What a run computes in that says nothing of it; None: what the machine is best at."""
     checked_as_texts: ClassVar[bool] = False
     """Whether rows are texts with parts that are learnt, which are held against the model's tokens and positions."""
 

@@ -68,7 +68,10 @@ class TextRows(Rows[Example]):
                 f"train.metric: {metric} is for a closed set of answers, and these are open; choose loss, or "
                 "name the answers in data.choices"
             )
-        if answers.own and metric not in ("auto", *(known := choosing("multiple_choice"))):
+        known = choosing("multiple_choice" if answers.own else "choice")
+        if answers.scored and not answers.own and metric not in ("auto", *known):
+            raise ConfigError(f"train.metric: {metric} is not measured of these rows; choose one of {', '.join(known)}")
+        if answers.own and metric not in ("auto", *known):
             raise ConfigError(
                 f"train.metric: {metric} is for a closed set of answers, and here each row brings its own; choose "
                 f"{' or '.join(known[::-1])}"

@@ -22,6 +22,7 @@ from trimtab.data.rows import Example
 from trimtab.evaluation.evaluate import Evaluation, Progress, checked, evaluate, token_loss
 from trimtab.models.causal_head import IGNORED, Head
 from trimtab.models.family import Family
+from trimtab.outcomes import Outcomes
 from trimtab.runs.events import Listener
 from trimtab.surgery.serving import evaluating
 from trimtab.tasks import _inputs, _task
@@ -99,7 +100,7 @@ class CausalLM(_task.Task):
         if inputs.scored:
             return super().validation(head, reader, examples, inputs=inputs, job=job, progress=progress)
         loss, tokens = self._token_loss(head, reader, examples, job)
-        return metrics.of_validation(metrics.measure("perplexity", metrics.Outcomes(loss=loss, tokens=tokens)))
+        return metrics.of_validation(metrics.measure("perplexity", Outcomes(loss=loss, tokens=tokens)))
 
     def validation_loss(
         self, head: Head, reader: Any, examples: Sequence[Example], *, inputs: _inputs.Inputs, job: Job

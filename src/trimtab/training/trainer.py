@@ -21,7 +21,7 @@ from trimtab.methods import RateGroup
 from trimtab.metrics import METRICS, Metric
 from trimtab.runs import checkpoints
 from trimtab.runs.records import MetricsLine
-from trimtab.surgery.attach import rate_groups, trainable_parameters
+from trimtab.surgery.attach import rate_groups, rate_units, trainable_parameters
 from trimtab.tasks import Task
 from trimtab.training.callbacks import Averaging
 from trimtab.training.compiling import plainly
@@ -39,7 +39,8 @@ def parameter_groups(
     """The trained tensors in groups of one learning rate each; each method says which of its tensors is in which.
 
     Magnitudes have their own rate and, like biases, never decay. The second factor of a low-rank update has ``b_ratio``
-    times the rate (LoRA+, arXiv 2402.12354). Empty groups are left out.
+    times the rate (LoRA+, arXiv 2402.12354). Tensors that count in units of their own have groups of their own, with so
+    much higher a rate and no more decay for it. Empty groups are left out.
     """
     # In this order: the first group's rate is logged, and an optimiser's state on disk counts through the groups.
     rates: dict[RateGroup, tuple[float, float]] = {
@@ -48,14 +49,16 @@ def parameter_groups(
         "second factor": (learning_rate * b_ratio, weight_decay),
         "magnitude": (learning_rate if magnitude_learning_rate is None else magnitude_learning_rate, 0.0),
     }
-    known = rate_groups(model)
-    groups: dict[RateGroup, list[nn.Parameter]] = {group: [] for group in rates}
+    known, units = rate_groups(model), rate_units(model)
+    groups: dict[tuple[RateGroup, float], list[nn.Parameter]] = {
+        (group, unit): [] for unit in (1.0, *sorted({*units.values()})) for group in rates
+    }
     for name, parameter in trainable_parameters(model).items():
-        groups[known[name]].append(parameter)
+        groups[known[name], units.get(name, 1.0)].append(parameter)
     return [
-        {"params": groups[group], "lr": rate, "weight_decay": decay}
-        for group, (rate, decay) in rates.items()
-        if groups[group]
+        {"params": tensors, "lr": rates[group][0] * unit, "weight_decay": rates[group][1] / unit}
+        for (group, unit), tensors in groups.items()
+        if tensors
     ]
 
 

@@ -11,9 +11,12 @@ from trimtab.metrics import compared
 from trimtab.runs.events import Listener
 
 
-def _shares(row: dict[str, Any]) -> list[str]:
-    shown = [metric for metric in compared() if metric.share and metric.name in row]
-    return [f"{metric.label} {100 * row[metric.name]:.1f} %" for metric in shown]
+def _figures(row: dict[str, Any]) -> list[str]:
+    shown = [(metric, value) for metric in compared() if (value := row.get(metric.name)) is not None]
+    return [
+        f"{metric.label} {100 * value:.1f} %" if metric.share else f"{metric.label} {value:.4g}"
+        for metric, value in shown
+    ]
 
 
 class RunDisplay(Listener):
@@ -60,7 +63,7 @@ class RunDisplay(Listener):
 
     def metrics(self, row: dict[str, Any]) -> None:
         if row["kind"] == "validation":
-            self.note(", ".join([f"step {row['step']}: validation loss {row['loss']:.4f}", *_shares(row)]))
+            self.note(", ".join([f"step {row['step']}: validation loss {row['loss']:.4f}", *_figures(row)]))
             self.step(row["step"], self._steps)
             return
         self._last = row
@@ -72,7 +75,7 @@ class RunDisplay(Listener):
         self._bar.stop()
 
     def evaluated(self, result: dict[str, Any]) -> None:
-        self.note(", ".join([*_shares(result), f"perplexity {result['perplexity']:.4g}"]))
+        self.note(", ".join(_figures(result)))
 
     def evaluating(self, name: str, done: int, total: int) -> None:
         if self._training:  # a validation: the training bar stays

@@ -20,6 +20,7 @@ _SHOWN = {
     (None, True): 3,
     (False, None): 3,
     (True, None): 3,
+    (None, None): 8,
 }
 
 
@@ -40,7 +41,8 @@ class Pair:
 
 @dataclass(frozen=True)
 class Group:
-    """Rows that went the same way. ``before`` and ``after`` say whether they were right; None: not measured."""
+    """Rows that went the same way. ``before`` and ``after`` say whether they were right; None: not measured, or neither
+    right nor wrong."""
 
     before: bool | None
     after: bool | None
@@ -61,6 +63,7 @@ _TITLES: dict[tuple[bool | None, bool | None], str] = {
     (None, True): "Right",
     (False, None): "Wrong before training",
     (True, None): "Right before training",
+    (None, None): "Some rows",
 }
 
 
@@ -144,7 +147,7 @@ class Answered:
     @property
     def compared(self) -> bool:
         """Whether there are answers from before and after training."""
-        return all(group.before is not None and group.after is not None for group in self.groups)
+        return all(pair.before and pair.after for group in self.groups for pair in group.pairs)
 
 
 def answered(sets: Sequence[TestSet]) -> list[Answered]:

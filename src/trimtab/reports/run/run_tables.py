@@ -80,7 +80,7 @@ def answers_table(run: Run, count: int = 5) -> Table:
 def _answer(prediction: Prediction | None) -> Text:
     if prediction is None:
         return Text(words.DASH)
-    sign, style = ("✓ ", "green") if prediction.correct else ("✗ ", "red")
+    sign, style = {True: ("✓ ", "green"), False: ("✗ ", "red"), None: ("", "")}[prediction.correct]
     text = Text(sign, style=style)
     if prediction.predicted.strip():
         return text.append(_short(prediction.predicted, _ANSWER_LETTERS))
