@@ -35,7 +35,7 @@ LAYERS = [
         "evaluation",
         "tasks",
         "questions",
-        "asking assessing",
+        "asking assessing predicting",
         "memory",
         "drafting",
         "reports",

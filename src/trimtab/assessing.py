@@ -10,8 +10,9 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
-from trimtab.config.read import load_config
-from trimtab.config.resolve import Job, source_of
+from transformers import PreTrainedTokenizerBase
+
+from trimtab.config.resolve import Job
 from trimtab.config.run import EvaluationConfig
 from trimtab.data.forms import read_examples
 from trimtab.data.rows import Source
@@ -20,18 +21,16 @@ from trimtab.errors import ConfigError, DataError
 from trimtab.evaluation.benchmark_tasks import BenchmarkTask, evaluate_task, find_task
 from trimtab.evaluation.evaluate import evaluate, write
 from trimtab.files import read_json
-from trimtab.machine import best_precision, device
-from trimtab.models.causal_head import Head
-from trimtab.models.load import load_tokenizer
-from trimtab.models.locate import locate
+from trimtab.models.locate import ModelHead
 from trimtab.models.new_tokens import require_rows
+from trimtab.models.positions import positions_of
 from trimtab.notes import Notes
 from trimtab.notes import rows as counted
 from trimtab.runs.events import Listener
-from trimtab.runs.folder import RunFolder
-from trimtab.runs.load import is_run, load_finite, load_fitting, load_run_model, with_tokens_of
+from trimtab.runs.named import Named
 from trimtab.runs.results import OWN_ADAPTER, Measured, Result, read_result
 from trimtab.surgery.adapted import bare
+from trimtab.tasks import Task, of_head
 
 ELSEWHERE = Path("runs/evaluate")
 """Where results go by default, unless they are those of a run on its own test sets."""
@@ -61,6 +60,9 @@ def measure(
     if they are a closed set. With ``tasks``, named as in ``evaluation.benchmark_tasks``, ``data`` is the file of the
     only task or the folders with the tasks' files.
 
+    A model with a head of its own, or with an encoder and a decoder, is measured as its task measures; rows are then
+    read by their keys, and their answers are those that the model knows.
+
     Results and predictions are written into ``out`` under the stage ``after``, or ``before`` for a model without an
     adapter. The default is ``runs/evaluate``, or the run's own folder if its own test sets are measured as in the run;
     the run's page is then out of date. Returns the folder and the results.
@@ -69,15 +71,13 @@ def measure(
     loading and evaluating raise.
     """
     listener = listener or Listener()
-    run = RunFolder(Path(target)) if is_run(Path(target)) else None
-    if run is not None and adapter is not None:
-        raise ConfigError("--adapter goes with the name of a model; a run has its own adapter")
-    if run is None and base:
-        raise ConfigError("--base goes with a run; a model named as it is has no adapter")
-    config = load_config(run.config) if run is not None else None
+    named = Named.find(target, adapter=adapter, base=base)
+    run, config = named.run, named.config
+    task = of_head(named.head)
     own = {name: config.data.settled(test) for name, test in config.data.test.items()} if config is not None else {}
     wanted = [find_task(name) for name in dict.fromkeys(tasks)]
-    named = {task.dataset: task for task in wanted}
+    if named.head != ModelHead():
+        _refuse(target, task.name, {"--task": wanted, "--generate": generate, "--choices": choices, "--form": form})
     files = _files(wanted, data, own)
     if not files:
         raise ConfigError(f"{target}: nothing to evaluate on; name the rows with --data FILE")
@@ -87,58 +87,56 @@ def measure(
     if own_sets and limit is None:
         limit = defaults.limit
 
-    source = source_of(config) if config is not None else with_tokens_of(adapter, locate(target))
-    tokenizer = load_tokenizer(source)
-    form = form or (config.data.form if config is not None else "auto")
+    reader = named.reader()
     notes = Notes()
     with notes.told(listener.remark):
-        read = partial(read_examples, tokenizer=tokenizer, root=Path.cwd(), form=form, notes=notes)
-        rows = {name: read(path) for name, path in files.items()}
+        if named.head == ModelHead():
+            form = form or (config.data.form if config is not None else "auto")
+            read = partial(read_examples, tokenizer=reader, root=Path.cwd(), form=form, notes=notes)
+            rows: dict[str, list[Any]] = {name: read(path) for name, path in files.items()}
+        else:
+            rows = {name: _rows_for(named, task, reader, place=path, notes=notes) for name, path in files.items()}
     listener.stage(f"Loading {target}")
-    if run is not None and config is not None:
-        model: Any = load_run_model(run, config, adapter=not base)
-    else:
-        model = load_fitting(source, best_precision())
-        if adapter is not None:
-            load_finite(model, adapter)
-        model = model.to(device()).eval()
-
-    texts = [row.text for examples in rows.values() for row in examples]
-    words: Any = bare(model.get_input_embeddings())
-    require_rows(target, tokenizer, texts, len(words.weight))
+    model = named.load()
+    if isinstance(reader, PreTrainedTokenizerBase):
+        texts = [row.text or row.prompt for examples in rows.values() for row in examples]
+        table: Any = bare(model.get_input_embeddings())
+        require_rows(target, reader, texts, len(table.weight))
     folder = out or (run.path if run is not None and as_in_run else ELSEWHERE)
     model_name = config.model.name if config is not None else target
-    put_on = run.adapter if run is not None and not base else adapter
+    put_on = named.adapter
     adapter_name = str(put_on.absolute()) if put_on is not None else None
     if run is not None and put_on is not None and folder == run.path:
         adapter_name = OWN_ADAPTER
     label = model_name if put_on is None else str(run.path.absolute() if run is not None else put_on.absolute())
     stage = "before" if put_on is None else "after"
-    summary = run.read_summary() if run is not None else None
-    known = summary.choices if summary is not None else None
-    length = Job.of(config).reading_length if config is not None else None
-    head = Head(model)
+    known = named.summary.choices if named.summary is not None else None
+    length = Job.of(config).read_for(named.head).reading_length if config is not None else None
+    said = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
+    evaluation = defaults.model_copy(update={name: value for name, value in said.items() if value is not None})
+    head = task.head(model)
     results = []
     for name, examples in rows.items():
         listener.stage(f"Evaluating {name}")
-        settings: dict[str, Any] = {
-            "generate": generate,
-            "batch_size": batch_size or defaults.batch_size,
-            "progress": partial(listener.evaluating, name),
-            "max_length": length,
-        }
-        if (task := named.get(name)) is not None:
+        settings: dict[str, Any] = {"progress": partial(listener.evaluating, name), "max_length": length}
+        if named.head != ModelHead():
+            settings |= {"name": name, "choices": list(named.head.labels) or None, "evaluation": evaluation}
+            settings["max_length"] = length if config is not None else positions_of(model).limit()
+            measured = task.evaluate(head, reader, examples[:limit], **settings)
+        elif (benchmark := {one.dataset: one for one in wanted}.get(name)) is not None:
+            settings |= {"generate": generate, "batch_size": evaluation.batch_size}
             settings |= {"choices": choices, "limit": limit, "max_new_tokens": max_new_tokens}
-            measured = evaluate_task(task, head, tokenizer, examples, **settings)
+            measured = evaluate_task(benchmark, head, reader, examples, **settings)
             if swapped := measured.record.relabelled:
                 words = ", ".join(f"'{wrong}' is read as '{right}'" for wrong, right in swapped.items())
                 listener.remark(f"the labels of {files[name]} are permuted, as FinLoRA's script writes them: {words}")
         else:
             examples = examples[:limit]
             fits = own_sets or (known and all(example.answer in known for example in examples))
+            settings |= {"generate": generate, "batch_size": evaluation.batch_size}
             settings["choices"] = choices or (known if fits else "infer")
-            settings["max_new_tokens"] = max_new_tokens or defaults.max_new_tokens
-            measured = evaluate(head, tokenizer, examples, name=name, **settings)
+            settings["max_new_tokens"] = evaluation.max_new_tokens
+            measured = evaluate(head, reader, examples, name=name, **settings)
         place = files[name]
         of = Measured.of(model_name, adapter_name, [place] if isinstance(place, str) else [one.path for one in place])
         if measured.record.cut:
@@ -150,6 +148,20 @@ def measure(
         listener.note(f"written to {folder / 'evaluation' / f'{own_name}.{stage}.json'}")
         results.append(measured.record.updated(**of._asdict()))
     return folder, results
+
+
+def _refuse(target: str, task: str, said: Mapping[str, Any]) -> None:
+    """Raise ConfigError for an option that means nothing where a head of the model's own answers."""
+    if option := next((name for name, value in said.items() if value), None):
+        raise ConfigError(
+            f"{option}: {target} is a model of {task}, whose answers are those of its head or its targets; leave it out"
+        )
+
+
+def _rows_for(named: Named, task: Task, reader: Any, *, place: str | Sequence[Source], notes: Notes) -> list[Any]:
+    """The rows at ``place`` as ``task`` takes them, with labels that the model has."""
+    sources = [named.source_of_rows(place)] if isinstance(place, str) else place
+    return task.known(named.head, task.rows(sources, reader, notes), numbered=named.run is None)
 
 
 def _free_name(folder: Path, name: str, stage: str, of: Measured, label: str) -> str:

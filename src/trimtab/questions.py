@@ -22,7 +22,7 @@ from trimtab.errors import DataError
 
 Message = dict[str, Any]
 
-_TABLES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+TABLES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 _ASKING = ("prompt", "question", "instruction", "context", "input", "text")
 
 
@@ -110,10 +110,10 @@ def questions_in(source: str) -> list[Question]:
 
     Raises DataError if there is none, or a row that asks nothing.
     """
-    if Path(source).suffix.lower() in _TABLES:
+    if Path(source).suffix.lower() in TABLES:
         found = [_of_row(row) for row in read_rows(source, root=Path.cwd())]
     else:
-        found = [Question(line) for line in _lines(source) if line.strip()]
+        found = [Question(line) for line in lines_of(source) if line.strip()]
     if not found:
         raise DataError(f"{source}: there is no question in it")
     return found
@@ -139,7 +139,8 @@ def _of_row(said: Row) -> Question:
     )
 
 
-def _lines(source: str) -> Iterator[str]:
+def lines_of(source: str) -> Iterator[str]:
+    """The lines of a file; ``-`` is standard input. Raises DataError if it cannot be read."""
     try:
         said = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
         yield from said.decode("utf-8-sig").split("\n")

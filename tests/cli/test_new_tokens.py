@@ -63,7 +63,7 @@ def test_a_run_with_new_tokens(
     )
 
     loaded = load_run(folder.path)
-    assert loaded.tokenizer.tokenize("a<tool>b") == ["a", "<tool>", "b"]
+    assert loaded.reader.tokenize("a<tool>b") == ["a", "<tool>", "b"]
     weight = loaded.model.get_input_embeddings().weight + 0
     assert len(weight) == OLD + 2
     assert torch.equal(weight[:OLD], before.get_input_embeddings().weight)

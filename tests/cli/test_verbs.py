@@ -272,10 +272,10 @@ def test_evaluate_the_base_and_a_model(cli: Any, run: Path, model_folder: Path, 
 def test_generate(cli: Any, run: Path) -> None:
     prompt = rows(1)[0]["prompt"]
     model = load_run(run)
-    ids = model.tokenizer(prompt.rstrip(" "), return_tensors="pt").input_ids
+    ids = model.reader(prompt.rstrip(" "), return_tensors="pt").input_ids
     with torch.no_grad():
         wanted = model.model.generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :]
-    text = model.tokenizer.decode(wanted, skip_special_tokens=True).strip()
+    text = model.reader.decode(wanted, skip_special_tokens=True).strip()
 
     result = cli("generate", run, prompt, "--max-new-tokens", "6")
     assert (result.code, result.out.strip()) == (0, text)
@@ -378,7 +378,7 @@ def test_merge(cli: Any, run: Path, tmp_path: Path) -> None:
     ours, plain = load_run(run).model, AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     with torch.no_grad():
         torch.testing.assert_close(plain(IDS).logits, ours(IDS).logits, rtol=1e-4, atol=1e-4)
-    assert len(AutoTokenizer.from_pretrained(tmp_path / "merged")) == len(load_run(run).tokenizer)
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "merged")) == len(load_run(run).reader)
 
     assert cli("merge", run, "merged").code == 1
     result = cli("merge", run, "merged", "--dtype", "bfloat16", "--overwrite")

@@ -62,7 +62,7 @@ def test_lora_is_a_folder_that_peft_loads(cli: Any, trained: Callable[..., Path]
     torch.testing.assert_close(logits(PeftModel.from_pretrained(base, out)), logits(loaded.model))
     with safe_open(out / "adapter_model.safetensors", "pt") as file:
         assert len(list(file.keys())) == 28
-    assert len(AutoTokenizer.from_pretrained(out)) == len(loaded.tokenizer)
+    assert len(AutoTokenizer.from_pretrained(out)) == len(loaded.reader)
     config = json.loads((out / "adapter_config.json").read_text())
     assert not config["use_dora"]
     assert card(out)[0]["library_name"] == "peft"

@@ -5,7 +5,9 @@ Exit codes: 0 done, 1 an error of ours, 2 wrong usage, 130 interrupted, 143 told
 
 from __future__ import annotations
 
+import json
 import logging
+import re
 import sys
 from collections.abc import Callable, Sequence
 
@@ -13,6 +15,7 @@ from trimtab.cli.terminal import make_safe
 from trimtab.errors import STOPS, Interrupted, TrimtabError, machine_refusal, printable
 from trimtab.machine import keep_few_products
 
+_CONTROL = re.compile("[\x7f-\x9f]")
 # transformers imports these where they are installed, needed or not, and they tell what kernels they have not.
 _CHATTY = ("torchao", "bitsandbytes", "torch.utils._pytree")
 
@@ -21,6 +24,11 @@ def say(text: str = "", *, error: bool = False, end: str = "\n") -> None:
     """Print a plain line, or with ``end`` a part of one, to standard error if it is an ``error``. Whatever it quotes
     cannot drive the terminal."""
     print(printable(text), file=sys.stderr if error else sys.stdout, end=end, flush=True)
+
+
+def say_json(value: object) -> None:
+    """Print ``value`` as a line of JSON. What JSON may hold as it is and a terminal may not is escaped."""
+    say(_CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(value, ensure_ascii=False, default=str)))
 
 
 def program(arguments: Sequence[str], told: str | None, work: Callable[..., int | None]) -> int:

@@ -16,6 +16,7 @@ from trimtab.data.forms._reading import Reading
 from trimtab.data.rows import Row, Source
 from trimtab.data.sources import rows_of
 from trimtab.errors import DataError, did_you_mean
+from trimtab.models.locate import ModelHead
 from trimtab.notes import Notes
 
 
@@ -102,6 +103,35 @@ def read_labelled(
     if not found:
         raise DataError("No row is left: all have the weight 0.")
     return found
+
+
+def labelled_as(head: ModelHead, rows: Sequence[Labelled], *, numbered: bool) -> list[Labelled]:
+    """``rows`` with labels as ``head`` tells them apart: one, or several.
+
+    ``numbered``: whether whole numbers may stand for its labels in their order, as data sets on the hub have them.
+
+    Raises DataError, which names the row, for a label that it does not know.
+    """
+    return [_labelled_as(head, row, numbered) for row in rows] if head.labels else list(rows)
+
+
+def _labelled_as(head: ModelHead, row: Labelled, numbered: bool) -> Labelled:
+    known = head.labels
+    by_number = {str(number): label for number, label in enumerate(known)} if numbered else {}
+    labels = tuple(label if label in known else by_number.get(label, label) for label in row.labels)
+    if strange := [label for label in labels if label not in known]:
+        raise DataError(
+            f"{row.place}: the model does not know the label '{strange[0]}'; its labels are {', '.join(known[:20])}"
+            f"{', ...' if len(known) > 20 else ''} (upper and lower case differ)."
+        )
+    if row.words or head.problem == "multi_label_classification":
+        return replace(row, label=labels)
+    if len(labels) != 1:
+        raise DataError(
+            f"{row.place}: the model gives one label to each row, and this one has {len(labels) or 'none'}. Of a model "
+            "that gives several, the config.json says problem_type: multi_label_classification."
+        )
+    return replace(row, label=labels[0])
 
 
 def text_of(row: Row, key: str = "text") -> str:

@@ -77,7 +77,7 @@ class Subject:
         """The run at ``run`` as it was trained, in the dtype that is wished for. Raises as ``load_run`` does."""
         loaded = load_run(run, dtype=wishes.dtype)
         summary = loaded.folder.read_summary()
-        return cls(loaded.folder, loaded.config, loaded.model, loaded.tokenizer, wishes=wishes, summary=summary)
+        return cls(loaded.folder, loaded.config, loaded.model, loaded.reader, wishes=wishes, summary=summary)
 
     @property
     def source(self) -> Source:

@@ -17,8 +17,31 @@ from torch import Tensor, nn
 from trimtab.models.locate import ModelHead
 from trimtab.surgery.adapted import Adapted, bare_modules
 
+from trimtab.models.family import family
+from trimtab.models.locate import ModelHead
+
 POOLER = "pooler"
 """A part of an encoder that its pretraining may have had no use for, so that its files lack it."""
+
+
+_CLASSES = ("SequenceClassification", "TokenClassification", "ImageClassification")
+
+
+def own_head(config: Any) -> ModelHead | None:
+    """What a model whose files say ``config`` answers with: its own head, or what it writes. None for an encoder whose
+    files bring no head."""
+    saved = next((name for name in config.architectures or []), "")
+    if kind := next((kind for kind in _CLASSES if f"For{kind}" in saved), None):
+        return head_for(f"AutoModelFor{kind}", _labels_of(config), config.problem_type)
+    if family(config) == "encoder-decoder":
+        return ModelHead("AutoModelForSeq2SeqLM")
+    return None if family(config) in ("encoder", "image") else ModelHead()
+
+
+def head_for(model_class: str, labels: Sequence[str], problem: str | None = None) -> ModelHead:
+    """The head with a row for each of ``labels``; where its ``problem`` is not said, as transformers takes it."""
+    problem = problem or ("single_label_classification" if len(labels) > 1 else "regression")
+    return ModelHead(model_class, problem, () if problem == "regression" else tuple(labels))
 
 
 def is_known(config: Any, labels: Sequence[str]) -> bool:

@@ -20,6 +20,7 @@ import torch
 import transformers
 from transformers import (
     AutoConfig,
+    AutoImageProcessor,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -97,6 +98,17 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def load_reader(source: Source) -> Any:
+    """What makes tensors of rows for the model of ``source``: its tokenizer, or the image processor of one that sees.
+
+    Raises ModelError as ``load_tokenizer`` does.
+    """
+    if "ImageClassification" not in source.head.model_class:
+        return load_tokenizer(source)
+    with _loading(source, "image processor"):
+        return AutoImageProcessor.from_pretrained(_location(source), **_options(source))
+
+
 def load_model(
     source: Source,
     dtype: torch.dtype = torch.float32,
@@ -164,6 +176,19 @@ def trained_beside(source: Source, model: Any) -> list[str]:
         stored = list(Weights(weights_folder(source)))
         below = [name for name in below if not any(key.endswith(_end_of(name)) for key in stored)]
     return [*head_modules(model), *below]
+
+
+def drawn_modules(source: Source, model: Any) -> list[str]:
+    """The modules of ``model`` that its files have no weights for, or none for the labels that it is read for: until
+    something is trained or loaded into them, what they compute is by chance."""
+    if not source.head.problem:
+        return []
+    known = is_known(load_config_only(source), source.head.names)
+    stored = list(Weights(weights_folder(source)))
+    heads = [
+        name for name in head_modules(model) if not (known and any(key.endswith(f"{name}.weight") for key in stored))
+    ]
+    return [*heads, *(name for name in poolers(model) if not any(key.endswith(_end_of(name)) for key in stored))]
 
 
 def _end_of(name: str) -> str:

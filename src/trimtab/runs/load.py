@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,10 @@ from trimtab.adapters.store import load_adapter
 from trimtab.config.read import load_config
 from trimtab.config.resolve import precision_of, source_of
 from trimtab.config.run import RunConfig
-from trimtab.errors import AdapterError, ConfigError, RunError
-from trimtab.machine import best_precision, check_fits, device
-from trimtab.models.load import empty_model, load_model, load_tokenizer
-from trimtab.models.locate import ModelHead, Source, locate
+from trimtab.errors import AdapterError, RunError
+from trimtab.machine import check_fits, device
+from trimtab.models.load import empty_model, load_model, load_reader, load_tokenizer
+from trimtab.models.locate import ModelHead, Source
 from trimtab.models.quantise import weight_bytes
 from trimtab.runs.folder import RunFolder
 from trimtab.runs.records import Summary
@@ -25,12 +24,13 @@ from trimtab.surgery.adapted import adapted_modules
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """The model of a run with its adapter, in eval mode, and what belongs to it."""
+    """The model of a run with its adapter, in eval mode, and what belongs to it. The ``reader`` of its rows is a
+    tokenizer or an image processor."""
 
     folder: RunFolder
     config: RunConfig
     model: Any
-    tokenizer: Any
+    reader: Any
 
 
 def is_run(path: Path) -> bool:
@@ -63,7 +63,7 @@ def load_run(path: Path, *, adapter: bool = True, dtype: str | None = None, quan
         raise RunError(f"{path}: not a run folder (it has no config.yaml); name the output of trimtab finetune")
     config = load_config(folder.config)
     model = load_run_model(folder, config, adapter=adapter, dtype=dtype, quantised=quantised)
-    return LoadedRun(folder, config, model, load_tokenizer(source_of(config)))
+    return LoadedRun(folder, config, model, load_reader(source_of(config, head_of(folder.read_summary()))))
 
 
 def load_run_model(
@@ -114,60 +114,3 @@ def with_tokens_of(adapter: Path | None, source: Source) -> Source:
     added = sorted((token, word) for word, token in beside.get_added_vocab().items() if word not in known)
     changed = isinstance(template, str) and template != own.chat_template
     return replace(source, add_tokens=tuple(word for _, word in added), chat_template=template if changed else "")
-
-
-@dataclass(frozen=True)
-class Target:
-    """The model that a user named, by a run or by itself, in eval mode.
-
-    Attributes:
-        run: the run's folder, if it was one.
-        form: of the run's rows; None without a run, or where it is not known.
-    """
-
-    model: Any
-    tokenizer: Any
-    run: RunFolder | None
-    form: str | None
-
-
-def load_target(
-    name: str,
-    *,
-    adapter: Path | None = None,
-    base: bool = False,
-    check: Callable[[Any], None] = lambda tokenizer: None,
-) -> Target:
-    """Load the run whose folder is ``name``, else the model of that name.
-
-    Args:
-        adapter: put onto a model; a run has its own.
-        base: leave the adapter of a run off.
-        check: is given the tokenizer before any weight is read, and may raise.
-
-    Raises ConfigError if the arguments contradict each other, and whatever loading raises.
-    """
-    if is_run(Path(name)):
-        if adapter is not None:
-            raise ConfigError("--adapter goes with the name of a model; a run has its own adapter")
-        folder = RunFolder(Path(name))
-        config = load_config(folder.config)
-        tokenizer = load_tokenizer(source_of(config))
-        check(tokenizer)
-        summary = folder.read_summary()
-        model = load_run_model(folder, config, adapter=not base)
-        return Target(model, tokenizer, folder, summary.form if summary is not None else None)
-    if base:
-        raise ConfigError("--base goes with a run; a model named as it is has no adapter")
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise RunError(
-            f"{name}: not a run folder (it has no config.yaml), and not a model's (it has no config.json); name the "
-            "output of trimtab finetune, or a model"
-        )
-    source = with_tokens_of(adapter, locate(name))
-    tokenizer = load_tokenizer(source)
-    check(tokenizer)
-    model = load_fitting(source, best_precision())
-    if adapter is not None:
-        load_finite(model, adapter)
-    return Target(model.to(device()).eval(), tokenizer, None, None)

@@ -23,12 +23,26 @@ from trimtab.models.causal_head import Head
 from trimtab.models.family import family
 from trimtab.models.load import load_config_only
 from trimtab.models.locate import ModelHead
+from trimtab.tasks._answer import Answer
 from trimtab.tasks._inputs import Inputs
 from trimtab.tasks._sizes import Batch, RowSizes
 from trimtab.tasks._task import Task
 from trimtab.tasks._texts import read_inputs
 
-__all__ = ["Batch", "Head", "Inputs", "RowSizes", "Task", "find", "job_of", "names", "of", "read_inputs"]
+__all__ = [
+    "Answer",
+    "Batch",
+    "Head",
+    "Inputs",
+    "RowSizes",
+    "Task",
+    "find",
+    "job_of",
+    "names",
+    "of",
+    "of_head",
+    "read_inputs",
+]
 
 
 LOOKED_AT = 200
@@ -51,6 +65,15 @@ def find(name: str) -> Task:
 def of(job: Job) -> Task:
     """The task of a job that ``job_of`` made."""
     return find(job.task)
+
+
+def of_head(head: ModelHead) -> Task:
+    """The task of a model that was read for ``head``. Raises ConfigError if it is none of ours."""
+    tasks = sorted(map(find, names()), key=lambda task: task.precedence)
+    task = next((task for task in tasks if task.serves(head)), None)
+    if task is None:
+        raise ConfigError(f"no task here has a model of the class {head.model_class}")
+    return task
 
 
 def job_of(config: RunConfig) -> Job:

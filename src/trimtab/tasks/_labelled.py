@@ -11,6 +11,7 @@ import time
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,7 +23,7 @@ from trimtab.config.resolve import Job
 from trimtab.config.run import EvaluationConfig
 from trimtab.data.batches import by_length
 from trimtab.data.choices import check_choices
-from trimtab.data.labelled import Labelled, read_labelled
+from trimtab.data.labelled import Labelled, labelled_as, read_labelled
 from trimtab.data.preview import Preview
 from trimtab.data.rows import Row, Source
 from trimtab.errors import ConfigError, DataError
@@ -38,6 +39,7 @@ from trimtab.notes import rows as counted
 from trimtab.runs.events import Listener
 from trimtab.runs.results import RESULTS
 from trimtab.surgery.serving import evaluating
+from trimtab.tasks._answer import Answer, of_logits
 from trimtab.tasks._encoded import EncodedTensors, Tensors
 from trimtab.tasks._inputs import Answers, Inputs, Rows, gather
 from trimtab.tasks._sizes import RowSizes
@@ -60,7 +62,7 @@ class LabelledRows(Rows[Labelled]):
                 f"data.form: {named} is a form for causal_lm; the rows of {self.task.name} are read by their keys "
                 f"({', '.join(self.task.keys)})"
             )
-        return read_labelled(sources, self.task.example, keys=self.task.keys, root=Path.cwd(), notes=notes)
+        return self.task.rows(sources, self.reader, notes)
 
     def answers(self, training: list[Labelled], notes: Notes) -> Answers:
         found = self.task.labels_of(training)
@@ -188,6 +190,51 @@ class LabelledTask(Task):
                 "data.columns."
             )
         return sorted(found, key=lambda label: (int(label), "") if label.isdecimal() else (math.inf, label))
+
+    def rows(self, sources: Sequence[Source], reader: Any, notes: Notes) -> list[Labelled]:
+        return read_labelled(sources, self.example, keys=self.keys, root=Path.cwd(), notes=notes)
+
+    def known(self, head: ModelHead, rows: list[Labelled], *, numbered: bool) -> list[Labelled]:
+        return labelled_as(head, rows, numbered=numbered)
+
+    def asked(self, row: Row, head: ModelHead) -> Labelled:
+        said = {key: value for key, value in row.value.items() if key not in ("label", "labels")}
+        return self.example(replace(row, value={**said, "label": head.labels[0] if head.labels else 0.0}))
+
+    def answers(
+        self,
+        model: Any,
+        reader: Any,
+        asked: Sequence[Labelled],
+        *,
+        head: ModelHead,
+        evaluation: EvaluationConfig,
+        max_length: int | None,
+    ) -> list[Answer]:
+        size = evaluation.batch_size
+        found = self._logits_of(model, reader, asked, head, batch_size=size, max_length=max_length)
+        return [of_logits(logits, head) for logits in found]
+
+    def compared(
+        self, model: Any, reader: Any, rows: Sequence[Labelled], *, head: ModelHead, length: int | None
+    ) -> Tensor:
+        found = self._logits_of(model, reader, rows, head, batch_size=32, max_length=length)
+        return torch.cat([one.reshape(-1, one.shape[-1]) for one in found])
+
+    def _logits_of(
+        self,
+        model: Any,
+        reader: Any,
+        rows: Sequence[Labelled],
+        head: ModelHead,
+        *,
+        batch_size: int,
+        max_length: int | None,
+    ) -> list[Tensor]:
+        encoded = self.encode(rows, reader, head.labels or None, max_length)
+        for row in encoded:
+            row.pop("cut", None)
+        return self._logits_of_all(self.head(model), reader, encoded, batch_size, None)[0]
 
     def read(self, job: Job, reader: Any, listener: Listener) -> Inputs:
         if job.config.train.prompt_loss_weight:

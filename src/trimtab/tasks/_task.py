@@ -10,12 +10,17 @@ from torch import Tensor
 
 from trimtab.config.resolve import Job
 from trimtab.config.run import EvaluationConfig
+from trimtab.data.rows import Row
+from trimtab.data.rows import Source as RowSource
+from trimtab.errors import ConfigError
 from trimtab.evaluation.evaluate import Evaluation, Progress
 from trimtab.metrics import Metric, best_by, of_validation
 from trimtab.models.family import Family
-from trimtab.models.load import load_tokenizer
+from trimtab.models.load import load_reader
 from trimtab.models.locate import ModelHead, Source
+from trimtab.notes import Notes
 from trimtab.runs.events import Listener
+from trimtab.tasks._answer import Answer
 from trimtab.tasks._inputs import Inputs
 from trimtab.tasks._sizes import Batch, RowSizes
 
@@ -38,6 +43,11 @@ class Task(ABC):
     checked_as_texts: ClassVar[bool] = False
     """Whether rows are texts with parts that are learnt, which are held against the model's tokens and positions."""
 
+    answer_keys: ClassVar[tuple[str, ...]] = ("label", "labels")
+    """Under which keys a row holds its answer."""
+    input_key: ClassVar[str] = "text"
+    """Under which key a row holds what is asked for, where that is a text by itself."""
+
     @property
     def name(self) -> str:
         """The name of the task."""
@@ -52,9 +62,13 @@ class Task(ABC):
             row: the first one; None where there is none to be read.
         """
 
+    def serves(self, head: ModelHead) -> bool:
+        """Whether a model that was read for ``head`` is asked for this."""
+        return head.model_class == self.model_class
+
     def reader(self, source: Source) -> Any:
         """What makes tensors of rows for the model of ``source``."""
-        return load_tokenizer(source)
+        return load_reader(source)
 
     @abstractmethod
     def read(self, job: Job, reader: Any, listener: Listener) -> Inputs:
@@ -99,6 +113,47 @@ class Task(ABC):
             max_length: most tokens of a row; None: what the model was made for.
             progress: called as the rows get done.
         """
+
+    def rows(self, sources: Sequence[RowSource], reader: Any, notes: Notes) -> list[Any]:
+        """The rows of ``sources`` as ``evaluate`` takes them. Raises DataError, which names the row, for a bad one."""
+        raise ConfigError(f"{self.name}: its rows are read by a run alone")
+
+    def known(self, head: ModelHead, rows: list[Any], *, numbered: bool) -> list[Any]:
+        """``rows`` with answers as the model of ``head`` has them; where they are ``numbered``, numbers may stand for
+        its labels. Raises DataError for one that it does not have."""
+        return rows
+
+    def asked(self, row: Row, head: ModelHead) -> Any:
+        """What the model of ``head`` is asked by ``row``, which may have no answer. Raises DataError, which names the
+        row, for one that asks nothing."""
+        raise ConfigError(f"{self.name}: ask such a model with trimtab generate")
+
+    def as_row(self, text: str) -> dict[str, Any]:
+        """The row that asks for ``text`` by itself."""
+        return {self.input_key: text}
+
+    def told(self, row: Mapping[str, Any]) -> str:
+        """What a row asks, in a line."""
+        said = row.get(self.input_key)
+        return " ".join(str(row if said is None else said).split())
+
+    def answers(
+        self,
+        model: Any,
+        reader: Any,
+        asked: Sequence[Any],
+        *,
+        head: ModelHead,
+        evaluation: EvaluationConfig,
+        max_length: int | None,
+    ) -> list[Answer]:
+        """What the model answers to rows that ``asked`` gives."""
+        raise ConfigError(f"{self.name}: ask such a model with trimtab generate")
+
+    def compared(self, model: Any, reader: Any, rows: Sequence[Any], *, head: ModelHead, length: int | None) -> Tensor:
+        """By what two states of a model are compared on ``rows``: logits ``[n, answers]``, in float32 on the
+        processor."""
+        raise ConfigError(f"{self.name}: such models are compared by the tokens that they predict")
 
     def validation(
         self, head: Any, reader: Any, examples: Sequence[Any], *, inputs: Inputs, job: Job, progress: Progress

@@ -25,7 +25,7 @@ from trimtab.config.run import EvaluationConfig
 from trimtab.data.batches import by_length
 from trimtab.data.forms import read_examples
 from trimtab.data.preview import Preview
-from trimtab.data.rows import Example, Source
+from trimtab.data.rows import Example, Row, Source
 from trimtab.errors import ConfigError, DataError
 from trimtab.evaluation.answers import Judged, written_texts
 from trimtab.evaluation.evaluate import Evaluation, Progress, checked
@@ -33,12 +33,14 @@ from trimtab.evaluation.generation import Generated
 from trimtab.metrics import measure
 from trimtab.models.causal_head import IGNORED
 from trimtab.models.family import Family
+from trimtab.models.locate import ModelHead
 from trimtab.notes import Notes
 from trimtab.notes import rows as counted
 from trimtab.runs.events import Listener
 from trimtab.runs.results import GenerationResult
 from trimtab.surgery.serving import evaluating
 from trimtab.tasks import _read_text, _task
+from trimtab.tasks._answer import Answer
 from trimtab.tasks._encoded import EncodedTensors, Tensors
 from trimtab.tasks._inputs import Answers, Inputs, Rows, gather
 from trimtab.tasks._sizes import Batch, RowSizes
@@ -50,6 +52,8 @@ class Seq2Seq(_task.Task):
     model_class = "AutoModelForSeq2SeqLM"
     metrics = ("loss",)
     precedence = 20
+    answer_keys = ("target",)
+    input_key = "source"
 
     def suits(self, family: Family, classes: Sequence[str], row: Mapping[str, Any] | None) -> bool:
         return family == "encoder-decoder" and not any("Classification" in name for name in classes)
@@ -59,7 +63,7 @@ class Seq2Seq(_task.Task):
             raise ConfigError("train.prompt_loss_weight: the decoder does not write the source; leave it at 0")
         if job.config.train.class_weights is not None:
             raise ConfigError("train.class_weights: targets are texts, which are no classes; leave it out")
-        return gather(_PairRows(job, reader, listener))
+        return gather(_PairRows(self, job, reader, listener))
 
     def collator(self, reader: Any, *, prompts: bool = False) -> Callable[[Sequence[Tensors]], dict[str, Tensor]]:
         return partial(_collate, reader=reader)
@@ -68,14 +72,18 @@ class Seq2Seq(_task.Task):
         self, head: Any, batch: Mapping[str, Tensor], *, count: int | Tensor | None = None, prompt_weight: float = 0.0
     ) -> Tensor:
         labels = batch["labels"]
-        logits = head(
+        costs = F.cross_entropy(self._logits(head, batch).flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+        return costs / ((labels != IGNORED).sum() if count is None else count)
+
+    def _logits(self, head: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        """Of each token of the targets: ``[rows, tokens, vocabulary]``."""
+        logits: Tensor = head(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
-            decoder_input_ids=head.prepare_decoder_input_ids_from_labels(labels=labels),
+            decoder_input_ids=head.prepare_decoder_input_ids_from_labels(labels=batch["labels"]),
             use_cache=False,
         ).logits
-        costs = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
-        return costs / ((labels != IGNORED).sum() if count is None else count)
+        return logits
 
     def evaluate(
         self,
@@ -113,10 +121,42 @@ class Seq2Seq(_task.Task):
         loss, tokens = self._losses(head, reader, rows, job.config.evaluation.batch_size)
         return {"loss": checked(loss, tokens) / tokens}
 
-    def write(self, head: Any, reader: Any, sources: Sequence[str], evaluation: EvaluationConfig) -> list[str]:
-        """What the model writes for each of ``sources``."""
-        rows = [{**row, "labels": []} for row in _sources(sources, reader, None)]
-        return [answer.text for answer in self._write(head, reader, rows, evaluation, None)]
+    def rows(self, sources: Sequence[Source], reader: Any, notes: Notes) -> list[Example]:
+        rows = read_examples(sources, reader, root=Path.cwd(), notes=notes)
+        if (plain := next((row for row in rows if row.answer is None), None)) is not None:
+            raise DataError(f"{plain.place}: a text alone has no target to write; give rows with source and target.")
+        return rows
+
+    def asked(self, row: Row, head: ModelHead) -> str:
+        for key in (self.input_key, "prompt", "text"):
+            if isinstance(source := row.value.get(key), str) and source.strip():
+                return source.strip()
+        raise DataError(f"{row.place}: expected a text under 'source'; its keys are {', '.join(row.value) or 'none'}.")
+
+    def answers(
+        self,
+        model: Any,
+        reader: Any,
+        asked: Sequence[str],
+        *,
+        head: ModelHead,
+        evaluation: EvaluationConfig,
+        max_length: int | None,
+    ) -> list[Answer]:
+        rows = [{**row, "labels": []} for row in _sources(asked, reader, max_length)]
+        written = self._write(self.head(model), reader, rows, evaluation, None)
+        return [Answer({"target": one.text, "ended": one.usable}, one.text) for one in written]
+
+    def compared(
+        self, model: Any, reader: Any, rows: Sequence[Example], *, head: ModelHead, length: int | None
+    ) -> Tensor:
+        found = []
+        with evaluating(model):
+            for row in _encoded(rows, reader, length):
+                row.pop("cut")
+                batch = {key: value.to(model.device) for key, value in _collate([row], reader).items()}
+                found.append(self._logits(model, batch)[0].float().cpu())
+        return torch.cat(found)
 
     def _write(
         self, head: Any, reader: Any, rows: Sequence[Tensors], evaluation: EvaluationConfig, progress: Progress | None
@@ -191,16 +231,14 @@ class Seq2Seq(_task.Task):
 class _PairRows(Rows[Example]):
     """Sources and targets."""
 
-    def __init__(self, job: Job, reader: Any, listener: Listener) -> None:
+    def __init__(self, task: Seq2Seq, job: Job, reader: Any, listener: Listener) -> None:
         super().__init__(job.config, listener)
+        self.task = task
         self.max_length = job.max_length
         self.reader = reader
 
     def read(self, sources: Sequence[Source], notes: Notes) -> list[Example]:
-        rows = read_examples(sources, self.reader, root=Path.cwd(), notes=notes)
-        if (plain := next((row for row in rows if row.answer is None), None)) is not None:
-            raise DataError(f"{plain.place}: a text alone has no target to write; give rows with source and target.")
-        return rows
+        return self.task.rows(sources, self.reader, notes)
 
     def answers(self, training: list[Example], notes: Notes) -> Answers:
         if isinstance(self.config.data.choices, tuple):

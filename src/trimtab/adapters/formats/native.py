@@ -27,6 +27,7 @@ from trimtab import methods
 from trimtab.adapters.formats._adapter_format import AdapterFormat
 from trimtab.adapters.record import StoredAdapter
 from trimtab.adapters.safe_read import damage_in, read_description, read_tensors, shown
+from trimtab.adapters.stored_head import head_header
 from trimtab.errors import AdapterError
 from trimtab.files import write_json, write_tensors
 from trimtab.surgery.adapted import Adapted
@@ -57,7 +58,8 @@ class NativeFormat(AdapterFormat):
             }
             tensors.update({f"{name}.{key}": value for key, value in mine.items()})
         base = getattr(getattr(model, "config", None), "_name_or_path", None)
-        write_tensors(folder / self.files[1], tensors, {"format": "pt", _HEADER: _digest(modules)})
+        header = {"format": "pt", _HEADER: _digest(modules), **head_header(model)}
+        write_tensors(folder / self.files[1], tensors, header)
         description = {"format": _FORMAT, "version": _VERSION, "base": base or None, "modules": modules}
         write_json(folder / self.files[0], description)
 

@@ -35,6 +35,7 @@ from trimtab.adapters.formats._adapter_format import AdapterFormat
 from trimtab.adapters.formats._peft_refusals import refuse
 from trimtab.adapters.record import StoredAdapter
 from trimtab.adapters.safe_read import damage_in, parse_description, read_description, read_tensors, shown
+from trimtab.adapters.stored_head import head_header, task_type
 from trimtab.bases import WeightBase
 from trimtab.errors import AdapterError
 from trimtab.files import write_json, write_tensors
@@ -91,7 +92,8 @@ class PeftFormat(AdapterFormat):
             place: {"method": module.method, "options": module.adapter.options.model_dump()}
             for place, module in placed.items()
         }
-        write_tensors(folder / self.files[1], tensors, {"format": "pt", _HEADER: json.dumps(options)})
+        header = {"format": "pt", _HEADER: json.dumps(options), **head_header(model)}
+        write_tensors(folder / self.files[1], tensors, header)
         write_json(folder / self.files[0], configuration)
 
     def load(self, folder: Path) -> dict[str, StoredAdapter]:
@@ -202,11 +204,9 @@ def _configuration(model: nn.Module, every: dict[str, Adapted]) -> dict[str, Any
     alpha = Counter(alphas.values()).most_common(1)[0][0]
     first = next(iter(options.values()))
     weights = [module.handle for module in modules.values()]
-    # The class decides, since the configuration of a bare LlamaModel also names a causal model ("architectures").
-    kind = type(model).__name__
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if kind.endswith(("ForCausalLM", "LMHeadModel")) else None,
+        "task_type": task_type(model),
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
         "inference_mode": True,
         "r": rank,

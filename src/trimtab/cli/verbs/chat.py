@@ -34,18 +34,22 @@ def command(
         from trimtab.cli.displays.talk import Talk, line_reader
         from trimtab.models.gguf import cache_folder
         from trimtab.questions import require_template
-        from trimtab.runs.load import load_target
+        from trimtab.runs.named import Named
         from trimtab.surgery.serving import serving
 
     interactive = sys.stdin is not None and sys.stdin.isatty() and sys.stdout is not None and sys.stdout.isatty()
     if interactive:
         say(f"Loading {target}", error=True)
-    loaded = load_target(target, adapter=adapter, base=base, check=require_template)
+    named = Named.find(target, adapter=adapter, base=base)
+    named.require_writer()
+    tokenizer = named.reader()
+    require_template(tokenizer)
+    model = named.load()
     if interactive:
         say("/help lists the commands, Ctrl-C stops an answer, Ctrl-D ends.", error=True)
     torch.manual_seed(seed)
     drawing = Drawing(max_new_tokens, temperature, top_p)
-    with serving(loaded.model):
-        conversation = Conversation(Asked(loaded.model, loaded.tokenizer), drawing, system)
+    with serving(model):
+        conversation = Conversation(Asked(model, tokenizer), drawing, system)
         read = line_reader(cache_folder().with_name("chat_history"), interactive=interactive)
         Talk(conversation, read, interactive=interactive).run()

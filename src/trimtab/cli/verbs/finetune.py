@@ -87,7 +87,8 @@ def command(
         f"trained {summary.trainable_parameters:,} of {summary.total_parameters:,} parameters in "
         f"{words.duration(summary.training_seconds or 0.0)}, peak memory {words.gib(summary.peak_memory_gib or 0.0)}",
     )
-    try_it = pasted("generate", _short(folder.path), text=_question(folder, summary.form))
+    verb = "generate" if summary.task in (None, "causal_lm") else "predict"
+    try_it = pasted(verb, _short(folder.path), text=_question(folder, summary.form, verb))
     for line in (
         f"adapter ({words.size(summary.adapter_bytes or 0)}): {_short(folder.adapter)}",
         f"report: {_short(folder.report)}",
@@ -96,14 +97,14 @@ def command(
         console.print(line, soft_wrap=True)
 
 
-def _question(folder: RunFolder, form: str | None) -> str:
+def _question(folder: RunFolder, form: str | None, verb: str) -> str:
     """The prompt of the run's first test row, since the model answers to prompts of that kind; dots where there is
     none, or where ``generate`` puts what it is given into a template."""
     from trimtab.data import forms
     from trimtab.files import read_jsonl
 
     file = next(iter(sorted((folder.path / "predictions").glob("*.after.jsonl"))), None)
-    if file is None or form not in forms.names() or forms.find(form).has_template:
+    if file is None or (verb == "generate" and (form not in forms.names() or forms.find(form).has_template)):
         return "..."
     prompt: str = next(iter(read_jsonl(file)))["prompt"].rstrip()
     return prompt if prompt.replace("\n", "").isprintable() else "..."

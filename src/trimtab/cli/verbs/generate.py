@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import re
 from typing import Annotated
 
 import typer
 
-from trimtab.cli.exits import say
+from trimtab.cli.exits import say, say_json
 from trimtab.cli.importing import importing
 from trimtab.cli.terminal import nobody_reads
 from trimtab.cli.verbs._arguments import Adapter, MaxNewTokens, Seed, System, Target, Temperature, TopP
 
-_CONTROL = re.compile("[\x7f-\x9f]")  # JSON may hold them as they are, a terminal may not
 SHORT_HELP = "Ask the model of a run, or any model."
 
 
@@ -67,26 +64,28 @@ def command(
 
         from trimtab.asking import Asked, Drawing
         from trimtab.questions import Question, questions_in
-        from trimtab.runs.load import load_target
+        from trimtab.runs.named import Named
         from trimtab.surgery.serving import serving
 
     questions = [Question(text) for text in texts] if file is None else questions_in(file)
-    loaded = load_target(target, adapter=adapter, base=base)
-    form = loaded.form if chat is None else "chat" if chat else None
-    asked = Asked(loaded.model, loaded.tokenizer)
-    put = [question.prompt(form, loaded.tokenizer, system) for question in questions]
+    named = Named.find(target, adapter=adapter, base=base)
+    named.require_writer()
+    form = named.form if chat is None else "chat" if chat else None
+    tokenizer = named.reader()
+    asked = Asked(named.load(), tokenizer)
+    put = [question.prompt(form, tokenizer, system) for question in questions]
     for prompt in put:  # each of them, before the first is asked
         asked.encode(prompt)
     drawing = Drawing(max_new_tokens, temperature, top_p)
     torch.manual_seed(seed)
-    with serving(loaded.model):
+    with serving(asked.model):
         for number, (question, prompt) in enumerate(zip(questions, put, strict=True), start=1):
             if len(put) > 1 and not as_jsonl:
                 say(f"[{number}/{len(put)}] {question.text.strip()}", error=True)
             answer = asked.write(prompt, drawing, _unsaid if as_jsonl else _say)
             if as_jsonl:
                 said = {"prompt": question.text, "answer": answer.text.strip(), "ended": answer.ended}
-                say(_CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(said, ensure_ascii=False)))
+                say_json(said)
             else:
                 say()
             if answer.stopped:
