@@ -27,7 +27,7 @@ from trimtab.studies import process
 from trimtab.training.run import finetune
 
 VERBS = (
-    *("finetune", "plan", "tune", "evaluate", "generate", "chat", "merge", "export", "analyze", "compare"),
+    *("finetune", "plan", "tune", "evaluate", "predict", "generate", "chat", "merge", "export", "analyze", "compare"),
     "explore",
 )
 IDS = torch.tensor([[5, 40, 60, 7, 80, 33], [9, 12, 300, 200, 4, 50]])

@@ -72,7 +72,9 @@ class Seq2Seq(_task.Task):
         self, head: Any, batch: Mapping[str, Tensor], *, count: int | Tensor | None = None, prompt_weight: float = 0.0
     ) -> Tensor:
         labels = batch["labels"]
-        costs = F.cross_entropy(self._logits(head, batch).flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+        costs = F.cross_entropy(
+            self._logits(head, batch).flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+        )
         return costs / ((labels != IGNORED).sum() if count is None else count)
 
     def _logits(self, head: Any, batch: Mapping[str, Tensor]) -> Tensor:
