@@ -19,6 +19,8 @@ from transformers import (
 )
 
 from command_line import Result, cli
+from source_paths import paths
+from trimtab.config.read import load_config
 from trimtab.files import read_json, read_jsonl
 from trimtab.models.locate import locate
 
@@ -158,3 +160,33 @@ def test_the_encoder_sorts_the_harbour_messages(cli: Callable[..., Result], tmp_
     # Rank 16 on the 36 projections of six blocks and on the pooler, and the head.
     assert summary["trainable_parameters"] == 698_115
     assert read_json(tmp_path / "run" / "evaluation" / "harbour.after.json")["rows"] == 4
+
+
+MADE = [("dates", "dates.yaml")]
+"""YAMLs of rows that a program makes."""
+
+
+@pytest.mark.parametrize(("name", "file"), MADE)
+def test_an_example_names_its_task_and_what_its_program_makes(name: str, file: str) -> None:
+    config = load_config(EXAMPLES / name / file)
+    assert config.task != "auto"
+    (test,) = paths(config.data.test).values()
+    read = [*paths(config.data.train), *paths(config.data.validation), test]
+    assert [Path(path) for path in read] == [
+        EXAMPLES / name / "made" / f"{part}.jsonl" for part in ("train", "validation", "test")
+    ]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("name", "file"), MADE)
+def test_an_example_runs(name: str, file: str, cli: Callable[..., Result], tmp_path: Path) -> None:
+    """Two steps on what the program makes, in a folder of its own."""
+    made = tmp_path / name / "made"
+    short = {"digits": {"steps": {"vit": 2, "resnet": 2}}, "dates": {"steps": 2}}
+    program(name)["make"](made, **short.get(name, {}))
+    yaml = tmp_path / name / file
+    yaml.write_text((EXAMPLES / name / file).read_text("utf-8"), "utf-8")
+    cut = ["train.max_steps=2", "train.batch_size=2", "evaluation.limit=4", f"output={tmp_path / 'run'}"]
+    done = cli("finetune", str(yaml), *cut)
+    assert done.code == 0, done.err
+    assert (tmp_path / "run" / "report.html").is_file()
