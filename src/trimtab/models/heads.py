@@ -14,11 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.models.locate import ModelHead
-from trimtab.surgery.adapted import Adapted, bare_modules
-
 from trimtab.models.family import family
 from trimtab.models.locate import ModelHead
+from trimtab.surgery.adapted import Adapted, bare_modules
 
 POOLER = "pooler"
 """A part of an encoder that its pretraining may have had no use for, so that its files lack it."""
