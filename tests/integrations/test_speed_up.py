@@ -323,6 +323,28 @@ def test_a_layer_that_we_cannot_speed_up_is_left_and_told() -> None:
     assert set(report.left) == {"base_model.model.sparse", "base_model.model.wide"}
 
 
+@pytest.mark.parametrize("dora", [False, True])
+def test_four_bits_are_sped_up_and_eight_refused(dora: bool, ours: list[str]) -> None:
+    bits = pytest.importorskip("bitsandbytes").nn
+    torch.manual_seed(0)
+    four, eight = bits.Linear4bit(64, 128, quant_type="nf4"), bits.Linear8bitLt(128, 3, has_fp16_weights=False)
+    net = nn.Sequential(four.to("cpu"), nn.Tanh(), eight.to("cpu"))
+    for kind, taken, x in (("4", "0", torch.randn(5, 64)), ("8", "2", torch.randn(5, 128))):
+        net.is_loaded_in_4bit, net.is_loaded_in_8bit = kind == "4", kind == "8"
+        model = get_peft_model(copy.deepcopy(net), LoraConfig(r=4, target_modules=[taken], use_dora=dora))
+        if kind == "8":
+            with pytest.raises(SurgeryError, match=r"none of 1 LoRA layers.*int8"):
+                trimtab.speed_up(model)
+            continue
+        disturb(model)
+        layer = model.base_model.model[0]
+        right = layer(x)
+        trimtab.speed_up(model)
+        assert torch.allclose(layer(x), right, atol=1e-5)
+        assert type(pickle.loads(pickle.dumps(layer))) is type(layer)
+    assert ours == ["default"]
+
+
 @pytest.mark.parametrize(
     ("model", "said"),
     [

@@ -8,7 +8,7 @@ disabled, active together or mixed in a batch, hooks on the modules inside) goes
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora import layer as lora
@@ -31,6 +31,18 @@ _DORA = (
 )
 
 
+class Kept(NamedTuple):
+    """What a layer keeps from one pass to the next."""
+
+    module: nn.Module
+    """The frozen layer under it."""
+    kind: type
+    """The class of that layer's weight."""
+    base: WeightBase | None
+    """The handle on it; None where it cannot take our kernels."""
+    adapter: PeftAdapter | None
+
+
 class Quick:
     """A layer of PEFT with our kernels in its forward pass."""
 
@@ -39,14 +51,11 @@ class Quick:
 
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         layer: Any = self
-        if (
-            not args
-            and not kwargs
-            and (name := _acting(layer, x)) is not None
-            and (kept := _kept(layer, x)) is not None
-        ):
-            base, adapter = kept
-            return adapter.compute(x, base, layer, name)
+        name = None if args or kwargs else _acting(layer, x)
+        if name is not None and (kept := _usable(layer, x)) is not None:
+            assert kept.base is not None
+            assert kept.adapter is not None
+            return kept.adapter.compute(x, kept.base, layer, name)
         return super().forward(x, *args, **kwargs)  # type: ignore[misc]
 
 
@@ -124,7 +133,7 @@ def why_not(layer: Any) -> str:
 
 
 _OTHER_LAYERS = {
-    "Linear8bitLt": "bitsandbytes rounds the input of an int8 layer, too, and trimtab's kernels do not",
+    "Linear8bitLt": "bitsandbytes rounds the inputs of int8 layers, too, where trimtab's kernels would not",
     "MultiheadAttention": "PEFT puts its adapters into the attention's weights for each pass, and no layer is called",
     "ParamWrapper": "PEFT adds its adapters to the parameter for each pass, and no layer is called",
 }
@@ -177,28 +186,31 @@ def _acting(layer: Any, x: Any) -> str | None:
     return active[0] if len(active) == 1 and not why_not_adapter(layer, active[0]) else None
 
 
-def keep(layer: Any) -> tuple[WeightBase, PeftAdapter, type] | None:
-    """Make what ``layer`` keeps of the frozen layer under it; None where it cannot take our kernels."""
+def keep(layer: Any) -> Kept:
+    """Find out anew what ``layer`` is to keep of the frozen layer under it."""
     own = layer.base_layer
     base = None if why_not(layer) else bases.find(own)
-    kept = None if base is None else (base, PeftAdapter(base, layer.casts_under_autocast), type(own.weight))
-    layer.__dict__[_KEPT] = kept
+    adapter = None if base is None else PeftAdapter(base, layer.casts_under_autocast)
+    layer.__dict__[_KEPT] = kept = Kept(own, type(getattr(own, "weight", None)), base, adapter)
     return kept
 
 
-def _kept(layer: Any, x: Tensor) -> tuple[WeightBase, PeftAdapter] | None:
-    """The frozen layer under ``layer``, and what is kept of it; None where it is PEFT's own pass."""
+def _usable(layer: Any, x: Tensor) -> Kept | None:
+    """What ``layer`` keeps; None where it is PEFT's own pass."""
     own, kept = layer.base_layer, layer.__dict__.get(_KEPT)
-    if kept is None or kept[0].module is not own or kept[2] is not type(own.weight):
-        kept = None if torch.compiler.is_compiling() else keep(layer)
-        if kept is None:
+    weight = getattr(own, "weight", None)
+    if not isinstance(weight, Tensor):
+        return None
+    # FSDP shows a plain tensor in the place of a parameter while it computes.
+    if kept is None or kept.module is not own or type(weight) not in (kept.kind, Tensor):
+        if torch.compiler.is_compiling():
             return None
-    weight = own.weight
+        kept = keep(layer)
     trained = weight.requires_grad and torch.is_grad_enabled()
     traced = torch._C._get_tracing_state() is not None
     if trained or traced or x.device != weight.device or getattr(layer, "_is_replica", False):
         return None
-    return kept[:2]  # type: ignore[no-any-return]
+    return kept if kept.base is not None else None
 
 
 def _is_watched(module: nn.Module) -> bool:
