@@ -10,7 +10,7 @@ import typer
 from trimtab.cli.verbs._arguments import RunPath
 from trimtab.cli.verbs._hand_out import Dtype, MergedOnto, Onto, OutFolder, Rows, StoredDtype, dtype_of, hand_out
 
-SHORT_HELP = "Hand a run over to other programs: transformers, PEFT, llama.cpp, Ollama."
+SHORT_HELP = "Hand a run over to other programs: transformers, PEFT, llama.cpp, Ollama, MLX."
 
 
 def command(
@@ -22,7 +22,7 @@ def command(
             "--to",
             metavar="FORMAT",
             help="merged: a Hugging Face folder; lora: a PEFT folder; gguf: the base's GGUF file with the adapter "
-            "folded in; gguf-lora: an adapter for llama.cpp.",
+            "folded in; gguf-lora: an adapter for llama.cpp; mlx: an adapter for mlx-lm.",
             show_default=False,
         ),
     ],
