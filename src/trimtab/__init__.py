@@ -13,6 +13,7 @@ __version__ = "0.2.0"
 _PUBLIC = {
     "AdapterError": "errors",
     "AttachReport": "surgery.attach_report",
+    "CombinationReport": "surgery.conversion_report",
     "ConfigError": "errors",
     "ConversionReport": "surgery.conversion_report",
     "DataError": "errors",
@@ -29,6 +30,7 @@ _PUBLIC = {
     "active_adapter": "surgery.names",
     "adapters": "adapters",
     "attach": "surgery.attach",
+    "combine": "surgery.combine",
     "convert_to_lora": "surgery.convert",
     "decompose": "ops.decomposition",
     "delete_adapter": "surgery.names",
@@ -84,7 +86,8 @@ if TYPE_CHECKING:  # what the lazy names are, for type checkers and editors
     from trimtab.ops.decomposition import WeightChange, decompose, weight_change
     from trimtab.surgery.attach import attach, detach, effective_weight, trainable_parameters
     from trimtab.surgery.attach_report import AttachReport
-    from trimtab.surgery.conversion_report import ConversionReport
+    from trimtab.surgery.combine import combine
+    from trimtab.surgery.conversion_report import CombinationReport, ConversionReport
     from trimtab.surgery.convert import convert_to_lora
     from trimtab.surgery.merge import MergeReport, merge
     from trimtab.surgery.names import active_adapter, delete_adapter, set_adapter

@@ -147,6 +147,58 @@ class ConversionReport:
         return {**said, "kept": dict(self.kept), "modules": modules}
 
 
+@dataclass(frozen=True)
+class CombinedModule:
+    """One module of a combined adapter.
+
+    Attributes:
+        method: what it has there.
+        rank: None where it has none.
+        error: how far its change is from the combined one, relative to that: rounding, or what the rank leaves out.
+        change: the size of the combined change.
+    """
+
+    method: str
+    rank: int | None
+    error: float
+    change: float
+
+
+@dataclass(frozen=True)
+class CombinationReport:
+    """What ``trimtab.combine`` made.
+
+    Attributes:
+        name: of the new adapter.
+        how: it was combined.
+        modules: by name.
+    """
+
+    name: str
+    how: str
+    modules: Mapping[str, CombinedModule]
+
+    @property
+    def error(self) -> float:
+        """The relative error of all changes together: of the order of 1e-7, rounding, where the sum is exact."""
+        return _together([(one.error, one.change) for one in self.modules.values()])
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of a module; 0 where none has one."""
+        return max((one.rank or 0 for one in self.modules.values()), default=0)
+
+    @property
+    def worst(self) -> str:
+        """The name of the module with the largest error."""
+        return max(self.modules, key=lambda name: self.modules[name].error)
+
+    def plain(self) -> dict[str, Any]:
+        """The report as plain values, for a file."""
+        said = {"how": self.how, "rank": self.rank, "error": self.error, "worst": self.worst}
+        return {**said, "modules": {name: vars(one) for name, one in self.modules.items()}}
+
+
 def _together(parts: list[tuple[float, float]]) -> float:
     """The relative error of all changes, of which each has one and a size."""
     size = math.fsum(change**2 for _, change in parts)
