@@ -38,15 +38,17 @@ def word_pieces() -> Any:
     )
 
 
-def write_encoder(folder: Path, **changes: Any) -> Path:
-    """A random BERT of two blocks (width 32) as transformers writes one that was pretrained: without a head."""
+def write_encoder(folder: Path, *, kind: str = "BertModel", **changes: Any) -> Path:
+    """A random BERT of two blocks (width 32) as transformers writes one that was pretrained: without a head; as a
+    ``BertForMaskedLM`` without a pooler, too."""
     import torch
-    from transformers import BertConfig, BertModel
+    import transformers
 
     tokenizer = word_pieces()
     sizes = {**_SIZES, "vocab_size": len(tokenizer), "max_position_embeddings": 64, "pad_token_id": 0}
     torch.manual_seed(1)
-    BertModel(BertConfig(**{**sizes, "initializer_range": 0.2, **changes})).save_pretrained(folder)
+    config = transformers.BertConfig(**{**sizes, "initializer_range": 0.2, **changes})
+    getattr(transformers, kind)(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -86,29 +86,6 @@ def write_model(folder: Path, **changes: Any) -> Path:
     return folder
 
 
-def write_encoder(folder: Path, **changes: Any) -> Path:
-    """The folder of a random BERT of two blocks without a head, and without a pooler, as masked modelling leaves it."""
-    import torch
-    from transformers import BertConfig, BertForMaskedLM
-
-    tokenizer = tiny_tokenizer(None)
-    tokenizer.add_special_tokens({"cls_token": "<|im_start|>", "sep_token": "<|im_end|>"})
-    sizes = {
-        "vocab_size": 400,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 64,
-        "initializer_range": 0.2,
-        "pad_token_id": 1,
-    }
-    torch.manual_seed(1)
-    BertForMaskedLM(BertConfig(**{**sizes, **changes})).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 def labelled(count: int, *, several: bool = False) -> list[dict[str, Any]]:
     """Rows of ``rows`` as texts with a label, or with several."""
     found = []

@@ -11,7 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
-from tiny_runs import labelled, tiny_tokenizer, write_config, write_encoder, write_rows
+from tiny_encoders import word_pieces, write_encoder
+from tiny_runs import labelled, write_config, write_rows
 from trimtab.adapters.store import load_adapter
 from trimtab.assessing import measure
 from trimtab.config.read import load_config
@@ -28,7 +29,7 @@ from trimtab.training.run import finetune
 def train(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., RunFolder]:
     """A run on labelled rows; with ``several``, of several labels each. It has the test set ``flags``."""
     root = tmp_path_factory.mktemp("heads")
-    encoder = write_encoder(root / "encoder")
+    encoder = write_encoder(root / "encoder", kind="BertForMaskedLM")
     done: dict[str, RunFolder] = {}
 
     def run(name: str, *, several: bool = False, **sections: Any) -> RunFolder:
@@ -131,7 +132,7 @@ def test_an_encoder_by_itself_has_nothing_to_answer_with(one: RunFolder) -> None
 
 
 def test_a_head_that_the_files_lack_is_never_drawn_to_answer_with(tmp_path: Path) -> None:
-    tiny_tokenizer(None).save_pretrained(tmp_path)
+    word_pieces().save_pretrained(tmp_path)
     config = BertConfig(vocab_size=400, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
     model = BertForSequenceClassification(config)
     model.save_pretrained(tmp_path, state_dict={k: v for k, v in model.state_dict().items() if "classifier" not in k})
@@ -195,7 +196,7 @@ def test_a_run_is_evaluated_to_the_figures_that_it_had(one: RunFolder, tmp_path:
 
 
 def test_a_classifier_that_others_saved_is_evaluated_by_names_or_numbers(tmp_path: Path) -> None:
-    tiny_tokenizer(None).save_pretrained(tmp_path / "theirs")
+    word_pieces().save_pretrained(tmp_path / "theirs")
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=400,

@@ -57,6 +57,9 @@ class Regression(_labelled.LabelledTask):
         classifies = family == "encoder" or any(name.endswith("ForSequenceClassification") for name in classes)
         return classifies and row is not None and is_broken(row.get("label"))
 
+    def serves(self, head: ModelHead) -> bool:
+        return super().serves(head) and head.problem == "regression"
+
     def example(self, row: Row) -> Labelled:
         pair = row.value.get("text_pair")
         return Labelled(

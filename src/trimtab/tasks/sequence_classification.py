@@ -21,6 +21,7 @@ from trimtab.errors import DataError
 from trimtab.evaluation.answers import Judged
 from trimtab.metrics import METRICS, Metric
 from trimtab.models.family import Family
+from trimtab.models.locate import ModelHead
 from trimtab.tasks import _labelled, _read_text
 from trimtab.tasks._encoded import Tensors
 from trimtab.tasks._inputs import Inputs
@@ -38,6 +39,9 @@ class SequenceClassification(_labelled.LabelledTask):
 
     def suits(self, family: Family, classes: Sequence[str], row: Mapping[str, Any] | None) -> bool:
         return family == "encoder" or any(name.endswith("ForSequenceClassification") for name in classes)
+
+    def serves(self, head: ModelHead) -> bool:
+        return super().serves(head) and head.problem != "regression"
 
     def example(self, row: Row) -> Labelled:
         pair = row.value.get("text_pair")
