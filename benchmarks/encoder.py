@@ -13,7 +13,7 @@ Trainer), with what is documented as quicker: batches of rows of like length and
 its own, the arms taking turns (A B A B) seed by seed. ``seconds`` and ``peak`` are those of training with a model that
 is loaded; ``process`` is the whole of it, from the start to the test rows scored, and ``processor`` what that took of
 the processors' time, which other work on the machine moves less. Ratios are ours over PEFT's, of medians; accuracies
-are means over seeds. benchmarks/results/encoder.json has every figure.
+are means over seeds. benchmarks/results/encoder-SET.json has every figure.
 """
 
 from __future__ import annotations
@@ -220,7 +220,9 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--steps", type=int, default=None, help=f"default: {STEPS}")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--out", default="encoder", metavar="NAME", help="of the file in benchmarks/results")
+    parser.add_argument(
+        "--out", default="encoder", metavar="NAME", help="what the files in benchmarks/results begin with"
+    )
     for hidden in ("--arm", "--set"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)
@@ -229,7 +231,6 @@ def main() -> None:
         run_arm(said)
         return
 
-    found: dict[str, Any] = {}
     table = []
     for name in said.sets:
         if name == "fpb" and not FINANCE.is_dir():
@@ -239,25 +240,24 @@ def main() -> None:
         medians = {
             arm: {key: statistics.median(one[key] for one in those) for key in those[0]} for arm, those in runs.items()
         }
-        floor = "peft" if "peft" in runs else said.arms[0]
-        found[name] = {"runs": runs, "medians": medians}
-        for arm, median in medians.items():
-            of = {key: [one[key] for one in runs[arm]] for key in ("accuracy", "macro_f1")}
-            times = [(median[key], median[key] / medians[floor][key]) for key in TIMES]
-            table.append(
-                [
-                    f"{name}, {arm}",
-                    f"{median['trained']:,.0f}",
-                    *(f"{value:.2f} ({ratio:.2f})" for value, ratio in times),
-                    *(f"{statistics.mean(of[key]):.1f} ({min(of[key]):.1f} to {max(of[key]):.1f})" for key in of),
-                ]
-            )
+        steps = said.steps or STEPS[name]
+        what = {"set": name, "method": "dora", "rank": said.rank, "learning_rate": said.learning_rate}
+        what |= {"batch_size": BATCH, "steps": steps, "seeds": said.seeds}
+        write_results(f"{said.out}-{name}", what, {"runs": runs, "medians": medians})
+        table += [_line(f"{name}, {arm}", runs[arm], medians[arm], medians.get("peft", medians[arm])) for arm in runs]
     columns = ("arm", "trained", "seconds", "process", "processor", "peak GiB", "accuracy %", "macro F1 %")
     show("In brackets: the ratio to PEFT's median; the range over seeds.", columns, table)
-    what = {"method": "dora", "rank": said.rank, "learning_rate": said.learning_rate, "batch_size": BATCH}
-    write_results(
-        said.out, {**what, "seeds": said.seeds, "steps": {one: said.steps or STEPS[one] for one in found}}, found
-    )
+
+
+def _line(arm: str, runs: list[dict[str, float]], median: dict[str, float], floor: dict[str, float]) -> list[str]:
+    """A line of the table."""
+    of = {key: [one[key] for one in runs] for key in ("accuracy", "macro_f1")}
+    return [
+        arm,
+        f"{median['trained']:,.0f}",
+        *(f"{median[key]:.2f} ({median[key] / floor[key]:.2f})" for key in TIMES),
+        *(f"{statistics.mean(those):.1f} ({min(those):.1f} to {max(those):.1f})" for those in of.values()),
+    ]
 
 
 if __name__ == "__main__":
