@@ -29,7 +29,7 @@ class Labelled:
         label: a name, several of them, or a number.
         text: what is classified; ``pair``: the second text of two.
         words: of a text whose words are labelled one by one.
-        image: the file of a picture; a relative path starts from the working directory.
+        image: the file of a picture; ``named``: as the row names it; ``content``: its bytes, where the row holds them.
         form: the keys that were used.
         entry: what the configuration says of where the row comes from.
     """
@@ -41,6 +41,8 @@ class Labelled:
     pair: str | None = None
     words: tuple[str, ...] = ()
     image: str = ""
+    named: str = ""
+    content: bytes = b""
     form: str = ""
     entry: Source | None = field(default=None, compare=False)
 

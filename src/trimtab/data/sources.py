@@ -10,11 +10,12 @@ import glob
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from trimtab.data.opening import COMPRESSED, endings, require_file
+from trimtab.data.pictures import labelled_files
 from trimtab.data.readers import READERS, columnar, first_line
 from trimtab.data.rows import Row, Source
 from trimtab.errors import DataError, did_you_mean, nearest
@@ -107,7 +108,8 @@ def read_rows(source: str, *, root: Path) -> Iterator[Row]:
     Args:
         source: a file (``.jsonl``, ``.ndjson``, ``.json``, ``.csv``, ``.tsv``, ``.txt``, ``.parquet``; the text files
             also compressed: ``.gz``, ``.bz2``, ``.xz``, ``.zst``); a pattern such as ``data/*.jsonl``, whose files are
-            read in the order of their names; a folder that ``datasets`` saved, or ``folder:split``; or a hub dataset
+            read in the order of their names; a folder that ``datasets`` saved, or ``folder:split``; a
+            folder with a folder of pictures for each label; or a hub dataset
             as ``owner/name``, ``owner/name:split``, ``owner/name/config`` or ``owner/name/config:split``. The default
             split is ``train``. A path that exists, or has the ending of a data file, is a file. A slice at the end
             takes a part of the rows: ``rows.jsonl[:500]``, ``rows.jsonl[10%:20%]``, ``rows.jsonl[-100:]``.
@@ -164,6 +166,12 @@ def _read_file(source: str, path: Path) -> Iterator[Row]:
     if path.is_dir():
         if any((path / name).is_file() for name in _SAVED):
             yield from _read_folder(source, path, None)
+            return
+        pictures = labelled_files(path)
+        if (first := next(pictures, None)) is not None:
+            for number, (file, label) in enumerate(chain([first], pictures), start=1):
+                image = str(file.relative_to(path))
+                yield Row(source, number, f"{source}, {image}", {"image": image, "label": label})
             return
         inside = ", ".join(_data_files(path)[:8]) or "it holds no data file"
         raise DataError(

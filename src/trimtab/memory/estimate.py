@@ -128,7 +128,7 @@ def estimate_run(job: Job, sizes: RowSizes) -> RunMemory:
     trace = Trace(model, task, quantisation=config.quantisation)
     standing, uncounted = trace.standing, None
     labels = sizes.length - 1 if train.prompt_loss_weight else sizes.labels
-    batch = Batch(train.batch_size, sizes.length, train.batch_size * labels)
+    batch = Batch(train.batch_size, sizes.length, train.batch_size * labels, sizes.shape)
     try:
         peaks = trace.run(
             batch,
@@ -159,4 +159,4 @@ def _evaluated(config: RunConfig, sizes: RowSizes) -> Batch | None:
     if not sizes.evaluated:
         return None
     rows = max(1, min(config.evaluation.batch_size, TOKENS // sizes.length))
-    return Batch(rows, sizes.length, rows * sizes.labels)
+    return Batch(rows, sizes.length, rows * sizes.labels, sizes.shape)

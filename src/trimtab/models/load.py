@@ -47,7 +47,7 @@ def load_config_only(source: Source) -> PretrainedConfig:
 
     Raises ModelError if it cannot be fetched or read, or if transformers does not know the architecture.
     """
-    with _loading(source, "configuration"):
+    with loading(source, "configuration"):
         if source.kind == "gguf":
             return gguf_config(Path(source.location))
         if folder := _fetched(source, "config.json"):
@@ -82,7 +82,7 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
         expected = ", ".join(_TOKENIZER_FILES)
         raise ModelError(f"{source.location}: no tokenizer: expected one of {expected} beside config.json.")
     options = _options(source)
-    with _loading(source, "tokenizer"):
+    with loading(source, "tokenizer"):
         if folder := _fetched(source, "tokenizer.json"):
             check_tokenizer(folder)
         tokenizer = AutoTokenizer.from_pretrained(_location(source), **options)
@@ -132,7 +132,7 @@ def load_model(
     elif folder := _fetched(source, "model.safetensors.index.json"):
         check_weights(folder)
     options = _options(source) | ({} if attention == "auto" else {"attn_implementation": attention})
-    with _loading(source, "model"):
+    with loading(source, "model"):
         if source.head.problem:
             options |= {"config": _config_with_head(source), "ignore_mismatched_sizes": True}
         loaded: Any = getattr(transformers, source.head.model_class).from_pretrained(
@@ -158,10 +158,10 @@ def load_model(
         from trimtab.models.quantise import quantise_model
 
         folder = weights_folder(source)
-        with _loading(source, "model"):
+        with loading(source, "model"):
             quantise_model(model, quantisation, dtype, Weights(folder), source.name)
     if source.add_tokens:
-        with _loading(source, "model"):
+        with loading(source, "model"):
             make_room(model, len(load_tokenizer(source)))
     model.eval()
     return model
@@ -219,7 +219,7 @@ def empty_model(source: Source, dtype: torch.dtype = torch.float32, attention: s
     options: dict[str, Any] = {} if attention == "auto" else {"attn_implementation": attention}
     tokens = len(load_tokenizer(source)) if source.add_tokens else 0  # a GGUF file is dequantised for it: not on meta
     building = within("making it from its configuration", seconds=_SECONDS)
-    with _loading(source, "model"), building, torch.device("meta"):
+    with loading(source, "model"), building, torch.device("meta"):
         model: PreTrainedModel = getattr(transformers, source.head.model_class).from_config(
             config, dtype=dtype, trust_remote_code=source.trust_remote_code, **options
         )
@@ -233,7 +233,7 @@ def weights_folder(source: Source) -> Path:
 
     Raises ModelError if it cannot be fetched, or has no weights in safetensors.
     """
-    with _loading(source, "weights"):
+    with loading(source, "weights"):
         if source.kind == "hub":
             from huggingface_hub import snapshot_download
 
@@ -318,7 +318,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _loading(source: Source, what: str) -> Iterator[None]:
+def loading(source: Source, what: str) -> Iterator[None]:
     """Turn whatever transformers raises about ``source`` into a ModelError that says what to do."""
     try:
         with quiet_transformers(), panics():

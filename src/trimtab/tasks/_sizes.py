@@ -7,11 +7,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Batch:
-    """The size of a batch: ``rows`` of ``length`` tokens. ``labels`` of all its positions carry loss."""
+    """The size of a batch: ``rows`` of ``length`` tokens. ``labels`` of all its positions carry loss.
+
+    ``shape``: of a picture, ``[channels, height, width]``, where rows are pictures.
+    """
 
     rows: int
     length: int
     labels: int
+    shape: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -23,9 +27,11 @@ class RowSizes:
         labels: positions of a long row that carry loss.
         evaluated: whether there are validation or test rows.
         generates: whether their answers are generated.
+        shape: of a picture, as in `Batch`.
     """
 
     length: int
     labels: int
     evaluated: bool = False
     generates: bool = False
+    shape: tuple[int, ...] = ()

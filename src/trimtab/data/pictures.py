@@ -1,0 +1,102 @@
+"""Pictures that rows name: files, or their bytes in a table. Everything is looked at before it is trained on."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trimtab.errors import DataError, printable
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+MOST_PIXELS = 100_000_000
+"""A picture of more is refused: decoded, it takes over 300 MB."""
+
+
+def labelled_files(folder: Path) -> Iterator[tuple[Path, str]]:
+    """The pictures of a folder that has a folder for each label, and that label; sorted."""
+    for inner in sorted(entry for entry in folder.iterdir() if entry.is_dir()):
+        for file in sorted(inner.rglob("*")):
+            if file.suffix.lower() in ENDINGS:
+                yield file, inner.name
+
+
+def picture_of(value: Any, place: str, folder: Path) -> tuple[str, bytes]:
+    """Where the picture under a row's ``image`` is, and its bytes where the row itself holds them (else none).
+
+    A relative path starts from ``folder``, that of the rows' file. A table may hold ``{"bytes": ..., "path": ...}``.
+    Raises DataError, which names the row, for anything else, a file that is not there, and one that is no picture.
+    """
+    if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):
+        name = str(value.get("path") or "") or hashlib.sha256(value["bytes"]).hexdigest()[:12]
+        _look(value["bytes"], f"{place}: the picture {printable(name)}")
+        return name, value["bytes"]
+    if isinstance(value, dict):
+        value = value.get("path")
+    if not isinstance(value, str) or not value:
+        kind = "nothing" if value is None or value == "" else type(value).__name__
+        raise DataError(f"{place}: expected the path of a picture under 'image', got {kind}.")
+    path = folder / Path(value).expanduser()
+    if not path.is_file():
+        raise DataError(
+            f"{place}: there is no picture {printable(str(path))}; a path starts from the rows' own folder."
+        )
+    _look(path, f"{place}: {printable(str(path))}")
+    return str(path), b""
+
+
+def opened(place: str, path: str, content: bytes) -> Image:
+    """The picture in three channels. Raises DataError if it cannot be decoded."""
+    return _decoded(content or Path(path), f"{place}: {printable(path)}")
+
+
+def _look(source: Path | bytes, what: str) -> None:
+    """Raise DataError unless the head of a file is that of a picture of no more than ``MOST_PIXELS``."""
+    from PIL import Image
+
+    with _refusing(what), Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        _require_small(image, what)
+
+
+def _decoded(source: Path | bytes, what: str) -> Image:
+    from PIL import Image, ImageOps
+
+    with _refusing(what), Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        _require_small(image, what)
+        turned = ImageOps.exif_transpose(image)
+        if turned.mode == "F":
+            raise DataError(f"{what} has pixels in floating point, whose range nobody says; store it in 8 bits.")
+        if turned.mode.startswith("I"):  # 16 bits a pixel, of which converting would keep the lower eight
+            turned = turned.convert("I").point(lambda value: value * (1 / 256)).convert("L")
+        return turned.convert("RGBA").convert("RGB") if turned.mode in ("P", "PA") else turned.convert("RGB")
+
+
+def _require_small(image: Image, what: str) -> None:
+    width, height = image.size
+    if width * height > MOST_PIXELS:
+        raise DataError(f"{what} has {width:,} x {height:,} pixels; {MOST_PIXELS:,} at most are read. Make it smaller.")
+
+
+class _refusing:  # noqa: N801 -- a context, used as one
+    """Turns what PIL raises about a damaged file into a DataError."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._quiet = warnings.catch_warnings()
+
+    def __enter__(self) -> None:
+        self._quiet.__enter__()
+        warnings.simplefilter("ignore")  # of a large picture, which is refused in our words
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        self._quiet.__exit__(None, None, None)
+        if isinstance(error, Exception) and not isinstance(error, DataError | MemoryError):
+            told = " ".join(str(error).split())[:200]
+            raise DataError(f"{self._what} cannot be read as a picture ({type(error).__name__}: {told}).") from None
