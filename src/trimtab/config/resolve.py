@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import fnmatch
 import glob
+from collections import defaultdict
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
+from torch import nn
 
-from trimtab.config.run import RunConfig
+from trimtab.config.run import DEFAULT_PLAN, RunConfig
 from trimtab.config.start_from import attach_stored, trains_base
 from trimtab.errors import ConfigError, PlanError
 from trimtab.machine import best_precision
@@ -114,9 +116,25 @@ class Job:
             report = attach_stored(model, self.config.adapter, self.plan, more)
         else:
             assert self.plan is not None, "a configuration has a plan or an adapter"
-            report = attach(model, Plan([*self.plan.rules, *more]))
+            report = attach(model, Plan([*self._plan_for(model, whole).rules, *more]))
         learn_in_units(model, whole, self.source.head)
         return report
+
+    def _plan_for(self, model: Any, whole: list[str]) -> Plan:
+        """The plan; where nothing was said and ``model`` has no linear layer but its head, the default for its
+        convolutions."""
+        assert self.plan is not None
+        if self.config.plan != DEFAULT_PLAN:
+            return self.plan
+        layers = {name: module for name, module in model.named_modules() if name not in whole}
+        convolutions = {name: module for name, module in layers.items() if isinstance(module, nn.Conv2d)}
+        if not convolutions or any(isinstance(module, nn.Linear) for module in layers.values()):
+            return self.plan
+        said, by_rank = DEFAULT_PLAN[0], defaultdict(list)
+        for name, module in convolutions.items():
+            fits = min(len(module.weight), module.weight[0].numel())
+            by_rank[min(said["rank"], fits)].append(glob.escape(name))
+        return Plan([Rule(**{**said, "match": names, "rank": rank}) for rank, names in sorted(by_rank.items())])
 
     def _names(self, module: str) -> bool:
         """Whether a rule of the plan is about ``module`` by its name, which the user then decides about."""

@@ -45,9 +45,7 @@ def picture_of(value: Any, place: str, folder: Path) -> tuple[str, bytes]:
         raise DataError(f"{place}: expected the path of a picture under 'image', got {kind}.")
     path = folder / Path(value).expanduser()
     if not path.is_file():
-        raise DataError(
-            f"{place}: there is no picture {printable(str(path))}; a path starts from the rows' own folder."
-        )
+        raise DataError(f"{place}: no picture {printable(str(path))}; a path starts from the folder of the rows.")
     _look(path, f"{place}: {printable(str(path))}")
     return str(path), b""
 

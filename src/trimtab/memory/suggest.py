@@ -112,7 +112,7 @@ def describe_run(job: Job, length: int | None = None, check: Check | None = None
     if inputs is not None:
         job = job.read_for(task.head_for(job, inputs))
     sizes = task.sizes(job, inputs) if inputs is not None else task.largest(job)
-    if length is not None:
+    if length is not None and not sizes.shape:
         sizes, origin = replace(sizes, length=length, labels=length - 1), "--length"
     memory, room = estimate_run(job, sizes), available_memory(device())
     fits = memory.hardest.needed <= room
@@ -120,6 +120,7 @@ def describe_run(job: Job, length: int | None = None, check: Check | None = None
     described = {
         "batch_size": job.config.train.batch_size,
         "length": sizes.length,
+        "shape": list(sizes.shape),
         "length_from": origin,
         "moments": {
             estimate.moment: {name: size / GIB for name, size in estimate.parts().items()}

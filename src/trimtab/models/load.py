@@ -63,7 +63,7 @@ def _config_with_head(source: Source) -> PretrainedConfig:
         config.id2label = dict(enumerate(head.names))
         config.label2id = {name: number for number, name in enumerate(head.names)}
         config.problem_type = head.problem  # type: ignore[assignment]
-        if config.pad_token_id is None and "ImageClassification" not in head.model_class:
+        if getattr(config, "pad_token_id", 0) is None:
             config.pad_token_id = load_tokenizer(source).pad_token_id  # by which a decoder's head finds a text's end
     return config
 

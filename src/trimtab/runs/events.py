@@ -21,6 +21,9 @@ class Listener:
     def show(self, renderable: Any) -> None:
         """Something to look at: a rich renderable."""
 
+    def counting(self, what: str) -> None:
+        """What the speed of training is counted in, where that is not tokens: pictures."""
+
     def training_began(self, step: int, steps: int) -> None:
         """Training starts at ``step`` (not 0 after a resume) of ``steps``."""
 
@@ -45,6 +48,9 @@ class Steps(Listener):
 
     def __init__(self, listener: Listener) -> None:
         self._listener = listener
+
+    def counting(self, what: str) -> None:
+        self._listener.counting(what)
 
     def training_began(self, step: int, steps: int) -> None:
         self._listener.training_began(step, steps)

@@ -40,6 +40,8 @@ class Task(ABC):
     """Tasks of lower numbers are asked first whether a model and rows are theirs."""
     precision: ClassVar[str | None] = None
     """What a run computes in that says nothing of it; None: what the machine is best at."""
+    counted: ClassVar[str] = "tokens"
+    """What the speed of training is counted in."""
     checked_as_texts: ClassVar[bool] = False
     """Whether rows are texts with parts that are learnt, which are held against the model's tokens and positions."""
 

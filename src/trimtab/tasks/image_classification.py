@@ -37,6 +37,7 @@ class ImageClassification(_labelled.LabelledTask):
     metrics = ("loss", "accuracy", "macro_f1")
     keys = ("image", "label")
     precedence = 10
+    counted = "pictures"
 
     def suits(self, family: Family, classes: Sequence[str], row: Mapping[str, Any] | None) -> bool:
         return family == "image"

@@ -118,6 +118,7 @@ def _set_up(job: Job, opening: Opening, listener: Listener, began: float) -> _Ru
     listener.show(task.preview(inputs, reader))
     if config.train.prompt_loss_weight:
         listener.note(f"in training, a token of the prompt counts {config.train.prompt_loss_weight:g} of a marked one")
+    listener.counting(task.counted)
     listener.stage(f"Loading {config.model.name}")
     model: Any = load_model(job.source, job.dtype, config.model.attention, config.quantisation)
     model = model.to(device())
@@ -184,6 +185,7 @@ class _Run:
             train_rows=len(inputs.rows),
             validation_rows=len(inputs.validation),
             train_tokens=sum(inputs.rows.lengths),
+            counted=task.counted,
             versions=versions(),
             machine=Machine(**describe_machine()),
             notes=list(dict.fromkeys([*inputs.notes, *before.notes])),

@@ -28,6 +28,7 @@ class RunDisplay(Listener):
         self._bar = ProgressLine(console)
         self._last: dict[str, Any] = {}
         self._steps = 0
+        self._counted = "tokens"
         self._training = False
 
     def __enter__(self) -> Self:
@@ -52,6 +53,9 @@ class RunDisplay(Listener):
 
     def show(self, renderable: Any) -> None:
         self._console.print(renderable, soft_wrap=not self._console.is_terminal)
+
+    def counting(self, what: str) -> None:
+        self._counted = what
 
     def training_began(self, step: int, steps: int) -> None:
         self._steps = steps
@@ -91,7 +95,7 @@ class RunDisplay(Listener):
         left, row = self._bar.left(step, self._steps), self._last
         if not row:
             return left
-        speed = f"{row['tokens_per_second']:,.0f} tokens/s"
+        speed = f"{row['tokens_per_second']:,.0f} {self._counted}/s"
         return f"loss {row['loss']:.4f}  {speed}  {left}  {row['memory_gib']:.2f} GiB"
 
 

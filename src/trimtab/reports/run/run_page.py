@@ -106,7 +106,10 @@ def tiles(run: Run, train: Sequence[MetricsLine]) -> list[Tile]:
         known.append(Tile("Peak memory", words.gib(summary.peak_memory_gib, 1), note))
     speeds = [measure.tokens_per_second for measure in train if measure.tokens_per_second]
     if speeds:
-        known.append(Tile("Tokens per second", words.count(round(statistics.median(speeds))), "median while training"))
+        counted = (summary.counted if summary else "tokens").capitalize()
+        known.append(
+            Tile(f"{counted} per second", words.count(round(statistics.median(speeds))), "median while training")
+        )
     steps = summary.steps if summary else None
     if steps is None:
         steps = max((measure.step for measure in train), default=None)

@@ -223,7 +223,12 @@ def memory_table(memory: Mapping[str, Any]) -> Table:
 def memory_lines(memory: Mapping[str, Any]) -> list[str]:
     """Whether the run fits, for which batches that is said, and what would make it fit."""
     rows, length = memory["batch_size"], memory["length"]
-    lines = [f"for batches of {rows} rows of {length} tokens ({memory['length_from']})"]
+    shape = " x ".join(map(str, memory.get("shape", ())))
+    lines = [
+        f"for batches of {rows} pictures of {shape}"
+        if shape
+        else f"for batches of {rows} rows of {length} tokens ({memory['length_from']})"
+    ]
     if memory["uncounted"]:
         lines.append(f"without the activations, which could not be counted: {memory['uncounted']}")
     need = f"{words.gib(memory['needed'])} beyond Python and libraries, {words.gib(memory['free'])} are free"

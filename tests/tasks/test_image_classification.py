@@ -1,0 +1,204 @@
+"""Pictures: read from folders and tables, refused in words, trained with any network that transformers knows."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from tiny_runs import Kept
+from trimtab import tasks
+from trimtab.config.read import build_config
+from trimtab.errors import DataError
+from trimtab.memory.estimate import estimate_run
+from trimtab.runs.read import read_run
+from trimtab.training.run import finetune
+
+TASK = tasks.find("image_classification")
+COLOURS = {"red": (220, 30, 30), "blue": (20, 40, 230)}
+
+
+def write_vit(folder: Path) -> None:
+    """A vision transformer of two blocks that sorts pictures of 16 x 16 into three classes."""
+    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = ViTConfig(image_size=16, patch_size=8, hidden_dropout_prob=0.0, **sizes)
+    config.id2label = {0: "cat", 1: "dog", 2: "ship"}
+    ViTForImageClassification(config).save_pretrained(folder)
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
+
+
+def write_resnet(folder: Path) -> None:
+    """A network of convolutions and batch norms, without a linear layer but its head."""
+    from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
+
+    torch.manual_seed(0)
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+    config.id2label = {0: "cat", 1: "dog", 2: "ship"}
+    ResNetForImageClassification(config).save_pretrained(folder)
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+
+
+def picture(colour: str, at: int) -> Image.Image:
+    red, green, blue = COLOURS[colour]
+    return Image.new("RGB", (20 + at, 24), (red, (green + 7 * at) % 256, blue))
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    write_vit(tmp_path / "vit")
+    for colour in COLOURS:
+        (tmp_path / "train" / colour).mkdir(parents=True)
+        for at in range(8):
+            picture(colour, at).save(tmp_path / "train" / colour / f"{at}.png")
+    lines = [{"image": f"train/{colour}/{at}.png", "label": colour} for colour in COLOURS for at in range(4)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+    return tmp_path
+
+
+def config(place: Path, model: str = "vit", **sections: Any) -> Any:
+    said = {
+        "model": str(place / model),
+        "data": {"train": "train", "validation": "rows.jsonl", "test": "rows.jsonl"} | sections.pop("data", {}),
+        "train": {"epochs": 3, "batch_size": 4, "learning_rate": 0.01, "precision": "float32"},
+        "output": str(place / "run"),
+        **sections,
+    }
+    return build_config(said, place, "run.yaml")
+
+
+def read(place: Path, **sections: Any) -> tuple[Any, Any, Any]:
+    job = tasks.job_of(config(place, **sections))
+    reader = TASK.reader(job.source)
+    return job, reader, TASK.read(job, reader, Kept())
+
+
+@pytest.mark.parametrize("model", ["vit", "resnet"])
+def test_a_folder_for_each_label_is_learnt(place: Path, model: str) -> None:
+    write_resnet(place / "resnet")
+    folder = finetune(config(place, model))
+    run = read_run(folder.path)
+    assert run.summary is not None
+    assert (run.summary.task, run.summary.counted) == ("image_classification", "pictures")
+    assert run.summary.choices == ["blue", "red"]
+    after = run.sets[0].after
+    assert after is not None
+    assert after.main == 1.0
+    assert run.plan is not None
+    assert {"full", "dora"} == set(run.plan.methods)
+
+
+def test_a_table_may_hold_the_bytes(place: Path) -> None:
+    rows = []
+    for at, colour in enumerate(("red", "blue") * 3):
+        buffer = io.BytesIO()
+        picture(colour, at).save(buffer, "png")
+        rows.append({"image": {"bytes": buffer.getvalue(), "path": f"{at}.png"}, "label": colour})
+    pq.write_table(pa.Table.from_pylist(rows), place / "rows.parquet")
+    _, reader, inputs = read(place, data={"train": "rows.parquet"})
+    files = [Image.open(io.BytesIO(row["image"]["bytes"])) for row in rows]  # type: ignore[index]
+    batch = TASK.collator(reader)([inputs.rows[at] for at in range(6)])
+    torch.testing.assert_close(batch["pixel_values"], reader(images=files, return_tensors="pt")["pixel_values"])
+    assert batch["labels"].tolist() == [1, 0] * 3
+    assert inputs.digests.train != inputs.digests.test["rows"]
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "CMYK", "1", "I;16"])
+def test_pictures_of_any_mode_become_three_channels(place: Path, mode: str) -> None:
+    grey = Image.new("L", (20, 20), 128)
+    made = Image.new("I;16", (20, 20), 128 * 256) if mode == "I;16" else grey.convert(mode, dither=0)
+    (place / "any" / "a").mkdir(parents=True)
+    (place / "any" / "b").mkdir()
+    ending = "tif" if mode in ("CMYK", "LA") else "png"
+    made.save(place / "any" / "a" / f"0.{ending}")
+    grey.save(place / "any" / "b" / "0.png")
+    _, reader, inputs = read(place, data={"train": "any", "validation": None, "test": None})
+    one, other = TASK.collator(reader)([inputs.rows[0], inputs.rows[1]])["pixel_values"]
+    tolerance = 1.0 if mode == "1" else 0.02  # black and white is half of grey away from it
+    assert (one - other).abs().max() <= tolerance
+
+
+def test_a_picture_lies_as_its_camera_was_held(place: Path) -> None:
+    upright = Image.new("RGB", (16, 16))
+    upright.paste((255, 255, 255), (0, 0, 16, 4))
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    (place / "turned" / "a").mkdir(parents=True)
+    (place / "turned" / "b").mkdir()
+    upright.save(place / "turned" / "a" / "0.png")
+    upright.rotate(180).save(place / "turned" / "b" / "0.png", exif=exif)
+    _, reader, inputs = read(place, data={"train": "turned", "validation": None, "test": None})
+    one, other = TASK.collator(reader)([inputs.rows[0], inputs.rows[1]])["pixel_values"]
+    torch.testing.assert_close(one, other)
+
+
+def test_a_head_for_the_same_labels_is_kept_and_another_is_drawn_by_the_seed(place: Path) -> None:
+    from trimtab.models.load import load_model
+
+    lines = [{"image": f"train/red/{at}.png", "label": label} for at, label in enumerate(("ship", "cat", "dog") * 2)]
+    (place / "same.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+    job, _, inputs = read(place, data={"train": "same.jsonl", "validation": None, "test": None})
+    assert inputs.choices == ["cat", "dog", "ship"]  # as the model has them
+    own: Any = load_model(job.read_for(TASK.head_for(job, inputs)).source)
+    stored: Any = load_model(job.source)
+    torch.testing.assert_close(own.classifier.weight, stored.classifier.weight)
+    heads = []
+    for seed in (0, 0, 1):
+        job, _, inputs = read(place, train={"seed": seed})
+        model: Any = load_model(job.read_for(TASK.head_for(job, inputs)).source)
+        assert model.config.id2label == {0: "blue", 1: "red"}
+        heads.append(model.classifier.weight)
+    assert torch.equal(heads[0], heads[1])
+    assert not torch.equal(heads[0], heads[2])
+
+
+def test_memory_is_counted_for_pictures(place: Path) -> None:
+    job, _, inputs = read(place)
+    sizes = TASK.sizes(job, inputs)
+    assert sizes.shape == (3, 16, 16)
+    assert estimate_run(job, sizes).uncounted is None
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        (
+            {"image": "train/red/99.png", "label": "red"},
+            "no picture .*99.png; a path starts from the",
+        ),
+        ({"image": "notes.png", "label": "red"}, "notes.png cannot be read as a picture"),
+        ({"image": 3, "label": "red"}, "expected the path of a picture under 'image', got int"),
+        ({"label": "red"}, "expected the path of a picture under 'image', got nothing"),
+        ({"image": "train/red/0.png"}, "expected a label under 'label'"),
+        ({"image": "train/red/0.png", "label": 0.5}, "expected a label under 'label', a word or a whole number"),
+    ],
+)
+def test_what_is_no_labelled_picture_is_refused(place: Path, line: Any, told: str) -> None:
+    (place / "notes.png").write_text("a letter", "utf-8")
+    (place / "bad.jsonl").write_text(json.dumps(line) + "\n", "utf-8")
+    with pytest.raises(DataError, match=rf"bad.jsonl, line 1: .*{told}"):
+        read(place, data={"train": "bad.jsonl"})
+
+
+def test_a_damaged_picture_is_told_by_its_row_and_one_too_large_is_refused(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = (place / "train/red/0.png").read_bytes()
+    (place / "train/red/0.png").write_bytes(whole[: len(whole) // 2 + 8])
+    _, reader, inputs = read(place)
+    at = next(at for at, row in enumerate(inputs.rows) if row["picture"].image.endswith("red/0.png"))
+    with pytest.raises(DataError, match=r"red/0\.png cannot be read as a picture"):
+        TASK.collator(reader)([inputs.rows[at]])
+    monkeypatch.setattr("trimtab.data.pictures.MOST_PIXELS", 100)
+    with pytest.raises(DataError, match=r"has 20 x 24 pixels; 100 at most are read"):
+        read(place)
