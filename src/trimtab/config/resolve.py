@@ -130,7 +130,8 @@ class Job:
         convolutions = {name: module for name, module in layers.items() if isinstance(module, nn.Conv2d)}
         if not convolutions or any(isinstance(module, nn.Linear) for module in layers.values()):
             return self.plan
-        said, by_rank = DEFAULT_PLAN[0], defaultdict(list)
+        said: dict[str, Any] = dict(DEFAULT_PLAN[0])
+        by_rank: dict[int, list[str]] = defaultdict(list)
         for name, module in convolutions.items():
             fits = min(len(module.weight), module.weight[0].numel())
             by_rank[min(said["rank"], fits)].append(glob.escape(name))
