@@ -20,7 +20,6 @@ import torch
 import transformers
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -47,7 +46,7 @@ def load_config_only(source: Source) -> PretrainedConfig:
 
     Raises ModelError if it cannot be fetched or read, or if transformers does not know the architecture.
     """
-    with loading(source, "configuration"):
+    with _loading(source, "configuration"):
         if source.kind == "gguf":
             return gguf_config(Path(source.location))
         if folder := _fetched(source, "config.json"):
@@ -82,7 +81,7 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
         expected = ", ".join(_TOKENIZER_FILES)
         raise ModelError(f"{source.location}: no tokenizer: expected one of {expected} beside config.json.")
     options = _options(source)
-    with loading(source, "tokenizer"):
+    with _loading(source, "tokenizer"):
         if folder := _fetched(source, "tokenizer.json"):
             check_tokenizer(folder)
         tokenizer = AutoTokenizer.from_pretrained(_location(source), **options)
@@ -105,6 +104,8 @@ def load_reader(source: Source) -> Any:
     """
     if "ImageClassification" not in source.head.model_class:
         return load_tokenizer(source)
+    from transformers import AutoImageProcessor
+
     with _loading(source, "image processor"):
         return AutoImageProcessor.from_pretrained(_location(source), **_options(source))
 
@@ -132,7 +133,7 @@ def load_model(
     elif folder := _fetched(source, "model.safetensors.index.json"):
         check_weights(folder)
     options = _options(source) | ({} if attention == "auto" else {"attn_implementation": attention})
-    with loading(source, "model"):
+    with _loading(source, "model"):
         if source.head.problem:
             options |= {"config": _config_with_head(source), "ignore_mismatched_sizes": True}
         loaded: Any = getattr(transformers, source.head.model_class).from_pretrained(
@@ -158,10 +159,10 @@ def load_model(
         from trimtab.models.quantise import quantise_model
 
         folder = weights_folder(source)
-        with loading(source, "model"):
+        with _loading(source, "model"):
             quantise_model(model, quantisation, dtype, Weights(folder), source.name)
     if source.add_tokens:
-        with loading(source, "model"):
+        with _loading(source, "model"):
             make_room(model, len(load_tokenizer(source)))
     model.eval()
     return model
@@ -219,7 +220,7 @@ def empty_model(source: Source, dtype: torch.dtype = torch.float32, attention: s
     options: dict[str, Any] = {} if attention == "auto" else {"attn_implementation": attention}
     tokens = len(load_tokenizer(source)) if source.add_tokens else 0  # a GGUF file is dequantised for it: not on meta
     building = within("making it from its configuration", seconds=_SECONDS)
-    with loading(source, "model"), building, torch.device("meta"):
+    with _loading(source, "model"), building, torch.device("meta"):
         model: PreTrainedModel = getattr(transformers, source.head.model_class).from_config(
             config, dtype=dtype, trust_remote_code=source.trust_remote_code, **options
         )
@@ -233,7 +234,7 @@ def weights_folder(source: Source) -> Path:
 
     Raises ModelError if it cannot be fetched, or has no weights in safetensors.
     """
-    with loading(source, "weights"):
+    with _loading(source, "weights"):
         if source.kind == "hub":
             from huggingface_hub import snapshot_download
 
@@ -318,7 +319,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def loading(source: Source, what: str) -> Iterator[None]:
+def _loading(source: Source, what: str) -> Iterator[None]:
     """Turn whatever transformers raises about ``source`` into a ModelError that says what to do."""
     try:
         with quiet_transformers(), panics():

@@ -21,8 +21,6 @@ from trimtab.data.pictures import opened, picture_of
 from trimtab.data.rows import Row
 from trimtab.evaluation.answers import Judged
 from trimtab.models.family import Family
-from trimtab.models.image_processor import load_image_processor
-from trimtab.models.locate import Source
 from trimtab.tasks import _labelled
 from trimtab.tasks._encoded import Tensors
 from trimtab.tasks._inputs import Inputs
@@ -41,9 +39,6 @@ class ImageClassification(_labelled.LabelledTask):
 
     def suits(self, family: Family, classes: Sequence[str], row: Mapping[str, Any] | None) -> bool:
         return family == "image"
-
-    def reader(self, source: Source) -> Any:
-        return load_image_processor(source)
 
     def example(self, row: Row) -> Labelled:
         told = Path(row.source)
