@@ -47,15 +47,17 @@ def test_plain_types_for_json() -> None:
 
 
 def test_every_kind_of_result_has_a_main_metric_and_studies_compare_it() -> None:
-    assert {kind: main_metric(kind).name for kind in KINDS if kind != "tags"} == {
+    assert {kind: main_metric(kind).name for kind in KINDS} == {
         "choice": "accuracy",
         "multiple_choice": "accuracy",
         "generation": "exact_match",
         "perplexity": "perplexity",
         "labels": "micro_f1",
         "number": "rmse",
+        "tags": "accuracy",
+        "entities": "entity_f1",
     }
-    assert all(main_metric(kind) in compared() for kind in KINDS if kind != "tags")
+    assert all(main_metric(kind) in compared() for kind in KINDS)
 
 
 def test_what_can_choose_the_best_step_depends_on_the_validation_rows() -> None:

@@ -14,9 +14,9 @@ from typing import Literal, get_args
 from trimtab import outcomes
 from trimtab.outcomes import Outcomes
 
-Kind = Literal["choice", "multiple_choice", "generation", "perplexity", "labels", "number", "tags"]
+Kind = Literal["choice", "multiple_choice", "generation", "perplexity", "labels", "number", "tags", "entities"]
 """What was asked of the rows: an answer of one closed set, one of each row's own choices, an open answer, no answer;
-several labels of one set, a number, a tag for each word."""
+several labels of one set, a number, a tag for each word, tags that mark entities."""
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
@@ -75,6 +75,24 @@ class Metric:
 
 _TABLE = (
     Metric(
+        "entity_f1",
+        "entity F1",
+        outcomes.entity_f1,
+        kinds=("entities",),
+        in_terminal=("entities",),
+        chooses=True,
+        compared=True,
+        full_label="F1 over entities (seqeval)",
+    ),
+    Metric(
+        "entity_precision",
+        "entity precision",
+        outcomes.entity_precision,
+        kinds=("entities",),
+        in_terminal=("entities",),
+    ),
+    Metric("entity_recall", "entity recall", outcomes.entity_recall, kinds=("entities",), in_terminal=("entities",)),
+    Metric(
         "rmse",
         "RMSE",
         outcomes.rmse,
@@ -131,8 +149,8 @@ _TABLE = (
         "accuracy",
         "accuracy",
         outcomes.accuracy,
-        kinds=("choice", "multiple_choice"),
-        in_terminal=("choice", "multiple_choice"),
+        kinds=("choice", "multiple_choice", "tags", "entities"),
+        in_terminal=("choice", "multiple_choice", "tags", "entities"),
         chooses=True,
         compared=True,
     ),
@@ -148,8 +166,8 @@ _TABLE = (
         "macro_f1",
         "macro F1",
         outcomes.macro_f1,
-        kinds=("choice", "labels"),
-        in_terminal=("choice", "labels"),
+        kinds=("choice", "labels", "tags"),
+        in_terminal=("choice", "labels", "tags"),
         chooses=True,
         compared=True,
     ),
@@ -199,7 +217,7 @@ _TABLE = (
         "loss",
         "loss",
         outcomes.mean_loss,
-        kinds=("labels", "number", "tags"),
+        kinds=("labels", "number", "tags", "entities"),
         share=False,
         higher_is_better=False,
         chooses=True,

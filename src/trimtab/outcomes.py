@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -37,6 +37,7 @@ class Outcomes:
         loss: the summed loss of the answers' ``tokens``.
         probabilities: of each choice for each row, ``[rows, choices]``, where a head gives them.
         true_labels, given_labels: of each row, where a row has several; ``choices`` are all that there are.
+        true_tags, given_tags: of each word of each row; ``truth`` and ``predicted`` have those of all rows in a row.
         true_numbers, given_numbers: of each row, where the answers are numbers.
     """
 
@@ -53,6 +54,8 @@ class Outcomes:
     probabilities: Any = None
     true_labels: Sequence[Sequence[str]] = ()
     given_labels: Sequence[Sequence[str]] = ()
+    true_tags: Sequence[Sequence[str]] = ()
+    given_tags: Sequence[Sequence[str]] = ()
     true_numbers: Sequence[float] = ()
     given_numbers: Sequence[float] = ()
 
@@ -73,6 +76,18 @@ class Outcomes:
 
         binarizer = MultiLabelBinarizer(classes=list(self.choices))
         return binarizer.fit_transform(self.true_labels), binarizer.fit_transform(self.given_labels)
+
+    @cached_property
+    def entities(self) -> Mapping[str, Mapping[str, float]]:
+        """By seqeval: precision, recall, F1 and number of the entities of each kind, and of all (``micro avg``). An
+        entity is right if it has the true kind, and begins and ends where the true one does, as conlleval has it."""
+        from seqeval.metrics import classification_report
+
+        sides = [[[_as_seqeval(tag) for tag in tags] for tags in side] for side in (self.true_tags, self.given_tags)]
+        if {tag for side in sides for tags in side for tag in tags} <= {"O"}:
+            return {"micro avg": {"precision": 0.0, "recall": 0.0, "f1-score": 0.0, "support": 0}}
+        report: Mapping[str, Mapping[str, float]] = classification_report(*sides, output_dict=True, zero_division=0)
+        return report
 
     @cached_property
     def label_figures(self) -> ClassFigures:
@@ -123,6 +138,23 @@ def micro_f1(rows: Outcomes) -> float:
     from sklearn.metrics import f1_score
 
     return float(f1_score(*rows.indicators, average="micro", zero_division=0.0))
+
+
+def entity_f1(rows: Outcomes) -> float:
+    return float(rows.entities["micro avg"]["f1-score"])
+
+
+def entity_precision(rows: Outcomes) -> float:
+    return float(rows.entities["micro avg"]["precision"])
+
+
+def entity_recall(rows: Outcomes) -> float:
+    return float(rows.entities["micro avg"]["recall"])
+
+
+def _as_seqeval(tag: str) -> str:
+    """BILOU in the letters of IOBES: L (last) is E (end), U (unit) is S (single)."""
+    return {"L-": "E-", "U-": "S-"}.get(tag[:2], tag[:2]) + tag[2:]
 
 
 def rmse(rows: Outcomes) -> float:

@@ -59,7 +59,7 @@ class Labelled:
     @property
     def answer(self) -> str:
         """The label in words."""
-        return f"{self.label:.9g}" if isinstance(self.label, float) else ", ".join(self.labels)
+        return f"{self.label:.9g}" if isinstance(self.label, float) else (" " if self.words else ", ").join(self.labels)
 
     @property
     def prompt(self) -> str:

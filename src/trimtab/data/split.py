@@ -64,12 +64,14 @@ def _partition(
 def _drawn(examples: Sequence[Answered], fraction: float, seed: int, choices: Sequence[str] | None) -> set[int]:
     """The places of ``fraction`` of the rows, drawn at random from each group.
 
-    A group is one file and, where there are ``choices``, one answer in it. What rounding leaves over in one group is
-    carried to the next, so that the total is what was asked for.
+    A group is one file and, where there are ``choices``, one answer in it; answers of several of them (labels, tags)
+    are one group. What rounding leaves over in one group is carried to the next, so that the total is what was asked
+    for.
     """
+    known = set(choices or ())
     groups: dict[tuple[str, str | None], list[int]] = defaultdict(list)
     for index, example in enumerate(examples):
-        groups[example.source, example.answer if choices else None].append(index)
+        groups[example.source, example.answer if example.answer in known else None].append(index)
     chance = random.Random(seed)
     drawn: set[int] = set()
     seen = 0

@@ -78,7 +78,7 @@ class _Result(FiguresRecord):
 
     order: ClassVar[tuple[str, ...]] = (
         *("kind", "dataset", "rows", "answers", "choices", "figures", "per_class", "confusion", "majority", "chance"),
-        *("spread",),
+        *("words", "spread"),
         *("unusable", "word_f1", "perplexity", "tokens", "seconds"),
         *("task", "answered_by", "relabelled", "questions", "mean_weighted_f1", "correct"),
         *("cut", "left_out", "model", "adapter", "source"),
@@ -181,7 +181,37 @@ class NumberResult(_Result):
     spread: float
 
 
-Result = ChoiceResult | MultipleChoiceResult | GenerationResult | PerplexityResult | LabelsResult | NumberResult
+class TagsResult(_Result):
+    """Rows with a tag for each word, ``words`` in all; the rest as of a `ChoiceResult`, of words in place of rows."""
+
+    kind: Literal["tags"] = "tags"
+    choices: list[str]
+    words: int
+    per_class: dict[str, ClassScore] = Field(default_factory=dict)
+    confusion: list[list[int]]
+    majority: Majority | None = None
+
+
+class EntitiesResult(_Result):
+    """Rows with a tag for each word, ``words`` in all, where tags mark entities. ``per_class``: each kind of entity;
+    its ``rows`` are the entities."""
+
+    kind: Literal["entities"] = "entities"
+    choices: list[str]
+    words: int
+    per_class: dict[str, ClassScore] = Field(default_factory=dict)
+
+
+Result = (
+    ChoiceResult
+    | MultipleChoiceResult
+    | GenerationResult
+    | PerplexityResult
+    | LabelsResult
+    | NumberResult
+    | TagsResult
+    | EntitiesResult
+)
 
 RESULTS: dict[str, type[Result]] = {kind.model_fields["kind"].default: kind for kind in get_args(Result)}
 """The class of each kind of result."""
@@ -202,6 +232,8 @@ class Prediction(Record):
         correct: None where an answer is neither right nor wrong, but near or far: a number.
         usable: whether what the model wrote could be read; ``read``: as which of the choices, or as which several.
         scores: choice -> its log-likelihood; the best of them, where there are many.
+        words: those of a text in which each has a tag; ``answer`` and ``predicted`` are then the tags, with a space
+            between each two.
     """
 
     row: int
@@ -212,3 +244,4 @@ class Prediction(Record):
     usable: bool = True
     read_as: str | list[str | None] | None = Field(None, alias="read")
     scores: dict[str, float] = Field(default_factory=dict)
+    words: list[str] = Field(default_factory=list)

@@ -29,7 +29,7 @@ from trimtab.data.rows import Row, Source
 from trimtab.errors import ConfigError, DataError
 from trimtab.evaluation.answers import Judged
 from trimtab.evaluation.evaluate import Evaluation, Progress, checked
-from trimtab.metrics import measure
+from trimtab.metrics import Kind, choosing, measure
 from trimtab.models.causal_head import IGNORED
 from trimtab.models.heads import in_the_order_of
 from trimtab.models.load import load_config_only
@@ -55,6 +55,7 @@ class LabelledRows(Rows[Labelled]):
     def __init__(self, task: LabelledTask, job: Job, reader: Any, listener: Listener) -> None:
         super().__init__(job.config, listener)
         self.task, self.job, self.reader = task, job, reader
+        self.kind: Kind = "number"
 
     def read(self, sources: Sequence[Source], notes: Notes) -> list[Labelled]:
         if named := next((one.form for one in sources if one.form not in (None, "auto")), None):
@@ -81,6 +82,7 @@ class LabelledRows(Rows[Labelled]):
             raise DataError(f"{training[0].source}: {only}, so there is nothing to tell apart.")
         answers = Answers(labels, scored=True)
         self.check(answers, training)
+        self.kind = self.task.kind(training[0], labels)
         self.listener.note(f"{len(labels)} labels: {', '.join(labels[:20])}{', ...' if len(labels) > 20 else ''}")
         if said == "auto" and len(labels) > COUNTED and all(label.lstrip("-").isdecimal() for label in labels):
             notes.add(
@@ -102,11 +104,11 @@ class LabelledRows(Rows[Labelled]):
                 )
 
     def check_metric(self, answers: Answers) -> None:
-        metric = self.config.train.metric
-        if metric not in ("auto", *self.task.metrics):
+        metric, known = self.config.train.metric, choosing(self.kind)
+        if metric not in ("auto", *known):
             raise ConfigError(
-                f"train.metric: {metric} is not measured for {self.task.name}; choose one of "
-                f"{', '.join(self.task.metrics)}"
+                f"train.metric: {metric} is not measured for these rows of {self.task.name}; choose one of "
+                f"{', '.join(known)}"
             )
 
     def encode(self, training: list[Labelled], answers: Answers, notes: Notes) -> EncodedTensors:
@@ -114,10 +116,15 @@ class LabelledRows(Rows[Labelled]):
         rows = self.task.encode(training, self.reader, answers.choices, self.job.max_length)
         for example, row in zip(training, rows, strict=True):
             if weights:
-                row["weight"] = sum(weights[label] for label in example.labels) / max(1, len(example.labels))
+                self.task.weigh(row, example, weights)
         cut = sum(row.pop("cut", False) for row in rows)
         if cut:
             notes.add(f"{counted(cut)} cut to data.max_length = {self.job.max_length} tokens")
+        if dropped := [
+            (example, count) for example, row in zip(training, rows, strict=True) if (count := row.pop("dropped", 0))
+        ]:
+            words = sum(count for _, count in dropped)
+            notes.row(dropped[0][0].place, f"{words:,} word{'s' * (words != 1)} of which the tokenizer leaves nothing")
         if empty := [example for example in training if not example.prompt.strip()]:
             notes.row(empty[0].place, f"{counted(len(empty))} to train on without any text")
         return EncodedTensors(rows, training, cut, self.task.tokens)
@@ -163,6 +170,23 @@ class LabelledTask(Task):
         self, examples: Sequence[Labelled], reader: Any, labels: Sequence[str] | None, max_length: int | None
     ) -> list[Tensors]:
         """The tensors of each row, with its ``labels``, and ``cut``: whether it was shortened."""
+
+    def kind(self, example: Labelled, labels: Sequence[str] | None) -> Kind:
+        """What results of rows such as ``example`` are called."""
+        return "choice"
+
+    def weigh(self, row: Tensors, example: Labelled, weights: Mapping[str, float]) -> None:
+        """Say what ``row`` counts, by the ``weights`` of labels: the mean of its own; a row without any counts 1."""
+        mine = [weights[label] for label in example.labels]
+        row["weight"] = sum(mine) / len(mine) if mine else 1.0
+
+    def stacked_weights(self, rows: Sequence[Tensors], width: int) -> Tensor:
+        """The weights of a batch; see ``stacked_labels``."""
+        return torch.tensor([row["weight"] for row in rows])
+
+    def picked(self, row: Tensors, logits: Tensor) -> Tensor:
+        """What of the ``logits`` of a row in its batch answers it."""
+        return logits
 
     @abstractmethod
     def costs(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -254,7 +278,7 @@ class LabelledTask(Task):
         width = batch["input_ids"].shape[1] if "input_ids" in batch else 0
         batch["labels"] = self.stacked_labels(rows, width)
         if "weight" in rows[0]:
-            batch["weight"] = torch.tensor([row["weight"] for row in rows])
+            batch["weight"] = self.stacked_weights(rows, width)
         return batch
 
     def logits(self, head: Any, batch: Mapping[str, Tensor]) -> Tensor:
@@ -269,7 +293,7 @@ class LabelledTask(Task):
         labels = batch["labels"]
         costs = self.costs(self.logits(head, batch), labels)
         if (weight := batch.get("weight")) is not None:
-            costs = costs * weight.reshape(-1, *[1] * (costs.dim() - 1)).to(costs.dtype)
+            costs = costs * weight.reshape(*weight.shape, *[1] * (costs.dim() - weight.dim())).to(costs.dtype)
         return costs.sum() / ((labels != IGNORED).sum() if count is None else count)
 
     def evaluate(
@@ -316,7 +340,7 @@ class LabelledTask(Task):
                 logits, labels = self.logits(head, batch), batch["labels"]
                 total += float(self.costs(logits, labels).sum())
                 count += int((labels != IGNORED).sum())
-                found.update(zip(indices, logits.cpu(), strict=True))
+                found.update((at, self.picked(rows[at], one)) for at, one in zip(indices, logits.cpu(), strict=True))
                 if progress is not None:
                     progress(len(found), len(rows))
         return [found[at] for at in range(len(rows))], total, count

@@ -24,6 +24,7 @@ from trimtab.data.labelled import Labelled, is_broken, number_of, text_of
 from trimtab.data.rows import Row
 from trimtab.errors import DataError
 from trimtab.evaluation.answers import Judged, prediction
+from trimtab.metrics import Kind
 from trimtab.models.causal_head import IGNORED
 from trimtab.models.family import Family
 from trimtab.models.heads import head_modules
@@ -103,6 +104,9 @@ class Regression(_labelled.LabelledTask):
     def head_for(self, job: Job, inputs: Inputs) -> ModelHead:
         centre, spread = _centre_and_spread(inputs)
         return replace(super().head_for(job, inputs), centre=centre, spread=spread)
+
+    def kind(self, example: Labelled, labels: Sequence[str] | None) -> Kind:
+        return "number"
 
     def encode(
         self, examples: Sequence[Labelled], reader: Any, labels: Sequence[str] | None, max_length: int | None

@@ -19,7 +19,7 @@ from trimtab.data.labelled import Labelled, name_of_label, text_of
 from trimtab.data.rows import Row
 from trimtab.errors import DataError
 from trimtab.evaluation.answers import Judged
-from trimtab.metrics import METRICS, Metric
+from trimtab.metrics import METRICS, Kind, Metric
 from trimtab.models.family import Family
 from trimtab.models.locate import ModelHead
 from trimtab.tasks import _labelled, _read_text
@@ -74,6 +74,9 @@ class SequenceClassification(_labelled.LabelledTask):
     def problem(self, inputs: Inputs) -> str:
         several = inputs.form == "text and labels"
         return "multi_label_classification" if several else "single_label_classification"
+
+    def kind(self, example: Labelled, labels: Sequence[str] | None) -> Kind:
+        return "labels" if isinstance(example.label, tuple) else "choice"
 
     def best(self, said: str, inputs: Inputs) -> Metric:
         several = self.problem(inputs) == "multi_label_classification"
