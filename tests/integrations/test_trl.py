@@ -199,3 +199,36 @@ def test_training_resumes_in_trl(tokenizer: Any, tmp_path: Path) -> None:
     resumed = make("sft", again, tokenizer, tmp_path / "again", max_steps=4)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
     assert torch.allclose(logits(again, IDS), logits(model, IDS), atol=1e-6)
+
+
+def test_the_bare_model_is_the_reference_that_dpo_loads(tokenizer: Any, tmp_path: Path) -> None:
+    model = model_class("dpo").from_pretrained(store("dpo", tmp_path / "base"), dtype=torch.float32)
+    trimtab.attach(model, RULES)
+    made = make("dpo", model, tokenizer, tmp_path / "run")
+    made.train()
+    with trimtab.disable_adapter(model):
+        assert torch.equal(logits(model, IDS), logits(made.ref_model, IDS))
+    assert not torch.equal(logits(model, IDS), logits(made.ref_model, IDS))
+
+
+def test_a_sped_up_peft_model_is_its_own_reference_in_dpo(tokenizer: Any, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    base, found = store("dpo", tmp_path / "base"), []
+    for sped_up in (False, True):
+        model = model_class("dpo").from_pretrained(base, dtype=torch.float32)
+        torch.manual_seed(0)
+        model = get_peft_model(model, LoraConfig(r=2, use_dora=True, target_modules="all-linear"))
+        if sped_up:
+            assert len(trimtab.speed_up(model).layers) == 14
+        made = make("dpo", model, tokenizer, tmp_path / f"run-{sped_up}", max_steps=3, logging_steps=1)
+        made.train()
+        assert made.ref_model is None
+        logged = [one for one in made.state.log_history if "loss" in one]
+        kept = ("loss", "grad_norm", "rewards/chosen", "rewards/rejected")
+        found.append(torch.tensor([[one[name] for name in kept] for one in logged]))
+        assert (tmp_path / f"run-{sped_up}" / "checkpoint-2" / "adapter_model.safetensors").exists()
+    plain, quick = found
+    assert plain.shape == (3, 4)
+    assert plain[1:, 2:].abs().min() > 0  # it is no longer its own reference
+    assert torch.allclose(quick, plain, rtol=2e-3, atol=1e-5)
