@@ -6,6 +6,7 @@ import copy
 import pickle
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +249,23 @@ def test_copies_and_pickles_are_sped_up_and_their_own(ours: list[str]) -> None:
         assert difference(outcome(other), outcome(plain_copy(other))) < 1e-11
     assert repr(model) == repr(plain_copy(model))
     assert len(ours) == 2 * 3
+
+
+def test_threads_do_not_meet_in_a_layer() -> None:
+    model = made("linear", use_dora=True).eval()
+    trimtab.speed_up(model)
+    model.add_adapter("other", LoraConfig(r=2, target_modules=TARGETS["linear"], use_dora=True))
+    layer, x = model.base_model.model.linear.double(), torch.randn(500, 8).double()
+    kept = layer.__dict__["_trimtab_kept"]
+    alone = {name: kept.adapter.compute(x, kept.base, layer, name) for name in ("default", "other")}
+
+    def many(name: str) -> bool:
+        with torch.no_grad():
+            outputs = [kept.adapter.compute(x, kept.base, layer, name) for _ in range(60)]
+        return all(torch.allclose(one, alone[name], rtol=1e-12) for one in outputs)
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(many, ["default", "other"] * 4))
 
 
 def test_what_is_no_plain_product_with_one_adapter_is_pefts_own(ours: list[str]) -> None:

@@ -9,9 +9,13 @@ from torch import Tensor, nn
 
 from trimtab.bases import WeightBase
 from trimtab.methods._method import Method
+from trimtab.methods._norms import KeptNorm, SquaredNorms
 from trimtab.methods.lora import LoRA, Options
 from trimtab.ops.dropout import Keep
 from trimtab.ops.frozen_linear import frozen_linear
+
+Norms = tuple[float, SquaredNorms | None, KeptNorm | None]
+"""A scale, and the norms that were kept from a pass with it."""
 
 
 class PeftAdapter(LoRA):
@@ -28,26 +32,36 @@ class PeftAdapter(LoRA):
     def __init__(self, base: WeightBase, casts: bool) -> None:
         # Not LoRA's own way, which would draw tensors, and with them random numbers.
         Method.__init__(self, base, Options(rank=1, magnitude=True, across_groups=base.groups > 1))
-        self.frozen_column, self.stored_transposed, self.groups = (
-            base.frozen_column,
-            base.stored_transposed,
-            base.groups,
-        )
+        self.frozen_column, self.stored_transposed = base.frozen_column, base.stored_transposed
+        self.groups = base.groups
         self._squares = self._kept = self._few_tokens = None
-        self._casts = casts
         self._scale = 1.0
+        self._norms: Norms = (1.0, None, None)
+        self._casts = casts
         self._dropout: nn.Module | None = None
 
     def compute(self, x: Tensor, base: WeightBase, layer: Any, name: str) -> Tensor:
         """The output of ``layer`` for ``x``, where its adapter ``name`` alone is active."""
-        self._take(base, layer, name)
-        try:
-            if self.magnitude is None or not self.drops(x):
-                return self(x, base)  # type: ignore[no-any-return]
-            return self._with_dropout(x, base)
-        finally:
-            self._parameters.clear()  # a tensor that is referred to from here could not be swapped for another
-            self._dropout = None
+        compiling = torch.compiler.is_compiling()
+        one = self if compiling else self._for_one_pass()
+        one._take(base, layer, name)
+        output: Tensor = one._with_dropout(x, base) if one.drops(x) and one.magnitude is not None else one(x, base)
+        if compiling:
+            self._parameters.clear()
+        else:
+            self._norms = one._scale, one._squares, one._kept
+        return output
+
+    def _for_one_pass(self) -> PeftAdapter:
+        """A copy that has what is kept. It takes the layer's tensors, and other threads have copies of their own."""
+        one = object.__new__(PeftAdapter)
+        one.__dict__.update(self.__dict__)
+        one.__dict__["_parameters"] = {}
+        one._scale, one._squares, one._kept = self._norms
+        return one
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_norms": (1.0, None, None)}
 
     def _take(self, base: WeightBase, layer: Any, name: str) -> None:
         scale = float(layer.scaling[name])

@@ -179,7 +179,8 @@ def adapter_names(layer: Any) -> list[str]:
 
 def _acting(layer: Any, x: Any) -> str | None:
     """The adapter that alone acts in this pass; None where it is PEFT's own pass."""
-    if layer.disable_adapters or layer.merged or not isinstance(x, Tensor) or not layer.cast_input_dtype_enabled:
+    plain = type(x) in (Tensor, nn.Parameter) or (isinstance(x, Tensor) and torch.compiler.is_compiling())
+    if not plain or layer.disable_adapters or layer.merged or not layer.cast_input_dtype_enabled:
         return None
     held = adapter_names(layer)
     active = [name for name in layer.active_adapters if name in held]
