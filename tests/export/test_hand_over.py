@@ -13,9 +13,13 @@ import torch
 import yaml
 from peft import PeftModel
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from tiny_encoders import write_encoder
+from tiny_runs import write_config, write_rows
+from trimtab.config.read import load_config
 from trimtab.runs.load import load_run
+from trimtab.training.run import finetune
 
 LORA = [{"match": "all-linear", "method": "lora", "rank": 4, "alpha": 8}]
 DORA = [{"match": "*.q_proj", "method": "dora", "rank": 2}]
@@ -66,7 +70,39 @@ def test_lora_is_a_folder_that_peft_loads(cli: Any, trained: Callable[..., Path]
     config = json.loads((out / "adapter_config.json").read_text())
     assert not config["use_dora"]
     assert card(out)[0]["library_name"] == "peft"
-    assert "likeliest next token is the same after 100 %" in result.out
+    assert "likeliest next token is the same for 100 %" in result.out
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("classifier")
+    said = [{"text": f"the {word} is free", "label": word} for word in ("crane", "tug", "berth") * 4]
+    rows = write_rows(root / "rows.jsonl", said)
+    plan = [{"match": "*.query", "method": "dora", "rank": 2}]
+    return finetune(load_config(write_config(root / "run.yaml", write_encoder(root / "bert"), rows, plan=plan))).path
+
+
+def test_a_classifier_is_handed_over_with_its_head(cli: Any, classifier: Path, tmp_path: Path) -> None:
+    result = cli("export", classifier, "merged", "--to", "merged")
+    assert result.code == 0, result
+    assert "on 12 rows of rows: logits differ by" in result.out
+    assert "likeliest answer is the same for 100 %" in result.out
+    head, text = card(tmp_path / "merged")
+    assert head["pipeline_tag"] == "text-classification"
+    assert "AutoModelForSequenceClassification.from_pretrained" in text
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    assert set(merged.config.id2label.values()) == {"crane", "tug", "berth"}
+    loaded, inputs = load_run(classifier), {"input_ids": torch.tensor([[2, 9, 30, 3]])}
+    with torch.no_grad():
+        torch.testing.assert_close(merged(**inputs).logits, loaded.model(**inputs).logits, rtol=1e-4, atol=1e-5)
+    result = cli("export", classifier, "peft", "--to", "lora", "--rank", 16, "--rows", classifier.parent / "rows.jsonl")
+    assert result.code == 0, result
+    assert "weighed by" in result.out
+    for form in ("gguf", "gguf-lora", "mlx"):
+        result = cli("export", classifier, "out", "--to", form)
+        assert result.code == 1
+        assert "this run trained a model for SequenceClassification" in result.err
+    assert not (tmp_path / "out").exists()
 
 
 # Refusals
@@ -96,9 +132,6 @@ def test_a_folder_that_holds_something_stays(form: str, cli: Any, trained: Calla
 
 
 def test_rows_that_are_gone_are_told(cli: Any, make_yaml: Callable[..., Path], tmp_path: Path) -> None:
-    from trimtab.config.read import load_config
-    from trimtab.training.run import finetune
-
     run = finetune(load_config(make_yaml(plan=LORA, train={"max_steps": 1}))).path
     (tmp_path / "completion.jsonl").unlink()
     result = cli("export", run, "out", "--to", "lora")

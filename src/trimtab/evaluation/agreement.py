@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,6 +45,11 @@ class Passages:
         said = f"{sum(map(len, after)):,} answer tokens of {len(rows)} rows" + (f" of {name}" if name else "")
         return cls([row["input_ids"] for row in rows], after, said)
 
+    @property
+    def comparison(self) -> Comparison:
+        """By which two states of a causal language model are compared on them."""
+        return Comparison(partial(probe, passages=self), self.what, "next token")
+
     @classmethod
     def random(cls, model: Any) -> Passages:
         """Few random tokens that are always the same, where there are no rows."""
@@ -55,27 +61,46 @@ class Passages:
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """By what two states of a model are compared.
+
+    Attributes:
+        of: gives the logits ``[n, answers]`` of a model, in float32 on the processor.
+        what: on which texts or rows, in words.
+        answer: what the logits are of: ``next token``, ``answer``.
+    """
+
+    of: Callable[[Any], Tensor]
+    what: str
+    answer: str = "answer"
+
+
+@dataclass(frozen=True)
 class Agreement:
     """How far two states of a model agree.
 
     Attributes:
         difference: ``||after - before|| / ||before||`` of the logits.
         kl: the mean of KL(before || after) over the tokens, in nats.
-        same_choice: the share of tokens after which the likeliest next token is the same.
-        tokens: how many were compared.
-        what: on which.
+        same_choice: in which share of them the likeliest answer is the same; None where an answer is one number.
+        tokens: how many answers were compared.
+        what: on which texts or rows, in words.
+        answer: what an answer is.
     """
 
     difference: float
     kl: float
-    same_choice: float
+    same_choice: float | None
     tokens: int
     what: str
+    answer: str
 
     def __str__(self) -> str:
+        if self.same_choice is None:
+            return f"on {self.what}: the numbers differ by {self.difference:.1e} of their norm"
         return (
             f"on {self.what}: logits differ by {self.difference:.1e} of their norm (KL {self.kl:.1e}), and the "
-            f"likeliest next token is the same after {100 * self.same_choice:.0f} % of them"
+            f"likeliest {self.answer} is the same for {100 * self.same_choice:.0f} % of them"
         )
 
 
@@ -93,10 +118,13 @@ def probe(model: Any, passages: Passages) -> Tensor:
     return torch.cat(found)
 
 
-def agreement(before: Tensor, after: Tensor, passages: Passages) -> Agreement:
-    """Compare two results of ``probe``."""
-    same = before.argmax(-1) == after.argmax(-1)
+def agreement(before: Tensor, after: Tensor, comparison: Comparison) -> Agreement:
+    """Compare two results of ``comparison.of``."""
+    difference = float((after - before).norm() / before.norm().clamp(min=torch.finfo(torch.float32).tiny))
+    said: dict[str, Any] = {"tokens": len(before), "what": comparison.what, "answer": comparison.answer}
+    if before.shape[-1] == 1:
+        return Agreement(difference, 0.0, None, **said)
     wide, other = before.double().log_softmax(-1), after.double().log_softmax(-1)
-    kl = (wide.exp() * (wide - other)).sum(-1).mean().clamp(min=0)
-    difference = (after - before).norm() / before.norm()
-    return Agreement(float(difference), float(kl), float(same.float().mean()), same.numel(), passages.what)
+    kl = float((wide.exp() * (wide - other)).sum(-1).mean().clamp(min=0))
+    same = float((before.argmax(-1) == after.argmax(-1)).float().mean())
+    return Agreement(difference, kl, same, **said)

@@ -24,21 +24,29 @@ from trimtab.models.locate import Source, hub_id
 from trimtab.runs.read import Run, TestSet, read_run
 
 _LONGEST = 2**16
+_ASKED = {
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForTokenClassification": "token-classification",
+    "AutoModelForImageClassification": "image-classification",
+    "AutoModelForSeq2SeqLM": "text2text-generation",
+}
+"""What the hub calls what a model is asked for, by its class."""
 
 
-def card(form: ExportFormat, subject: Subject, written: Written, agreement: Agreement, name: str) -> str:
+def card(form: ExportFormat, subject: Subject, written: Written, agreement: Agreement | None, *, name: str) -> str:
     """The text of README.md, for a folder called ``name``."""
     run = read_run(subject.folder.path)
     base = base_of(subject.source)
     tags = ["trimtab", *(run.plan.methods if run.plan is not None else [])]
-    results = [one for test in run.sets for one in _metadata_of(test)]
+    results = [one for test in run.sets for one in _metadata_of(test, _ASKED.get(subject.head.model_class, "other"))]
     data = ModelCardData(
         model_name=name if results else None,
         base_model=hub_id(subject.source),
         base_model_relation=form.relation if hub_id(subject.source) else None,
         library_name=form.library,
         license=_license(subject.source),
-        pipeline_tag="text-generation",
+        pipeline_tag=_ASKED.get(subject.head.model_class),
         datasets=_datasets(subject) or None,
         tags=list(dict.fromkeys(tags)),
         eval_results=results or None,
@@ -51,7 +59,7 @@ def card(form: ExportFormat, subject: Subject, written: Written, agreement: Agre
         "\n".join(f"- {line}" for line in _made(subject, run, base)),
         "## What was measured",
         _measured(run),
-        f"{_first_up(form.compared)}, {agreement}.",
+        f"{_first_up(form.compared)}, {agreement}." if agreement is not None else "",
         "\n".join(f"- {_first_up(line)}" for line in (*written.done, *written.notes)),
         "## How it is used",
         written.use.strip(),
@@ -121,13 +129,13 @@ def _number(scale: int, value: float | None) -> str:
     return "" if value is None else f"{scale * value:.2f}"
 
 
-def _metadata_of(test: TestSet) -> Iterator[EvalResult]:
+def _metadata_of(test: TestSet, asked: str) -> Iterator[EvalResult]:
     """What the hub is told of one test set: its main metric after training."""
     if test.after is None or test.after.main is None:
         return
     metric = main_metric(test.after.kind)
     yield EvalResult(
-        task_type="text-generation",
+        task_type=asked,
         dataset_type=test.name,
         dataset_name=test.name,
         metric_type=metric.name,

@@ -9,7 +9,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from trimtab.errors import ConfigError, ModelError, machine_refusal
-from trimtab.evaluation.agreement import Agreement, agreement, probe
+from trimtab.evaluation.agreement import Agreement, agreement
 from trimtab.export._card import card
 from trimtab.export._export_format import ExportFormat, Written
 from trimtab.export._subject import Subject, Wishes
@@ -25,13 +25,13 @@ class Handed:
     Attributes:
         out: the folder.
         done: what was done, a sentence each.
-        agreement: how far what was written is from the run.
+        agreement: how far what was written is from the run; None where there were no rows to compare them on.
         notes: what the user should know of it, a sentence each.
     """
 
     out: Path
     done: list[str]
-    agreement: Agreement
+    agreement: Agreement | None
     notes: list[str]
 
 
@@ -62,19 +62,21 @@ def hand_over(
     subject.progress = progress
     form.check(subject)
     notes = Notes()
-    passages = subject.passages(notes)
-    before = probe(subject.model, passages)
+    comparison = subject.comparison(notes)
+    before = comparison.of(subject.model) if comparison is not None else None
     form.prepare(subject)
     written: list[Written] = []
     found: list[Agreement] = []
 
     def fill(folder: Path) -> None:
         written.append(form.fill(subject, folder))
-        found.append(agreement(before, probe(subject.model, passages), passages))
-        write_text(folder / "README.md", card(form, subject, written[0], found[0], target.name))
+        if comparison is not None and before is not None:
+            found.append(agreement(before, comparison.of(subject.model), comparison))
+        text = card(form, subject, written[0], next(iter(found), None), name=target.name)
+        write_text(folder / "README.md", text)
 
     write_whole(target, fill, lambda: sum(tensor.nbytes for tensor in subject.model.state_dict().values()))
-    return Handed(target, written[0].done, found[0], [*written[0].notes, *notes])
+    return Handed(target, written[0].done, next(iter(found), None), [*written[0].notes, *notes])
 
 
 def write_whole(target: Path, fill: Callable[[Path], None], needed: Callable[[], int]) -> None:

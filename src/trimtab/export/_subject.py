@@ -7,22 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from trimtab.config.resolve import source_of
+from trimtab import tasks
+from trimtab.config.resolve import Job, source_of
 from trimtab.config.run import RunConfig
 from trimtab.data.forms import read_examples
-from trimtab.data.rows import Example
 from trimtab.data.rows import Source as Rows
 from trimtab.data.sources import is_local, name_of
-from trimtab.data.tokens import encode_all
-from trimtab.errors import DataError
-from trimtab.evaluation.agreement import Passages
-from trimtab.models.locate import Source
+from trimtab.errors import DataError, RunError
+from trimtab.evaluation.agreement import ROWS, Comparison, Passages
+from trimtab.models.locate import ModelHead, Source
 from trimtab.notes import Notes
+from trimtab.notes import rows as counted
 from trimtab.runs.folder import RunFolder
-from trimtab.runs.load import load_finite, load_fitting, load_run, load_run_model
+from trimtab.runs.load import head_of, load_finite, load_fitting, load_run, load_run_model
 from trimtab.runs.records import Summary
 
 _FEW = 64
@@ -82,7 +81,7 @@ class Subject:
     @property
     def source(self) -> Source:
         """Where the run's base comes from."""
-        return source_of(self.config)
+        return source_of(self.config, self.head)
 
     @property
     def chat(self) -> bool:
@@ -102,27 +101,60 @@ class Subject:
         load_finite(self.model, self.folder.adapter)
         self.model.eval()
 
-    def passages(self, notes: Notes) -> Passages:
+    @property
+    def head(self) -> ModelHead:
+        """What the model answers with."""
+        return head_of(self.summary)
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether the model goes on from a text, and has no head or targets of its own."""
+        return self.head == ModelHead()
+
+    def comparison(self, notes: Notes) -> Comparison | None:
         """On what outputs are compared: the rows that the user named, or those of the run: its test rows, else its
-        validation rows, else its training rows. Random tokens, where none can be read, which is told."""
+        validation rows, else its training rows. Where none can be read, which is told, random tokens of a causal
+        language model, and nothing of any other."""
         if self.wishes.rows is not None:
-            return self._read([Rows(path=str(self.wishes.rows))], notes)
+            return self._on([Rows(path=str(self.wishes.rows))])
         failed = ""
         for sources in self._own_rows():
             try:
-                return self._read(self.config.data.settled(sources), notes)
+                return self._on(self.config.data.settled(sources))
             except (DataError, OSError) as error:
                 failed = failed or str(error).splitlines()[0]
+        why = f" ({failed})" if failed else ""
+        if not self.is_causal:
+            notes.add(f"the run's rows cannot be read, so outputs are not compared; name some by --rows FILE{why}")
+            return None
         if failed:
-            notes.add(f"the run's rows cannot be read, so outputs are compared on random tokens ({failed})")
-        return Passages.random(self.model)
+            notes.add(f"the run's rows cannot be read, so outputs are compared on random tokens{why}")
+        return Passages.random(self.model).comparison
+
+    def require_causal(self, program: str) -> None:
+        """Raise RunError for a model that ``program`` does not run: one with a head or targets of its own."""
+        if not self.is_causal:
+            kind = self.head.model_class.removeprefix("AutoModelFor")
+            raise RunError(
+                f"{self.folder.path}: this run trained a model for {kind}, and {program} runs "
+                "those that go on from a text; `trimtab export RUN OUT --to merged` hands it over"
+            )
 
     def weighing(self) -> list[dict[str, Tensor]] | None:
         """The rows that the user named, as inputs of the model; None if none are named."""
         if self.wishes.rows is None:
             return None
-        rows = encode_all(self._examples([Rows(path=str(self.wishes.rows))]), self.tokenizer, self._limit)
-        return [{"input_ids": torch.tensor([row["input_ids"]])} for row in rows]
+        found: list[dict[str, Tensor]] = []
+
+        def keep(_model: Any, _arguments: Any, given: dict[str, Any]) -> None:
+            found.append({key: value for key, value in given.items() if isinstance(value, Tensor) and key != "labels"})
+
+        watching = self.model.register_forward_pre_hook(keep, with_kwargs=True)
+        try:
+            self._on([Rows(path=str(self.wishes.rows))]).of(self.model)
+        finally:
+            watching.remove()
+        return found
 
     def _own_rows(self) -> Iterator[list[Rows]]:
         data = self.config.data
@@ -131,18 +163,30 @@ class Subject:
             if local := [one for one in sources if is_local(one.path, Path.cwd())]:
                 yield local[:4]
 
-    def _examples(self, sources: list[Rows]) -> list[Example]:
+    def _examples(self, sources: list[Rows]) -> list[Any]:
         few = [
             one if one.path.endswith("]") else one.model_copy(update={"path": f"{one.path}[:{_FEW}]"})
             for one in sources
         ]
-        return list(read_examples(few, tokenizer=self.tokenizer, root=Path.cwd(), notes=Notes()))
+        if self.is_causal:
+            return list(read_examples(few, tokenizer=self.tokenizer, root=Path.cwd(), notes=Notes()))
+        task = tasks.of_head(self.head)
+        return task.known(self.head, task.rows(few, self.tokenizer, Notes()), numbered=False)
 
     @property
     def _limit(self) -> int:
         length = self.config.data.max_length
         return length if isinstance(length, int) else 1024
 
-    def _read(self, sources: list[Rows], notes: Notes) -> Passages:
-        names = ", ".join(name_of(one.path) for one in sources)
-        return Passages.of_rows(self._examples(sources), self.tokenizer, self._limit, names)
+    def _on(self, sources: list[Rows]) -> Comparison:
+        names, rows = ", ".join(name_of(one.path) for one in sources), self._examples(sources)
+        if self.is_causal:
+            return Passages.of_rows(rows, self.tokenizer, self._limit, names).comparison
+        task, head = tasks.of_head(self.head), self.head
+        few = rows[:: max(1, len(rows) // ROWS)][:ROWS]
+        length = Job.of(self.config).read_for(head).reading_length
+
+        def of(model: Any) -> Tensor:
+            return task.compared(model, self.tokenizer, few, head=head, length=length)
+
+        return Comparison(of, f"{counted(len(few))} of {names}")

@@ -45,6 +45,7 @@ class MergedGguf(ExportFormat):
     relation = "quantized"
 
     def check(self, subject: Subject) -> None:
+        subject.require_causal("llama.cpp")
         files.kind_called(subject.wishes.type)
         GgufFile(base_file(subject, "convert_hf_to_gguf.py of llama.cpp makes one of `trimtab export --to merged`"))
 

@@ -48,6 +48,7 @@ class GgufLora(ExportFormat):
     relation = "adapter"
 
     def check(self, subject: Subject) -> None:
+        subject.require_causal("llama.cpp")
         files.kind_called(subject.wishes.type, _TYPES)
         if subject.wishes.gguf is not None and not subject.wishes.gguf.is_file():
             raise ModelError(f"{subject.wishes.gguf}: no such file; --gguf names the GGUF file of the run's base")

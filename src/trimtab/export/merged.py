@@ -52,19 +52,26 @@ class MergedModel(ExportFormat):
             stored = quantisation if onto == "requantised" else stored
         done.append(f"largest rounding of a merged weight to {stored}: {report.rounding:.1e} of its norm")
         untied = [f"{name} was tied to another module and has a weight of its own now" for name in report.untied]
-        return Written(done, untied + told, _USE)
+        return Written(done, untied + told, _USE.format(**_classes(subject)))
 
 
 _USE = """
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {model}, {reader}
 
-tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
-model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")
+{name} = {reader}.from_pretrained("THIS_FOLDER")
+model = {model}.from_pretrained("THIS_FOLDER")
 ```
 
 Any program that reads Hugging Face folders loads it; trimtab is not needed.
 """
+
+
+def _classes(subject: Subject) -> dict[str, str]:
+    """By what the folder is loaded, in the example of its card."""
+    pictures = subject.head.model_class == "AutoModelForImageClassification"
+    reader, name = ("AutoImageProcessor", "processor") if pictures else ("AutoTokenizer", "tokenizer")
+    return {"model": subject.head.model_class, "reader": reader, "name": name}
 
 
 def save(
@@ -81,7 +88,7 @@ def save(
     Every token that ends an answer stands in ``generation_config.json``. After ``chat`` the chat template's end of a
     turn is also the end token of tokenizer and model, as in models that were tuned for chat.
     """
-    turn = turn_end(tokenizer) if chat else None
+    turn = turn_end(tokenizer) if chat and model.can_generate() else None
     with _ending(model, tokenizer, turn.token if turn is not None else None):
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -104,8 +111,11 @@ def _valid(config: Any) -> Any:
 
 @contextmanager
 def _ending(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, turn: int | None) -> Iterator[None]:
-    """While open, ``model`` generates up to any token that ends an answer, and the token ``turn``, if there is one,
-    ends texts."""
+    """While open, ``model`` generates up to any token that ends an answer, if it generates at all, and the token
+    ``turn``, if there is one, ends texts."""
+    if not model.can_generate():
+        yield
+        return
     ends = end_tokens(model, tokenizer)
     kept, texts = model.generation_config, model.config.get_text_config()
     config = _valid(kept)

@@ -38,6 +38,9 @@ class MlxAdapter(ExportFormat):
     library = "mlx"
     relation = "adapter"
 
+    def check(self, subject: Subject) -> None:
+        subject.require_causal("mlx-lm")
+
     def fill(self, subject: Subject, folder: Path) -> Written:
         model = subject.model
         dora = _is_dora(model)

@@ -65,5 +65,6 @@ def hand_out(run: Path, out: Path, to: str, *, overwrite: bool, **wishes: Any) -
         handed = hand_over(form, run, out, Wishes(**wishes), overwrite=overwrite, progress=progress)
     first, *rest = handed.done
     say(f"{first} into {out}")
-    for sentence in (*rest, f"{form.compared}, {handed.agreement}", *handed.notes):
+    compared = [f"{form.compared}, {handed.agreement}"] if handed.agreement is not None else []
+    for sentence in (*rest, *compared, *handed.notes):
         say(sentence)
