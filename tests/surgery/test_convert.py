@@ -214,6 +214,23 @@ def test_what_cannot_become_lora_is_named_and_kept() -> None:
         trimtab.convert_to_lora(rows)
 
 
+def test_the_head_of_a_task_is_kept_whole() -> None:
+    """Where the base is loaded again, its head is drawn anew: a change of it would be added to other numbers."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model: Any = BertForSequenceClassification(BertConfig(vocab_size=30, num_labels=3, **sizes)).eval()
+    rules = [{"match": ["*.query", "*.output.dense"], "method": "dora", "rank": 2}]
+    stirred(model, *rules, {"match": ["classifier", "*.pooler.dense", "*.word_embeddings"], "method": "full"})
+    tokens = torch.arange(1, 9)[None]
+    before = model(tokens).logits
+    report = trimtab.convert_to_lora(model, 16, [{"input_ids": tokens}])
+    assert set(report.kept) == {"classifier", "bert.pooler.dense"}
+    assert report.modules["bert.embeddings.word_embeddings"].method == "full"
+    torch.testing.assert_close(model(tokens).logits, before, rtol=1e-4, atol=1e-5)
+
+
 def test_refusals_leave_the_model_as_it_was() -> None:
     model = stirred(network(), {"match": "*", "method": "dora", "rank": 3})
     x = inputs(1)[0]

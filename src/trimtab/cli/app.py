@@ -21,8 +21,8 @@ from trimtab.cli.exits import say
 from trimtab.errors import STOPS, Interrupted, TrimtabError
 
 _FIRST = (
-    *("init", "finetune", "plan", "tune", "evaluate", "predict", "generate", "chat", "merge", "export", "analyze"),
-    *("compare", "explore", "doctor"),
+    *("init", "finetune", "plan", "tune", "evaluate", "predict", "generate", "chat", "merge", "export", "convert"),
+    *("combine", "analyze", "compare", "explore", "doctor"),
 )
 """The order of these verbs in the help, as people use them; others follow by name."""
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from trimtab import listing
 from trimtab.errors import ModelError, did_you_mean
+from trimtab.export._combined import combine_folders
 from trimtab.export._export_format import ExportFormat
 from trimtab.export._hand_over import Handed, hand_over
 from trimtab.export._subject import Wishes
 
-__all__ = ["ExportFormat", "Handed", "Wishes", "export_format", "hand_over", "names"]
+__all__ = ["ExportFormat", "Handed", "Wishes", "combine_folders", "export_format", "hand_over", "names"]
 
 
 def names() -> list[str]:

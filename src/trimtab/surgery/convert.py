@@ -17,7 +17,7 @@ from trimtab.bases import TurnedBase, WeightBase
 from trimtab.errors import SurgeryError
 from trimtab.methods import lora, method_class
 from trimtab.ops.truncation import Moments, Spectrum, output_norm, spectrum
-from trimtab.surgery.adapted import adapted_modules, require_adapted
+from trimtab.surgery.adapted import adapted_modules, bare, bare_modules, require_adapted
 from trimtab.surgery.changed_weights import ChangedWeight, changed_weights
 from trimtab.surgery.conversion_report import ConversionReport, ModuleError
 from trimtab.surgery.exchange import Exchange, Successor
@@ -73,7 +73,12 @@ def convert_to_lora(
             "convert_to_lora: the model is sharded (fully_shard). Save the adapter, and convert it on a model that is "
             "loaded as a whole"
         )
-    changes, kept = changed_weights(entries(model, active), "convert_to_lora")
+    carried = entries(model, active)
+    heads = {
+        name: carried.pop(name) for name in _own_heads(model) if name in carried and carried[name].method == "full"
+    }
+    changes, kept = changed_weights(carried, "convert_to_lora")
+    kept |= dict.fromkeys(heads, "a head for the task, which is drawn anew where the base is loaded, and so kept whole")
     if not changes:
         name, why = next(iter(kept.items()))
         raise SurgeryError(f"convert_to_lora: nothing in this adapter can become LoRA; {name}: {why}")
@@ -90,6 +95,25 @@ def convert_to_lora(
     exchange.make()
     modules = {name: one.error for change, one in zip(changes, products, strict=True) for name in change.names}
     return ConversionReport(modules, kept, outputs)
+
+
+def _own_heads(model: Any) -> list[str]:
+    """The modules that a classifier or the like has on top of its base, or as a pooler: the files of a base lack them,
+    so that a change of their weights would be added to others."""
+    base = getattr(model, str(getattr(model, "base_model_prefix", "") or "-"), None)
+    if not isinstance(base, nn.Module) or base is model:
+        return []
+    getter = getattr(model, "get_output_embeddings", None)
+    try:
+        has_files = getter is not None and getter() is not None
+    except (NotImplementedError, AttributeError):
+        has_files = False
+    below = {id(bare(module)) for module in base.modules()}
+    return [
+        name
+        for name, module in bare_modules(model)
+        if "pooler" in name.split(".") or not (has_files or id(bare(module)) in below)
+    ]
 
 
 def _check(rank: Any, error: Any) -> None:

@@ -1,0 +1,181 @@
+"""Several adapters on disk, of runs or in folders of their own, as one folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from trimtab.adapters.formats import all_formats
+from trimtab.adapters.hub import local_folder
+from trimtab.adapters.store import format_of, load_adapter, save_adapter
+from trimtab.errors import ConfigError, ModelError, RunError
+from trimtab.export._card import base_of
+from trimtab.export._hand_over import write_whole
+from trimtab.files import read_json, write_json, write_text
+from trimtab.machine import best_precision, device
+from trimtab.models.locate import hub_id
+from trimtab.runs.load import is_run, load_fitting, load_run_model
+from trimtab.runs.named import Named
+from trimtab.surgery.combine import combine
+from trimtab.surgery.conversion_report import CombinationReport
+from trimtab.surgery.sums import How
+
+REPORT = "combination.json"
+_NEW = "combined"
+
+
+@dataclass(frozen=True)
+class Ingredient:
+    """One adapter and its weight: the folder of a run, or of an adapter; a hub id."""
+
+    place: str
+    weight: float
+
+    @classmethod
+    def read(cls, said: str) -> Ingredient:
+        """``FOLDER:0.7``, or ``FOLDER`` alone for a weight of 1. Raises ConfigError for a weight that is no number."""
+        place, colon, number = said.rpartition(":")
+        if not colon or Path(said).exists():
+            return cls(said, 1.0)
+        try:
+            return cls(place, float(number))
+        except ValueError:
+            raise ConfigError(
+                f"{said}: expected an adapter and its weight, such as {place}:0.7; '{number}' is no number"
+            ) from None
+
+    @property
+    def adapter(self) -> Path:
+        """The folder of the adapter's files."""
+        if is_run(Path(self.place)):
+            run = Named.find(self.place)
+            if run.run is None or not run.run.has_adapter:
+                raise RunError(f"{self.place}: this run has no adapter yet; let it finish first")
+            return run.run.adapter
+        return local_folder(self.place)
+
+
+def combine_folders(
+    said: Sequence[str],
+    out: Path,
+    *,
+    model: str | None = None,
+    how: How = "linear",
+    rank: int | None = None,
+    density: float | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> tuple[CombinationReport, str]:
+    """Combine the adapters that are ``said`` (`Ingredient.read`) as `trimtab.combine` does, and write the new one to
+    ``out``, whole or not at all, with the tokenizer, a report and a card. Gives the report, and the name of the format
+    that it is written in.
+
+    ``model``: the model that all of them were trained on; None: the first run's, or what the folders say.
+
+    Raises:
+        ConfigError: one is named twice, or they say different models.
+        ModelError: ``out`` holds something that may not be replaced, or the machine does not take it.
+        SurgeryError, AdapterError, RunError: as combining and loading raise them.
+    """
+    parts = [Ingredient.read(one) for one in said]
+    if len({part.place for part in parts}) < len(parts):
+        raise ConfigError(f"{' '.join(said)}: an adapter is named twice; give it once, with the sum of its weights")
+    target = _checked(out, overwrite=overwrite)
+    folders = [part.adapter for part in parts]
+    for folder in folders:
+        format_of(folder)  # says what is wrong before a model is loaded
+    named = _base(parts, folders, model)
+    reader, loaded = named.reader(), _load(named)
+    names = {part.place: part.weight for part in parts}
+    for part, folder in zip(parts, folders, strict=True):
+        load_adapter(loaded, folder, part.place)
+    report = combine(loaded, names, _NEW, how, rank=rank, density=density, seed=seed)
+    label: list[str] = []
+
+    def fill(folder: Path) -> None:
+        save_adapter(loaded, folder, _NEW)
+        label.append(format_of(folder).label or "trimtab")
+        config = folder / all_formats()[0].files[0]
+        if config.is_file():
+            known = hub_id(named.source) or base_of(named.source)
+            write_json(config, read_json(config) | {"base_model_name_or_path": known})
+        reader.save_pretrained(folder)
+        write_json(folder / REPORT, {"of": {Path(key).name: value for key, value in names.items()}, **report.plain()})
+        write_text(folder / "README.md", _card(target.name, parts, named, report))
+
+    write_whole(target, fill, lambda: sum(one.nbytes for one in loaded.state_dict().values() if one.requires_grad))
+    return report, label[0]
+
+
+def _checked(out: Path, *, overwrite: bool) -> Path:
+    """The absolute path of ``out``, if an adapter may be written there."""
+    target = out.absolute()
+    if target.exists() and not target.is_dir():
+        raise ModelError(f"{target}: expected a folder to write the adapter to, found a file")
+    if target.is_dir() and any(target.iterdir()):
+        if not overwrite:
+            raise ModelError(f"{target}: not empty. Name a new folder, or allow it to be replaced (--overwrite)")
+        if not (target / REPORT).is_file():
+            raise ModelError(f"{target}: holds something other than a combined adapter, so it is not overwritten")
+    return target
+
+
+def _base(parts: Sequence[Ingredient], folders: Sequence[Path], model: str | None) -> Named:
+    """The model that the adapters belong on. Raises ConfigError where they say different ones, or none."""
+    runs = {part.place: Named.find(part.place, base=True) for part in parts if is_run(Path(part.place))}
+    quantised = {run.config.quantisation for run in runs.values() if run.config is not None}
+    if len(quantised) > 1:
+        raise ConfigError(
+            f"the runs trained on weights that are quantised in different ways ({', '.join(sorted(quantised))}), so "
+            "their changes are changes of different weights; combine runs of one kind"
+        )
+    if model is not None:
+        return _found(model, folders[0])
+    told = {place: base_of(run.source) for place, run in runs.items()}
+    for part, folder in zip(parts, folders, strict=True):
+        if part.place not in told and (base := _said_by(folder)):
+            told[part.place] = base
+    if len({name.replace("\\", "/").rpartition("/")[2].lower() for name in told.values()}) > 1:
+        raise ConfigError(
+            "the adapters say that they belong on different models ("
+            + ", ".join(f"{place}: {base}" for place, base in told.items())
+            + "). If these are one, name it: --model MODEL"
+        )
+    if runs:
+        return next(iter(runs.values()))
+    if not told:
+        raise ConfigError("none of these adapters says which model it belongs on; name it: --model MODEL")
+    return _found(next(iter(told.values())), folders[0])
+
+
+def _found(model: str, folder: Path) -> Named:
+    """The model of that name, with the tokens and the head that the adapter in ``folder`` was trained with."""
+    if is_run(Path(model)):
+        return Named.find(model, base=True)
+    return Named.find(model, adapter=folder)
+
+
+def _said_by(folder: Path) -> str | None:
+    """The model that the adapter in ``folder`` says it was made for, as it says it."""
+    description = read_json(folder / format_of(folder).files[0])
+    said = description.get("base_model_name_or_path", description.get("base"))
+    return said if isinstance(said, str) and said else None
+
+
+def _load(named: Named) -> Any:
+    if named.run is not None and named.config is not None:
+        return load_run_model(named.run, named.config, adapter=False)
+    return load_fitting(named.source, best_precision()).to(device()).eval()
+
+
+def _card(name: str, parts: Sequence[Ingredient], named: Named, report: CombinationReport) -> str:
+    of = "\n".join(f"- {Path(part.place).name}: weight {part.weight:g}" for part in parts)
+    error = "exact to rounding" if report.how == "linear" else f"relative error {report.error:.1e}"
+    return (
+        f"# {name}\n\nAn adapter of {base_of(named.source)}, combined with "
+        f"[trimtab](https://pypi.org/project/trimtab/) {metadata.version('trimtab')} ({report.how}; {error}) of:"
+        f"\n\n{of}\n\n`{REPORT}` has the error of each module.\n"
+    )
