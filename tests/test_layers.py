@@ -52,7 +52,8 @@ MOST_POSITIONAL = 5
 # Modules that may have a name in common: where one thing has its part in several layers, and has one name in all.
 NAMESAKES = {
     **dict.fromkeys(
-        ("compare", "convert", "evaluate", "explore", "merge", "plan", "tune"), "a verb is named after what it calls"
+        ("combine", "compare", "convert", "evaluate", "explore", "merge", "plan", "tune"),
+        "a verb is named after what it calls",
     ),
     **dict.fromkeys(("run", "search", "study"), "its YAML, its loop, its progress at the terminal, its page"),
     "chat": "the form of rows, and the verb that talks by it",

@@ -8,6 +8,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from trimtab.adapters.formats import all_formats
 from trimtab.adapters.hub import local_folder
 from trimtab.adapters.store import format_of, load_adapter, save_adapter
@@ -15,7 +17,8 @@ from trimtab.errors import ConfigError, ModelError, RunError
 from trimtab.export._card import base_of
 from trimtab.export._hand_over import write_whole
 from trimtab.files import read_json, write_json, write_text
-from trimtab.machine import best_precision, device
+from trimtab.machine import device
+from trimtab.models.load import load_config_only
 from trimtab.models.locate import hub_id
 from trimtab.runs.load import is_run, load_fitting, load_run_model
 from trimtab.runs.named import Named
@@ -168,7 +171,10 @@ def _said_by(folder: Path) -> str | None:
 def _load(named: Named) -> Any:
     if named.run is not None and named.config is not None:
         return load_run_model(named.run, named.config, adapter=False)
-    return load_fitting(named.source, best_precision()).to(device()).eval()
+    # In the dtype of its files: what a magnitude makes of a weight hangs on that weight.
+    own = None if named.source.kind == "gguf" else getattr(load_config_only(named.source), "dtype", None)
+    dtype = str(own).removeprefix("torch.") if own in (torch.bfloat16, torch.float16) else "float32"
+    return load_fitting(named.source, dtype).to(device()).eval()
 
 
 def _card(name: str, parts: Sequence[Ingredient], named: Named, report: CombinationReport) -> str:

@@ -74,9 +74,8 @@ def convert_to_lora(
             "loaded as a whole"
         )
     carried = entries(model, active)
-    heads = {
-        name: carried.pop(name) for name in _own_heads(model) if name in carried and carried[name].method == "full"
-    }
+    own_heads = [name for name in _own_heads(model) if name in carried and carried[name].method == "full"]
+    heads = {name: carried.pop(name) for name in own_heads}
     changes, kept = changed_weights(carried, "convert_to_lora")
     kept |= dict.fromkeys(heads, "a head for the task, which is drawn anew where the base is loaded, and so kept whole")
     if not changes:
