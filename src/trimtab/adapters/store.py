@@ -159,6 +159,7 @@ def _fill(
             if name in by_hand:
                 by_hand[name].load(entry.tensors)
                 continue
+            present[name].adapter.forget()
             for key, tensor in present[name].adapter.stored_tensors().items():
                 write(tensor, entry.tensors[key])
 

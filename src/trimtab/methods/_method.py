@@ -210,6 +210,17 @@ class Method(nn.Module):
         """The end of ``hold``."""
         self._holds -= 1
 
+    def forget(self) -> None:
+        """Drop what follows from the trained tensors and was kept, such as norms: they are about to change."""
+
+    def rest(self) -> Any:
+        """Drop whatever was kept, since this adapter is not needed for now, and give what is true of the frozen weight
+        alone, for the next adapter on it (``resume``)."""
+        self.forget()
+
+    def resume(self, shared: Any) -> None:
+        """Take over what ``rest`` of another adapter on the same weight gave."""
+
     def prepare(self, base: Any) -> None:
         """Compute what all passes share, such as the norms of the frozen weight, if it is not there."""
 

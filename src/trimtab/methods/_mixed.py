@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
@@ -34,6 +35,14 @@ def operands_of(adapter: Any, base: WeightBase, weight: Tensor) -> Operands | No
     if not takes(mine):
         return None
     return mine if adapter.magnitude is None else mine._replace(ratio=_ratio(adapter, base, weight))
+
+
+def share_norms(adapters: Iterable[Any]) -> None:
+    """Let ``adapters`` of one frozen weight have one copy of its norms."""
+    weights = [adapter for adapter in adapters if isinstance(adapter, WeightMethod)]
+    known = next((adapter._squares for adapter in weights if adapter._squares is not None), None)
+    for adapter in weights:
+        adapter.resume(known)
 
 
 def _ratio(adapter: WeightMethod, base: WeightBase, weight: Tensor) -> Ratio:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from trimtab.bases import TurnedBase, WeightBase
 from trimtab.errors import PlanError
 from trimtab.methods import _effective_stack, _method, _stack
-from trimtab.methods._norms import KeptNorm, SquaredNorms, same_values
+from trimtab.methods._norms import KeptNorm, SquaredNorms, same_values, squares_of
 from trimtab.ops.autocast import without_autocast
 from trimtab.ops.cost import Compute
 from trimtab.ops.decomposition import Axis, magnitude_over_norm
@@ -28,7 +28,6 @@ from trimtab.ops.frozen_linear import Operands, frozen_linear
 from trimtab.ops.linear_map import multiply
 from trimtab.ops.ratio import ratio_of
 from trimtab.ops.reference import effective_weight
-from trimtab.ops.stamp import Stamp
 from trimtab.ops.update import TurnedUpdate, Update
 
 
@@ -76,6 +75,8 @@ class WeightMethod(_method.Method):
     magnitude: nn.Parameter | None
     bias: nn.Parameter | None
     stack_pass: _stack.StackPass | None = None
+    kept_since = 0
+    """How often what was kept of the trained tensors has been dropped."""
     sits_on = "weight"
     options_type = WeightOptions
     options: WeightOptions
@@ -143,17 +144,15 @@ class WeightMethod(_method.Method):
     def square_norms(self, base: WeightBase, weight: Tensor | None = None) -> Tensor:
         """``||W||^2`` along the magnitude's axis, float32 or float64, of the weight that ``base`` holds now.
 
-        It is kept, and computed again when the frozen weight is another tensor or was changed (``trimtab.ops.stamp``).
-        In a compiled program, which looks at no tensor's history, it is computed from ``weight`` each time.
+        It is kept, and computed again when the frozen weight is another tensor or was changed (``trimtab.ops.stamp``);
+        in a compiled program, which looks at no tensor's history, it is computed from ``weight`` each time.
         """
         axis, dtype = self.options.magnitude_axis, _method.full_dtype(base)
         if torch.compiler.is_compiling() and weight is not None and base.stored_dense:
             return weight.detach().to(dtype).square().sum(-1 if axis == "output" else -2)
-        kept = self._squares
-        if kept is None or kept.values.dtype != dtype or not kept.of.fits(base.stored(), quickly=bool(self._holds)):
-            squares = base.squared_norms(axis).to(dtype)
-            self._squares = kept = SquaredNorms(Stamp(base.stored()), squares)
-            self._few_tokens = None
+        kept = squares_of(base, self._squares, (axis, self.stored_transposed), dtype, quickly=bool(self._holds))
+        if kept is not self._squares:
+            self._squares, self._few_tokens = kept, None
         return kept.values
 
     def prepare(self, base: WeightBase) -> None:
@@ -192,27 +191,34 @@ class WeightMethod(_method.Method):
         kept = self._kept
         if kept is not None and kept.squares is not squares:
             kept = None
-        if self._holds:
-            if kept is None or kept.copies is not None:
-                self._kept = kept = KeptNorm(None, squares, self.squared_norms(weight, squares).sqrt(), {})
-            return kept
-        tensors = self.weight_tensors()
-        if sum(tensor.numel() for tensor in tensors) >= weight.numel():
+        tensors = None if self._holds else self.weight_tensors()
+        if tensors is not None and sum(tensor.numel() for tensor in tensors) >= weight.numel():
             return None
-        if kept is None or kept.copies is None or not same_values(kept.copies, tensors):
-            copies = tuple(tensor.detach().clone() for tensor in tensors)
+        if kept is None or not same_values(kept.copies, tensors):
+            copies = None if tensors is None else tuple(tensor.detach().clone() for tensor in tensors)
             self._kept = kept = KeptNorm(copies, squares, self.squared_norms(weight, squares).sqrt(), {})
         return kept
 
     def hold(self) -> None:
         if not self._holds:
-            self._kept = self._few_tokens = None
+            self.forget()
         super().hold()
+
+    def forget(self) -> None:
+        self._kept = self._few_tokens = None
+        self.kept_since += 1
+
+    def rest(self) -> Any:
+        squares, self._squares = self._squares, None
+        self.forget()
+        return squares
+
+    def resume(self, shared: Any) -> None:
+        self._squares = self._squares or shared
 
     def release(self) -> None:
         super().release()
-        if not self._holds:
-            self._few_tokens = None
+        self._few_tokens = self._few_tokens if self._holds else None
 
     def _for_few_tokens(self, base: WeightBase) -> FewTokensLinear | None:
         """The layer for passes over a few tokens while its tensors are held. None where such a pass has to go the
@@ -227,16 +233,10 @@ class WeightMethod(_method.Method):
         if self.magnitude is not None:
             ratio = ratio_of(self.magnitude, self.norm(weight, base), weight.dtype)
         update, tensors = self.factors()
-        return FewTokensLinear(
-            Operands(
-                weight=weight,
-                bias=self.bias_of(base),
-                ratio=ratio,
-                update=update,
-                tensors=tensors,
-                through=base.through,
-            )
+        own = Operands(
+            weight=weight, bias=self.bias_of(base), ratio=ratio, update=None, tensors=(), through=base.through
         )
+        return FewTokensLinear(own._replace(update=update, tensors=tensors))
 
     def ratio(self, weight: Tensor, base: WeightBase) -> Tensor | None:
         """``m / n`` along the magnitude's axis, differentiable; None without a magnitude."""
@@ -390,7 +390,7 @@ class WeightMethod(_method.Method):
                 self.magnitude.copy_(torch.where(ratio != 0, ratio * norms, self.magnitude))
 
     def _apply(self, *args: Any, **kwargs: Any) -> WeightMethod:
-        self._squares = self._kept = self._few_tokens = None
+        self.rest()
         super()._apply(*args, **kwargs)
         return self
 

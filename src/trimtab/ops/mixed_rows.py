@@ -16,7 +16,9 @@ from trimtab.ops.autocast import cast
 from trimtab.ops.cost import full_digits_for_few
 from trimtab.ops.frozen_linear import Operands
 from trimtab.ops.kernels import kernels_for
-from trimtab.ops.linear_map import LinearMap
+from trimtab.ops.linear_map import LinearMap, MatrixMap
+from trimtab.ops.low_rank import LowRank
+from trimtab.ops.update import Update
 
 
 class Part(NamedTuple):
@@ -41,52 +43,62 @@ def takes(operands: Operands) -> bool:
     return not update.only_built and (through.takes_factors if update.is_thin else through.reads_features)
 
 
-def mixed_product(x: Tensor, weight: Tensor, through: LinearMap, parts: Sequence[Part], order: Order | None) -> Tensor:
-    """The output for ``x`` as a layer with the frozen ``weight [out, in]`` gives it.
+class MixedProduct:
+    """The product of a batch with a frozen weight ``[out, in]``, for batches of one size: what can be decided once is.
 
     Args:
-        x: the batch, in the dtype of ``weight`` or as ``through`` reads it.
-        weight: the frozen weight.
-        through: how a batch goes through it.
         parts: the rows of each update, which the operands say; all rows are in one of them. The rows are counted as
-            ``through.rows`` gives them, and in ``order``.
+            the map's ``rows`` gives them, and in ``order``.
         order: None where the rows of each part lie together as they come.
     """
-    rows = through.rows(x)
-    if order is not None:
-        rows = rows.index_select(0, order.there)
-    biases = [part.operands.bias for part in parts]
-    shared = all(bias is biases[0] for bias in biases)
-    product = through.product(rows, weight)
-    work = full_digits_for_few(through.tokens(rows), product.dtype)
-    fed = cast(rows, work) if rows.is_floating_point() else rows
-    total = cast(product, work)
-    for part, bias in zip(parts, biases, strict=True):
-        _add(total[part.rows], fed[part.rows], part.operands._replace(bias=None if shared else bias))
-    if shared and biases[0] is not None:
-        total.add_(_beside(biases[0], total))
-    total = cast(total, product.dtype)
-    return through.output(total if order is None else total.index_select(0, order.back), x.shape)
+
+    def __init__(self, parts: Sequence[Part], order: Order | None) -> None:
+        self._parts, self._order = [part.operands for part in parts], order
+        self._sizes = [part.rows.stop - part.rows.start for part in parts]
+        biases = [operands.bias for operands in self._parts]
+        self._bias = biases[0] if all(bias is biases[0] for bias in biases) else None
+        self._adds_bias = self._bias is None  # each part its own, if any
+        # s, A^T and B^T of a thin update on a plain matrix, whose factors are two products without further ado.
+        self._factors: list[tuple[float, Tensor, Tensor] | None] = [
+            (operands.update.scale, operands.tensors[0].t(), operands.tensors[1].t())
+            if isinstance(operands.update, LowRank) and isinstance(operands.through, MatrixMap)
+            else None
+            for operands in self._parts
+        ]
+
+    def __call__(self, rows: Tensor, weight: Tensor, through: LinearMap) -> Tensor:
+        """The product ``[tokens, out]`` (or ``[batch, out, places]``) of ``rows`` as ``through`` gives them, in the
+        dtype of ``weight``, with all that is to be added; in the order in which they came."""
+        if self._order is not None:
+            rows = rows.index_select(0, self._order.there)
+        product = through.product(rows, weight)
+        work = full_digits_for_few(through.tokens(rows), product.dtype)
+        total, fed = cast(product, work), cast(rows, work) if rows.is_floating_point() else rows
+        each = zip(total.split(self._sizes), fed.split(self._sizes), self._parts, self._factors, strict=True)
+        for mine, x, operands, factors in each:
+            if factors is not None:
+                scale, a, b = factors
+                mine.addmm_(x.mm(cast(a, work)), cast(b, work), alpha=scale)
+            elif operands.update is not None:
+                _add(mine, x, operands.update, operands)
+            if operands.ratio is not None:
+                scaled = operands.ratio.times if mine.dim() == 2 else operands.ratio.times_rows
+                scaled(mine, in_place=True)
+            if self._adds_bias and operands.bias is not None:
+                mine.add_(_beside(operands.bias, mine))
+        if self._bias is not None:
+            total.add_(_beside(self._bias, total))
+        total = cast(total, product.dtype)
+        return total if self._order is None else total.index_select(0, self._order.back)
 
 
-def _add(product: Tensor, rows: Tensor, operands: Operands) -> None:
-    """Make ``c (p + x dV^T) + bias`` of a product ``p`` in place."""
-    update, tensors, ratio, bias = operands.update, operands.tensors, operands.ratio, operands.bias
-    if update is not None:
-        thin = update.thin(rows, tensors, operands.through, product.dtype)
-        if thin is None:
-            update.add_product(product, rows, tensors, operands.through)
-        elif product.dim() == 2:
-            product.addmm_(thin.inner, cast(thin.b, product.dtype).t(), alpha=thin.scale)
-        else:
-            kernels_for(product).forward(product, thin=thin, ratio=None, bias=None, in_place=True)
-    if ratio is not None:
-        if product.dim() == 2:
-            ratio.times(product, in_place=True)
-        else:
-            ratio.times_rows(product, in_place=True)
-    if bias is not None:
-        product.add_(_beside(bias, product))
+def _add(product: Tensor, rows: Tensor, update: Update, operands: Operands) -> None:
+    """Add ``x dV^T`` to a product in place."""
+    thin = update.thin(rows, operands.tensors, operands.through, product.dtype)
+    if thin is None:
+        update.add_product(product, rows, operands.tensors, operands.through)
+    else:
+        kernels_for(product).forward(product, thin=thin, ratio=None, bias=None, in_place=True)
 
 
 def _beside(bias: Tensor, product: Tensor) -> Tensor:

@@ -102,10 +102,15 @@ class Square(Update):
 
     def compress(self, x: Tensor) -> Tensor:
         """``[..., in] -> [..., groups, k]``."""
-        pieces = F.pad(x, (0, self.chunks * self.side - self.in_features)).unflatten(-1, (self.chunks, self.side))
+        if (missing := self.chunks * self.side - self.in_features) > 0:
+            x = F.pad(x, (0, missing))
+        pieces: Tensor = x.unflatten(-1, (self.chunks, self.side))
         if self.turn:
             pieces = self._rotate(pieces, 1)
-        pieces = F.pad(pieces, (0, 0, 0, self.rounds * self.groups - self.chunks))
+        if self.rounds == 1:
+            return pieces
+        if (missing := self.rounds * self.groups - self.chunks) > 0:
+            pieces = F.pad(pieces, (0, 0, 0, missing))
         rounds: Tensor = pieces.unflatten(-2, (self.rounds, self.groups))
         return rounds.sum(-3)
 
@@ -119,7 +124,10 @@ class Square(Update):
 
     def spread(self, groups: Tensor) -> Tensor:
         """``[..., groups, k] -> [..., out]``."""
-        row = groups.flatten(-2)
+        row: Tensor = groups.flatten(-2)
+        if self.times == 1:
+            row = row[..., : self.out_features]
+            return row
         return row.repeat(*[1] * (row.dim() - 1), self.times)[..., : self.out_features]
 
     def gather(self, grad: Tensor) -> Tensor:

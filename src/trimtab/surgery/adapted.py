@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from trimtab import bases
@@ -41,6 +42,9 @@ class Adapted(Carrier):
         """What the module gives inside of ``per_row``, for the rows of each adapter."""
         plan, what = self._rows, f"a {type(self.base).__name__}"
         assert plan is not None
+        if torch.is_grad_enabled():  # then tensors may change before the next pass
+            for adapter in self.every_adapter():
+                adapter.forget()
         if len(groups) == 1:
             return self._alone(groups[0].name, args, kwargs)
         handles = {group.name: self.handle_of(group.name) for group in groups if group.name is not None}

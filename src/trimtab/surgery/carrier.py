@@ -97,11 +97,13 @@ class Carrier(nn.Module):
                 own["_resting"][before] = [key for key, one in tensors.items() if one is not None and one.requires_grad]
                 for key in own["_resting"][before]:
                     tensors[key].requires_grad = False  # type: ignore[union-attr]
+                own["_shared"] = self._adapter(slot).rest()
             own["_active"] = name
             if (slot := slots.get(name)) is not None:
                 tensors = self._adapter(slot)._parameters
                 for key in own["_resting"].pop(name, ()):
                     tensors[key].requires_grad = True  # type: ignore[union-attr]
+                self._adapter(slot).resume(own.pop("_shared", None))
         own["_worn"] = name if name in slots else next(iter(slots))
         if not isinstance(self, kind := self.kind_for(slots[own["_worn"]].handle)):
             self.__class__ = kind

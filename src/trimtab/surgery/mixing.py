@@ -4,18 +4,35 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from trimtab.bases import WeightBase
 from trimtab.errors import SurgeryError
-from trimtab.methods._mixed import operands_of
+from trimtab.methods._mixed import operands_of, share_norms
+from trimtab.methods._weight import WeightMethod
 from trimtab.ops.autocast import autocast_dtype
 from trimtab.ops.frozen_linear import frozen_linear
-from trimtab.ops.mixed_rows import Order, Part, mixed_product
+from trimtab.ops.linear_map import MATRIX
+from trimtab.ops.mixed_rows import MixedProduct, Order, Part
 from trimtab.surgery.row_plan import Group, RowPlan
+
+FEW_TOKENS = 128
+"""Up to so many vectors, deciding how to multiply them takes longer than multiplying does."""
+
+
+class _Decided(NamedTuple):
+    """How a layer computes a mixed batch of few tokens, as long as nothing that it was decided by changes."""
+
+    by: tuple[Any, ...]
+    product: MixedProduct
+
+    @staticmethod
+    def reasons(plan: RowPlan, adapters: Mapping[str | None, Any], weight: Tensor, x: Tensor) -> tuple[Any, ...]:
+        kept = [adapter.kept_since for adapter in adapters.values() if adapter is not None]
+        return (plan.batch, x.shape, x.dtype, id(weight), weight._version, weight.data_ptr(), *kept)
 
 
 def mixed_layer(
@@ -26,23 +43,33 @@ def mixed_layer(
     One product with the frozen weight serves all rows whose adapters can share it. With gradients, and for adapters
     that cannot (a trained copy of the weight), each adapter has a pass of its own over its rows.
     """
-    through, what = base.through, f"a {type(base.module).__name__}"
-    entries = plan.entries(x, what, of_vectors=x.is_floating_point())
+    through = base.through
+    plain = not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and autocast_dtype(x) is None
+    few = plain and base.stored_dense and through is MATRIX and x.numel() <= FEW_TOKENS * x.shape[-1]
+    if few and all(adapter is None or isinstance(adapter, WeightMethod) for adapter in adapters.values()):
+        weight = base.weight()
+        reasons = _Decided.reasons(plan, adapters, weight, x)
+        decided: _Decided | None = plan.decided.get(id(base))
+        if decided is not None and decided.by == reasons:
+            return through.output(decided.product(through.rows(x), weight, through), x.shape)
+    entries = plan.entries(x, what := f"a {type(base.module).__name__}", of_vectors=x.is_floating_point())
     if through.rows(x).dim() != x.dim() and x.is_floating_point() and not through.reads_features:
         raise SurgeryError(f"per_row: {what} is called with {list(x.shape)}, which has no axis of rows")
     if not entries:
-        x, entries = x.expand(len(plan.names), *x.shape[1:]), 1
-    if not torch.is_grad_enabled() and autocast_dtype(x) is None:
-        dtype = base.dtype_for(x)
-        weight = base.weight(dtype)
+        x, entries, few = x.expand(len(plan.names), *x.shape[1:]), 1, False
+    if plain:
+        weight = base.weight(base.dtype_for(x))
+        share_norms(adapters.values())
         found = [operands_of(adapters[group.name], base, weight) for group in groups]
         shared = [operands for operands in found if operands is not None]
         if len(shared) == len(found):
             padded = base.prepared(x)
             each = entries * (through.rows(padded).shape[0] // x.shape[0])
             slices, order = plan.order(groups, each, x.device)
-            parts = [Part(rows, operands) for rows, operands in zip(slices, shared, strict=True)]
-            return mixed_product(padded, weight, through, parts, order)
+            product = MixedProduct([Part(*both) for both in zip(slices, shared, strict=True)], order)
+            if few:
+                plan.decided[id(base)] = _Decided(_Decided.reasons(plan, adapters, weight, x), product)
+            return through.output(product(through.rows(padded), weight, through), padded.shape)
 
     def alone(group: Group, rows: Tensor) -> Tensor:
         adapter = adapters[group.name]

@@ -33,9 +33,11 @@ def per_row(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     adds its own to its rows, so a mixed batch costs little more than one through one adapter. Which adapter is active
     does not matter, and stays as it is. Rows are on the first axis of all that the model's modules are called with
     (``nn.MultiheadAttention`` may have them on the second). ``generate`` and its cache go as ever; where it makes
-    several rows of one (beams, ``num_return_sequences``), those go through the row's adapter. Inside
-    ``trimtab.serving`` it is quicker. Gradients go to the adapters that ask for some, at the price of a pass for each
-    adapter. Contexts may be nested: the inner one rules.
+    several rows of one (beams, ``num_return_sequences``), those go through the row's adapter.
+
+    Gradients go to the adapters that ask for some, at the price of a pass for each adapter. As in ``trimtab.serving``,
+    norms are kept from one pass without gradients to the next; after a pass with gradients they are computed again.
+    Contexts may be nested: the inner one rules.
 
     Raises SurgeryError if there is no adapter of such a name; for a batch with another number of rows than ``names``;
     and where rows cannot be told apart: experts that get their tokens in an order of their own, a weight that is read
@@ -60,6 +62,9 @@ def per_row(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
             left.enter_context(_set(holder, "forward", partial(_holder_forward, plan, holder)))
         for _, module in adapted:
             left.enter_context(_set(module, "_rows", plan))
+            for name in (name for name in module.adapter_slots if name in plan.names):
+                left.callback(_release, module, name)
+                module.adapter_of(name).hold()
         first = adapted[0][1]
 
         def begin(_: nn.Module, args: Any, kwargs: Any) -> None:
@@ -76,6 +81,12 @@ def per_row(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
             left.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
             torch.backends.mha.set_fastpath_enabled(False)
         yield
+
+
+def _release(module: Adapted, name: str) -> None:
+    module.adapter_of(name).release()
+    if name != module.active_name:
+        module.adapter_of(name).rest()
 
 
 def _generate(plan: RowPlan, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

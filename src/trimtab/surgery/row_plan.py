@@ -40,11 +40,18 @@ class RowPlan:
         self._only: Any = _NOBODY
         self._groups: dict[tuple[str, ...], list[Group]] = {}
         self._orders: dict[Any, tuple[list[slice], Order | None]] = {}
+        self.decided: dict[int, Any] = {}
+        """What a module, by its id, does with a batch of the size that it had last."""
 
     @property
     def only(self) -> str | None:
         """The adapter that all rows at hand go through, while they are apart (``apart``)."""
         return self._only  # type: ignore[no-any-return]
+
+    @property
+    def batch(self) -> int:
+        """How many rows the model was called with."""
+        return self._batch
 
     @property
     def is_apart(self) -> bool:
