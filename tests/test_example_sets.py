@@ -162,7 +162,13 @@ def test_the_encoder_sorts_the_harbour_messages(cli: Callable[..., Result], tmp_
     assert read_json(tmp_path / "run" / "evaluation" / "harbour.after.json")["rows"] == 4
 
 
-MADE = [("digits", "vit.yaml"), ("digits", "resnet.yaml"), ("dates", "dates.yaml"), ("berths", "berths.yaml")]
+MADE = [
+    ("digits", "vit.yaml"),
+    ("digits", "resnet.yaml"),
+    ("dates", "dates.yaml"),
+    ("names", "names.yaml"),
+    ("berths", "berths.yaml"),
+]
 """YAMLs of rows that a program makes."""
 
 
