@@ -24,7 +24,7 @@ from trimtab.models.locate import Source, hub_id
 from trimtab.runs.read import Run, TestSet, read_run
 
 _LONGEST = 2**16
-_ASKED = {
+ASKED = {
     "AutoModelForCausalLM": "text-generation",
     "AutoModelForSequenceClassification": "text-classification",
     "AutoModelForTokenClassification": "token-classification",
@@ -39,14 +39,14 @@ def card(form: ExportFormat, subject: Subject, written: Written, agreement: Agre
     run = read_run(subject.folder.path)
     base = base_of(subject.source)
     tags = ["trimtab", *(run.plan.methods if run.plan is not None else [])]
-    results = [one for test in run.sets for one in _metadata_of(test, _ASKED.get(subject.head.model_class, "other"))]
+    results = [one for test in run.sets for one in _metadata_of(test, ASKED.get(subject.head.model_class, "other"))]
     data = ModelCardData(
         model_name=name if results else None,
         base_model=hub_id(subject.source),
         base_model_relation=form.relation if hub_id(subject.source) else None,
         library_name=form.library,
         license=_license(subject.source),
-        pipeline_tag=_ASKED.get(subject.head.model_class),
+        pipeline_tag=ASKED.get(subject.head.model_class),
         datasets=_datasets(subject) or None,
         tags=list(dict.fromkeys(tags)),
         eval_results=results or None,

@@ -6,12 +6,13 @@ Converters, servers and processors look for files that transformers does not wri
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 from trimtab.files import read_json, write_json
-from trimtab.models.load import side_files
+from trimtab.models.load import module_folder, side_files
 from trimtab.models.locate import Source
 
 _CODE = (".py", ".ipynb", ".sh", ".bat", ".js", ".so", ".dll", ".dylib", ".exe")
@@ -51,6 +52,7 @@ def carry(base: Source, tokenizer: Any, folder: Path) -> list[str]:
             told.append(f"{file.name} of the base is not carried along: it has {file.stat().st_size / 2**20:,.0f} MiB")
             continue
         shutil.copyfile(file, folder / file.name)
+    told += _carry_modules(base, origin, folder)
     for name in _FOLDERS:
         if (origin / name).is_dir() and not (folder / name).exists():
             shutil.copytree(origin / name, folder / name)
@@ -61,6 +63,34 @@ def carry(base: Source, tokenizer: Any, folder: Path) -> list[str]:
     if base.kind == "gguf":
         _write_vocabulary(tokenizer, folder)
     return told
+
+
+def _carry_modules(base: Source, origin: Path, folder: Path) -> list[str]:
+    """Copy what a model of sentence-transformers does with the encoder's output (``modules.json``): pooling, a dense
+    layer. All of it is as true of a tuned encoder; without it the list of modules must not stay, either."""
+    listed = folder / "modules.json"
+    if not listed.is_file():
+        return []
+    try:
+        named = {str(one["path"]) for one in read_json(listed)} - {""}
+    except (ValueError, TypeError, KeyError, OSError):
+        named = {".."}
+    beside = {name for name in named if re.fullmatch(r"\w[\w.-]*", name)}
+    if beside == named:
+        places = {name: module_folder(base, origin, name) for name in sorted(named)}
+        files = {name: [*place.glob("*.json"), *place.glob("*.safetensors")] for name, place in places.items() if place}
+        if all(files.get(name) for name in named):
+            for name in named - {one.name for one in folder.iterdir()}:
+                (folder / name).mkdir()
+                for file in files[name]:
+                    shutil.copyfile(file, folder / name / file.name)
+            return []
+    for file in (listed, folder / "config_sentence_transformers.json", folder / "sentence_bert_config.json"):
+        file.unlink(missing_ok=True)
+    return [
+        f"{base.name}: not all that its modules.json names is there as json and safetensors, so the files for "
+        "sentence-transformers are not carried along"
+    ]
 
 
 def _write_again(tokenizer: Any, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from trimtab.adapters.formats import all_formats
@@ -48,18 +49,26 @@ class PeftLora(ExportFormat):
         detach(subject.model)
         load_adapter(subject.model, folder)  # what is compared with the run is what the files say
         done = [*plain.done, "wrote a LoRA that PEFT, vLLM and others load"]
-        return Written(done, plain.notes, _USE.replace("BASE", name))
+        return Written(done, plain.notes, _use(subject, name))
 
 
-_USE = """
+def _use(subject: Subject, base: str) -> str:
+    """The code that loads the folder. A head is made with as many labels as it has, and then filled."""
+    head, options = subject.head, ""
+    if head.problem:
+        named = ", ".join(f"{number}: {json.dumps(name)}" for number, name in enumerate(head.names))
+        options = f", num_labels={len(head.names)}, id2label={{{named}}}, ignore_mismatched_sizes=True"
+    pictures = head.model_class == "AutoModelForImageClassification"
+    reader, name = ("AutoImageProcessor", "processor") if pictures else ("AutoTokenizer", "tokenizer")
+    served = "With vLLM: `vllm serve BASE --enable-lora --lora-modules tuned=THIS_FOLDER`.\n"
+    code = f"""
 ```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {head.model_class}, {reader}
 
-tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
-base = AutoModelForCausalLM.from_pretrained("BASE")
+{name} = {reader}.from_pretrained("THIS_FOLDER")
+base = {head.model_class}.from_pretrained("BASE"{options})
 model = PeftModel.from_pretrained(base, "THIS_FOLDER")
 ```
-
-With vLLM: `vllm serve BASE --enable-lora --lora-modules tuned=THIS_FOLDER`.
 """
+    return (code if not subject.is_causal else f"{code}\n{served}").replace("BASE", base)

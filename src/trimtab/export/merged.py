@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from trimtab.errors import RunError
 from trimtab.evaluation.generation import end_tokens
+from trimtab.export._card import ASKED
 from trimtab.export._carried import carry
 from trimtab.export._export_format import ExportFormat, Written
 from trimtab.export._subject import Subject
@@ -52,7 +53,8 @@ class MergedModel(ExportFormat):
             stored = quantisation if onto == "requantised" else stored
         done.append(f"largest rounding of a merged weight to {stored}: {report.rounding:.1e} of its norm")
         untied = [f"{name} was tied to another module and has a weight of its own now" for name in report.untied]
-        return Written(done, untied + told, _USE.format(**_classes(subject)))
+        use = _PIPELINE if subject.head.problem else _USE
+        return Written(done, untied + told, use.format(**_classes(subject)))
 
 
 _USE = """
@@ -67,11 +69,23 @@ Any program that reads Hugging Face folders loads it; trimtab is not needed.
 """
 
 
+_PIPELINE = """
+```python
+from transformers import pipeline
+
+answer = pipeline("{asked}", "THIS_FOLDER")
+```
+
+Any program that reads Hugging Face folders loads it; trimtab is not needed.
+"""
+
+
 def _classes(subject: Subject) -> dict[str, str]:
     """By what the folder is loaded, in the example of its card."""
     pictures = subject.head.model_class == "AutoModelForImageClassification"
     reader, name = ("AutoImageProcessor", "processor") if pictures else ("AutoTokenizer", "tokenizer")
-    return {"model": subject.head.model_class, "reader": reader, "name": name}
+    asked = ASKED.get(subject.head.model_class, "")
+    return {"model": subject.head.model_class, "reader": reader, "name": name, "asked": asked}
 
 
 def save(

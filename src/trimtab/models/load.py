@@ -260,6 +260,18 @@ def side_files(source: Source) -> Path | None:
         return None
 
 
+def module_folder(source: Source, origin: Path, name: str) -> Path | None:
+    """The folder ``name`` of a model of sentence-transformers, whose other files lie in ``origin``; that of a hub model
+    is fetched. None if there is none."""
+    if source.kind == "hub":
+        from huggingface_hub import snapshot_download
+
+        patterns = [f"{name}/*.json", f"{name}/*.safetensors"]
+        with contextlib.suppress(Exception):  # as for other side files
+            origin = Path(snapshot_download(source.location, revision=source.revision, allow_patterns=patterns))
+    return origin / name if (origin / name).is_dir() else None
+
+
 def _location(source: Source) -> str:
     """The folder or hub id to read from. A GGUF file is first dequantised into a folder."""
     return str(dequantised_folder(Path(source.location))) if source.kind == "gguf" else source.location
