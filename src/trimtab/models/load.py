@@ -29,6 +29,7 @@ from transformers.utils import logging as transformers_logging
 
 from trimtab.errors import ModelError
 from trimtab.models.chat_template import checked_template
+from trimtab.models.family import family
 from trimtab.models.gguf import dequantised_folder, gguf_config
 from trimtab.models.heads import POOLER, begin_around, draw, head_modules, is_known, poolers
 from trimtab.models.locate import Source
@@ -62,8 +63,10 @@ def _config_with_head(source: Source) -> PretrainedConfig:
         config.id2label = dict(enumerate(head.names))
         config.label2id = {name: number for number, name in enumerate(head.names)}
         config.problem_type = head.problem  # type: ignore[assignment]
-        if getattr(config, "pad_token_id", 0) is None:
-            config.pad_token_id = load_tokenizer(source).pad_token_id  # by which a decoder's head finds a text's end
+        # By its padding a decoder's head finds where a text ends, so it has to be what the tokenizer pads with.
+        decodes = "SequenceClassification" in head.model_class and family(config) == "decoder"
+        if decodes or getattr(config, "pad_token_id", 0) is None:
+            config.pad_token_id = load_tokenizer(source).pad_token_id
     return config
 
 

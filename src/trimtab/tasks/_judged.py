@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from trimtab.data.labelled import Labelled
@@ -36,7 +37,7 @@ def judged_labels(logits: Tensor, examples: Sequence[Labelled], labels: Sequence
     given = [[label for label, one in zip(labels, row, strict=True) if one >= 0] for row in logits.tolist()]
     rows = [
         prediction(at, example, ", ".join(said), set(said) == set(example.labels), scores=_best(labels, scores))
-        for at, (example, said, scores) in enumerate(zip(examples, given, logits.sigmoid().log().tolist(), strict=True))
+        for at, (example, said, scores) in enumerate(zip(examples, given, F.logsigmoid(logits).tolist(), strict=True))
     ]
     outcomes = Outcomes(
         truth=[row.answer for row in rows],

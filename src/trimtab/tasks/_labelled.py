@@ -49,6 +49,11 @@ COUNTED = 5
 """More labels than these that are all whole numbers may be amounts, and no names."""
 
 
+def is_whole(label: str) -> bool:
+    """Whether the name of a label is a whole number."""
+    return label.removeprefix("-").isdecimal()
+
+
 class LabelledRows(Rows[Labelled]):
     """Rows with labels."""
 
@@ -84,7 +89,7 @@ class LabelledRows(Rows[Labelled]):
         self.check(answers, training)
         self.kind = self.task.kind(training[0], labels)
         self.listener.note(f"{len(labels)} labels: {', '.join(labels[:20])}{', ...' if len(labels) > 20 else ''}")
-        if said == "auto" and len(labels) > COUNTED and all(label.lstrip("-").isdecimal() for label in labels):
+        if said == "auto" and len(labels) > COUNTED and all(map(is_whole, labels)):
             notes.add(
                 f"the labels are {len(labels)} whole numbers, and each is taken for a class of its own; if a near "
                 "label is better than one that is far, say task: regression"
@@ -213,7 +218,7 @@ class LabelledTask(Task):
                 "numbers say task: regression, for texts to be written task: causal_lm, or name the right column in "
                 "data.columns."
             )
-        return sorted(found, key=lambda label: (int(label), "") if label.isdecimal() else (math.inf, label))
+        return sorted(found, key=lambda label: (int(label), "") if is_whole(label) else (math.inf, label))
 
     def rows(self, sources: Sequence[Source], reader: Any, notes: Notes) -> list[Labelled]:
         return read_labelled(sources, self.example, keys=self.keys, root=Path.cwd(), notes=notes)

@@ -19,17 +19,20 @@ def tokenised(examples: Sequence[Labelled], tokenizer: Any, max_length: int | No
 
     Raises DataError for a text that has no token at all.
     """
-    texts = [example.text for example in examples]
-    paired = any(example.pair is not None for example in examples)
-    pairs = [example.pair or "" for example in examples] if paired else None
-    whole = tokenizer(texts, pairs, truncation=False, verbose=False)
-    short = tokenizer(texts, pairs, truncation=True, max_length=max_length) if max_length is not None else whole
-    rows = []
-    for at, example in enumerate(examples):
-        row: dict[str, Any] = {name: short[name][at] for name in KEPT if name in short}
-        if not row["input_ids"]:
-            raise DataError(f"{example.place}: the text is empty, and this tokenizer puts nothing before it.")
-        rows.append({**row, "cut": len(whole["input_ids"][at]) > len(row["input_ids"])})
+    rows: list[dict[str, Any]] = [{}] * len(examples)
+    for paired in (False, True):  # each as it would be read by itself, whatever the others are
+        places = [at for at, example in enumerate(examples) if (example.pair is not None) == paired]
+        if not places:
+            continue
+        texts = [examples[at].text for at in places]
+        pairs = [examples[at].pair for at in places] if paired else None
+        whole = tokenizer(texts, pairs, truncation=False, verbose=False)
+        short = tokenizer(texts, pairs, truncation=True, max_length=max_length) if max_length is not None else whole
+        for place, at in enumerate(places):
+            rows[at] = {name: short[name][place] for name in KEPT if name in short}
+            rows[at]["cut"] = len(whole["input_ids"][place]) > len(rows[at]["input_ids"])
+    if empty := next((example for example, row in zip(examples, rows, strict=True) if not row["input_ids"]), None):
+        raise DataError(f"{empty.place}: the text is empty, and this tokenizer puts nothing before it.")
     return rows
 
 
