@@ -16,7 +16,7 @@ from tiny_gguf import write_gguf
 from tiny_runs import tiny_model, tiny_tokenizer
 from trimtab.errors import ModelError, SurgeryError
 from trimtab.export import Wishes, export_format, hand_over
-from trimtab.export._gguf_file import GgufFile, Order, orders
+from trimtab.export._gguf_file import GgufFile, Order, kind_for, orders
 from trimtab.export._modelfile import modelfile, pieces_of
 from trimtab.export._subject import Subject
 
@@ -85,6 +85,15 @@ def test_new_tokens_stand_in_the_file(trained: Any, tmp_path: Path) -> None:
     assert len(tokens) == len(file.field("tokenizer.ggml.token_type")) == file.values("token_embd.weight").shape[0]
     assert file.field("llama.vocab_size") == len(tokens)
     assert said.agreement.kl < 1e-6
+
+
+def test_types_that_gguf_cannot_write_become_the_nearest_finer_one() -> None:
+    kinds = gguf.GGMLQuantizationType
+    assert kind_for(kinds.Q4_K, None, (64, 256)) is kinds.Q8_0
+    assert kind_for(kinds.Q6_K, kinds.Q4_0, (64, 256)) is kinds.Q4_0
+    assert kind_for(kinds.Q4_1, None, (64, 256)) is kinds.Q4_1
+    assert kind_for(kinds.F32, kinds.Q8_0, (64,)) is kinds.F32  # vectors stay
+    assert kind_for(kinds.F16, kinds.Q8_0, (64, 40)) is kinds.F16  # rows that no block of 32 divides
 
 
 # A base that did not come from a GGUF file

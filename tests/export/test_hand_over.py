@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from tiny_encoders import write_encoder
 from tiny_runs import write_config, write_rows
 from trimtab.config.read import load_config
+from trimtab.export import names
 from trimtab.runs.load import load_run
 from trimtab.training.run import finetune
 
@@ -121,7 +122,7 @@ def test_an_option_of_another_format_is_refused(cli: Any, trained: Callable[...,
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("form", ["merged", "lora"])
+@pytest.mark.parametrize("form", names())
 def test_a_folder_that_holds_something_stays(form: str, cli: Any, trained: Callable[..., Path], tmp_path: Path) -> None:
     run, out = trained("lora", LORA), tmp_path / "out"
     out.mkdir()

@@ -71,6 +71,8 @@ class MergedGguf(ExportFormat):
         write_text(folder / "Modelfile", text)
         kinds = ", ".join(f"{count} in {kind}" for kind, count in copy.kinds.most_common())
         done = [f"merged {len(report.modules)} modules", f"merged tensors: {kinds}"]
+        if (quantisation := subject.config.quantisation) != "none":
+            told.append(f"the run is quantised ({quantisation}); its adapter was folded into the file's own weights")
         return Written(done, [*copy.told(), *told], _USE)
 
 

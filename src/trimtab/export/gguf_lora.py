@@ -28,7 +28,8 @@ NAME = "adapter.gguf"
 _TYPES = ("f32", "f16", "bf16")
 
 # By the model_type of transformers: what llama.cpp calls the architecture, and whether its converter turns the rows of
-# queries and keys (``conversion/``: LlamaModel.permute and its heirs). Others need the file itself.
+# queries and keys (``conversion/``: LlamaModel.permute and its heirs). Each is held against llama.cpp by
+# tests/export/test_llama_cpp_architectures.py; others need the file itself.
 _ARCHITECTURES = {
     **{"llama": ("llama", "rope"), "mistral": ("llama", "rope"), "mixtral": ("llama", "rope")},
     **{"smollm3": ("smollm3", "rope"), "granite": ("granite", "rope")},
@@ -124,19 +125,25 @@ def _places(file: GgufFile, factors: list[Factors], model: Any, *, exact: bool) 
 
 def _by_table(factors: list[Factors], model: Any) -> tuple[str, dict[str, Place]]:
     """The same for a model whose GGUF file is not at hand."""
-    architecture, turned = _architecture(model.config)
+    architecture, _ = _architecture(model.config)
     config, found = model.config.get_text_config(), {}
     names = files.tensor_names(architecture, int(config.num_hidden_layers), architecture)
-    heads = int(config.num_attention_heads)
-    keys = int(getattr(config, "num_key_value_heads", None) or heads)
     for one in factors:
         _require_called(one, model)
         tensor = names.get_name(f"{one.module}.weight", try_suffixes=(".weight",))
         if tensor is None:
             raise SurgeryError(f"{one.module}: llama.cpp's {architecture} has no matrix of this name")
-        count = {"attn_q": heads, "attn_k": keys}.get(tensor.split(".")[-2]) if turned == "rope" else None
-        found[one.module] = Place(tensor, Order("rope", count) if count is not None else Order())
+        found[one.module] = Place(tensor, order_of(tensor, model.config))
     return architecture, found
+
+
+def order_of(tensor: str, config: Any) -> Order:
+    """In which order llama.cpp's converter puts the rows of ``tensor`` of a model of ``config``."""
+    text = config.get_text_config()
+    heads = int(text.num_attention_heads)
+    keys = int(getattr(text, "num_key_value_heads", None) or heads)
+    count = {"attn_q": heads, "attn_k": keys}.get(tensor.split(".")[-2])
+    return Order("rope", count) if _architecture(config)[1] == "rope" and count is not None else Order()
 
 
 def _require_called(one: Factors, model: Any) -> None:
