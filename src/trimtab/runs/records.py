@@ -276,7 +276,8 @@ class Summary(Record):
         best_step: whose adapter the run ended with; None: that of the last one.
         task: what the model is asked for; ``head``: what it was read for, where it is no causal language model.
         form: of the rows; ``choices``: the closed set of their answers, if they have one.
-        train_tokens: of all training rows once; ``counted``: what stands in for tokens, such as pictures.
+        train_tokens: of all training rows once; ``counted``: what stands in for tokens, such as pictures;
+            ``loss_unit``: what the loss of training is counted in.
         learning_rate: the peak rate, as it was said or found.
         notes: what the user should know of the rows, the settings and the model, a sentence each.
         began_from: the adapter that training began with; None: a fresh one.
@@ -301,6 +302,7 @@ class Summary(Record):
     validation_rows: int | None = None
     train_tokens: int | None = None
     counted: str = "tokens"
+    loss_unit: str = "nats per token"
     learning_rate: float | None = None
     versions: dict[str, str] = {}
     machine: Machine = Machine()

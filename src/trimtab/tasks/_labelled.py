@@ -159,6 +159,7 @@ class LabelledTask(Task):
 
     keys: ClassVar[tuple[str, ...]]
     """What the rows of the task may hold; another column is mapped to one of these by ``data.columns``."""
+    loss_unit = "nats per label"
     weighs: ClassVar[bool] = True
     """Whether ``train.class_weights`` has a meaning."""
 

@@ -42,6 +42,8 @@ class Task(ABC):
     """What a run computes in that says nothing of it; None: what the machine is best at."""
     counted: ClassVar[str] = "tokens"
     """What the speed of training is counted in."""
+    loss_unit: ClassVar[str] = "nats per token"
+    """What the loss of training is counted in."""
     checked_as_texts: ClassVar[bool] = False
     """Whether rows are texts with parts that are learnt, which are held against the model's tokens and positions."""
 

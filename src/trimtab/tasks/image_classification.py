@@ -35,6 +35,7 @@ class ImageClassification(_labelled.LabelledTask):
     metrics = ("loss", "accuracy", "macro_f1")
     keys = ("image", "label")
     precedence = 10
+    input_key = "image"
     counted = "pictures"
 
     def suits(self, family: Family, classes: Sequence[str], row: Mapping[str, Any] | None) -> bool:

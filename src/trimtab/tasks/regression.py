@@ -50,6 +50,7 @@ class Regression(_labelled.LabelledTask):
     model_class = "AutoModelForSequenceClassification"
     metrics = ("loss", "rmse", "pearson", "spearman", "mean_absolute_error")
     keys = ("text", "text_pair", "label")
+    loss_unit = "squared error"
     precedence = 30
     precision = "float32"
     weighs = False

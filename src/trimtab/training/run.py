@@ -186,6 +186,7 @@ class _Run:
             validation_rows=len(inputs.validation),
             train_tokens=sum(inputs.rows.lengths),
             counted=task.counted,
+            loss_unit=task.loss_unit,
             versions=versions(),
             machine=Machine(**describe_machine()),
             notes=list(dict.fromkeys([*inputs.notes, *before.notes])),

@@ -23,7 +23,7 @@ class Curves:
 
     ``scores``: the validations by ``metric``, the first of the table that they have beside their loss; None without.
     ``epochs``: at which step each epoch ended. ``window``: how many points a smoothed one is the mean of. ``lost``: at
-    how many logged steps the loss was no number.
+    how many logged steps the loss was no number. ``unit``: of the loss.
     """
 
     train: Points
@@ -36,6 +36,7 @@ class Curves:
     epochs: list[tuple[int, float]]
     best_step: int | None
     lost: int
+    unit: str = "nats per token"
 
     @property
     def any(self) -> bool:
@@ -61,8 +62,9 @@ class Curves:
         return sum(1 for _, y in self.train if not low <= y <= high)
 
 
-def curves(metrics: Sequence[MetricsLine], best_step: int | None, metric: Metric | None) -> Curves:
-    """The points of a run's metrics (in the order of steps); ``metric``: the one by which validations are drawn."""
+def curves(metrics: Sequence[MetricsLine], best_step: int | None, metric: Metric | None, unit: str) -> Curves:
+    """The points of a run's metrics (in the order of steps); ``metric``: the one by which validations are drawn;
+    ``unit``: of the loss."""
     train = [measure for measure in metrics if measure.kind == "train"]
     validation = [measure for measure in metrics if measure.kind == "validation"]
     losses = _points(train, lambda measure: measure.loss)
@@ -78,6 +80,7 @@ def curves(metrics: Sequence[MetricsLine], best_step: int | None, metric: Metric
         epochs=_epochs(metrics),
         best_step=best_step,
         lost=sum(1 for measure in train if measure.loss is not None and not math.isfinite(measure.loss)),
+        unit=unit,
     )
 
 

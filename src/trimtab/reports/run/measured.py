@@ -9,7 +9,7 @@ from typing import NamedTuple
 from trimtab.metrics import Metric, main_metric, of_kind
 from trimtab.reports.shared import words
 from trimtab.runs.read import TestSet
-from trimtab.runs.results import ChoiceResult, MultipleChoiceResult, Result
+from trimtab.runs.results import ChoiceResult, MultipleChoiceResult, NumberResult, Result
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,12 @@ class Measured:
 
     @property
     def change(self) -> str:
-        """The change of a share in points, that of a number in percent."""
+        """The change of a share in points, that of a number in percent; of a correlation, which may be 0 or below, what
+        it grew by."""
         if self.metric.share:
             return words.points(self.before, self.after)
+        if self.metric.higher_is_better and self.before is not None and self.after is not None:
+            return words.signed(self.after - self.before, 3)
         if not self.before or not self.after:
             return words.DASH
         return f"{words.signed(100 * (self.after / self.before - 1), 1)} %"
@@ -95,6 +98,8 @@ def headline(tests: TestSet) -> Headline:
     beside = ""
     if guess := baseline(result):
         beside = f"{guess.how} would give {words.percent(guess.share)}"
+    elif isinstance(result, NumberResult):
+        beside = f"always answering the mean would give {words.number(result.spread)}"
     elif result is not None and (unusable := result.figures.get("unusable")):
         beside = f"{words.percent(unusable)} of the answers cannot be used"
     return Headline(tests.name, f"{name}{main.course}", beside)

@@ -145,6 +145,11 @@ class Answered:
         return all(len(text) <= _SHORT for side in sides for text in (side.answer, side.predicted))
 
     @property
+    def judged(self) -> bool:
+        """Whether answers are right or wrong, and not nearer or farther."""
+        return all((group.before, group.after) != (None, None) for group in self.groups)
+
+    @property
     def compared(self) -> bool:
         """Whether there are answers from before and after training."""
         return all(pair.before and pair.after for group in self.groups for pair in group.pairs)

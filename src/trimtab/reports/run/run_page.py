@@ -15,12 +15,13 @@ from trimtab.metrics import METRICS, Metric
 from trimtab.reports.run.curves import curves, describe
 from trimtab.reports.run.measured import baseline, headline, interval, measured
 from trimtab.reports.run.pairs import answered, shown
-from trimtab.reports.run.run_pictures import draw_curves, draw_trials, share_bars
+from trimtab.reports.run.run_pictures import draw_curves, draw_numbers, draw_trials, share_bars
+from trimtab.reports.run.thumbnails import thumbnail
 from trimtab.reports.shared import words
 from trimtab.reports.shared.shell import write_page
 from trimtab.runs.read import Run, TestSet, read_run
 from trimtab.runs.records import MetricsLine, Summary
-from trimtab.runs.results import ChoiceResult
+from trimtab.runs.results import ChoiceResult, NumberResult
 
 _WIDE, _NARROW = 880, 358
 
@@ -38,7 +39,9 @@ def write_run_page(run: Path, summary: Summary | None = None) -> Path:
     train, validation = known.measures("train"), known.measures("validation")
     measured_sets = [tests for tests in known.sets if tests.result]
     key_figures, checked = tiles(known, train), validated(validation)
-    data = curves(known.metrics, known.summary.best_step if known.summary else None, checked[0] if checked else None)
+    told = known.summary or Summary()
+    data = curves(known.metrics, told.best_step, checked[0] if checked else None, told.loss_unit)
+    asking = "generate" if told.task in (None, "causal_lm") else "predict"
     curve_text = describe(data)
     values = {
         "run": known,
@@ -50,6 +53,8 @@ def write_run_page(run: Path, summary: Summary | None = None) -> Path:
         "measured": measured,
         "baseline": baseline,
         "bars": bars,
+        "numbers": numbers,
+        "thumbnail": thumbnail if told.counted == "pictures" else lambda path: None,
         "confusion": confusion,
         "validated": checked,
         "curve": data,
@@ -60,12 +65,12 @@ def write_run_page(run: Path, summary: Summary | None = None) -> Path:
             for kind, width in (("wide", _WIDE), ("narrow", _NARROW))
             if data.any
         ],
-        "trials": draw_trials("trials", known.rate) if known.rate and known.rate.last_round else None,
+        "trials": draw_trials("trials", known.rate, told.loss_unit) if known.rate and known.rate.last_round else None,
         "answered": answered(known.sets),
         "shown": shown,
         "commands": {
             "resume": pasted("finetune", Path(run) / "config.yaml", "--resume"),
-            "generate": pasted("generate", run, text="your prompt"),
+            "ask": pasted(asking, run, text="picture.png" if told.counted == "pictures" else "your prompt"),
             "merge": pasted("merge", run, "OUT"),
         },
     }
@@ -140,6 +145,19 @@ def confusion(result: ChoiceResult) -> list[tuple[str, int, list[Cell]]]:
         cells = [Cell(count, count / rows if rows else 0.0, true == given) for given, count in enumerate(counts)]
         table.append((answer, rows, cells))
     return table
+
+
+def numbers(tests: TestSet, name: str) -> Markup | None:
+    """The picture of numbers over the true ones; None where answers are no numbers."""
+    if not isinstance(tests.result, NumberResult):
+        return None
+    before, after = (
+        [(float(row.answer), float(row.predicted)) for row in rows] for rows in (tests.rows_before, tests.rows_after)
+    )
+    if not before and not after:
+        return None
+    main = measured(tests)[0]
+    return draw_numbers(name, before, after, f"Numbers given over the true ones. {main.metric.label}: {main.course}")
 
 
 def bars(tests: TestSet, name: str) -> Markup | None:

@@ -32,6 +32,7 @@ from trimtab.reports.shared.figures import (
 from trimtab.runs.rate_record import ChosenRate
 
 _TEXT = 12.0
+_MOST_DOTS = 400
 
 
 def share_bars(
@@ -71,7 +72,7 @@ def share_bars(
     return svg(figure, name, label)
 
 
-def draw_trials(name: str, chosen: ChosenRate) -> Markup:
+def draw_trials(name: str, chosen: ChosenRate, unit: str) -> Markup:
     """The losses of the last round of trials over their rates, with the rate that was chosen as a line."""
     width, height = 360.0, 190.0
     figure = screen(width, height)
@@ -86,9 +87,37 @@ def draw_trials(name: str, chosen: ChosenRate) -> Markup:
     axes.xaxis.set_minor_locator(NullLocator())
     if chosen.rate is not None and ticks[0] / 2 < chosen.rate < 2 * ticks[-1]:
         axes.axvline(chosen.rate, color=INK, linewidth=1.5, linestyle=(0, (4, 3)), zorder=2)
-    _title(axes, "loss (nats per token)")
+    _title(axes, f"loss ({unit})")
     told = ", ".join(f"{loss:.4f} at {rate:g}" for rate, loss in points)
     return svg(figure, name, f"Losses of the trials: {told}")
+
+
+def draw_numbers(
+    name: str, before: Sequence[tuple[float, float]], after: Sequence[tuple[float, float]], label: str
+) -> Markup:
+    """Numbers that were given over the true ones, ``(true, given)``, before training pale and after it in colour; on
+    the line both are equal."""
+    width, height = 360.0, 300.0
+    figure = screen(width, height)
+    axes = figure.add_axes((56 / width, 44 / height, 284 / width, 226 / height))
+    _quiet(axes, keep=("left", "bottom"))
+    axes.grid(True, color=LINE, linewidth=1)
+    # The true numbers and what is given for them after training decide the range; what lay far off before may leave it.
+    values = [value for point in after or before for value in point] + [true for true, _ in before]
+    low, high = min(values), max(values)
+    margin = 0.04 * (high - low) or 1.0
+    low, high = low - margin, high + margin
+    axes.plot([low, high], [low, high], color=INK, linewidth=1.5, linestyle=(0, (4, 3)), zorder=2)
+    for points, colour in ((before, BEFORE), (after, ACCENT)):
+        if points:
+            some = points[:: -(-len(points) // _MOST_DOTS)]
+            axes.plot(*zip(*some, strict=True), color=colour, marker="o", markersize=4, linestyle="none", zorder=3)
+    axes.set(xlim=(low, high), ylim=(low, high))
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.set_xlabel("true", fontsize=_TEXT, color=INK, labelpad=4)
+    _write(axes, 0, 1, "given", (-44, 8), xycoords="axes fraction", fontweight="bold")
+    return svg(figure, name, label)
 
 
 def draw_curves(name: str, data: Curves, width: float, label: str) -> Markup:
@@ -120,7 +149,7 @@ def draw_curves(name: str, data: Curves, width: float, label: str) -> Markup:
 
 
 def _loss(axes: Axes, data: Curves) -> None:
-    _title(axes, "loss (nats per token)", 22 if data.epochs else 8)
+    _title(axes, f"loss ({data.unit})", 22 if data.epochs else 8)
     ends = []
     if data.train:
         if data.window > 1:
