@@ -25,7 +25,7 @@ from trimtab.reports.study.weight_changes import write_changes_page
 pytestmark = pytest.mark.timeout(180)
 run = known_run
 STUDIES = Path(__file__).parents[2] / "studies"
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 BROWSER = next((name for name in ("chromium", "chromium-browser", "google-chrome") if shutil.which(name)), None)
 
 

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 from trimtab.metrics import Metric
 from trimtab.reports.shared import words
-from trimtab.runs.records import MetricsLine
+from trimtab.runs.records import MetricsLine, Summary
 
 Points = list[tuple[int, float]]
 
@@ -62,7 +62,9 @@ class Curves:
         return sum(1 for _, y in self.train if not low <= y <= high)
 
 
-def curves(metrics: Sequence[MetricsLine], best_step: int | None, metric: Metric | None, unit: str) -> Curves:
+def curves(
+    metrics: Sequence[MetricsLine], best_step: int | None, metric: Metric | None, unit: str = Summary().loss_unit
+) -> Curves:
     """The points of a run's metrics (in the order of steps); ``metric``: the one by which validations are drawn;
     ``unit``: of the loss."""
     train = [measure for measure in metrics if measure.kind == "train"]
@@ -80,7 +82,7 @@ def curves(metrics: Sequence[MetricsLine], best_step: int | None, metric: Metric
         epochs=_epochs(metrics),
         best_step=best_step,
         lost=sum(1 for measure in train if measure.loss is not None and not math.isfinite(measure.loss)),
-        unit=unit,
+        unit=unit or Summary().loss_unit,
     )
 
 

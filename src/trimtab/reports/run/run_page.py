@@ -54,6 +54,7 @@ def write_run_page(run: Path, summary: Summary | None = None) -> Path:
         "baseline": baseline,
         "bars": bars,
         "numbers": numbers,
+        "has_images": told.counted == "pictures",
         "thumbnail": thumbnail if told.counted == "pictures" else lambda path: None,
         "confusion": confusion,
         "validated": checked,

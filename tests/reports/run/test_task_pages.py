@@ -1,0 +1,68 @@
+"""What a run's page shows of tasks whose answers are no texts: numbers over the true ones, pictures, tagged words."""
+
+from __future__ import annotations
+
+import base64
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from trimtab.evaluation.evaluate import Evaluation, write
+from trimtab.metrics import METRICS
+from trimtab.reports.run.measured import Measured
+from trimtab.reports.run.run_page import write_run_page
+from trimtab.runs.records import Summary
+from trimtab.runs.results import ChoiceResult, NumberResult, Prediction
+
+
+def written(folder: Path, stage: str, record: Any, rows: list[Prediction], **summary: Any) -> str:
+    """The page of a run with one measured test set."""
+    write(Evaluation("test", record, rows), folder, stage)
+    Summary(status="finished", **summary).write_to(folder / "summary.json")
+    return write_run_page(folder).read_text("utf-8")
+
+
+def numbers(*given: float) -> list[Prediction]:
+    return [
+        Prediction(row=at, prompt=f"row {at}", answer=str(10.0 * at), predicted=str(number), correct=None)
+        for at, number in enumerate(given, start=1)
+    ]
+
+
+def test_numbers_are_drawn_over_the_true_ones(tmp_path: Path) -> None:
+    record = NumberResult(kind="number", rows=3, spread=8.165, figures={"rmse": 2.0, "pearson": 0.9, "loss": 4.0})
+    page = written(tmp_path, "after", record, numbers(12.0, 18.0, 31.0), task="regression", loss_unit="squared error")
+    assert 'aria-label="Numbers given over the true ones. RMSE: 2.000 after training"' in page
+    assert "always answering the mean would give 8.165" in page
+    assert "Some rows" in page
+    assert 'class="moved"' not in page  # a number is not right or wrong
+    assert "trimtab predict" in page or not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize(
+    ("metric", "before", "after", "change"),
+    [("pearson", -0.1, 0.9, "+1.000"), ("matthews", 0.005, 0.969, "+0.964"), ("rmse", 4.0, 3.0, "−25.0 %")],
+)
+def test_a_correlation_changes_by_what_it_grew(metric: str, before: float, after: float, change: str) -> None:
+    assert Measured(METRICS[metric], brief=True, before=before, after=after).change == change
+
+
+def test_pictures_stand_in_the_page_where_they_are_still_there(tmp_path: Path) -> None:
+    Image.new("L", (4, 2), 200).save(tmp_path / "here.png")
+    rows = [
+        Prediction(row=at, prompt=str(tmp_path / name), answer="a", predicted=said, correct=said == "a")
+        for at, (name, said) in enumerate([("here.png", "a"), ("gone.png", "b"), ("summary.json", "b")], start=1)
+    ]
+    record = ChoiceResult(
+        kind="choice", rows=3, choices=["a", "b"], confusion=[[1, 2], [0, 0]], figures={"accuracy": 1 / 3}
+    )
+    page = written(tmp_path, "after", record, rows, task="image_classification", counted="pictures")
+    (found,) = re.findall(
+        r'<img class="thumbnail" width="72" height="36" alt="" src="data:image/png;base64,([^"]+)">', page
+    )
+    assert base64.b64decode(found).startswith(b"\x89PNG")
+    assert "img-src data:;" in page
+    assert "img-src" not in written(tmp_path, "after", record, rows)  # and nothing is loaded where rows are texts
