@@ -14,8 +14,9 @@ from trimtab.evaluation.evaluate import Evaluation, write
 from trimtab.metrics import METRICS
 from trimtab.reports.run.measured import Measured
 from trimtab.reports.run.run_page import write_run_page
+from trimtab.reports.run.tagged import pieces
 from trimtab.runs.records import Summary
-from trimtab.runs.results import ChoiceResult, NumberResult, Prediction
+from trimtab.runs.results import ChoiceResult, ClassScore, EntitiesResult, NumberResult, Prediction
 
 
 def written(folder: Path, stage: str, record: Any, rows: list[Prediction], **summary: Any) -> str:
@@ -66,3 +67,31 @@ def test_pictures_stand_in_the_page_where_they_are_still_there(tmp_path: Path) -
     assert base64.b64decode(found).startswith(b"\x89PNG")
     assert "img-src data:;" in page
     assert "img-src" not in written(tmp_path, "after", record, rows)  # and nothing is loaded where rows are texts
+
+
+@pytest.mark.parametrize(
+    ("tags", "told"),
+    [
+        ("B-VES I-VES O B-PER", [("Mary Ann", "VES"), ("meets", ""), ("Jo", "PER")]),
+        ("B-VES B-VES O S-PER", [("Mary", "VES"), ("Ann", "VES"), ("meets", ""), ("Jo", "PER")]),
+        ("B-VES L-VES O U-PER", [("Mary Ann", "VES"), ("meets", ""), ("Jo", "PER")]),
+        ("B-VES I-PER O I-PER", [("Mary", "VES"), ("Ann", "PER"), ("meets", ""), ("Jo", "PER")]),
+        ("NOUN NOUN VERB PROPN", [("Mary", "NOUN"), ("Ann", "NOUN"), ("meets", "VERB"), ("Jo", "PROPN")]),
+        ("B-VES", [("Mary", "VES"), ("Ann", ""), ("meets", ""), ("Jo", "")]),
+    ],
+)
+def test_words_of_an_entity_are_one_piece(tags: str, told: list[tuple[str, str]]) -> None:
+    found = pieces(["Mary", "Ann", "meets", "Jo"], tags, ["PER", "VES"])
+    assert [(piece.text, piece.tag) for piece in found] == told
+    assert {piece.colour for piece in found if piece.tag == "VES"} <= {1}
+
+
+def test_tagged_words_are_coloured_by_their_kind(tmp_path: Path) -> None:
+    scores = {kind: ClassScore(precision=1.0, recall=0.5, f1=2 / 3, rows=2) for kind in ("PER", "VES")}
+    figures = {"entity_f1": 2 / 3, "loss": 0.1}
+    record = EntitiesResult(kind="entities", rows=1, choices=["O"], words=3, per_class=scores, figures=figures)
+    said = {"words": ["Mary", "Ann", "<b>"], "answer": "B-VES I-VES O", "predicted": "B-VES O O"}
+    page = written(tmp_path, "after", record, [Prediction(row=1, prompt="Mary Ann <b>", correct=False, **said)])
+    assert '<mark class="tag-1">Mary Ann<small>VES</small></mark> &lt;b&gt;' in page
+    assert '<mark class="tag-1">Mary<small>VES</small></mark> Ann &lt;b&gt;' in page
+    assert "Precision and recall of each kind of entity" in page

@@ -145,6 +145,11 @@ class Answered:
         return all(len(text) <= _SHORT for side in sides for text in (side.answer, side.predicted))
 
     @property
+    def kinds(self) -> list[str]:
+        """The kinds of entities, or the tags, where each word has one."""
+        return list(getattr(self.tests.result, "per_class", ()))
+
+    @property
     def judged(self) -> bool:
         """Whether answers are right or wrong, and not nearer or farther."""
         return all((group.before, group.after) != (None, None) for group in self.groups)

@@ -16,6 +16,7 @@ from trimtab.reports.run.curves import curves, describe
 from trimtab.reports.run.measured import baseline, headline, interval, measured
 from trimtab.reports.run.pairs import answered, shown
 from trimtab.reports.run.run_pictures import draw_curves, draw_numbers, draw_trials, share_bars
+from trimtab.reports.run.tagged import pieces
 from trimtab.reports.run.thumbnails import thumbnail
 from trimtab.reports.shared import words
 from trimtab.reports.shared.shell import write_page
@@ -54,6 +55,7 @@ def write_run_page(run: Path, summary: Summary | None = None) -> Path:
         "baseline": baseline,
         "bars": bars,
         "numbers": numbers,
+        "pieces": pieces,
         "has_images": told.counted == "pictures",
         "thumbnail": thumbnail if told.counted == "pictures" else lambda path: None,
         "confusion": confusion,
