@@ -138,13 +138,13 @@ def test_no_adapter_is_nearer_by_pefts_own_conversion(llama: Any, tmp_path: Path
         plain = trimtab.convert_to_lora(copy.deepcopy(exact), rank)
         assert plain.error <= (off / size) ** 0.5 * (1 + 1e-5) + 1e-6
         ours = trimtab.convert_to_lora(copy.deepcopy(exact), rank, ids)
-        assert ours.outputs is not None
-        assert ours.outputs.kl is not None
+        assert ours.logits is not None
+        assert ours.logits.kl is not None
         want, got = (torch.cat([model(one).logits.flatten(0, 1) for one in ids]).double() for model in (exact, theirs))
         difference = float((got - want).norm() / want.norm())
         said = want.log_softmax(-1)
         kl = float((said.exp() * (said - got.log_softmax(-1))).sum(-1).mean())
-        assert ours.outputs.difference <= difference * (1 + 1e-3) + 1e-6, (method, by, magnitudes, rank)
-        assert ours.outputs.kl <= kl * (1 + 1e-3) + 1e-10, (method, by, magnitudes, rank)
-        seen.append((kl, ours.outputs.kl))
+        assert ours.logits.difference <= difference * (1 + 1e-3) + 1e-6, (method, by, magnitudes, rank)
+        assert ours.logits.kl <= kl * (1 + 1e-3) + 1e-10, (method, by, magnitudes, rank)
+        seen.append((kl, ours.logits.kl))
     assert sum(ours < kl / 2 for kl, ours in seen) >= 6, "and much nearer where there are magnitudes"

@@ -77,10 +77,10 @@ def test_a_rank_that_suffices_loses_nothing(rule: dict[str, Any]) -> None:
     for name, delta in changes(model, network()).items():
         torch.testing.assert_close(delta, wanted[name], rtol=1e-9, atol=1e-9)
     assert report.error < 1e-9
-    assert report.outputs is not None
-    assert report.outputs.kl is not None
-    assert report.outputs.kl < 1e-12
-    assert report.outputs.agreement == 1.0
+    assert report.logits is not None
+    assert report.logits.kl is not None
+    assert report.logits.kl < 1e-12
+    assert report.logits.agreement == 1.0
     assert report.modules["0"].method == rule["method"]
     assert report.modules["0"].bound < 1e-9
 
@@ -119,11 +119,11 @@ def test_what_the_report_says_is_what_the_plain_formulas_say(weighed: bool) -> N
     if weighed:
         old_x, new_x = exact(x).detach(), model(x).detach()
         old, new = old_x.log_softmax(-1), new_x.log_softmax(-1)
-        assert report.outputs is not None
-        assert report.outputs.kl == pytest.approx(float((old.exp() * (old - new)).sum(-1).mean()), rel=1e-9)
-        assert report.outputs.agreement == float((old.argmax(-1) == new.argmax(-1)).double().mean())
-        assert report.outputs.difference == pytest.approx(float((new_x - old_x).norm() / old_x.norm()))
-        assert report.outputs.count == 200
+        assert report.logits is not None
+        assert report.logits.kl == pytest.approx(float((old.exp() * (old - new)).sum(-1).mean()), rel=1e-9)
+        assert report.logits.agreement == float((old.argmax(-1) == new.argmax(-1)).double().mean())
+        assert report.logits.difference == pytest.approx(float((new_x - old_x).norm() / old_x.norm()))
+        assert report.logits.count == 200
 
 
 def test_weighing_by_rows_brings_the_outputs_of_other_rows_nearer() -> None:
@@ -286,7 +286,7 @@ def test_padding_counts_nowhere(tiny_llama: Callable[..., Any]) -> None:
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
     together = [{"input_ids": torch.tensor([[5, 6, 7, 8], [9, 10, 3, 3]]), "attention_mask": mask}]
     reports = [trimtab.convert_to_lora(copy.deepcopy(model), 2, rows) for rows in (apart, together)]
-    one, other = (report.outputs for report in reports)
+    one, other = (report.logits for report in reports)
     assert one is not None
     assert other is not None
     assert one.count == other.count == 6
@@ -384,8 +384,8 @@ def test_of_several_adapters_the_active_one_is_converted(name: str) -> None:
         before[other] = together(x).detach()
     trimtab.set_adapter(together, name)
     report = trimtab.convert_to_lora(together, 24, [x])
-    assert report.outputs is not None
-    assert report.outputs.difference < 1e-9
+    assert report.logits is not None
+    assert report.logits.difference < 1e-9
     assert trimtab.active_adapter(together) == name
     for other in PLANS:
         trimtab.set_adapter(together, other)

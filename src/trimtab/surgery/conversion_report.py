@@ -93,12 +93,12 @@ class ConversionReport:
     Attributes:
         modules: those that have a plain LoRA now, by name.
         kept: those that no LoRA can express and that stay as they were, by name, each with the reason.
-        outputs: how far the model's outputs moved on the rows; None without rows.
+        logits: how far the model's outputs moved on the rows; None without rows.
     """
 
     modules: Mapping[str, ModuleError]
     kept: Mapping[str, str]
-    outputs: OutputError | None = None
+    logits: OutputError | None = None
 
     @property
     def error(self) -> float:
@@ -131,7 +131,7 @@ class ConversionReport:
 
     def plain(self) -> dict[str, Any]:
         """The report as plain values, for a file."""
-        outputs = None if self.outputs is None else vars(self.outputs)
+        logits = None if self.logits is None else vars(self.logits)
         modules = {
             name: {
                 "method": one.method,
@@ -143,7 +143,7 @@ class ConversionReport:
             }
             for name, one in self.modules.items()
         }
-        said = {"error": self.error, "output_error": self.output_error, "worst": self.worst, "outputs": outputs}
+        said = {"error": self.error, "output_error": self.output_error, "worst": self.worst, "logits": logits}
         return {**said, "kept": dict(self.kept), "modules": modules}
 
 
