@@ -6,10 +6,11 @@
     python benchmarks/memory.py --process          what a run's process holds beyond the process of ``trimtab plan``
 
 Each is a run by ``trimtab finetune`` in a process of its own. Those on random words take three steps, on rows that are
-all of one length, with nothing evaluated: the tensors alone are put to the test. Those on real rows take forty, on rows
-of many lengths (of ../shared/data, which the repository does not hold), and validate and test, too: nothing may grow
-with the number of widths. Measured is the largest resident memory of the process, as the run's own summary.json has
-it: Python, libraries and all. The estimate is that of ``trimtab plan`` on the same file, in a process of its own, too.
+all of one length, with nothing evaluated: the tensors alone are put to the test. Those of other tasks than causal_lm
+are among these, on all-MiniLM-L6-v2. Those on real rows take forty, on rows of many lengths (of ../shared/data, which
+the repository does not hold), and validate and test, too: nothing may grow with the number of widths. Measured is the
+largest resident memory of the process, as the run's own summary.json has it: Python, libraries and all. The estimate is
+that of ``trimtab plan`` on the same file, in a process of its own, too.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ class Combination:
     form: str = "text"
     attention: str = "auto"
     match: str = "all-linear"
+    task: str = "causal_lm"
     layers: str = "all"
     dropout: float = 0.0
     accumulation: int = 1
@@ -77,6 +79,7 @@ class Combination:
         parts += [f"blocks {self.layers}"] if self.layers != "all" else []
         parts += [f"dropout {self.dropout}"] if self.dropout else []
         parts += [f"accumulation {self.accumulation}"] if self.accumulation > 1 else []
+        parts += [self.task] if self.task != "causal_lm" else []
         parts += [f"real rows of {self.data.split('/')[1]}"] if self.data else []
         parts += [f"{self.model} model"] if self.model != "smollm2-135m" else []
         return ", ".join(parts)
@@ -103,6 +106,12 @@ COMBINATIONS = (
     Combination("lora", 8, 256, quantisation="nf4", checkpointing=True),
     Combination("dora", 8, 256, quantisation="nf4"),
     Combination("dora", 4, 512, quantisation="int8", checkpointing=True),
+    Combination("dora", 32, 128, task="sequence_classification", model="minilm"),
+    Combination("full", 16, 256, "float32", task="sequence_classification", model="minilm"),
+    Combination("lora", 32, 256, "float32", task="regression", model="minilm"),
+    Combination("dora", 16, 128, "float32", task="regression", model="minilm"),
+    Combination("dora", 32, 256, "float32", task="token_classification", model="minilm"),
+    Combination("lora", 32, 128, task="token_classification", model="minilm"),
     Combination("dora", 16, data="finance/fpb", model="small"),
     Combination("mora", 16, data="commonsense/ARC-Challenge", model="small", precision="float32"),
     Combination("full", 32, data="finance/fpb", model="small"),
@@ -125,6 +134,7 @@ def write_run(folder: Path, asked: Combination) -> Path:
         rule |= {"rank": 16, "dropout": asked.dropout}
     model = write_llama(folder / "model", asked.model) if asked.model in SHAPES else asked.model
     said: dict[str, Any] = {
+        "task": asked.task,
         "model": {"name": model, "attention": asked.attention},
         "quantisation": asked.quantisation,
         "data": (real_rows(asked.data) if asked.data else random_words(folder, asked)) | {"max_length": asked.length},
@@ -154,11 +164,22 @@ def random_words(folder: Path, asked: Combination) -> dict[str, Any]:
     chance = random.Random(0)
     rows = []
     for _ in range(STEPS[False] * asked.rows * asked.accumulation):
+        if asked.task != "causal_lm":
+            rows.append(labelled([chance.choice(WORDS) for _ in range(asked.length - 2)], asked.task, chance))
+            continue
         text = " ".join(chance.choice(WORDS) for _ in range(2 * asked.length))
         text = tokenizer.decode(tokenizer(text)["input_ids"][: asked.length - 1])
         rows.append({"text": text} if asked.form == "text" else {"prompt": text, "completion": chance.choice("ABC")})
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return {"train": "rows.jsonl", "validation": None}
+
+
+def labelled(words: list[str], task: str, chance: random.Random) -> dict[str, Any]:
+    """A row of a task whose model has a head of its own; each of ``words`` is one token."""
+    if task == "token_classification":
+        return {"tokens": words, "tags": [chance.choice(["O", "B-SHIP", "I-SHIP"]) for _ in words]}
+    label = chance.choice("ABC") if task == "sequence_classification" else chance.gauss(50.0, 10.0)
+    return {"text": " ".join(words), "label": label}
 
 
 def real_rows(name: str) -> dict[str, Any]:
