@@ -14,6 +14,7 @@ from torch import nn
 from trimtab import methods
 from trimtab.adapters.hub import local_folder
 from trimtab.adapters.store import format_of, load_adapter, read_adapter
+from trimtab.adapters.stored_head import read_head
 from trimtab.errors import AdapterError, PlanError
 from trimtab.reading import open_file
 from trimtab.surgery.adapted import bare_modules
@@ -68,6 +69,17 @@ def _shortened(model: nn.Module, report: AttachReport) -> AttachReport:
         meant = {name for name in known if any(fnmatch(name, glob) for glob in globs)}
         rules.append(rule.model_copy(update={"match": tuple(globs)}) if meant == mine else rule)
     return replace(report, rules=tuple(rules))
+
+
+def labels_of_head(name: str) -> tuple[str, ...]:
+    """The labels of the head that is stored with an adapter, in their order; none where it says none (PEFT's own).
+
+    Raises AdapterError if there is no adapter, or a damaged one.
+    """
+    folder = local_folder(name)
+    description, tensors = (folder / file for file in format_of(folder).files)
+    head = read_head(description, tensors)
+    return head.labels if head is not None else ()
 
 
 def trains_base(name: str) -> bool:

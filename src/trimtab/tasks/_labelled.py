@@ -21,6 +21,7 @@ from torch import Tensor
 
 from trimtab.config.resolve import Job
 from trimtab.config.run import EvaluationConfig
+from trimtab.config.start_from import labels_of_head
 from trimtab.data.batches import by_length
 from trimtab.data.choices import check_choices
 from trimtab.data.labelled import Labelled, labelled_as, read_labelled
@@ -82,6 +83,7 @@ class LabelledRows(Rows[Labelled]):
             labels = [label.strip() for label in said]
         else:
             labels = in_the_order_of(load_config_only(self.job.source), found)
+        labels = self._as_begun(labels, found, said)
         if len(labels) < (1 if isinstance(training[0].label, tuple) else 2):
             only = f"'{labels[0]}' is the only label" if labels else "no row has a label"
             raise DataError(f"{training[0].source}: {only}, so there is nothing to tell apart.")
@@ -97,6 +99,20 @@ class LabelledRows(Rows[Labelled]):
         if unseen := [label for label in labels if label not in found]:
             notes.add(f"no training row has the label {', '.join(unseen)}, which cannot be learned then")
         return answers
+
+    def _as_begun(self, labels: list[str], found: list[str], said: object) -> list[str]:
+        """``labels`` in the order of the head that the run begins from: a head whose labels are others, or stand in
+        another order, has learnt something else."""
+        adapter = self.config.adapter
+        known = labels_of_head(adapter) if adapter is not None else ()
+        if not known or (set(found) <= set(known) and not isinstance(said, tuple)):
+            return list(known) or labels
+        if list(known) != labels:
+            raise ConfigError(
+                f"adapter: {adapter}: its head has the labels {', '.join(known[:20])}, and this run needs "
+                f"{', '.join(labels[:20])}; give rows of its labels and no data.choices, or begin without adapter"
+            )
+        return labels
 
     def check(self, answers: Answers, rows: list[Labelled]) -> None:
         known = set(answers.choices or ())
