@@ -250,6 +250,10 @@ def test_refusals_leave_the_model_as_it_was() -> None:
             trimtab.convert_to_lora(model, wrong)  # type: ignore[arg-type]
     with pytest.raises(trimtab.SurgeryError, match="error: expected"):
         trimtab.convert_to_lora(model, error=1.5)
+    with trimtab.disable_adapter(model), pytest.raises(trimtab.SurgeryError, match="leave that context first"):
+        trimtab.convert_to_lora(model)
+    with trimtab.per_row(model, ["default"] * 5), pytest.raises(trimtab.SurgeryError, match="leave that context first"):
+        trimtab.convert_to_lora(model)
     assert model[0].method == "dora"
     assert torch.equal(model(x), before)
     with torch.no_grad():

@@ -17,14 +17,15 @@ from trimtab.bases import TurnedBase, WeightBase
 from trimtab.errors import SurgeryError
 from trimtab.methods import lora, method_class
 from trimtab.ops.truncation import Moments, Spectrum, output_norm, spectrum
-from trimtab.surgery.adapted import adapted_modules, bare, bare_modules, require_adapted
+from trimtab.surgery.adapted import adapted_modules, bare, bare_modules, carriers, require_adapted
 from trimtab.surgery.changed_weights import ChangedWeight, changed_weights
 from trimtab.surgery.conversion_report import ConversionReport, ModuleError
 from trimtab.surgery.exchange import Exchange, Successor
+from trimtab.surgery.install import require_no_rows
 from trimtab.surgery.names import entries, known_adapter
 from trimtab.surgery.row_passes import Rows
 from trimtab.surgery.serving import evaluating
-from trimtab.surgery.wrappers import unwrapped
+from trimtab.surgery.wrappers import synchronised_by, unwrapped
 
 _MOMENTS_AT_ONCE = 2**30  # bytes; what does not fit is gathered by further passes over the rows
 _ROUNDING = 4 * torch.finfo(torch.float32).eps  # of a weight: a smaller change is none
@@ -65,8 +66,17 @@ def convert_to_lora(
     it can become LoRA; and for rows that the model does not take. The model is then unchanged.
     """
     _check(rank, error)
+    if (wrapper := synchronised_by(model)) is not None:
+        raise SurgeryError(
+            f"convert_to_lora: {wrapper} has taken the model already. Save the adapter, and convert it in one process"
+        )
     model = unwrapped(model)
     require_adapted(model, "convert_to_lora")
+    require_no_rows(model)
+    if any(module.adapters_disabled for module in carriers(model)):
+        raise SurgeryError(
+            "convert_to_lora: adapters are switched off (trimtab.disable_adapter); leave that context first"
+        )
     active = known_adapter(model, None, "convert_to_lora")
     if any(callable(getattr(module, "reshard", None)) for module in model.modules()):
         raise SurgeryError(

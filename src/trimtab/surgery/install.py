@@ -97,8 +97,8 @@ def require_no_rows(model: nn.Module) -> None:
     """Raise SurgeryError inside of ``per_row``, whose rows have adapters that must not come or go meanwhile."""
     if any(module.row_groups() is not None for module in carriers(model)):
         raise SurgeryError(
-            "adapters cannot be attached, loaded under a new name, deleted, merged or detached inside of "
-            "trimtab.per_row: leave that context first"
+            "adapters cannot be attached, loaded under a new name, deleted, merged, converted, combined or detached "
+            "inside of trimtab.per_row: leave that context first"
         )
 
 
