@@ -90,7 +90,7 @@ def test_a_classifier_is_handed_over_with_its_head(cli: Any, classifier: Path, t
     assert "likeliest answer is the same for 100 %" in result.out
     head, text = card(tmp_path / "merged")
     assert head["pipeline_tag"] == "text-classification"
-    assert "AutoModelForSequenceClassification.from_pretrained" in text
+    assert 'pipeline("text-classification", "THIS_FOLDER")' in text
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
     assert set(merged.config.id2label.values()) == {"crane", "tug", "berth"}
     loaded, inputs = load_run(classifier), {"input_ids": torch.tensor([[2, 9, 30, 3]])}

@@ -76,7 +76,14 @@ def exact(run: Path) -> Any:
 
 # llama.cpp rounds activations: to 8 bits where a matrix is quantised, to 16 bits where it is in F16, and keys and
 # values to 16 bits. In F32 only the latter is left. A row in a wrong order, or a scale that is off, is 100 times that.
-@pytest.mark.parametrize(("kind", "tolerance"), [("f32", 2e-3), ("f16", 1e-2), ("q8_0", 8e-2)])
+@pytest.mark.parametrize(
+    ("kind", "tolerance"),
+    [
+        ("f32", 2e-3),
+        pytest.param("f16", 1e-2, marks=pytest.mark.full),
+        pytest.param("q8_0", 8e-2, marks=pytest.mark.full),
+    ],
+)
 @pytest.mark.parametrize("plan", [pytest.param(DORA, id="dora"), pytest.param(LORA, id="lora", marks=pytest.mark.full)])
 def test_llama_cpp_answers_as_the_merged_model_does(
     plan: Any, kind: str, tolerance: float, trained: Any, server: Any, tmp_path: Path
@@ -89,7 +96,9 @@ def test_llama_cpp_answers_as_the_merged_model_does(
     assert {one.tensor_type.name for one in bare.reader.tensors if len(one.shape) > 1} == {kind.upper()}
 
 
-@pytest.mark.parametrize("plan", [pytest.param(LORA, id="one scale"), pytest.param(MIXED, id="scales of its own")])
+@pytest.mark.parametrize(
+    "plan", [pytest.param(LORA, id="one scale", marks=pytest.mark.full), pytest.param(MIXED, id="scales of its own")]
+)
 def test_llama_cpp_takes_the_adapter_beside_the_base(plan: Any, trained: Any, server: Any, tmp_path: Path) -> None:
     run = trained(f"beside-{len(plan)}", plan, on_gguf=True, **STRONG)
     hand_over(export_format("gguf-lora"), run, tmp_path / "out", Wishes())

@@ -24,7 +24,9 @@ DORA = [{"match": ["*.q_proj", "*.1.*.up_proj"], "method": "dora", "rank": 2}]
 IDS = [[5, 40, 60, 7, 80, 33]]
 
 
-@pytest.mark.parametrize("plan", [pytest.param(MIXED, id="lora"), pytest.param(DORA, id="dora")])
+@pytest.mark.parametrize(
+    "plan", [pytest.param(MIXED, id="lora", marks=pytest.mark.full), pytest.param(DORA, id="dora")]
+)
 def test_mlx_lm_computes_what_the_run_does(plan: Any, trained: Callable[..., Path], tmp_path: Path) -> None:
     mx = pytest.importorskip("mlx.core")
     loading = pytest.importorskip("mlx_lm.utils")

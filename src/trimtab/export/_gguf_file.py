@@ -166,8 +166,12 @@ class GgufFile:
         if values.ndim == theirs.ndim and values.shape[0] > theirs.shape[0] and values.shape[1:] == theirs.shape[1:]:
             values = values[: theirs.shape[0]]
         size = float(np.linalg.norm(theirs)) or 1.0
-        found = [(distance / size, order) for distance, order in _distances(values, theirs, orders(config))]
-        best, order = min(found, key=lambda one: one[0], default=(np.inf, Order()))
+        best, order = np.inf, Order()
+        for distance, tried in _distances(values, theirs, orders(config)):
+            if distance / size < best:
+                best, order = distance / size, tried
+            if exact and best <= _EXACT:  # no other is nearer, and a large matrix takes a second for each
+                break
         if best > (_EXACT if exact else _SAME):
             raise ModelError(
                 f"{self.path}: {tensor} is not {parameter} of the run's base in any known order of rows (the nearest "
