@@ -109,3 +109,8 @@ def test_a_norm_of_zero_gives_a_ratio_and_gradients_of_zero() -> None:
     assert norm.grad is not None
     assert magnitude.grad.tolist() == [0.25, 0.0]
     assert norm.grad.tolist() == [-2 / 16, 0.0]
+
+
+def test_a_magnitude_that_shrinks_has_moved_as_far_as_one_that_grows() -> None:
+    magnitude, _ = row_changes(torch.tensor([[3.0, 4.0], [0.0, 1.0]]), torch.tensor([[0.0, 1.0], [0.0, 5.0]]))
+    assert magnitude.tolist() == [4.0, 4.0]

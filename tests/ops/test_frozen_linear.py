@@ -334,3 +334,23 @@ def test_a_folded_weight_lies_in_memory_as_the_frozen_one(
         exact = exact * ratio.double().unsqueeze(1)
     bound = 4 * torch.finfo(dtype).eps * (weight.double().abs() + plain.abs()) * (1 if ratio is None else 2)
     assert bool(((got.double() - exact).abs() <= bound).all())
+
+
+def test_of_a_frozen_update_the_magnitude_alone_gets_a_gradient() -> None:
+    weight, a, b = (draw(*shape).detach() for shape in [(OUT, IN), (2, IN), (OUT, 2)])
+    x, magnitude = draw(3, IN).detach(), draw(OUT)
+    total = weight + 1.7 * b @ a
+    norm, gradient = total.norm(dim=1), torch.randn(3, OUT, dtype=torch.float64)
+    output = frozen_linear(x, weight, update=LowRank(1.7), tensors=(a, b), magnitude=magnitude, norm=norm)
+    (got,) = torch.autograd.grad(output, magnitude, gradient)
+    torch.testing.assert_close(got, (gradient * (x @ total.t())).sum(0) / norm, rtol=1e-12, atol=1e-12)
+
+
+def test_a_graph_that_is_gone_is_not_taken_for_an_output_changed_in_place() -> None:
+    weight = draw(OUT, IN).detach()
+    norm = weight.norm(dim=1)
+    magnitude = norm.clone().requires_grad_()
+    output = frozen_linear(draw(3, IN), weight, magnitude=magnitude, norm=norm).sum()
+    output.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        output.backward()

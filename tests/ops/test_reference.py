@@ -100,3 +100,12 @@ def test_the_gradient_of_the_square(turn: bool, out_features: int, in_features: 
     plain: Any = plain_formula.square_rotation if turn else plain_formula.square_sharing
     (want,) = torch.autograd.grad(plain(matrix, (out_features, in_features)), matrix, grad)
     assert_equal(reference.square_gradient(grad, side, turn=turn), want)
+
+
+def test_the_norm_is_differentiated_unless_it_is_said_to_be_a_constant() -> None:
+    weight, magnitude = draw(4, 3).requires_grad_(), draw(4)
+    gradient = draw(4, 3)
+    (got,) = torch.autograd.grad(reference.effective_weight(weight, magnitude=magnitude), weight, gradient)
+    whole = magnitude[:, None] * weight / weight.square().sum(1, keepdim=True).sqrt()
+    (want,) = torch.autograd.grad(whole, weight, gradient)
+    assert_equal(got, want)

@@ -41,7 +41,7 @@ def test_other_numbers_under_the_same_parameter_are_noticed_quickly() -> None:
 
 
 @pytest.mark.parametrize("turned", [False, True])
-@pytest.mark.parametrize("shape", [(3, 5), (160, 130), (130, 160), (700, 40)])
+@pytest.mark.parametrize("shape", [(3, 5), (160, 130), (130, 160), (127, 130), (700, 40)])
 def test_any_row_and_any_column_changed_past_the_version_is_noticed(shape: tuple[int, int], turned: bool) -> None:
     tensor: Tensor = torch.randn(shape)
     tensor = tensor.t() if turned else tensor
@@ -58,3 +58,10 @@ def test_the_second_of_two_tensors_counts_as_the_first() -> None:
     stamp = Stamp([one, other])
     other.data.mul_(2)
     assert not stamp.fits([one, other])
+
+
+def test_one_number_alone_is_compared() -> None:
+    tensor = torch.ones(1)
+    stamp = Stamp([tensor])
+    tensor.data[0] = 2.0
+    assert not stamp.fits([tensor])

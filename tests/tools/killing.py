@@ -1,7 +1,7 @@
 """Runs tests against mutants, each in a fork of a process that has loaded what it needs.
 
 A mutant inside a function is put into a process that has collected all tests: the loaded functions get its code and its
-defaults, and the tests that call them are run until one fails. First come those that killed other mutants of the
+defaults, and the tests that run its line are run until one fails. First come those that killed other mutants of the
 function, then one case of each test before a second of any. A mutant that no test is seen to call (a default in the
 body of a class, what is called while a module is imported) is put into a process without the library, which loads the
 changed file and runs the tests that call anything in it.
@@ -34,6 +34,7 @@ from mutating import ROOT, SOURCE, Mutant, mutated
 TESTS = ("tests/ops", "tests/methods", "tests/bases", "tests/surgery", "tests/contract")
 # Plugins that are loaded before pytest begins are loaded for the fork's sake, and warnings are errors.
 OPTIONS = ("-x", "-q", "-p", "no:cacheprovider", "--tb=no", "-W", "ignore::pytest.PytestAssertRewriteWarning")
+FILES = tuple(str(SOURCE / folder) for folder in ("ops", "methods"))  # whose lines are watched
 OWN = ("tests/ops", "tests/methods")
 KILLERS = 6  # tests that are tried first, because they killed a mutant of the same function before
 SLACK = 20  # seconds of processor time beyond ten times what the tests take; a mutant that runs longer never ends
@@ -44,12 +45,13 @@ Told = Callable[[Mutant, bool], None]
 Function = tuple[str, str]
 """File and qualified name."""
 Calls = dict[Function, dict[int, float]]
-"""``function -> number of a test that calls it -> seconds``."""
+"""``function -> number of a test that calls it -> seconds``. A line of a function counts as one, with its number as its
+name."""
 Work = Callable[[], tuple[Callable[[], int], float]]
 """Says when its turn has come what a fork has to do, and for how many seconds. The fork ends with 0 if it lives."""
 
 
-def run(mutants: Sequence[Mutant], told: Told, jobs: int, seconds: float, cache: Path) -> None:
+def run(mutants: Sequence[Mutant], told: Told, *, jobs: int, seconds: float, tests: Sequence[str], cache: Path) -> None:
     """Run tests against every mutant, ``jobs`` at once, each for ``seconds`` of the tests of single functions and for
     as long of the others. ``cache`` keeps which test calls what. Raises SystemExit if some test fails without any."""
     _warm_up()
@@ -57,15 +59,15 @@ def run(mutants: Sequence[Mutant], told: Told, jobs: int, seconds: float, cache:
         left = Path(folder) / "left.json"
         child = os.fork()
         if child == 0:
-            os._exit(_in_functions(mutants, told, jobs, seconds, cache, left))
+            os._exit(_in_functions(mutants, told, jobs=jobs, seconds=seconds, paths=tests, cache=cache, left=left))
         if os.waitpid(child, 0)[1]:
             raise SystemExit("some test fails without any mutant: mend that first")
-        tests = json.loads(left.read_text("utf-8"))
-    anew = [mutant for mutant in mutants if repr(mutant) in tests]
+        of_file = json.loads(left.read_text("utf-8"))
+    anew = [mutant for mutant in mutants if repr(mutant) in of_file]
     everything = 20 * SLACK + 20 * seconds
     _each(
         [
-            (mutant, lambda mutant=mutant: (partial(_loaded_anew, mutant, tests[repr(mutant)]), everything))
+            (mutant, lambda mutant=mutant: (partial(_loaded_anew, mutant, of_file[repr(mutant)]), everything))
             for mutant in anew
         ],
         told,
@@ -117,7 +119,16 @@ def _limit(seconds: float) -> None:
 # In a process that has collected all tests ---------------------------------------------------------------------------
 
 
-def _in_functions(mutants: Sequence[Mutant], told: Told, jobs: int, seconds: float, cache: Path, left: Path) -> int:
+def _in_functions(
+    mutants: Sequence[Mutant],
+    told: Told,
+    *,
+    jobs: int,
+    seconds: float,
+    paths: Sequence[str],
+    cache: Path,
+    left: Path,
+) -> int:
     import pytest
 
     killer = left.with_name("killer")
@@ -134,7 +145,9 @@ def _in_functions(mutants: Sequence[Mutant], told: Told, jobs: int, seconds: flo
             others = {}
 
             def begin(mutant: Mutant, function: Function) -> tuple[Callable[[], int], float]:
-                chosen, takes = _chosen(session.items, calls[function], killers[function], seconds)
+                of_lines = _of_lines(mutant, calls) or calls[function]
+                first = [number for number in killers[function] if number in of_lines]
+                chosen, takes = _chosen(session.items, of_lines, first, seconds)
                 return partial(_with_change, mutant, function, functions[function], chosen), SLACK + 10 * takes
 
             def noted(mutant: Mutant, lives: bool) -> None:
@@ -168,39 +181,53 @@ def _in_functions(mutants: Sequence[Mutant], told: Told, jobs: int, seconds: flo
                 killer.write_text(report.nodeid, "utf-8")
                 os._exit(1)
 
-    return int(pytest.main([*OPTIONS, *TESTS], plugins=[Session()]))
+    return int(pytest.main([*OPTIONS, *paths], plugins=[Session()]))
 
 
 def _calls(items: Sequence[Any], cache: Path) -> Calls:
     """Which tests call which function, seen in a fork, and kept for as long as neither the library nor a test changes.
     Raises SystemExit if a test fails."""
     files = sorted([*SOURCE.rglob("*.py"), *(ROOT / "tests").rglob("*.py")])
-    kept = cache / f"calls-{hashlib.sha256(b''.join(file.read_bytes() for file in files)).hexdigest()[:12]}.json"
+    known = b"".join([*(file.read_bytes() for file in files), *(item.nodeid.encode() for item in items)])
+    kept = cache / f"calls-{hashlib.sha256(known).hexdigest()[:12]}.json"
     if not kept.is_file():
         child = os.fork()
         if child == 0:
             calls: Calls = defaultdict(dict)
-            ours = str(SOURCE)
             for number, item in enumerate(items):
-                seen: set[CodeType] = set()
+                seen: set[Function] = set()
 
-                def see(frame: FrameType, event: str, _: Any, seen: set[CodeType] = seen) -> None:
-                    if event == "call":
-                        seen.add(frame.f_code)
+                def line(frame: FrameType, event: str, _: Any, seen: set[Function] = seen) -> Any:
+                    if event == "line":
+                        seen.add((frame.f_code.co_filename, str(frame.f_lineno)))
+                    return line
+
+                def call(frame: FrameType, *_: Any, seen: set[Function] = seen, line: Any = line) -> Any:
+                    if frame.f_code.co_filename.startswith(FILES):
+                        seen.add((frame.f_code.co_filename, _outermost(frame.f_code.co_qualname)))
+                        return line
+                    return None
 
                 began = time.monotonic()
-                sys.setprofile(see)
+                sys.settrace(call)
                 item.config.hook.pytest_runtest_protocol(item=item, nextitem=(*items, None)[number + 1])
-                sys.setprofile(None)
-                for code in seen:
-                    if code.co_filename.startswith(ours):
-                        calls[code.co_filename, _outermost(code.co_qualname)][number] = time.monotonic() - began
+                sys.settrace(None)
+                for function in seen:
+                    calls[function][number] = time.monotonic() - began
             kept.write_text(json.dumps([[*function, tests] for function, tests in calls.items()]), "utf-8")
             os._exit(0)
         if os.waitpid(child, 0)[1]:
             raise SystemExit(1)
     every = json.loads(kept.read_text("utf-8"))
     return {(file, name): {int(number): took for number, took in tests.items()} for file, name, tests in every}
+
+
+def _of_lines(mutant: Mutant, calls: Calls) -> dict[int, float]:
+    """The tests that run a line of what is changed."""
+    lines = range(mutant.lines[0], mutant.lines[1] + 1)
+    return {
+        number: took for line in lines for number, took in calls.get((str(SOURCE / mutant.file), str(line)), {}).items()
+    }
 
 
 def _chosen(

@@ -4,10 +4,11 @@
     python tests/tools/mutants.py --only ops/ratio.py      of one file
     python tests/tools/mutants.py --resume                 go on where it was cut off, or where the library changed
     python tests/tools/mutants.py --again --seconds 60     those that lived the last time, with more tests
+    python tests/tools/mutants.py --again --tests tests/ops/test_stamp.py      those, with tests that are new
     python tests/tools/mutants.py --page                   write the page again, with new reasons
 
 A mutant is the library with one expression changed: a comparison, a sum, a constant, a condition, a result, the order
-of two arguments, a call left out. Each meets tests of ``killing.TESTS`` that call its function until one of them fails.
+of two arguments, a call left out. Each meets tests of ``killing.TESTS`` that run its line until one of them fails.
 They are tried in eight rounds, every eighth of each file in a round, so that a run that is cut off has an even sample.
 What lives is listed in tests/mutants.md with the reason why no test can see it, from tests/mutants.yaml; a row without
 a reason is work to do.
@@ -28,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from killing import run
+from killing import TESTS, run
 from mutating import ROOT, SOURCE, Mutant, mutants
 
 PAGE = ROOT / "tests" / "mutants.md"
@@ -104,6 +105,7 @@ def main() -> None:
         "--seconds", type=float, default=10.0, help="of tests for each: of ops and methods, and of others"
     )
     parser.add_argument("--jobs", type=int, default=2, help="so many mutants at once")
+    parser.add_argument("--tests", nargs="*", default=TESTS, help="files and folders of tests (%(default)s)")
     parser.add_argument("--state", type=Path, default=ROOT / ".mutants", help="folder of results (%(default)s)")
     parser.add_argument("--list", action="store_true", help="print the mutants and run none")
     parser.add_argument("--page", action="store_true", help="write the page and run none")
@@ -143,7 +145,7 @@ def main() -> None:
 
     try:
         if chosen:
-            run(chosen, told, jobs=said.jobs, seconds=said.seconds, cache=said.state)
+            run(chosen, told, jobs=said.jobs, seconds=said.seconds, tests=said.tests, cache=said.state)
     finally:
         write_page(json.loads(place.read_text("utf-8")), every)
     print(f"{PAGE.relative_to(ROOT)} has the result")

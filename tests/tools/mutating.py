@@ -8,7 +8,7 @@ import copy
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ COMPUTE = {
 }
 # Calls that can be left out of a chain and leave something of the same shape, or of the shape turned round.
 DROPPED_CALLS = {"t", "detach", "sqrt", "square", "abs", "conj"}
+# Calls whose first two arguments may change places.
+SYMMETRIC = {"min", "max", "transpose", "equal", "promote_types", "maximum", "minimum", "addcmul_"}
 # What a person reads, and no computation: no mutants in there.
 WORDS = {"description", "match", "message"}
 
@@ -39,7 +41,9 @@ class Mutant:
     number: int
     """Which of the changes of this kind at this place."""
     around: str = ""
-    """A digest of the function or class of the file that it is in: the result of a changed one is worth nothing."""
+    """A digest of the function that it is in: the result of a changed one is worth nothing."""
+    lines: tuple[int, int] = field(default=(0, 0), compare=False, repr=False)
+    """The first and the last line of what is changed."""
 
     def __str__(self) -> str:
         return f"{self.file} {self.place}: `{self.before}` -> `{self.after}`"
@@ -77,8 +81,8 @@ def changes(node: ast.AST) -> Iterator[ast.AST]:
             yield ast.Pass()
         case ast.Call(func=ast.Attribute(value=inside, attr=name)) if name in DROPPED_CALLS:
             yield inside
-        case ast.Call(func=ast.Name(id="min" | "max")):
-            pass  # the order of their arguments is nobody's business
+        case ast.Call(func=ast.Name(id=name) | ast.Attribute(attr=name)) if name in SYMMETRIC:
+            pass
         case ast.Call(args=[first, second, *more]) if not {ast.Starred} & {type(first), type(second)}:
             yield like(args=[second, first, *more])
 
@@ -100,10 +104,7 @@ def _each_with_tree(file: str) -> Iterator[tuple[Mutant, ast.Module]]:
     """Each mutant with the tree of its file, which has the change for as long as nobody asks for the next."""
     tree = ast.parse((SOURCE / file).read_text("utf-8"))
     counted: dict[tuple[str, str, str], int] = defaultdict(int)
-    inside: dict[str, str] = {"": ""}
-    for statement in tree.body:
-        if isinstance(statement, ast.FunctionDef | ast.ClassDef):
-            inside[statement.name] = hashlib.sha256(ast.dump(statement).encode()).hexdigest()[:12]
+    inside: dict[str, str] = {}
 
     def walk(node: ast.AST, place: str) -> Iterator[tuple[Mutant, ast.Module]]:
         for name, value in ast.iter_fields(node):
@@ -117,11 +118,13 @@ def _each_with_tree(file: str) -> Iterator[tuple[Mutant, ast.Module]]:
                 inner = place
                 if isinstance(child, ast.FunctionDef | ast.ClassDef):
                     inner = f"{place}.{child.name}" if place else child.name
+                    if isinstance(child, ast.FunctionDef):
+                        inside[inner] = inside.get(place) or hashlib.sha256(ast.dump(child).encode()).hexdigest()[:12]
                 for changed in changes(child):
                     text = (place or "(file)", _line(child), _line(changed))
                     if text[1] == text[2]:
                         continue
-                    mutant = Mutant(file, *text, counted[text], inside.get(place.split(".")[0], ""))
+                    mutant = Mutant(file, *text, counted[text], inside.get(place, ""), _lines(child))
                     counted[text] += 1
                     _put(node, name, index, changed)
                     yield mutant, tree
@@ -137,6 +140,11 @@ def _put(node: ast.AST, name: str, index: int | None, value: ast.AST) -> None:
         setattr(node, name, value)
     else:
         getattr(node, name)[index] = value
+
+
+def _lines(node: Any) -> tuple[int, int]:
+    part = node.test if isinstance(node, ast.If) else node
+    return part.lineno, part.end_lineno
 
 
 def _skipped(node: ast.AST) -> bool:

@@ -125,7 +125,7 @@ AUTO = {"learning_rate": "auto", "max_steps": 30, "epochs": 10, "tune": {"budget
 
 
 @pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def quick(monkeypatch: pytest.MonkeyPatch, bare_runs: None) -> None:
     """Trials of two steps are enough to see that they are made."""
     monkeypatch.setattr(rate_plan, "SHORTEST", 2)
 
@@ -146,8 +146,6 @@ def test_a_run_finds_its_rate_and_is_then_the_run_that_is_told_it(make_yaml: Cal
     tensors, others = (load_file(folder.adapter / "adapter_model.safetensors") for folder in (found, same))
     assert all(torch.equal(tensors[name], others[name]) for name in tensors.keys() | others.keys())
     assert not same.rate.exists()
-    assert "The learning rate" in found.report.read_text(encoding="utf-8")
-    assert "The learning rate" not in same.report.read_text(encoding="utf-8")
 
 
 @pytest.mark.full

@@ -112,6 +112,7 @@ def test_the_run_folder(make_config: Callable[..., Any], tmp_path: Path, model_f
     }
 
 
+@pytest.mark.usefixtures("bare_runs")
 def test_validation_from_a_file(make_config: Callable[..., Any], tmp_path: Path) -> None:
     held = write_rows(tmp_path / "held.jsonl", rows(7))
     folder = finetune(make_config(data={"validation": str(held)}))
@@ -135,6 +136,7 @@ def test_fewer_rows_are_the_same_ones_whatever_the_seed(make_config: Callable[..
     assert len(read_inputs(make_config(data={"train_limit": 99}), tokenizer, told).rows) == 24
 
 
+@pytest.mark.usefixtures("bare_runs")
 @pytest.mark.parametrize("form", ["finlora", "completion", "alpaca", "chat", "text", "multiple_choice"])
 def test_every_form_of_rows(make_config: Callable[..., Any], tmp_path: Path, form: str) -> None:
     test = write_rows(tmp_path / "test.jsonl", rows(6, form))
@@ -148,6 +150,7 @@ def test_every_form_of_rows(make_config: Callable[..., Any], tmp_path: Path, for
     assert folder.read_summary().status == "finished"
 
 
+@pytest.mark.usefixtures("bare_runs")
 def test_open_answers_are_generated(make_config: Callable[..., Any], tmp_path: Path) -> None:
     test = write_rows(tmp_path / "test.jsonl", rows(6, "open"))
     config = make_config(
@@ -165,13 +168,14 @@ def test_open_answers_are_generated(make_config: Callable[..., Any], tmp_path: P
     assert measure(str(folder.path), [])[1][0].rows == 4
 
 
+@pytest.mark.usefixtures("bare_runs")
 def test_the_validation_loss_is_that_of_the_rows(make_config: Callable[..., Any], tmp_path: Path) -> None:
     held = write_rows(tmp_path / "held.jsonl", rows(5, "text"))
     folder = finetune(make_config(form="text", data={"validation": str(held)}, train={"max_steps": 3}))
     loaded = load_run(folder.path)
     total = count = 0.0
     for row in rows(5, "text"):  # one row at a time, with the model's own loss
-        ids = torch.tensor([[*loaded.tokenizer(row["text"]).input_ids, loaded.tokenizer.eos_token_id]])
+        ids = torch.tensor([[*loaded.reader(row["text"]).input_ids, loaded.reader.eos_token_id]])
         with torch.no_grad():
             total += float(loaded.model(ids, labels=ids).loss) * (ids.numel() - 1)
         count += ids.numel() - 1
@@ -179,6 +183,7 @@ def test_the_validation_loss_is_that_of_the_rows(make_config: Callable[..., Any]
     assert found == pytest.approx(total / count, rel=1e-5)
 
 
+@pytest.mark.usefixtures("bare_runs")
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_learns(make_config: Callable[..., Any], method: str) -> None:
     listener = Kept()
@@ -193,6 +198,7 @@ def test_every_method_learns(make_config: Callable[..., Any], method: str) -> No
         assert load_run(folder.path).model(IDS).logits.isfinite().all()
 
 
+@pytest.mark.usefixtures("bare_runs")
 def test_bfloat16_and_float32(make_config: Callable[..., Any]) -> None:
     losses = {}
     for precision in ("bfloat16", "float32"):
@@ -244,6 +250,7 @@ def test_answers_outside_the_choices_are_found_before_anything_is_loaded(
         finetune(make_config(data={"choices": ["calm", "storm"]}))
 
 
+@pytest.mark.usefixtures("bare_runs")
 def test_choices_that_no_training_row_has_are_noted(make_config: Callable[..., Any]) -> None:
     listener = Kept()
     config = make_config(data={"choices": ["calm", "watch", "storm", "gale"]}, train={"max_steps": 1})
@@ -299,6 +306,7 @@ def test_rows_that_are_left_out_are_named(make_config: Callable[..., Any]) -> No
         finetune(make_config("short", data={"max_length": 2}))
 
 
+@pytest.mark.usefixtures("bare_runs")
 def test_the_head_of_a_trained_model_is_taken_apart(make_config: Callable[..., Any]) -> None:
     folder = finetune(make_config(train={"max_steps": 1}))
     assert Head(load_run(folder.path).model).sparse

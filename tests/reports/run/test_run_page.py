@@ -15,6 +15,7 @@ import pytest
 
 from trimtab.errors import RunError
 from trimtab.reports.run.run_page import write_run_page
+from trimtab.runs.rate_record import ChosenRate, RateTrial
 
 _VOID = {"meta", "br", "hr", "img", "link", "input"}
 # Elements that begin a new piece of text for a reader.
@@ -201,6 +202,7 @@ from trimtab.runs.records import PlanRecord
 plan = PlanRecord.read(json.loads((run / "plan.json").read_text()))
 tables.results_table(read_run(run)), tables.answers_table(read_run(run)), tables.plan_table(plan)
 from trimtab.reports.run.run_page import write_run_page
+from trimtab.runs.rate_record import ChosenRate, RateTrial
 write_run_page(run)
 assert "torch" not in sys.modules
 assert "matplotlib.pyplot" not in sys.modules
@@ -283,6 +285,16 @@ def test_what_is_missing_is_left_out(run: Path, name: str) -> None:
     for other, part in PARTS.items():
         assert (part in text) == (other != name), part
     assert "None" not in text
+
+
+def test_a_rate_that_was_found_is_shown_with_its_trials(run: Path) -> None:
+    assert "The learning rate" not in page(run).text
+    trials = [RateTrial(round=1, rate=rate, steps=5, loss=1 + rate, seconds=0.1) for rate in (1e-3, 2e-3, 4e-3)]
+    chosen = ChosenRate(rate=1.2e-3, likely=2e-3, run_steps=48, rows=8, cost=7.0, trials=trials, why="the best")
+    chosen.write_to(run / "rate.json")
+    text = page(run).text
+    assert "The learning rate 0.0012: the best. The trials cost as much as 7 of the run's 48 steps" in text
+    assert "it would have been 0.002" in text
 
 
 def test_a_run_with_hardly_anything(tmp_path: Path) -> None:

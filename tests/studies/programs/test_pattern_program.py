@@ -68,7 +68,7 @@ def study(tmp_path: Path, model_folder: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def runs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+def runs(monkeypatch: pytest.MonkeyPatch, bare_runs: None) -> list[Any]:
     """Runs happen in this process, which is quicker, and are noted."""
     done: list[Any] = []
 
