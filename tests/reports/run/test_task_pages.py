@@ -95,3 +95,4 @@ def test_tagged_words_are_coloured_by_their_kind(tmp_path: Path) -> None:
     assert '<mark class="tag-1">Mary Ann<small>VES</small></mark> &lt;b&gt;' in page
     assert '<mark class="tag-1">Mary<small>VES</small></mark> Ann &lt;b&gt;' in page
     assert "Precision and recall of each kind of entity" in page
+    assert "95 % interval" not in page  # which holds for shares of rows, and an F1 is none

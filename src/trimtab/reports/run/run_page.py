@@ -13,7 +13,7 @@ from markupsafe import Markup
 from trimtab.hints import pasted
 from trimtab.metrics import METRICS, Metric
 from trimtab.reports.run.curves import curves, describe
-from trimtab.reports.run.measured import baseline, headline, interval, measured
+from trimtab.reports.run.measured import baseline, counts_rows, headline, interval, measured
 from trimtab.reports.run.pairs import answered, shown
 from trimtab.reports.run.run_pictures import draw_curves, draw_numbers, draw_trials, share_bars
 from trimtab.reports.run.tagged import pieces
@@ -54,6 +54,7 @@ def write_run_page(run: Path, summary: Summary | None = None) -> Path:
         "measured": measured,
         "baseline": baseline,
         "bars": bars,
+        "counts_rows": counts_rows,
         "numbers": numbers,
         "pieces": pieces,
         "has_images": told.counted == "pictures",
@@ -169,12 +170,12 @@ def bars(tests: TestSet, name: str) -> Markup | None:
     if not main.metric.share:
         return None
     sides = [
-        (title, share, interval(share, side.rows))
+        (title, share, interval(share, side.rows) if counts_rows(side) else (share, share))
         for title, side, share in (("before", tests.before, main.before), ("after", tests.after, main.after))
         if side is not None and share is not None
     ]
     told = ", ".join(f"{title} {words.percent(share)}" for title, share, _ in sides)
-    label = f"{main.metric.label.capitalize()}: {told}"
+    label = f"{main.metric.label[:1].upper()}{main.metric.label[1:]}: {told}"
     guess = baseline(tests.result)
     if guess is not None:
         label += f"; {guess.name} {words.percent(guess.share)}"
