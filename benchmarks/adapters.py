@@ -22,13 +22,13 @@ take of memory beside the base, over the bytes of their own tensors: as loaded, 
 from __future__ import annotations
 
 import argparse
+import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-import psutil
 import torch
 
 from common import alternate, ratio, show, show_over, write_results
@@ -139,6 +139,14 @@ def steps(said: argparse.Namespace) -> dict[str, list[float]]:
     return seconds
 
 
+def held_bytes() -> int:
+    """What all tensors of the process hold, each storage once."""
+    gc.collect()
+    found = (one for one in gc.get_objects() if isinstance(one, torch.Tensor) and one.device.type == "cpu")
+    storages = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in found}
+    return sum(storages.values())
+
+
 def switching(said: argparse.Namespace) -> dict[str, Any]:
     """Seconds of a switch between eight DoRA adapters, and their memory over the bytes of their own tensors."""
     import trimtab
@@ -147,22 +155,18 @@ def switching(said: argparse.Namespace) -> dict[str, Any]:
     ids = torch.randint(0, 1000, (1, 8))
     with torch.no_grad():
         model(input_ids=ids)
-    process, names = psutil.Process(), [f"dora {number}" for number in range(8)]
-    before = process.memory_info().rss
+    names = [f"dora {number}" for number in range(8)]
+    before, base = held_bytes(), sum(one.nbytes for one in model.parameters())
     with_adapters(model, dict.fromkeys(names, "dora"), said.rank)
-    loaded = process.memory_info().rss
-    base = model.num_parameters()
-    carried = {id(one): one for key, one in model.named_parameters() if ".adapter" in key}
-    own = sum(one.nbytes for one in carried.values())
+    loaded, own = held_bytes(), sum(one.nbytes for one in model.parameters()) - base
     with torch.no_grad():
         for name in names:
             trimtab.set_adapter(model, name)
             model(input_ids=ids)
-    used = process.memory_info().rss
+    used = held_bytes()
     seconds = alternate({name: lambda name=name: trimtab.set_adapter(model, name) for name in names}, said.repeats)
     took = [one for times in seconds.values() for one in times]
     return {
-        "numbers": base,
         "own_bytes": own,
         "loaded": (loaded - before) / own,
         "used": (used - before) / own,

@@ -40,6 +40,7 @@ _PUBLIC = {
     "load_adapter": "adapters.store",
     "merge": "surgery.merge",
     "per_row": "surgery.per_row",
+    "reference": "surgery.serving",
     "save_adapter": "adapters.store",
     "serving": "surgery.serving",
     "set_adapter": "surgery.names",
@@ -93,4 +94,4 @@ if TYPE_CHECKING:  # what the lazy names are, for type checkers and editors
     from trimtab.surgery.names import active_adapter, delete_adapter, set_adapter
     from trimtab.surgery.per_row import per_row
     from trimtab.surgery.plan import Plan, Rule
-    from trimtab.surgery.serving import disable_adapter, serving
+    from trimtab.surgery.serving import disable_adapter, reference, serving

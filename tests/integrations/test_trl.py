@@ -54,7 +54,7 @@ def store(trainer: str, folder: Path, **changes: int) -> Path:
     return folder
 
 
-def make(trainer: str, model: Any, tokenizer: Any, folder: Path, **options: Any) -> Any:
+def make(trainer: str, model: Any, tokenizer: Any, folder: Path, reference: Any = None, **options: Any) -> Any:
     import trl
     from datasets import Dataset
 
@@ -78,7 +78,8 @@ def make(trainer: str, model: Any, tokenizer: Any, folder: Path, **options: Any)
         return trl.SFTTrainer(model, args=arguments, train_dataset=rows, processing_class=tokenizer)
     if trainer == "dpo":
         arguments = trl.DPOConfig(max_length=16, **common)
-        return trl.DPOTrainer(model, args=arguments, train_dataset=Dataset.from_list(pairs), processing_class=tokenizer)
+        rows = Dataset.from_list(pairs)
+        return trl.DPOTrainer(model, reference, args=arguments, train_dataset=rows, processing_class=tokenizer)
     if trainer == "grpo":
         arguments = trl.GRPOConfig(num_generations=2, max_completion_length=4, beta=0.1, **common)
         return trl.GRPOTrainer(
@@ -163,6 +164,28 @@ def test_the_bare_model_is_the_reference_of_dpo(tokenizer: Any, tmp_path: Path) 
     assert not torch.equal(model(IDS).logits, before)
     with trimtab.disable_adapter(model), torch.no_grad():
         assert torch.allclose(model(IDS).logits, before, atol=1e-6)
+
+
+@pytest.mark.full
+def test_a_model_without_its_adapters_is_the_reference_of_dpo(tokenizer: Any, tmp_path: Path) -> None:
+    """It trains what a reference model of its own would have it train, and nothing is loaded for that."""
+    base = store("dpo", tmp_path / "base")
+
+    def trained(with_reference: bool) -> Any:
+        torch.manual_seed(0)
+        model = model_class("dpo").from_pretrained(base, dtype=torch.float32)
+        trimtab.attach(model, RULES)
+        options = {"max_steps": 3}
+        made = make(
+            "dpo", model, tokenizer, tmp_path / "run", trimtab.reference(model) if with_reference else None, **options
+        )
+        made.train()
+        if with_reference:
+            assert {id(one) for one in made.ref_model.parameters()} == {id(one) for one in model.parameters()}
+            assert torch.equal(made.ref_model(IDS).logits, logits(model_class("dpo").from_pretrained(base), IDS))
+        return model
+
+    assert torch.allclose(logits(trained(True), IDS), logits(trained(False), IDS), atol=1e-5)
 
 
 @pytest.mark.full

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -394,3 +396,65 @@ def test_statistics_are_saved_with_each_that_was_trained_since(tmp_path: Path) -
     x = torch.randn(2, 4)
     trimtab.set_adapter(net, "a")
     assert torch.equal(fresh.eval()(x), net.eval()(x))
+
+
+_TRAINS = """
+import sys
+import torch, torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+import trimtab
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
+torch.manual_seed(0)
+net = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 2))
+for name, method in (("a", "dora"), ("b", "lora")):
+    trimtab.attach(net, trimtab.Rule(match="*", method=method, rank=2), name=name)
+trimtab.set_adapter(net, "a")
+before = {key: one.clone() for key, one in net.state_dict().items()}
+model = DistributedDataParallel(net)
+try:
+    trimtab.set_adapter(model, "b")
+    raise SystemExit("not refused")
+except trimtab.SurgeryError as error:
+    assert "DistributedDataParallel has taken the model" in str(error), error
+optimizer = torch.optim.SGD([one for one in model.parameters() if one.requires_grad], lr=0.1)
+x = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
+for _ in range(2):
+    model(x[2 * rank : 2 * rank + 2]).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+trimtab.set_adapter(model.module, "b")
+with torch.no_grad():
+    other = model(x)
+trimtab.set_adapter(model.module, "a")
+changed = [key for key, one in net.state_dict().items() if not torch.equal(one, before[key])]
+assert changed and all(".adapter_a." in key for key in changed), changed
+every = [torch.zeros_like(other) for _ in range(2)]
+for output in (model(x).detach(), other):
+    dist.all_gather(every, output)
+    assert torch.equal(*every)
+torch.save(model(x).detach(), sys.argv[3]) if rank == 0 else None
+"""
+
+
+@pytest.mark.full
+def test_two_processes_train_one_of_them_alike(tmp_path: Path) -> None:
+    arguments = [str(tmp_path / "meeting"), str(tmp_path / "output")]
+    running = [
+        subprocess.Popen([sys.executable, "-c", _TRAINS, str(rank), *arguments], stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    for process in running:
+        _, said = process.communicate(timeout=300)
+        assert process.returncode == 0, said
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 2))
+    trimtab.attach(net, rule("*", "dora", rank=2))
+    optimizer = torch.optim.SGD(trimtab.trainable_parameters(net).values(), lr=0.1)
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
+    for _ in range(2):
+        net(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert torch.allclose(net(x), torch.load(tmp_path / "output", weights_only=True), atol=1e-6)

@@ -240,3 +240,22 @@ def test_a_tensor_that_is_trained_itself_has_nothing_to_go_back_to() -> None:
 def test_a_model_without_adapters_has_none_to_disable() -> None:
     with pytest.raises(trimtab.SurgeryError, match="no adapters"), trimtab.disable_adapter(nn.Sequential()):
         pass
+
+
+def test_a_reference_shares_the_tensors_of_the_model_and_computes_without_its_adapters() -> None:
+    net = nn.Sequential(nn.Linear(6, 6), nn.Tanh())
+    base, x = copy.deepcopy(net), torch.randn(3, 6)
+    seen: list[int] = []
+    net.register_forward_hook(lambda *_: seen.append(1))
+    trimtab.attach(net, trimtab.Rule(match="0", method="dora", rank=2))
+    change(net)
+    got = net(x)
+    bare = trimtab.reference(net)
+    assert torch.equal(bare(x), base(x))
+    assert torch.equal(net(x), got), "the model itself goes on with them"
+    with pytest.raises(RuntimeError):
+        bare(torch.randn(3, 7))
+    assert torch.equal(net(x), got), "and after an error, too"
+    assert {id(one) for one in bare.parameters()} == {id(one) for one in net.parameters()}
+    with pytest.raises(trimtab.SurgeryError, match="no adapters"):
+        trimtab.reference(base)

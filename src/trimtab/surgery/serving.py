@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -60,6 +62,35 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     finally:
         for module, disabled in zip(adapted, before, strict=True):
             module.adapters_disabled = disabled
+
+
+def reference(model: Any) -> Any:
+    """``model`` without its adapters, as a model of its own that holds the same tensors: a reference model for those
+    training loops that ask for one (``DPOTrainer(model, ref_model=trimtab.reference(model))``), and no second copy in
+    memory.
+
+    A call of it is one of ``model`` inside ``disable_adapter``. It follows ``model`` wherever that is moved, and must
+    not be trained or sharded. Raises SurgeryError if the model has no adapters.
+    """
+    require_adapted(model := unwrapped(model), "reference")
+    made = copy.copy(model)
+    # A shallow copy has the tables of hooks in common with the model.
+    tables = {key: copy.copy(one) for key, one in vars(model).items() if "_hooks" in key and isinstance(one, dict)}
+    vars(made).update(tables)
+    inside: list[ExitStack] = []
+
+    def enter(*_: Any) -> None:
+        inside.append(ExitStack())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what was unfrozen by hand, at each call
+            inside[-1].enter_context(disable_adapter(model))
+
+    def leave(*_: Any) -> None:
+        inside.pop().close()
+
+    made.register_forward_pre_hook(enter)
+    made.register_forward_hook(leave, always_call=True)
+    return made
 
 
 @contextmanager
