@@ -139,8 +139,7 @@ def plain_copy(model: Any) -> Any:
     return plain
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
-@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize(("dora", "dropout"), [(False, 0.0), (False, 0.2), (True, 0.0)])
 @pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16])
 def test_in_bfloat16_it_is_as_near_to_the_formula_as_peft(
     dora: bool, dropout: float, adapter_dtype: torch.dtype
@@ -326,6 +325,19 @@ def test_a_variant_that_we_lack_is_left_and_told(ours: list[str]) -> None:
     assert left == "base_model.model.linear (adapter invoked)"
     assert left in str(report)
     outcome(model)
+    assert ours == ["default", "default"]
+
+
+def test_dora_with_dropout_in_half_precision_trains_as_in_peft_and_it_is_told(ours: list[str]) -> None:
+    model = made("linear", dtype=torch.bfloat16, use_dora=True, lora_dropout=0.3)
+    right = outcome(model)
+    with pytest.warns(UserWarning, match="DoRA with dropout"):
+        report = trimtab.speed_up(model)
+    assert len(report.layers) == len(report.left) == 2
+    assert "base_model.model.bare (adapter default, in training)" in report.left
+    assert all(torch.equal(one, right[name]) for name, one in outcome(model).items())
+    assert not ours
+    model.eval()(IDS)
     assert ours == ["default", "default"]
 
 

@@ -32,8 +32,18 @@ SPED_UP = "TRIMTAB_PEFT_SUITE_SPED_UP"
 OUTCOMES = "TRIMTAB_PEFT_SUITE_OUTCOMES"
 NOWHERE = "http://127.0.0.1:9"
 """The hub, for tests that want to download: nobody answers there, and they fail at once."""
-# Tests of methods of their own, of other machines, and of what asks for downloads only.
-LEFT_OUT = ("gpu", "stablediffusion", "gptqmodel", "adamss", "hub_features", "xlora", "megatron")
+# Tests of methods of their own, of other machines, and of models that are all downloaded.
+LEFT_OUT = (
+    "gpu",
+    "stablediffusion",
+    "gptqmodel",
+    "adamss",
+    "hub_features",
+    "xlora",
+    "megatron",
+    "decoder_models",
+    "extraction",
+)
 
 
 # The plugin ----------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ class SpeedUpReport:
     Attributes:
         layers: the names of those that do.
         left: what goes on through PEFT's own forward pass, and why: the name of a layer, or of a layer and of one of
-            its adapters (``layers.0.q_proj (adapter other)``) -> the reason.
+            its adapters (``layers.0.q_proj (adapter other)``), or of these while they train -> the reason.
     """
 
     layers: tuple[str, ...]
@@ -79,8 +79,11 @@ def speed_up(peft_model: nn.Module) -> SpeedUpReport:
             continue
         others = {one: peft_layers.why_not_adapter(layer, one) for one in peft_layers.adapter_names(layer)}
         left |= {f"{name} (adapter {one})": reason for one, reason in others.items() if reason}
-        if not all(others.values()) or not others:
-            taken.append(name)
+        if all(others.values()) and others:
+            continue
+        taken.append(name)
+        training = {one: peft_layers.why_not_in_training(layer, one) for one in others if not others[one]}
+        left |= {f"{name} (adapter {one}, in training)": reason for one, reason in training.items() if reason}
     report = SpeedUpReport(tuple(taken), left)
     if not taken:
         raise SurgeryError(f"speed_up: none of {len(found)} LoRA layers takes it. {' '.join(report.reasons())}")
