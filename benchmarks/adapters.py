@@ -142,7 +142,7 @@ def steps(said: argparse.Namespace) -> dict[str, list[float]]:
 def held_bytes() -> int:
     """What all tensors of the process hold, each storage once."""
     gc.collect()
-    found = (one for one in gc.get_objects() if isinstance(one, torch.Tensor) and one.device.type == "cpu")
+    found = (one for one in gc.get_objects() if issubclass(type(one), torch.Tensor) and one.device.type == "cpu")
     storages = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in found}
     return sum(storages.values())
 

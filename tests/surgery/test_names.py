@@ -123,6 +123,20 @@ def test_what_was_frozen_by_hand_in_an_adapter_stays_frozen(model: nn.Module) ->
     assert set(trimtab.trainable_parameters(model)) == left
 
 
+def test_adapters_that_are_not_active_keep_nothing_beside_their_tensors() -> None:
+    net = nn.Sequential(nn.Linear(64, 64))
+    for name in ("a", "b", "c"):
+        trimtab.attach(net, rule("0", "dora", rank=2), name=name)
+    with torch.no_grad():
+        for name in ("a", "b", "c"):
+            trimtab.set_adapter(net, name)
+            net(torch.randn(2, 64))
+        with trimtab.per_row(net, ["a", "b", "c", None]):
+            net(torch.randn(4, 64))
+    resting: list[Any] = [net[0].adapter_of(name) for name in ("a", "b")]
+    assert all(one._kept is None and one._squares is None and one._few_tokens is None for one in resting)
+
+
 def test_a_switch_copies_nothing(model: nn.Module) -> None:
     places = {key: tensor.data_ptr() for key, tensor in model.state_dict().items()}
     parameters = {key: id(one) for key, one in model.named_parameters()}

@@ -404,3 +404,37 @@ def test_a_row_that_all_share_gets_each_adapter() -> None:
         )
         with trimtab.per_row(model, names):
             assert torch.allclose(model(batch).logits, want, **CLOSE)
+
+
+def test_compiled_code_goes_row_by_row() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
+    for name, method in (("a", "dora"), ("b", "mora")):
+        trimtab.attach(net, rule("*", method, rank=2), name=name)
+        change(net)
+    compiled, x = torch.compile(net, backend="eager"), torch.randn(3, 2, 8)
+    with torch.no_grad():
+        for names in (["a", None, "b"], ["b", "b", "a"]):
+            want = alone(net, names, x)
+            with trimtab.per_row(compiled, names):
+                assert torch.allclose(compiled(x), want, **CLOSE)
+
+
+def test_a_trained_tensor_that_changes_meanwhile_is_followed() -> None:
+    """A pass with gradients has norms computed again, and so has loading."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 8))
+    for name in ("a", "b"):
+        trimtab.attach(net, rule("0", "dora", rank=2), name=name)
+        change(net)
+    x, optimizer = torch.randn(2, 3, 8), torch.optim.SGD(trimtab.trainable_parameters(net).values(), lr=5.0)
+    with trimtab.per_row(net, ["a", "b"]):
+        with torch.no_grad():
+            before = net(x)
+        net(x).square().mean().backward()
+        optimizer.step()
+        with torch.no_grad():
+            after = net(x)
+    assert not torch.allclose(after[1], before[1])
+    with torch.no_grad():
+        assert torch.allclose(after, alone(net, ["a", "b"], x), **CLOSE)
