@@ -99,6 +99,7 @@ def test_a_run_learns_tags_and_is_measured_by_whole_entities(said: Callable[...,
     assert after.per_class["LOC"].rows == 9
     assert after.words == sum(len(row["tokens"]) for row in tagged(9))
     assert any("4 labels: O, B-LOC, B-PER, I-PER" in note for note in told.notes)
+    assert any("task: token_classification" in note for note in told.notes)
     row = known.sets[0].rows_after[0]
     assert row.words == tagged(1)[0]["tokens"]
     assert row.answer.split(" ") == tagged(1)[0]["tags"]

@@ -285,6 +285,8 @@ class LabelledTask(Task):
     def read(self, job: Job, reader: Any, listener: Listener) -> Inputs:
         if job.config.train.prompt_loss_weight:
             raise ConfigError(f"train.prompt_loss_weight: the rows of {self.name} have no prompts; leave it at 0")
+        if job.config.task == "auto":
+            listener.note(f"task: {self.name}, by the kind of model and the keys of the rows")
         return gather(LabelledRows(self, job, reader, listener))
 
     def head_for(self, job: Job, inputs: Inputs) -> ModelHead:

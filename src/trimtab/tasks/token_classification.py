@@ -194,7 +194,8 @@ class TokenClassification(_labelled.LabelledTask):
         known, pieces = labels or (), []
         for token, label in zip(row["input_ids"], row["labels"], strict=True):
             pieces.append((printable(reader.decode([token], skip_special_tokens=False)), False))
-            pieces.append((f"[{known[label]}] " if label != IGNORED else " ", label != IGNORED))
+            pieces += [(known[label], True)] if label != IGNORED else []
+            pieces.append((" ", False))
         return tuple(pieces[:600])
 
     def sample(self, model: Any, batch: Batch) -> dict[str, Tensor]:
