@@ -160,10 +160,10 @@ def main() -> None:
         for name, figures in measure(run, folder, arguments):
             found[name] = figures
             print(name, figures, flush=True)
+            write_results("llama-cpp", {"prompts": arguments.prompts, "new_tokens": NEW_TOKENS}, found)
     columns = ("same answers", "same steps", "mean difference of log-probabilities", "largest difference")
     rows = [[name, *(f"{figures[column]:.4f}" for column in columns)] for name, figures in found.items()]
     show(f"llama.cpp against transformers, {arguments.prompts} prompts, {NEW_TOKENS} tokens", ("file", *columns), rows)
-    write_results("llama-cpp", {"prompts": arguments.prompts, "new_tokens": NEW_TOKENS}, found)
     differ = {name: figures["mean difference of log-probabilities"] for name, figures in found.items()}
     beyond = [name for name, most in TOLERANCE.items() if not differ.get(name, 0.0) <= most]
     if beyond:
