@@ -118,6 +118,15 @@ def layer() -> str:
     return markdown(["median (best to worst), by tokens", *(f"{width:,}" for width in widths)], rows)
 
 
+def speed_up() -> str:
+    rows = []
+    for one in results("speed_up")["found"]:
+        name = f"{ARMS[one['method']]}, PEFT's tensors in {one['adapter']}"
+        medians = [statistics.median(one["seconds"][arm]) for arm in ("PEFT", "sped up")]
+        rows.append([name, *(f"{median:.1f}" for median in medians), f"{one['ratio']:.2f}"])
+    return markdown(["a training step", "PEFT, s", "sped up, s", "sped up / PEFT"], rows)
+
+
 def step_memory() -> str:
     (one,) = results("step-memory")["found"]
     return over({"GiB": one["peak_rise_gib"]}, ARMS)
@@ -226,7 +235,7 @@ TABLES: dict[str, Callable[[], str]] = {
     made.__name__: made
     for made in (
         *(finance, step, tokens, compiled, bounds, layer, step_memory, inference, latency, startup),
-        *(memory, quantised, experts, kinds, parity),
+        *(memory, quantised, experts, kinds, parity, speed_up),
     )
 }
 
