@@ -25,7 +25,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from trimtab.config.resolve import source_of
 from trimtab.config.search import ExploreConfig, load_explore, search_to_yaml
 from trimtab.errors import STOPS, Interrupted, RunError
 from trimtab.files import write_text
@@ -36,6 +35,7 @@ from trimtab.runs.lock import locked
 from trimtab.runs.resumed_settings import differences
 from trimtab.studies.plan_search import Search, SearchListener
 from trimtab.studies.search_space import Space, default_groups, find_groups
+from trimtab.tasks import job_of
 
 
 def explore(config: ExploreConfig, listener: SearchListener | None = None) -> Path:
@@ -49,7 +49,7 @@ def explore(config: ExploreConfig, listener: SearchListener | None = None) -> Pa
     if importlib.util.find_spec("optuna") is None:
         raise RunError("trimtab explore needs optuna, which is not installed: pip install 'trimtab[explore]'")
     listener = listener or SearchListener()
-    model = empty_model(source_of(config.base))
+    model = empty_model(job_of(config.base).source)
     said = {name: (group.match, group.layers) for name, group in config.groups.items()}
     groups = find_groups(model, said or default_groups(model, config.outer))
     space = Space(groups, config.methods, config.budget, config.at_least)

@@ -26,7 +26,11 @@ from trimtab.methods import Options
 from trimtab.surgery.plan import Plan, Rule
 from trimtab.surgery.targets import block_number, find_targets
 
-KINDS = {"attention": "*attn.*", "mlp": "*.mlp.*"}
+KINDS = {
+    "attention": ("*attn.*", "*ttention.[!r]*"),  # without the relative biases of T5
+    # Encoders call the two layers of a block's MLP "intermediate" and "output", "ffn", or "DenseReluDense".
+    "mlp": ("*.mlp.*", "*.intermediate.*", "*[0-9].output.*", "*.ffn.*", "*.DenseReluDense.*"),
+}
 """How the modules of a block are told apart by default."""
 
 
@@ -73,9 +77,7 @@ def default_groups(model: nn.Module, outer: int | None) -> dict[str, tuple[tuple
             f"outer: {ends} blocks at each end leave none between, the model has {blocks}; lower it, or name the groups"
         )
     return {
-        f"{place} {kind}": ((match,), f"{place}:{ends}")
-        for place in ("outer", "inner")
-        for kind, match in KINDS.items()
+        f"{place} {kind}": (match, f"{place}:{ends}") for place in ("outer", "inner") for kind, match in KINDS.items()
     }
 
 
