@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trimtab import tasks
 from trimtab.config.others import Carried
 from trimtab.config.read import build_config
+from trimtab.config.resolve import Job
 from trimtab.config.run import RunConfig
 from trimtab.config.yaml_text import parse_yaml
 from trimtab.data.choices import closed_set
@@ -23,8 +25,9 @@ from trimtab.errors import ConfigError
 from trimtab.machine import device
 from trimtab.memory.suggest import describe_run
 from trimtab.models.load import empty_model, load_tokenizer
-from trimtab.models.locate import Source, locate
+from trimtab.models.locate import Source
 from trimtab.models.positions import positions_of
+from trimtab.runs.events import Listener
 from trimtab.tasks import job_of
 
 RATES = {"full": 5e-5}
@@ -90,20 +93,12 @@ def draft(wish: Wish, place: Path) -> Draft:
     that does is in the file. Raises ModelError or DataError if the model or the rows cannot be had, PlanError for a
     method that there is not.
     """
-    source = locate(wish.model)
-    examples = read_examples(list(wish.train), tokenizer := load_tokenizer(source), root=Path.cwd())
-    seen = _look(examples, tokenizer)
-    forms = " and ".join(f"'{form}'" for form in dict.fromkeys(row.form for row in examples))
-    notes = [f"{seen.count:,} rows of the form {forms}, the longest of {seen.longest:,} tokens"]
-    counted = Counter((row.entry.path if row.entry is not None else row.source, row.form) for row in examples)
-    if len(counted) > 1:
-        notes += [f"{path}: {count:,} row{'s' * (count != 1)} ({form})" for (path, form), count in counted.items()]
-    if seen.choices:
-        notes.append(f"answers are a closed set of {len(seen.choices)}, so they are scored, not written")
+    data: dict[str, Any] = {"train": list(wish.train), "validation": None}
     if wish.test is not None:
-        tested = read_examples(wish.test, tokenizer, root=Path.cwd())
-        notes.append(f"{len(tested):,} rows to test on")
-    settings = _settings(wish, seen, source, place)
+        data["test"] = wish.test
+    first = job_of(build_config({"model": wish.model, "data": data, "output": "runs/draft"}, Path.cwd(), str(place)))
+    seen, notes = (_look if first.task == "causal_lm" else _look_at_labels)(wish, first)
+    settings = _settings(wish, seen, first, place)
     text = _write(settings)
     job = job_of(build_config(parse_yaml(text, str(place)), place.parent, str(place)))
     memory = describe_run(job)["memory"]
@@ -143,7 +138,45 @@ def _moved(name: str, folder: Path, place: Path) -> str:
     return _relative(place, str(folder / name) if (folder / name).exists() else name)
 
 
-def _look(examples: list[Example], tokenizer: Any) -> _Seen:
+def _look_at_labels(wish: Wish, job: Job) -> tuple[_Seen, list[str]]:
+    """What the rows of another task than causal language modelling say, and a sentence each on them."""
+    task, told = tasks.of(job), _Told()
+    inputs = task.read(job, task.reader(job.source), told)
+    longest = max(inputs.rows.lengths) if task.counted == "tokens" else 0
+    return _Seen(len(inputs.rows), inputs.form, inputs.choices, longest, 0), [f"task: {task.name}", *told.notes]
+
+
+class _Told(Listener):
+    """Keeps what is told of rows."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def remark(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def _look(wish: Wish, job: Job) -> tuple[_Seen, list[str]]:
+    """What the rows say, and a sentence each on them."""
+    examples = read_examples(list(wish.train), tokenizer := load_tokenizer(job.source), root=Path.cwd())
+    seen = _measure(examples, tokenizer)
+    forms = " and ".join(f"'{form}'" for form in dict.fromkeys(row.form for row in examples))
+    notes = [f"{seen.count:,} rows of the form {forms}, the longest of {seen.longest:,} tokens"]
+    counted = Counter((row.entry.path if row.entry is not None else row.source, row.form) for row in examples)
+    if len(counted) > 1:
+        notes += [f"{path}: {count:,} row{'s' * (count != 1)} ({form})" for (path, form), count in counted.items()]
+    if seen.choices:
+        notes.append(f"answers are a closed set of {len(seen.choices)}, so they are scored, not written")
+    if wish.test is not None:
+        tested = read_examples(wish.test, tokenizer, root=Path.cwd())
+        notes.append(f"{len(tested):,} rows to test on")
+    return seen, notes
+
+
+def _measure(examples: list[Example], tokenizer: Any) -> _Seen:
     choices = closed_set("infer", examples)
     rows = encode_all(examples, tokenizer, None)
     longest = max(len(row["input_ids"]) for row in rows)
@@ -164,11 +197,14 @@ Settings = dict[str, tuple[Any, str]]
 """``dotted.key -> (value, comment)``, in the order of the file."""
 
 
-def _settings(wish: Wish, seen: _Seen, source: Source, place: Path) -> Settings:
+def _settings(wish: Wish, seen: _Seen, job: Job, place: Path) -> Settings:
+    source, writes = job.source, job.task == "causal_lm"
     length = min(-(-seen.longest // 64) * 64, LONGEST, positions_of(empty_model(source)).limit() or LONGEST)
     few = seen.count < FEW
     said: Settings = {"model.name": (_from(place, wish.model, source), "also: a model folder, a .gguf file, a hub id")}
-    if device().type == "cpu" and length <= SHORT:
+    if not writes:
+        said["task"] = job.task, "found from the model and the rows"
+    if device().type == "cpu" and 0 < length <= SHORT and writes:
         said["model.attention"] = "eager", "for rows this short faster on a processor than the fused kernel"
     train = [_rows_from(place, name) for name in wish.train]
     said["data.train"] = train[0] if len(train) == 1 else train, f"{seen.count:,} rows of the form {seen.form}"
@@ -179,7 +215,8 @@ def _settings(wish: Wish, seen: _Seen, source: Source, place: Path) -> Settings:
     if wish.test is not None:
         said["data.test"] = _rows_from(place, wish.test), "evaluated before and after"
     cut = f"the longest row has {seen.longest:,} tokens" + (", which is cut" if seen.longest > length else "")
-    said["data.max_length"] = length, cut
+    if seen.longest:
+        said["data.max_length"] = length, cut
     rule: dict[str, Any] = {"match": "all-linear", "method": wish.method}
     if wish.method != "full":
         rule["rank"] = 16
@@ -187,7 +224,8 @@ def _settings(wish: Wish, seen: _Seen, source: Source, place: Path) -> Settings:
     epochs = 1 if seen.count >= MANY else 3
     said["train.epochs"] = epochs, f"passes over the rows: {seen.count * epochs:,} rows are seen"
     said["train.batch_size"] = 8 if few else 16, "rows in one step"
-    said["train.learning_rate"] = RATES.get(wish.method, 5e-4), "too high: the loss jumps; too low: it hardly falls"
+    rate = RATES.get(wish.method, 5e-4 if writes else 1e-3)
+    said["train.learning_rate"] = rate, "too high: the loss jumps; too low: it hardly falls"
     if seen.answer:
         said["evaluation.max_new_tokens"] = max(16, -(-seen.answer * 5 // 32) * 8), "the longest answer, and a quarter"
     said["output"] = f"runs/{place.stem}", "adapter, figures and report.html"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trimtab.config.run import DEFAULT_PLAN, RunConfig
+from trimtab.config.run import RunConfig
 from trimtab.config.start_from import attach_stored, trains_base
 from trimtab.errors import ConfigError, PlanError
 from trimtab.machine import best_precision
@@ -121,21 +121,25 @@ class Job:
         return report
 
     def _plan_for(self, model: Any, whole: list[str]) -> Plan:
-        """The plan; where nothing was said and ``model`` has no linear layer but its head, the default for its
-        convolutions."""
+        """The plan; where ``model`` has no linear layer but its head, ``all-linear`` means its convolutions, each
+        with a rank that fits it."""
         assert self.plan is not None
-        if self.config.plan != DEFAULT_PLAN:
-            return self.plan
         layers = {name: module for name, module in model.named_modules() if name not in whole}
         convolutions = {name: module for name, module in layers.items() if isinstance(module, nn.Conv2d)}
         if not convolutions or any(isinstance(module, nn.Linear) for module in layers.values()):
             return self.plan
-        said: dict[str, Any] = dict(DEFAULT_PLAN[0])
-        by_rank: dict[int, list[str]] = defaultdict(list)
-        for name, module in convolutions.items():
-            fits = min(len(module.weight), module.weight[0].numel())
-            by_rank[min(said["rank"], fits)].append(glob.escape(name))
-        return Plan([Rule(**{**said, "match": names, "rank": rank}) for rank, names in sorted(by_rank.items())])
+        rules: list[Rule] = []
+        for rule in self.plan.rules:
+            if not rule.all_linear:
+                rules.append(rule)
+                continue
+            said, by_rank = rule.describe(), defaultdict(list)
+            for name, module in convolutions.items():
+                fits = min(len(module.weight), module.weight[0].numel())
+                by_rank[min(said.get("rank", fits), fits)].append(glob.escape(name))
+            ranks = sorted(by_rank.items()) if "rank" in said else [(None, [*map(glob.escape, convolutions)])]
+            rules += [Rule(**{**said, "match": names} | ({"rank": rank} if rank else {})) for rank, names in ranks]
+        return Plan(rules)
 
     def _names(self, module: str) -> bool:
         """Whether a rule of the plan is about ``module`` by its name, which the user then decides about."""

@@ -187,6 +187,11 @@ def name_of_label(value: object, place: str, key: str = "label") -> str:
         return str(int(value))
     if isinstance(value, str) and value.strip():
         return value.strip()
-    said = "nothing" if value is None or value == "" else f"{value!r}"[:60]
+    if value is None or value == "":
+        raise DataError(
+            f"{place}: expected a label under '{key}', a word or a whole number, got nothing. If the column has another name, say so: "
+            f"data.columns={{{key}: its name}}."
+        )
     hint = " For numbers say task: regression." if isinstance(value, float) else ""
+    said = f"{value!r}"[:60]
     raise DataError(f"{place}: expected a label under '{key}', a word or a whole number, got {said}.{hint}")
