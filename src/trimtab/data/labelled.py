@@ -189,8 +189,8 @@ def name_of_label(value: object, place: str, key: str = "label") -> str:
         return value.strip()
     if value is None or value == "":
         raise DataError(
-            f"{place}: expected a label under '{key}', a word or a whole number, got nothing. If the column has another name, say so: "
-            f"data.columns={{{key}: its name}}."
+            f"{place}: expected a label under '{key}', a word or a whole number, got nothing. If the column has "
+            f"another name, say so: data.columns={{{key}: its name}}."
         )
     hint = " For numbers say task: regression." if isinstance(value, float) else ""
     said = f"{value!r}"[:60]
