@@ -292,3 +292,23 @@ def test_products_of_groups_as_on_an_accelerator_are_those_in_turn(rank: int) ->
         )
         found.append([output, *torch.autograd.grad(output.square().sum(), given)])
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+
+
+def test_what_no_model_was_known_to_do_with_its_experts_meets_the_effective_weights() -> None:
+    """One expert, some of them by a table of numbers, all of them turned: each in a sum, which has no fast way."""
+    model = expert_models.OwnModel().double()
+    attached(model, "lora")
+    stir(model)
+    own = model.experts
+    for name, whole in effective_weights(model, {key: one.detach() for key, one in trained(model).items()}).items():
+        stack = getattr(own, name.rpartition(".")[2])
+        table = torch.tensor([[0, 2], [1, 1]])
+        for found, wanted in (
+            (stack[1] + 0, whole[1]),
+            (stack[-1].t() + 0, whole[2].t()),
+            (stack[table] + 0, whole[table]),
+            (stack.mT + 0, whole.mT),
+            (stack + 0, whole),
+            (torch.nn.functional.linear(torch.eye(whole.shape[2], dtype=whole.dtype), stack[1]), whole[1].t()),
+        ):
+            torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)

@@ -195,3 +195,12 @@ def test_wrong_options(options: dict[str, Any], words: str) -> None:
     with pytest.raises(trimtab.PlanError) as caught:
         trimtab.Rule(match="*.mlp", method="parallel", **options)
     assert words in str(caught.value)
+
+
+def test_a_tensor_starts_at_zero_but_for_the_first_of_a_block() -> None:
+    block = adapted(BLOCKS[0])["mixer"].current_adapter
+    for name in ("down", "up", "up_bias"):
+        tensor = torch.ones_like(getattr(block, name).detach())
+        block.start(name, tensor)
+        assert bool(tensor.any()) == (name == "down")
+        assert not torch.equal(tensor, torch.ones_like(tensor))

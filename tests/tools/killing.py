@@ -38,6 +38,7 @@ FILES = tuple(str(SOURCE / folder) for folder in ("ops", "methods"))  # whose li
 OWN = ("tests/ops", "tests/methods")
 KILLERS = 6  # tests that are tried first, because they killed a mutant of the same function before
 SLACK = 20  # seconds of processor time beyond ten times what the tests take; a mutant that runs longer never ends
+MOVED = 97  # what a fork ends with whose files are no longer those that were loaded
 MEMORY = 8 * 2**30  # bytes beyond what the process has: a mutant that asks for more is found
 
 Told = Callable[[Mutant, bool], None]
@@ -104,6 +105,8 @@ def _each(work: Sequence[tuple[Mutant, Work]], told: Told, jobs: int) -> None:
                 done, status = os.waitpid(child, 0)
             if done:
                 del running[child]
+                if status and os.waitstatus_to_exitcode(status) == MOVED:
+                    raise SystemExit(f"{mutant.file} was changed meanwhile; go on with --resume")
                 told(mutant, status == 0)
         time.sleep(0.005)
 
@@ -291,20 +294,33 @@ def _code(tree: ast.Module, function: Function) -> list[CodeType]:
 
 def _with_change(mutant: Mutant, name: Function, functions: Sequence[FunctionType], items: Sequence[Any]) -> int:
     """Give ``functions`` their code and their defaults from the changed file, and run ``items``."""
-    tree = mutated(mutant)
-    new = {code.co_firstlineno: code for code in _code(tree, name)}
-    arguments = {
-        min(one.lineno for one in (node, *node.decorator_list)): node.args
-        for node in ast.walk(tree)
-        if isinstance(node, ast.FunctionDef)
-    }
-    for function in functions:
-        line = function.__code__.co_firstlineno
-        function.__code__ = new[line]
-        _set_defaults(function, arguments[line])
+    try:
+        tree = mutated(mutant)
+        nodes = {
+            min(one.lineno for one in (node, *node.decorator_list)): node
+            for node in ast.walk(tree)
+            if isinstance(node, ast.FunctionDef)
+        }
+        for function in functions:
+            _keep_closure(nodes[function.__code__.co_firstlineno], function)
+        new = {code.co_firstlineno: code for code in _code(tree, name)}
+        for function in functions:
+            line = function.__code__.co_firstlineno
+            function.__code__ = new[line]
+            _set_defaults(function, nodes[line].args)
+    except LookupError:
+        return MOVED
     for number, item in enumerate(items):
         item.config.hook.pytest_runtest_protocol(item=item, nextitem=(*items, None)[number + 1])
     return 0
+
+
+def _keep_closure(node: ast.FunctionDef, function: FunctionType) -> None:
+    """Name what the function closes over (a call of ``super`` is one) where nothing is done, so that code from which
+    the change took it fits the function still."""
+    names = [ast.Expr(ast.Name(name, ast.Load())) for name in function.__code__.co_freevars]
+    if names:
+        node.body.insert(0, ast.copy_location(ast.If(ast.Constant(False), names, []), node.body[0]))
 
 
 def _set_defaults(function: FunctionType, arguments: ast.arguments) -> None:

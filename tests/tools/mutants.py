@@ -71,13 +71,18 @@ def write_page(results: Results, every: list[Mutant]) -> None:
         for file, (all_, some, dead) in counts.items()
     ]
     open_ = sum("**no reason yet**" in line for line in lines)
-    share = "All of them were" if tried == total else f"An even sample of {tried} was"
+    share = (
+        "All of them were tried"
+        if tried == total
+        else f"A sample of {tried:,} was tried: every eighth of each file in turn, for as long as the run lasted, less "
+        "those in functions that have changed since"
+    )
     text = [
         "# Mutants",
         "",
         f"`make mutants` makes {total:,} small faults in `ops/` and `methods/`, one at a time, and runs tests against",
         "each: those of these folders, of the bases and of the surgery, and the contract suite.",
-        f"{share} tried, and the tests found {found:,}: **{100 * found / max(tried, 1):.1f} %**.",
+        f"{share}. The tests found {found:,}: **{100 * found / max(tried, 1):.1f} %**.",
         "Those that live are below with the reason why no test can see them"
         + (f"; {open_} have none yet." if open_ else "."),
         "",
