@@ -264,7 +264,8 @@ def _library() -> str:
     for title, names in groups.items():
         lines += [f"## {title}", ""]
         for name in names:
-            lines += [f"::: trimtab.{trimtab._PUBLIC[name]}.{name}", ""]
+            place = trimtab._PUBLIC[name]  # of a package that can be called, the function lies elsewhere
+            lines += [f"::: trimtab.{'surgery.names' if place == name else place}.{name}", ""]
     return "\n".join(lines)
 
 
