@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
@@ -76,8 +77,13 @@ def default_groups(model: nn.Module, outer: int | None) -> dict[str, tuple[tuple
         raise PlanError(
             f"outer: {ends} blocks at each end leave none between, the model has {blocks}; lower it, or name the groups"
         )
+    names = [name for name, _ in model.named_modules()]
+    met = {
+        kind: tuple(glob for glob in globs if any(fnmatchcase(name, glob) for name in names)) or globs
+        for kind, globs in KINDS.items()
+    }
     return {
-        f"{place} {kind}": (match, f"{place}:{ends}") for place in ("outer", "inner") for kind, match in KINDS.items()
+        f"{place} {kind}": (match, f"{place}:{ends}") for place in ("outer", "inner") for kind, match in met.items()
     }
 
 
