@@ -231,11 +231,26 @@ def parity() -> str:
     return markdown(["largest difference, relative to the largest value", "LoRA", "DoRA"], rows)
 
 
+def llama_cpp() -> str:
+    found = results("llama-cpp")["found"]
+    names = {"the base alone": "the base without the adapter", "gguf-lora": "the base and `gguf-lora`"}
+    names |= {kind: f"`gguf --type {kind}`" for kind in ("f16", "q8_0")} | {"own": "`gguf`, in the base's own Q4_1"}
+    lines = [
+        [
+            names.get(name, name),
+            *(f"{100 * of[key]:.1f} %" for key in ("same answers", "same steps")),
+            f"{of['mean difference of log-probabilities']:.3f}",
+        ]
+        for name, of in found.items()
+    ]
+    return markdown(["llama.cpp with", "same answers", "same steps", "mean difference of log-probabilities"], lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     made.__name__: made
     for made in (
         *(finance, step, tokens, compiled, bounds, layer, step_memory, inference, latency, startup),
-        *(memory, quantised, experts, kinds, parity, speed_up),
+        *(memory, quantised, experts, kinds, llama_cpp, parity, speed_up),
     )
 }
 
