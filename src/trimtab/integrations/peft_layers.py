@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+from peft.tuners.lora import dora
 from peft.tuners.lora import layer as lora
 from peft.tuners.lora import variants
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -201,6 +202,8 @@ def _acting(layer: Any, x: Any) -> str | None:
     held = adapter_names(layer)
     active = [name for name in layer.active_adapters if name in held]
     if len(active) != 1 or why_not_adapter(layer, active[0]):
+        return None
+    if dora.ENABLE_DORA_CACHING and not layer.training:  # asked for: its own pass fills the cache
         return None
     return None if layer.training and why_not_in_training(layer, active[0]) else active[0]
 
