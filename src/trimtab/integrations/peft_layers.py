@@ -11,9 +11,8 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-from peft.tuners.lora import dora
+from peft.tuners.lora import dora, variants
 from peft.tuners.lora import layer as lora
-from peft.tuners.lora import variants
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -55,6 +54,8 @@ class Quick:
         layer: Any = self
         name = None if args or kwargs else _acting(layer, x)
         if name is not None and (kept := _usable(layer, x)) is not None:
+            if name in layer.lora_magnitude_vector:  # a pass without PEFT's cache empties it
+                vars(layer.lora_magnitude_vector[name]).get("_dora_cache", {}).clear()
             assert kept.base is not None
             assert kept.adapter is not None
             return kept.adapter.compute(x, kept.base, layer, name)
