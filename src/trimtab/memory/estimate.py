@@ -20,7 +20,7 @@ from trimtab.models.quantise import quantising_bytes, stored_sizes
 from trimtab.surgery.attach_report import AttachReport
 from trimtab.tasks import Batch, RowSizes
 
-BEYOND = 220 * 2**20
+BEYOND = 100 * 2**20
 """Bytes that a run's process holds at its peak beyond its tensors and what the process of ``trimtab plan`` holds:
 training's libraries, threads, compiled products. ``python benchmarks/memory.py --process`` measures it."""
 
