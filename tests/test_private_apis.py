@@ -26,6 +26,7 @@ TESTED = {
     *("_compiled_call_impl", "_call_impl", "_dynamo", "_functorch", "_subclasses", "_python_dispatch"),
     *("_is_avx512_bf16_supported", "_is_amx_tile_supported", "_cdata", "_local_scalar_dense", "_unsafe_view"),
     *("_NormBase", "_non_persistent_buffers_set"),
+    *("_is_hf_initialized", "_init_weights"),
     *("_conv_forward", "_reversed_padding_repeated_twice", "_tied_weights_keys"),
     *("_make_wrapper_subclass", "_foreach_lerp_", "_convert_weight_packed_for_cpu_inverse"),
 }
@@ -115,6 +116,21 @@ def test_what_is_taught_to_transformers() -> None:
     ):
         method = inspect.unwrap(getattr(Trainer, name))
         assert list(inspect.signature(method).parameters) == arguments, without("transformers", f"Trainer.{name}")
+
+
+def test_weights_of_a_head_are_drawn_by_transformers() -> None:
+    """`models.heads` draws a module anew, whatever it was: what is marked as drawn is left alone."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    model = BertForSequenceClassification(BertConfig(vocab_size=9, **sizes))
+    model.classifier.weight.data.fill_(7.0)
+    model.classifier.weight._is_hf_initialized = True
+    model._init_weights(model.classifier)
+    assert bool((model.classifier.weight == 7.0).all()), without("transformers", "_is_hf_initialized")
+    model.classifier.weight._is_hf_initialized = False
+    model._init_weights(model.classifier)
+    assert bool((model.classifier.weight.abs() < 1.0).all()), without("transformers", "PreTrainedModel._init_weights")
 
 
 def test_hooks_of_a_module_can_be_seen() -> None:

@@ -134,7 +134,7 @@ def test_adapters_that_are_not_active_keep_nothing_beside_their_tensors() -> Non
         with trimtab.per_row(net, ["a", "b", "c", None]):
             net(torch.randn(4, 64))
     resting: list[Any] = [net[0].adapter_of(name) for name in ("a", "b")]
-    assert all(one._kept is None and one._squares is None and one._few_tokens is None for one in resting)
+    assert all(one._kept is None and one.squares is None and one._few_tokens is None for one in resting)
 
 
 def test_a_switch_copies_nothing(model: nn.Module) -> None:

@@ -34,7 +34,7 @@ class PeftAdapter(LoRA):
         Method.__init__(self, base, Options(rank=1, magnitude=True, across_groups=base.groups > 1))
         self.frozen_column, self.stored_transposed = base.frozen_column, base.stored_transposed
         self.groups = base.groups
-        self._squares = self._kept = self._few_tokens = None
+        self.squares = self._kept = self._few_tokens = None
         self._scale = 1.0
         self._norms: Norms = (1.0, None, None)
         self._casts = casts
@@ -49,7 +49,7 @@ class PeftAdapter(LoRA):
         if compiling:
             self._parameters.clear()
         else:
-            self._norms = one._scale, one._squares, one._kept
+            self._norms = one._scale, one.squares, one._kept
         return output
 
     def _for_one_pass(self) -> PeftAdapter:
@@ -57,7 +57,7 @@ class PeftAdapter(LoRA):
         one = object.__new__(PeftAdapter)
         one.__dict__.update(self.__dict__)
         one.__dict__["_parameters"] = {}
-        one._scale, one._squares, one._kept = self._norms
+        one._scale, one.squares, one._kept = self._norms
         return one
 
     def __getstate__(self) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def operands_of(adapter: Any, base: WeightBase, weight: Tensor) -> Operands | No
 def share_norms(adapters: Iterable[Any]) -> None:
     """Let ``adapters`` of one frozen weight have one copy of its norms."""
     weights = [adapter for adapter in adapters if isinstance(adapter, WeightMethod)]
-    known = next((adapter._squares for adapter in weights if adapter._squares is not None), None)
+    known = next((adapter.squares for adapter in weights if adapter.squares is not None), None)
     for adapter in weights:
         adapter.resume(known)
 

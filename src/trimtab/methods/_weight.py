@@ -92,7 +92,7 @@ class WeightMethod(_method.Method):
         super().__init__(base, options)
         self.frozen_column = base.frozen_column
         self.stored_transposed = base.stored_transposed
-        self._squares: SquaredNorms | None = None
+        self.squares: SquaredNorms | None = None
         self._kept: KeptNorm | None = None
         self._few_tokens: FewTokensLinear | None = None
         if options.magnitude:
@@ -150,9 +150,9 @@ class WeightMethod(_method.Method):
         axis, dtype = self.options.magnitude_axis, _method.full_dtype(base)
         if torch.compiler.is_compiling() and weight is not None and base.stored_dense:
             return weight.detach().to(dtype).square().sum(-1 if axis == "output" else -2)
-        kept = squares_of(base, self._squares, (axis, self.stored_transposed), dtype, quickly=bool(self._holds))
-        if kept is not self._squares:
-            self._squares, self._few_tokens = kept, None
+        kept = squares_of(base, self.squares, (axis, self.stored_transposed), dtype, quickly=bool(self._holds))
+        if kept is not self.squares:
+            self.squares, self._few_tokens = kept, None
         return kept.values
 
     def prepare(self, base: WeightBase) -> None:
@@ -209,12 +209,12 @@ class WeightMethod(_method.Method):
         self.kept_since += 1
 
     def rest(self) -> Any:
-        squares, self._squares = self._squares, None
+        known, self.squares = self.squares, None
         self.forget()
-        return squares
+        return known
 
     def resume(self, shared: Any) -> None:
-        self._squares = self._squares or shared
+        self.squares = self.squares or shared
 
     def release(self) -> None:
         super().release()
@@ -395,4 +395,4 @@ class WeightMethod(_method.Method):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_squares": None, "_kept": None, "_few_tokens": None}
+        return {**super().__getstate__(), "squares": None, "_kept": None, "_few_tokens": None}
