@@ -13,7 +13,7 @@ from torch import nn
 import trimtab
 from trimtab import bases
 from trimtab.errors import ModelError
-from trimtab.export import export_format
+from trimtab.export.merged import save
 from trimtab.models.load import load_model
 from trimtab.models.locate import locate
 
@@ -128,7 +128,7 @@ def test_a_requantised_model_is_written_and_read_again(
     trimtab.attach(model, trimtab.Rule(match="*.q_proj", method="lora", rank=2))
     report = trimtab.merge(model, onto="requantised")
     assert 0 <= report.rounding < 0.2
-    export_format("merged").write(model, model_tokenizer, tmp_path / "merged")
+    save(model, model_tokenizer, tmp_path / "merged")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", device_map={"": "cpu"})
     for mine, foreign in zip(model.modules(), again.modules(), strict=True):
         one, two = bases.find(mine), bases.find(foreign)

@@ -7,6 +7,7 @@ PEFT says the class by ``task_type``, and no labels. Ours stand in the header of
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from trimtab.adapters.safe_read import damage_in, parse_description, read_description
 from trimtab.errors import AdapterError, machine_refusal
 from trimtab.reading import check_safetensors, panics
+from trimtab.surgery.wrappers import without_wrappers
 
 _KEY = "trimtab_head"
 # By how the names of a model's classes go on: what PEFT calls the task, and the class of transformers. PEFT has no name
@@ -26,6 +28,10 @@ _TASKS: dict[str, tuple[str | None, str]] = {
     "ForImageClassification": (None, "AutoModelForImageClassification"),
     "ForCausalLM": ("CAUSAL_LM", "AutoModelForCausalLM"),
     "LMHeadModel": ("CAUSAL_LM", "AutoModelForCausalLM"),
+}
+_HEADS = {
+    **dict.fromkeys(("SEQ_CLS", "TOKEN_CLS"), ("classifier", "score")),
+    "QUESTION_ANS": ("qa_outputs",),
 }
 _WRITES_ANEW = ("SEQ_2_SEQ_LM", "AutoModelForSeq2SeqLM")
 
@@ -44,10 +50,17 @@ class StoredHead(NamedTuple):
     labels: tuple[str, ...] = ()
 
 
-def task_type(model: Any) -> str | None:
-    """What PEFT calls the task of ``model``. Its class decides, since the configuration of a bare LlamaModel also names
-    a causal model ("architectures")."""
-    return _task_of(model)[0]
+def task_type(model: Any, saved: Collection[str]) -> str | None:
+    """What PEFT calls the task of ``model``, of which the modules ``saved`` are kept whole. Its class decides, since
+    the configuration of a bare LlamaModel also names a causal model ("architectures").
+
+    Where PEFT hears of a classification it expects every module called as heads are to be among those that are saved;
+    an adapter without them is of no task.
+    """
+    kind = _task_of(model)[0]
+    names = (without_wrappers(model, name) for name, _ in model.named_modules())
+    expected = (name for name in names if name.rpartition(".")[2] in _HEADS.get(kind or "", ()))
+    return kind if all(any(name == one or name.endswith(f".{one}") for one in saved) for name in expected) else None
 
 
 def head_header(model: Any) -> dict[str, str]:

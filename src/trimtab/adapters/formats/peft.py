@@ -82,6 +82,7 @@ class PeftFormat(AdapterFormat):
         assert placed is not None
         assert said is not None
         configuration = _configuration(model, _updated(adapted)) | said._asdict()
+        configuration["task_type"] = task_type(model, said.modules_to_save or ())
         placed |= _peft_own.written(model, adapted)
         tensors = {
             f"{_peft_names.PREFIX}{place}.{key}": value.detach().contiguous().clone()
@@ -206,7 +207,7 @@ def _configuration(model: nn.Module, every: dict[str, Adapted]) -> dict[str, Any
     weights = [module.handle for module in modules.values()]
     return {
         "peft_type": "LORA",
-        "task_type": task_type(model),
+        "task_type": None,
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
         "inference_mode": True,
         "r": rank,
