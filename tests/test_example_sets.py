@@ -151,6 +151,7 @@ def test_rows_are_the_same_every_time(name: str, tmp_path: Path) -> None:
 
 
 @needs_encoder
+@pytest.mark.full
 def test_the_encoder_sorts_the_harbour_messages(cli: Callable[..., Result], tmp_path: Path) -> None:
     """Two steps on real weights, by the example's own YAML."""
     cut = ["train.max_steps=2", "train.batch_size=2", "evaluation.limit=4", f"output={tmp_path / 'run'}"]

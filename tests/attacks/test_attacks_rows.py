@@ -119,6 +119,7 @@ def read_by_child(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[s
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the child's size is read from /proc")
+@pytest.mark.full
 def test_bombs_and_giants_end_in_words_within_bounds(read_by_child: dict[str, tuple[str, list[Any]]]) -> None:
     for name, (said, (_, count, message, seconds, grown)) in read_by_child.items():
         assert (said in message) if said else (message == "" and count == 1), (name, message)

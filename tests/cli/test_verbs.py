@@ -98,6 +98,7 @@ def test_the_command_line_and_the_processes_of_a_study_keep_few_products(
         process._main()
 
 
+@pytest.mark.full
 def test_libraries_keep_their_chatter_to_themselves(make_yaml: Callable[..., Path]) -> None:
     # torchao and bitsandbytes, which transformers imports where they are installed, tell what kernels they have not.
     done = subprocess.run([*PROGRAM, "plan", str(make_yaml())], capture_output=True, text=True)

@@ -133,6 +133,7 @@ class _StopsAt:
         return run_cell(config, **how)
 
 
+@pytest.mark.full
 def test_a_study_that_was_cut_off_goes_on(
     make_study: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:

@@ -136,6 +136,7 @@ def found_in(folder: Path) -> Any:
 ACCURACY = {"train": {"metric": "accuracy"}}
 
 
+@pytest.mark.full
 def test_a_search_and_its_best_plan(make_search: Make, in_process: list[str], tmp_path: Path) -> None:
     config = make_search("confirm=2", prune=None)
     folder = explore(config)

@@ -56,6 +56,7 @@ def test_a_head_and_the_likelihood_of_answers_are_compared_by_accuracy(tmp_path:
     assert study_tables(results)
 
 
+@pytest.mark.full
 def test_a_plan_of_a_classifier_is_searched_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, count in (("train", 24), ("validation", 9), ("test", 9)):
         write_rows(tmp_path / f"{name}.jsonl", rows(count))

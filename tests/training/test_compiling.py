@@ -42,6 +42,7 @@ def run(make_yaml: Callable[..., Path], name: str, steps: int = 8, **train: Any)
     return listener
 
 
+@pytest.mark.full
 def test_compiled_blocks_train_to_the_same_numbers(make_yaml: Callable[..., Path]) -> None:
     plain = run(make_yaml, "plain", compile=False)
     compiled = run(make_yaml, "compiled", compile=True)

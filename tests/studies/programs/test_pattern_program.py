@@ -313,6 +313,7 @@ def test_two_at_one_study_are_refused(
     assert runs == []
 
 
+@pytest.mark.full
 def test_a_failed_run_is_told_and_the_others_go_on(
     study: Callable[..., Path],
     runs: list[Any],
@@ -336,6 +337,7 @@ def test_a_failed_run_is_told_and_the_others_go_on(
     assert (tmp_path / "out" / "pattern.html").is_file()
 
 
+@pytest.mark.full
 def test_the_program_says_how_to_go_on_when_it_is_stopped(
     study: Callable[..., Path],
     runs: list[Any],
