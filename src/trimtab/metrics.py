@@ -233,6 +233,12 @@ def of_kind(kind: str) -> list[Metric]:
     return [metric for metric in _TABLE if kind in metric.kinds]
 
 
+def counts_rows(kind: str) -> bool:
+    """Whether the main metric of that kind is the share of rows that are right: then rows can be paired, and the
+    interval of a share holds."""
+    return kind in ("choice", "multiple_choice", "generation")
+
+
 def main_metric(kind: str) -> Metric:
     """The metric by which results of that kind are compared."""
     return of_kind(kind)[0]

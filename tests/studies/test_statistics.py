@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from trimtab.studies.statistics import holm, mcnemar, mean_interval, paired_difference
+from trimtab.studies.statistics import difference_of_seeds, holm, mcnemar, mean_interval, paired_difference
 
 
 def test_a_mean_has_students_interval() -> None:
@@ -121,3 +121,16 @@ def test_holm_steps_down() -> None:
     assert holm([]) == []
     for ps in itertools.permutations([0.001, 0.02, 0.02]):
         assert sorted(holm(ps)) == pytest.approx([0.003, 0.04, 0.04])
+
+
+def test_a_figure_that_is_no_mean_over_rows_is_compared_by_seeds() -> None:
+    found = difference_of_seeds([0.90, 0.92, 0.91], [0.88, 0.89, 0.90])
+    assert found is not None
+    expected = stats.ttest_rel([0.90, 0.92, 0.91], [0.88, 0.89, 0.90])
+    interval = expected.confidence_interval()
+    assert (found.mean, found.p) == pytest.approx((0.02, expected.pvalue))
+    assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
+    once = difference_of_seeds([0.1], [0.9, 0.8, 0.85])  # not trained, so there is one of it
+    assert once is not None
+    assert once.mean == pytest.approx(-0.75)
+    assert difference_of_seeds([0.1], [0.2]) is None

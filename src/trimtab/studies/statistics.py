@@ -57,6 +57,20 @@ def paired_difference(arm: Sequence[str], reference: Sequence[str]) -> Differenc
     return Difference(mean=mean, low=mean - half, high=mean + half, p=p, seeds=seeds, rows=rows)
 
 
+def difference_of_seeds(arm: Sequence[float], reference: Sequence[float]) -> Difference | None:
+    """Compare two arms by a figure of each seed's run, where the figure is no mean over rows (an F1): Student's paired
+    test over the seeds. What other test rows would say is no part of it. One run, not trained, is compared with each
+    of the others. None where fewer than two differences can be taken, or none differs from another."""
+    d = np.array(arm) - np.array(reference)
+    if len(d) < 2 or not np.std(d):
+        return None
+    found = mean_interval([float(one) for one in d])
+    p = float(stats.ttest_1samp(d, 0.0).pvalue)
+    assert found.low is not None
+    assert found.high is not None
+    return Difference(mean=found.mean, low=found.low, high=found.high, p=p, seeds=len(d), rows=0)
+
+
 def _matrix(runs: Sequence[str]) -> np.ndarray:
     return np.array([[float(right) for right in run] for run in runs])
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
+from typing import Any
 
 from trimtab.files import write_text
-from trimtab.metrics import KINDS, compared, main_metric
+from trimtab.metrics import KINDS, compared, counts_rows, main_metric
 from trimtab.runs.results import ChoiceResult, MultipleChoiceResult, Result
 from trimtab.runs.study_records import (
     CellRecord,
@@ -32,7 +33,7 @@ from trimtab.runs.study_records import (
 )
 from trimtab.studies.cell import finished_cell
 from trimtab.studies.compare import chosen_runs
-from trimtab.studies.statistics import holm, mean_interval, paired_difference
+from trimtab.studies.statistics import difference_of_seeds, holm, mean_interval, paired_difference
 from trimtab.studies.study_cells import Cell, Study
 
 _FACTS = tuple(RunFacts.model_fields)
@@ -177,11 +178,19 @@ def _spread(results: Sequence[Result], name: str) -> MeanInterval | None:
 
 
 def _difference(mine: Sequence[StudyRun], reference: Sequence[StudyRun], test: str) -> Difference | None:
-    """The paired comparison over the seeds that both have; None where nothing can be paired."""
-    right: list[dict[int, str]] = []
+    """The paired comparison over the seeds that both have; None where nothing can be paired.
+
+    Rows are paired where the measure is the share of those that are right; any other share is compared by seeds.
+    """
+    measured = [run.tests[test].kind for run in (*mine, *reference) if test in run.tests]
+    by_rows = all(map(counts_rows, measured))
+    if not by_rows and not all(main_metric(kind).share for kind in measured):
+        return None
+    right: list[dict[int, Any]] = []
     for runs in (mine, reference):
-        by_seed = {run.seed: run.tests[test].correct if test in run.tests else None for run in runs}
-        right.append({seed: correct for seed, correct in by_seed.items() if correct is not None})
+        found = {run.seed: run.tests.get(test) for run in runs}
+        by_seed = {seed: one and (one.correct if by_rows else one.main) for seed, one in found.items()}
+        right.append({seed: value for seed, value in by_seed.items() if value is not None})
         if not by_seed or len(right[-1]) < len(by_seed):
             return None
     if all(run.steps == 0 for run in mine) or all(run.steps == 0 for run in reference):
@@ -191,4 +200,4 @@ def _difference(mine: Sequence[StudyRun], reference: Sequence[StudyRun], test: s
         if not both:
             return None
         pair = [[of_arm[seed] for seed in both] for of_arm in right]
-    return paired_difference(*pair)
+    return paired_difference(*pair) if by_rows else difference_of_seeds(*pair)

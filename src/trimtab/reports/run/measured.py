@@ -105,11 +105,6 @@ def headline(tests: TestSet) -> Headline:
     return Headline(tests.name, f"{name}{main.course}", beside)
 
 
-def counts_rows(result: Result) -> bool:
-    """Whether the main metric of ``result`` is the share of rows that are right, for which an interval can be given."""
-    return result.kind in ("choice", "multiple_choice", "generation")
-
-
 def interval(share: float, rows: int) -> tuple[float, float]:
     """The 95 % interval of a share that was counted on ``rows`` rows (Wilson's; it stays within 0 and 1)."""
     if rows <= 0 or not 0 <= share <= 1:  # of a damaged record

@@ -11,9 +11,9 @@ from typing import NamedTuple
 from markupsafe import Markup
 
 from trimtab.hints import pasted
-from trimtab.metrics import METRICS, Metric
+from trimtab.metrics import METRICS, Metric, counts_rows
 from trimtab.reports.run.curves import curves, describe
-from trimtab.reports.run.measured import baseline, counts_rows, headline, interval, measured
+from trimtab.reports.run.measured import baseline, headline, interval, measured
 from trimtab.reports.run.pairs import answered, shown
 from trimtab.reports.run.run_pictures import draw_curves, draw_numbers, draw_trials, share_bars
 from trimtab.reports.run.tagged import pieces
@@ -170,7 +170,7 @@ def bars(tests: TestSet, name: str) -> Markup | None:
     if not main.metric.share:
         return None
     sides = [
-        (title, share, interval(share, side.rows) if counts_rows(side) else (share, share))
+        (title, share, interval(share, side.rows) if counts_rows(side.kind) else (share, share))
         for title, side, share in (("before", tests.before, main.before), ("after", tests.after, main.after))
         if side is not None and share is not None
     ]
