@@ -111,8 +111,9 @@ def _with_interval(mean: MeanInterval | None, times: int) -> str:
     """``81.2 ± 1.3``: the mean and half its interval; the mean alone of one run; empty without one."""
     if mean is None:
         return ""
-    text = f"{times * mean.mean:.1f}"
-    return text if mean.ends is None else f"{text} ± {times * (mean.ends[1] - mean.mean):.1f}"
+    digits = 3 if times == 1 and abs(mean.mean) < 1 else 1  # a correlation is told by its third digit
+    text = f"{times * mean.mean:.{digits}f}"
+    return text if mean.ends is None else f"{text} ± {times * (mean.ends[1] - mean.mean):.{digits}f}"
 
 
 def _ends(difference: CorrectedDifference) -> str:
