@@ -20,7 +20,7 @@ from trimtab.models.quantise import quantising_bytes, stored_sizes
 from trimtab.surgery.attach_report import AttachReport
 from trimtab.tasks import Batch, RowSizes
 
-BEYOND = 100 * 2**20
+BEYOND = 220 * 2**20
 """Bytes that a run's process holds at its peak beyond its tensors and what the process of ``trimtab plan`` holds:
 training's libraries, threads, compiled products. ``python benchmarks/memory.py --process`` measures it."""
 
@@ -150,7 +150,9 @@ def estimate_run(job: Job, sizes: RowSizes) -> RunMemory:
         scored = (evaluated if moment == "evaluating" and evaluated else batch).labels
         logits = min(4 * vocabulary * min(scored, FROZEN_CHUNK), RETURNED)
         passing = held.get("activations", 0) + held.get("gradients", 0)
-        holes = min(HOLES, 4 * parameters) + round(PER_LOGITS * logits + SHARE * passing)
+        # Where there are no logits to speak of, no large blocks come and go between the small ones.
+        standing_holes = min(HOLES, 4 * parameters) if vocabulary else 0
+        holes = standing_holes + round(PER_LOGITS * logits + SHARE * passing)
         moments.append(MemoryEstimate(**held, fragmentation=holes, process=process, moment=moment))
     return RunMemory(tuple(moments), uncounted, attached)
 
