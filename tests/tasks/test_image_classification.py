@@ -128,6 +128,24 @@ def test_pictures_of_any_mode_become_three_channels(place: Path, mode: str) -> N
     assert (one - other).abs().max() <= tolerance
 
 
+@pytest.mark.parametrize(("method", "rank"), [("lora", {"rank": 16, "alpha": 32}), ("mora", {"rank": 16})])
+def test_a_convolution_that_the_rank_does_not_fit_takes_the_largest_at_the_same_scale(
+    place: Path, method: str, rank: dict[str, int]
+) -> None:
+    from trimtab.models.load import load_model
+    from trimtab.surgery.adapted import adapted_modules
+
+    write_resnet(place / "resnet")
+    job, _, inputs = read(place, model=str(place / "resnet"), plan=[{"match": "all-linear", "method": method, **rank}])
+    model: Any = load_model(job.read_for(TASK.head_for(job, inputs)).source)
+    job.read_for(TASK.head_for(job, inputs)).attach_to(model)
+    found = {name: module.adapter.options for name, module in adapted_modules(model) if module.method == method}
+    assert found["resnet.embedder.embedder.convolution"].rank <= 8  # it has eight channels
+    assert max(options.rank for options in found.values()) == 16
+    if method == "lora":
+        assert {options.scale for options in found.values()} == {2.0}
+
+
 def test_a_picture_lies_as_its_camera_was_held(place: Path) -> None:
     upright = Image.new("RGB", (16, 16))
     upright.paste((255, 255, 255), (0, 0, 16, 4))

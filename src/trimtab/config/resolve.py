@@ -133,20 +133,19 @@ class Job:
             if not rule.all_linear:
                 rules.append(rule)
                 continue
-            said, by_rank = rule.describe(), defaultdict(list)
+            by_options = defaultdict(list)
             for name, module in convolutions.items():
-                fits = min(len(module.weight), module.weight[0].numel())
-                by_rank[min(said.get("rank", fits), fits)].append(glob.escape(name))
-            ranks = sorted(by_rank.items()) if "rank" in said else [(None, [*map(glob.escape, convolutions)])]
-            rules += [Rule(**{**said, "match": names} | ({"rank": rank} if rank else {})) for rank, names in ranks]
+                shape = len(module.weight), module.weight[0].numel()
+                by_options[rule.method_class.fitted(rule.options, shape)].append(glob.escape(name))
+            said = rule.describe()
+            rules += [Rule(**{**said, **options.said(), "match": names}) for options, names in by_options.items()]
         return Plan(rules)
 
     def _names(self, module: str) -> bool:
         """Whether a rule of the plan is about ``module`` by its name, which the user then decides about."""
         rules = self.plan.rules if self.plan is not None else ()
         last = module.rpartition(".")[2]
-        matches = (one for rule in rules for one in ([rule.match] if isinstance(rule.match, str) else rule.match))
-        return any(fnmatch.fnmatchcase(module, one) and last in one for one in matches)
+        return any(fnmatch.fnmatchcase(module, one) and last in one for rule in rules for one in rule.match)
 
     @property
     def trains_base(self) -> bool:
