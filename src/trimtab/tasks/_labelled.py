@@ -145,9 +145,10 @@ class LabelledRows(Rows[Labelled]):
             (example, count) for example, row in zip(training, rows, strict=True) if (count := row.pop("dropped", 0))
         ]:
             words = sum(count for _, count in dropped)
-            notes.row(dropped[0][0].place, f"{words:,} word{'s' * (words != 1)} of which the tokenizer leaves nothing")
+            first = dropped[0][0].place
+            notes.add(f"{words:,} word{'s' * (words != 1)} of which the tokenizer leaves nothing, the first in {first}")
         if empty := [example for example in training if not example.prompt.strip()]:
-            notes.row(empty[0].place, f"{counted(len(empty))} to train on without any text")
+            notes.add(f"{counted(len(empty))} to train on without any text, the first in {empty[0].place}")
         return EncodedTensors(rows, training, cut, self.task.tokens)
 
     def _weights(self, training: list[Labelled], answers: Answers) -> dict[str, float]:
@@ -259,7 +260,11 @@ class LabelledTask(Task):
     ) -> list[Answer]:
         size = evaluation.batch_size
         found = self._logits_of(model, reader, asked, head, batch_size=size, max_length=max_length)
-        return [of_logits(logits, head) for logits in found]
+        return [self.answer(row, logits, head) for row, logits in zip(asked, found, strict=True)]
+
+    def answer(self, row: Labelled, logits: Tensor, head: ModelHead) -> Answer:
+        """What ``logits`` answer for ``row``."""
+        return of_logits(logits, head)
 
     def compared(
         self, model: Any, reader: Any, rows: Sequence[Labelled], *, head: ModelHead, length: int | None

@@ -23,7 +23,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trimtab.config.run import EvaluationConfig
 from trimtab.data.forms._form import keys_of
 from trimtab.data.labelled import Labelled, name_of_label
 from trimtab.data.rows import Row
@@ -80,26 +79,12 @@ class TokenClassification(_labelled.LabelledTask):
         words = _words(replace(row, value=said))
         return self.example(replace(row, value={"tokens": list(words), "tags": [head.labels[0]] * len(words)}))
 
-    def answers(
-        self,
-        model: Any,
-        reader: Any,
-        asked: Sequence[Labelled],
-        *,
-        head: ModelHead,
-        evaluation: EvaluationConfig,
-        max_length: int | None,
-    ) -> list[Answer]:
+    def answer(self, row: Labelled, logits: Tensor, head: ModelHead) -> Answer:
         """The tag of each word, and its probability; None for a word that was not read."""
-        size = evaluation.batch_size
-        found = self._logits_of(model, reader, asked, head, batch_size=size, max_length=max_length)
-        answers = []
-        for row, logits in zip(asked, found, strict=True):
-            tags = _tags.likeliest(logits, head.labels)
-            shares = [None if share != share else round(share, 6) for share in logits.softmax(-1).amax(-1).tolist()]
-            told = " ".join(f"{word}/{tag}" for word, tag in zip(row.words, tags, strict=True))
-            answers.append(Answer({"tokens": list(row.words), "tags": tags, "probabilities": shares}, told))
-        return answers
+        tags = _tags.likeliest(logits, head.labels)
+        shares = [None if share != share else round(share, 6) for share in logits.softmax(-1).amax(-1).tolist()]
+        told = " ".join(f"{word}/{tag}" for word, tag in zip(row.words, tags, strict=True))
+        return Answer({"tokens": list(row.words), "tags": tags, "probabilities": shares}, told)
 
     def compared(
         self, model: Any, reader: Any, rows: Sequence[Labelled], *, head: ModelHead, length: int | None
