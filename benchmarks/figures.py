@@ -138,7 +138,7 @@ def inference() -> str:
         "lora": "LoRA beside the weights",
         "dora": "DoRA",
         "mora": "MoRA",
-        "lora serving": "LoRA inside `trimtab.serving`",
+        "lora serving": "LoRA inside `trimtab.for_inference`",
         "dora serving": "DoRA there",
         "mora serving": "MoRA there",
         "peft lora": "LoRA in PEFT",

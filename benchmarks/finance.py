@@ -142,7 +142,7 @@ def score(tokenizer: Any, model: Any) -> dict[str, float]:
     from trimtab.data.choices import infer_choices
     from trimtab.data.forms import read_examples
     from trimtab.evaluation.choice import score_choices
-    from trimtab.surgery.serving import evaluating
+    from trimtab.surgery.contexts import evaluating
     from trimtab.tasks import Head
 
     found = {}

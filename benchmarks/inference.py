@@ -4,8 +4,8 @@
     python benchmarks/inference.py --new-tokens 128
 
 decode: one row, token by token with a cache, seconds per token. prefill: 512 tokens of one row at once, logits of the
-last one. "serving" is inside ``trimtab.serving``, which takes the caller's word that nothing trains. All arms live in
-one process and take turns; the table gives medians and the ratio of each to the bare model in the same run.
+last one. "serving" is inside ``trimtab.for_inference``, which takes the caller's word that nothing trains. All arms
+live in one process and take turns; the table gives medians and the ratio of each to the bare model in the same run.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def adapted(model: Any, arm: str, rank: int) -> Any:
     if arm.endswith("merged"):
         trimtab.merge(model)
     if arm.endswith("serving"):
-        UNTIL_THE_END.enter_context(trimtab.serving(model))
+        UNTIL_THE_END.enter_context(trimtab.for_inference(model))
     return model.eval()
 
 

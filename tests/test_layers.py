@@ -42,6 +42,7 @@ LAYERS = [
         "training",
         "analysis",
         "export",
+        "serving",
         "studies",
     ),
     *(PUBLIC, "cli", "__main__"),

@@ -35,14 +35,14 @@ _PUBLIC = {
     "decompose": "ops.decomposition",
     "delete_adapter": "surgery.names",
     "detach": "surgery.attach",
-    "disable_adapter": "surgery.serving",
+    "disable_adapter": "surgery.contexts",
     "effective_weight": "surgery.attach",
+    "for_inference": "surgery.contexts",
     "load_adapter": "adapters.store",
     "merge": "surgery.merge",
     "per_row": "surgery.per_row",
-    "reference": "surgery.serving",
+    "reference": "surgery.contexts",
     "save_adapter": "adapters.store",
-    "serving": "surgery.serving",
     "set_adapter": "surgery.names",
     "speed_up": "integrations.speed_up",
     "trainable_parameters": "surgery.attach",
@@ -88,10 +88,10 @@ if TYPE_CHECKING:  # what the lazy names are, for type checkers and editors
     from trimtab.surgery.attach import attach, detach, effective_weight, trainable_parameters
     from trimtab.surgery.attach_report import AttachReport
     from trimtab.surgery.combine import combine
+    from trimtab.surgery.contexts import disable_adapter, for_inference, reference
     from trimtab.surgery.conversion_report import CombinationReport, ConversionReport
     from trimtab.surgery.convert import convert_to_lora
     from trimtab.surgery.merge import MergeReport, merge
     from trimtab.surgery.names import active_adapter, delete_adapter, set_adapter
     from trimtab.surgery.per_row import per_row
     from trimtab.surgery.plan import Plan, Rule
-    from trimtab.surgery.serving import disable_adapter, reference, serving

@@ -26,7 +26,7 @@ from trimtab.errors import DataError
 from trimtab.evaluation.generation import end_tokens
 from trimtab.models.positions import positions_of
 from trimtab.questions import Message, rendered, system_message
-from trimtab.surgery.serving import serving
+from trimtab.surgery.contexts import for_inference
 
 Say = Callable[[str], None]
 
@@ -115,7 +115,7 @@ class Asked:
         batch = torch.tensor([ids], device=self.model.device)
         stopped = False
         try:
-            with torch.inference_mode(), serving(self.model), self._set_to(drawing, room) as settings:
+            with torch.inference_mode(), for_inference(self.model), self._set_to(drawing, room) as settings:
                 self.model.generate(
                     batch,
                     attention_mask=torch.ones_like(batch),

@@ -22,7 +22,7 @@ from trimtab.models.locate import ModelHead
 from trimtab.models.positions import positions_of
 from trimtab.questions import TABLES, lines_of
 from trimtab.runs.named import Named
-from trimtab.surgery.serving import serving
+from trimtab.surgery.contexts import for_inference
 from trimtab.tasks import Answer, of_head
 
 _BATCHES_AT_ONCE = 16
@@ -74,7 +74,7 @@ class Predictor:
         else:
             length = positions_of(model).limit()
         coming = iter(rows)
-        with serving(model):
+        with for_inference(model):
             while some := list(islice(coming, self._evaluation.batch_size * _BATCHES_AT_ONCE)):
                 asked, wrong = self._asked(some)
                 settings: dict[str, Any] = {"evaluation": self._evaluation, "max_length": length}

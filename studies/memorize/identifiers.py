@@ -19,7 +19,7 @@ from trimtab.data.tokens import encode_prompt
 from trimtab.errors import ConfigError, ModelError
 from trimtab.evaluation.generation import greedy
 from trimtab.models.causal_head import IGNORED
-from trimtab.surgery.serving import evaluating
+from trimtab.surgery.contexts import evaluating
 
 DIGITS = "0123456789abcdef"
 SEPARATOR = ":"

@@ -27,7 +27,7 @@ from trimtab.runs.events import Listener
 from trimtab.runs.rate_record import ChosenRate
 from trimtab.runs.records import MetricsLine
 from trimtab.surgery.attach import detach
-from trimtab.surgery.serving import evaluating
+from trimtab.surgery.contexts import evaluating
 from trimtab.tasks import Head, Inputs
 from trimtab.training.rate_trials import find_rate
 from trimtab.training.trainer import AdapterTrainer

@@ -193,7 +193,7 @@ def test_the_fused_paths_of_inference(kind: str) -> None:
     expected = functional_call(bare, weights, inputs)
     model.eval()
     for context in (torch.no_grad, torch.inference_mode):
-        with context(), trimtab.serving(model):
+        with context(), trimtab.for_inference(model):
             assert torch.allclose(model(*inputs), expected, atol=1e-11)
 
 

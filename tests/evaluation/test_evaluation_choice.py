@@ -19,7 +19,7 @@ from trimtab.data.rows import Example
 from trimtab.errors import DataError, ModelError
 from trimtab.evaluation import choice as module
 from trimtab.evaluation.choice import Beginning, ChoiceScores, TokenSequence
-from trimtab.surgery.serving import evaluating
+from trimtab.surgery.contexts import evaluating
 from trimtab.tasks import Head
 
 Make = Callable[..., list[Example]]

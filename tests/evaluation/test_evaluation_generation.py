@@ -17,7 +17,7 @@ from trimtab.data.rows import Example
 from trimtab.errors import DataError
 from trimtab.evaluation import generation
 from trimtab.evaluation.generation import Generated, same_answer
-from trimtab.surgery.serving import evaluating
+from trimtab.surgery.contexts import evaluating
 from trimtab.tasks import Head
 
 Make = Callable[..., list[Example]]

@@ -18,7 +18,7 @@ from trimtab.evaluation import evaluate
 from trimtab.evaluation.evaluate import checked
 from trimtab.metrics import measure
 from trimtab.outcomes import Outcomes
-from trimtab.surgery.serving import evaluating
+from trimtab.surgery.contexts import evaluating
 from trimtab.tasks import Head
 
 Make = Callable[..., list[Example]]

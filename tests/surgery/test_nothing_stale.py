@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import sampling
 import trimtab
 from trimtab.ops.stamp import Stamp
-from trimtab.surgery.serving import evaluating, serving
+from trimtab.surgery.contexts import evaluating, for_inference
 
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora", "rank": 2},
@@ -335,7 +335,7 @@ def test_replicas_use_their_own_tensors(options: dict[str, Any]) -> None:
             other: Any = replica(model)
             assert torch.allclose(other(x), doubled(x), rtol=1e-4, atol=1e-4)
             assert torch.allclose(other[0].weight, doubled[0].weight, rtol=1e-4, atol=1e-5)
-    with serving(model), torch.no_grad():
+    with for_inference(model), torch.no_grad():
         model(x[:1])
         assert torch.allclose(replica(model)(x[:1]), doubled(x[:1]), rtol=1e-4, atol=1e-4)
     found = torch.autograd.grad(replica(model)(x).square().sum(), list(trimtab.trainable_parameters(model).values()))

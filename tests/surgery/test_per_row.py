@@ -96,7 +96,7 @@ def test_each_row_gets_what_it_gets_alone(quantised: str, names: list[str | None
             got = model(batch)
             with trimtab.per_row(model, [None, "legal"]):
                 assert torch.allclose(model(batch[:2])[0], bare[0], **CLOSE)
-            with trimtab.serving(model):
+            with trimtab.for_inference(model):
                 assert torch.allclose(model(batch), want, **CLOSE)
             assert trimtab.active_adapter(model) == "whole"
             with trimtab.disable_adapter(model):
@@ -224,7 +224,7 @@ def test_generation_goes_row_by_row(settings: dict[str, Any]) -> None:
     for row, name in enumerate(names):
         trimtab.set_adapter(model, name)
         want.append(model.generate(prompts[row : row + 1], **options))
-    with trimtab.per_row(model, names), trimtab.serving(model):
+    with trimtab.per_row(model, names), trimtab.for_inference(model):
         got = model.generate(prompts, **options)
     assert torch.equal(got, torch.cat(want))
     assert len({tuple(row.tolist()) for row in got[:, 5:]}) > 1

@@ -26,7 +26,7 @@ from trimtab.models.causal_head import IGNORED, Head
 from trimtab.models.positions import positions_of
 from trimtab.outcomes import Outcomes
 from trimtab.runs.results import RESULTS, Measured, Prediction, Result
-from trimtab.surgery.serving import evaluating
+from trimtab.surgery.contexts import evaluating
 
 Progress = Callable[[int, int], None]
 """Called with the number of rows done and of all rows."""

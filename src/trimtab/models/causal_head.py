@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trimtab.models.head_loss import head_loss, wide
-from trimtab.surgery.serving import evaluating
+from trimtab.surgery.contexts import evaluating
 
 IGNORED = -100
 """The label of a position that carries no loss, as in Hugging Face's models."""

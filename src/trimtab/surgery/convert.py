@@ -19,12 +19,12 @@ from trimtab.methods import lora, method_class
 from trimtab.ops.truncation import Moments, Spectrum, output_norm, spectrum
 from trimtab.surgery.adapted import adapted_modules, bare, bare_modules, carriers, require_adapted
 from trimtab.surgery.changed_weights import ChangedWeight, changed_weights
+from trimtab.surgery.contexts import evaluating
 from trimtab.surgery.conversion_report import ConversionReport, ModuleError
 from trimtab.surgery.exchange import Exchange, Successor
 from trimtab.surgery.install import require_no_rows
 from trimtab.surgery.names import entries, known_adapter
 from trimtab.surgery.row_passes import Rows
-from trimtab.surgery.serving import evaluating
 from trimtab.surgery.wrappers import synchronised_by, unwrapped
 
 _MOMENTS_AT_ONCE = 2**30  # bytes; what does not fit is gathered by further passes over the rows

@@ -35,9 +35,9 @@ def per_row(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     (``nn.MultiheadAttention`` may have them on the second). ``generate`` and its cache go as ever; where it makes
     several rows of one (beams, ``num_return_sequences``), those go through the row's adapter.
 
-    Gradients go to the adapters that ask for some, at the price of a pass for each adapter. As in ``trimtab.serving``,
-    norms are kept from one pass without gradients to the next; after a pass with gradients they are computed again.
-    Contexts may be nested: the inner one rules.
+    Gradients go to the adapters that ask for some, at the price of a pass for each adapter. As in
+    ``trimtab.for_inference``, norms are kept from one pass without gradients to the next; after a pass with gradients
+    they are computed again. Contexts may be nested: the inner one rules.
 
     Raises SurgeryError if there is no adapter of such a name; for a batch with another number of rows than ``names``;
     and where rows cannot be told apart: experts that get their tokens in an order of their own, a weight that is read

@@ -39,7 +39,7 @@ from trimtab.notes import Notes
 from trimtab.notes import rows as counted
 from trimtab.runs.events import Listener
 from trimtab.runs.results import RESULTS
-from trimtab.surgery.serving import evaluating
+from trimtab.surgery.contexts import evaluating
 from trimtab.tasks._answer import Answer, of_logits
 from trimtab.tasks._encoded import EncodedTensors, Tensors
 from trimtab.tasks._inputs import Answers, Inputs, Rows, gather

@@ -24,7 +24,7 @@ from trimtab.models.causal_head import IGNORED, Head
 from trimtab.models.family import Family
 from trimtab.outcomes import Outcomes
 from trimtab.runs.events import Listener
-from trimtab.surgery.serving import evaluating
+from trimtab.surgery.contexts import evaluating
 from trimtab.tasks import _inputs, _task
 from trimtab.tasks._sizes import Batch, RowSizes
 from trimtab.tasks._texts import read_inputs

@@ -38,7 +38,7 @@ from trimtab.notes import Notes
 from trimtab.notes import rows as counted
 from trimtab.runs.events import Listener
 from trimtab.runs.results import GenerationResult
-from trimtab.surgery.serving import evaluating
+from trimtab.surgery.contexts import evaluating
 from trimtab.tasks import _read_text, _task
 from trimtab.tasks._answer import Answer
 from trimtab.tasks._encoded import EncodedTensors, Tensors

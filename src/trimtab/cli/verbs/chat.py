@@ -35,7 +35,7 @@ def command(
         from trimtab.models.gguf import cache_folder
         from trimtab.questions import require_template
         from trimtab.runs.named import Named
-        from trimtab.surgery.serving import serving
+        from trimtab.surgery.contexts import for_inference
 
     interactive = sys.stdin is not None and sys.stdin.isatty() and sys.stdout is not None and sys.stdout.isatty()
     if interactive:
@@ -49,7 +49,7 @@ def command(
         say("/help lists the commands, Ctrl-C stops an answer, Ctrl-D ends.", error=True)
     torch.manual_seed(seed)
     drawing = Drawing(max_new_tokens, temperature, top_p)
-    with serving(model):
+    with for_inference(model):
         conversation = Conversation(Asked(model, tokenizer), drawing, system)
         read = line_reader(cache_folder().with_name("chat_history"), interactive=interactive)
         Talk(conversation, read, interactive=interactive).run()

@@ -65,7 +65,7 @@ def command(
         from trimtab.asking import Asked, Drawing
         from trimtab.questions import Question, questions_in
         from trimtab.runs.named import Named
-        from trimtab.surgery.serving import serving
+        from trimtab.surgery.contexts import for_inference
 
     questions = [Question(text) for text in texts] if file is None else questions_in(file)
     named = Named.find(target, adapter=adapter, base=base)
@@ -78,7 +78,7 @@ def command(
         asked.encode(prompt)
     drawing = Drawing(max_new_tokens, temperature, top_p)
     torch.manual_seed(seed)
-    with serving(asked.model):
+    with for_inference(asked.model):
         for number, (question, prompt) in enumerate(zip(questions, put, strict=True), start=1):
             if len(put) > 1 and not as_jsonl:
                 say(f"[{number}/{len(put)}] {question.text.strip()}", error=True)

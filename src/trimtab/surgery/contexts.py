@@ -17,7 +17,7 @@ from trimtab.surgery.wrappers import unwrapped
 
 
 @contextmanager
-def serving(model: nn.Module) -> Iterator[None]:
+def for_inference(model: nn.Module) -> Iterator[None]:
     """A context in which the caller promises that no trained tensor of ``model`` changes.
 
     Without gradients, an adapter with a magnitude keeps its norm (one number per output) from one pass to the next.
@@ -95,7 +95,7 @@ def reference(model: Any) -> Any:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode, without gradients, inside ``serving``. Afterwards every module has the mode that it had before.
+    """Eval mode, without gradients, inside ``for_inference``. Afterwards every module has the mode that it had before.
 
     Modes are restored module by module, since a frozen part may be in eval mode inside a training model. Gradients are
     off by ``no_grad`` and not by ``inference_mode``, because a training step may later use tensors that are cached now.
@@ -103,7 +103,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     before = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.no_grad(), serving(model):
+        with torch.no_grad(), for_inference(model):
             yield
     finally:
         for module, training in before:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import trimtab
 from trimtab.methods import _weight
-from trimtab.surgery.serving import evaluating
+from trimtab.surgery.contexts import evaluating
 
 
 @pytest.fixture
@@ -56,9 +56,9 @@ def output(model: nn.Module) -> Tensor:
     return model(torch.linspace(-1, 1, 40).reshape(2, 20))
 
 
-@pytest.mark.parametrize("context", [trimtab.serving, evaluating])
+@pytest.mark.parametrize("context", [trimtab.for_inference, evaluating])
 def test_nothing_is_compared_and_nothing_changes(
-    model: nn.Module, compared: list[object], context: Callable[[nn.Module], trimtab.serving]
+    model: nn.Module, compared: list[object], context: Callable[[nn.Module], trimtab.for_inference]
 ) -> None:
     outside = [output(model), output(model)]
     assert len(compared) == 2  # the second pass, once for each layer
@@ -72,12 +72,12 @@ def test_values_that_changed_before_it_are_seen(model: nn.Module) -> None:
     for _ in range(2):
         change(model)
         fresh = output(copy.deepcopy(model))
-        with trimtab.serving(model):
+        with trimtab.for_inference(model):
             assert torch.equal(output(model), fresh)
 
 
 def test_values_that_change_in_it_are_seen_after_it(model: nn.Module) -> None:
-    with trimtab.serving(model), trimtab.serving(model):
+    with trimtab.for_inference(model), trimtab.for_inference(model):
         output(model)
         change(model)
         held = output(model)
@@ -87,8 +87,8 @@ def test_values_that_change_in_it_are_seen_after_it(model: nn.Module) -> None:
 
 
 def test_the_outer_of_two_lasts(model: nn.Module, compared: list[object]) -> None:
-    with trimtab.serving(model):
-        with trimtab.serving(model):
+    with trimtab.for_inference(model):
+        with trimtab.for_inference(model):
             output(model)
         output(model)
     assert not compared
@@ -98,7 +98,7 @@ def test_the_outer_of_two_lasts(model: nn.Module, compared: list[object]) -> Non
 
 
 def test_it_ends_with_an_error_too(model: nn.Module, compared: list[object]) -> None:
-    with pytest.raises(KeyError), trimtab.serving(model):
+    with pytest.raises(KeyError), trimtab.for_inference(model):
         raise KeyError
     output(model)
     output(model)
@@ -106,7 +106,7 @@ def test_it_ends_with_an_error_too(model: nn.Module, compared: list[object]) -> 
 
 
 def test_a_copy_is_under_no_promise(model: nn.Module, compared: list[object]) -> None:
-    with trimtab.serving(model):
+    with trimtab.for_inference(model):
         copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
     for other in copies:
         output(other)
@@ -118,7 +118,7 @@ def test_training_goes_on_as_ever(model: nn.Module) -> None:
     x = torch.randn(3, 20)
     expected = copy.deepcopy(model)
     expected(x).square().sum().backward()
-    with trimtab.serving(model):
+    with trimtab.for_inference(model):
         output(model)
     model(x).square().sum().backward()
     wanted = trimtab.trainable_parameters(expected)
@@ -153,7 +153,7 @@ def test_a_few_tokens_give_the_same_bits(name: str, dtype: torch.dtype, bias: bo
         for shape in ((20,), (1, 1, 20), (3, 20), (2, 8, 20), (17, 20)):
             x = torch.randn(shape, dtype=dtype)
             outside = model(x)
-            with trimtab.serving(model):
+            with trimtab.for_inference(model):
                 assert all(torch.equal(model(x), outside) for _ in range(2))
 
 
@@ -162,14 +162,14 @@ def test_a_few_tokens_give_the_formula(name: str) -> None:
     model = layer(LAYERS[name], torch.float32, True)
     x = torch.randn(3, 20)
     exact = x @ trimtab.effective_weight(model, "0").t() + model[0].bias
-    with trimtab.serving(model), torch.no_grad():
+    with trimtab.for_inference(model), torch.no_grad():
         torch.testing.assert_close(model(x), exact, rtol=1e-5, atol=1e-5)
 
 
 def test_what_served_makes_way(model: nn.Module) -> None:
     """For gradients, for autocast, for dropout, and for another dtype, in the middle of it."""
     x = torch.randn(2, 20)
-    with trimtab.serving(model):
+    with trimtab.for_inference(model):
         output(model)
         model(x).sum().backward()
         assert all(parameter.grad is not None for parameter in trimtab.trainable_parameters(model).values())
@@ -181,7 +181,7 @@ def test_what_served_makes_way(model: nn.Module) -> None:
     model.float()
     trimtab.attach(model, trimtab.Rule(match="0", method="lora", rank=2, dropout=0.5))
     change(model)
-    with trimtab.serving(model), torch.no_grad():
+    with trimtab.for_inference(model), torch.no_grad():
         assert torch.equal(model(x), model(x))
         model.train()
         assert not torch.equal(model(x), model(x))
