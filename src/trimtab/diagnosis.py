@@ -18,6 +18,7 @@ USES = {
     "quantised": "int8 and nf4 bases",
     "torchao": "torchao's int8 bases",
     "explore": "trimtab explore",
+    "serve": "trimtab serve",
     "tensorboard": "train.tensorboard",
 }
 """What each extra of this package is for. Those that it leaves out are for working on trimtab itself."""

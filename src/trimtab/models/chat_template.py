@@ -119,17 +119,21 @@ def unknown_marks(tokenizer: Any) -> list[str]:
     return [mark for mark in marks if len(tokenizer(mark, add_special_tokens=False).input_ids) > 1]
 
 
-def render(tokenizer: Any, messages: Sequence[Any], *, tokenize: bool = False, **options: Any) -> Any:
+def render(
+    tokenizer: Any, messages: Sequence[Any], *, tokenize: bool = False, limit_memory: bool = True, **options: Any
+) -> Any:
     """What ``tokenizer.apply_chat_template(messages, tokenize=tokenize, **options)`` gives.
 
     A template is a program that came with a model. transformers runs it in jinja's sandbox; here it has an end as well:
     so many seconds, so much memory, so long a text. Raises ModelError if it goes beyond, or fails in any other way.
+
+    ``limit_memory``: off where other threads of the process allocate meanwhile, which the limit would hit as well.
     """
     try:
         for template in _texts(options.get("chat_template") or getattr(tokenizer, "chat_template", None)):
             _check_powers(template)
         # The tokenizer's own memory is not bounded: it ends the process where there is none.
-        with within("it", seconds=_SECONDS, memory=None if tokenize else _MEMORY):
+        with within("it", seconds=_SECONDS, memory=_MEMORY if limit_memory and not tokenize else None):
             out = tokenizer.apply_chat_template(messages, tokenize=tokenize, **options)
             if isinstance(out, str):
                 most = _LETTERS + _PER_LETTER * sum(len(str(message)) for message in messages)
