@@ -80,7 +80,7 @@ def on_a_matrix(layer: Any, x: Tensor, kind: str) -> Tensor:
     if kind == "convolution":
         return layer(x.reshape(-1, layer.in_channels, *layer.kernel_size)).reshape(*x.shape[:-1], layer.out_channels)
     if kind == "embedding":
-        return x @ layer(torch.arange(layer.num_embeddings))
+        return x @ layer(torch.arange(layer.num_embeddings, device=x.device))
     return layer(x)
 
 

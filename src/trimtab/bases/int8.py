@@ -43,8 +43,13 @@ class Int8Base(_quantised.QuantisedBase):
     @property
     def _largest(self) -> Tensor:
         # The layer's first forward pass moves them from the weight into its state.
-        own = getattr(self.parameter, "SCB", None)
-        largest: Tensor = self._state.SCB if own is None else own
+        holder: Any = self.parameter if getattr(self.parameter, "SCB", None) is not None else self._state
+        # ``module.to(device)`` moves a parameter's numbers and leaves what hangs on it behind: it follows here.
+        if holder.SCB.device != self.parameter.device and not self.parameter.is_meta:
+            holder.SCB = holder.SCB.to(self.parameter.device)
+        if getattr(holder, "CB", None) is not None and holder.CB.device != self.parameter.device:
+            holder.CB = self.parameter.data
+        largest: Tensor = holder.SCB
         return largest
 
     def stored(self) -> tuple[Tensor, ...]:
