@@ -94,7 +94,7 @@ class FakeEngine:
     failing: Exception | None = None
     after: int = 0
     reason: Any = None
-    positions: int = 200
+    positions: int = 500
     template: bool = True
     closed: bool = False
     finished: int = 0
@@ -104,6 +104,14 @@ class FakeEngine:
 
     def __post_init__(self) -> None:
         self._reads = FakeReads(tiny_tokenizer() if self.template else tiny_tokenizer(None))
+
+    def use(self, tokenizer: Any) -> None:
+        """Prompts are made by ``tokenizer``."""
+        self._reads = FakeReads(tokenizer)
+
+    def decoded(self, number: int) -> str:
+        """The prompt of a request, as text."""
+        return str(self._reads.tokenizer.decode(self.asked[number].prompt))
 
     def submit(self, request: Request) -> FakeTicket:
         if self.closed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import threading
 import time
@@ -187,8 +188,6 @@ def test_a_bad_body_is_refused_in_words(server: Running, name: str) -> None:
     body, said = WRONG[name]
     got = server.ask("POST", "/v1/chat/completions", body)
     assert got.status == 400, got.raw
-    import re
-
     assert re.search(said.replace("?", r"\?"), got.error["message"]), got.error["message"]
     assert got.error["type"] == "invalid_request_error"
 
@@ -203,7 +202,7 @@ def test_a_bad_body_is_refused_in_words(server: Running, name: str) -> None:
         ({"prompt": "a", "suffix": "b"}, "suffix: not supported"),
         ({"prompt": "a", "best_of": 2}, "best_of: not supported"),
         ({"prompt": "a", "logprobs": True}, "logprobs: expected a whole number"),
-        ({"prompt": list(range(300))}, "300 tokens are too many"),
+        ({"prompt": list(range(600))}, "600 tokens are too many"),
     ],
 )
 def test_a_bad_completion_is_refused_in_words(server: Running, body: dict[str, Any], said: str) -> None:
@@ -227,7 +226,7 @@ def test_an_unknown_model_is_named_with_those_near_it(server: Running) -> None:
 
 
 def test_too_many_tokens_and_too_many_bytes(server: Running) -> None:
-    long = server.chat(text="fog " * 300)
+    long = server.chat(text="fog " * 600)
     assert (long.status, long.error["code"]) == (400, "context_length_exceeded")
     for headers in ({}, {"Transfer_Encoding": "chunked"}):
         body = json.dumps({**CHAT, "user": "x" * 300_000}).encode()

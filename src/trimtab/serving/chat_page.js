@@ -4,6 +4,7 @@
 const at = (id) => document.getElementById(id);
 const SIDES = ["left", "right"];
 const NOBODY = "";
+const STOPPED = "Stopped.";
 const histories = { left: [], right: [] };
 let running = null;
 
@@ -57,6 +58,7 @@ async function listModels() {
   at("door").hidden = true;
   trouble("");
   fill((await response.json()).data.map((model) => model.id));
+  if (matchMedia("(min-width: 44rem)").matches) at("message").focus();
 }
 
 function fill(names) {
@@ -98,7 +100,11 @@ async function* events(response) {
 }
 
 function nearBottom() {
-  return window.innerHeight + window.scrollY > document.documentElement.scrollHeight - 120;
+  return window.innerHeight + window.scrollY > document.documentElement.scrollHeight - 320;
+}
+
+function toBottom() {
+  window.scrollTo(0, document.documentElement.scrollHeight);
 }
 
 async function ask(side, model, text, box) {
@@ -131,18 +137,18 @@ async function ask(side, model, text, box) {
         first = first || performance.now();
         said += choice.delta.content;
         const follow = nearBottom();
-        words.textContent = said;
-        if (follow) window.scrollTo(0, document.documentElement.scrollHeight);
+        words.append(choice.delta.content); // a text node: nothing in it is ever a tag
+        if (follow) toBottom();
       }
     }
     if (!reason) wrong = "The answer broke off.";
   } catch (error) {
-    wrong = error.name === "AbortError" ? "Stopped." : error.message === "Failed to fetch" ? "The server cannot be reached." : error.message;
+    wrong = error.name === "AbortError" ? STOPPED : error.message === "Failed to fetch" ? "The server cannot be reached." : error.message;
   }
   box.classList.remove("live");
   if (said) histories[side].push({ role: "user", content: text }, { role: "assistant", content: said });
   else if (!wrong) wrong = "The model said nothing.";
-  if (wrong) box.insertBefore(element("p", "no", wrong), small);
+  if (wrong) box.insertBefore(element("p", wrong === STOPPED ? "fine" : "no", wrong), small);
   if (usage) {
     const seconds = (performance.now() - (first || started)) / 1000;
     const parts = [`${usage.completion_tokens} tokens`];
@@ -174,7 +180,7 @@ async function send() {
   at("talk").append(turn);
   at("message").value = "";
   busy(true);
-  window.scrollTo(0, document.documentElement.scrollHeight);
+  toBottom();
   await Promise.all(asked.map((side, number) => ask(side, at(side).value, text, boxes[number])));
   running = null;
   busy(false);
@@ -198,6 +204,7 @@ at("fresh").addEventListener("click", () => {
   at("talk").replaceChildren();
   at("message").focus();
 });
+document.querySelector("details").addEventListener("toggle", () => { if (nearBottom()) toBottom(); });
 at("door").addEventListener("submit", (event) => {
   event.preventDefault();
   key = at("key").value.trim();
