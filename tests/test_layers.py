@@ -17,7 +17,8 @@ LAYERS = [
     *(
         "errors",
         "outcomes",
-        "hints listing machine metrics notes reading",
+        "hints listing machine metrics notes processes reading signals",
+        "launching",
         "files",
         "diagnosis",
         "ops",

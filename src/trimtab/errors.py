@@ -80,6 +80,14 @@ class Interrupted(TrimtabError):  # noqa: N818 -- not a mistake of anybody's
         return cls(message, stop.code if isinstance(stop, (Interrupted, Terminated)) else 130)
 
 
+class EndedElsewhere(TrimtabError):  # noqa: N818 -- not a mistake of this process
+    """Another of several processes has ended the run they were at, and tells why; ``code``: what it exits with."""
+
+    def __init__(self, message: str, code: int = 1) -> None:
+        super().__init__(message)
+        self.code = code
+
+
 class Terminated(SystemExit):
     """What SIGTERM raises, as Ctrl-C raises KeyboardInterrupt. Where nothing catches it, the process ends with 143."""
 

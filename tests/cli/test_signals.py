@@ -15,8 +15,8 @@ import typer
 from command_line import Result
 from tiny_runs import rows, write_rows
 from trimtab.cli.exits import exit_code
-from trimtab.cli.signals import forget, listening
 from trimtab.errors import Interrupted, Terminated
+from trimtab.signals import forget, listening
 
 SIGNALS = [pytest.param(signal.SIGINT, 130, id="Ctrl-C"), pytest.param(signal.SIGTERM, 143, id="SIGTERM")]
 
@@ -136,7 +136,7 @@ def test_what_a_script_runs_in_the_background_can_be_interrupted() -> None:
 
 TWICE = """
 import signal, sys
-from trimtab.cli.signals import listening, forget
+from trimtab.signals import listening, forget
 from trimtab.errors import STOPS
 with listening():
     for _ in range(3):  # each is dealt with, as in a conversation

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from trimtab.cli.signals import listening
+from trimtab.signals import listening
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
 """The program ``trimtab``: each file in `trimtab.cli.verbs` is a verb of its name, found by listing the folder.
 
 A verb's file has a ``command``, whose parameters are its arguments, and a ``SHORT_HELP`` for ``trimtab --help``; it may
-have an ``INTERRUPTED``, which says what is left where it is stopped. It imports what it works with inside ``command``,
+have an ``INTERRUPTED``, which says what is left where it is stopped, and ``SEVERAL``, where several processes may do it
+together. It imports what it works with inside ``command``,
 so that help answers at once, without torch.
 """
 
@@ -19,6 +20,7 @@ from trimtab import __version__, listing
 from trimtab.cli import verbs
 from trimtab.cli.exits import say
 from trimtab.errors import STOPS, Interrupted, TrimtabError
+from trimtab.launching import require_one
 
 _FIRST = (
     *("init", "finetune", "plan", "tune", "evaluate", "predict", "generate", "chat", "merge", "export", "convert"),
@@ -59,10 +61,13 @@ def _add_verbs() -> None:
 
 def _stoppable(verb: ModuleType) -> Callable[..., None]:
     """The verb's command; where it is stopped, it says in a line what that left. (Typer would say "Aborted!".)"""
+    several = getattr(verb, "SEVERAL", False)
     left: str = getattr(verb, "INTERRUPTED", "nothing was written; the same command begins again")
 
     @functools.wraps(verb.command)
     def command(*arguments: Any, **options: Any) -> None:
+        if not several:
+            require_one(f"trimtab {verb.__name__.rpartition('.')[2]}")
         try:
             verb.command(*arguments, **options)
         except STOPS as stop:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from trimtab.cli.terminal import make_safe
-from trimtab.errors import STOPS, Interrupted, TrimtabError, machine_refusal, printable
+from trimtab.errors import STOPS, EndedElsewhere, Interrupted, TrimtabError, machine_refusal, printable
 from trimtab.machine import keep_few_products
 
 _CONTROL = re.compile("[\x7f-\x9f]")
@@ -54,6 +54,8 @@ def exit_code(work: Callable[[], int | None]) -> int:
     except STOPS as stop:
         say("\ninterrupted; nothing was begun", error=True)
         return Interrupted.by(stop, "").code
+    except EndedElsewhere as ended:
+        return ended.code
     except TrimtabError as error:
         say(f"trimtab: {error}", error=True)
         return 1

@@ -150,7 +150,12 @@ class TrainConfig(Section):
         3.0, ge=0, description="Passes over the training rows; 0: nothing is trained, the model is measured as it is."
     )
     max_steps: int | None = Field(None, ge=1, description="Stop after so many steps, whatever epochs says.")
-    batch_size: int = Field(16, ge=1, description="Rows in one forward pass. Higher: faster, more memory.")
+    batch_size: int = Field(
+        16,
+        ge=1,
+        description="Rows in one forward pass, which several processes (torchrun) share out. Higher: faster, more "
+        "memory.",
+    )
     gradient_accumulation: int = Field(
         1, ge=1, description="Forward passes to one step: the rows of a step are batch_size times this."
     )
@@ -191,6 +196,11 @@ class TrainConfig(Section):
     )
     gradient_checkpointing: bool = Field(
         False, description="Recompute each block in the backward pass: about a third slower, much less memory."
+    )
+    sharding: Literal["none", "full"] = Field(
+        "none",
+        description="Where several processes train (torchrun, accelerate launch): each with the whole model, or with "
+        "its part of the frozen weights of every block (full: FSDP2), which takes less memory and more talk.",
     )
     compile: Literal["auto"] | bool = Field(
         False,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice, pairwise, takewhile, zip_longest
@@ -24,6 +25,7 @@ from trimtab.data.rows import Example
 from trimtab.data.tokens import encode_all, encode_prompt
 from trimtab.errors import DataError, ModelError
 from trimtab.models.causal_head import IGNORED, Head
+from trimtab.processes import divided
 
 WORTHWHILE = 8
 """Fewest tokens of a shared beginning that is run once. Running fewer again costs less than copying their keys and
@@ -129,16 +131,16 @@ def _run_rows(head: Head, rows: Sequence[_Row], batch_size: int) -> Iterator[int
         sequences = [(place, sequence) for place, row in enumerate(group) for sequence in row.sequences]
         waiting = [len(row.sequences) for row in group]
         beginning = Beginning(head, [sequence for _, sequence in sequences])
-        for batch in by_length([len(sequence.ids) for _, sequence in sequences], batch_size):
-            beginning.run([sequences[index][1] for index in batch])
+        batches = by_length([len(sequence.ids) for _, sequence in sequences], batch_size)
+        runs = beginning.run_each([[sequences[index][1] for index in batch] for batch in batches])
+        for batch, _ in zip(batches, runs, strict=True):
             for index in batch:
                 waiting[sequences[index][0]] -= 1
             yield done + sum(left == 0 for left in waiting)
         done += len(group)
         if batch_size > 1:
-            for row in group:
-                for sequence in row.undecided(margin):
-                    beginning.run([sequence])
+            alone = [[sequence] for row in group for sequence in row.undecided(margin)]
+            deque(beginning.run_each(alone), maxlen=0)
 
 
 @dataclass
@@ -304,6 +306,19 @@ class Beginning:
         self.head = head
         self.start = _shared(sequences) if len(sequences) > 1 else 0
         self._past = head.remember(sequences[0].ids[: self.start]) if self.start >= WORTHWHILE else None
+
+    def run_each(self, batches: Sequence[Sequence[TokenSequence]]) -> Iterator[None]:
+        """Run one forward pass for each of ``batches``, and fill in what is asked of it; a step of the iterator each.
+        Where several processes evaluate, each runs its share of them."""
+
+        def run(batch: Sequence[TokenSequence]) -> list[dict[int, dict[int, float]]]:
+            self.run(batch)
+            return [sequence.asked for sequence in batch]
+
+        for batch, found in divided(batches, run, one_pass=True):
+            for sequence, asked in zip(batch, found, strict=True):
+                sequence.asked = asked
+            yield
 
     def run(self, sequences: Sequence[TokenSequence]) -> None:
         """Run one forward pass for some of the sequences, and fill in what is asked of them."""

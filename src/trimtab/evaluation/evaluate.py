@@ -25,6 +25,7 @@ from trimtab.metrics import measure as compute_metrics
 from trimtab.models.causal_head import IGNORED, Head
 from trimtab.models.positions import positions_of
 from trimtab.outcomes import Outcomes
+from trimtab.processes import divided
 from trimtab.runs.results import RESULTS, Measured, Prediction, Result
 from trimtab.surgery.contexts import evaluating
 
@@ -165,11 +166,14 @@ def token_loss(
     collate = Collator(pad_id=0)
     device = head.model.get_input_embeddings().weight.device
     total, tokens, done = 0.0, 0, 0
-    for indices in by_length(rows.lengths, batch_size):
+
+    def run(indices: list[int]) -> tuple[float, int]:
         batch = collate([rows[index] for index in indices])
-        tokens += int((batch["labels"] != IGNORED).sum())
-        total += float(head.loss_at_labels(batch["input_ids"].to(device), batch["labels"].to(device), num_items=1))
-        done += len(indices)
+        loss = head.loss_at_labels(batch["input_ids"].to(device), batch["labels"].to(device), num_items=1)
+        return float(loss), int((batch["labels"] != IGNORED).sum())
+
+    for indices, (loss, count) in divided(by_length(rows.lengths, batch_size), run, one_pass=True):
+        total, tokens, done = total + loss, tokens + count, done + len(indices)
         if progress is not None:
             progress(done, len(rows))
     return total, tokens

@@ -24,6 +24,7 @@ from trimtab.data.tokens import encode_prompt
 from trimtab.errors import DataError
 from trimtab.models.causal_head import Head
 from trimtab.models.chat_template import turn_end
+from trimtab.processes import divided
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,12 @@ def generate_answers(
     turn = turn_end(tokenizer)
     spelled = turn.text if turn is not None and turn.token is None else ""  # an end that is no token, but text
     answers: dict[int, Generated] = {}
-    for batch in by_length([len(ids) + max_new_tokens for ids in prompts], batch_size):
-        written = _generate(head, [prompts[index] for index in batch], ends, max_new_tokens)
-        for index, new in zip(batch, written.tolist(), strict=True):
+
+    def write(batch: list[int]) -> Any:
+        return _generate(head, [prompts[index] for index in batch], ends, max_new_tokens).tolist()
+
+    for batch, written in divided(by_length([len(ids) + max_new_tokens for ids in prompts], batch_size), write):
+        for index, new in zip(batch, written, strict=True):
             stop = next((at for at, token in enumerate(new) if token in ends), None)
             text = tokenizer.decode(new[:stop], skip_special_tokens=True).strip().removesuffix(spelled).rstrip()
             answers[index] = Generated(text, stop is not None and text != "")

@@ -42,6 +42,11 @@ def best_folder(folder: Path, step: int) -> Path:
     return here if here.is_dir() or not before.is_dir() else before
 
 
+def generator_of(rank: int) -> str:
+    """The file with the state of torch's generator in process ``rank`` of several (1 and up): what it drops out."""
+    return f"rng_state_{rank}.pth"
+
+
 def put(folder: Path, step: int, keep: int) -> None:
     """Make a checkpoint of what was written for it, in one step, and remove the oldest ones but ``keep``."""
     written, place = folder / SAVING / f"checkpoint-{step}", folder / f"checkpoint-{step}"

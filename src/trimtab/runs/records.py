@@ -279,6 +279,7 @@ class Summary(Record):
         train_tokens: of all training rows once; ``counted``: what stands in for tokens, such as pictures;
             ``loss_unit``: what the loss of training is counted in.
         learning_rate: the peak rate, as it was said or found.
+        processes: how many trained it; memory is that of the first.
         notes: what the user should know of the rows, the settings and the model, a sentence each.
         began_from: the adapter that training began with; None: a fresh one.
         sources: what was taken of each source of training rows; ``digests``: by which the rows are known again.
@@ -306,6 +307,7 @@ class Summary(Record):
     learning_rate: float | None = None
     versions: dict[str, str] = {}
     machine: Machine = Machine()
+    processes: int = 1
     total_parameters: int | None = None
     trainable_parameters: int | None = None
     total_seconds: float | None = None

@@ -32,11 +32,13 @@ from trimtab.evaluation.answers import Judged
 from trimtab.evaluation.evaluate import Evaluation, Progress, checked
 from trimtab.metrics import Kind, choosing, measure
 from trimtab.models.causal_head import IGNORED
+from trimtab.models.head_loss import wide
 from trimtab.models.heads import in_the_order_of
 from trimtab.models.load import load_config_only
 from trimtab.models.locate import ModelHead
 from trimtab.notes import Notes
 from trimtab.notes import rows as counted
+from trimtab.processes import divided
 from trimtab.runs.events import Listener
 from trimtab.runs.results import RESULTS
 from trimtab.surgery.contexts import evaluating
@@ -258,8 +260,7 @@ class LabelledTask(Task):
         evaluation: EvaluationConfig,
         max_length: int | None,
     ) -> list[Answer]:
-        size = evaluation.batch_size
-        found = self._logits_of(model, reader, asked, head, batch_size=size, max_length=max_length)
+        found = self._logits_of(model, reader, asked, head, batch_size=evaluation.batch_size, max_length=max_length)
         return [self.answer(row, logits, head) for row, logits in zip(asked, found, strict=True)]
 
     def answer(self, row: Labelled, logits: Tensor, head: ModelHead) -> Answer:
@@ -312,9 +313,7 @@ class LabelledTask(Task):
 
     def logits(self, head: Any, batch: Mapping[str, Tensor]) -> Tensor:
         """The head's logits for ``batch``, in float32 (or float64)."""
-        given = {name: tensor for name, tensor in batch.items() if name not in ("labels", "weight")}
-        logits: Tensor = head(**given).logits
-        return logits if logits.dtype == torch.float64 else logits.float()
+        return wide(head(**{name: one for name, one in batch.items() if name not in ("labels", "weight")}).logits)
 
     def loss(
         self, head: Any, batch: Mapping[str, Tensor], *, count: int | Tensor | None = None, prompt_weight: float = 0.0
@@ -363,13 +362,17 @@ class LabelledTask(Task):
         collate, device = self.collator(reader), head.device
         found: dict[int, Tensor] = {}
         total, count = 0.0, 0
+
+        def run(indices: list[int]) -> tuple[Tensor, float, int]:
+            batch = {key: value.to(device) for key, value in collate([rows[at] for at in indices]).items()}
+            logits, labels = self.logits(head, batch), batch["labels"]
+            return logits.cpu(), float(self.costs(logits, labels).sum()), int((labels != IGNORED).sum())
+
         with evaluating(head):
-            for indices in by_length([self.tokens(row) for row in rows], batch_size):
-                batch = {key: value.to(device) for key, value in collate([rows[at] for at in indices]).items()}
-                logits, labels = self.logits(head, batch), batch["labels"]
-                total += float(self.costs(logits, labels).sum())
-                count += int((labels != IGNORED).sum())
-                found.update((at, self.picked(rows[at], one)) for at, one in zip(indices, logits.cpu(), strict=True))
+            batches = by_length([self.tokens(row) for row in rows], batch_size)
+            for indices, (logits, cost, labels) in divided(batches, run, one_pass=True):
+                total, count = total + cost, count + labels
+                found.update((at, self.picked(rows[at], one)) for at, one in zip(indices, logits, strict=True))
                 if progress is not None:
                     progress(len(found), len(rows))
         return [found[at] for at in range(len(rows))], total, count

@@ -36,6 +36,7 @@ from trimtab.models.family import Family
 from trimtab.models.locate import ModelHead
 from trimtab.notes import Notes
 from trimtab.notes import rows as counted
+from trimtab.processes import divided
 from trimtab.runs.events import Listener
 from trimtab.runs.results import GenerationResult
 from trimtab.surgery.contexts import evaluating
@@ -166,13 +167,18 @@ class Seq2Seq(_task.Task):
         found: dict[int, Generated] = {}
         own = head.generation_config.eos_token_id
         ends = {*(own if isinstance(own, list) else [own]), reader.eos_token_id} - {None}
+
+        def write(indices: list[int]) -> Any:
+            batch = _read_text.padded([rows[at] for at in indices], reader)
+            output = head.generate(
+                input_ids=batch["input_ids"].to(head.device), attention_mask=batch["attention_mask"].to(head.device)
+            )
+            return output[:, 1:].tolist()
+
         with evaluating(head), _greedy(head, evaluation.max_new_tokens, sorted(ends), reader.pad_token_id):
-            for indices in by_length([len(row["input_ids"]) for row in rows], evaluation.batch_size):
-                batch = _read_text.padded([rows[at] for at in indices], reader)
-                output = head.generate(
-                    input_ids=batch["input_ids"].to(head.device), attention_mask=batch["attention_mask"].to(head.device)
-                )
-                for at, new in zip(indices, output[:, 1:].tolist(), strict=True):
+            batches = by_length([len(row["input_ids"]) for row in rows], evaluation.batch_size)
+            for indices, written in divided(batches, write):
+                for at, new in zip(indices, written, strict=True):
                     stop = next((place for place, token in enumerate(new) if token in ends), None)
                     text = reader.decode(new[:stop], skip_special_tokens=True).strip()
                     found[at] = Generated(text, stop is not None and text != "")
@@ -183,12 +189,16 @@ class Seq2Seq(_task.Task):
     def _losses(self, head: Any, reader: Any, rows: Sequence[Tensors], batch_size: int) -> tuple[float, int]:
         """The summed loss of all targets' tokens, and how many these are."""
         total, tokens = 0.0, 0
+
+        def run(indices: list[int]) -> tuple[float, int]:
+            collated = _collate([rows[at] for at in indices], reader)
+            batch = {key: value.to(head.device) for key, value in collated.items()}
+            return float(self.loss(head, batch, count=1)), int((batch["labels"] != IGNORED).sum())
+
         with evaluating(head):
-            for indices in by_length([self.tokens(row) for row in rows], batch_size):
-                collated = _collate([rows[at] for at in indices], reader)
-                batch = {key: value.to(head.device) for key, value in collated.items()}
-                total += float(self.loss(head, batch, count=1))
-                tokens += int((batch["labels"] != IGNORED).sum())
+            batches = by_length([self.tokens(row) for row in rows], batch_size)
+            for _, (loss, count) in divided(batches, run, one_pass=True):
+                total, tokens = total + loss, tokens + count
         return total, tokens
 
     def tokens(self, row: Mapping[str, Any]) -> int:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -17,6 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from trimtab.errors import Terminated
 from trimtab.files import write_atomically, write_tensors
+from trimtab.processes import here
 from trimtab.runs.checkpoints import step_of
 from trimtab.runs.events import Listener
 from trimtab.surgery.attach import trainable_parameters
@@ -53,48 +51,34 @@ class LastLoss(TrainerCallback):
 
 
 class Interrupting(TrainerCallback):
-    """Ends training after the step at hand, with a checkpoint, once it was asked for.
+    """Ends training after the step at hand, with a checkpoint, once it was asked for (in any process of the run).
 
     A validation that is due at that step is made first: a resumed run would not come back to it.
 
     Attributes:
         stop: what the signal that asked for it would have raised; None: nothing was asked for.
-        at_once: whether it was asked for again.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, listener: Listener) -> None:
+        self._listener = listener
         self.stop: KeyboardInterrupt | Terminated | None = None
-        self.at_once = False
+
+    def ask(self, stop: KeyboardInterrupt | Terminated) -> None:
+        """Ask for a good end."""
+        self.stop = stop
+        with suppress(RuntimeError):  # the signal came in the middle of a write to the same stream
+            self._listener.note("interrupted: finishing this step and saving a checkpoint (again: stop at once)")
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
-        if self.stop is not None:
+        asked = here().gathered(None if self.stop is None else isinstance(self.stop, Terminated))
+        if any(one is not None for one in asked):
+            if self.stop is None:
+                self.ask(Terminated() if any(asked) else KeyboardInterrupt())
             control.should_save = True
             control.should_training_stop = True
         return control
-
-    @contextmanager
-    def on_signal(self, listener: Listener) -> Iterator[None]:
-        """While open, the first SIGINT or SIGTERM asks for a good end, and the second one is obeyed at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def ask(number: int, frame: FrameType | None) -> None:
-            if self.stop is not None:
-                self.at_once = True
-                raise self.stop
-            self.stop = Terminated() if number == signal.SIGTERM else KeyboardInterrupt()
-            with suppress(RuntimeError):  # the signal came in the middle of a write to the same stream
-                listener.note("interrupted: finishing this step and saving a checkpoint (again: stop at once)")
-
-        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 class Averaging(TrainerCallback):

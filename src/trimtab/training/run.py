@@ -11,20 +11,16 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-from torch import nn
-from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 
 from trimtab import tasks
-from trimtab.adapters.store import load_adapter, save_adapter
 from trimtab.config.resolve import Job
 from trimtab.config.run import RunConfig
-from trimtab.errors import STOPS, AdapterError, Interrupted, TrimtabError, machine_errors
+from trimtab.errors import STOPS, Interrupted, TrimtabError, machine_errors
 from trimtab.evaluation.evaluate import write
-from trimtab.machine import describe_machine, device, peak_memory_gib, versions
+from trimtab.launching import joined
+from trimtab.machine import describe_machine, peak_memory_gib, versions
 from trimtab.memory.suggest import check_run
-from trimtab.models.load import load_model, quiet_libraries
+from trimtab.processes import here
 from trimtab.runs.beginning import Opening, opened
 from trimtab.runs.checkpoints import step_of
 from trimtab.runs.events import Listener
@@ -33,19 +29,17 @@ from trimtab.runs.records import HeadRecord, Machine, PlanRecord, Summary
 from trimtab.runs.results import OWN_ADAPTER, Measured
 from trimtab.runs.same_rows import require_same_rows
 from trimtab.surgery.attach import trainable_parameters
-from trimtab.surgery.attach_report import AttachReport, describe
-from trimtab.tasks import Inputs, Task
-from trimtab.training.callbacks import Interrupting, LastLoss, Telling
+from trimtab.surgery.attach_report import AttachReport
 from trimtab.training.checks import checked_inputs
-from trimtab.training.compiling import Compiling
-from trimtab.training.measuring import Measuring
-from trimtab.training.metrics_log import Recorder, require_tensorboard
+from trimtab.training.metrics_log import require_tensorboard
 from trimtab.training.origin import Origin
 from trimtab.training.rate_trials import with_rate
 from trimtab.training.resume_state import newest_whole
 from trimtab.training.schedule import total_steps
+from trimtab.training.several import require_fit, told_of
 from trimtab.training.tracking import trackers
-from trimtab.training.trainer import AdapterTrainer, make_optimizer
+from trimtab.training.trainer import make_optimizer
+from trimtab.training.work import Work, follow
 
 
 def finetune(
@@ -64,9 +58,19 @@ def finetune(
             be known then.
         Interrupted: the user stopped the run; what was done is kept, and the message says how to go on.
     """
-    listener = listener or Listener()
+    with joined() as group:
+        if group.leads:
+            return _lead(config, listener or Listener(), resume=resume, overwrite=overwrite)
+        config = group.gathered(config)[0]  # the leading one knows its folder, too
+        group.sharded = group.sharded or config.train.sharding == "full"
+        follow(tasks.job_of(config))
+        return RunFolder(config.output)
+
+
+def _lead(config: RunConfig, listener: Listener, *, resume: bool, overwrite: bool) -> RunFolder:
     began = time.perf_counter()
     job = tasks.job_of(config)
+    require_fit(config)
     if config.train.tensorboard:
         require_tensorboard()
     reports = trackers(config, listener.remark)
@@ -78,8 +82,11 @@ def finetune(
             return folder
         try:
             run = _set_up(job, opening, listener, began)
-            run.trackers = reports
+            run.work.trackers = reports
         except STOPS as stop:
+            stopped = here().reason(stop)
+            if isinstance(stopped, TrimtabError):
+                raise stopped from None
             kept = (
                 f"the run is as it was\nGo on with: {folder.resume_command}" if opening.resumes else "nothing was begun"
             )
@@ -90,13 +97,16 @@ def finetune(
                 opening.begin(config)
                 run.through()
                 run.conclude()
-        except (*STOPS, TrimtabError) as stopped:
+        except (*STOPS, TrimtabError) as error:
+            stopped = here().reason(error)
             with suppress(*STOPS, TrimtabError), refused():  # the first error is the one to tell
                 run.put_down()
             if isinstance(stopped, STOPS):
                 said = f"interrupted; everything so far is in {folder.path}\nGo on with: {folder.resume_command}"
                 raise Interrupted.by(stopped, said) from None
-            raise
+            if stopped is error:
+                raise
+            raise stopped from None
     return folder
 
 
@@ -104,6 +114,8 @@ def _set_up(job: Job, opening: Opening, listener: Listener, began: float) -> _Ru
     """Read the rows and load the model; nothing is written yet."""
     origin = Origin.of(job, opening)
     job, config = origin.job, job.config
+    group = here()
+    group.gathered(job.config)
     task = tasks.of(job)
     reader = task.reader(job.source)
     listener.stage("Reading the rows")
@@ -114,15 +126,14 @@ def _set_up(job: Job, opening: Opening, listener: Listener, began: float) -> _Ru
     others = require_same_rows(opening, inputs.digests, inputs.sources, trains=trains)
     inputs = checked_inputs(job, inputs, check_run(job, task.sizes(job, inputs)), listener)
 
-    quiet_libraries()
     listener.show(task.preview(inputs, reader))
     if config.train.prompt_loss_weight:
         listener.note(f"in training, a token of the prompt counts {config.train.prompt_loss_weight:g} of a marked one")
+    if group.size > 1:
+        listener.note(told_of(config))
     listener.counting(task.counted)
     listener.stage(f"Loading {config.model.name}")
-    model: Any = load_model(job.source, job.dtype, config.model.attention, config.quantisation)
-    model = model.to(device())
-    run = _Run(origin, opening, task=task, inputs=inputs, model=model, reader=reader, listener=listener, began=began)
+    run = _Run(origin, opening, Work(job, task, inputs, reader=reader, listener=listener), began)
     run.measured_anew = others
     return run
 
@@ -139,34 +150,18 @@ def _conclude(folder: RunFolder, summary: Summary) -> None:
 class _Run:
     """One run in progress, and what is known of it for its summary."""
 
-    def __init__(
-        self,
-        origin: Origin,
-        opening: Opening,
-        *,
-        task: Task,
-        inputs: Inputs,
-        model: nn.Module,
-        reader: Any,
-        listener: Listener,
-        began: float,
-    ) -> None:
+    def __init__(self, origin: Origin, opening: Opening, work: Work, began: float) -> None:
         job = self.job = origin.job
+        task, inputs = work.task, work.inputs
         self.origin = origin
         self.config = job.config
         self.folder = opening.folder
         self.opening = opening
-        self.task = task
         self.inputs = inputs
-        self.model = model
-        self.reader = reader
-        self.listener = listener
-        self._head = task.head(model)
-        self._measuring = Measuring(job, task, inputs, head=self._head, reader=reader, listener=listener)
+        self.work = work
+        self.listener = work.listener
         self._began = began
-        self._at_once = False
         self.measured_anew: list[str] = []
-        self.trackers: list[TrainerCallback] = []
         before = opening.summary or Summary()
         self._earlier_seconds = before.training_seconds or 0.0, before.total_seconds or 0.0
         self._summary = Summary(
@@ -189,6 +184,7 @@ class _Run:
             loss_unit=task.loss_unit,
             versions=versions(),
             machine=Machine(**describe_machine()),
+            processes=here().size,
             notes=list(dict.fromkeys([*inputs.notes, *before.notes])),
             trained=opening.trained,
             sources=list(inputs.sources),
@@ -215,15 +211,15 @@ class _Run:
             self.remark(f"the test rows of '{name}' are others than when the run began, so they are evaluated anew")
         self._summarised("interrupted").write_to(self.folder.summary)
         trains, begins_from_adapter = bool(self.config.train.epochs), self.config.adapter is not None
-        if not begins_from_adapter:
+        # A sharded model cannot be changed any more, so it is measured bare when its adapters are there.
+        early = not begins_from_adapter and not here().sharded
+        if early:
             self.evaluate("before")
         if trains:
             self.find_rate()
-        set_seed(self.config.train.seed)
-        attaches = trains or begins_from_adapter
-        self.attached(self.job.attach_to(self.model) if attaches else describe(self.model, ()))
-        if begins_from_adapter:
-            self.evaluate("before")
+        self.attached(self.work.attach(attaches=trains or begins_from_adapter))
+        if not early:
+            self.evaluate("before", bare=not begins_from_adapter)
         if trains:
             if not self._has_taken_up():
                 self.train(self._checkpoint())
@@ -235,22 +231,20 @@ class _Run:
         """Whether training is over: the model then carries the adapter that it ended with."""
         if not self.opening.trained:
             return False
-        try:
-            load_adapter(self.model, self.folder.adapter)
-        except AdapterError as error:
-            self.remark(f"the adapter is made again from the last checkpoint: {error}")
+        wrong = self.work.load(self.folder.adapter)
+        if wrong is not None:
+            self.remark(f"the adapter is made again from the last checkpoint: {wrong}")
             self._summary = self._summary.updated(trained=False)
-            return False
-        return True
+        return wrong is None
 
     def _keep(self) -> None:
         """Write the adapter that training ended with; what was measured of one before it does not hold any more."""
         for name in self.config.data.test:
             self.folder.forget_evaluation(name, "after")
-        save_adapter(self.model, self.folder.adapter)
+        self.work.save(self.folder.adapter)
         # So that the adapter can be used without this run's configuration.
         if self.job.source.add_tokens or self.job.source.chat_template:
-            self.reader.save_pretrained(self.folder.adapter)
+            self.work.reader.save_pretrained(self.folder.adapter)
         self._summary = self._summary.updated(trained=True)
         self._summarised("interrupted").write_to(self.folder.summary)
 
@@ -262,7 +256,7 @@ class _Run:
         """Leave an interrupted run; without its page where the user will not wait."""
         if self.folder.is_run:
             self._summarised("interrupted").write_to(self.folder.summary)
-            if not self._at_once:
+            if not self.work.at_once:
                 from trimtab.reports.run.run_page import write_run_page
 
                 write_run_page(self.folder.path)
@@ -298,8 +292,8 @@ class _Run:
         self.listener.remark(text)
         self._summary = self._summary.updated(notes=list(dict.fromkeys([*self._summary.notes, text])))
 
-    def evaluate(self, stage: str) -> None:
-        """Evaluate every test set, unless a resumed run has done so already."""
+    def evaluate(self, stage: str, *, bare: bool = False) -> None:
+        """Evaluate every test set, unless a resumed run has done so already; ``bare``: without the adapter."""
         if stage == "before" and not self.config.evaluation.before and self.config.train.epochs:
             return
         for name in self.inputs.tests:
@@ -309,7 +303,7 @@ class _Run:
                 self.remark(f"{name} is not measured before training: the adapter that the run began from is gone")
                 continue
             self.listener.stage(f"Evaluating {name} {stage} training")
-            evaluation = self._measuring.test_set(name)
+            evaluation = self.work.test_set(name, bare=bare)
             adapter = OWN_ADAPTER if stage == "after" else self.config.adapter
             files = [source.path for source in self.config.data.test[name]]
             write(evaluation, self.folder.path, stage, Measured.of(self.config.model.name, adapter, files))
@@ -321,8 +315,8 @@ class _Run:
         if before is not None and before.learning_rate and self.opening.trained and not self.folder.rate.is_file():
             self._summary = self._summary.updated(learning_rate=before.learning_rate)
             return
-        found = {"reader": self.reader, "listener": self.listener, "file": self.folder.rate}
-        self.config = with_rate(self.job, self.inputs, self.model, task=self.task, **found)
+        found = {"reader": self.work.reader, "listener": self.listener, "file": self.folder.rate}
+        self.config = with_rate(self.job, self.inputs, self.work.model, task=self.work.task, **found)
         self._summary = self._summary.updated(learning_rate=self.config.train.rate)
 
     def _checkpoint(self) -> Path | None:
@@ -330,9 +324,9 @@ class _Run:
         train = self.config.train
         return newest_whole(
             self.folder.checkpoints,
-            make_optimizer(self.model, train),
+            make_optimizer(self.work.model, train),
             train,
-            trained=trainable_parameters(self.model),
+            trained=trainable_parameters(self.work.model),
             steps=total_steps(train, len(self.inputs.rows)),
             validates=bool(self.inputs.validation),
             tell=self.remark,
@@ -341,14 +335,6 @@ class _Run:
     def train(self, checkpoint: Path | None) -> None:
         """Train, and leave the model with the adapter that the run ends with."""
         train = self.config.train
-        interrupting = Interrupting()
-        callbacks: list[TrainerCallback] = [
-            Telling(self.listener),
-            LastLoss(stops_early=train.early_stopping is not None),
-            interrupting,
-        ]
-        if train.early_stopping is not None:
-            callbacks.append(EarlyStoppingCallback(train.early_stopping))
         at = step_of(checkpoint) if checkpoint is not None else 0
         earlier = self.folder.cut_metrics(at)
         if checkpoint is not None:
@@ -359,41 +345,16 @@ class _Run:
                 f"trained further, from step {at} to step {steps}: the learning rate goes on as in a run of {steps} "
                 "steps"
             )
-        best = self.task.best(train.metric, self.inputs)
-        events = self.folder.tensorboard if train.tensorboard else None
         began = time.perf_counter()
         self.listener.stage("Training")
-        with Recorder(self.folder.metrics, self.listener, events, self._earlier_seconds[0]) as recorder:
-            trainer = AdapterTrainer(
-                self.model,
-                train,
-                self.inputs.rows,
-                task=self.task,
-                head=self._head,
-                reader=self.reader,
-                folder=self.folder.checkpoints,
-                record=recorder.record,
-                validate=self._measuring.validation if self.inputs.validation else None,
-                best=best,
-                earlier=earlier,
-                callbacks=[*callbacks, *self.trackers],
+        try:
+            step = self.work.train(train, checkpoint, earlier, self._earlier_seconds[0])
+        finally:
+            self._summary = self._summary.updated(
+                steps=self.work.steps,
+                epochs=self.work.epochs,
+                training_seconds=round(self._earlier_seconds[0] + time.perf_counter() - began, 2),
             )
-            trainer.add_callback(Compiling(self.model, train.compile, self.listener, trainer.throughput))
-            try:
-                with interrupting.on_signal(self.listener):
-                    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
-            finally:
-                self._at_once = interrupting.at_once
-                self.listener.training_ended()
-                self._summary = self._summary.updated(
-                    steps=trainer.state.global_step,
-                    epochs=round(trainer.state.epoch or 0.0, 4),
-                    training_seconds=round(self._earlier_seconds[0] + time.perf_counter() - began, 2),
-                )
-        if interrupting.stop is not None:
-            raise interrupting.stop
-        keeps_best = bool(self.inputs.validation) and train.keep_best
-        step = trainer.settle(keep_best=keeps_best)
-        if keeps_best:
+        if self.inputs.validation and train.keep_best:
             self._summary = self._summary.updated(best_step=step)
             self.listener.note(f"kept the adapter of step {step}, the best in validation")

@@ -4,6 +4,7 @@ schedules and resume are its own."""
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -19,6 +20,7 @@ from trimtab.data.batches import LengthGroupedBatches
 from trimtab.errors import RunError
 from trimtab.methods import RateGroup
 from trimtab.metrics import METRICS, Metric
+from trimtab.processes import here
 from trimtab.runs import checkpoints
 from trimtab.runs.records import MetricsLine
 from trimtab.surgery.attach import rate_groups, rate_units, trainable_parameters
@@ -27,6 +29,9 @@ from trimtab.training.callbacks import Averaging
 from trimtab.training.compiling import plainly
 from trimtab.training.metrics_log import Lap, Throughput
 from trimtab.training.schedule import epoch_steps, total_steps
+
+IDLE = "idle"
+"""Marks a batch of a process that has no rows of its own to train on."""
 
 
 class Diverged(RunError):  # noqa: N818 -- what happened, as people say it
@@ -68,6 +73,15 @@ def make_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.Optimize
         model, train.rate, train.magnitude_learning_rate, train.b_learning_rate_ratio, train.weight_decay
     )
     return torch.optim.AdamW(groups, fused=True)
+
+
+def save_from_one(model: nn.Module, folder: Path) -> None:
+    """Save the adapter of ``model``, for which all processes come together where it is sharded; one of them writes."""
+    if here().leads:
+        save_adapter(model, folder)
+    elif here().sharded:
+        with tempfile.TemporaryDirectory() as unread:
+            save_adapter(model, unread)
 
 
 def training_arguments(train: TrainConfig, rows: int, folder: Path, best: Metric | None) -> TrainingArguments:
@@ -141,6 +155,11 @@ class AdapterTrainer(Trainer):
         best: the one of them that decides which step was best.
         earlier: the lines of ``metrics.jsonl`` of a run that is resumed, among them its validations.
         callbacks: see and steer the loop.
+        inside: does work with the model where its weights can be read, if they are sharded.
+
+    Where several processes train (`trimtab.processes`), each has the whole of every batch in turn, takes its share of
+    the rows, and the gradients are summed once a step. The loss of a step is divided by what carries loss in all shares
+    together, so a step is that of one process.
 
     Attributes:
         throughput: counts the tokens that were trained on.
@@ -161,6 +180,7 @@ class AdapterTrainer(Trainer):
         best: Metric = METRICS["loss"],
         earlier: Sequence[MetricsLine] = (),
         callbacks: Sequence[TrainerCallback] = (),
+        inside: Callable[[Callable[[], Tensor]], Tensor] = lambda work: work(),
     ) -> None:
         arguments = training_arguments(train, len(rows), folder, best if validate is not None else None)
         self._best_loss = _best_loss(earlier, best)
@@ -170,6 +190,7 @@ class AdapterTrainer(Trainer):
         self._task, self._head = task, head
         self._collator = task.collator(reader, prompts=train.prompt_loss_weight > 0)
         self._averaging = Averaging(model, train.average or 0.0)
+        self._inside = inside
         super().__init__(
             model=model,
             args=arguments,
@@ -190,7 +211,10 @@ class AdapterTrainer(Trainer):
 
     def _collate(self, rows: Sequence[Any]) -> dict[str, Tensor]:
         self.throughput.add(sum(map(self._task.tokens, rows)))
-        return self._collator(rows)
+        mine = here().share(rows)
+        # Where an epoch ends with fewer rows than there are processes, some have none. They still run the model, since
+        # the others may need them to, and count nothing of it.
+        return self._collator(mine) if mine else {**self._collator(rows[:1]), IDLE: torch.ones(())}
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         rows: Any = self.train_dataset
@@ -216,14 +240,22 @@ class AdapterTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        if model is not self.model:
-            if "prompt_labels" in inputs:
-                raise RunError("train.prompt_loss_weight is for one process; set it to 0 where several train one model")
-            # Wrapped for several processes: its hooks run in the model's own forward only.
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         weight = self._train_config.prompt_loss_weight
-        loss = self._task.loss(self._head, inputs, count=num_items_in_batch, prompt_weight=weight)
+        idle = inputs.pop(IDLE, None)
+        loss = self._inside(lambda: self._task.loss(self._head, inputs, count=num_items_in_batch, prompt_weight=weight))
+        loss = loss if idle is None else loss * 0.0
         return (loss, None) if return_outputs else loss
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        """What carries loss in the shares of all processes."""
+        count = super()._get_num_items_in_batch([batch for batch in batch_samples if IDLE not in batch], device)
+        if here().size == 1:
+            return count
+        return here().total(torch.as_tensor(0 if count is None else count, dtype=torch.int64, device=device))
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        here().sum_gradients(trainable_parameters(self._adapted).values())
+        return super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Validate, write the line, and hand the metrics on under the prefix that the Trainer expects."""
@@ -254,14 +286,16 @@ class AdapterTrainer(Trainer):
             self._best_loss = loss
             self.state.best_global_step = self.state.global_step
             with self._averaging.in_place():
-                save_adapter(self._adapted, self._folder / f"best-{self.state.global_step}")
-            checkpoints.prune_best(self._folder, self.state.global_step)
+                save_from_one(self._adapted, self._folder / f"best-{self.state.global_step}")
+            if here().leads:
+                checkpoints.prune_best(self._folder, self.state.global_step)
         return is_best
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Write a line of metrics; transformers' own summary at the end has no place in the file."""
         if "loss" not in logs:
             return
+        logs["loss"] = here().summed(logs["loss"])
         if not (math.isfinite(logs["loss"]) and math.isfinite(logs.get("grad_norm", 0.0))):
             raise self._diverged()
         tokens, seconds = self._since_last_log.read()
@@ -289,13 +323,31 @@ class AdapterTrainer(Trainer):
         return str(self._folder / checkpoints.SAVING)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # Checkpoints are few, and one that is spoiled would push out one that is not.
+        if not all(parameter.isfinite().all() for parameter in trainable_parameters(self._adapted).values()):
+            raise self._diverged()
+        generators = here().gathered(torch.get_rng_state())
         try:
-            super()._save_checkpoint(model, trial)
-            if self.args.should_save:
+            if here().leads:
+                super()._save_checkpoint(model, trial)
+                written = self._folder / checkpoints.SAVING / f"checkpoint-{self.state.global_step}"
+                for rank, state in enumerate(generators[1:], 1):
+                    torch.save(state, written / checkpoints.generator_of(rank))
                 checkpoints.put(self._folder, self.state.global_step, self._train_config.keep_checkpoints)
+            else:
+                save_from_one(self._adapted, self._folder)
         except BaseException:
-            checkpoints.drop_half(self._folder)  # of no use, and it may have filled the disk
+            if here().leads:
+                checkpoints.drop_half(self._folder)  # of no use, and it may have filled the disk
             raise
+        here().wait()
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is None or here().leads:
+            return super()._load_rng_state(checkpoint)
+        file = Path(checkpoint) / checkpoints.generator_of(here().rank)
+        if file.is_file():  # else it was written by fewer processes, and this one goes on with a seed of its own
+            torch.set_rng_state(torch.load(file, weights_only=True))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         # transformers has just noted here where the best checkpoint lies, which is moved to its place afterwards.
@@ -303,11 +355,8 @@ class AdapterTrainer(Trainer):
         super()._save_optimizer_and_scheduler(output_dir)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        # Checkpoints are few, and one that is spoiled would push out one that is not.
-        if not all(parameter.isfinite().all() for parameter in trainable_parameters(self._adapted).values()):
-            raise self._diverged()
         folder = Path(output_dir) if output_dir is not None else self._folder
-        save_adapter(self._adapted, folder)
+        save_from_one(self._adapted, folder)
         self._averaging.save(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -329,6 +378,7 @@ class AdapterTrainer(Trainer):
         """Leave the model with the adapter that training ends with: the average, where there is one, or with
         ``keep_best`` that of the best validation. Returns the step of the latter; None without one."""
         self._averaging.keep()
+        here().wait()  # for the files of the leading process
         if not keep_best or self.state.best_global_step is None:
             return None
         load_adapter(self._adapted, checkpoints.best_folder(self._folder, self.state.best_global_step))

@@ -10,9 +10,9 @@ from typing import Any
 
 from trimtab.asking import Answer, Conversation
 from trimtab.cli.exits import say
-from trimtab.cli.signals import forget
 from trimtab.cli.terminal import nobody_reads
 from trimtab.errors import TrimtabError, did_you_mean
+from trimtab.signals import forget
 
 COMMANDS = {
     "/system": "/system TEXT: how the model should answer, from the first turn on; /system alone takes that away",

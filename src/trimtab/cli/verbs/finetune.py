@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,12 +13,16 @@ import typer
 from trimtab.cli.importing import importing
 from trimtab.cli.verbs._arguments import Overrides
 from trimtab.hints import pasted
+from trimtab.launching import speaks
 
 if TYPE_CHECKING:
     from trimtab.config.run import RunConfig
     from trimtab.runs.folder import RunFolder
 
 SHORT_HELP = "Train a model on rows of data, measure it before and after."
+
+SEVERAL = True
+"""Several processes may be started for it."""
 
 INTERRUPTED = "nothing was changed; the same command begins again"
 
@@ -63,6 +69,10 @@ def command(
         )
     loaded = _load(config, finlora, overrides or [])
 
+    if not speaks():
+        _follow(loaded, resume=resume, overwrite=overwrite)
+        return
+
     from trimtab.cli.displays.console import Terminal
     from trimtab.cli.displays.run import RunDisplay
     from trimtab.reports.run import run_tables
@@ -95,6 +105,15 @@ def command(
         f"try it: {try_it}",
     ):
         console.print(line, soft_wrap=True)
+
+
+def _follow(config: RunConfig, *, resume: bool, overwrite: bool) -> None:
+    """Take part in a run that another process leads, and say nothing: that one says what there is to say."""
+    logging.disable(logging.ERROR)
+    warnings.simplefilter("ignore")
+    with importing():
+        from trimtab.training.run import finetune
+    finetune(config, resume=resume, overwrite=overwrite)
 
 
 def _question(folder: RunFolder, form: str | None, verb: str) -> str:

@@ -1,0 +1,179 @@
+"""What a run does with its model. Where several processes train it, each of them does all of this at the same time.
+
+The rest of a run, its folder and what is told of it, is the leading process's alone (`trimtab.training.run`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
+
+from trimtab import tasks
+from trimtab.adapters.store import load_adapter
+from trimtab.config.resolve import Job
+from trimtab.config.run import TrainConfig
+from trimtab.errors import AdapterError, ModelError, RunError
+from trimtab.evaluation.evaluate import Evaluation
+from trimtab.machine import device
+from trimtab.models.load import load_model, quiet_libraries
+from trimtab.processes import here, together
+from trimtab.runs.events import Listener
+from trimtab.runs.folder import RunFolder
+from trimtab.runs.records import MetricsLine
+from trimtab.signals import heard, listening
+from trimtab.surgery.attach_report import AttachReport, describe
+from trimtab.surgery.contexts import disable_adapter
+from trimtab.surgery.names import adapters
+from trimtab.tasks import Inputs, Task
+from trimtab.training.callbacks import Interrupting, LastLoss, Telling
+from trimtab.training.compiling import Compiling
+from trimtab.training.measuring import Measuring
+from trimtab.training.metrics_log import Recorder
+from trimtab.training.sharding import Inside, shard
+from trimtab.training.trainer import AdapterTrainer, save_from_one
+
+
+class Work:
+    """The model of a run, loaded; the rows, and what is done with both.
+
+    Attributes:
+        steps, epochs: how far training has come.
+        at_once: whether the user would not wait for a good end.
+    """
+
+    def __init__(self, job: Job, task: Task, inputs: Inputs, *, reader: Any, listener: Listener) -> None:
+        quiet_libraries()
+        self.job, self.task, self.inputs, self.reader, self.listener = job, task, inputs, reader, listener
+        config = job.config
+        model: Any = load_model(job.source, job.dtype, config.model.attention, config.quantisation)
+        self.model: nn.Module = model.to(device())
+        self.head = task.head(self.model)
+        self._measuring = Measuring(job, task, inputs, head=self.head, reader=reader, listener=listener)
+        self._inside: Callable[[Callable[[], Any]], Any] = lambda work: work()
+        self.trackers: list[TrainerCallback] = []
+        self.steps, self.epochs, self.at_once = 0, 0.0, False
+        if here().size > 1:
+            _require_divisible(self.model)
+
+    @together
+    def attach(self, *, attaches: bool) -> AttachReport:
+        """Attach what the run trains, if it ``attaches`` anything; then the frozen weights are spread over the
+        processes, where that is asked for."""
+        set_seed(self.job.config.train.seed)
+        report = self.job.attach_to(self.model) if attaches else describe(self.model, ())
+        if here().sharded:
+            root = Inside(self.model)
+            shard(root, self.model)
+            self._inside = root
+        return report
+
+    @together
+    def load(self, folder: Path) -> str | None:
+        """Take the adapter in ``folder``; gives what is wrong with it, if the model stays as it was."""
+        try:
+            load_adapter(self.model, folder)
+        except AdapterError as error:
+            return str(error)
+        return None
+
+    @together
+    def save(self, folder: Path) -> None:
+        """Write the adapter into ``folder``."""
+        save_from_one(self.model, folder)
+
+    @together
+    def test_set(self, name: str, *, bare: bool = False) -> Evaluation:
+        """Evaluate the test set of that name; ``bare``: as if nothing was attached."""
+        with disable_adapter(self.model) if bare and adapters(self.model) else nullcontext():
+            evaluation: Evaluation = self._inside(lambda: self._measuring.test_set(name))
+        return evaluation
+
+    @together
+    def train(
+        self, train: TrainConfig, checkpoint: Path | None, earlier: Sequence[MetricsLine], seconds: float
+    ) -> int | None:
+        """Train, and leave the model with the adapter that the run ends with; gives the step of the best validation,
+        if that is kept.
+
+        Args:
+            checkpoint: to go on from.
+            earlier: the lines of ``metrics.jsonl`` before it.
+            seconds: that the run was trained for before.
+        """
+        group, folder = here(), RunFolder(self.job.config.output)
+        interrupting = Interrupting(self.listener)
+        callbacks: list[TrainerCallback] = [
+            Telling(self.listener),
+            LastLoss(stops_early=train.early_stopping is not None),
+            interrupting,
+        ]
+        if train.early_stopping is not None:
+            callbacks.append(EarlyStoppingCallback(train.early_stopping))
+        if group.rank:  # the initial values are the same in all, and what is dropped out is not
+            torch.manual_seed(train.seed + group.rank)
+        events = folder.tensorboard if train.tensorboard else None
+        recording = Recorder(folder.metrics, self.listener, events, seconds) if group.leads else nullcontext()
+        with recording as recorder:
+            trainer = AdapterTrainer(
+                self.model,
+                train,
+                self.inputs.rows,
+                task=self.task,
+                head=self.head,
+                reader=self.reader,
+                folder=folder.checkpoints,
+                record=recorder.record if recorder is not None else _unrecorded,
+                validate=(lambda: self._inside(self._measuring.validation)) if self.inputs.validation else None,
+                best=self.task.best(train.metric, self.inputs),
+                earlier=earlier,
+                callbacks=[*callbacks, *self.trackers],
+                inside=self._inside,
+            )
+            compiles = False if group.sharded else train.compile
+            trainer.add_callback(Compiling(self.model, compiles, self.listener, trainer.throughput))
+            try:
+                with listening(interrupting.ask):
+                    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+            finally:
+                self.at_once = heard()
+                self.listener.training_ended()
+                self.steps, self.epochs = trainer.state.global_step, round(trainer.state.epoch or 0.0, 4)
+        if interrupting.stop is not None:
+            raise interrupting.stop
+        return trainer.settle(keep_best=bool(self.inputs.validation) and train.keep_best)
+
+
+def follow(job: Job) -> None:
+    """Do one's part of a run that another process leads; ``job`` is its own, as it was read there."""
+    listener = Listener()
+    task = tasks.of(job)
+    reader = task.reader(job.source)
+    inputs = task.read(job, reader, listener)
+    job = job.read_for(task.head_for(job, inputs))
+    if not job.config.output.is_dir():
+        raise RunError(
+            f"{job.config.output}: process {here().rank} does not see the run folder of the first one; all processes "
+            "need a file system in common"
+        )
+    here().follow(Work(job, task, inputs, reader=reader, listener=listener))
+
+
+def _require_divisible(model: nn.Module) -> None:
+    """Raise ModelError for a model that computes something else of a part of a batch than of all of it."""
+    norm = next((name for name, module in model.named_modules() if isinstance(module, _NormBase)), None)
+    if norm is not None:
+        raise ModelError(
+            f"the model has batch norms, such as {norm}, whose statistics are of a whole batch, and {here().size} "
+            "processes each see a part of it; train it in one process"
+        )
+
+
+def _unrecorded(line: MetricsLine) -> None:
+    pass
