@@ -16,6 +16,7 @@ from typing import Any
 
 from tiny_runs import tiny_tokenizer
 from trimtab.errors import AdapterError
+from trimtab.serving.adapter_folder import AdapterFolder
 from trimtab.serving.guards import Access
 from trimtab.serving.requests import (
     Chosen,
@@ -162,6 +163,16 @@ class FakeEngine:
         self.closed = True
 
 
+class _Kept:
+    """An engine that goes on when a server of it ends."""
+
+    def __init__(self, engine: Any) -> None:
+        self.stats = engine.stats
+
+    def close(self, grace: float | None = None) -> None:
+        pass
+
+
 @dataclass
 class Running:
     """A server that is up: its address, the lines that it told, and what stops it."""
@@ -240,12 +251,19 @@ def running(
     adapters_from: Path | None = None,
     grace: float = 2.0,
     seconds: float | None = 60.0,
+    ends: bool = True,
 ) -> Iterator[Running]:
-    """A server over ``engine`` on a free port, in a thread."""
+    """A server over ``engine`` on a free port, in a thread. ``ends``: the engine is closed with it."""
     lines: list[str] = []
     access = Access(key, origins, ("127.0.0.1",), seconds)
-    service = Service(engine, access, limits or HttpLimits(), adapters_from=adapters_from, told=lines.append)
-    serving = Serving(service, engine, grace=grace, told=lines.append)
+    service = Service(
+        engine,
+        access,
+        limits or HttpLimits(),
+        adapters_from=AdapterFolder(adapters_from) if adapters_from else None,
+        told=lines.append,
+    )
+    serving = Serving(service, engine if ends else _Kept(engine), grace=grace, told=lines.append)
     opened = listen("127.0.0.1", 0)
     thread = threading.Thread(target=serving.run, kwargs={"sockets": [opened]}, daemon=True)
     address = address_of(opened)

@@ -92,14 +92,14 @@ class Service:
         access: Access,
         limits: HttpLimits,
         *,
-        adapters_from: Path | None = None,
+        adapters_from: AdapterFolder | None = None,
         told: Callable[[str], None],
     ) -> None:
         self.closing = False
         self._engine = engine
         self._access = access
         self._limits = limits
-        self._folder = None if adapters_from is None else AdapterFolder(adapters_from)
+        self._folder = adapters_from
         self._meters = Meters(engine.stats)
         self._conversations = Conversations()
         # One at a time: a tokenizer is not made for several threads, and the model wants the other cores.
