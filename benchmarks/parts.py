@@ -56,21 +56,31 @@ def square_operations(
     out_features, in_features = w.shape
     side = mora.side(out_features, in_features, mora.Options(rank=rank))
     square = Square(in_features, out_features, side, turn=True)
-    matrix, pairs = torch.randn(side, side) * 1e-3, []
+    matrix, width = torch.randn(side, side) * 1e-3, min(square.groups * side, out_features)
+    laid, pairs = torch.zeros_like(y[:, :width]), []
     for chunk, columns in enumerate(square.columns()):
-        turned = torch.randn(side, columns.stop - columns.start, dtype=x.dtype) * 1e-3
-        for rows in square.spans(chunk % square.groups):
-            pairs.append((columns, rows, turned[: rows.stop - rows.start]))
+        group, turned = chunk % square.groups, torch.randn(side, columns.stop - columns.start, dtype=x.dtype) * 1e-3
+        rows = slice(group * side, min((group + 1) * side, width))
+        pairs.append((columns, rows, turned[: rows.stop - rows.start]))
 
     def forward() -> None:
+        target = y if width == out_features else laid.zero_()
         for columns, rows, part in pairs:
-            y[:, rows].addmm_(x[:, columns], part.t())
+            target[:, rows].addmm_(x[:, columns], part.t())
+        if width < out_features:
+            for piece in y.split(width, 1):
+                piece.add_(laid[:, : piece.shape[1]])
 
     def back() -> None:
         for columns, rows, part in pairs:
             dx[:, columns].addmm_(dy[:, rows], part)
 
     def gradient() -> None:
+        if width < out_features:
+            first, *others = dy.split(width, 1)
+            total = first.clone()
+            for piece in others:
+                total[:, : piece.shape[1]].add_(piece)
         for columns, rows, _ in pairs:
             dy[:, rows].t().mm(x[:, columns])
 

@@ -13,6 +13,8 @@ rows of 256 tokens, with all seven projections adapted. The arms are
     dense dora          the formula written plainly: build W' = m (W + s B A) / ||W + s B A||, then one linear layer
     peft lora/dora      PEFT's own
     ... compiled        the same with every block under torch.compile
+    ... no passes       the same, wrong: the passes over [tokens, out] are left out. What it saves is more than any
+                        kernels for these passes can
 
 All arms live in one process and take turns (A B C A B C ...); the table gives the medians of their seconds and the
 ratio of each to the frozen floor in the same run. Trained tensors change between two steps, as an optimiser would
@@ -27,6 +29,7 @@ import json
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +40,7 @@ from common import alternate, child, peak_rise_gib, ratio, show, write_results
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ARMS = ("frozen", "full", "lora", "dora", "mora", "dense dora", "peft lora", "peft dora")
 COMPILED = ("frozen compiled", "lora compiled", "dora compiled", "mora compiled")
+NO_PASSES = ("lora no passes", "dora no passes")
 
 
 class DenseDora(nn.Module):
@@ -81,7 +85,7 @@ def adapt(model: nn.Module, arm: str, rank: int) -> nn.Module:
     """``model`` as ``arm`` trains it. Raises KeyError for an unknown arm."""
     import trimtab
 
-    method, compiled = arm.removesuffix(" compiled"), arm.endswith(" compiled")
+    method, compiled = arm.removesuffix(" compiled").removesuffix(" no passes"), arm.endswith(" compiled")
     if method in ("lora", "dora", "mora"):
         options = {} if method == "mora" else {"alpha": 2 * rank}
         trimtab.attach(model, trimtab.Plan([trimtab.Rule(match="all-linear", method=method, rank=rank, **options)]))
@@ -109,6 +113,30 @@ def disturb(model: nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.add_(torch.empty_like(parameter).uniform_(-1e-4, 1e-4))
+
+
+class NoPasses:
+    """A set of kernels that takes no time, and gives nothing."""
+
+    def forward(self, product: Tensor, **_: Any) -> Tensor:
+        return product
+
+    def backward(self, grad: Tensor, *, thin: Any, witness: Tensor | None, **_: Any) -> Any:
+        from trimtab.ops.kernels.contract import BackwardPass
+
+        total = None if witness is None else torch.empty(grad.shape[1])
+        return BackwardPass(grad, None, total, torch.zeros_like(thin.inner), torch.zeros_like(thin.b))
+
+
+def without_passes(step: Callable[[], None]) -> Callable[[], None]:
+    """``step`` without the passes over ``[tokens, out]`` that its adapters add."""
+    from trimtab.ops import frozen_linear
+
+    def other() -> None:
+        with mock.patch.object(frozen_linear, "kernels_for", return_value=NoPasses()):
+            step()
+
+    return other
 
 
 def stepper(model: Any, tokens: int) -> Callable[[], None]:
@@ -144,7 +172,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"], choices=["bfloat16", "float32"])
     parser.add_argument("--tokens", nargs="+", type=int, default=[1024])
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS + COMPILED, metavar="ARM")
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS + COMPILED + NO_PASSES, metavar="ARM")
     parser.add_argument("--compile", action="store_true", help="the compiled arms, too")
     parser.add_argument("--memory", action="store_true", help="peak memory, too: one more process for each arm")
     parser.add_argument("--rank", type=int, default=16)
@@ -169,6 +197,7 @@ def main() -> None:
         for tokens in said.tokens:
             torch.compiler.reset()
             steps = {arm: stepper(model, tokens) for arm, model in models.items()}
+            steps |= {arm: without_passes(step) for arm, step in steps.items() if arm in NO_PASSES}
             seconds = alternate(steps, said.repeats, lambda arm: disturb(models[arm]))  # noqa: B023
             rise = {arm: child(__file__, "--child", arm, dtype, str(tokens), *settings) for arm in arms if said.memory}
             show(

@@ -115,12 +115,12 @@ def test_blocks_of_rows_give_the_same_weight(rows: int, monkeypatch: pytest.Monk
 
 def test_passes_of_a_square_update() -> None:
     """Counted by hand for k = 2 in float32, where k rows weigh 2 / 20. On 5 x 7 the four chunks feed three groups, in
-    two rounds; on 9 x 2 one chunk feeds one group, which is laid side by side five times. M is turned in 8 passes over
-    its rows of all inputs, and repeated in 2."""
+    two rounds; on 9 x 2 one chunk feeds one group of two, which is laid side by side until nine are full. M is turned
+    in 8 passes over its rows of all inputs, and repeated in 2."""
     square = Square(in_features=7, out_features=5, side=2, turn=True)
     assert square.work(1, (), FULL) == pytest.approx((29 + 0.7, 112 + 1.76 * 7, 112 + 35 * 5 / 3))
     assert square.work(3, (), FULL) == pytest.approx((112 + 5.28 * 10, 112 + 5.28 * 7, 112 + 35 * 5 / 3))
     wide = Square(in_features=2, out_features=9, side=2, turn=True)
-    assert wide.work(3, (), FULL) == pytest.approx((32 + 5.28 * 9, 32 + 5.28 * 10, 32 + 54))
+    assert wide.work(3, (), FULL) == pytest.approx((32 + 5.28 * 2 + 3 * 11, 32 + 5.28 * 2, 32 + 54))
     shared = Square(in_features=7, out_features=5, side=2, turn=False)
     assert shared.work(3, (), FULL) == pytest.approx((87 + 0.6, 87 + 0.6, 105 + 28))

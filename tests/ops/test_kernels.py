@@ -142,3 +142,13 @@ def test_backward(kernels: str, dtype: torch.dtype) -> None:
 def test_a_processor_has_kernels() -> None:
     assert kernels_for(torch.zeros(2, 3)) is plain
     assert kernels_for(torch.zeros(2, 3, 4)) is channels
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_product_beyond_the_caches_is_summed_in_blocks_to_the_same(dtype: torch.dtype) -> None:
+    tokens, out = 5000 // dtype.itemsize + 1, 4 * 499
+    grad, witness = torch.randn(tokens, out).to(dtype), torch.randn(out, tokens).to(dtype).t()
+    got = plain.backward(grad, thin=None, ratio=None, witness=witness, wants_bias=False, wants_scaled=False).witnessed
+    terms = grad.double() * witness.double()
+    assert got is not None
+    assert_within(got, terms.sum(0), 4, dtype, terms.abs().sum(0) / 8)

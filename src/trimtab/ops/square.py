@@ -137,6 +137,17 @@ class Square(Update):
         pieces: Tensor = padded.unflatten(-1, sides if self.times == 1 else (self.times, *sides))
         return pieces if self.times == 1 else pieces.sum(-3)
 
+    def _laid_together(self, grad: Tensor) -> Tensor:
+        """``gather`` with the groups of a row one after the other: ``[tokens, groups * k]``, or as few as there are
+        outputs."""
+        if self.times == 1:
+            return grad
+        first, *others = grad.split(self.groups * self.side, 1)
+        total = first.clone()
+        for piece in others:
+            total[:, : piece.shape[1]].add_(piece)
+        return total
+
     def delta(self, tensors: tuple[Tensor, ...]) -> Tensor:
         """Row ``o`` is row ``o mod k`` of M, turned back for every chunk that feeds the row's group."""
         (matrix,) = tensors
@@ -172,8 +183,10 @@ class Square(Update):
         turning, each = _TURNING * rows, tokens * _STRIDED * (1 + thickness)
         product = maps + tokens * self.in_features * thickness
         if tokens >= self.side:
-            product = turning + each * self.rounds * self.out_features
-        return Work(product, turning + each * self.times * self.in_features, turning + fold)
+            fed = min(self.groups * self.side, self.out_features)
+            spreading = 0 if self.times == 1 else tokens * (fed + self.out_features)
+            product = turning + each * self.rounds * fed + spreading
+        return Work(product, turning + each * self.in_features, turning + fold)
 
     def _parts(self, matrix: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, int, Tensor]]:
         """``dV`` without its zeros: ``(columns, group, rows [k, columns])`` for every chunk of the inputs and the group
@@ -230,10 +243,15 @@ class Square(Update):
             compressed = self.compress(rows.to(full if self.turn else work))
             product.add_(self.spread(compressed.to(work).matmul(matrix.to(work).t())))
             return
-        # M has fewer rows than the batch, so M is turned, and each chunk's product goes on all the rows that it feeds.
+        # M has fewer rows than the batch, so M is turned, and each chunk's product is added to its group. Where a group
+        # fills several places of the output, it is computed once.
+        target = product if self.times == 1 else product.new_zeros(len(rows), self.groups * self.side)
         for columns, group, part in self._parts(matrix, rows.dtype):
-            for span in self.spans(group):
-                product[:, span].addmm_(rows[:, columns], part[: span.stop - span.start].t())
+            place = target[:, group * self.side : (group + 1) * self.side]
+            place.addmm_(rows[:, columns], part[: place.shape[1]].t())
+        if self.times > 1:
+            for piece in product.split(target.shape[1], 1):
+                piece.add_(target[:, : piece.shape[1]])
 
     def add_gradient(
         self,
@@ -255,10 +273,10 @@ class Square(Update):
             if grad_rows is not None:
                 grad_rows.add_(self.expand(gathered.matmul(matrix.to(grad.dtype))))
             return (gathered.flatten(0, -2).t().matmul(self.compress(rows).flatten(0, -2)).to(matrix.dtype),)
+        places = self._laid_together(grad).split(self.side, 1)
         if grad_rows is not None:
             for columns, group, part in self._parts(matrix, grad.dtype):
-                for span in self.spans(group):
-                    grad_rows[:, columns].addmm_(grad[:, span], part[: span.stop - span.start])
+                grad_rows[:, columns].addmm_(places[group], part[: places[group].shape[1]])
         # The products first, k x k each, and then the turning: it is the products that are small.
         plain = torch.zeros(
             self.side, self.side, dtype=torch.promote_types(grad.dtype, torch.float32), device=grad.device
@@ -266,9 +284,8 @@ class Square(Update):
         crossed = torch.zeros_like(plain)
         cosine, sine = self._turns(plain)
         for chunk, columns in enumerate(self.columns()):
-            for span in self.spans(chunk % self.groups):
-                product = grad[:, span].t().mm(rows[:, columns]).to(plain.dtype)
-                place = slice(0, product.shape[0]), slice(0, product.shape[1])
-                plain[place].addcmul_(product, cosine[chunk, place[1]])
-                crossed[place].addcmul_(product, sine[chunk, place[1]])
+            product = places[chunk % self.groups].t().mm(rows[:, columns]).to(plain.dtype)
+            part = slice(0, product.shape[0]), slice(0, product.shape[1])
+            plain[part].addcmul_(product, cosine[chunk, part[1]])
+            crossed[part].addcmul_(product, sine[chunk, part[1]])
         return (plain.add_(self._swapped(crossed)).to(matrix.dtype),)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from trimtab.ops.autocast import cast
 from trimtab.ops.kernels.contract import BackwardPass, Thin
 from trimtab.ops.ratio import Ratio
+
+_CACHED = 1 << 19  # bytes: of two tensors and their product, so much of each stays in a processor's second cache
 
 
 def forward(product: Tensor, *, thin: Thin | None, ratio: Ratio | None, bias: Tensor | None, in_place: bool) -> Tensor:
@@ -33,7 +36,7 @@ def backward(
 ) -> BackwardPass:
     """What is asked for of ``grad = dy [tokens, out]``; ``witness`` is ``y [tokens, out]``."""
     bias = grad.sum(0) if wants_bias else None
-    witnessed = None if witness is None else (grad * witness).sum(0)
+    witnessed = None if witness is None else _summed_product(grad, witness)
     if ratio is not None and wants_scaled:
         grad, ratio = ratio.times(grad), None
     if thin is None:
@@ -43,3 +46,16 @@ def backward(
     grad_inner = grad.mm(cast(b * factor, grad.dtype))
     grad_b = inner.t().mm(grad).t() * factor  # transposed, it is up to twice as fast
     return BackwardPass(grad, bias, witnessed, grad_inner, cast(grad_b, b.dtype))
+
+
+def _summed_product(grad: Tensor, witness: Tensor) -> Tensor:
+    """``sum dy y [out]``. A large product is taken in blocks of tokens, which need no memory beyond the caches; on a
+    processor that takes half the time in float32."""
+    tokens, features = grad.shape
+    rows = max(1, _CACHED // (features * grad.itemsize))
+    if grad.device.type != "cpu" or torch.compiler.is_compiling() or tokens < 4 * rows:
+        return (grad * witness).sum(0)
+    total = torch.zeros(features, dtype=torch.promote_types(grad.dtype, torch.float32))
+    for part, other in zip(grad.split(rows), witness.split(rows), strict=True):
+        total += (part * other).sum(0)
+    return total
