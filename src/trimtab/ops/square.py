@@ -143,7 +143,7 @@ class Square(Update):
         if self.times == 1:
             return grad
         first, *others = grad.split(self.groups * self.side, 1)
-        total = first.clone()
+        total: Tensor = first.clone()
         for piece in others:
             total[:, : piece.shape[1]].add_(piece)
         return total
@@ -285,7 +285,7 @@ class Square(Update):
         cosine, sine = self._turns(plain)
         for chunk, columns in enumerate(self.columns()):
             product = places[chunk % self.groups].t().mm(rows[:, columns]).to(plain.dtype)
-            part = slice(0, product.shape[0]), slice(0, product.shape[1])
-            plain[part].addcmul_(product, cosine[chunk, part[1]])
-            crossed[part].addcmul_(product, sine[chunk, part[1]])
+            corner = slice(0, product.shape[0]), slice(0, product.shape[1])
+            plain[corner].addcmul_(product, cosine[chunk, corner[1]])
+            crossed[corner].addcmul_(product, sine[chunk, corner[1]])
         return (plain.add_(self._swapped(crossed)).to(matrix.dtype),)
