@@ -5,12 +5,13 @@
     python benchmarks/memory.py --again            estimate anew, and keep what was measured
     python benchmarks/memory.py --process          what a run's process holds beyond the process of ``trimtab plan``
 
-Each is a run by ``trimtab finetune`` in a process of its own. Those on random words take three steps, on rows that are
-all of one length, with nothing evaluated: the tensors alone are put to the test. Those of other tasks than causal_lm
-are among these, on all-MiniLM-L6-v2. Those on real rows take forty, on rows of many lengths (of ../shared/data, which
-the repository does not hold), and validate and test, too: nothing may grow with the number of widths. Measured is the
-largest resident memory of the process, as the run's own summary.json has it: Python, libraries and all. The estimate is
-that of ``trimtab plan`` on the same file, in a process of its own, too.
+Each is a run by ``trimtab finetune`` in a process of its own. Those on random words or pictures take three steps, on
+rows that are all of one length, with nothing evaluated: the tensors alone are put to the test. Those of other tasks
+than causal_lm are among these, on all-MiniLM-L6-v2 or on random weights of a usual size. Those on real rows take forty,
+on rows of many lengths (of ../shared/data, which the repository does not hold), and validate and test, too: nothing may
+grow with the number of widths. Measured is the largest resident memory of the process, as the run's own summary.json
+has it: Python, libraries and all. The estimate is that of ``trimtab plan`` on the same file, in a process of its own,
+too.
 """
 
 from __future__ import annotations
@@ -28,16 +29,12 @@ from typing import Any
 import psutil
 
 from common import RESULTS, show, write_results
+from random_models import NAMES, PIXELS, write_model
 
 TRIMTAB = [sys.executable, "-c", "from trimtab.cli import main; main()"]
 WORDS = ("ship", "rope", "fog", "crane", "tide", "wind", "calm", "pilot")
 SPARE_GIB = 1.0
 ROWS = Path(__file__).resolve().parents[2] / "shared" / "data"
-SHAPES = {
-    "small": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6, "num_attention_heads": 4},
-    "tiny": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2},
-}
-"""Llamas with random weights, and with the tokenizer of SmolLM2-135M."""
 STEPS = {False: 3, True: 40}
 
 
@@ -46,7 +43,8 @@ class Combination:
     """One run.
 
     ``rows``: of a batch. ``data``: real rows, a folder and the beginning of its files' names; else random words.
-    ``length``: of the longest row. ``form`` of random words: text (every token carries loss) or answers (one does).
+    ``length``: of the longest row, in tokens, or of a picture's side, in pixels. ``form`` of random words: text (every
+    token carries loss) or answers (one does).
     ``match``: of the plan's rule.
     """
 
@@ -106,12 +104,19 @@ COMBINATIONS = (
     Combination("lora", 8, 256, quantisation="nf4", checkpointing=True),
     Combination("dora", 8, 256, quantisation="nf4"),
     Combination("dora", 4, 512, quantisation="int8", checkpointing=True),
+    Combination("lora", 16, 256, model="wide"),
+    Combination("dora", 8, 256, "float32", model="wide"),
     Combination("dora", 16, 128, "float32", task="sequence_classification", model="minilm"),
     Combination("full", 8, 128, "float32", task="sequence_classification", model="minilm"),
     Combination("lora", 8, 256, "float32", task="regression", model="minilm"),
     Combination("dora", 16, 64, "float32", task="regression", model="minilm"),
     Combination("dora", 8, 256, "float32", task="token_classification", model="minilm"),
     Combination("lora", 16, 64, "float32", task="token_classification", model="minilm"),
+    Combination("dora", 8, 256, "float32", task="seq2seq", model="t5-small"),
+    Combination("full", 16, 64, "float32", task="seq2seq", model="t5-small"),
+    Combination("dora", 16, PIXELS, "float32", task="image_classification", model="vit-small"),
+    Combination("lora", 16, PIXELS, "float32", task="image_classification", model="resnet-50"),
+    Combination("full", 8, PIXELS, "float32", task="image_classification", model="resnet-50"),
     Combination("dora", 16, data="finance/fpb", model="small"),
     Combination("mora", 16, data="commonsense/ARC-Challenge", model="small", precision="float32"),
     Combination("full", 32, data="finance/fpb", model="small"),
@@ -132,12 +137,12 @@ def write_run(folder: Path, asked: Combination) -> Path:
     rule: dict[str, Any] = {"match": asked.match, "layers": asked.layers, "method": asked.method}
     if asked.method != "full":
         rule |= {"rank": 16, "dropout": asked.dropout}
-    model = write_llama(folder / "model", asked.model) if asked.model in SHAPES else asked.model
+    model = write_model(folder / "model", asked.model) if asked.model in NAMES else asked.model
     said: dict[str, Any] = {
         "task": asked.task,
         "model": {"name": model, "attention": asked.attention},
         "quantisation": asked.quantisation,
-        "data": (real_rows(asked.data) if asked.data else random_words(folder, asked)) | {"max_length": asked.length},
+        "data": rows_of(folder, asked),
         "plan": [rule],
         "train": {
             "max_steps": STEPS[bool(asked.data)],
@@ -153,6 +158,26 @@ def write_run(folder: Path, asked: Combination) -> Path:
     path = folder / "run.yaml"
     path.write_text(write_yaml(said), encoding="utf-8")
     return path
+
+
+def rows_of(folder: Path, asked: Combination) -> dict[str, Any]:
+    """What ``data`` of the YAML says."""
+    if asked.task == "image_classification":
+        return random_pictures(folder / "pictures", asked)
+    return (real_rows(asked.data) if asked.data else random_words(folder, asked)) | {"max_length": asked.length}
+
+
+def random_pictures(folder: Path, asked: Combination) -> dict[str, Any]:
+    """A folder of pictures for each of two labels."""
+    import numpy
+    from PIL import Image
+
+    chance = numpy.random.default_rng(0)
+    for number in range(STEPS[False] * asked.rows):
+        path = folder / ("fog", "sun")[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(chance.integers(0, 256, (asked.length, asked.length, 3), dtype=numpy.uint8)).save(path)
+    return {"train": "pictures", "validation": None}
 
 
 def random_words(folder: Path, asked: Combination) -> dict[str, Any]:
@@ -175,9 +200,11 @@ def random_words(folder: Path, asked: Combination) -> dict[str, Any]:
 
 
 def labelled(words: list[str], task: str, chance: random.Random) -> dict[str, Any]:
-    """A row of a task whose model has a head of its own; each of ``words`` is one token."""
+    """A row of another task than causal_lm; each of ``words`` is one token."""
     if task == "token_classification":
         return {"tokens": words, "tags": [chance.choice(["O", "B-SHIP", "I-SHIP"]) for _ in words]}
+    if task == "seq2seq":
+        return {"source": " ".join(words), "target": " ".join(words[: len(words) // 4])}
     label = chance.choice("ABC") if task == "sequence_classification" else chance.gauss(50.0, 10.0)
     return {"text": " ".join(words), "label": label}
 
@@ -187,22 +214,6 @@ def real_rows(name: str) -> dict[str, Any]:
     middle, ending = ("/", "json") if name.startswith("commonsense") else ("_", "jsonl")
     train, test = (ROWS / f"{name}{middle}{part}.{ending}" for part in ("train", "test"))
     return {"train": str(train), "train_limit": 300, "validation": 0.1, "test": {"test": str(test)}}
-
-
-def write_llama(folder: Path, size: str) -> str:
-    """A Llama of one of ``SHAPES`` in bfloat16."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from trimtab.models.load import load_tokenizer
-    from trimtab.models.locate import locate
-
-    torch.manual_seed(0)
-    tokenizer: Any = load_tokenizer(locate("smollm2-135m"))
-    config = LlamaConfig(**SHAPES[size], vocab_size=len(tokenizer), tie_word_embeddings=True)
-    LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 def trimtab(*arguments: str) -> str:

@@ -14,7 +14,6 @@ from trimtab.config.run import RunConfig
 from trimtab.data.batches import TOKENS
 from trimtab.machine import GIB
 from trimtab.memory.trace import Trace
-from trimtab.models.head_loss import FROZEN_CHUNK
 from trimtab.models.load import empty_model, load_config_only
 from trimtab.models.quantise import quantising_bytes, stored_sizes
 from trimtab.surgery.attach_report import AttachReport
@@ -25,10 +24,10 @@ BEYOND = 220 * 2**20
 training's libraries, threads, compiled products. ``python benchmarks/memory.py --process`` measures it."""
 
 HOLES, PER_LOGITS, SHARE = 100 * 2**20, 6.0, 0.22
-"""What glibc holds free between tensors while a model runs: so many bytes (of a small model, no more than its weights
-take), so many times the logits that exist at once, and this share of what a step makes and frees: activations and
-gradients. Fitted to the runs of ``benchmarks/memory.py``. An allocator that gives freed memory back at once holds
-nothing, but made a step take nearly half as long again."""
+"""What glibc holds free between tensors while a model runs: this share of what a step makes and frees (activations and
+gradients); and where logits come and go in blocks that it keeps, so many bytes (of a small model, no more than its
+weights take), and so many times such a block. Fitted to the runs of ``benchmarks/memory.py``. An allocator that gives
+freed memory back at once holds nothing, but made a step take nearly half as long again."""
 
 RETURNED = 32 * 2**20
 """A freed block of this size goes back to the system at once, whatever glibc does with smaller ones."""
@@ -122,7 +121,6 @@ def estimate_run(job: Job, sizes: RowSizes) -> RunMemory:
     # A weight that is quantised is read through a map of its own, which is given back with it.
     files = stored.itemsize * sum(one.numel() for one in model.parameters() if id(one) not in packed)
     task = tasks.of(job)
-    vocabulary = task.logits_width(model)
     quantising = quantising_bytes(model, config.quantisation)
     attached = job.attach_to(model)
     trace = Trace(model, task, quantisation=config.quantisation)
@@ -148,12 +146,13 @@ def estimate_run(job: Job, sizes: RowSizes) -> RunMemory:
     moments = [replace(loading, activations=quantising)]
     for moment, held in peaks.items():
         scored = (evaluated if moment == "evaluating" and evaluated else batch).labels
-        logits = min(4 * vocabulary * min(scored, FROZEN_CHUNK), RETURNED)
+        logits = 4 * task.logits_at_once(model, scored)
         passing = held.get("activations", 0) + held.get("gradients", 0)
-        # Where there are no logits to speak of, no large blocks come and go between the small ones.
-        standing_holes = min(HOLES, 4 * parameters) if vocabulary else 0
-        holes = standing_holes + round(PER_LOGITS * logits + SHARE * passing)
-        moments.append(MemoryEstimate(**held, fragmentation=holes, process=process, moment=moment))
+        holes = SHARE * passing
+        # Blocks of logits that come and go between the small ones leave more, unless the system takes them back.
+        if 0 < logits < RETURNED:
+            holes += min(HOLES, 4 * parameters) + PER_LOGITS * logits
+        moments.append(MemoryEstimate(**held, fragmentation=round(holes), process=process, moment=moment))
     return RunMemory(tuple(moments), uncounted, attached)
 
 

@@ -204,8 +204,8 @@ class Task(ABC):
     def sample(self, model: Any, batch: Batch) -> dict[str, Tensor]:
         """A batch of that size, whatever its values are; called under fake tensors."""
 
-    def logits_width(self, model: Any) -> int:
-        """Numbers of a row of logits of which many are there at once; 0 where logits are few."""
+    def logits_at_once(self, model: Any, labels: int) -> int:
+        """How many logits stand in one block of memory where ``labels`` tokens have a label; 0 where they are few."""
         return 0
 
     def foresee(self, head: Any, batch: Mapping[str, Tensor], *, generates: bool) -> Any:

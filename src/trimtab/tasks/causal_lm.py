@@ -22,6 +22,7 @@ from trimtab.data.rows import Example
 from trimtab.evaluation.evaluate import Evaluation, Progress, checked, evaluate, token_loss
 from trimtab.models.causal_head import IGNORED, Head
 from trimtab.models.family import Family
+from trimtab.models.head_loss import FROZEN_CHUNK
 from trimtab.outcomes import Outcomes
 from trimtab.runs.events import Listener
 from trimtab.surgery.contexts import evaluating
@@ -133,8 +134,8 @@ class CausalLM(_task.Task):
         ids = torch.zeros(batch.rows, batch.length, dtype=torch.int64)
         return {"input_ids": ids, "labels": torch.zeros_like(ids)}
 
-    def logits_width(self, model: Any) -> int:
-        return int(model.config.get_text_config().vocab_size)
+    def logits_at_once(self, model: Any, labels: int) -> int:
+        return min(labels, FROZEN_CHUNK) * int(model.config.get_text_config().vocab_size)
 
     def foresee(self, head: Head, batch: Mapping[str, Tensor], *, generates: bool) -> Any:
         if generates:  # keys and values are kept

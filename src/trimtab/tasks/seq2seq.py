@@ -226,8 +226,8 @@ class Seq2Seq(_task.Task):
         labels = torch.zeros(batch.rows, max(1, batch.labels // batch.rows), dtype=torch.int64)
         return {**_read_text.sample(batch.rows, batch.length), "labels": labels}
 
-    def logits_width(self, model: Any) -> int:
-        return int(model.config.get_text_config().vocab_size)
+    def logits_at_once(self, model: Any, labels: int) -> int:
+        return labels * int(model.config.get_text_config().vocab_size)
 
     def foresee(self, head: Any, batch: Mapping[str, Tensor], *, generates: bool) -> Any:
         if not generates:
