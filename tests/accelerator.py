@@ -102,11 +102,14 @@ class _Module(backend_registration._DummyBackendModule):
     def mem_get_info(self, device: Any = None) -> tuple[int, int]:
         return MEMORY // 2, MEMORY
 
-    def max_memory_allocated(self, device: Any = None) -> int:
-        return MEMORY // 4
+    def memory_allocated(self, device: Any = None) -> int:
+        return MEMORY // 16
 
-    def reset_peak_memory_stats(self, device: Any = None) -> None:
-        pass
+    def memory_reserved(self, device: Any = None) -> int:
+        return MEMORY // 8
+
+    def max_memory_reserved(self, device: Any = None) -> int:
+        return MEMORY // 4
 
 
 class _Hook(backend_registration._DummyPrivateUse1Hook):
@@ -235,6 +238,11 @@ def _moved(source: torch.device, target: torch.device) -> None:
 _library = torch.library.Library("_", "IMPL")
 _library.fallback(_kernel, "PrivateUse1")
 _ours = torch.library.Library("aten", "IMPL")
+# ``torch.tensor`` goes round modes, and then finds only what is registered by its name.
+for _name in ("empty.memory_format", "empty_strided", "_copy_from", "fill_.Scalar"):
+    _packet, _, _overload = _name.partition(".")
+    _ours.impl(_name, partial(_kernel, getattr(getattr(aten, _packet), _overload or "default")), "PrivateUse1")
+
 # Convolutions have names of their own for backends of others.
 _ours.impl("convolution_overrideable", partial(_kernel, aten.convolution.default), "PrivateUse1")
 

@@ -8,11 +8,25 @@ import shutil
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 from packaging.requirements import Requirement
 
-from trimtab.machine import GIB, available_memory, best_precision, describe_machine, device, versions
+from trimtab.errors import ModelError
+from trimtab.machine import (
+    GIB,
+    available_memory,
+    best_precision,
+    describe_device,
+    describe_machine,
+    device,
+    devices,
+    versions,
+)
+
+if TYPE_CHECKING:
+    import torch
 
 USES = {
     "quantised": "int8 and nf4 bases",
@@ -59,27 +73,36 @@ def _machine(found: Diagnosis) -> dict[str, str]:
             f"{free / GIB:.1f} GiB of memory are free: close other programs, or take a smaller or a quantised model. "
             "trimtab plan RUN.yaml says what a run needs"
         )
-    precision = best_precision()
+    precision = best_precision(_place(found))
     in_hardware = "in hardware" if precision == "bfloat16" else "not in hardware, so models are trained in float32"
     seen = {
         "processor": f"{described['processor']}, {described['cores']} cores",
         "memory": f"{described['memory_gib']:.1f} GiB, {free / GIB:.1f} free for this process",
         "bfloat16": in_hardware,
     }
-    where = device()
-    if where.type == "cuda":
-        for number in range(torch.cuda.device_count()):
-            total = torch.cuda.get_device_properties(number).total_memory
-            room = f"{total / GIB:.1f} GiB, {available_memory(f'cuda:{number}') / GIB:.1f} free"
-            seen[f"GPU {number}"] = f"{torch.cuda.get_device_name(number)}, {room}"
-    else:
-        seen["accelerator"] = "none that torch can use" if where.type == "cpu" else str(where)
+    for place in devices()[1:]:
+        there = describe_device(place)
+        room = f", {there['device_memory_gib']:.1f} GiB, {available_memory(place) / GIB:.1f} free"
+        seen[f"accelerator {place}"] = there["device"] + (room if "device_memory_gib" in there else "")
+    if len(devices()) == 1:
+        seen["accelerator"] = "none that torch can use"
         if shutil.which("nvidia-smi"):
             found.advice.append(
                 f"there is an NVIDIA driver, and this torch ({torch.__version__}) cannot use it: install torch for its "
                 "CUDA version (pytorch.org, Get started)"
             )
     return seen
+
+
+def _place(found: Diagnosis) -> torch.device:
+    """Where models are put: on the processor, where what TRIMTAB_DEVICE asks for is not here."""
+    import torch
+
+    try:
+        return device()
+    except ModelError as error:
+        found.broken.append(str(error))
+        return torch.device("cpu")
 
 
 def _packages(found: Diagnosis) -> dict[str, str]:
@@ -115,9 +138,10 @@ def _settings(found: Diagnosis) -> dict[str, str]:
     import torch
     from huggingface_hub import constants
 
+    where = str(_place(Diagnosis()))
     cores, threads = psutil.cpu_count(logical=False) or 1, torch.get_num_threads()
     allowed = describe_machine()["cores"]
-    if device().type == "cpu" and threads < min(cores, allowed):
+    if where == "cpu" and threads < min(cores, allowed):
         found.advice.append(
             f"torch uses {threads} of {min(cores, allowed)} cores: unset OMP_NUM_THREADS, or set it higher"
         )
@@ -128,6 +152,7 @@ def _settings(found: Diagnosis) -> dict[str, str]:
     offline = "yes (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else "no"
     kept = os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY")
     return {
+        "models are put on": where,
         "threads of torch": str(threads),
         "models are kept in": f"{cache}, {room / GIB:.1f} GiB free",
         "offline": offline,

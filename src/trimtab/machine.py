@@ -25,23 +25,55 @@ PRODUCTS_KEPT = 64
 were kept, each block would compile its own anew."""
 
 
-def best_precision() -> Literal["bfloat16", "float32"]:
-    """bfloat16 where the processor multiplies it in hardware, else float32."""
+def best_precision(where: torch.device | None = None) -> Literal["bfloat16", "float32"]:
+    """bfloat16 where the device (None: that of ``device()``) multiplies it in hardware, else float32."""
     import torch
 
-    if torch.cuda.is_available():
+    if (where or device()).type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     if platform.machine() not in ("x86_64", "AMD64"):
         return "float32"
     return "bfloat16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "float32"
 
 
-def device() -> torch.device:
-    """Where a model is put: an accelerator if there is one, else the processor."""
+def devices() -> list[str]:
+    """The devices that torch can use here: ``cpu``, and each accelerator by its number."""
     import torch
 
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return accelerator or torch.device("cpu")
+    first = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    count = torch.accelerator.device_count() if first is not None else 0
+    return ["cpu", *(f"{first.type}:{number}" for number in range(count) if first is not None)]
+
+
+def device(asked: str = "auto") -> torch.device:
+    """Where a model is put.
+
+    Args:
+        asked: ``auto``, or a device by its name: ``cpu``, ``cuda``, ``cuda:1``, ``mps``. ``auto`` is what the
+            environment variable TRIMTAB_DEVICE says, else an accelerator if there is one, else the processor. Of
+            several of a kind, each of the processes that torchrun starts takes its own.
+
+    Raises:
+        ModelError: what was asked for is not here; the message says what is.
+    """
+    import torch
+
+    place = "device"
+    if asked == "auto":
+        asked, place = os.environ.get("TRIMTAB_DEVICE", "auto"), "TRIMTAB_DEVICE"
+    here, own = devices(), os.environ.get("LOCAL_RANK")
+    if asked == "auto":
+        asked = here[-1].split(":")[0]
+    with suppress(RuntimeError):  # no name of a device at all
+        wanted = torch.device(asked)
+        if own is not None and wanted.index is None and f"{wanted.type}:{own}" in here:
+            return torch.device(wanted.type, int(own))
+        if wanted.type == "cpu" or f"{wanted.type}:{wanted.index or 0}" in here:
+            return wanted
+    hint = ""
+    if asked.startswith("cuda") and len(here) == 1:
+        hint = f" This torch ({torch.__version__}) finds no GPU; `trimtab doctor` says what would help."
+    raise ModelError(f"{place}: expected auto or one of {', '.join(here)}, which are here, got '{asked}'.{hint}")
 
 
 def keep_few_products(environment: MutableMapping[str, str] = os.environ) -> None:
@@ -84,11 +116,46 @@ def available_memory(device: torch.device | str = "cpu") -> int:
             return int(float(own) * GIB)
         except (ValueError, OverflowError):
             raise ModelError(f"TRIMTAB_MEMORY_GIB: expected a number of GiB, got '{own}'.") from None
-    if str(device).startswith("cuda"):
-        import torch
-
-        return torch.cuda.mem_get_info(device)[0]
+    if not str(device).startswith("cpu"):
+        module = _module(device)
+        if hasattr(module, "mem_get_info"):
+            # What torch's allocator holds and no tensor uses is free for the next one.
+            held = module.memory_reserved(device) - module.memory_allocated(device)
+            return int(module.mem_get_info(device)[0] + held)
+        if hasattr(module, "recommended_max_memory"):  # Apple's, whose memory is the machine's
+            return int(module.recommended_max_memory() - module.driver_allocated_memory())
     return min(psutil.virtual_memory().available, *_control_group_rooms())
+
+
+def _module(device: torch.device | str) -> Any:
+    """``torch.cuda`` and its like, for an accelerator."""
+    import torch
+
+    return torch.get_device_module(device)
+
+
+def device_memory_gib(device: torch.device | str) -> float | None:
+    """What tensors take on ``device`` now; None for the processor, or where torch does not say."""
+    count = None if str(device).startswith("cpu") else getattr(_module(device), "memory_allocated", None)
+    return count(device) / GIB if count is not None else None
+
+
+def peak_device_memory_gib(device: torch.device | str) -> float | None:
+    """The most that torch has held on ``device`` so far, free blocks of its allocator among it: what has to be there
+    for the same run. None for the processor, or where torch does not say."""
+    count = None if str(device).startswith("cpu") else getattr(_module(device), "max_memory_reserved", None)
+    return count(device) / GIB if count is not None else None
+
+
+def describe_device(device: torch.device | str) -> dict[str, Any]:
+    """The name of an accelerator and its memory, as far as torch says; nothing for the processor."""
+    if str(device).startswith("cpu"):
+        return {}
+    module = _module(device)
+    name = module.get_device_name(device) if hasattr(module, "get_device_name") else str(device)
+    if not hasattr(module, "mem_get_info"):
+        return {"device": name}
+    return {"device": name, "device_memory_gib": round(module.mem_get_info(device)[1] / GIB, 1)}
 
 
 def check_fits(
@@ -109,9 +176,10 @@ def check_fits(
     available = available_memory(device)
     if needed > available:
         told = f" What would help: {'; '.join(advice)}." if advice else ""
+        where = "" if str(device).startswith("cpu") else f" on {describe_device(device)['device']} ({device})"
         raise ModelError(
             f"{what} needs about {needed / GIB:.2f} GiB{f' ({parts})' if parts else ''}, and {available / GIB:.2f} GiB "
-            f"of memory are free.{told} (TRIMTAB_MEMORY_GIB=N overrules what is taken to be free.)"
+            f"of memory are free{where}.{told} (TRIMTAB_MEMORY_GIB=N overrules what is taken to be free.)"
         )
 
 
@@ -141,8 +209,8 @@ def _control_group_rooms(
             yield max(0, limit - used + int(cache))
 
 
-def describe_machine() -> dict[str, Any]:
-    """Processor, cores and memory."""
+def describe_machine(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Processor, cores and memory; and of ``device`` its name and its memory, if it is an accelerator."""
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
@@ -152,6 +220,7 @@ def describe_machine() -> dict[str, Any]:
         "processor": name,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_gib": round(psutil.virtual_memory().total / GIB, 1),
+        **describe_device(device),
     }
 
 

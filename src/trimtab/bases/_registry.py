@@ -106,19 +106,22 @@ def parts(module: nn.Module) -> list[nn.Module]:
 
 
 @torch.no_grad()
-def quantise(base: WeightBase, kind: str, dtype: torch.dtype | None = None) -> nn.Module:
+def quantise(
+    base: WeightBase, kind: str, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> nn.Module:
     """A module of ``kind`` (one of ``quantised_names``) with the weight of the dense ``base``, quantised from ``dtype``
-    (None: the base's), and its bias.
+    (None: the base's), and its bias, on ``device`` (None: the base's).
 
     Raises ModelError if there is no such kind, or if the package that it needs is not installed.
     """
     made = quantised_base(kind)
     bias, dtype = base.bias, dtype or base.dtype
-    if bias is not None and bias.dtype != dtype:
-        bias = nn.Parameter(bias.to(dtype), requires_grad=bias.requires_grad)
+    device = device or base.device
+    if bias is not None and (bias.dtype != dtype or bias.device != torch.device(device)):
+        bias = nn.Parameter(bias.to(device, dtype), requires_grad=bias.requires_grad)
     logging.getLogger(made.package).setLevel(logging.ERROR)  # they tell of optional kernels that are not installed
     try:
-        return made.quantised(base.weight().detach(), bias, dtype)
+        return made.quantised(base.weight().detach().to(device), bias, dtype)
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] != made.package:
             raise

@@ -15,7 +15,7 @@ from torch import nn
 from trimtab.config.run import RunConfig
 from trimtab.config.start_from import attach_stored, trains_base
 from trimtab.errors import ConfigError, PlanError
-from trimtab.machine import best_precision
+from trimtab.machine import best_precision, device
 from trimtab.models.heads import learn_in_units
 from trimtab.models.load import empty_model, load_tokenizer, trained_beside
 from trimtab.models.locate import ModelHead, Source, locate
@@ -56,6 +56,11 @@ class Job:
         precision = precision_of(config)
         dtype = precision if config.model.dtype == "auto" else config.model.dtype
         return cls(config, source_of(config), plan_of(config), precision, getattr(torch, dtype))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the run computes. Raises ModelError where that is not here."""
+        return device(self.config.device)
 
     def computing_in(self, precision: str) -> Job:
         """The same run in ``precision``, where its configuration leaves that to us."""
@@ -178,4 +183,4 @@ def plan_of(config: RunConfig) -> Plan | None:
 
 def precision_of(config: RunConfig) -> str:
     """``bfloat16`` or ``float32``: what a run of ``config`` computes in on this machine."""
-    return best_precision() if config.train.precision == "auto" else config.train.precision
+    return best_precision(device(config.device)) if config.train.precision == "auto" else config.train.precision

@@ -267,6 +267,12 @@ class RunConfig(Section):
         "memory; nf4: about a quarter of it (4 bits a weight, doubly quantised scales); both need bitsandbytes. "
         "torchao_int8: as int8, in torchao's form, which it needs. The output head and the embedding stay as they are.",
     )
+    device: str = Field(
+        "auto",
+        pattern=r"^[a-z]+(:\d+)?$",
+        description="Where the run computes: cpu, cuda, cuda:1, mps. auto: what the variable TRIMTAB_DEVICE says, else "
+        "an accelerator if there is one, else the processor.",
+    )
     data: DataConfig = Field(description="The rows.")
     adapter: str | None = Field(
         None,

@@ -17,7 +17,6 @@ from trimtab.errors import ConfigError, ModelError, RunError
 from trimtab.export._card import base_of
 from trimtab.export._hand_over import write_whole
 from trimtab.files import read_json, write_json, write_text
-from trimtab.machine import device
 from trimtab.models.load import load_config_only
 from trimtab.models.locate import hub_id
 from trimtab.runs.load import is_run, load_fitting, load_run_model
@@ -174,7 +173,7 @@ def _load(named: Named) -> Any:
     # In the dtype of its files: what a magnitude makes of a weight hangs on that weight.
     own = None if named.source.kind == "gguf" else getattr(load_config_only(named.source), "dtype", None)
     dtype = str(own).removeprefix("torch.") if own in (torch.bfloat16, torch.float16) else "float32"
-    return load_fitting(named.source, dtype).to(device()).eval()
+    return load_fitting(named.source, dtype).eval()
 
 
 def _card(name: str, parts: Sequence[Ingredient], named: Named, report: CombinationReport) -> str:

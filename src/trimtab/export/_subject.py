@@ -97,7 +97,7 @@ class Subject:
                 self.folder, self.config, adapter=True, dtype=self.wishes.dtype, quantised=quantised
             )
             return
-        self.model = load_fitting(self.source, dtype, self.config.model.attention)
+        self.model = load_fitting(self.source, dtype, self.config.model.attention, where="cpu")
         load_finite(self.model, self.folder.adapter)
         self.model.eval()
 

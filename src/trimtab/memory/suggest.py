@@ -12,7 +12,7 @@ from trimtab import bases, tasks
 from trimtab.config.resolve import Job
 from trimtab.data.sources import is_local
 from trimtab.errors import TrimtabError
-from trimtab.machine import GIB, available_memory, check_fits, device
+from trimtab.machine import GIB, available_memory, check_fits
 from trimtab.memory.estimate import RunMemory, estimate_run
 from trimtab.models.gguf import is_dequantised
 from trimtab.runs.events import Listener
@@ -51,9 +51,9 @@ def check_run(job: Job, sizes: RowSizes) -> AttachReport:
     will do to the model."""
     memory = estimate_run(job, sizes)
     estimate = memory.hardest
-    if estimate.needed > available_memory(device()):
+    if estimate.needed > available_memory(job.device):
         advice = [str(suggestion) for suggestion in suggest(job, sizes)] or ["a smaller model"]
-        check_fits(f"Training {job.config.model.name}", estimate.needed, device(), parts=estimate.told, advice=advice)
+        check_fits(f"Training {job.config.model.name}", estimate.needed, job.device, parts=estimate.told, advice=advice)
     assert memory.attached is not None
     return memory.attached
 
@@ -64,7 +64,7 @@ def suggest(job: Job, sizes: RowSizes) -> list[Suggestion]:
     Of each kind of change, the mildest that fits is given. Only where no single change is enough are several tried
     together.
     """
-    room = available_memory(device())
+    room = available_memory(job.device)
     attempts = _attempts(job, sizes)
 
     def fitting(change: Change) -> Suggestion | None:
@@ -114,7 +114,7 @@ def describe_run(job: Job, length: int | None = None, check: Check | None = None
     sizes = task.sizes(job, inputs) if inputs is not None else task.largest(job)
     if length is not None and not sizes.shape:
         sizes, origin = replace(sizes, length=length, labels=length - 1), "--length"
-    memory, room = estimate_run(job, sizes), available_memory(device())
+    memory, room = estimate_run(job, sizes), available_memory(job.device)
     fits = memory.hardest.needed <= room
     assert memory.attached is not None
     described = {

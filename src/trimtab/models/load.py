@@ -118,14 +118,17 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     attention: str = "auto",
     quantisation: str = "none",
+    device: torch.device | str = "cpu",
 ) -> PreTrainedModel:
-    """The model in ``dtype``, in eval mode, on the processor.
+    """The model in ``dtype``, in eval mode, on ``device``.
 
     Args:
         source: from ``locate``; its ``head`` says what the model is read for.
         dtype: the floating point type of the weights.
         attention: ``auto`` (what transformers prefers), ``sdpa`` or ``eager``.
-        quantisation: ``none``, or the quantised base that its linear layers are packed as while they are read.
+        quantisation: ``none``, or the quantised base that its linear layers are packed as while they are read; on
+            ``device``, which makes short work of it.
+        device: where it is put.
 
     Raises:
         ModelError: it cannot be fetched or read, has no safetensors, lacks weights, is no model of the class that is
@@ -163,11 +166,11 @@ def load_model(
 
         folder = weights_folder(source)
         with _loading(source, "model"):
-            quantise_model(model, quantisation, dtype, Weights(folder), source.name)
+            quantise_model(model, quantisation, dtype, Weights(folder), source.name, device)
     if source.add_tokens:
         with _loading(source, "model"):
             make_room(model, len(load_tokenizer(source)))
-    model.eval()
+    model.eval().to(device)
     return model
 
 

@@ -19,12 +19,20 @@ from trimtab.surgery.targets import output_heads
 
 
 @torch.no_grad()
-def quantise_model(model: PreTrainedModel, kind: str, dtype: torch.dtype, stored: Weights, name: str) -> None:
+def quantise_model(
+    model: PreTrainedModel,
+    kind: str,
+    dtype: torch.dtype,
+    stored: Weights,
+    name: str,
+    device: torch.device | str = "cpu",
+) -> None:
     """Quantise the linear layers of ``model`` in place as ``kind``, a quantised base, and cast the rest to ``dtype``.
 
     ``model`` must have been loaded in the dtype of its files, so that its weights are mapped from ``stored`` and take
     no memory before they are read. Each weight is read through a map of its own, and its pages go with that map;
-    through the model's own map, the whole file would be in memory at the end. Messages call the model ``name``.
+    through the model's own map, the whole file would be in memory at the end. It is packed on ``device``, where the
+    packed layers stay. Messages call the model ``name``.
 
     Raises ModelError if it is quantised already, has no layer to quantise, or the package of ``kind`` is missing.
     """
@@ -42,7 +50,7 @@ def quantise_model(model: PreTrainedModel, kind: str, dtype: torch.dtype, stored
             continue
         if id(child) not in made:
             _map_anew(base.parameter, stored, f"{place}.weight")
-            made[id(child)] = bases.quantise(base, kind, dtype)
+            made[id(child)] = bases.quantise(base, kind, dtype, device)
             if not weights_elsewhere(model, base.parameter, {id(child)}):
                 base.parameter.data = torch.empty(0)  # the list that this loop walks keeps the module alive
         parent._modules[attribute] = made[id(child)]

@@ -38,15 +38,17 @@ def is_run(path: Path) -> bool:
     return RunFolder(path).config.is_file()
 
 
-def load_fitting(source: Source, dtype: str, attention: str = "auto", quantisation: str = "none") -> Any:
-    """The model of ``source`` in ``dtype``, its linear layers quantised if so asked.
+def load_fitting(
+    source: Source, dtype: str, attention: str = "auto", quantisation: str = "none", where: str = "auto"
+) -> Any:
+    """The model of ``source`` in ``dtype``, its linear layers quantised if so asked, on the device ``where``.
 
     Raises ModelError if its weights cannot fit into memory, before any is read.
     """
     kind: torch.dtype = getattr(torch, dtype)
     bare = empty_model(source, kind, attention).requires_grad_(False)
-    check_fits(f"Loading {source.name} in {dtype}", weight_bytes(bare, quantisation), device())
-    return load_model(source, kind, attention, quantisation)
+    check_fits(f"Loading {source.name} in {dtype}", weight_bytes(bare, quantisation), device(where))
+    return load_model(source, kind, attention, quantisation, device(where))
 
 
 def load_run(path: Path, *, adapter: bool = True, dtype: str | None = None, quantised: bool = True) -> LoadedRun:
@@ -82,7 +84,7 @@ def load_run_model(
         model = model.to(getattr(torch, dtype))
     if adapter:
         load_finite(model, folder.adapter)
-    return model.to(device()).eval()
+    return model.eval()
 
 
 def head_of(summary: Summary | None) -> ModelHead:

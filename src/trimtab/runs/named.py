@@ -16,7 +16,7 @@ from trimtab.data.rows import Source as RowSource
 from trimtab.data.sources import rows_of
 from trimtab.errors import AdapterError, ConfigError, ModelError, RunError
 from trimtab.hints import pasted
-from trimtab.machine import best_precision, device
+from trimtab.machine import best_precision
 from trimtab.models.heads import head_for, head_modules, own_head
 from trimtab.models.load import drawn_modules, empty_model, load_config_only, load_reader
 from trimtab.models.locate import ModelHead, Source, locate
@@ -123,7 +123,7 @@ class Named:
                     f"{self.adapter}: it lacks {', '.join(sorted(lacking))}, and so does {self.name}; save the adapter "
                     "with the head that it was trained with (PEFT's modules_to_save)"
                 )
-        return model.to(device()).eval()
+        return model.eval()
 
 
 def _head(source: Source, adapter: Path | None) -> ModelHead:

@@ -210,7 +210,7 @@ class MetricsLine(FiguresRecord):
     model_config = ConfigDict(allow_inf_nan=True)
     order: ClassVar[tuple[str, ...]] = (
         *("kind", "step", "epoch", "loss", "learning_rate", "grad_norm", "tokens_per_second"),
-        *("figures", "seconds", "memory_gib"),
+        *("figures", "seconds", "memory_gib", "device_memory_gib"),
     )
 
     kind: str
@@ -222,6 +222,7 @@ class MetricsLine(FiguresRecord):
     tokens_per_second: float | None = None
     seconds: float | None = None
     memory_gib: float | None = None
+    device_memory_gib: float | None = None
 
     def figure(self, name: str) -> float | None:
         """The metric of that name, the loss among them; None where the line does not have it."""
@@ -229,11 +230,13 @@ class MetricsLine(FiguresRecord):
 
 
 class Machine(Record):
-    """Where a run was trained."""
+    """Where a run was trained; ``device`` is the name of an accelerator, where it was one."""
 
     processor: str | None = None
     cores: int | None = None
     memory_gib: float | None = None
+    device: str | None = None
+    device_memory_gib: float | None = None
 
 
 class BeganFrom(Record):
@@ -280,6 +283,7 @@ class Summary(Record):
             ``loss_unit``: what the loss of training is counted in.
         learning_rate: the peak rate, as it was said or found.
         processes: how many trained it; memory is that of the first.
+        peak_memory_gib: of the process; ``peak_device_memory_gib``: of an accelerator.
         notes: what the user should know of the rows, the settings and the model, a sentence each.
         began_from: the adapter that training began with; None: a fresh one.
         sources: what was taken of each source of training rows; ``digests``: by which the rows are known again.
@@ -312,11 +316,18 @@ class Summary(Record):
     trainable_parameters: int | None = None
     total_seconds: float | None = None
     peak_memory_gib: float | None = None
+    peak_device_memory_gib: float | None = None
     adapter_bytes: int | None = None
     notes: list[str] = []
     began_from: BeganFrom | None = None
     sources: list[SourceRecord] = []
     digests: RowsDigest | None = None
+
+    @property
+    def peaks(self) -> str:
+        """The peak memory, in words: of an accelerator, where the run computed on one, and of the process."""
+        process, there = f"{self.peak_memory_gib or 0.0:.2f} GiB", self.peak_device_memory_gib
+        return process if there is None else f"{there:.2f} GiB on {self.machine.device}, and {process} of the machine's"
 
     @field_serializer("created")
     def _iso(self, moment: datetime | None) -> str | None:

@@ -12,7 +12,7 @@ from trimtab.errors import RunError
 
 # Each with all that is below it. None of these changes what is trained.
 _FREE = (
-    *("output", "evaluation", "data.test", "report_to"),
+    *("output", "evaluation", "data.test", "report_to", "device"),
     *("train.log_every", "train.save_every", "train.keep_checkpoints", "train.tensorboard", "train.sharding"),
 )
 _ALL_SETS = ("evaluation.limit", "evaluation.max_new_tokens")

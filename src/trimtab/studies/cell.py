@@ -146,7 +146,8 @@ def _record(folder: RunFolder, config: RunConfig) -> CellRecord:
     after = {known.name: _scored(known.after, known.rows_after) for known in named if known.after}
     return CellRecord(
         identity=identity(config),
-        **summary.plain(),
+        # Of an accelerator, where there is one: that is the memory which costs.
+        **{**summary.plain(), "peak_memory_gib": summary.peak_device_memory_gib or summary.peak_memory_gib},
         tests=after if config.train.epochs else before,
         before=before,
         validation=validation,

@@ -9,12 +9,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trimtab.errors import RunError
-from trimtab.machine import memory_gib
+from trimtab.machine import device_memory_gib, memory_gib
 from trimtab.runs.events import Listener
 from trimtab.runs.records import MetricsLine
+
+if TYPE_CHECKING:
+    import torch
 
 
 def require_tensorboard() -> None:
@@ -33,10 +36,19 @@ class Recorder:
         listener: is told of each line.
         tensorboard: a folder for events, or None for none.
         earlier: seconds that the run was trained for before it was interrupted.
+        device: where it trains.
     """
 
-    def __init__(self, path: Path, listener: Listener, tensorboard: Path | None, earlier: float = 0.0) -> None:
+    def __init__(
+        self,
+        path: Path,
+        listener: Listener,
+        tensorboard: Path | None,
+        earlier: float = 0.0,
+        device: torch.device | str = "cpu",
+    ) -> None:
         self._listener = listener
+        self._device = device
         self._began = time.perf_counter() - earlier
         self._file = path.open("a", encoding="utf-8")
         self._events: Any = None
@@ -50,6 +62,8 @@ class Recorder:
         line = line.updated(seconds=round(time.perf_counter() - self._began, 2))
         if line.kind == "train":
             line = line.updated(memory_gib=round(memory_gib(), 3))
+            if (there := device_memory_gib(self._device)) is not None:
+                line = line.updated(device_memory_gib=round(there, 3))
         row = line.plain()
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()

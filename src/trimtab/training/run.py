@@ -18,7 +18,7 @@ from trimtab.config.run import RunConfig
 from trimtab.errors import STOPS, Interrupted, TrimtabError, machine_errors
 from trimtab.evaluation.evaluate import write
 from trimtab.launching import joined
-from trimtab.machine import describe_machine, peak_memory_gib, versions
+from trimtab.machine import describe_machine, peak_device_memory_gib, peak_memory_gib, versions
 from trimtab.memory.suggest import check_run
 from trimtab.processes import here
 from trimtab.runs.beginning import Opening, opened
@@ -183,7 +183,7 @@ class _Run:
             counted=task.counted,
             loss_unit=task.loss_unit,
             versions=versions(),
-            machine=Machine(**describe_machine()),
+            machine=Machine(**describe_machine(job.device)),
             processes=here().size,
             notes=list(dict.fromkeys([*inputs.notes, *before.notes])),
             trained=opening.trained,
@@ -270,6 +270,7 @@ class _Run:
             status=status,
             total_seconds=round(total, 2),
             peak_memory_gib=round(peak_memory_gib(), 3),
+            **({} if (peak := peak_device_memory_gib(self.job.device)) is None else {"peak_device_memory_gib": peak}),
             adapter_bytes=adapter,
         )
 

@@ -132,6 +132,14 @@ def training_arguments(train: TrainConfig, rows: int, folder: Path, best: Metric
     )
 
 
+def _use_one(arguments: TrainingArguments, device: torch.device) -> None:
+    """Let transformers train where the model is. By itself it takes the first accelerator that it finds, and in a
+    process that sees several a copy of the model on each."""
+    if arguments.world_size == 1:
+        arguments.__dict__["_setup_devices"] = arguments.distributed_state.device = device
+        arguments._n_gpu = int(device.type != "cpu")
+
+
 def _best_loss(lines: Sequence[MetricsLine], best: Metric) -> float:
     """The loss of the best validation among lines of metrics; infinity if there was none."""
     validations = [(line.figure(best.name), line.loss) for line in lines if line.kind == "validation"]
@@ -183,6 +191,7 @@ class AdapterTrainer(Trainer):
         inside: Callable[[Callable[[], Tensor]], Tensor] = lambda work: work(),
     ) -> None:
         arguments = training_arguments(train, len(rows), folder, best if validate is not None else None)
+        _use_one(arguments, next(model.parameters()).device)
         self._best_loss = _best_loss(earlier, best)
         self.throughput = Throughput()
         self._adapted = model

@@ -6,7 +6,6 @@ from typing import Any
 
 from trimtab import tasks
 from trimtab.config.run import RunConfig
-from trimtab.machine import device
 from trimtab.memory.suggest import check_run
 from trimtab.models.load import load_model, quiet_libraries
 from trimtab.runs.events import Listener
@@ -28,8 +27,8 @@ def tune(config: RunConfig, listener: Listener) -> ChosenRate:
     inputs = checked_inputs(job, inputs, check_run(job, task.sizes(job, inputs)), listener)
     quiet_libraries()
     listener.stage(f"Loading {config.model.name}")
-    model: Any = load_model(job.source, job.dtype, config.model.attention, config.quantisation)
+    model: Any = load_model(job.source, job.dtype, config.model.attention, config.quantisation, job.device)
     listener.stage("Finding the learning rate")
-    found = find_rate(job, inputs, model.to(device()), task=task, reader=reader, listener=listener)
+    found = find_rate(job, inputs, model, task=task, reader=reader, listener=listener)
     listener.show(rate_table(found))
     return found

@@ -21,7 +21,6 @@ from trimtab.config.resolve import Job
 from trimtab.config.run import TrainConfig
 from trimtab.errors import AdapterError, ModelError, RunError
 from trimtab.evaluation.evaluate import Evaluation
-from trimtab.machine import device
 from trimtab.models.load import load_model, quiet_libraries
 from trimtab.processes import here, together
 from trimtab.runs.events import Listener
@@ -52,8 +51,9 @@ class Work:
         quiet_libraries()
         self.job, self.task, self.inputs, self.reader, self.listener = job, task, inputs, reader, listener
         config = job.config
-        model: Any = load_model(job.source, job.dtype, config.model.attention, config.quantisation)
-        self.model: nn.Module = model.to(device())
+        self.model: nn.Module = load_model(
+            job.source, job.dtype, config.model.attention, config.quantisation, job.device
+        )
         self.head = task.head(self.model)
         self._measuring = Measuring(job, task, inputs, head=self.head, reader=reader, listener=listener)
         self._inside: Callable[[Callable[[], Any]], Any] = lambda work: work()
@@ -119,7 +119,8 @@ class Work:
         if group.rank:  # the initial values are the same in all, and what is dropped out is not
             torch.manual_seed(train.seed + group.rank)
         events = folder.tensorboard if train.tensorboard else None
-        recording = Recorder(folder.metrics, self.listener, events, seconds) if group.leads else nullcontext()
+        device = self.job.device
+        recording = Recorder(folder.metrics, self.listener, events, seconds, device) if group.leads else nullcontext()
         with recording as recorder:
             trainer = AdapterTrainer(
                 self.model,

@@ -96,7 +96,7 @@ class RunDisplay(Listener):
         if not row:
             return left
         speed = f"{row['tokens_per_second']:,.0f} {self._counted}/s"
-        return f"loss {row['loss']:.4f}  {speed}  {left}  {row['memory_gib']:.2f} GiB"
+        return f"loss {row['loss']:.4f}  {speed}  {left}  {row.get('device_memory_gib', row['memory_gib']):.2f} GiB"
 
 
 class OneOfManyDisplay(RunDisplay):

@@ -95,7 +95,7 @@ def command(
         console.print(run_tables.answers_table(run))
     console.print(
         f"trained {summary.trainable_parameters:,} of {summary.total_parameters:,} parameters in "
-        f"{words.duration(summary.training_seconds or 0.0)}, peak memory {words.gib(summary.peak_memory_gib or 0.0)}",
+        f"{words.duration(summary.training_seconds or 0.0)}, peak memory {summary.peaks}",
     )
     verb = "generate" if summary.task in (None, "causal_lm") else "predict"
     try_it = pasted(verb, _short(folder.path), text=_question(folder, summary.form, verb))

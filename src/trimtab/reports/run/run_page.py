@@ -110,9 +110,14 @@ def tiles(run: Run, train: Sequence[MetricsLine]) -> list[Tile]:
         note = f"{words.duration(summary.total_seconds)} in all" if summary.total_seconds is not None else ""
         known.append(Tile("Training time", words.duration(summary.training_seconds), note))
     if summary and summary.peak_memory_gib is not None:
-        whole = summary.machine.memory_gib
+        there, machine = summary.peak_device_memory_gib, summary.machine
+        peak, whole = (
+            (summary.peak_memory_gib, machine.memory_gib) if there is None else (there, machine.device_memory_gib)
+        )
         note = f"of {words.gib(whole, 1)}" if whole else ""
-        known.append(Tile("Peak memory", words.gib(summary.peak_memory_gib, 1), note))
+        if there is not None:
+            note = f"{note} on {machine.device}; {words.gib(summary.peak_memory_gib, 1)} of the machine's".strip()
+        known.append(Tile("Peak memory", words.gib(peak, 1), note))
     speeds = [measure.tokens_per_second for measure in train if measure.tokens_per_second]
     if speeds:
         counted = (summary.counted if summary else "tokens").capitalize()
