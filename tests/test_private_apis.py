@@ -26,6 +26,7 @@ TESTED = {
     *("_compiled_call_impl", "_call_impl", "_dynamo", "_functorch", "_subclasses", "_python_dispatch"),
     *("_is_avx512_bf16_supported", "_is_amx_tile_supported", "_cdata", "_local_scalar_dense", "_unsafe_view"),
     *("_NormBase", "_non_persistent_buffers_set"),
+    *("_n_gpu", "_setup_devices"),
     *("_is_hf_initialized", "_init_weights"),
     *("_conv_forward", "_reversed_padding_repeated_twice", "_tied_weights_keys"),
     *("_make_wrapper_subclass", "_foreach_lerp_", "_convert_weight_packed_for_cpu_inverse"),
@@ -315,3 +316,14 @@ def test_where_a_model_says_what_is_tied() -> None:
     model = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_positions=4, n_embd=4, n_layer=1, n_head=1))
     tied = model._tied_weights_keys
     assert tied == {"lm_head.weight": "transformer.wte.weight"}, without("transformers", "_tied_weights_keys")
+
+
+def test_where_a_trainer_keeps_its_device(tmp_path: Path) -> None:
+    from transformers import TrainingArguments
+
+    arguments = TrainingArguments(output_dir=str(tmp_path))
+    arguments._n_gpu = 5
+    assert arguments.n_gpu == 5, without("transformers", "TrainingArguments._n_gpu")
+    arguments.__dict__["_setup_devices"] = torch.device("meta")
+    assert arguments.device == torch.device("meta"), without("transformers", "TrainingArguments._setup_devices")
+    assert hasattr(arguments.distributed_state, "device"), without("accelerate", "PartialState.device")

@@ -50,8 +50,7 @@ def device(asked: str = "auto") -> torch.device:
 
     Args:
         asked: ``auto``, or a device by its name: ``cpu``, ``cuda``, ``cuda:1``, ``mps``. ``auto`` is what the
-            environment variable TRIMTAB_DEVICE says, else an accelerator if there is one, else the processor. Of
-            several of a kind, each of the processes that torchrun starts takes its own.
+            environment variable TRIMTAB_DEVICE says, else an accelerator if there is one, else the processor.
 
     Raises:
         ModelError: what was asked for is not here; the message says what is.
@@ -61,13 +60,11 @@ def device(asked: str = "auto") -> torch.device:
     place = "device"
     if asked == "auto":
         asked, place = os.environ.get("TRIMTAB_DEVICE", "auto"), "TRIMTAB_DEVICE"
-    here, own = devices(), os.environ.get("LOCAL_RANK")
+    here = devices()
     if asked == "auto":
         asked = here[-1].split(":")[0]
     with suppress(RuntimeError):  # no name of a device at all
         wanted = torch.device(asked)
-        if own is not None and wanted.index is None and f"{wanted.type}:{own}" in here:
-            return torch.device(wanted.type, int(own))
         if wanted.type == "cpu" or f"{wanted.type}:{wanted.index or 0}" in here:
             return wanted
     hint = ""

@@ -28,15 +28,6 @@ def test_a_device_that_is_not_here_is_refused_with_those_that_are(asked: str) ->
         machine.device(asked)
 
 
-def test_each_process_of_a_launcher_takes_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    with accelerator():
-        monkeypatch.setattr(machine, "devices", lambda: ["cpu", f"{NAME}:0", f"{NAME}:1"])
-        monkeypatch.setenv("LOCAL_RANK", "1")
-        assert machine.device() == machine.device(NAME) == torch.device(NAME, 1)
-        assert machine.device(f"{NAME}:0") == DEVICE, "one that is named is meant"
-        assert machine.device("cpu").type == "cpu"
-
-
 def test_a_variable_that_asks_for_what_is_not_here_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRIMTAB_DEVICE", "cuda:7")
     with pytest.raises(ModelError, match=r"TRIMTAB_DEVICE: expected .* got 'cuda:7'.*finds no GPU"):

@@ -166,7 +166,7 @@ def load_model(
 
         folder = weights_folder(source)
         with _loading(source, "model"):
-            quantise_model(model, quantisation, dtype, Weights(folder), source.name, device)
+            quantise_model(model, quantisation, dtype, Weights(folder), source.name, device=device)
     if source.add_tokens:
         with _loading(source, "model"):
             make_room(model, len(load_tokenizer(source)))
