@@ -139,6 +139,17 @@ def to_mapping(config: RunConfig, beside: Path | None = None) -> dict[str, Any]:
     return said
 
 
+def with_paths(config: RunConfig, change: Callable[[str], str]) -> RunConfig:
+    """``config`` with ``change`` made to every absolute path of what it reads: its model, its rows, its adapter."""
+    said = config.model_dump(mode="json")
+
+    def changed(text: str) -> str:
+        return change(text) if Path(text).is_absolute() else text
+
+    _map_sources(said, changed, changed, changed)
+    return RunConfig.model_validate(said)
+
+
 def override(raw: dict[str, Any], text: str) -> tuple[str, ...]:
     """Set one ``key.sub=value`` in ``raw``, a path in it relative to the working directory; gives the key's parts."""
     keys, value = parse_override(text)

@@ -111,6 +111,13 @@ class ExploreConfig(Section):
         "base's alone.",
     )
     trials: int = Field(30, ge=1, description="Runs in all; the uniform plans come first and are among them.")
+    at_once: int = Field(
+        1,
+        ge=1,
+        description="Proposals made together, which know the runs before them and not each other; with --on ray as "
+        "many runs go on at once. Higher: sooner done on several machines, less learned from each run. What is "
+        "proposed does not depend on where the runs are done.",
+    )
     prune: Literal["median", "hyperband"] | None = Field(
         "median",
         description="Stop a run at a validation where it is behind: median (of the finished runs at that step, once "

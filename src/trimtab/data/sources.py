@@ -131,6 +131,18 @@ def read_rows(source: str, *, root: Path) -> Iterator[Row]:
         raise DataError(f"{source} holds no rows.")
 
 
+def local_files(source: str, root: Path) -> list[Path]:
+    """The files that ``source`` means, or the folder that it is read from; none of a hub id, or where nothing is there.
+    ``root`` is the folder that relative paths start from."""
+    path = source if (root / source).exists() else _sliced(source)[0]
+    if not is_local(path, root):
+        return []
+    for name in (path, path.rpartition(":")[0]):
+        if name and (place := root / Path(name).expanduser()).exists():
+            return [place]
+    return _matching(root / Path(path).expanduser())
+
+
 def _read_local(source: str, root: Path) -> Iterator[Row]:
     path = root / Path(source).expanduser()
     if path.exists():

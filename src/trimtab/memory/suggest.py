@@ -107,11 +107,7 @@ def describe_run(job: Job, length: int | None = None, check: Check | None = None
         length: tokens of a row, all of which carry loss, in place of what the data has.
         check: what a run does before it begins (`training.checks`): it gives what the user should know, and raises.
     """
-    inputs, origin = read_rows(job)
-    task = tasks.of(job)
-    if inputs is not None:
-        job = job.read_for(task.head_for(job, inputs))
-    sizes = task.sizes(job, inputs) if inputs is not None else task.largest(job)
+    job, inputs, sizes, origin = _measured(job)
     if length is not None and not sizes.shape:
         sizes, origin = replace(sizes, length=length, labels=length - 1), "--length"
     memory, room = estimate_run(job, sizes), available_memory(job.device)
@@ -140,6 +136,22 @@ def describe_run(job: Job, length: int | None = None, check: Check | None = None
     told = {"lowered_ranks": attached.lowered_ranks, "unreached": attached.unreached}
     notes = [*(inputs.notes if inputs is not None else ()), *(check(job, inputs, attached) if check else ())]
     return {**PlanRecord.of(attached).plain(), **told, "memory": described, "rows": _rows(inputs), "notes": notes}
+
+
+def planned_memory(job: Job) -> RunMemory:
+    """What ``trimtab plan`` says of the memory of ``job``, in bytes. Raises as the run itself would."""
+    job, _, sizes, _ = _measured(job)
+    return estimate_run(job, sizes)
+
+
+def _measured(job: Job) -> tuple[Job, Inputs | None, RowSizes, str]:
+    """``job`` with the head that its rows ask for, the rows where they can be read, their sizes and where those are
+    from."""
+    inputs, origin = read_rows(job)
+    task = tasks.of(job)
+    if inputs is not None:
+        job = job.read_for(task.head_for(job, inputs))
+    return job, inputs, task.sizes(job, inputs) if inputs is not None else task.largest(job), origin
 
 
 def _rows(inputs: Inputs | None) -> dict[str, Any] | None:

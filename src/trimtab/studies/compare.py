@@ -6,8 +6,9 @@ that fails is noted, and the others are still run.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from trimtab.errors import Interrupted, RunError
 from trimtab.metrics import best_by
@@ -16,6 +17,7 @@ from trimtab.runs.lock import locked
 from trimtab.runs.records import MetricsLine
 from trimtab.runs.study_records import CellRecord
 from trimtab.studies.cell import finished_cell, run_cell
+from trimtab.studies.places import HERE, Errand, Place
 from trimtab.studies.study_cells import Cell, Study
 
 
@@ -27,6 +29,15 @@ class StudyListener(Listener):
 
     def cell_began(self, cell: Cell, number: int, total: int) -> None:
         """``cell`` is run as number ``number`` (from 1) of ``total`` that were missing."""
+
+    def cell_placed(self, cell: Cell, where: str) -> None:
+        """``cell``, which is about to begin, is run elsewhere, on the machine ``where``; others may be run at once."""
+
+    def cell_went_on(self, cell: Cell, step: int, steps: int) -> None:
+        """Elsewhere, ``cell`` has come to ``step`` of ``steps``."""
+
+    def cell_told(self, cell: Cell, words: str) -> None:
+        """Elsewhere, something became of ``cell`` on the way, such as that its worker was lost."""
 
     def cell_ended(self, cell: Cell, result: CellRecord) -> None:
         """``cell`` is done and on disk."""
@@ -50,10 +61,31 @@ class Selection:
                     yield task, arm
 
 
+class _CellErrand(Errand):
+    """The run of a cell that may be done elsewhere."""
+
+    def __init__(self, study: Study, cell: Cell, listener: StudyListener, begin: Callable[[Cell, str], None]) -> None:
+        super().__init__(cell.config, study.said.keep)
+        self._cell, self._listener, self._begin = cell, listener, begin
+
+    def began(self, where: str) -> None:
+        self._begin(self._cell, where)
+
+    def told(self, words: str) -> None:
+        self._listener.cell_told(self._cell, words)
+
+    def training_began(self, step: int, steps: int) -> None:
+        self._listener.cell_went_on(self._cell, step, steps)
+
+    def step(self, step: int, steps: int) -> None:
+        self._listener.cell_went_on(self._cell, step, steps)
+
+
 def compare(
-    study: Study, listener: StudyListener | None = None, selection: Selection | None = None
+    study: Study, listener: StudyListener | None = None, selection: Selection | None = None, *, on: Place = HERE
 ) -> list[tuple[Cell, str]]:
-    """Run every selected cell that is not done; gives those that failed, with the reason.
+    """Run every selected cell that is not done, ``on`` this machine or elsewhere; gives those that failed, with the
+    reason.
 
     Raises:
         RunError: another process is at this study, or a cell's file is damaged.
@@ -67,18 +99,27 @@ def compare(
         # A run's folder depends on the rate that is found; how many runs there are does not.
         later = sum(_missing(study, task, arm) for task, arm in pairs)
         missing = [cell for cell in searches if finished_cell(cell.config) is None]
-        total, number = len(missing) + later, 0
+        total = len(missing) + later
+        numbers: dict[Path, int] = {}
         listener.planned(len(missing), later)
 
+        def begin(cell: Cell, where: str) -> None:
+            # A cell whose worker was lost begins again under its number.
+            number = numbers.setdefault(cell.config.output, len(numbers) + 1)
+            if where:
+                listener.cell_placed(cell, where)
+            listener.cell_began(cell, number, total)
+
         def run(cells: Sequence[Cell]) -> None:
-            nonlocal number
+            there = [cell for cell in cells if finished_cell(cell.config) is None]
             for cell in cells:
-                if finished_cell(cell.config) is not None:
+                if cell not in there:
                     run_cell(cell.config, keep=study.said.keep)  # removes what it left where it was cut off
-                    continue
-                number += 1
-                listener.cell_began(cell, number, total)
+            for place, failure in on.bring([_CellErrand(study, cell, listener, begin) for cell in there]):
+                cell = there[place]
                 try:
+                    if failure is not None:
+                        raise failure
                     result = run_cell(cell.config, listener, keep=study.said.keep)
                 except Interrupted:
                     raise
@@ -90,8 +131,7 @@ def compare(
 
         run(searches)
         arms = [runs for pair in pairs if (runs := chosen_runs(study, *pair)) is not None]
-        for turn in range(len(study.said.seeds)):
-            run([runs[turn] for runs in arms if turn < len(runs)])
+        run([runs[turn] for turn in range(len(study.said.seeds)) for runs in arms if turn < len(runs)])
     return failed
 
 

@@ -15,11 +15,15 @@ from trimtab.metrics import of_result
 from trimtab.runs.events import Listener, Steps
 from trimtab.runs.records import MetricsLine
 from trimtab.runs.study_records import CellRecord, Confirmation, ConfirmedSeed
+from trimtab.studies.ahead import bring
 from trimtab.studies.cell import run_cell
+from trimtab.studies.places import HERE, Place
 from trimtab.studies.statistics import mean_interval
 
 
-def confirm(arms: Mapping[str, RunConfig], seeds: int, folder: Path, listener: Listener) -> Confirmation:
+def confirm(
+    arms: Mapping[str, RunConfig], seeds: int, folder: Path, listener: Listener, on: Place = HERE
+) -> Confirmation:
     """Run ``arms`` (``mixed`` and ``uniform``) with ``seeds`` seeds after their own, each as a cell below ``folder``.
 
     Returns the scores of each seed by ``train.metric`` (the mean over the test sets), and the mean of mixed minus
@@ -28,13 +32,18 @@ def confirm(arms: Mapping[str, RunConfig], seeds: int, folder: Path, listener: L
     config = arms["mixed"]
     metric, first = config.train.metric, config.train.seed + 1
     rows = []
-    for seed in range(first, first + seeds):
+
+    def cell(arm: RunConfig, seed: int) -> RunConfig:
+        train = arm.train.model_copy(update={"seed": seed})
+        return arm.model_copy(update={"train": train, "output": folder / arm.output.name / f"seed{seed}"})
+
+    of_seeds = range(first, first + seeds)
+    bring(on, [cell(arm, seed) for seed in of_seeds for arm in arms.values()], listener)
+    for seed in of_seeds:
         scores: dict[str, float] = {}
         for kind, arm in arms.items():
             listener.stage(f"Confirming: {kind} with seed {seed}")
-            train = arm.train.model_copy(update={"seed": seed})
-            output = folder / arm.output.name / f"seed{seed}"
-            result = run_cell(arm.model_copy(update={"train": train, "output": output}), Steps(listener))
+            result = run_cell(cell(arm, seed), Steps(listener))
             scores[kind] = score(result, metric)
             listener.note(f"{metric} {scores[kind]:.4f}")
         rows.append(ConfirmedSeed(seed=seed, **scores))

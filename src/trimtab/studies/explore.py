@@ -33,13 +33,15 @@ from trimtab.models.load import empty_model
 from trimtab.reports.search.search_page import write_explore_page
 from trimtab.runs.lock import locked
 from trimtab.runs.resumed_settings import differences
+from trimtab.studies.places import HERE, Place
 from trimtab.studies.plan_search import Search, SearchListener
 from trimtab.studies.search_space import Space, default_groups, find_groups
 from trimtab.tasks import job_of
 
 
-def explore(config: ExploreConfig, listener: SearchListener | None = None) -> Path:
-    """Do the whole search, or what is left of it, and return its folder.
+def explore(config: ExploreConfig, listener: SearchListener | None = None, *, on: Place = HERE) -> Path:
+    """Do the whole search, or what is left of it, and return its folder. Its runs are done ``on`` this machine or
+    elsewhere, ``at_once`` of them at a time.
 
     Raises:
         TrimtabError: any mistake in the configuration, the data or the model; optuna is not installed; the folder
@@ -55,7 +57,7 @@ def explore(config: ExploreConfig, listener: SearchListener | None = None) -> Pa
     space = Space(groups, config.methods, config.budget, config.at_least)
     _introduce(space, listener)
     with _alone(config):
-        search = Search(config, space, listener)
+        search = Search(config, space, listener, on)
         try:
             search.run()
             search.write(search.confirm() if config.confirm else None)
@@ -85,7 +87,7 @@ def _alone(config: ExploreConfig) -> Iterator[None]:
     """Make the folder of the search, or go on with the one that is there, and keep other processes out of it."""
     folder, file = config.output, config.output / "explore.yaml"
     if file.is_file():
-        free: Any = {"trials": True, "confirm": True, "output": True, "base": {"plan", "output"}}
+        free: Any = {"trials": True, "confirm": True, "at_once": True, "output": True, "base": {"plan", "output"}}
         before, now = (one.model_dump(mode="json", exclude=free) for one in (load_explore(file), config))
         if changed := sorted(differences(before, now)):
             raise RunError(

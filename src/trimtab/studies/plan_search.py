@@ -1,10 +1,15 @@
-"""One search over plans: optuna proposes, cells run, optuna is told."""
+"""One search over plans: optuna proposes, cells run, optuna is told.
+
+Proposals come in rounds of ``at_once``. A round knows what the rounds before it gave, and nothing of its own runs; so
+it proposes the same plans whether its runs are done one after another or at once, here or elsewhere.
+"""
 
 from __future__ import annotations
 
 import random
 import shutil
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,9 +23,10 @@ from trimtab.metrics import METRICS
 from trimtab.runs.events import Listener, Steps
 from trimtab.runs.folder import RunFolder
 from trimtab.runs.records import MetricsLine
-from trimtab.runs.study_records import Confirmation, Trial
+from trimtab.runs.study_records import CellRecord, Confirmation, Trial
 from trimtab.studies.cell import run_cell
 from trimtab.studies.confirm import confirm, validation_score
+from trimtab.studies.places import HERE, Errand, Place
 from trimtab.studies.search_results import best_of, is_over, ran, search_results, trial_record
 from trimtab.studies.search_space import Part, Proposal, Space
 
@@ -36,6 +42,9 @@ class SearchListener(Listener):
     def trial_began(self, trial: Trial, runs: int, trials: int) -> None:
         """The run of the plan in ``trial`` begins; it is number ``runs`` of ``trials``."""
 
+    def trial_told(self, trial: Trial, words: str) -> None:
+        """Of a run elsewhere: on which machine it is, or that its worker was lost."""
+
     def trial_ended(self, trial: Trial) -> None:
         """``trial`` is what ``explore.json`` holds of it."""
 
@@ -47,13 +56,14 @@ class _Pruned(Interrupted):
 class Search:
     """A search in progress. What is known of a trial is in optuna's study; everything else is made from that."""
 
-    def __init__(self, config: ExploreConfig, space: Space, listener: SearchListener) -> None:
+    def __init__(self, config: ExploreConfig, space: Space, listener: SearchListener, on: Place = HERE) -> None:
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self.config = config
         self.space = space
         self.listener = listener
+        self.on = on
         self.metric = config.base.train.metric
         self.states = optuna.trial.TrialState
         self.study = optuna.create_study(
@@ -75,8 +85,9 @@ class Search:
         """Propose and run until there are as many runs as asked for."""
         idle = 0
         while len(self.ran()) < self.config.trials and idle < _IDLE:
-            idle = 0 if self._next_proposal() else idle + 1
-        if idle == _IDLE:
+            proposed, ran = self._round(min(self.config.at_once, self.config.trials - len(self.ran())))
+            idle = 0 if ran else idle + proposed
+        if idle >= _IDLE:
             self.listener.note(f"stopped: the last {_IDLE} proposals were known already or could not spend the budget")
 
     def confirm(self) -> Confirmation:
@@ -86,7 +97,7 @@ class Search:
         if None in best.values():
             raise RunError("confirm: there is no mixed plan beside a uniform one to compare it with; raise trials")
         arms = {kind: self._run_config(trial, tests=True) for kind, trial in best.items() if trial is not None}
-        return confirm(arms, self.config.confirm, self.config.output / "confirm", self.listener)
+        return confirm(arms, self.config.confirm, self.config.output / "confirm", self.listener, self.on)
 
     def write(self, confirmation: Confirmation | None = None) -> None:
         """Write what is known so far: ``explore.json`` and the best runs."""
@@ -118,30 +129,43 @@ class Search:
                 even |= {f"{group.name}: method": method, f"{group.name}: weight": 1.0}
             self.study.enqueue_trial(even, user_attrs={"uniform": method, "rate": rate})
 
-    def _next_proposal(self) -> bool:
-        """Ask for one proposal and run it, unless the same plan was run before. Gives whether it was run."""
+    def _round(self, runs: int) -> tuple[int, int]:
+        """Ask for proposals, do ``runs`` runs of them or fewer, and tell optuna what they gave. Gives how many
+        proposals there were, and how many of them were run."""
         known = self.ran()
-        trial, proposal, rate = self._ask()
-        if proposal is None:
-            trial.set_user_attr("why", "no ranks of these methods spend the budget")
-            self.study.tell(trial, state=self.states.FAIL)
-            return False
-        plan = [[part.method, part.rank] for part in proposal]
-        trial.set_user_attr("plan", plan)
-        trial.set_user_attr("rate", rate)
-        same = next((old for old in known if (old.user_attrs["plan"], old.user_attrs["rate"]) == (plan, rate)), None)
-        if same is not None:
-            self._repeat(trial, same)
-            return False
-        self._run(trial, len(known) + 1)
-        self.write()
-        return True
+        judges: list[_Judge] = []
+        repeated: list[tuple[Any, int]] = []
+        asked = 0
+        while len(judges) < runs and asked < _IDLE:
+            asked += 1
+            trial, proposal, rate = self._ask()
+            if proposal is None:
+                trial.set_user_attr("why", "no ranks of these methods spend the budget")
+                self.study.tell(trial, state=self.states.FAIL)
+                continue
+            plan = [[part.method, part.rank] for part in proposal]
+            trial.set_user_attr("plan", plan)
+            trial.set_user_attr("rate", rate)
+            earlier = [*known, *(judge.trial for judge in judges)]
+            same = (old.number for old in earlier if (old.user_attrs["plan"], old.user_attrs["rate"]) == (plan, rate))
+            if (number := next(same, None)) is not None:
+                repeated.append((trial, number))
+                if number in {old.number for old in known}:
+                    self._repeat(*repeated.pop())
+                continue
+            judges.append(self._judge(trial, len(known) + len(judges) + 1))
+        self._run(judges)
+        for trial, number in repeated:
+            self._repeat(trial, number)
+        if judges:
+            self.write()
+        return asked, len(judges)
 
     def _ask(self) -> tuple[Any, Proposal | None, Rate]:
         """The next trial, its plan (None where the budget cannot be spent), and its learning rate."""
         from optuna.samplers import TPESampler
 
-        asked = sum(map(is_over, self._trials()))
+        asked = sum(is_over(trial) or trial.state == self.states.RUNNING for trial in self._trials())
         self.study.sampler = TPESampler(seed=random.Random(f"{self.config.seed} {asked}").getrandbits(32))
         self.study.pruner = self._pruner()
         self._queue_uniform()
@@ -161,40 +185,65 @@ class Search:
             return pruners.HyperbandPruner(min_resource=min(steps, default=1))
         return pruners.MedianPruner() if self.config.prune else pruners.NopPruner()
 
-    def _repeat(self, trial: Any, known: Any) -> None:
-        """Tell ``trial`` what the same plan gave before."""
-        trial.set_user_attr("same_as", known.number)
+    def _repeat(self, trial: Any, number: int) -> None:
+        """Tell ``trial`` what the same plan gave, in the trial of that number."""
+        known = self._trials()[number]
+        trial.set_user_attr("same_as", number)
         for step, value in known.intermediate_values.items():
             trial.report(value, step)
         if known.state == self.states.FAIL:
             trial.set_user_attr("why", known.user_attrs["why"])
         self.study.tell(trial, known.value if known.state == self.states.COMPLETE else None, state=known.state)
 
-    def _run(self, trial: Any, runs: int) -> None:
-        """Run the plan of ``trial`` as a cell, and tell optuna what it gave."""
+    def _judge(self, trial: Any, runs: int) -> _Judge:
         proposed = self._record(trial)
         config = self._run_config(proposed, tests=False)
-        judge = _Judge(self.listener, trial, self.metric, config, stops=proposed.kind == "mixed")
-        self.listener.trial_began(proposed, runs, self.config.trials)
-        began = time.perf_counter()
-        told: dict[str, Any] = {}
-        try:
-            cell = run_cell(config, judge, keep="adapters")
-            for validation in cell.validation:
-                judge.report(validation)
-            told = {"values": validation_score(cell.kept, self.metric)}
-        except _Pruned:
-            shutil.rmtree(RunFolder(config.output / "run").checkpoints, ignore_errors=True)
+
+        def begin(where: str) -> None:
+            self.listener.trial_began(proposed, runs, self.config.trials)
+            if where:
+                tell(f"on {where}")
+
+        def tell(words: str) -> None:
+            self.listener.trial_told(proposed, words)
+
+        stops = proposed.kind == "mixed"
+        return _Judge(self.listener, trial, config, metric=self.metric, stops=stops, begin=begin, tell=tell)
+
+    def _run(self, judges: Sequence[_Judge]) -> None:
+        """Run the plans that are judged as cells, and when all are over tell optuna what each gave."""
+        outcomes: dict[int, CellRecord | TrimtabError] = {}
+        for number, failure in self.on.bring(judges):
+            judge = judges[number]
+            try:
+                if failure is not None:
+                    raise failure
+                outcomes[number] = cell = run_cell(judge.config, judge, keep="adapters")
+                for validation in cell.validation:
+                    judge.report(validation)
+            except _Pruned as pruned:
+                shutil.rmtree(RunFolder(judge.config.output / "run").checkpoints, ignore_errors=True)
+                outcomes[number] = pruned
+            except Interrupted:
+                raise
+            except TrimtabError as error:
+                outcomes[number] = error
+            judge.trial.set_user_attr("seconds", round(time.perf_counter() - judge.since, 1))
+        for number, judge in enumerate(judges):
+            self._tell(judge, outcomes[number])
+
+    def _tell(self, judge: _Judge, outcome: CellRecord | TrimtabError) -> None:
+        trial = judge.trial
+        if isinstance(outcome, CellRecord):
+            told: dict[str, Any] = {"values": validation_score(outcome.kept, self.metric)}
+        elif isinstance(outcome, _Pruned):
             told = {"state": self.states.PRUNED}
-        except Interrupted:
-            raise
-        except TrimtabError as error:
+        else:
             # Before training, or before any plan has worked, it is not the plan's fault.
             if not judge.training or not any(each.state == self.states.COMPLETE for each in self._trials()):
-                raise
-            trial.set_user_attr("why", str(error))
+                raise outcome
+            trial.set_user_attr("why", str(outcome))
             told = {"state": self.states.FAIL}
-        trial.set_user_attr("seconds", round(time.perf_counter() - began, 1))
         self.study.tell(trial, **told)
         self.listener.trial_ended(self._record(trial))
 
@@ -216,27 +265,47 @@ class Search:
         )
 
 
-class _Judge(Steps):
+class _Judge(Steps, Errand):
     """Passes on how a run goes, tells optuna of its validations, and stops the run when it is behind.
 
     ``stops``: whether it may be stopped.
     """
 
-    def __init__(self, listener: SearchListener, trial: Any, metric: str, config: RunConfig, stops: bool) -> None:
-        super().__init__(listener)
+    def __init__(
+        self,
+        listener: SearchListener,
+        trial: Any,
+        config: RunConfig,
+        *,
+        metric: str,
+        stops: bool,
+        begin: Callable[[str], None],
+        tell: Callable[[str], None],
+    ) -> None:
+        Steps.__init__(self, listener)
+        Errand.__init__(self, config, "adapters")
+        self.trial = trial
         self.training = False
-        self._trial = trial
+        self.since = time.perf_counter()
+        self._begin, self._tell = begin, tell
         self._metric = metric
         self._stops = stops
         # A run that goes on from a checkpoint does not tell of its earlier validations again.
         self._earlier = RunFolder(config.output / "run").read_metrics()
         self._reported: set[int] = set()
 
+    def began(self, where: str) -> None:
+        self.since = time.perf_counter()
+        self._begin(where)
+
+    def told(self, words: str) -> None:
+        self._tell(words)
+
     def report(self, line: MetricsLine) -> None:
         """Tell optuna of a validation, once."""
         if line.step not in self._reported:
             self._reported.add(line.step)
-            self._trial.report(validation_score(line, self._metric), line.step)
+            self.trial.report(validation_score(line, self._metric), line.step)
 
     def training_began(self, step: int, steps: int) -> None:
         self.training = True
@@ -249,5 +318,5 @@ class _Judge(Steps):
         super().metrics(row)
         if row["kind"] == "validation":
             self.report(MetricsLine.read(row))
-            if self._stops and self._trial.should_prune():
+            if self._stops and self.trial.should_prune():
                 raise _Pruned("behind the other runs at this step")

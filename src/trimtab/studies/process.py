@@ -23,7 +23,8 @@ from trimtab.errors import STOPS, Interrupted, RunError, TrimtabError, machine_r
 from trimtab.machine import keep_few_products
 from trimtab.runs.events import Listener
 
-_TOLD = ("stage", "note", "training_began", "step", "metrics", "training_ended", "evaluated", "evaluating")
+TOLD = ("stage", "note", "training_began", "step", "metrics", "training_ended", "evaluated", "evaluating")
+"""The methods of a listener that are called where another process does the run."""
 
 
 def run_apart(config: RunConfig, listener: Listener) -> None:
@@ -118,7 +119,7 @@ class _Teller(Listener):
         def teller(method: str) -> Any:
             return lambda *arguments: print(json.dumps([method, *arguments]), file=stream, flush=True)
 
-        for method in _TOLD:
+        for method in TOLD:
             setattr(self, method, teller(method))
 
 

@@ -22,6 +22,9 @@ class SearchDisplay(OneOfManyDisplay, SearchListener):
         kind = "uniform " if trial.kind == "uniform" else ""
         self.stage(f"Run {runs} of {trials}: {kind}{plan_words(trial)} ({words.count(trial.parameters)} parameters)")
 
+    def trial_told(self, trial: Trial, words: str) -> None:
+        self.note(f"{plan_words(trial)}: {words}")
+
     def trial_ended(self, trial: Trial) -> None:
         if trial.state == "failed":
             self.note(f"failed: {trial.why}")

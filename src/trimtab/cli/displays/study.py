@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -20,31 +21,74 @@ from trimtab.studies.study_cells import Cell, Study
 
 
 class StudyDisplay(StudyListener, OneOfManyDisplay):
-    """Draws a study on ``console``; of each run only the live line."""
+    """Draws a study on ``console``; of each run only the live line. Of runs elsewhere one line has how far each is."""
 
     def __init__(self, console: Terminal) -> None:
         super().__init__(console)
-        self._heading = ""
+        # By the cell's folder.
+        self._headings: dict[Path, str] = {}
+        self._began: dict[Path, float] = {}
+        self._elsewhere: dict[Path, str] = {}
+        self._done, self._total = 0, 0
         # Of the searches for learning rates (True), and of the runs: a run takes longer than a search does.
         self._seconds: dict[bool, list[float]] = {True: [], False: []}
         self._missing = {True: 0, False: 0}
-        self._cell_began = 0.0
 
     def planned(self, searches: int, runs: int) -> None:
         self._missing = {True: searches, False: runs}
+        self._total = searches + runs
+
+    def cell_placed(self, cell: Cell, where: str) -> None:
+        self._elsewhere[cell.config.output] = f"{cell.name} on {where}"
 
     def cell_began(self, cell: Cell, number: int, total: int) -> None:
-        self._cell_began = time.perf_counter()
-        self._heading = f"[{number}/{total}] {cell.name}"
-        super().note(f"{self._heading}{self._time_left(cell.searching)}")
-        self._missing[cell.searching] -= 1
+        place, again = cell.config.output, cell.config.output in self._headings
+        _, _, where = self._elsewhere.get(place, "").rpartition(" on ")
+        on = f", on {where}" if where else ""
+        self._headings[place] = f"[{number}/{total}] {cell.name}"
+        self._began[place] = time.perf_counter()
+        super().note(f"{self._headings[place]}{on}{self._time_left(cell.searching)}")
+        self._missing[cell.searching] -= not again
+        if where:
+            self._draw_elsewhere()
+
+    def cell_went_on(self, cell: Cell, step: int, steps: int) -> None:
+        if (where := self._elsewhere.get(cell.config.output)) is not None:
+            self._elsewhere[cell.config.output] = f"{where.partition(':')[0]}: {step}/{steps}"
+            self._draw_elsewhere()
+
+    def cell_told(self, cell: Cell, words: str) -> None:
+        super().note(f"{self._heading(cell)}: {words}")
+        self._gone(cell)
 
     def cell_ended(self, cell: Cell, result: CellRecord) -> None:
-        self._seconds[cell.searching].append(time.perf_counter() - self._cell_began)
-        super().note(f"{self._heading}: {told(cell, result)}")
+        if (began := self._began.get(cell.config.output)) is not None:
+            self._seconds[cell.searching].append(time.perf_counter() - began)
+        super().note(f"{self._heading(cell)}: {told(cell, result)}")
+        self._done += 1
+        self._gone(cell)
 
     def cell_failed(self, cell: Cell, reason: str) -> None:
-        super().note(f"{self._heading}: failed: {reason}")
+        super().note(f"{self._heading(cell)}: failed: {reason}")
+        self._done += 1
+        self._gone(cell)
+
+    def _heading(self, cell: Cell) -> str:
+        """What its lines begin with; a cell that was refused before it began has no number."""
+        return self._headings.get(cell.config.output, cell.name)
+
+    def _gone(self, cell: Cell) -> None:
+        if self._elsewhere.pop(cell.config.output, None) is not None:
+            self._draw_elsewhere()
+
+    def _draw_elsewhere(self) -> None:
+        """One bar for all the runs that go on elsewhere."""
+        if not self._elsewhere:
+            self._bar.stop()
+            return
+        if not self._bar.drawn:
+            self._bar.start("runs", self._done, self._total)
+        self._bar.update("; ".join(self._elsewhere.values()), self._done)
 
     def stage(self, text: str) -> None:
         self._bar.stop()
@@ -63,7 +107,7 @@ class StudyDisplay(StudyListener, OneOfManyDisplay):
         """As long as those of its kind took that came to their end."""
         if not self._seconds[searching]:
             return ""
-        seconds = self._missing[searching] * statistics.mean(self._seconds[searching])
+        seconds = self._missing[searching] * statistics.mean(self._seconds[searching]) / max(1, len(self._elsewhere))
         return f", about {words.duration(seconds)} left{' of the search' if searching else ''}"
 
 

@@ -35,4 +35,13 @@ TopP = Annotated[
         min=0.0, max=1.0, help="Above temperature 0: draw from the likeliest tokens that have this share together."
     ),
 ]
+On = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PLACE",
+        help="Where the runs are done: ray for the Ray cluster that RAY_ADDRESS names, or else for a Ray on this "
+        "machine alone, several runs at once; ray://HOST:PORT for the cluster there. Default: here, one after another.",
+        show_default=False,
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Seed of the draw when temperature is above 0.")]

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from trimtab.cli.verbs._arguments import Overrides
+from trimtab.cli.verbs._arguments import On, Overrides
 
 SHORT_HELP = "Run a study, arms by tasks by seeds; compare them on a page."
 
@@ -34,6 +34,7 @@ def command(
         Path | None,
         typer.Option(help="The study's folder. Default: what the file says, or one beside it of its name."),
     ] = None,
+    on: On = None,
 ) -> None:
     """Run every arm of a study on every task and seed, and write a page that compares them.
 
@@ -59,6 +60,7 @@ def command(
     from trimtab.reports.study.comparison import findings, study_tables
     from trimtab.reports.study.study_page import write_study_page
     from trimtab.studies.compare import Selection, compare
+    from trimtab.studies.on_ray import place
     from trimtab.studies.study_results import write_results
 
     console = Terminal()
@@ -70,7 +72,8 @@ def command(
         display = StudyDisplay(console)
         with display:
             try:
-                failed = compare(loaded, display, Selection(frozenset(task or []), frozenset(only or [])))
+                with place(on) as there:
+                    failed = compare(loaded, display, Selection(frozenset(task or []), frozenset(only or [])), on=there)
             except (Interrupted, *STOPS) as interruption:
                 stopped = interruption
     results = write_results(loaded, failed)

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from trimtab.cli.verbs._arguments import On
 from trimtab.hints import pasted
 
 SHORT_HELP = "Search which layers want which method, within one budget."
@@ -24,6 +25,7 @@ def command(
             show_default=False,
         ),
     ] = None,
+    on: On = None,
 ) -> None:
     """Search for the plan (a method and a rank for each group of layers) that scores best on the validation rows.
 
@@ -39,11 +41,12 @@ def command(
     from trimtab.reports.search.search_words import confirmation_words, trials_table
     from trimtab.runs.read import read_search_results
     from trimtab.studies.explore import explore
+    from trimtab.studies.on_ray import place
 
     console = Terminal()
     display = SearchDisplay(console, loaded.base.train.metric)
-    with display:
-        folder = explore(loaded, display)
+    with display, place(on) as there:
+        folder = explore(loaded, display, on=there)
 
     outcome = read_search_results(folder)
     console.print()
