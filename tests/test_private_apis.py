@@ -27,7 +27,7 @@ TESTED = {
     *("_is_avx512_bf16_supported", "_is_amx_tile_supported", "_cdata", "_local_scalar_dense", "_unsafe_view"),
     *("_NormBase", "_non_persistent_buffers_set"),
     *("_n_gpu", "_setup_devices"),
-    *("_is_hf_initialized", "_init_weights"),
+    *("_is_hf_initialized", "_init_weights", "_attn_implementation"),
     *("_conv_forward", "_reversed_padding_repeated_twice", "_tied_weights_keys"),
     *("_make_wrapper_subclass", "_foreach_lerp_", "_convert_weight_packed_for_cpu_inverse"),
 }
@@ -327,3 +327,14 @@ def test_where_a_trainer_keeps_its_device(tmp_path: Path) -> None:
     arguments.__dict__["_setup_devices"] = torch.device("meta")
     assert arguments.device == torch.device("meta"), without("transformers", "TrainingArguments._setup_devices")
     assert hasattr(arguments.distributed_state, "device"), without("accelerate", "PartialState.device")
+
+
+def test_where_a_model_says_how_it_computes_attention() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=8, **sizes))
+    assert model.config._attn_implementation == "sdpa", without("transformers", "_attn_implementation")
+    model.set_attn_implementation("eager")
+    assert model.config._attn_implementation == "eager", without("transformers", "_attn_implementation, which follows,")
+    assert model._supports_flash_attn is True, without("transformers", "_supports_flash_attn")

@@ -20,7 +20,7 @@ from memory_study import MemoryStudy
 from trimtab.surgery.attach import attach, detach, trainable_parameters
 from trimtab.surgery.plan import Plan
 from trimtab.tasks import Head
-from trimtab.training.trainer import parameter_groups
+from trimtab.training.optimizer import parameter_groups
 
 MAX_GRAD_NORM = 1.0
 

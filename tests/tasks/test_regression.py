@@ -28,8 +28,8 @@ from trimtab.runs.load import load_run_model
 from trimtab.runs.read import read_run, read_sets
 from trimtab.surgery.attach import rate_units
 from trimtab.tasks.regression import Regression
+from trimtab.training.optimizer import make_optimizer
 from trimtab.training.run import finetune
-from trimtab.training.trainer import make_optimizer
 
 WORDS = ("calm", "wind", "fog", "storm")
 

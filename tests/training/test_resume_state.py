@@ -26,9 +26,9 @@ from trimtab.runs.events import Listener
 from trimtab.surgery.attach import trainable_parameters
 from trimtab.surgery.attach_report import AttachReport
 from trimtab.training import callbacks
+from trimtab.training.optimizer import make_optimizer
 from trimtab.training.resume_state import why_not
 from trimtab.training.run import finetune
-from trimtab.training.trainer import make_optimizer
 
 OPTIMIZER, SCHEDULE, GENERATORS, AVERAGE = "optimizer.pt", "scheduler.pt", "rng_state.pth", "average.safetensors"
 ADAPTER, TENSORS = "adapter_config.json", "adapter_model.safetensors"

@@ -22,8 +22,9 @@ from trimtab.data.forms import read_examples
 from trimtab.data.tokens import EncodedRows, encode_all
 from trimtab.training.callbacks import Averaging
 from trimtab.training.measuring import Measuring
+from trimtab.training.optimizer import parameter_groups
 from trimtab.training.run import finetune
-from trimtab.training.trainer import AdapterTrainer, parameter_groups
+from trimtab.training.trainer import AdapterTrainer
 
 pytestmark = pytest.mark.usefixtures("bare_runs")
 RULES = (

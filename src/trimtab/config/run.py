@@ -57,8 +57,16 @@ class ModelConfig(Section):
         False, description="Let the model's own Python code run. Only for a model whose code you have read."
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a hub model; null for its main branch.")
-    attention: Literal["auto", "sdpa", "eager"] = Field(
-        "auto", description="How attention is computed. auto: what transformers prefers for the model."
+    attention: Annotated[str, AfterValidator(values.attention)] = Field(
+        "auto",
+        description="How attention is computed: sdpa, eager, flash_attention_2, flash_attention_3, or a kernel of the "
+        "hub such as kernels-community/flash-attn2, whose code is fetched and run. auto: flash attention where it is "
+        "installed, on a GPU in half precision; else what transformers prefers for the model.",
+    )
+    liger: Literal["auto"] | bool = Field(
+        "auto",
+        description="Liger's kernels for norms, rotary embedding and gates (liger-kernel). The loss stays ours. auto: "
+        "on a GPU, where they are installed and know the model.",
     )
     add_tokens: Annotated[tuple[str, ...], BeforeValidator(values.tokens)] = Field(
         (),
@@ -191,8 +199,21 @@ class TrainConfig(Section):
         "answers are a word or two, a little (0.01 to 0.1) lets the texts themselves teach, too.",
     )
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are scaled down to this norm.")
-    precision: Literal["auto", "bfloat16", "float32"] = Field(
-        "auto", description="Type of the computation. auto: bfloat16 where the processor has it."
+    precision: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto",
+        description="Type of the computation. auto: bfloat16 where the hardware has it, else float32. float16 is for "
+        "GPUs without bfloat16: the loss is scaled, and a step whose gradients overflow is left out.",
+    )
+    tf32: bool = Field(
+        False,
+        description="Multiply float32 in TF32 on an NVIDIA GPU, which keeps ten binary digits of the factors. It makes "
+        "no difference to bfloat16 and float16.",
+    )
+    padding_free: Literal["auto"] | bool = Field(
+        "auto",
+        description="Lay the rows of a batch one behind the other in place of padding them; the loss is the same. "
+        "auto: with flash attention, where the model can. true with other attention: a batch's mask grows with the "
+        "square of its tokens.",
     )
     gradient_checkpointing: bool = Field(
         False, description="Recompute each block in the backward pass: about a third slower, much less memory."

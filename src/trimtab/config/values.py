@@ -31,6 +31,19 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
+ATTENTION = ("auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3")
+
+
+def attention(value: str) -> str:
+    """One of ``ATTENTION``, or a kernel of the hub: ``owner/name``."""
+    if value not in ATTENTION and not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", value):
+        raise ValueError(
+            f"expected one of {', '.join(ATTENTION)}, or a kernel of the hub as owner/name."
+            f"{did_you_mean(value, ATTENTION)}"
+        )
+    return value
+
+
 def class_weights(value: object) -> object:
     """``balanced``, or a mapping of labels to positive numbers."""
     if value is None or value == "balanced":

@@ -170,7 +170,7 @@ def _attempts(job: Job, sizes: RowSizes) -> Iterator[list[list[Change]]]:
     """Ladders of changes, each from mild to strong: first of single changes, then of more and more at once."""
     config, train = job.config, job.config.train
     recompute: Change = {} if train.gradient_checkpointing else {"train.gradient_checkpointing": True}
-    halve: Change = {} if job.precision == "bfloat16" else {"train.precision": "bfloat16"}
+    halve: Change = {} if job.precision != "float32" else {"train.precision": "bfloat16"}
     smaller = list(_smaller_batches(train.batch_size, train.gradient_accumulation))
     kinds = [] if config.quantisation != "none" or job.trains_base else bases.quantised_by_size()
     packed: list[Change] = [{"quantisation": kind} for kind in kinds]

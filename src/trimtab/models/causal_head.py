@@ -8,7 +8,7 @@ logits, Granite and Cohere scale them. `Head` finds out by a probe and takes the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -76,6 +76,7 @@ class Head:
         num_items: int | Tensor | None = None,
         lesser: Tensor | None = None,
         weight: float = 1.0,
+        layout: Mapping[str, Any] | None = None,
     ) -> Tensor:
         """Token cross-entropy, as ``model(input_ids, labels=labels).loss``; a scalar in float32 (or float64).
 
@@ -87,18 +88,19 @@ class Head:
                 without labels has the loss 0.
             lesser: more labels, laid out as ``labels``. Each counts ``weight``, and none among ``num_items``.
             weight: see ``lesser``.
+            layout: what else the model is called with, where rows lie one behind the other (``position_ids`` and more).
         """
+        layout = layout or {}
         positions, targets = _labelled(labels)
         denominator = max(positions.numel(), 1) if num_items is None else num_items
         others = None if lesser is None else _labelled(lesser)
         if self._body is None:
-            return self._own_loss(
-                input_ids, labels, positions.numel(), denominator=denominator, others=others, weight=weight
-            )
+            more: Any = {"denominator": denominator, "others": others, "weight": weight, "layout": layout}
+            return self._own_loss(input_ids, labels, positions.numel(), **more)
         head = self.model.get_output_embeddings()
         if others is None:
-            return head_loss(head, self._hidden(self._body, input_ids, positions), targets, denominator)
-        states = self._hidden(self._body, input_ids, torch.cat([positions, others[0]]))
+            return head_loss(head, self._hidden(self._body, input_ids, positions, **layout), targets, denominator)
+        states = self._hidden(self._body, input_ids, torch.cat([positions, others[0]]), **layout)
         loss = head_loss(head, states[: positions.numel()], targets, denominator)
         return loss + weight * head_loss(head, states[positions.numel() :], others[1], denominator)
 
@@ -159,8 +161,11 @@ class Head:
         return self._hidden(self._body, input_ids, positions, past), self.model.get_output_embeddings()
 
     @staticmethod
-    def _hidden(body: nn.Module, input_ids: Tensor, positions: Tensor, past: Any | None = None) -> Tensor:
-        states: Tensor = body(input_ids=input_ids, past_key_values=past, use_cache=past is not None).last_hidden_state
+    def _hidden(
+        body: nn.Module, input_ids: Tensor, positions: Tensor, past: Any | None = None, **layout: Any
+    ) -> Tensor:
+        output = body(input_ids=input_ids, past_key_values=past, use_cache=past is not None, **layout)
+        states: Tensor = output.last_hidden_state
         return states.flatten(0, 1).index_select(0, positions)
 
     def _own_loss(
@@ -171,8 +176,9 @@ class Head:
         denominator: int | Tensor,
         others: tuple[Tensor, Tensor] | None,
         weight: float,
+        layout: Mapping[str, Any],
     ) -> Tensor:
-        output = self.model(input_ids=input_ids, labels=labels, use_cache=False)
+        output = self.model(input_ids=input_ids, labels=labels, use_cache=False, **layout)
         loss: Tensor = output.loss if count else output.logits.sum() * 0.0  # the mean of nothing is NaN
         if isinstance(denominator, Tensor):
             denominator = denominator.to(loss.device)

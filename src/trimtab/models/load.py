@@ -125,7 +125,8 @@ def load_model(
     Args:
         source: from ``locate``; its ``head`` says what the model is read for.
         dtype: the floating point type of the weights.
-        attention: ``auto`` (what transformers prefers), ``sdpa`` or ``eager``.
+        attention: ``sdpa`` or ``eager``. All else is what transformers prefers: what takes a GPU, a run sets once the
+            model is there.
         quantisation: ``none``, or the quantised base that its linear layers are packed as while they are read; on
             ``device``, which makes short work of it.
         device: where it is put.
@@ -138,7 +139,7 @@ def load_model(
         _check_weights(Path(source.location))
     elif folder := _fetched(source, "model.safetensors.index.json"):
         check_weights(folder)
-    options = _options(source) | ({} if attention == "auto" else {"attn_implementation": attention})
+    options = _options(source) | _attention(attention)
     with _loading(source, "model"):
         if source.head.problem:
             options |= {"config": _config_with_head(source), "ignore_mismatched_sizes": True}
@@ -223,7 +224,7 @@ def empty_model(source: Source, dtype: torch.dtype = torch.float32, attention: s
     Raises ModelError as ``load_config_only`` does, or if it is no model of the class that is asked for.
     """
     config = _config_with_head(source)
-    options: dict[str, Any] = {} if attention == "auto" else {"attn_implementation": attention}
+    options = _attention(attention)
     tokens = len(load_tokenizer(source)) if source.add_tokens else 0  # a GGUF file is dequantised for it: not on meta
     building = within("making it from its configuration", seconds=_SECONDS)
     with _loading(source, "model"), building, torch.device("meta"):
@@ -281,6 +282,10 @@ def module_folder(source: Source, origin: Path, name: str) -> Path | None:
 def _location(source: Source) -> str:
     """The folder or hub id to read from. A GGUF file is first dequantised into a folder."""
     return str(dequantised_folder(Path(source.location))) if source.kind == "gguf" else source.location
+
+
+def _attention(said: str) -> dict[str, Any]:
+    return {"attn_implementation": said} if said in ("sdpa", "eager") else {}
 
 
 def _options(source: Source) -> dict[str, Any]:

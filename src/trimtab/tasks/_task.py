@@ -86,6 +86,13 @@ class Task(ABC):
     def collator(self, reader: Any, *, prompts: bool = False) -> Callable[[Sequence[Any]], dict[str, Tensor]]:
         """What makes a batch of rows; with ``prompts``, of their prompts' tokens too, for a loss that counts them."""
 
+    def packer(
+        self, reader: Any, *, prompts: bool = False, flash: bool = False
+    ) -> Callable[[Sequence[Any]], dict[str, Any]] | None:
+        """What makes a batch whose rows lie one behind the other, without padding; ``flash``: for flash attention. None
+        where a batch of the task has its rows apart."""
+        return None
+
     def head(self, model: Any) -> Any:
         """The model as training and evaluation run it. Made once; adapters may come onto the model later."""
         return model

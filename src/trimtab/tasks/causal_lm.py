@@ -17,6 +17,7 @@ from trimtab import metrics
 from trimtab.config.resolve import Job
 from trimtab.config.run import EvaluationConfig
 from trimtab.data.batches import Collator
+from trimtab.data.packing import LAYOUT, PackingCollator
 from trimtab.data.preview import Preview, preview
 from trimtab.data.rows import Example
 from trimtab.evaluation.evaluate import Evaluation, Progress, checked, evaluate, token_loss
@@ -48,6 +49,9 @@ class CausalLM(_task.Task):
     def collator(self, reader: Any, *, prompts: bool = False) -> Collator:
         return Collator(reader.pad_token_id, prompts=prompts)
 
+    def packer(self, reader: Any, *, prompts: bool = False, flash: bool = False) -> PackingCollator:
+        return PackingCollator(prompts=prompts, flash=flash)
+
     def head(self, model: Any) -> Head:
         return Head(model)
 
@@ -62,6 +66,7 @@ class CausalLM(_task.Task):
             num_items=count,
             lesser=batch.get("prompt_labels"),
             weight=prompt_weight,
+            layout={key: batch[key] for key in LAYOUT if key in batch},
         )
 
     def evaluate(

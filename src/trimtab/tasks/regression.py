@@ -37,7 +37,7 @@ from trimtab.tasks._encoded import Tensors
 from trimtab.tasks._inputs import Inputs
 from trimtab.tasks._sizes import Batch
 
-_STEPS = {"bfloat16": 2.0**-8, "float32": 2.0**-23}
+_STEPS = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-23}
 """How far apart neighbouring numbers are, as a share of them."""
 
 _COARSE = 0.02
@@ -88,7 +88,7 @@ class Regression(_labelled.LabelledTask):
         listener.note(f"numbers around {centre:.4g}, with a standard deviation of {spread:.4g}")
         notes = []
         if (step := _STEPS[job.precision] * abs(centre)) > _COARSE * spread:
-            cure = "leave train.precision out, or subtract" if job.precision == "bfloat16" else "subtract"
+            cure = "leave train.precision out, or subtract" if job.precision != "float32" else "subtract"
             notes.append(
                 f"numbers around {centre:.6g} are told apart only by {step:.2g} in {job.precision}, and these differ "
                 f"by {spread:.2g}: {cure} {centre:.6g} from every label"

@@ -32,13 +32,13 @@ from trimtab.surgery.attach import trainable_parameters
 from trimtab.surgery.attach_report import AttachReport
 from trimtab.training.checks import checked_inputs
 from trimtab.training.metrics_log import require_tensorboard
+from trimtab.training.optimizer import make_optimizer
 from trimtab.training.origin import Origin
 from trimtab.training.rate_trials import with_rate
 from trimtab.training.resume_state import newest_whole
 from trimtab.training.schedule import total_steps
 from trimtab.training.several import require_fit, told_of
 from trimtab.training.tracking import trackers
-from trimtab.training.trainer import make_optimizer
 from trimtab.training.work import Work, follow
 
 
@@ -135,6 +135,8 @@ def _set_up(job: Job, opening: Opening, listener: Listener, began: float) -> _Ru
     listener.stage(f"Loading {config.model.name}")
     run = _Run(origin, opening, Work(job, task, inputs, reader=reader, listener=listener), began)
     run.measured_anew = others
+    for sentence in run.work.told:
+        run.remark(sentence)
     return run
 
 
@@ -151,7 +153,7 @@ class _Run:
     """One run in progress, and what is known of it for its summary."""
 
     def __init__(self, origin: Origin, opening: Opening, work: Work, began: float) -> None:
-        job = self.job = origin.job
+        job = self.job = work.job
         task, inputs = work.task, work.inputs
         self.origin = origin
         self.config = job.config

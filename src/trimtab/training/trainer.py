@@ -18,16 +18,18 @@ from trimtab.adapters.store import load_adapter, save_adapter
 from trimtab.config.run import TrainConfig
 from trimtab.data.batches import LengthGroupedBatches
 from trimtab.errors import RunError
-from trimtab.methods import RateGroup
+from trimtab.machine import device
 from trimtab.metrics import METRICS, Metric
 from trimtab.processes import here
 from trimtab.runs import checkpoints
 from trimtab.runs.records import MetricsLine
-from trimtab.surgery.attach import rate_groups, rate_units, trainable_parameters
+from trimtab.surgery.attach import trainable_parameters
 from trimtab.tasks import Task
 from trimtab.training.callbacks import Averaging
 from trimtab.training.compiling import plainly
 from trimtab.training.metrics_log import Lap, Throughput
+from trimtab.training.on_device import is_flash
+from trimtab.training.optimizer import make_optimizer
 from trimtab.training.schedule import epoch_steps, total_steps
 
 IDLE = "idle"
@@ -38,43 +40,6 @@ class Diverged(RunError):  # noqa: N818 -- what happened, as people say it
     """The loss or the adapter is not a number any more."""
 
 
-def parameter_groups(
-    model: nn.Module, learning_rate: float, magnitude_learning_rate: float | None, b_ratio: float, weight_decay: float
-) -> list[dict[str, Any]]:
-    """The trained tensors in groups of one learning rate each; each method says which of its tensors is in which.
-
-    Magnitudes have their own rate and, like biases, never decay. The second factor of a low-rank update has ``b_ratio``
-    times the rate (LoRA+, arXiv 2402.12354). Tensors that count in units of their own have groups of their own, with so
-    much higher a rate and no more decay for it. Empty groups are left out.
-    """
-    # In this order: the first group's rate is logged, and an optimiser's state on disk counts through the groups.
-    rates: dict[RateGroup, tuple[float, float]] = {
-        "weight": (learning_rate, weight_decay),
-        "bias": (learning_rate, 0.0),
-        "second factor": (learning_rate * b_ratio, weight_decay),
-        "magnitude": (learning_rate if magnitude_learning_rate is None else magnitude_learning_rate, 0.0),
-    }
-    known, units = rate_groups(model), rate_units(model)
-    groups: dict[tuple[RateGroup, float], list[nn.Parameter]] = {
-        (group, unit): [] for unit in (1.0, *sorted({*units.values()})) for group in rates
-    }
-    for name, parameter in trainable_parameters(model).items():
-        groups[known[name], units.get(name, 1.0)].append(parameter)
-    return [
-        {"params": tensors, "lr": rates[group][0] * unit, "weight_decay": rates[group][1] / unit}
-        for (group, unit), tensors in groups.items()
-        if tensors
-    ]
-
-
-def make_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
-    """The optimiser of the tensors that ``model`` trains."""
-    groups = parameter_groups(
-        model, train.rate, train.magnitude_learning_rate, train.b_learning_rate_ratio, train.weight_decay
-    )
-    return torch.optim.AdamW(groups, fused=True)
-
-
 def save_from_one(model: nn.Module, folder: Path) -> None:
     """Save the adapter of ``model``, for which all processes come together where it is sharded; one of them writes."""
     if here().leads:
@@ -82,6 +47,11 @@ def save_from_one(model: nn.Module, folder: Path) -> None:
     elif here().sharded:
         with tempfile.TemporaryDirectory() as unread:
             save_adapter(model, unread)
+
+
+def _pins() -> bool:
+    """Whether batches wait in memory that a device copies from by itself."""
+    return device().type in ("cuda", "xpu")
 
 
 def training_arguments(train: TrainConfig, rows: int, folder: Path, best: Metric | None) -> TrainingArguments:
@@ -127,7 +97,9 @@ def training_arguments(train: TrainConfig, rows: int, folder: Path, best: Metric
         report_to=[],
         disable_tqdm=True,
         remove_unused_columns=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
+        # Batches are copied to a device while it computes.
+        dataloader_pin_memory=_pins(),
+        accelerator_config={"non_blocking": _pins()},
         label_names=["labels"],
     )
 
@@ -197,7 +169,9 @@ class AdapterTrainer(Trainer):
         self._adapted = model
         self._train_config = train
         self._task, self._head = task, head
-        self._collator = task.collator(reader, prompts=train.prompt_loss_weight > 0)
+        prompts = train.prompt_loss_weight > 0
+        packer = task.packer(reader, prompts=prompts, flash=is_flash(model)) if train.padding_free is True else None
+        self._collator = packer or task.collator(reader, prompts=prompts)
         self._averaging = Averaging(model, train.average or 0.0)
         self._inside = inside
         super().__init__(
@@ -234,12 +208,20 @@ class AdapterTrainer(Trainer):
                 self.args.train_batch_size,
                 sampler=RandomSampler(rows, generator=generator),
                 collate_fn=self._collate,
+                pin_memory=self.args.dataloader_pin_memory,
             )
         else:
             batches = LengthGroupedBatches(rows.lengths, self.args.train_batch_size, self.args.seed)
-            loader = DataLoader(rows, batch_sampler=batches, collate_fn=self._collate)
+            pinned = self.args.dataloader_pin_memory
+            loader = DataLoader(rows, batch_sampler=batches, collate_fn=self._collate, pin_memory=pinned)
         prepared: DataLoader[Any] = self.accelerator.prepare(loader)
         return prepared
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        # The weights are float16 themselves, so of mixed precision only the scaling of the loss is wanted.
+        if self._train_config.precision == "float16":
+            self.accelerator.scaler = torch.amp.GradScaler(self.args.device.type)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -264,6 +246,8 @@ class AdapterTrainer(Trainer):
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         here().sum_gradients(trainable_parameters(self._adapted).values())
+        if (scaler := self.accelerator.scaler) is not None:
+            scaler.unscale_(getattr(self.optimizer, "optimizer", self.optimizer))
         return super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
@@ -305,7 +289,8 @@ class AdapterTrainer(Trainer):
         if "loss" not in logs:
             return
         logs["loss"] = here().summed(logs["loss"])
-        if not (math.isfinite(logs["loss"]) and math.isfinite(logs.get("grad_norm", 0.0))):
+        norm = logs.get("grad_norm", 0.0)
+        if not math.isfinite(logs["loss"]) or not (math.isfinite(norm) or self._left_out):
             raise self._diverged()
         tokens, seconds = self._since_last_log.read()
         self._record(
@@ -315,11 +300,17 @@ class AdapterTrainer(Trainer):
                 epoch=round(self.state.epoch or 0.0, 4),
                 loss=logs["loss"],
                 learning_rate=logs.get("learning_rate"),
-                grad_norm=logs.get("grad_norm"),
+                grad_norm=logs.get("grad_norm") if math.isfinite(norm) else None,
                 tokens_per_second=round(tokens / max(seconds, 1e-9), 1),
             )
         )
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
+
+    @property
+    def _left_out(self) -> bool:
+        """Whether a step whose gradients overflow is left out: float16's scale then falls, until it is below 1."""
+        scaler = self.accelerator.scaler
+        return scaler is not None and scaler.get_scale() >= 1
 
     def _diverged(self) -> RunError:
         return Diverged(

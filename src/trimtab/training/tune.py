@@ -11,6 +11,7 @@ from trimtab.models.load import load_model, quiet_libraries
 from trimtab.runs.events import Listener
 from trimtab.runs.rate_record import ChosenRate
 from trimtab.training.checks import checked_inputs
+from trimtab.training.on_device import fitted
 from trimtab.training.rate_trials import find_rate
 
 
@@ -28,6 +29,7 @@ def tune(config: RunConfig, listener: Listener) -> ChosenRate:
     quiet_libraries()
     listener.stage(f"Loading {config.model.name}")
     model: Any = load_model(job.source, job.dtype, config.model.attention, config.quantisation, job.device)
+    job = fitted(job, task, model, reader, listener.remark)
     listener.stage("Finding the learning rate")
     found = find_rate(job, inputs, model, task=task, reader=reader, listener=listener)
     listener.show(rate_table(found))

@@ -35,6 +35,7 @@ from trimtab.training.callbacks import Interrupting, LastLoss, Telling
 from trimtab.training.compiling import Compiling
 from trimtab.training.measuring import Measuring
 from trimtab.training.metrics_log import Recorder
+from trimtab.training.on_device import fitted
 from trimtab.training.sharding import Inside, shard
 from trimtab.training.trainer import AdapterTrainer, save_from_one
 
@@ -44,6 +45,7 @@ class Work:
 
     Attributes:
         steps, epochs: how far training has come.
+        job: the run's, with nothing left open that its device decides; ``told``: what that was, a sentence each.
         at_once: whether the user would not wait for a good end.
     """
 
@@ -54,6 +56,8 @@ class Work:
         self.model: nn.Module = load_model(
             job.source, job.dtype, config.model.attention, config.quantisation, job.device
         )
+        self.told: list[str] = []
+        self.job = job = fitted(job, task, self.model, reader, self.told.append)
         self.head = task.head(self.model)
         self._measuring = Measuring(job, task, inputs, head=self.head, reader=reader, listener=listener)
         self._inside: Callable[[Callable[[], Any]], Any] = lambda work: work()

@@ -81,8 +81,8 @@ class AxolotlConfig(OtherConfig):
             carried.forget(["chat_template"])
         carried.leave(
             {
-                "sample_packing": "rows are not packed; rows of like length share a batch",
-                "flash_attention": "model.attention has auto, sdpa and eager",
+                "sample_packing": "rows are not packed to a length; train.padding_free does without padding",
+                "flash_attention": "model.attention takes flash attention by itself where it is installed",
                 "optimizer": "AdamW is the optimiser",
                 "chat_template": "the tokenizer's own chat template is used; model.chat_template names another",
                 "special_tokens": "the tokenizer's own are used",

@@ -79,9 +79,9 @@ class LlamaFactoryConfig(OtherConfig):
         carried.leave(
             {
                 "template": "the tokenizer's own chat template is used; model.chat_template names another",
-                "packing": "rows are not packed; rows of like length share a batch",
+                "packing": "rows are not packed to a length; train.padding_free does without padding",
                 "optim": "AdamW is the optimiser",
-                "flash_attn": "model.attention has auto, sdpa and eager",
+                "flash_attn": "model.attention takes flash attention by itself where it is installed",
                 "report_to": "name each tracker",
             }
         )
