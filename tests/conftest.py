@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import sys
 from collections.abc import Callable
@@ -14,6 +15,8 @@ import pytest
 if TYPE_CHECKING:
     from torch import nn
 
+# Read when triton is first imported: its programs then run on a processor, number by number.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 
 

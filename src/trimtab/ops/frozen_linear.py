@@ -96,8 +96,8 @@ def _compute(x: Tensor, operands: Operands, settings: Settings) -> tuple[Compute
     keep = settings.keep
     rows = through.rows(x)
     # In half precision a bias larger than the product swallows the product's digits: no way back from the output.
-    readable = ratio is not None and ratio.near_one and not settings.keep_product
-    readable = readable and (bias is None or weight.dtype not in HALF)
+    readable = ratio is not None and ratio.divisor is not None and not settings.keep_product
+    readable = readable and (bias is None or (ratio is not None and ratio.near_one and weight.dtype not in HALF))
     # (A stack of weights is never formed: it is as large as all experts, however few the rows are.)
     if update is not None and keep is None and (ratio is None or readable) and weight.dim() == 2:
         tokens = counted(through.tokens(rows))
@@ -137,7 +137,7 @@ class _FrozenLinear(torch.autograd.Function):
             bias,
             magnitude,
             norm,
-            *((None, None) if ratio is None else (ratio.values, ratio.excess)),
+            *((None, None, None) if ratio is None else ratio[:1] + ratio[2:]),
             None if ratio is None else output if readable else computed.product,
             computed.inner,
             *tensors,
@@ -149,14 +149,14 @@ class _FrozenLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         saved, readable = _saved(ctx)
-        weight, rows, mask, bias, magnitude, norm, values, excess, witness, inner, *trained = saved
+        weight, rows, mask, bias, magnitude, norm, values, excess, divisor, witness, inner, *trained = saved
         tensors: tuple[Tensor, ...] = tuple(trained)
         update: Update | None = ctx.update
         through: LinearMap = ctx.through
         again = ctx.settings.again
         wants_x, wants_bias, wants_magnitude, wants_norm = ctx.needs_input_grad[:4]
         wants_ratio = wants_magnitude or wants_norm
-        ratio = None if values is None else Ratio(values, ctx.near_one, excess)
+        ratio = None if values is None else Ratio(values, ctx.near_one, excess, divisor)
         upstream = through.product_gradient(grad_output)
         if readable:
             witness = through.product_gradient(witness)
@@ -193,7 +193,7 @@ class _FrozenLinear(torch.autograd.Function):
             if readable:
                 if bias is not None and passed.bias is not None:
                     total = total.to(norm.dtype) - bias.to(norm.dtype) * passed.bias.to(norm.dtype)
-                grad_magnitude = total / (values * norm)
+                grad_magnitude = total / divisor
             elif ctx.near_one:
                 grad_magnitude = total / norm
             else:
@@ -227,7 +227,7 @@ _ADVICE = (
     "keep_product=True on the rule (it keeps one more activation), or make the operation that follows the layer out of "
     "place."
 )
-_WITNESS = 8  # the place of the output, or of the product, among what is saved
+_WITNESS = 9  # the place of the output, or of the product, among what is saved
 
 
 def _saved(ctx: Any) -> tuple[Sequence[Any], bool]:

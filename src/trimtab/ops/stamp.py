@@ -52,7 +52,7 @@ class _Mark:
 
 def _history(tensor: Tensor) -> tuple[Any, ...] | None:
     """Which tensor it is, where it lies and how often it was changed; None where it does not say."""
-    if _is_fake(tensor):
+    if is_fake(tensor):
         return tensor._version, tensor.dtype, tensor.shape
     inference = tensor.is_inference()  # those have no version
     if inference and tensor.device.type != "cpu":
@@ -65,14 +65,14 @@ def _history(tensor: Tensor) -> tuple[Any, ...] | None:
         return None
 
 
-def _is_fake(tensor: Tensor) -> bool:
+def is_fake(tensor: Tensor) -> bool:
     """Whether ``tensor`` is one of those with which a step is traced: it lies nowhere and has no numbers."""
     return type(tensor).__name__ == "FakeTensor"
 
 
 def _sample(tensor: Tensor) -> Tensor | None:
     """Some numbers of ``tensor``, a view; None where reading them would make an accelerator wait, or there are none."""
-    if tensor.device.type != "cpu" or tensor.numel() == 0 or _is_fake(tensor):
+    if tensor.device.type != "cpu" or tensor.numel() == 0 or is_fake(tensor):
         return None
     tensor = tensor.detach()
     if tensor.numel() <= _SMALL:

@@ -1,18 +1,77 @@
 """The passes over ``[tokens, out]`` that an adapter adds to a frozen product, and which set of kernels does them.
 
 ``contract.py`` says what the passes are. ``plain.py`` does them by torch's operations, one after the other, on any
-device, and ``channels.py`` where the channels come before the places, as they do behind a convolution. A faster set
-for one kind of device is one more file, and one more line in ``kernels_for``.
+device, and ``channels.py`` where the channels come before the places, as they do behind a convolution. ``triton.py``
+does them on a GPU, in one walk each. A faster set for one more kind of device is one more file, and one more line in
+``kernels_for``.
 """
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+
+import torch
 from torch import Tensor
 
 from trimtab.ops.kernels import channels, plain
 from trimtab.ops.kernels.contract import KernelSet
 
+_TRITONS = ("cuda", "xpu")  # torch calls AMD's devices cuda, too
+
+_forced: KernelSet | None = None
+_works: dict[str, bool] = {}
+
 
 def kernels_for(tensor: Tensor) -> KernelSet:
-    """The kernels for ``tensor``, a product or its gradient: for its device, its dtype, and how it is laid out."""
-    return plain if tensor.dim() == 2 else channels
+    """The kernels for ``tensor``, a product or its gradient: for its device, and how it is laid out. A set gives to
+    the plain one by itself what it is not made for."""
+    if tensor.dim() != 2:
+        return channels
+    if _forced is not None:
+        return _forced
+    if tensor.device.type in _TRITONS and _imports("triton"):
+        from trimtab.ops.kernels import triton
+
+        return triton
+    return plain
+
+
+@contextmanager
+def using(name: str) -> Iterator[KernelSet]:
+    """A context in which matrices on any device get the set ``name``: for comparing sets, and for tests.
+
+    Raises:
+        ValueError: there is no such set.
+        RuntimeError: what the set needs does not work here.
+    """
+    global _forced
+    if name not in ("plain", "triton"):
+        raise ValueError(f"there is no set of kernels called {name!r}: use 'plain' or 'triton'")
+    if not _imports(name):
+        raise RuntimeError(f"the set of kernels {name!r} does not work here: install a triton that fits this torch")
+    before, _forced = _forced, import_module(f"{__name__}.{name}")
+    try:
+        yield _forced
+    finally:
+        _forced = before
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _imports(name: str) -> bool:
+    """Whether the set ``name`` can be imported. Where it cannot, although the device wants it, that is told once."""
+    if name not in _works:
+        try:
+            import_module(f"{__name__}.{name}")
+            _works[name] = True
+        except Exception as error:  # whatever a package does that was built for another torch
+            _works[name] = False
+            warnings.warn(
+                f"trimtab: the fused kernels are left out, and layers take longer: {name} cannot be used here "
+                f"({type(error).__name__}: {error}). Install the triton that belongs to this torch",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+    return _works[name]

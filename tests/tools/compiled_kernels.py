@@ -1,0 +1,129 @@
+"""Compile Triton's programs for GPUs that are not here, with the block sizes and types that our layers start them with,
+and print what each takes of a multiprocessor: ``python tests/tools/compiled_kernels.py``.
+
+The launches are recorded from the passes themselves, run on tensors without numbers, so that what is compiled is what
+would be started.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "0"
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from trimtab.ops.kernels import triton as ours
+from trimtab.ops.kernels import triton_programs as programs
+from trimtab.ops.kernels.contract import Thin
+from trimtab.ops.ratio import Ratio
+
+TYPES = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int64: "*i64",
+    torch.int8: "*i8",
+}
+ARCHITECTURES = (80, 90)
+
+
+class Recorded:
+    """Stands for a program, and notes what it is started with."""
+
+    def __init__(self, program: Any, launches: list[tuple[Any, dict[str, Any]]]) -> None:
+        self._program, self._launches = program, launches
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        return lambda **given: self._launches.append((self._program, given))
+
+
+def launches(dtype: torch.dtype, rank: int, tokens: int = 4096, out: int = 4096) -> list[tuple[Any, dict[str, Any]]]:
+    """What the passes start for a layer with a magnitude and a bias."""
+    found: list[tuple[Any, dict[str, Any]]] = []
+    kept = {name: getattr(programs, name) for name in ("forward_pass", "backward_pass", "add_up")}
+    for name, program in kept.items():
+        setattr(programs, name, Recorded(program, found))
+    try:
+        place = {"device": "meta"}
+        product, inner = torch.empty(tokens, out, dtype=dtype, **place), torch.empty(tokens, rank, dtype=dtype, **place)
+        vector, b = torch.empty(out, **place), torch.empty(out, rank, **place)
+        given: dict[str, Any] = {"thin": Thin(inner, b, 2.0), "ratio": Ratio(vector, False, None)}
+        ours._forward_pass.__wrapped__(product, None, inner, b, 2.0, vector, vector)  # type: ignore[attr-defined]
+        ours._backward_pass.__wrapped__(product, product, inner, b, 2.0, vector, True, True)  # type: ignore[attr-defined]
+        assert given
+    finally:
+        for name, program in kept.items():
+            setattr(programs, name, program)
+    return found
+
+
+def source(program: Any, given: dict[str, Any]) -> tuple[Any, dict[str, int]]:
+    """``program`` as Triton would compile it for those arguments, and its options."""
+    known = {parameter.name for parameter in program.params if parameter.is_constexpr}
+    signature, constants, attributes = {}, {}, {}
+    for place, name in enumerate(program.arg_names):
+        value = given[name]
+        if name in known or (not isinstance(value, Tensor) and value == 1):
+            signature[name], constants[name] = "constexpr", value
+            continue
+        signature[name] = TYPES[value.dtype] if isinstance(value, Tensor) else "i32"
+        if isinstance(value, Tensor) or (value % 16 == 0 and name not in ("tokens",) and not name.startswith("count")):
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    options = {"num_warps": given["num_warps"]}
+    return ASTSource(fn=program, signature=signature, constexprs=constants, attrs=attributes), options
+
+
+def compiled(dtype: torch.dtype, rank: int, architecture: int) -> Iterator[dict[str, Any]]:
+    """What each program takes: registers a thread, bytes of shared memory a block, bytes spilled a thread."""
+    for program, given in launches(dtype, rank):
+        what, options = source(program, given)
+        made = triton.compile(what, target=GPUTarget("cuda", architecture, 32), options=options)
+        registers, spilled = assembled(made.asm["ptx"], architecture)
+        yield {
+            "program": program.__name__,
+            "dtype": str(dtype).removeprefix("torch."),
+            "rank": rank,
+            "architecture": architecture,
+            "registers": registers,
+            "spilled": spilled,
+            "shared": made.metadata.shared,
+            "warps": options["num_warps"],
+        }
+
+
+def assembled(ptx: str, architecture: int) -> tuple[int, int]:
+    """Registers a thread, and bytes that it spills, by the assembler's own words."""
+    assembler = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+    target = f"sm_{architecture}a" if architecture == 90 else f"sm_{architecture}"
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "program.ptx"
+        file.write_text(ptx)
+        command = [str(assembler), "-v", f"--gpu-name={target}", str(file), "-o", str(file.with_suffix(".cubin"))]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    spilled = [int(one) for one in re.findall(r"(\d+) bytes spill stores", said)]
+    return max(int(one) for one in re.findall(r"Used (\d+) registers", said)), max(spilled, default=0)
+
+
+if __name__ == "__main__":
+    every = [] if len(sys.argv) < 2 else json.loads(sys.argv[1])
+    for name, rank, architecture in every or [
+        (name, rank, architecture)
+        for name in ("bfloat16", "float16", "float32")
+        for rank in (16, 32, 64)
+        for architecture in ARCHITECTURES
+    ]:
+        for row in compiled(getattr(torch, name), rank, architecture):
+            print(json.dumps(row), flush=True)
