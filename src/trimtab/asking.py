@@ -21,6 +21,7 @@ from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 from transformers.generation.streamers import BaseStreamer
 
+from trimtab.data.detokenizer import Detokenizer
 from trimtab.data.tokens import encode_prompt
 from trimtab.errors import DataError
 from trimtab.evaluation.generation import end_tokens
@@ -174,44 +175,34 @@ class Asked:
 
 
 class _Speaking(BaseStreamer):
-    """Turns tokens into text as they come."""
+    """Says the text of tokens as they come."""
 
     def __init__(self, tokenizer: Any, ends: list[int], say: Say) -> None:
-        self.ids: list[int] = []
         self.text = ""
-        self._tokenizer, self._ends, self._say = tokenizer, set(ends), say
+        self._spelled, self._say = Detokenizer(tokenizer, ends), say
         self._prompted = False
-        # Some decoders change a token's text by what stands before it (a space at the beginning is dropped), so new
-        # tokens are decoded together with some that were said before.
-        self._before, self._said = 0, 0
+
+    @property
+    def ids(self) -> list[int]:
+        """All tokens so far."""
+        return self._spelled.ids
 
     def put(self, value: torch.Tensor) -> None:
-        if not self._prompted:  # the first that comes is the prompt
-            self._prompted = True
-            return
-        self.ids.extend(value.flatten().tolist())
-        self._tell(whole=False)
+        if self._prompted:  # the first that comes is the prompt
+            self._tell(self._spelled.add(*value.flatten().tolist()))
+        self._prompted = True
 
     def end(self) -> None:
         self.finish()
 
     def finish(self) -> None:
         """Say what was held back, too."""
-        self._tell(whole=True)
+        self._tell(self._spelled.finish())
 
-    def _tell(self, *, whole: bool) -> None:
-        told = self._decode(self._before, self._said)
-        now = self._decode(self._before, len(self.ids))
-        # A letter of several bytes may be several tokens, and is not whole yet where its text ends with this sign.
-        if len(now) <= len(told) or (now.endswith("\ufffd") and not whole):
-            return
-        self._before, self._said = self._said, len(self.ids)
-        self.text += now[len(told) :]
-        self._say(now[len(told) :])
-
-    def _decode(self, start: int, stop: int) -> str:
-        ids = [one for one in self.ids[start:stop] if one not in self._ends]
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    def _tell(self, text: str) -> None:
+        if text:
+            self.text += text
+            self._say(text)
 
 
 class Conversation:

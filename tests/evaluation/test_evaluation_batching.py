@@ -8,7 +8,7 @@ import torch
 from evaluation_cases import llama
 from trimtab.data.batches import TOKENS, by_length
 from trimtab.evaluation.choice import _padded_right
-from trimtab.evaluation.generation import _padded_left
+from trimtab.evaluation.generation import padded_left
 from trimtab.tasks import Head
 
 CPU = torch.device("cpu")
@@ -31,7 +31,7 @@ def test_long_rows_come_in_smaller_batches() -> None:
 
 def test_padding() -> None:
     assert _padded_right([[1, 2, 3], [4]], CPU).tolist() == [[1, 2, 3], [4, 0, 0]]
-    ids, mask = _padded_left([[1, 2, 3], [4]], 9, CPU)
+    ids, mask = padded_left([[1, 2, 3], [4]], 9, CPU)
     assert ids.tolist() == [[1, 2, 3], [9, 9, 4]]
     assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
 

@@ -119,12 +119,12 @@ def end_tokens(model: Any, tokenizer: Any) -> list[int]:
 def _generate(head: Head, prompts: list[list[int]], ends: list[int], max_new_tokens: int) -> Tensor:
     """The new tokens of each prompt, filled up after its first end token."""
     model = head.model
-    ids, mask = _padded_left(prompts, ends[0] if ends else 0, model.get_input_embeddings().weight.device)
+    ids, mask = padded_left(prompts, ends[0] if ends else 0, model.get_input_embeddings().weight.device)
     settled = LogitsProcessorList([_SettleTies(head, prompts, ids.shape[1], set(ends))])
     return greedy(model, ids, mask, max_new_tokens=max_new_tokens, ends=ends, processors=settled)
 
 
-def _padded_left(rows: Sequence[Sequence[int]], fill: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def padded_left(rows: Sequence[Sequence[int]], fill: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """int64 ids ``[rows, longest]`` and their mask (1 where there is a token), to generate from."""
     width = max(map(len, rows))
     ids = [[*[fill] * (width - len(row)), *row] for row in rows]
@@ -161,7 +161,7 @@ def greedy(
     )
     # generate() would take everything that this leaves open, such as penalties, from the model's own settings.
     kept, model.generation_config = model.generation_config, config
-    hook = model.get_output_embeddings().register_forward_pre_hook(_contiguous)
+    hook = model.get_output_embeddings().register_forward_pre_hook(contiguous_input)
     try:
         output: Tensor = model.generate(
             input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=processors
@@ -172,7 +172,7 @@ def greedy(
     return output[:, ids.shape[1] :]
 
 
-def _contiguous(_head: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def contiguous_input(_head: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Make the output head's input contiguous.
 
     After a prompt it is a slice, the last position of each row. From a slice and a frozen weight ``linear`` makes a

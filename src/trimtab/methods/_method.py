@@ -210,6 +210,11 @@ class Method(nn.Module):
         """The end of ``hold``."""
         self._holds -= 1
 
+    @property
+    def is_held(self) -> bool:
+        """Whether someone has promised that."""
+        return bool(self._holds)
+
     def forget(self) -> None:
         """Drop what follows from the trained tensors and was kept, such as norms: they are about to change."""
 

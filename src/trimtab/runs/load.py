@@ -19,7 +19,8 @@ from trimtab.models.locate import ModelHead, Source
 from trimtab.models.quantise import weight_bytes
 from trimtab.runs.folder import RunFolder
 from trimtab.runs.records import Summary
-from trimtab.surgery.adapted import adapted_modules
+from trimtab.surgery.carrier import DEFAULT
+from trimtab.surgery.names import entries
 
 
 @dataclass(frozen=True)
@@ -92,15 +93,15 @@ def head_of(summary: Summary | None) -> ModelHead:
     return summary.head.head if summary is not None and summary.head is not None else ModelHead()
 
 
-def load_finite(model: Any, folder: Path) -> None:
-    """Load an adapter to answer with. Raises AdapterError as ``load_adapter`` does, and for values that are no numbers:
-    all that the model computed would be none, and its answers empty."""
-    load_adapter(model, folder)
-    for name, module in adapted_modules(model):
-        for key, tensor in module.current_adapter.stored_tensors().items():
+def load_finite(model: Any, folder: Path, name: str = DEFAULT) -> None:
+    """Load an adapter to answer with, under ``name``. Raises AdapterError as ``load_adapter`` does, and for values that
+    are no numbers: all that the model computed would be none, and its answers empty."""
+    load_adapter(model, folder, name)
+    for place, module in entries(model, name).items():
+        for key, tensor in module.adapter.stored_tensors().items():
             if tensor.is_floating_point() and not tensor.isfinite().all():
                 raise AdapterError(
-                    f"{folder}: {name}.{key} holds NaN or infinity, so the model computes nothing else. Its training "
+                    f"{folder}: {place}.{key} holds NaN or infinity, so the model computes nothing else. Its training "
                     "diverged: lower the learning rate, or take an earlier checkpoint"
                 )
 

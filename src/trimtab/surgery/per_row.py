@@ -25,7 +25,7 @@ _OTHER_ROWS = re.compile(r"(^|\.)experts\.\d+(\.|$)|(^|\.)relative_attention_bia
 
 
 @contextmanager
-def per_row(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
+def per_row(model: nn.Module, names: Sequence[str | None]) -> Iterator[RowPlan]:
     """A context in which row i of each batch that ``model`` is called with goes through the adapter ``names[i]``; None:
     through none.
 
@@ -37,7 +37,8 @@ def per_row(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
 
     Gradients go to the adapters that ask for some, at the price of a pass for each adapter. As in
     ``trimtab.for_inference``, norms are kept from one pass without gradients to the next; after a pass with gradients
-    they are computed again. Contexts may be nested: the inner one rules.
+    they are computed again. Contexts may be nested: the inner one rules. The context gives the plan of its rows, which
+    a server can ``deal`` anew from one batch to the next.
 
     Raises SurgeryError if there is no adapter of such a name; for a batch with another number of rows than ``names``;
     and where rows cannot be told apart: experts that get their tokens in an order of their own, a weight that is read
@@ -80,13 +81,14 @@ def per_row(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
             # torch's fused attention takes the weights of whole encoder layers at once.
             left.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
             torch.backends.mha.set_fastpath_enabled(False)
-        yield
+        yield plan
 
 
 def _release(module: Adapted, name: str) -> None:
-    module.adapter_of(name).release()
-    if name != module.active_name:
-        module.adapter_of(name).rest()
+    adapter = module.adapter_of(name)
+    adapter.release()
+    if name != module.active_name and not adapter.is_held:
+        adapter.rest()
 
 
 def _generate(plan: RowPlan, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

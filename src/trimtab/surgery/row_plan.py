@@ -13,6 +13,7 @@ from trimtab.errors import SurgeryError
 from trimtab.ops.mixed_rows import Order
 
 _NOBODY: Any = object()
+_DEALT = 4  # sets of rows whose decisions are kept
 # The arguments of a model by whose first axis its rows are counted, before any other.
 _BATCHES = (
     *("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds", "pixel_values", "input_values"),
@@ -42,6 +43,18 @@ class RowPlan:
         self._orders: dict[Any, tuple[list[slice], Order | None]] = {}
         self.decided: dict[int, Any] = {}
         """What a module, by its id, does with a batch of the size that it had last."""
+        self._dealt = {self.names: (self._groups, self._orders, self.decided)}
+
+    def deal(self, names: Sequence[str | None]) -> None:
+        """From now on the batches have these rows. All names have to be among those that ``per_row`` was entered with,
+        which has looked whether the model can tell rows of such adapters apart; what is decided for some rows is kept
+        for when they come again."""
+        self.names, self._lengths = tuple(names), set()
+        self._batch = len(self.names)
+        if self.names not in self._dealt and len(self._dealt) >= _DEALT:
+            self._dealt.pop(next(iter(self._dealt)))
+        self._groups, self._orders, self.decided = self._dealt.pop(self.names, ({}, {}, {}))
+        self._dealt[self.names] = self._groups, self._orders, self.decided
 
     @property
     def only(self) -> str | None:

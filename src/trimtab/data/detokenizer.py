@@ -1,0 +1,48 @@
+"""Tokens become text as they come, never half a character."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+_PART = "\ufffd"  # what a tokenizer shows for a part of a character
+
+
+class Detokenizer:
+    """The text of tokens that come one after the other.
+
+    Some decoders change a token's text by what stands before it (a space at the beginning is dropped), so new tokens
+    are decoded together with some that were told before. A character of several bytes may be several tokens: it is told
+    once it is whole.
+
+    Args:
+        silent: tokens that are no text, such as those that end an answer. Special tokens are none either.
+    """
+
+    def __init__(self, tokenizer: Any, silent: Collection[int] = ()) -> None:
+        self.ids: list[int] = []
+        self._tokenizer, self._silent = tokenizer, frozenset(silent)
+        self._from, self._whole, self._told = 0, 0, 0
+
+    def add(self, *ids: int) -> str:
+        """The text that is sure now."""
+        self.ids += ids
+        return self._new(last=False)
+
+    def finish(self) -> str:
+        """What was held back, however it ends."""
+        return self._new(last=True)
+
+    def _new(self, *, last: bool) -> str:
+        now = self._decoded(self._from)
+        sure = now if last else now.rstrip(_PART)
+        new = sure[self._told :]
+        self._told = max(self._told, len(sure))
+        if len(sure) == len(now):
+            self._from, self._whole = self._whole, len(self.ids)
+            self._told = len(self._decoded(self._from))
+        return new
+
+    def _decoded(self, start: int) -> str:
+        ids = [one for one in self.ids[start:] if one not in self._silent]
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
