@@ -119,6 +119,7 @@ def _about(device: Any) -> dict[str, Any]:
     import torch
 
     from trimtab.machine import describe_machine, versions
+    from trimtab.ops.kernels import kernels_for
 
     about = {"device": "the processor"} | describe_machine()
     if device.type == "cuda":
@@ -127,6 +128,8 @@ def _about(device: Any) -> dict[str, Any]:
             f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, {properties.multi_processor_count} SMs"
         )
         about["cuda"] = torch.version.cuda
+    set_of = kernels_for(torch.empty(1, 1, dtype=torch.bfloat16, device=device)).__name__
+    about["kernels"] = set_of.rpartition(".")[2]
     about["versions"] = ", ".join(f"{name} {version}" for name, version in _versions(versions()).items())
     about["date"] = time.strftime("%Y-%m-%d %H:%M")
     return about

@@ -17,8 +17,8 @@ import gc
 import importlib.util
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from torch import nn
 from gpu_record import Record
 from quantised import SHAPES
 from step import TARGETS, DenseDora, disturb, with_peft
+from trimtab.ops import kernels
 
 TINY = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
 ARMS = (
@@ -198,18 +199,7 @@ def _adapted(model: Any, arm: str, kind: str) -> Any:
 
 def kernels_of(arm: str, *, plain: bool) -> Any:
     """The context that an arm's steps run in: plain kernels where it says so."""
-    return _plain_kernels() if plain or arm.endswith(" plain") else nullcontext()
-
-
-@contextmanager
-def _plain_kernels() -> Iterator[None]:
-    from trimtab.ops import kernels
-
-    if hasattr(kernels, "using"):
-        with kernels.using(kernels.plain):
-            yield
-        return
-    yield  # there is no other set
+    return kernels.using("plain") if plain or arm.endswith(" plain") else nullcontext()
 
 
 def _stepper(model: Any, tokens: int, device: torch.device) -> Callable[[], None]:

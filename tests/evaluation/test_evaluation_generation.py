@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 
 from evaluation_cases import example, gpt2, llama, markov_chain
 from trimtab.data.rows import Example
-from trimtab.errors import DataError
+from trimtab.errors import DataError, ModelError
 from trimtab.evaluation import generation
 from trimtab.evaluation.generation import Generated, same_answer
 from trimtab.surgery.contexts import evaluating
@@ -216,3 +216,29 @@ def test_an_end_that_the_template_spells_in_letters_is_no_part_of_the_answer(tok
     chat = copy.deepcopy(tokenizer)
     chat.chat_template = TURNS.replace("END", "' bad'")
     assert generate_answers(Head(model), chat, [example("one: ", "good")]) == [Generated("good", True)]
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_a_static_cache_changes_no_answer(make: Callable[..., Any], tokenizer: Any) -> None:
+    head = Head(make(len(tokenizer)))
+    rows = [
+        example(text + " ", "good", number + 1) for number, text in enumerate(["one:", "the second row:", "third!"])
+    ]
+    wanted = generate_answers(head, tokenizer, rows, max_new_tokens=6)
+    asked = []
+    plain = head.model.generate
+
+    def seen(**said: Any) -> Any:
+        asked.append((said["input_ids"].shape[1], said["generation_config"].cache_implementation))
+        return plain(**said)
+
+    head.model.generate = seen
+    assert generate_answers(head, tokenizer, rows, max_new_tokens=6, static_cache=True) == wanted
+    assert asked == [(generation.STATIC_WIDTH, "static")]  # of one width, so that the step is compiled once
+
+
+def test_a_model_without_a_static_cache_is_refused(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    head = Head(llama(len(tokenizer)))
+    monkeypatch.setattr(type(head.model), "_can_compile_fullgraph", False)
+    with pytest.raises(ModelError, match=r"evaluation.static_cache: a LlamaForCausalLM has no static cache"):
+        generate_answers(head, tokenizer, [example("one: ", "good")], max_new_tokens=2, static_cache=True)

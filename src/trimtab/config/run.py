@@ -268,6 +268,11 @@ class EvaluationConfig(Section):
     before: bool = Field(True, description="Evaluate the untuned model, too.")
     batch_size: int = Field(32, ge=1, description="Rows in one forward pass; results do not depend on it.")
     max_new_tokens: int = Field(32, ge=1, description="Longest generated answer, in tokens.")
+    static_cache: bool = Field(
+        False,
+        description="Write answers with keys and values in tensors of a fixed size: on a GPU the step of a token is "
+        "compiled, which takes a minute, and then replayed as a CUDA graph. The answers are the same.",
+    )
     limit: int | None = Field(None, ge=1, description="Only the first rows of each test set; null: all of them.")
 
 

@@ -70,6 +70,7 @@ def evaluate(
     batch_size: int = 16,
     max_new_tokens: int = 32,
     max_length: int | None = None,
+    static_cache: bool = False,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Measure the model of ``head`` on ``examples``.
@@ -93,6 +94,7 @@ def evaluate(
             perplexity change by rounding (a few hundredths of a nat in bfloat16).
         max_new_tokens: the limit of a generated answer.
         max_length: most tokens of a row, as far as the model can read; by default what it was made for.
+        static_cache: answers are written with keys and values in tensors of a fixed size (`generation.greedy`).
         progress: called as the rows get done.
 
     Raises:
@@ -117,7 +119,8 @@ def evaluate(
             if closed is not None:
                 judge = partial(answers.labels, known=closed)
             settings["progress"] = progress
-            written = generate_answers(head, tokenizer, examples, max_new_tokens=max_new_tokens, **settings)
+            limits: dict[str, Any] = {"max_new_tokens": max_new_tokens, "static_cache": static_cache}
+            written = generate_answers(head, tokenizer, examples, **limits, **settings)
             judged = judge(examples, written)
             loss, tokens = token_loss(head, tokenizer, examples, **{**settings, "progress": None})
     outcomes = judged.with_loss(checked(loss, tokens), tokens)

@@ -21,10 +21,13 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from trimtab.data.batches import by_length
 from trimtab.data.rows import Example
 from trimtab.data.tokens import encode_prompt
-from trimtab.errors import DataError
+from trimtab.errors import DataError, ModelError
 from trimtab.models.causal_head import Head
 from trimtab.models.chat_template import turn_end
 from trimtab.processes import divided
+
+STATIC_WIDTH = 64
+"""Prompts are filled up to a multiple of so many tokens for a static cache: few sizes, so that little is compiled."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ def generate_answers(
     max_new_tokens: int = 32,
     batch_size: int = 16,
     max_length: int | None = None,
+    static_cache: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Generated]:
     """Generate an answer to the prompt of each example.
@@ -66,9 +70,11 @@ def generate_answers(
         max_new_tokens: the limit; an answer that reaches it without an end token is not usable.
         batch_size: rows generated together; it changes the speed and nothing else.
         max_length: most tokens of a prompt and ``max_new_tokens`` together; longer prompts lose their beginning.
+        static_cache: see `greedy`.
         progress: called with the number of rows done and of all rows.
 
-    Raises DataError if a prompt is empty, or if ``max_length`` leaves no room for one.
+    Raises DataError if a prompt is empty, or if ``max_length`` leaves no room for one; ModelError if the model has no
+    static cache.
     """
     prefix = len(encode_prompt("", tokenizer))
     prompts = [_prompt(example, tokenizer, prefix, max_length, max_new_tokens) for example in examples]
@@ -78,7 +84,7 @@ def generate_answers(
     answers: dict[int, Generated] = {}
 
     def write(batch: list[int]) -> Any:
-        return _generate(head, [prompts[index] for index in batch], ends, max_new_tokens).tolist()
+        return _generate(head, [prompts[index] for index in batch], ends, max_new_tokens, static_cache).tolist()
 
     for batch, written in divided(by_length([len(ids) + max_new_tokens for ids in prompts], batch_size), write):
         for index, new in zip(batch, written, strict=True):
@@ -116,17 +122,21 @@ def end_tokens(model: Any, tokenizer: Any) -> list[int]:
     return sorted({int(token) for token in known if token is not None})
 
 
-def _generate(head: Head, prompts: list[list[int]], ends: list[int], max_new_tokens: int) -> Tensor:
+def _generate(head: Head, prompts: list[list[int]], ends: list[int], max_new_tokens: int, static_cache: bool) -> Tensor:
     """The new tokens of each prompt, filled up after its first end token."""
     model = head.model
-    ids, mask = padded_left(prompts, ends[0] if ends else 0, model.get_input_embeddings().weight.device)
+    place, multiple = model.get_input_embeddings().weight.device, STATIC_WIDTH if static_cache else 1
+    ids, mask = padded_left(prompts, ends[0] if ends else 0, place, multiple)
     settled = LogitsProcessorList([_SettleTies(head, prompts, ids.shape[1], set(ends))])
-    return greedy(model, ids, mask, max_new_tokens=max_new_tokens, ends=ends, processors=settled)
+    limits: dict[str, Any] = {"max_new_tokens": max_new_tokens, "static_cache": static_cache}
+    return greedy(model, ids, mask, ends=ends, processors=settled, **limits)
 
 
-def padded_left(rows: Sequence[Sequence[int]], fill: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def padded_left(
+    rows: Sequence[Sequence[int]], fill: int, device: torch.device, multiple_of: int = 1
+) -> tuple[Tensor, Tensor]:
     """int64 ids ``[rows, longest]`` and their mask (1 where there is a token), to generate from."""
-    width = max(map(len, rows))
+    width = -(-max(map(len, rows)) // multiple_of) * multiple_of
     ids = [[*[fill] * (width - len(row)), *row] for row in rows]
     mask = [[*[0] * (width - len(row)), *[1] * len(row)] for row in rows]
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
@@ -140,6 +150,7 @@ def greedy(
     max_new_tokens: int,
     ends: Sequence[int] = (),
     processors: LogitsProcessorList | None = None,
+    static_cache: bool = False,
 ) -> Tensor:
     """The tokens ``[rows, at most max_new_tokens]`` that ``model`` writes, filled up after an end token.
 
@@ -150,12 +161,19 @@ def greedy(
         max_new_tokens: the limit.
         ends: tokens that end a row; without any, every row is written up to the limit.
         processors: change the logits before the best token is taken.
+        static_cache: keep keys and values in tensors of a fixed size. On a GPU transformers then compiles the step of a
+            token, and replays it from a CUDA graph.
+
+    Raises ModelError if ``model`` has no such cache.
     """
+    if static_cache and not getattr(model, "_can_compile_fullgraph", False):
+        raise ModelError(f"evaluation.static_cache: a {type(model).__name__} has no static cache; set it to false")
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
         num_beams=1,
         use_cache=True,
+        cache_implementation="static" if static_cache else None,
         eos_token_id=list(ends) or None,
         pad_token_id=ends[0] if ends else 0,
     )

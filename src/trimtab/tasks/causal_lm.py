@@ -89,6 +89,7 @@ class CausalLM(_task.Task):
             choices=choices,
             batch_size=evaluation.batch_size,
             max_new_tokens=evaluation.max_new_tokens,
+            static_cache=evaluation.static_cache,
             max_length=max_length,
             progress=progress,
         )

@@ -134,10 +134,10 @@ def _liger(job: Job, model: Any) -> bool:
         if said is True:
             raise ModelError(f"model.liger: Liger has no kernels for a model of type {kind}; set it to false")
         return False
-    before = _logits(model, _ids(model, 18))
+    before = _both_ways(model)
     with quiet_transformers():
         apply_liger_kernel(model, {**LIGER, **NO_LOSS})
-    if not _same(_logits(model, _ids(model, 18)), before):
+    if not all(_same(one, other) for one, other in zip(_both_ways(model), before, strict=True)):
         raise ModelError(f"model.liger: with Liger's kernels this {kind} computes something else; set it to false")
     return True
 
@@ -185,6 +185,20 @@ def _ids(model: Any, count: int) -> torch.Tensor:
     numbers = torch.arange(count, device=embeddings.weight.device) * 7919 + 13
     found: torch.Tensor = (numbers % embeddings.num_embeddings)[None]
     return found
+
+
+def _both_ways(model: Any) -> list[torch.Tensor]:
+    """Logits of a few tokens, and the gradient that comes back to their embeddings."""
+    ids = _ids(model, 18)
+    logits = _logits(model, ids)
+    with torch.no_grad():
+        embedded = model.get_input_embeddings()(ids)
+    training = model.training
+    with torch.enable_grad():
+        found = model.eval()(inputs_embeds=embedded.requires_grad_(), use_cache=False).logits
+        (gradient,) = torch.autograd.grad(found.float().square().mean(), embedded)
+    model.train(training)
+    return [logits, gradient]
 
 
 def _logits(model: Any, ids: torch.Tensor, **layout: Any) -> torch.Tensor:
