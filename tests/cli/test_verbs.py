@@ -28,7 +28,7 @@ from trimtab.training.run import finetune
 
 VERBS = (
     *("finetune", "plan", "tune", "evaluate", "predict", "generate", "chat", "merge", "export", "analyze", "compare"),
-    "explore",
+    *("explore", "serve"),
 )
 IDS = torch.tensor([[5, 40, 60, 7, 80, 33], [9, 12, 300, 200, 4, 50]])
 PROGRAM = (sys.executable, "-m", "trimtab")

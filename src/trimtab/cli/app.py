@@ -23,8 +23,8 @@ from trimtab.errors import STOPS, Interrupted, TrimtabError
 from trimtab.launching import require_one
 
 _FIRST = (
-    *("init", "finetune", "plan", "tune", "evaluate", "predict", "generate", "chat", "merge", "export", "convert"),
-    *("combine", "analyze", "compare", "explore", "doctor"),
+    *("init", "finetune", "plan", "tune", "evaluate", "predict", "generate", "chat", "serve", "merge", "export"),
+    *("convert", "combine", "analyze", "compare", "explore", "doctor"),
 )
 """The order of these verbs in the help, as people use them; others follow by name."""
 

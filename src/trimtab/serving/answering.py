@@ -15,7 +15,8 @@ from trimtab.serving.requests import Piece, Request
 from trimtab.serving.tool_calls import CallFinder, ToolCall
 
 if TYPE_CHECKING:
-    from trimtab.serving.backend import Engine, Ticket
+    from trimtab.serving.engine import Engine
+    from trimtab.serving.ticket import Ticket
 
 Result = TypeVar("Result")
 Counted = Callable[[Sequence[Row]], None]

@@ -154,7 +154,7 @@ async function ask(side, model, text, box) {
     const parts = [`${usage.completion_tokens} tokens`];
     if (usage.completion_tokens > 1 && seconds > 0) parts.push(`${((usage.completion_tokens - 1) / seconds).toFixed(1)} a second`);
     if (first) parts.push(`first after ${((first - started) / 1000).toFixed(2)} s`);
-    if (reason === "length") parts.push("cut off: the longest answer is reached");
+    if (reason === "length") parts.push("cut off there");
     small.textContent = parts.join(" · ");
   }
 }

@@ -50,7 +50,7 @@ from trimtab.serving.replies import (
 from trimtab.serving.requests import Model, UnknownModel
 
 if TYPE_CHECKING:
-    from trimtab.serving.backend import Engine
+    from trimtab.serving.engine import Engine
 
 _SECONDS_OF_BODY = 30.0
 _SLACK = 30.0

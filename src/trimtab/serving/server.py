@@ -17,7 +17,7 @@ from trimtab.errors import ConfigError
 from trimtab.serving.routes import Service
 
 if TYPE_CHECKING:
-    from trimtab.serving.backend import Engine
+    from trimtab.serving.engine import Engine
 
 _FLUSHING = 5
 """Seconds for clients to take the ends of their answers, once the engine is closed."""
