@@ -16,6 +16,7 @@ from trimtab.machine import GIB
 from trimtab.memory.trace import Trace
 from trimtab.models.load import empty_model, load_config_only
 from trimtab.models.quantise import quantising_bytes, stored_sizes
+from trimtab.processes import here
 from trimtab.surgery.attach_report import AttachReport
 from trimtab.tasks import Batch, RowSizes
 
@@ -126,7 +127,8 @@ def estimate_run(job: Job, sizes: RowSizes) -> RunMemory:
     trace = Trace(model, task, quantisation=config.quantisation)
     standing, uncounted = trace.standing, None
     labels = sizes.length - 1 if train.prompt_loss_weight else sizes.labels
-    batch = Batch(train.batch_size, sizes.length, train.batch_size * labels, sizes.shape)
+    rows = max(1, train.batch_size // here().size)
+    batch = Batch(rows, sizes.length, rows * labels, sizes.shape)
     try:
         peaks = trace.run(
             batch,

@@ -15,6 +15,7 @@ from trimtab.errors import TrimtabError
 from trimtab.machine import GIB, available_memory, check_fits
 from trimtab.memory.estimate import RunMemory, estimate_run
 from trimtab.models.gguf import is_dequantised
+from trimtab.processes import here
 from trimtab.runs.events import Listener
 from trimtab.runs.records import PlanRecord
 from trimtab.surgery.attach_report import AttachReport
@@ -51,9 +52,13 @@ def check_run(job: Job, sizes: RowSizes) -> AttachReport:
     will do to the model."""
     memory = estimate_run(job, sizes)
     estimate = memory.hardest
-    if estimate.needed > available_memory(job.device):
+    if estimate.needed > _room(job):
         advice = [str(suggestion) for suggestion in suggest(job, sizes)] or ["a smaller model"]
-        check_fits(f"Training {job.config.model.name}", estimate.needed, job.device, parts=estimate.told, advice=advice)
+        what, sharing = f"Training {job.config.model.name}", _sharing(job)
+        if sharing > 1:
+            what = f"{what} in {sharing} processes on this machine ({estimate.needed / GIB:.2f} GiB each)"
+            advice = [*advice, "fewer processes"]
+        check_fits(what, estimate.needed * sharing, job.device, parts=estimate.told, advice=advice)
     assert memory.attached is not None
     return memory.attached
 
@@ -64,7 +69,7 @@ def suggest(job: Job, sizes: RowSizes) -> list[Suggestion]:
     Of each kind of change, the mildest that fits is given. Only where no single change is enough are several tried
     together.
     """
-    room = available_memory(job.device)
+    room = _room(job)
     attempts = _attempts(job, sizes)
 
     def fitting(change: Change) -> Suggestion | None:
@@ -110,11 +115,12 @@ def describe_run(job: Job, length: int | None = None, check: Check | None = None
     job, inputs, sizes, origin = _measured(job)
     if length is not None and not sizes.shape:
         sizes, origin = replace(sizes, length=length, labels=length - 1), "--length"
-    memory, room = estimate_run(job, sizes), available_memory(job.device)
+    memory, room = estimate_run(job, sizes), _room(job)
     fits = memory.hardest.needed <= room
     assert memory.attached is not None
     described = {
-        "batch_size": job.config.train.batch_size,
+        "batch_size": max(1, job.config.train.batch_size // here().size),
+        "processes": here().size,
         "length": sizes.length,
         "shape": list(sizes.shape),
         "length_from": origin,
@@ -152,6 +158,16 @@ def _measured(job: Job) -> tuple[Job, Inputs | None, RowSizes, str]:
     if inputs is not None:
         job = job.read_for(task.head_for(job, inputs))
     return job, inputs, task.sizes(job, inputs) if inputs is not None else task.largest(job), origin
+
+
+def _sharing(job: Job) -> int:
+    """How many processes take of one memory: all on this machine, where they have no accelerator each."""
+    return here().local if job.device.type == "cpu" else 1
+
+
+def _room(job: Job) -> int:
+    """Bytes that are free for each process."""
+    return available_memory(job.device) // _sharing(job)
 
 
 def _rows(inputs: Inputs | None) -> dict[str, Any] | None:

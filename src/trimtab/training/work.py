@@ -51,6 +51,7 @@ class Work:
 
     def __init__(self, job: Job, task: Task, inputs: Inputs, *, reader: Any, listener: Listener) -> None:
         quiet_libraries()
+        here().wait()  # until the leading process has found that the run may begin
         self.job, self.task, self.inputs, self.reader, self.listener = job, task, inputs, reader, listener
         config = job.config
         self.model: nn.Module = load_model(

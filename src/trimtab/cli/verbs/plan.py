@@ -22,6 +22,9 @@ def command(
         int | None,
         typer.Option(min=2, help="Estimate memory for rows of so many tokens, in place of the longest of the data."),
     ] = None,
+    processes: Annotated[
+        int, typer.Option(min=1, help="Estimate each process's memory, where so many train (torchrun, one machine).")
+    ] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of tables.")] = False,
 ) -> None:
     """Show which modules get which method, how many parameters are trained, and how much memory the run will take.
@@ -34,13 +37,17 @@ def command(
 
     with importing():
         from trimtab.memory.suggest import describe_run
+        from trimtab.processes import Processes, being
         from trimtab.tasks import job_of
         from trimtab.training.checks import check_before
         from trimtab.training.rate_plan import told_trials
         from trimtab.training.schedule import total_steps
+        from trimtab.training.several import require_fit
 
     job = job_of(loaded)
-    described = describe_run(job, length, check_before)
+    with being(Processes(size=processes, local=processes)):
+        require_fit(loaded)
+        described = describe_run(job, length, check_before)
     trials = told_trials(job) if length is None else None
     if as_json:
         described |= {"trials": trials} if trials else {}

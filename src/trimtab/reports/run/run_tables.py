@@ -229,6 +229,8 @@ def memory_lines(memory: Mapping[str, Any]) -> list[str]:
         if shape
         else f"for batches of {rows} rows of {length} tokens ({memory['length_from']})"
     ]
+    if (processes := memory.get("processes", 1)) > 1:
+        lines[0] = f"each of {processes} processes: {lines[0]}"
     if memory["uncounted"]:
         lines.append(f"without the activations, which could not be counted: {memory['uncounted']}")
     need = f"{words.gib(memory['needed'])} beyond Python and libraries, {words.gib(memory['free'])} are free"
