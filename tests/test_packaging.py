@@ -59,7 +59,7 @@ def test_the_archives_are_whole(archives: list[Path]) -> None:
     with zipfile.ZipFile(wheel) as zipped:
         in_wheel = zipped.namelist()
     ours = [path.relative_to(ROOT / "src") for path in (ROOT / "src" / "trimtab").rglob("*")]
-    wanted = {str(path) for path in ours if path.suffix in (".py", ".html", ".css", ".typed")}
+    wanted = {str(path) for path in ours if path.suffix in (".py", ".html", ".css", ".js", ".typed")}
     assert wanted <= set(in_wheel)
     assert not [name for name in in_wheel if not name.startswith(("trimtab/", "trimtab-"))]
     with tarfile.open(source) as archive:

@@ -112,7 +112,9 @@ def test_it_says_where_it_is_and_ends_in_good_order(
 
     asking: list[threading.Thread] = []
     thread = while_it_serves(port, number, begin)
-    result = cli("serve", "m", "--adapter", "legal=a", "--adapter", "b/fr", "--port", port, "--rows", 3, "--name", "x")
+    result = cli(
+        "serve", "m", "--adapter", "legal=a", "--adapter", "b/fr", "--port", port, "--batch-size", 3, "--name", "x"
+    )
     thread.join()
     asking[0].join()
     assert result.code == code, result

@@ -71,7 +71,7 @@ def command(
             show_default=False,
         ),
     ] = None,
-    rows: Annotated[int, typer.Option(min=1, help="Requests that are answered at one time, in one batch.")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="Requests that are answered at one time, in one batch.")] = 16,
     queue: Annotated[int, typer.Option(min=0, help="Requests that may wait; further ones are refused (429).")] = 128,
     max_tokens: Annotated[
         int | None,
@@ -132,6 +132,7 @@ def command(
                 f"trimtab serve needs {package}, which is not installed: pip install 'trimtab[serve]'"
             ) from None
         from trimtab.serving.adapter_folder import AdapterFolder
+        from trimtab.serving.bodies import MOST_ROWS
         from trimtab.serving.engine import Engine
         from trimtab.serving.guards import Access
         from trimtab.serving.requests import Limits
@@ -140,7 +141,7 @@ def command(
     shelf = None if adapters_from is None else AdapterFolder(adapters_from)
     with listen(host, port) as opened:
         limits = Limits(
-            rows=rows,
+            rows=batch_size,
             queue=queue,
             tokens=max_tokens,
             batch_tokens=batch_tokens,
@@ -150,7 +151,7 @@ def command(
             grace=grace,
         )
         access = Access(api_key, origins, (host.lower(),), timeout + 60)
-        http_limits = HttpLimits(int(max_body * _MIB), min(128, rows + queue), timeout)
+        http_limits = HttpLimits(int(max_body * _MIB), min(MOST_ROWS, batch_size + queue), timeout)
         say(f"Loading {target}", error=True)
         with Engine.open(target, adapters, limits=limits, name=name) as engine:
             service = Service(engine, access, http_limits, adapters_from=shelf, told=_silent if quiet else say)
