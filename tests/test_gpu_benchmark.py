@@ -146,3 +146,12 @@ def test_of_bitsandbytes_one_library_is_kept(tmp_path: Path, monkeypatch: pytest
         assert "cuda128" not in left.read(names[-1]).decode()
     with pytest.raises(SystemExit, match="no library for CUDA 118"):
         wheels["keep_one_library"](wheel, "118")
+
+
+def test_what_a_wheel_needs_is_read_from_it(tmp_path: Path) -> None:
+    wheels = runpy.run_path(str(BENCHMARKS / "gpu_wheels.py"))
+    lines = ["one>=2", "two; python_version < '3.11'", "three; python_version >= '3.12'", "four; extra == 'more'"]
+    with zipfile.ZipFile(wheel := tmp_path / "it-1-py3-none-any.whl", "w") as made:
+        made.writestr("it-1.dist-info/METADATA", "\n".join(["Name: it", *(f"Requires-Dist: {line}" for line in lines)]))
+    assert wheels["needs"](wheel, "312") == ["one", "three"]
+    assert wheels["needs"](wheel, "310") == ["one", "two"]
