@@ -5,10 +5,11 @@ steps.
     python benchmarks/finance.py --steps 10 --repeats 2 --no-test     seconds and memory alone
     python benchmarks/finance.py --steps 846 --repeats 1              three epochs; hours
 
-The arms are trimtab, trimtab with ``train.compile: true``, PEFT, and, if asked for, PEFT with the Trainer's own
-``torch_compile``. Each is a process of its own, in the order A B C A B C; the table gives medians and the ratios of
-medians to PEFT's, and the JSON (benchmarks/results/finance.json) every figure. All train SmolLM2-135M in bfloat16 with
-one rank on all seven projections, on the same rows, batch size, steps and schedule, and with the same attention
+The arms are trimtab at its defaults (``train.compile: auto``), trimtab with ``train.compile: false`` and ``true``,
+PEFT, and, if asked for, PEFT with the Trainer's own ``torch_compile``. Each is a process of its own, in the order
+A B C A B C; the table gives medians and the ratios of medians to PEFT's, and the JSON (benchmarks/results/finance.json)
+every figure. All train SmolLM2-135M in bfloat16 with one rank on all seven projections, on the same rows, batch size,
+steps and schedule, and with the same attention
 ("eager": for rows this short it is faster on a processor than the fused kernel, for all). PEFT runs with transformers'
 Trainer at its documented best: batches grouped by length, dynamic padding, fused AdamW, labels on the answer alone.
 The clock runs while they train, the compiler's time included. Afterwards the adapter is merged, and the same code
@@ -31,8 +32,8 @@ from common import child, show
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data" / "finance"
 TESTS = ("fpb", "fiqa")
-COMPILED = " compiled"
-ARMS = ("trimtab", "trimtab compiled", "peft", "peft compiled")
+COMPILED, PLAIN = " compiled", " plain"
+ARMS = ("trimtab", "trimtab plain", "trimtab compiled", "peft", "peft compiled")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -72,18 +73,26 @@ def arguments(steps: int, folder: str) -> dict[str, Any]:
     }
 
 
-def run_ours(method: str, rank: int, steps: int, folder: str, compiled: bool) -> tuple[Any, Any, dict[str, float]]:
-    """Our trainer, as ``trimtab finetune`` sets it up; gives tokenizer, merged model and figures."""
+def run_ours(
+    method: str, rank: int, steps: int, folder: str, compiled: bool | None
+) -> tuple[Any, Any, dict[str, float]]:
+    """Our trainer, as ``trimtab finetune`` sets it up; gives tokenizer, merged model and figures. ``compiled``: None
+    where it decides by itself."""
     import trimtab
     from trimtab import tasks
     from trimtab.config.run import TrainConfig
     from trimtab.machine import peak_memory_gib
     from trimtab.runs.events import Listener
+    from trimtab.training.compile_choice import ENOUGH, won_back
     from trimtab.training.compiling import Compiling
     from trimtab.training.trainer import AdapterTrainer
 
     tokenizer, model, rows = prepare(rank)
-    trimtab.attach(model, trimtab.Plan([trimtab.Rule(match="all-linear", method=method, rank=rank, alpha=2 * rank)]))
+    rule = trimtab.Rule(match="all-linear", method=method, rank=rank, alpha=2 * rank)
+    attached = trimtab.attach(model, trimtab.Plan([rule]))
+    batch = round(16 * statistics.mean(rows.lengths))
+    if compiled is None:
+        compiled = won_back(attached, batch * steps, "eager") >= ENOUGH
     losses: list[float] = []
     task = tasks.find("causal_lm")
     trainer = AdapterTrainer(
@@ -96,10 +105,12 @@ def run_ours(method: str, rank: int, steps: int, folder: str, compiled: bool) ->
         folder=Path(folder),
         record=lambda row: losses.append(row["loss"]),
     )
-    trainer.add_callback(Compiling(model, compiled, Listener(), trainer.throughput))
+    if compiled:
+        trainer.add_callback(Compiling(model, batch, Listener()))
     began = time.perf_counter()
     trainer.train()
     figures = {"seconds": time.perf_counter() - began, "loss": losses[-1], "peak_gib": peak_memory_gib()}
+    figures["compiled"] = float(compiled)
     trimtab.merge(model)
     return tokenizer, model, figures
 
@@ -165,9 +176,12 @@ def run_arm(arm: str, method: str, rank: int, steps: int, test: bool) -> None:
     """Run one arm and print its figures as the last line."""
     import tempfile
 
-    run = run_ours if arm.startswith("trimtab") else run_peft
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer, model, found = run(method, rank, steps, folder, arm.endswith(COMPILED))
+        if arm.startswith("trimtab"):
+            compiled = {COMPILED: True, PLAIN: False}.get(arm.removeprefix("trimtab"))
+            tokenizer, model, found = run_ours(method, rank, steps, folder, compiled)
+        else:
+            tokenizer, model, found = run_peft(method, rank, steps, folder, arm.endswith(COMPILED))
     print(json.dumps({**found, **(score(tokenizer, model) if test else {})}))
 
 
@@ -179,7 +193,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--no-test", action="store_true", help="do not score the test rows")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "finance.json")
-    parser.add_argument("--arms", nargs="+", default=list(ARMS[:3]), choices=ARMS, metavar="ARM")
+    parser.add_argument("--arms", nargs="+", default=["trimtab", "trimtab plain", "peft"], choices=ARMS, metavar="ARM")
     parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
     said = parser.parse_args()
     if said.arm:

@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 import copy
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch._dynamo.backends.debugging import aot_eager
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 import trimtab
+from stopped_runs import interrupt, signals_are_heard
 from tiny_runs import Kept, tiny_model
 from trimtab.config.read import load_config
+from trimtab.config.run import TrainConfig
 from trimtab.ops.cost import counted
-from trimtab.training import compiling
-from trimtab.training.compiling import Compiling, blocks_of, pays
-from trimtab.training.metrics_log import Lap, Throughput
+from trimtab.runs.events import Listener
+from trimtab.surgery.attach_report import AttachReport, ModuleReport
+from trimtab.training import compile_choice, compiling, work
+from trimtab.training.compile_choice import choose
+from trimtab.training.compiling import Compiling, blocks_of
 from trimtab.training.run import finetune
 
 # Few layers, so that there is less to trace.
 FEW = ["*.q_proj", "*.down_proj"]
 pytestmark = pytest.mark.usefixtures("bare_runs")
+__all__ = ["signals_are_heard"]
 
 
 @pytest.fixture(autouse=True)
@@ -70,13 +78,9 @@ def test_blocks_are_compiled_once_for_batches_of_all_sizes(method: str, monkeypa
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter), alpha=0.02)
     plain = copy.deepcopy(model)
-    listener, throughput, now = Kept(), Throughput(), (TrainingArguments(), TrainerState(), TrainerControl())
-    callback = Compiling(model, True, listener, throughput)
+    listener, now = Kept(), (TrainingArguments(), TrainerState(), TrainerControl())
+    callback = Compiling(model, 50, listener)
     callback.on_train_begin(*now)
-    for _ in range(compiling.WARM_UP + compiling.TIMED):
-        throughput.add(50)
-        now[1].global_step += 1
-        callback.on_step_end(*now)
     for rows, tokens in [(4, 10), (4, 13), (3, 40), (2, 7), (5, 64)]:
         ids = torch.randint(0, 50, (rows, tokens))
         for one in (model, plain):
@@ -106,58 +110,92 @@ def test_what_cannot_be_compiled_runs_as_it_is(make_yaml: Callable[..., Path], m
     assert {name: getattr(torch._dynamo.config, name) for name in compiling.SETTINGS} == before
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("worth", [True, pytest.param(False, marks=pytest.mark.full)])
-def test_auto_waits_a_few_steps_and_then_compiles_where_it_pays(
-    make_yaml: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, worth: bool
-) -> None:
-    asked = []
-
-    def decide(seconds_per_step: float, steps_left: int) -> bool:
-        asked.append((seconds_per_step, steps_left))
-        return worth
-
-    monkeypatch.setattr(compiling, "pays", decide)
-    listener = run(make_yaml, "auto", steps=7, compile="auto")
-    assert [left for _, left in asked] == [1]
-    assert 0 < asked[0][0] < 60
-    assert any("compiling the blocks" in note for note in listener.notes) is worth
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("faster", [True, False])
-def test_auto_goes_back_to_plain_blocks_where_compiled_ones_are_no_faster(
-    make_yaml: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, faster: bool
-) -> None:
-    monkeypatch.setattr(compiling, "pays", lambda *_: True)
-    monkeypatch.setattr(compiling, "SETTLING", 2)
-    monkeypatch.setattr(compiling, "COMPARED", 2)
-    plain = []
-
-    class Paced(Lap):
-        """What was counted, at 100 tokens a second at first and at another throughput after that."""
-
-        def read(self) -> tuple[int, float]:
-            tokens, _ = super().read()
-            plain.append(tokens)
-            return tokens, tokens / (100 if len(plain) <= 2 else 110 if faster else 90)
-
-    monkeypatch.setattr(compiling, "Lap", Paced)
-    listener = run(make_yaml, "auto", steps=12, compile="auto")
-    assert all(tokens > 0 for tokens in plain)
-    assert len(plain) == 4
-    said = [note for note in listener.notes if "no faster" in note]
-    assert said == (
-        [] if faster else ["compiled blocks are no faster here (90 tokens/s, plain ones 100): going on with plain ones"]
+def decided(*, tokens: int = 60, rows: int = 1000, attention: str = "auto", methods: str = "dora", **said: Any) -> Any:
+    """What is decided for rows of ``tokens`` each, on 28 blocks' worth of 100 million weights and two cores."""
+    task, train = said.pop("task", "causal_lm"), {"epochs": 1.0, "batch_size": 8, **said}
+    config = SimpleNamespace(train=TrainConfig(**train), model=SimpleNamespace(attention=attention))
+    modules = [ModuleReport(name, name, 1, 10_000, 10_000 // 2, 0, 0) for name in (methods.split() * 2)[:2]]
+    attached = AttachReport(tuple(modules), (), 0, 0, {"output head": 10**12, "ScaledEmbedding": 10**12})
+    job, inputs = (
+        SimpleNamespace(config=config, task=task),
+        SimpleNamespace(rows=SimpleNamespace(lengths=[tokens] * rows)),
     )
-    assert len(listener.column("loss")) == 12
+    return choose(job, inputs, attached)  # type: ignore[arg-type]
 
 
-def test_a_run_pays_if_it_is_long_enough() -> None:
-    steps = compiling.COMPILE_SECONDS / compiling.GAIN
-    assert pays(1.0, int(1.1 * steps))
-    assert not pays(1.0, int(0.9 * steps))
-    assert not pays(0.5, int(1.1 * steps))
+LONG = {"rows": 20_000}
+
+
+@pytest.fixture
+def two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(compile_choice, "device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(sys, "platform", "linux")
+
+
+@pytest.mark.usefixtures("two_cores")
+@pytest.mark.parametrize(
+    ("compiles", "run"),
+    [
+        # 4 x 100 million x 60 tokens a row, on two cores: 1.2e10 a row. 3 x 0.65e14 are 16,250 rows; eager, 4,250.
+        (False, {"rows": 16_200}),
+        (True, {"rows": 16_300}),
+        (False, {"rows": 4_200, "attention": "eager"}),
+        (True, {"rows": 4_300, "attention": "eager"}),
+        (True, {"rows": 8_200, "epochs": 2.0}),
+        (True, {"rows": 4_100, "tokens": 240, "epochs": 1.0}),
+        (False, {**LONG, "max_steps": 2_000}),
+        (True, {**LONG, "max_steps": 2_100}),
+        (True, {**LONG, "max_steps": 1_050, "gradient_accumulation": 2}),
+        (True, {**LONG, "methods": "lora mora"}),
+        (False, {**LONG, "methods": "dora serial"}),
+        (False, {**LONG, "task": "seq2seq"}),
+        (False, {**LONG, "gradient_checkpointing": True}),
+        (False, {**LONG, "compile": False}),
+        (True, {"rows": 1, "compile": True}),
+        (False, {**LONG, "epochs": 0.0}),
+    ],
+)
+def test_what_auto_decides(compiles: bool, run: dict[str, Any]) -> None:
+    assert decided(**run).compiles is compiles, decided(**run).why
+
+
+@pytest.mark.usefixtures("two_cores")
+def test_the_decision_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    long = decided(**LONG)
+    assert long.tokens == 480
+    assert "2,500 steps of 480 tokens" in long.why
+    assert "3.7 times" in long.why
+    assert "0.2 times, of 3" in decided().why
+    assert not decided().pays
+    assert "trains serial" in decided(**LONG, methods="dora serial").why
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "which", lambda name: None)
+        without = decided(**LONG)
+        assert (without.compiles, without.pays) == (False, True)
+        assert "no C++ compiler (g++)" in without.why
+    monkeypatch.setattr(compile_choice, "device", lambda: torch.device("cuda"))
+    assert "this is cuda" in decided(**LONG).why
+
+
+def test_a_resumed_run_decides_what_it_decided_at_first(
+    make_yaml: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+
+    class Noted(TrainerCallback):
+        def __init__(self, model: nn.Module, tokens: int, listener: Listener) -> None:
+            made.append(tokens)
+
+    monkeypatch.setattr(work, "Compiling", Noted)
+    config = load_config(make_yaml("long", train={"max_steps": 4, "save_every": 2}))
+    steps = {"eager": 1.0, "other": 1.0}  # any run is long enough
+    monkeypatch.setattr(compile_choice, "WORK", steps)
+    interrupt(config, step=3)
+    finetune(config, resume=True)
+    assert len(made) == 2
+    assert made[0] == made[1] > 0
 
 
 def test_blocks_are_the_repeated_ones_that_hold_adapters() -> None:

@@ -224,9 +224,9 @@ class TrainConfig(Section):
         "its part of the frozen weights of every block (full: FSDP2), which takes less memory and more talk.",
     )
     compile: Literal["auto"] | bool = Field(
-        False,
-        description="Run the blocks under torch.compile: faster steps, after a few plain ones and a minute or so "
-        "of compiling. auto: where the run is long enough to win that time back, and as long as it proves faster.",
+        "auto",
+        description="Run the blocks under torch.compile: faster steps, after a minute or so of compiling. auto: where "
+        "the run's tokens and steps win that time back three times, and compiling is known to work.",
     )
     group_by_length: bool = Field(True, description="Put rows of like length in one batch, which wastes no padding.")
     average: float | None = Field(

@@ -23,6 +23,7 @@ from trimtab.runs.events import Listener
 from trimtab.surgery.attach_report import AttachReport
 from trimtab.tasks import Inputs
 from trimtab.training.cautions import caution
+from trimtab.training.compile_choice import choose
 from trimtab.training.schedule import epoch_steps, total_steps
 
 
@@ -44,7 +45,17 @@ def check_before(job: Job, inputs: Inputs | None, attached: AttachReport) -> lis
             check(looked, notes)
     if job.config.train.epochs:
         caution(job, attached, notes)
+        if inputs is not None and (choice := choose(job, inputs, attached)).pays:
+            notes.add(choice.why)
     return list(notes)
+
+
+def planned(job: Job, inputs: Inputs | None, attached: AttachReport) -> list[str]:
+    """``check_before`` for `trimtab plan`, which also says why blocks are not compiled where that would not pay."""
+    found = check_before(job, inputs, attached)
+    if inputs is None or not job.config.train.epochs or (why := choose(job, inputs, attached).why) in found:
+        return found
+    return [*found, why]
 
 
 def checked_inputs(job: Job, inputs: Inputs, attached: AttachReport, listener: Listener) -> Inputs:

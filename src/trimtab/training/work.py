@@ -32,6 +32,7 @@ from trimtab.surgery.contexts import disable_adapter
 from trimtab.surgery.names import adapters
 from trimtab.tasks import Inputs, Task
 from trimtab.training.callbacks import Interrupting, LastLoss, Telling
+from trimtab.training.compile_choice import choose
 from trimtab.training.compiling import Compiling
 from trimtab.training.measuring import Measuring
 from trimtab.training.metrics_log import Recorder
@@ -73,6 +74,7 @@ class Work:
         processes, where that is asked for."""
         set_seed(self.job.config.train.seed)
         report = self.job.attach_to(self.model) if attaches else describe(self.model, ())
+        self._attached = report
         if here().sharded:
             root = Inside(self.model)
             shard(root, self.model)
@@ -142,8 +144,9 @@ class Work:
                 callbacks=[*callbacks, *self.trackers],
                 inside=self._inside,
             )
-            compiles = False if group.sharded else train.compile
-            trainer.add_callback(Compiling(self.model, compiles, self.listener, trainer.throughput))
+            choice = choose(self.job, self.inputs, self._attached)
+            if choice.compiles and not group.sharded:
+                trainer.add_callback(Compiling(self.model, choice.tokens, self.listener))
             try:
                 with listening(interrupting.ask):
                     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)

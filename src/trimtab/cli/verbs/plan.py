@@ -39,7 +39,7 @@ def command(
         from trimtab.memory.suggest import describe_run
         from trimtab.processes import Processes, being
         from trimtab.tasks import job_of
-        from trimtab.training.checks import check_before
+        from trimtab.training.checks import planned
         from trimtab.training.rate_plan import told_trials
         from trimtab.training.schedule import total_steps
         from trimtab.training.several import require_fit
@@ -47,7 +47,7 @@ def command(
     job = job_of(loaded)
     with being(Processes(size=processes, local=processes)):
         require_fit(loaded)
-        described = describe_run(job, length, check_before)
+        described = describe_run(job, length, planned)
     trials = told_trials(job) if length is None else None
     if as_json:
         described |= {"trials": trials} if trials else {}
