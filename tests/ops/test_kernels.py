@@ -158,3 +158,28 @@ def test_a_product_beyond_the_caches_is_summed_in_blocks_to_the_same(dtype: torc
     terms = grad.double() * witness.double()
     assert got is not None
     assert_within(got, terms.sum(0), 4, dtype, terms.abs().sum(0) / 8)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kernels", ["plain", "triton"])
+def test_norms_and_folded_weights(kernels: str, dtype: torch.dtype) -> None:
+    if kernels not in SETS:
+        pytest.skip("triton is not installed")
+    full = torch.promote_types(dtype, torch.float32)
+    for rank, turned in itertools.product([1, 5, 40], [False, True]):
+        weight = torch.randn(40, 70).to(dtype).t() if turned else torch.randn(70, 40).to(dtype)
+        a, b = torch.randn(rank, 40).to(full), torch.randn(70, rank).to(full)
+        total = weight.double() + 0.3 * b.double() @ a.double()
+        squares = weight.double().square().sum(1).to(full)
+        got = SETS[kernels].squared_norms(weight, squares, a, b, scale=0.3)
+        assert got.dtype == full
+        crossed = 0.6 * ((weight.double().abs() @ a.double().abs().t()) * b.double().abs()).sum(1)
+        assert_within(got, total.square().sum(1), 4, full, total.square().sum(1)) if dtype == full else assert_within(
+            got, total.square().sum(1), 2, dtype, crossed
+        )
+        for ratio in (None, torch.linspace(0.1, 3, 70).to(full)):
+            want = total if ratio is None else total * ratio.double()[:, None]
+            folded = SETS[kernels].fold(weight, ratio, a, b, scale=0.3)
+            assert folded.stride() == weight.stride()
+            size = (0.3 * b.double().abs() @ a.double().abs()) * (1 if ratio is None else ratio.double()[:, None])
+            assert_within(folded, want, 1.5, dtype, size if dtype == full else 1e-5)

@@ -162,27 +162,27 @@ class WeightMethod(_method.Method):
     def norm(self, weight: Tensor, base: WeightBase) -> Tensor:
         """``n = ||W + dV||`` for ``weight``, the W of ``base``: a constant for autograd unless ``detach_norm`` is off.
 
-        Without gradients (inference) the norm is kept, and used again as long as the trained tensors and W hold the
-        same values.
+        Without gradients (inference), and while the trained tensors are held (``hold``), the norm is kept, and used
+        again as long as they and W hold the same values.
         """
         with without_autocast(weight):
             return self._norm(weight, self.square_norms(base, weight))
 
     def _norm(self, weight: Tensor, squares: Tensor) -> Tensor:
-        if torch.is_grad_enabled():
-            if self.options.detach_norm:
-                with torch.no_grad():
-                    return self.squared_norms(weight, squares).sqrt()
+        trains = torch.is_grad_enabled()
+        if trains and not self.options.detach_norm:
             squares = self.squared_norms(weight, squares)
             # The square root has no derivative at 0; a row whose norm is 0 takes no part.
             return torch.where(squares > 0, squares.clamp_min(torch.finfo(squares.dtype).tiny).sqrt(), 0.0)
-        kept = self._what_is_kept(weight, squares)
-        return self.squared_norms(weight, squares).sqrt() if kept is None else kept.norm
+        with torch.no_grad():
+            kept = self._what_is_kept(weight, squares) if self._holds or not trains else None
+            fits = kept is not None and not (trains and kept.norm.is_inference())
+            return kept.norm if kept is not None and fits else self.squared_norms(weight, squares).sqrt()
 
     def _what_is_kept(self, weight: Tensor, squares: Tensor) -> KeptNorm | None:
-        """What passes without gradients share: the norm and the ratios made of it, with a copy of the trained tensors
-        that they belong to. Computed again when a trained tensor or W has changed. None where comparing would cost as
-        much.
+        """What passes without gradients share, and all passes while tensors are held: the norm and the ratios made of
+        it, with a copy of the trained tensors that they belong to. Computed again when one of these or W has changed.
+        None where comparing would cost as much.
 
         Version counters of the tensors would not do: fused optimisers and ``parameter.data`` go round them.
         """

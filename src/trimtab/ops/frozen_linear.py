@@ -25,7 +25,7 @@ from trimtab.ops.cost import Compute, counted, folds_gradient, folds_output, ful
 from trimtab.ops.dropout import Keep
 from trimtab.ops.expert_rows import StackMap
 from trimtab.ops.kernels import kernels_for
-from trimtab.ops.kernels.contract import KernelSet
+from trimtab.ops.kernels.contract import Passes
 from trimtab.ops.linear_map import MATRIX, LinearMap
 from trimtab.ops.ratio import HALF, Ratio, ratio_of
 from trimtab.ops.update import BuiltUpdate, Update
@@ -80,7 +80,7 @@ def factored(rows: Tensor, fed: Tensor, operands: Operands, in_place: bool) -> C
     return Computed(output, product, thin.inner if thin is not None and thin.inner.dtype == product.dtype else None)
 
 
-def _kernels(through: LinearMap, product: Tensor) -> KernelSet:
+def _kernels(through: LinearMap, product: Tensor) -> Passes:
     """The kernels for ``product``. A stack of weights has its own, since its factors and ratios go row by row."""
     return through if isinstance(through, StackMap) else kernels_for(product)
 
@@ -289,8 +289,8 @@ def frozen_linear(
         again: gives ``weight`` once more in the backward pass, which then does not keep it: for a weight that was
             computed for this call (a dequantised one). Called once, and only if ``x`` wants a gradient; what it gives
             may be overwritten.
-        ratios: where a pass without gradients looks for ``m / n``, and leaves it if it is not there, by the dtype of
-            the computation; the caller empties it when ``magnitude`` or ``norm`` change.
+        ratios: where ``m / n`` is looked for, and left if it is not there, by the dtype of the computation; the caller
+            empties it when ``magnitude`` or ``norm`` change.
 
     Differentiable once: a second derivative is refused by autograd, and ``torch.func`` transforms are not supported.
     """
@@ -308,7 +308,7 @@ def frozen_linear(
     given = (x, bias, magnitude, norm, *tensors)
     with without_autocast(weight):
         if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in given):
-            ratio = None if magnitude is None or norm is None else ratio_of(magnitude, norm, weight.dtype)
+            ratio = None if magnitude is None or norm is None else _ratio(magnitude, norm, weight.dtype, ratios)
             # What gets a gradient is an argument of its own; bias and tensors join the operands again inside.
             operands = Operands(weight=weight, bias=None, ratio=ratio, update=update, tensors=(), through=through)
             inputs = x, bias, magnitude, norm, (operands, settings), *tensors
@@ -317,10 +317,18 @@ def frozen_linear(
         # Nobody will ask for a gradient. (And torch.compile, outside of training, calls a function with exactly two
         # trailing tensors without its context.)
         with torch.no_grad():
-            ratio = None if ratios is None else ratios.get(weight.dtype)
-            if ratio is None and magnitude is not None and norm is not None:
-                ratio = ratio_of(magnitude, norm, weight.dtype)
-                if ratios is not None:
-                    ratios[weight.dtype] = ratio
+            ratio = None if magnitude is None or norm is None else _ratio(magnitude, norm, weight.dtype, ratios)
             operands = Operands(weight=weight, bias=bias, ratio=ratio, update=update, tensors=tensors, through=through)
             return through.output(_compute(x, operands, settings)[0].output, x.shape)
+
+
+def _ratio(magnitude: Tensor, norm: Tensor, dtype: torch.dtype, known: dict[torch.dtype, Ratio] | None) -> Ratio:
+    """``m / n`` from what is ``known``, or computed and left there."""
+    ratio = None if known is None else known.get(dtype)
+    if ratio is None or (
+        torch.is_grad_enabled() and ratio.values.is_inference()
+    ):  # that mode's are no good for training
+        ratio = ratio_of(magnitude, norm, dtype)
+        if known is not None:
+            known[dtype] = ratio
+    return ratio

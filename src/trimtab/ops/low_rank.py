@@ -11,12 +11,11 @@ from torch import Tensor
 
 from trimtab.ops.autocast import cast
 from trimtab.ops.cost import RANKS_PER_PASS, Work
-from trimtab.ops.decomposition import Axis, row_blocks
+from trimtab.ops.decomposition import Axis
+from trimtab.ops.kernels import kernels_for, plain
 from trimtab.ops.kernels.contract import BackwardPass, Thin
 from trimtab.ops.linear_map import LinearMap
 from trimtab.ops.update import Update
-
-_BLOCK = 1 << 18  # elements: what a processor's second cache holds in float32
 
 
 @dataclass(frozen=True)
@@ -43,17 +42,8 @@ class LowRank(Update):
         return Work(thin * tokens * out_features, thin * tokens * in_features, fold * out_features * in_features)
 
     def fold(self, weight: Tensor, ratio: Tensor | None, tensors: tuple[Tensor, ...]) -> Tensor:
-        a, b = tensors
-        work = torch.promote_types(weight.dtype, torch.float32)
-        a, b, rows = a.to(work), b.to(work) * self.scale, None if ratio is None else ratio.to(work).unsqueeze(1)
-        if weight.dtype == work:
-            total = weight.clone().addmm_(b, a)
-            return total if rows is None else total.mul_(rows)
-        total = torch.empty_like(weight)
-        for block in row_blocks(weight.shape[0], weight.shape[1], _BLOCK):  # the full digits of a few rows at a time
-            full = weight[block].to(work).addmm_(b[block], a)
-            total[block] = full if rows is None else full.mul_(rows[block])
-        return total
+        kernels = kernels_for(weight) if weight.dim() == 2 else plain
+        return kernels.fold(weight, ratio, *tensors, scale=self.scale)
 
     def thin(
         self,
@@ -95,12 +85,12 @@ def squared_norms(weight: Tensor, squares: Tensor, a: Tensor, b: Tensor, *, scal
     Differentiable in ``a`` and ``b``. The products with ``W`` run in its dtype, everything else in the dtype of
     ``squares``; the sum is kept from going below zero, where rounding would take it if the update cancels a row.
     """
-    a_full, b_full = a.to(squares.dtype), b.to(squares.dtype)
-    add_product = torch.addmm if weight.dim() == 2 else torch.baddbmm
     if axis == "output":
-        crossed = weight.matmul(a.to(weight.dtype).mT).to(squares.dtype)  # W A^T: [out, rank]
-        inner = add_product(crossed, b_full, a_full.matmul(a_full.mT), beta=2 * scale, alpha=scale**2)
-        return (squares + (b_full * inner).sum(-1)).clamp_min(0)
+        differentiated = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
+        kernels = plain if differentiated or weight.dim() > 2 else kernels_for(weight)
+        return kernels.squared_norms(weight, squares, a, b, scale=scale)
+    a_full, b_full = a.to(squares.dtype), b.to(squares.dtype)
     crossed = b.to(weight.dtype).mT.matmul(weight).to(squares.dtype)  # B^T W: [rank, in]
+    add_product = torch.addmm if weight.dim() == 2 else torch.baddbmm
     inner = add_product(crossed, b_full.mT.matmul(b_full), a_full, beta=2 * scale, alpha=scale**2)
     return (squares + (a_full * inner).sum(-2)).clamp_min(0)

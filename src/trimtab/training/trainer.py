@@ -31,6 +31,7 @@ from trimtab.training.metrics_log import Lap, Throughput
 from trimtab.training.on_device import is_flash
 from trimtab.training.optimizer import make_optimizer
 from trimtab.training.schedule import epoch_steps, total_steps
+from trimtab.training.steady import Steady
 
 IDLE = "idle"
 """Marks a batch of a process that has no rows of its own to train on."""
@@ -174,6 +175,7 @@ class AdapterTrainer(Trainer):
         self._collator = packer or task.collator(reader, prompts=prompts)
         self._averaging = Averaging(model, train.average or 0.0)
         self._inside = inside
+        self._steady = Steady(model, repeats=train.gradient_accumulation > 1 or train.gradient_checkpointing)
         super().__init__(
             model=model,
             args=arguments,
@@ -236,6 +238,16 @@ class AdapterTrainer(Trainer):
         loss = self._inside(lambda: self._task.loss(self._head, inputs, count=num_items_in_batch, prompt_weight=weight))
         loss = loss if idle is None else loss * 0.0
         return (loss, None) if return_outputs else loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        with self._steady.small_batch(is_last=self.accelerator.sync_gradients):
+            return super().training_step(*args, **kwargs)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._steady.end()
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         """What carries loss in the shares of all processes."""

@@ -4,9 +4,12 @@
     backward    over ``dy`` and ``y`` at once: ``sum dy``, ``sum dy y``, ``c dy``, ``(c dy) s B`` and ``s (c dy)^T h``
 
 ``p [tokens, out]`` is the product with the frozen weight, ``h [tokens, rank]`` that with A, ``c [out]`` the ratio.
-(Behind a convolution it is ``p [batch, out, places]`` and ``h [batch, rank, places]``.) Each part may be missing. A set
-of kernels is one file in this folder that defines these two functions, and is held against
-``trimtab.ops.reference``.
+(Behind a convolution it is ``p [batch, out, places]`` and ``h [batch, rank, places]``.) Each part may be missing.
+
+And two over ``[out, in]``: ``squared_norms`` of the rows of ``W + s B A``, and ``fold``, which forms ``c (W + s B A)``.
+
+A set of kernels is one file in this folder that defines these functions, taking from ``plain`` what it does no better,
+and is held against ``trimtab.ops.reference``.
 """
 
 from __future__ import annotations
@@ -44,8 +47,8 @@ class BackwardPass(NamedTuple):
     """``s (c dy)^T h [out, rank]``, the gradient of ``B``; of a thin update."""
 
 
-class KernelSet(Protocol):
-    """The two passes, for one kind of device."""
+class Passes(Protocol):
+    """The passes over ``[tokens, out]``, for one kind of device or one kind of weight."""
 
     def forward(
         self, product: Tensor, *, thin: Thin | None, ratio: Ratio | None, bias: Tensor | None, in_place: bool
@@ -63,3 +66,13 @@ class KernelSet(Protocol):
         wants_scaled: bool,
     ) -> BackwardPass:
         """What is asked for of ``grad = dy [tokens, out]``; ``witness`` is ``y [tokens, out]``."""
+
+
+class KernelSet(Passes, Protocol):
+    """What there is for one kind of device."""
+
+    def squared_norms(self, weight: Tensor, squares: Tensor, a: Tensor, b: Tensor, *, scale: float) -> Tensor:
+        """``||W + s B A||^2`` per row ``[out]`` in the dtype of ``squares``, which is ``||W||^2``."""
+
+    def fold(self, weight: Tensor, ratio: Tensor | None, a: Tensor, b: Tensor, *, scale: float) -> Tensor:
+        """``c (W + s B A) [out, in]`` with ``ratio = c [out]``, None for 1: a new tensor that is laid out as W."""

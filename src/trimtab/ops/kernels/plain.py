@@ -7,9 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trimtab.ops.autocast import cast
+from trimtab.ops.decomposition import row_blocks
 from trimtab.ops.kernels.contract import BackwardPass, Thin
 from trimtab.ops.ratio import Ratio
 
+_BLOCK = 1 << 18  # elements: what a processor's second cache holds in float32
 _CACHED = 1 << 19  # bytes: of two tensors and their product, so much of each stays in a processor's second cache
 
 
@@ -46,6 +48,30 @@ def backward(
     grad_inner = grad.mm(cast(b * factor, grad.dtype))
     grad_b = inner.t().mm(grad).t() * factor  # transposed, it is up to twice as fast
     return BackwardPass(grad, bias, witnessed, grad_inner, cast(grad_b, b.dtype))
+
+
+def squared_norms(weight: Tensor, squares: Tensor, a: Tensor, b: Tensor, *, scale: float) -> Tensor:
+    """``||W + s B A||^2`` per row ``[out]``; of a stack of weights, expert by expert. Differentiable in A and B."""
+    a_full, b_full = a.to(squares.dtype), b.to(squares.dtype)
+    crossed = weight.matmul(a.to(weight.dtype).mT).to(squares.dtype)  # W A^T: [out, rank]
+    add_product = torch.addmm if weight.dim() == 2 else torch.baddbmm
+    inner = add_product(crossed, b_full, a_full.matmul(a_full.mT), beta=2 * scale, alpha=scale**2)
+    return (squares + (b_full * inner).sum(-1)).clamp_min(0)
+
+
+def fold(weight: Tensor, ratio: Tensor | None, a: Tensor, b: Tensor, *, scale: float) -> Tensor:
+    """``c (W + s B A) [out, in]``, a new tensor that is laid out as W."""
+    work = torch.promote_types(weight.dtype, torch.float32)
+    a, b, rows = a.to(work), b.to(work) * scale, None if ratio is None else ratio.to(work).unsqueeze(1)
+    if weight.dtype == work:
+        total = weight.clone().addmm_(b, a)
+        return total if rows is None else total.mul_(rows)
+    total = torch.empty_like(weight)
+    elements = _BLOCK if weight.device.type == "cpu" else weight.numel()
+    for block in row_blocks(weight.shape[0], weight.shape[1], elements):  # the full digits of a few rows at a time
+        full = weight[block].to(work).addmm_(b[block], a)
+        total[block] = full if rows is None else full.mul_(rows[block])
+    return total
 
 
 def _summed_product(grad: Tensor, witness: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from trimtab.ops.autocast import cast
 from trimtab.ops.kernels import plain
 from trimtab.ops.kernels import triton_programs as programs
 from trimtab.ops.kernels.contract import BackwardPass, Thin
@@ -46,6 +47,9 @@ class Sizes(NamedTuple):
     rows: int
     columns: int
     warps: int
+
+
+_NORMS = Sizes(32, 128, 4)
 
 
 def forward_sizes(tokens: int) -> Sizes:
@@ -78,7 +82,8 @@ def forward(product: Tensor, *, thin: Thin | None, ratio: Ratio | None, bias: Te
         return product
     in_place = in_place or (ratio is None and bias is None)
     output = None if in_place else torch.empty_like(product)
-    _call(torch.ops.trimtab.forward_pass, _forward_pass, (product, output, inner, b, scale, values, bias))
+    given = (product, output, inner, b, scale, values, bias, thin is not None, False)
+    _call(torch.ops.trimtab.forward_pass, _forward_pass, given)
     return product if output is None else output
 
 
@@ -118,6 +123,26 @@ def backward(
         None if thin is None else grad_inner,
         None if thin is None else grad_b,
     )
+
+
+def squared_norms(weight: Tensor, squares: Tensor, a: Tensor, b: Tensor, *, scale: float) -> Tensor:
+    """``||W + s B A||^2`` per row ``[out]`` in the dtype of ``squares``, which is ``||W||^2``."""
+    if len(a) > BACKWARD_RANKS or not a.numel() or not takes(weight, squares, a, b):
+        return plain.squared_norms(weight, squares, a, b, scale=scale)
+    full = cast(a, squares.dtype)
+    norms: Tensor = _call(torch.ops.trimtab.squared_norms, _squared_norms, (weight, squares, full, b, scale))
+    return norms
+
+
+def fold(weight: Tensor, ratio: Tensor | None, a: Tensor, b: Tensor, *, scale: float) -> Tensor:
+    """``c (W + s B A) [out, in]``: the forward pass over W, with a ratio for each row."""
+    fits = len(a) * 4 <= FORWARD_BYTES and a.numel() and weight.is_contiguous() and takes(weight, ratio, a, b)
+    if not fits or torch.compiler.is_compiling():  # a compiler would copy W, which the operation might change
+        return plain.fold(weight, ratio, a, b, scale=scale)
+    total = torch.empty_like(weight)
+    given = (weight, total, cast(b, _full(weight.dtype)), a.t(), scale, ratio, None, False, True)
+    _call(torch.ops.trimtab.forward_pass, _forward_pass, given)
+    return total
 
 
 def _call(op: Any, program: Any, given: tuple[Any, ...]) -> Any:
@@ -170,7 +195,11 @@ def _forward_pass(
     scale: float,
     ratio: Tensor | None,
     bias: Tensor | None,
+    keeps: bool,
+    by_rows: bool,
 ) -> None:
+    """``keeps``: the sum before the ratio goes to ``product``, and the output to a place of its own. ``by_rows``: the
+    ratio has a number for each row."""
     tokens, out = product.shape
     if not product.numel():
         return
@@ -193,7 +222,8 @@ def _forward_pass(
         THIN=inner is not None,
         RATIO=ratio is not None,
         BIAS=bias is not None,
-        KEEP=output is not None and inner is not None,
+        BY_ROWS=by_rows,
+        KEEP=keeps and output is not None and inner is not None,
         DOT=_dots(product.dtype if inner is None else inner.dtype),
         ACC=_accumulates(product.dtype),
         PRECISION=_precision(),
@@ -273,6 +303,32 @@ def _backward_pass(
     return found
 
 
+@_on_its_device
+def _squared_norms(weight: Tensor, squares: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    (out, features), rank, into = weight.shape, len(a), torch.empty_like(squares)
+    programs.squared_norms[(math.ceil(out / _NORMS.rows),)](
+        weight=weight,
+        squares=squares,
+        a=a,
+        b=b,
+        crossed=a.mm(a.t()),
+        into=into,
+        out=out,
+        features=features,
+        rank=rank,
+        **_strides(weight=weight, a=a, b=b),
+        SCALE=scale,
+        BM=_NORMS.rows,
+        BN=_NORMS.columns,
+        BR=padded(rank),
+        DOT=_dots(weight.dtype),
+        ACC=_accumulates(squares.dtype),
+        PRECISION=_precision(),
+        num_warps=_NORMS.warps,
+    )
+    return into
+
+
 def _full(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -301,5 +357,7 @@ def _backward_results(
 # For torch.compile, and for tensors without numbers, the passes are single operations.
 _forward_op = torch.library.custom_op("trimtab::forward_pass", _forward_pass, mutates_args=("product", "output"))
 _backward_op = torch.library.custom_op("trimtab::backward_pass", _backward_pass, mutates_args=())
+_norms_op = torch.library.custom_op("trimtab::squared_norms", _squared_norms, mutates_args=())
+_norms_op.register_fake(lambda weight, squares, *given: torch.empty_like(squares))
 _forward_op.register_fake(lambda *given: None)
 _backward_op.register_fake(_backward_results)

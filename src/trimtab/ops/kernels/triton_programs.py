@@ -34,14 +34,15 @@ def forward_pass(
     BR: tl.constexpr,
     THIN: tl.constexpr,
     RATIO: tl.constexpr,
+    BY_ROWS: tl.constexpr,
     BIAS: tl.constexpr,
     KEEP: tl.constexpr,
     DOT: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``output = c (p + s h B^T) + bias``; with KEEP the sum before
-    the ratio goes back to ``product``. A program has BM rows and BN columns."""
+    """``output = c (p + s h B^T) + bias``; with KEEP the sum before the ratio goes back to ``product``, with BY_ROWS
+    there is a ratio for each row. A program has BM rows and BN columns."""
     columns = tl.program_id(0) * BN + tl.arange(0, BN)
     rows = tl.program_id(1) * BM + tl.arange(0, BM)
     in_rows, in_columns = rows < tokens, columns < out
@@ -65,7 +66,9 @@ def forward_pass(
         total += tl.dot(h.to(DOT), factor.to(DOT), input_precision=PRECISION, out_dtype=ACC) * SCALE
     if KEEP:
         tl.store(product + place, total.to(product.dtype.element_ty), mask=mask)
-    if RATIO:
+    if RATIO and BY_ROWS:
+        total *= tl.load(ratio + rows, mask=in_rows, other=0.0).to(ACC)[:, None]
+    elif RATIO:
         total *= tl.load(ratio + columns, mask=in_columns, other=0.0).to(ACC)[None, :]
     if BIAS:
         total += tl.load(bias + columns, mask=in_columns, other=0.0).to(ACC)[None, :]
@@ -201,3 +204,61 @@ def _add_up(parts, into, block, size, count, BLOCK: tl.constexpr, ACC: tl.conste
         total += tl.load(parts, mask=mask, other=0.0)
         parts += size
     tl.store(into + places, total.to(into.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def squared_norms(
+    weight,
+    squares,
+    a,
+    b,
+    crossed,
+    into,
+    out,
+    features,
+    rank,
+    weight_row,
+    weight_column,
+    a_row,
+    a_column,
+    b_row,
+    b_column,
+    SCALE: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BR: tl.constexpr,
+    DOT: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``||W||^2 + 2 s <W A^T, B> + s^2 <B (A A^T), B>`` of BM rows, with ``crossed = A A^T``: one walk over W."""
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    ranks, other_ranks = tl.arange(0, BR), tl.arange(0, BR)
+    in_rows, in_ranks = rows < out, ranks < rank
+    from_rows = weight + rows.to(tl.int64)[:, None] * weight_row
+    product = tl.zeros([BM, BR], ACC)
+    for start in range(0, features, BN):
+        columns = start + tl.arange(0, BN)
+        in_columns = columns < features
+        w = tl.load(
+            from_rows + columns.to(tl.int64)[None, :] * weight_column,
+            mask=in_rows[:, None] & in_columns[None, :],
+            other=0.0,
+        )
+        factor = tl.load(
+            a + ranks[None, :] * a_row + columns[:, None] * a_column,
+            mask=in_ranks[None, :] & in_columns[:, None],
+            other=0.0,
+        )
+        product += tl.dot(w.to(DOT), factor.to(DOT), input_precision=PRECISION, out_dtype=ACC)
+    weights = tl.load(
+        b + rows[:, None] * b_row + ranks[None, :] * b_column, mask=in_rows[:, None] & in_ranks[None, :], other=0.0
+    ).to(ACC)
+    gram = tl.load(
+        crossed + ranks[:, None] * rank + other_ranks[None, :],
+        mask=in_ranks[:, None] & (other_ranks < rank)[None, :],
+        other=0.0,
+    ).to(ACC)
+    inner = 2 * SCALE * product + SCALE * SCALE * tl.dot(weights, gram, input_precision="ieee", out_dtype=ACC)
+    total = tl.load(squares + rows, mask=in_rows, other=0.0).to(ACC) + tl.sum(weights * inner, 1)
+    tl.store(into + rows, tl.maximum(total, 0.0).to(into.dtype.element_ty), mask=in_rows)
