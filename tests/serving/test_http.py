@@ -179,6 +179,7 @@ WRONG = {
     ),
     "a tool that is none": ({**CHAT, "tools": [{"name": "f"}]}, "tools.0: expected"),
     "forced": ({**CHAT, "tool_choice": "required"}, "tool_choice: the model cannot be made to"),
+    "tokenizer": ({**CHAT, "chat_template_kwargs": {"tokenizer": "x"}}, "tokenizer is not for a request"),
     "template": ({**CHAT, "chat_template_kwargs": {"chat_template": "x"}}, "chat_template is not for a request"),
 }
 

@@ -13,7 +13,16 @@ from trimtab.serving.bodies import ChatAsking, FieldError
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 _SETTLED = frozenset(
     {
-        *("messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize"),
+        *(
+            "tokenizer",
+            "messages",
+            "conversation",
+            "tools",
+            "documents",
+            "chat_template",
+            "add_generation_prompt",
+            "tokenize",
+        ),
         *("continue_final_message", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
         *("return_assistant_tokens_mask", "tokenizer_kwargs", "limit_memory"),
     }
@@ -22,7 +31,10 @@ _SETTLED = frozenset(
 
 
 class Conversations:
-    """Writes conversations for the models of one server; what is learnt about a template is kept."""
+    """Writes conversations for the models of one server; what is learnt about a template is kept.
+
+    Templates have no bound of their memory here: it would be one of the whole process, and the engine works beside it.
+    """
 
     def __init__(self) -> None:
         self._templates: dict[str, ChatTemplate] = {}
@@ -37,7 +49,7 @@ class Conversations:
             )
         template = self._templates.get(asked.model)
         if template is None or template.tokenizer is not tokenizer:
-            template = self._templates[asked.model] = ChatTemplate(tokenizer)
+            template = self._templates[asked.model] = ChatTemplate(tokenizer, limit_memory=False)
         messages = [_message(at, message, template) for at, message in enumerate(asked.messages)]
         if not messages:
             raise FieldError("messages: expected at least one message", "messages")
@@ -56,7 +68,6 @@ def _rendered(
     if settled := sorted(_SETTLED & options.keys()):
         raise FieldError(f"chat_template_kwargs: {settled[0]} is not for a request to set", "chat_template_kwargs")
     try:
-        # Without a bound of its memory, which would be one of the whole process: the engine is at work beside it.
         return str(render(tokenizer, messages, limit_memory=False, tools=tools, add_generation_prompt=True, **options))
     except ModelError as error:
         roles = ", ".join(message["role"] for message in messages)

@@ -14,10 +14,11 @@ _WORD = "abracadabra"
 
 
 class ChatTemplate:
-    """The chat template of ``tokenizer``, which has to have one."""
+    """The chat template of ``tokenizer``, which has to have one. ``limit_memory``: as ``render`` has it."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, *, limit_memory: bool = True) -> None:
         self.tokenizer = tokenizer
+        self._limit_memory = limit_memory
         self.specials = special_tokens(tokenizer)
         """Any of these may end a turn."""
         self.calls_written = 0
@@ -40,9 +41,9 @@ class ChatTemplate:
         """The text of ``messages``. Raises DataError, which names ``place``, if the template refuses them."""
         said = options or {}
         try:
-            return str(
-                render(self.tokenizer, self.taken(messages), tools=tools, add_generation_prompt=generation, **said)
-            )
+            taken, limited = self.taken(messages), self._limit_memory
+            asked: dict[str, Any] = {"tools": tools, "add_generation_prompt": generation}
+            return str(render(self.tokenizer, taken, limit_memory=limited, **asked, **said))
         except (ModelError, TypeError) as error:  # options can have the names of parameters
             roles = ", ".join(str(message["role"]) for message in messages)
             raise DataError(
@@ -118,7 +119,7 @@ class ChatTemplate:
 
     def _shown(self, messages: list[dict[str, Any]]) -> str:
         try:
-            return str(render(self.tokenizer, messages))
+            return str(render(self.tokenizer, messages, limit_memory=self._limit_memory))
         except ModelError:
             return ""
 
