@@ -55,7 +55,9 @@ def launched() -> int:
 
 
 def speaks() -> bool:
-    """Whether this process talks to the user, as far as the environment says: it is the first, or alone."""
+    """Whether this process talks to the user: it is the first, or alone."""
+    if here().size > 1:
+        return here().leads
     return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 

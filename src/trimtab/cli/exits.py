@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 from trimtab.cli.terminal import make_safe
 from trimtab.errors import STOPS, EndedElsewhere, Interrupted, TrimtabError, machine_refusal, printable
+from trimtab.launching import speaks
 from trimtab.machine import keep_few_products
 
 _CONTROL = re.compile("[\x7f-\x9f]")
@@ -49,10 +50,12 @@ def exit_code(work: Callable[[], int | None]) -> int:
     try:
         return work() or 0
     except Interrupted as stopped:
-        say(f"\n{stopped}", error=True)
+        if speaks():
+            say(f"\n{stopped}", error=True)
         return stopped.code
     except STOPS as stop:
-        say("\ninterrupted; nothing was begun", error=True)
+        if speaks():
+            say("\ninterrupted; nothing was begun", error=True)
         return Interrupted.by(stop, "").code
     except EndedElsewhere as ended:
         return ended.code

@@ -13,7 +13,7 @@ import typer
 from trimtab.cli.importing import importing
 from trimtab.cli.verbs._arguments import Overrides
 from trimtab.hints import pasted
-from trimtab.launching import speaks
+from trimtab.launching import joined
 
 if TYPE_CHECKING:
     from trimtab.config.run import RunConfig
@@ -67,12 +67,14 @@ def command(
         raise typer.BadParameter(
             "name the run's YAML file" if finlora is None else "name a run of the file; see --list"
         )
-    loaded = _load(config, finlora, overrides or [])
+    with joined() as processes:  # before anything is read, so that what is wrong is told by one of them
+        loaded = _load(config, finlora, overrides or [])
+        do = _train if processes.leads else _follow
+        do(loaded, resume=resume, overwrite=overwrite)
 
-    if not speaks():
-        _follow(loaded, resume=resume, overwrite=overwrite)
-        return
 
+def _train(loaded: RunConfig, *, resume: bool, overwrite: bool) -> None:
+    """Do the run, and show how it goes and what came of it."""
     from trimtab.cli.displays.console import Terminal
     from trimtab.cli.displays.run import RunDisplay
     from trimtab.reports.run import run_tables
@@ -107,13 +109,13 @@ def command(
         console.print(line, soft_wrap=True)
 
 
-def _follow(config: RunConfig, *, resume: bool, overwrite: bool) -> None:
+def _follow(loaded: RunConfig, *, resume: bool, overwrite: bool) -> None:
     """Take part in a run that another process leads, and say nothing: that one says what there is to say."""
     logging.disable(logging.ERROR)
     warnings.simplefilter("ignore")
     with importing():
         from trimtab.training.run import finetune
-    finetune(config, resume=resume, overwrite=overwrite)
+    finetune(loaded, resume=resume, overwrite=overwrite)
 
 
 def _question(folder: RunFolder, form: str | None, verb: str) -> str:
