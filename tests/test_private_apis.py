@@ -26,7 +26,7 @@ TESTED = {
     *("_compiled_call_impl", "_call_impl", "_dynamo", "_functorch", "_subclasses", "_python_dispatch"),
     *("_is_avx512_bf16_supported", "_is_amx_tile_supported", "_cdata", "_local_scalar_dense", "_unsafe_view"),
     *("_NormBase", "_non_persistent_buffers_set"),
-    *("_n_gpu", "_setup_devices"),
+    *("_n_gpu",),
     *("_is_hf_initialized", "_init_weights", "_attn_implementation"),
     *("_conv_forward", "_reversed_padding_repeated_twice", "_tied_weights_keys"),
     *("_make_wrapper_subclass", "_foreach_lerp_", "_convert_weight_packed_for_cpu_inverse"),

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import Sampler
 
 from trimtab.data.rows import EncodedRow
-from trimtab.models.causal_head import IGNORED
+from trimtab.models.causal_head import IGNORED, label_positions
 
 TOKENS = 8192
 """Most tokens, padding included, of a batch that is evaluated, however many rows the caller allows."""
@@ -31,12 +31,14 @@ class Collator:
         multiple_of: round the width up to a multiple of this.
         mask: add ``attention_mask`` (1 where there is a token), for models that are not causal and for generation.
         prompts: add ``prompt_labels``: labels for the tokens that carry no loss, except the first of each row.
+        positions: add ``label_positions`` (and ``prompt_positions``): where these are (`label_positions`).
     """
 
     pad_id: int
     multiple_of: int = 1
     mask: bool = False
     prompts: bool = False
+    positions: bool = False
 
     def __call__(self, rows: Sequence[EncodedRow]) -> dict[str, torch.Tensor]:
         lengths = [len(row["input_ids"]) for row in rows]
@@ -54,6 +56,10 @@ class Collator:
         if self.prompts:
             batch["prompt_labels"] = torch.where(filled & (labels == IGNORED), ids, IGNORED)
             batch["prompt_labels"][:, 0] = IGNORED
+        if self.positions:
+            batch["label_positions"] = label_positions(labels)
+            if self.prompts:
+                batch["prompt_positions"] = label_positions(batch["prompt_labels"])
         return batch
 
 

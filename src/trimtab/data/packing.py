@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from trimtab.data.rows import EncodedRow
-from trimtab.models.causal_head import IGNORED
+from trimtab.models.causal_head import IGNORED, label_positions
 
 LAYOUT = ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 """The keys of a batch that say how its rows lie in it; the model is called with them."""
@@ -22,7 +22,8 @@ LAYOUT = ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max
 
 @dataclass(frozen=True)
 class PackingCollator:
-    """Lays rows one behind the other: int64 tensors ``[1, tokens]`` by name, among them ``position_ids``.
+    """Lays rows one behind the other: int64 tensors ``[1, tokens]`` by name, among them ``position_ids``; and
+    where the labels are (`label_positions`).
 
     The first token of a row carries no label: what stands before it is the end of another row.
 
@@ -44,9 +45,9 @@ class PackingCollator:
         if self.prompts:
             prompts = torch.where(labels == IGNORED, ids, IGNORED)
             prompts[begin] = IGNORED
-            batch["prompt_labels"] = prompts[None]
+            batch["prompt_labels"], batch["prompt_positions"] = prompts[None], label_positions(prompts[None])
         labels[begin] = IGNORED
-        batch["labels"] = labels[None]
+        batch["labels"], batch["label_positions"] = labels[None], label_positions(labels[None])
         batch["position_ids"] = torch.cat([torch.arange(length) for length in lengths])[None]
         if self.flash:
             places = torch.tensor(starts, dtype=torch.int32)

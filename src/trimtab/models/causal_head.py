@@ -8,12 +8,14 @@ logits, Granite and Cohere scale them. `Head` finds out by a probe and takes the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import masking_utils
 
 from trimtab.models.head_loss import head_loss, wide
 from trimtab.surgery.contexts import evaluating
@@ -77,6 +79,8 @@ class Head:
         lesser: Tensor | None = None,
         weight: float = 1.0,
         layout: Mapping[str, Any] | None = None,
+        at: Tensor | None = None,
+        lesser_at: Tensor | None = None,
     ) -> Tensor:
         """Token cross-entropy, as ``model(input_ids, labels=labels).loss``; a scalar in float32 (or float64).
 
@@ -89,11 +93,13 @@ class Head:
             lesser: more labels, laid out as ``labels``. Each counts ``weight``, and none among ``num_items``.
             weight: see ``lesser``.
             layout: what else the model is called with, where rows lie one behind the other (``position_ids`` and more).
+            at: where ``labels`` are (`label_positions`), and ``lesser_at`` where ``lesser`` are. To look
+                for them on an accelerator makes it wait.
         """
         layout = layout or {}
-        positions, targets = _labelled(labels)
+        positions, targets = _labelled(labels, at)
         denominator = max(positions.numel(), 1) if num_items is None else num_items
-        others = None if lesser is None else _labelled(lesser)
+        others = None if lesser is None else _labelled(lesser, lesser_at)
         if self._body is None:
             more: Any = {"denominator": denominator, "others": others, "weight": weight, "layout": layout}
             return self._own_loss(input_ids, labels, positions.numel(), **more)
@@ -164,7 +170,8 @@ class Head:
     def _hidden(
         body: nn.Module, input_ids: Tensor, positions: Tensor, past: Any | None = None, **layout: Any
     ) -> Tensor:
-        output = body(input_ids=input_ids, past_key_values=past, use_cache=past is not None, **layout)
+        with nullcontext() if layout else _rows_apart(input_ids):
+            output = body(input_ids=input_ids, past_key_values=past, use_cache=past is not None, **layout)
         states: Tensor = output.last_hidden_state
         return states.flatten(0, 1).index_select(0, positions)
 
@@ -190,11 +197,30 @@ class Head:
         return loss
 
 
-def _labelled(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions, through the flattened batch, that are scored on their next token, and these tokens."""
+def label_positions(labels: Tensor) -> Tensor:
+    """Through the flattened batch, the positions ``[n]`` that are scored on their next token: those before each label
+    of ``labels [rows, tokens]`` that is not the first of its row."""
     targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
-    positions = (targets != IGNORED).nonzero().squeeze(1)
-    return positions, targets.index_select(0, positions)
+    return (targets != IGNORED).nonzero().squeeze(1)
+
+
+def _labelled(labels: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Positions, through the flattened batch, that are scored on their next token, and these tokens."""
+    positions = label_positions(labels) if positions is None else positions
+    return positions, F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten().index_select(0, positions)
+
+
+@contextmanager
+def _rows_apart(ids: Tensor) -> Iterator[None]:
+    """While open, transformers does not look for rows that are packed into one. There are none, and to find that out it
+    would wait for an accelerator in every pass."""
+    look = masking_utils.find_packed_sequence_indices
+    if ids.device.type != "cpu":
+        masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = look
 
 
 def _separable_body(model: Any) -> nn.Module | None:

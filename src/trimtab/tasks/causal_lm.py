@@ -47,7 +47,7 @@ class CausalLM(_task.Task):
         return read_inputs(job.config, reader, listener, job.max_length)
 
     def collator(self, reader: Any, *, prompts: bool = False) -> Collator:
-        return Collator(reader.pad_token_id, prompts=prompts)
+        return Collator(reader.pad_token_id, prompts=prompts, positions=True)
 
     def packer(self, reader: Any, *, prompts: bool = False, flash: bool = False) -> PackingCollator:
         return PackingCollator(prompts=prompts, flash=flash)
@@ -67,6 +67,8 @@ class CausalLM(_task.Task):
             lesser=batch.get("prompt_labels"),
             weight=prompt_weight,
             layout={key: batch[key] for key in LAYOUT if key in batch},
+            at=batch.get("label_positions"),
+            lesser_at=batch.get("prompt_positions"),
         )
 
     def evaluate(

@@ -336,7 +336,8 @@ class AdapterTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # Checkpoints are few, and one that is spoiled would push out one that is not.
-        if not all(parameter.isfinite().all() for parameter in trainable_parameters(self._adapted).values()):
+        finite = [parameter.isfinite().all() for parameter in trainable_parameters(self._adapted).values()]
+        if finite and not torch.stack(finite).all():  # asked once, since an accelerator waits for each answer
             raise self._diverged()
         generators = here().gathered(torch.get_rng_state())
         try:
