@@ -41,7 +41,7 @@ def test_a_batch_is_one_row_without_padding() -> None:
     assert batch["prompt_labels"].tolist() == [[-100, 8, *[-100] * 6, 31, 32, 33, 34, *[-100] * 3]]
     assert batch["cu_seq_lens_q"].tolist() == batch["cu_seq_lens_k"].tolist() == [0, 5, 7, 14, 15]
     assert (batch["max_length_q"], batch["max_length_k"]) == (7, 7)
-    assert set(PackingCollator()(ROWS)) == {"input_ids", "labels", "position_ids"}
+    assert set(PackingCollator()(ROWS)) == {"input_ids", "labels", "label_positions", "position_ids"}
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -41,7 +41,7 @@ def steps_watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Seen]]:
 
 @pytest.mark.parametrize(
     ("form", "quantisation", "method"),
-    [("completion", "none", "dora"), ("open", "int8", "lora"), ("completion", "nf4", "mora")],
+    [("completion", "none", "dora"), ("open", "int8", "lora")],
 )
 def test_a_run_on_a_device_is_the_run_on_the_processor(
     form: str,
