@@ -98,6 +98,7 @@ class FakeEngine:
     positions: int = 500
     template: bool = True
     closed: bool = False
+    broken: bool = False
     notes: tuple[str, ...] = ()
     finished: int = 0
     running: list[FakeTicket] = field(default_factory=list)
@@ -153,7 +154,17 @@ class FakeEngine:
     def stats(self) -> Stats:
         seen = Histogram((0.1, 1.0), (self.finished, 0, 0), 0.05 * self.finished)
         return Stats(
-            *("closed" if self.closed else "ready", 0, len(self.running), 5, 7, 1.5, {"stop": self.finished}, {}, 9),
+            *(
+                "broken" if self.broken else "closed" if self.closed else "ready",
+                0,
+                len(self.running),
+                5,
+                7,
+                1.5,
+                {"stop": self.finished},
+                {},
+                9,
+            ),
             *(seen, seen, len(self.adapters), 2, 1000, 2, 0, self.notes),
         )
 

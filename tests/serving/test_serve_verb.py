@@ -140,6 +140,14 @@ def test_a_server_for_everybody_says_so(cli: Callable[..., Result], engine: Open
     assert "GET /health" not in result.out
 
 
+def test_a_server_whose_engine_cannot_go_on_ends(cli: Callable[..., Result], engine: Opened, port: int) -> None:
+    """Whoever watches over it starts it again."""
+    engine.broken = True
+    result = cli("serve", "m", "--port", port)
+    assert result.code == 1, result
+    assert "one after the other; the server has ended\n" in result.err
+
+
 def test_a_key_is_taken_from_the_environment_and_not_shown(
     cli: Callable[..., Result], engine: Opened, port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

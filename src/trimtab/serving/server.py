@@ -65,7 +65,7 @@ def address_of(made: socket.socket) -> str:
 
 class Serving(uvicorn.Server):
     """uvicorn around ``service``. Told to end, it takes no more requests, lets those that run go on for ``grace``
-    seconds, and cuts them then; told twice, it ends at once."""
+    seconds, and cuts them then; told twice, it ends at once. It ends by itself where the engine cannot go on."""
 
     def __init__(self, service: Service, engine: Engine, *, grace: float, told: Callable[[str], None]) -> None:
         # What uvicorn says of a broken request or of its own state is no news; ours is told by the guard.
@@ -95,6 +95,11 @@ class Serving(uvicorn.Server):
         if self.should_exit:
             os._exit(128 + sig)
         super().handle_exit(sig, frame)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second: whether to end."""
+        broken = counter % 10 == 0 and self._engine.stats().state == "broken"
+        return await super().on_tick(counter) or broken
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Let what runs go on for the time of grace, then close."""

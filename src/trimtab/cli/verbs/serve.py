@@ -11,7 +11,7 @@ import typer
 from trimtab.cli.exits import say
 from trimtab.cli.importing import importing
 from trimtab.cli.verbs._arguments import Target
-from trimtab.errors import ConfigError
+from trimtab.errors import ConfigError, RunError
 from trimtab.hints import quoted
 
 if TYPE_CHECKING:
@@ -166,6 +166,8 @@ def command(
                 say(f"Note: {note}", error=True)
             _tell(engine, address_of(opened), key=api_key is not None)
             serving.run(sockets=[opened])
+            if (stats := engine.stats()).state == "broken":
+                raise RunError(f"{'; '.join(stats.notes)}; the server has ended")
 
 
 def _named(said: list[str]) -> dict[str, Path]:
