@@ -1,26 +1,50 @@
-"""When kept norms still hold: equal numbers of one dtype on one device, and NaN never."""
+"""When kept norms still hold: equal numbers of one dtype on one device."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import pytest
 import torch
+from torch import nn
 
 from trimtab import methods
-from trimtab.methods._norms import same_values
+from trimtab.methods._norms import marks_of, same_values
 
 
-def test_equal_tensors_are_the_same() -> None:
-    one, other = torch.randn(3, 2), torch.randn(4)
-    assert same_values([one.clone(), other.clone()], [one, other]) is True
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_equal_tensors_are_the_same(dtype: torch.dtype) -> None:
+    tensors = torch.randn(3, 2).to(dtype), nn.Parameter(torch.randn(4).to(dtype)), torch.randn(2, 3).to(dtype).t()
+    marks = marks_of(tensors)
+    assert same_values(marks, [tensor.clone() for tensor in tensors]) is True
+    assert not any(isinstance(mark, torch.Tensor) for mark in marks or ()), "no memory is taken beside the tensors"
 
 
-def test_one_number_a_dtype_or_a_device_makes_another() -> None:
-    tensor = torch.ones(3)
-    changed = tensor.clone()
-    changed[1] += 1
-    assert not same_values([tensor], [changed])
-    assert not same_values([tensor], [tensor.double()])
-    assert not same_values([tensor], [tensor.to("meta")])
-    assert not same_values([torch.tensor([float("nan")])], [torch.tensor([float("nan")])])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda one: one[1, 1].add_(torch.finfo(one.dtype).eps),
+        lambda one: one.neg_(),
+        lambda one: one.copy_(one.flip(0)),
+        lambda one: one.copy_(one.flip(1)),
+        lambda one: one[0, 1].add_(1) + one[1, 0].sub_(1),
+    ],
+)
+def test_whatever_is_written_to_data_makes_other_values(change: Callable[[torch.Tensor], object]) -> None:
+    tensor = nn.Parameter(torch.tensor([[1.0, -1.0, 0.5], [-1.0, 1.0, 2.0]]))
+    marks, version = marks_of([tensor]), tensor._version
+    change(tensor.data)
+    assert tensor._version == version
+    assert not same_values(marks, [tensor])
+
+
+def test_a_dtype_or_a_device_makes_another() -> None:
+    tensor = torch.ones(4)
+    marks = marks_of([tensor])
+    assert not same_values(marks, [tensor.double()])
+    assert not same_values(marks, [tensor.view(2, 2)])
+    assert not same_values(marks, [tensor.to("meta")])
+    assert not same_values(marks_of([tensor.to("meta")]), [tensor])
 
 
 def test_methods_are_listed_by_what_they_sit_on() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trimtab.bases import WeightBase
 from trimtab.ops.decomposition import Axis
@@ -20,8 +20,12 @@ class SquaredNorms(NamedTuple):
     values: Tensor
 
 
+Mark = tuple[torch.dtype, torch.Size, int] | Tensor
+"""By which the values of a tensor are known again."""
+
+
 class KeptNorm(NamedTuple):
-    copies: tuple[Tensor, ...] | None  # None: no comparison is needed while the trained tensors are held
+    marks: tuple[Mark, ...] | None  # None: no comparison is needed while the trained tensors are held
     squares: Tensor  # those of the frozen weight that the norm belongs to
     norm: Tensor
     ratios: dict[torch.dtype, Ratio]
@@ -37,12 +41,29 @@ def squares_of(
     return SquaredNorms(Stamp(base.stored()), along, base.squared_norms(along[0]).to(dtype))
 
 
-def same_values(copies: Sequence[Tensor] | None, tensors: Sequence[Tensor] | None) -> bool:
-    """Whether ``tensors`` still hold the values that were copied (NaN is never the same); for None, which stands for
-    tensors that are held, whether nothing was copied."""
-    if copies is None or tensors is None:
-        return copies is tensors
-    return all(
-        copy.dtype == tensor.dtype and copy.device == tensor.device and torch.equal(copy, tensor)
-        for copy, tensor in zip(copies, tensors, strict=True)
-    )
+def marks_of(tensors: Sequence[Tensor] | None) -> tuple[Mark, ...] | None:
+    """What ``same_values`` holds ``tensors`` against; None for None."""
+    return None if tensors is None else tuple(_mark(tensor) for tensor in tensors)
+
+
+def _mark(tensor: Tensor) -> Mark:
+    """On a processor a hash of every bit, which takes hardly longer than a comparison and no memory; elsewhere a copy,
+    since there the values would have to come home first."""
+    if tensor.device.type != "cpu" or type(tensor) not in (Tensor, nn.Parameter):
+        return tensor.detach().clone()
+    numbers = tensor.detach().reshape(-1).view(torch.uint8).numpy()
+    return tensor.dtype, tensor.shape, hash(numbers.tobytes())
+
+
+def same_values(marks: Sequence[Mark] | None, tensors: Sequence[Tensor] | None) -> bool:
+    """Whether ``tensors`` still hold the values of which ``marks`` were taken; for None, which stands for tensors that
+    are held, whether no marks were."""
+    if marks is None or tensors is None:
+        return marks is tensors
+    return all(_fits(mark, tensor) for mark, tensor in zip(marks, tensors, strict=True))
+
+
+def _fits(mark: Mark, tensor: Tensor) -> bool:
+    if not isinstance(mark, Tensor):
+        return tensor.device.type == "cpu" and tensor.dtype == mark[0] and mark == _mark(tensor)
+    return mark.dtype == tensor.dtype and mark.device == tensor.device and torch.equal(mark, tensor)

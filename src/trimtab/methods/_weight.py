@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from trimtab.bases import TurnedBase, WeightBase
 from trimtab.errors import PlanError
 from trimtab.methods import _effective_stack, _method, _stack
-from trimtab.methods._norms import KeptNorm, SquaredNorms, same_values, squares_of
+from trimtab.methods._norms import KeptNorm, SquaredNorms, marks_of, same_values, squares_of
 from trimtab.ops.autocast import without_autocast
 from trimtab.ops.cost import Compute
 from trimtab.ops.decomposition import Axis, magnitude_over_norm
@@ -194,9 +194,9 @@ class WeightMethod(_method.Method):
         tensors = None if self._holds else self.weight_tensors()
         if tensors is not None and sum(tensor.numel() for tensor in tensors) >= weight.numel():
             return None
-        if kept is None or not same_values(kept.copies, tensors):
-            copies = None if tensors is None else tuple(tensor.detach().clone() for tensor in tensors)
-            self._kept = kept = KeptNorm(copies, squares, self.squared_norms(weight, squares).sqrt(), {})
+        if kept is None or not same_values(kept.marks, tensors):
+            norm = self.squared_norms(weight, squares).sqrt()
+            self._kept = kept = KeptNorm(marks_of(tensors), squares, norm, {})
         return kept
 
     def hold(self) -> None:
