@@ -103,3 +103,88 @@ def run_bare(run: Any) -> None:
 
     run.check_run = lambda *_: AttachReport((), (), 0, 0)
     run_page.write_run_page = lambda folder, summary=None: (folder / "report.html").write_text("")
+
+
+def library(rank: int, *, root: str, how: str) -> Any:
+    """Train an adapted model in two processes by a loop of one's own, save it, read it, load it again and merge it;
+    gives the largest difference of each to a model in one process.
+
+    ``how``: by ``ddp``, ``fsdp``, or ``tp``, which is refused.
+    """
+    import torch.distributed as dist
+    from torch import nn
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    import trimtab
+
+    dist.init_process_group("gloo", init_method=f"file://{root}/{how}", rank=rank, world_size=2)
+    try:
+        alone, shared = _adapted(), _adapted()
+        net: nn.Module = shared
+        if how == "tp":
+            plain = nn.ModuleDict({"lower": nn.Linear(12, 16)})
+            parallelize_module(plain, init_device_mesh("cpu", (2,)), {"lower": ColwiseParallel()})
+            trimtab.attach(plain, trimtab.Plan([trimtab.Rule(match="*", method="lora", rank=2)]))
+        if how == "ddp":
+            net = nn.parallel.DistributedDataParallel(shared)
+        else:
+            mesh = init_device_mesh("cpu", (2,))
+            for block in shared:  # type: ignore[attr-defined]
+                fully_shard(block, mesh=mesh)
+            fully_shard(shared, mesh=mesh)
+        rows = torch.randn(3, 4, 12, generator=torch.Generator().manual_seed(1))
+        losses = _steps(alone, rows), _steps(net, rows[:, 2 * rank : 2 * rank + 2])
+        summed = torch.tensor(losses[1])
+        dist.all_reduce(summed)
+        found = {"loss": float((summed / 2 - torch.tensor(losses[0])).abs().max())}
+        weights = {name: trimtab.effective_weight(alone, name) for name in ("0.0", "1.0")}
+        found["weight"] = _apart({name: trimtab.effective_weight(net, name) for name in weights}, weights)
+        folder = f"{root}/{how}-{rank if how == 'ddp' else 'all'}"
+        trimtab.save_adapter(net, folder)
+        for one in (shared, again := _adapted()):  # onto what is sharded, and onto a model in one process
+            trimtab.load_adapter(one, folder)
+        found["saved"] = _apart(trimtab.trainable_parameters(again), trimtab.trainable_parameters(alone))
+        with torch.no_grad():
+            expected = alone(rows[0])
+            found["loaded"] = float((net(rows[0]) - expected).abs().max())
+            trimtab.merge(shared)
+            found["merged"] = float((net(rows[0]) - expected).abs().max())
+        return found
+    finally:
+        dist.destroy_process_group()
+
+
+def _adapted() -> Any:
+    """Two blocks with two adapters, one of which is active: DoRA with a MoRA beside it."""
+    from torch import nn
+
+    import trimtab
+
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(12, 12), nn.Tanh()) for _ in range(2)))
+    for name, method in (("other", "lora"), ("default", "dora")):
+        plan = [trimtab.Rule(match="*", method=method, rank=2), trimtab.Rule(match="1.0", method="mora", rank=2)]
+        trimtab.attach(model, trimtab.Plan(plan), name=name)
+        with torch.no_grad():
+            for parameter in trimtab.trainable_parameters(model).values():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def _steps(net: Any, rows: torch.Tensor) -> list[float]:
+    """The losses of a step for each of ``rows``."""
+    optimizer = torch.optim.SGD([one for one in net.parameters() if one.requires_grad], lr=0.1)
+    losses = []
+    for batch in rows:
+        loss = net(batch).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def _apart(some: Mapping[str, torch.Tensor], others: Mapping[str, torch.Tensor]) -> float:
+    return max(float((tensor - others[name]).abs().max()) for name, tensor in some.items())

@@ -22,7 +22,7 @@ from trimtab.adapters.record import StoredAdapter
 from trimtab.adapters.renaming import as_named_in
 from trimtab.adapters.safe_read import shown
 from trimtab.adapters.unfrozen import Unfrozen, statistics, unfrozen
-from trimtab.adapters.whole import whole_tensors
+from trimtab.adapters.whole import whole_tensors, written_by_one
 from trimtab.bases import WeightBase
 from trimtab.errors import AdapterError, PlanError, machine_refusal, nearest
 from trimtab.surgery.adapted import Adapted, bare_modules, require_adapted
@@ -40,7 +40,7 @@ from trimtab.surgery.names import (
     set_adapter,
 )
 from trimtab.surgery.plan import Rule, Target
-from trimtab.surgery.wrappers import synchronised_by, unsharded, unwrapped, whole, write
+from trimtab.surgery.wrappers import split_by_plan, synchronised_by, unsharded, unwrapped, whole, write
 
 # Threads of one process that save into the same folder wait for each other.
 _SAVING = threading.Lock()
@@ -66,8 +66,9 @@ def save_adapter(
     is written with them, and so are the statistics of batch norms that have counted since. ``load_adapter`` reads it as
     an adapter of method full.
 
-    Tensors that are sharded over several processes are gathered, for which all of them must call this; or they are
-    taken from ``state_dict``, the model's own with whole tensors, where the caller has gathered it.
+    Tensors that are sharded over several processes are gathered, for which all of them must call this (the first one
+    writes, and all come back when it has); or they are taken from ``state_dict``, the model's own with whole tensors,
+    where the caller has gathered it.
 
     Raises:
         SurgeryError: the model has no adapters, or none of that name; or no name is given and none is active.
@@ -80,14 +81,15 @@ def save_adapter(
     for module in adapted.values():
         module.adapter.settle(module.handle)
     target = Path(folder)
-    try:
-        with _SAVING, replacing(target) as fresh, whole_tensors(model, state_dict):
-            adapted |= {place: one.entry for place, one in unfrozen(model, name).items()}
-            writer = next(one for one in all_formats() if one.can_express(model, adapted))
-            writer.save(model, adapted, fresh)
-    except (OSError, SafetensorError) as error:
-        refusal = machine_refusal(error, target) or f"{target}: {error}"
-        raise AdapterError(f"the adapter cannot be saved here: {refusal}") from error
+    with written_by_one(model, target, given=state_dict is not None) as here:
+        try:
+            with _SAVING, replacing(here) as fresh, whole_tensors(model, state_dict):
+                adapted |= {place: one.entry for place, one in unfrozen(model, name).items()}
+                writer = next(one for one in all_formats() if one.can_express(model, adapted))
+                writer.save(model, adapted, fresh)
+        except (OSError, SafetensorError) as error:
+            refusal = machine_refusal(error, target) or f"{target}: {error}"
+            raise AdapterError(f"the adapter cannot be saved here: {refusal}") from error
     return target
 
 
@@ -129,6 +131,11 @@ def load_adapter(model: nn.Module, folder: Path | str, name: str = DEFAULT) -> A
         raise AdapterError(
             f"{place}: {wrapper} has taken the model already, and would not keep new adapters alike in all processes. "
             f"Load the adapter first, and call {wrapper} then. The model is unchanged"
+        )
+    if split_by_plan(model):
+        raise AdapterError(
+            f"{place}: the model's weights are split over several processes by a tensor-parallel plan, which an "
+            "adapter does not follow. Load the model without tp_plan. The model is unchanged"
         )
     _check_modules(place, known, stored)
     rules, number = _rules(stored)

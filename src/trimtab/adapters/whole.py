@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from trimtab.errors import AdapterError
 from trimtab.methods import Method
-from trimtab.surgery.wrappers import whole, without_wrappers
+from trimtab.surgery.wrappers import synchronised_by, whole, without_wrappers
 
 
 @contextmanager
@@ -36,6 +40,35 @@ def whole_tensors(model: nn.Module, state_dict: Mapping[str, Tensor] | None = No
     finally:
         for holder, key, parameter in replaced:
             holder._parameters[key] = parameter
+
+
+@contextmanager
+def written_by_one(model: nn.Module, target: Path, *, given: bool) -> Iterator[Path]:
+    """A context in which a sharded ``model`` is saved by all processes together: gives where this one writes, which is
+    ``target`` in the first of them, and a folder that nobody reads in the others. It ends when all are done.
+
+    ``given``: whether the tensors were gathered before, so that one process saves by itself.
+
+    Raises AdapterError in all processes if it failed in one.
+    """
+    if given or synchronised_by(model) != "fully_shard":
+        yield target
+        return
+    failed: str | None = None
+    try:
+        if dist.get_rank() == 0:
+            yield target
+        else:
+            with tempfile.TemporaryDirectory() as unread:
+                yield Path(unread) / target.name
+    except Exception as error:
+        failed = str(error)
+        raise
+    finally:
+        said: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(said, failed)
+    if (elsewhere := next((one for one in said if one is not None), None)) is not None:
+        raise AdapterError(f"another process could not save the adapter: {elsewhere}")
 
 
 def _parameter(value: Tensor, trained: bool) -> nn.Parameter:

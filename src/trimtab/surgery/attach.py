@@ -14,7 +14,7 @@ from trimtab.surgery.install import install, remove_adapters
 from trimtab.surgery.names import require_new_name
 from trimtab.surgery.plan import Plan, Rule
 from trimtab.surgery.targets import find_targets
-from trimtab.surgery.wrappers import synchronised_by, unsharded, unwrapped, without_wrappers
+from trimtab.surgery.wrappers import split_by_plan, synchronised_by, unsharded, unwrapped, without_wrappers
 
 
 def attach(model: nn.Module, plan: Plan | Rule | list[Rule], name: str = DEFAULT) -> AttachReport:
@@ -45,6 +45,11 @@ def attach(model: nn.Module, plan: Plan | Rule | list[Rule], name: str = DEFAULT
             f"Attach first, and call {wrapper} then"
         )
     model = unwrapped(model)
+    if split_by_plan(model):
+        raise SurgeryError(
+            "attach: the model's weights are split over several processes by a tensor-parallel plan, which an adapter "
+            "does not follow. Load the model without tp_plan, attach, and shard it with fully_shard (FSDP2)"
+        )
     require_new_name(model, name, "attach")
     if bases.find(model) is not None:
         raise SurgeryError(
@@ -113,7 +118,7 @@ def effective_weight(model: nn.Module, name: str) -> Tensor:
     It is computed by the plain formula in float32 (float64 on a float64 base). Without an adapter it is the module's
     own weight. Raises SurgeryError if there is no such module, if it is a block, or if no base knows its kind.
     """
-    with unsharded(model) as sharded:
+    with unsharded(model, only=dict(bare_modules(model)).get(name)) as sharded:
         weight = _effective_weight(model, name)
         return weight.clone() if sharded else weight
 

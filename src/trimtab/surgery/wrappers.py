@@ -46,6 +46,13 @@ def synchronised_by(model: nn.Module) -> str | None:
     return "fully_shard" if any(callable(getattr(module, "reshard", None)) for module in model.modules()) else None
 
 
+def split_by_plan(model: nn.Module) -> bool:
+    """Whether weights of ``model`` lie in parts in several processes by a tensor-parallel plan (``tp_plan``): as
+    DTensors that nothing gathers before they are used."""
+    parts = any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+    return parts and not any(callable(getattr(module, "reshard", None)) for module in model.modules())
+
+
 def without_wrappers(model: nn.Module, name: str) -> str:
     """``name``, of a module or a parameter of ``model``, as it is where nothing inside ``model`` is wrapped."""
     kept = []
@@ -73,11 +80,18 @@ def write(into: Any, value: Tensor) -> None:
 
 
 @contextmanager
-def unsharded(model: nn.Module, *, changes: bool = False) -> Iterator[bool]:
+def unsharded(model: nn.Module, *, changes: bool = False, only: nn.Module | None = None) -> Iterator[bool]:
     """A context in which the weights that FSDP2 (``fully_shard``) has sharded are whole, for which all processes must
     enter it. With ``changes``, what becomes of them there (their values, and whether they are trained) is kept when it
-    ends. Gives whether there are any; a view of one has no memory any more afterwards."""
+    ends. Gives whether there are any; a view of one has no memory any more afterwards.
+
+    ``only``: a module inside of ``model``, whose weights are all that is gathered, with those that lie in one piece
+    with them."""
     sharded: list[Any] = [module for module in model.modules() if callable(getattr(module, "reshard", None))]
+    if only is not None:
+        around = [module for module in sharded if any(inner is only for inner in module.modules())]
+        inside = [module for module in only.modules() if callable(getattr(module, "reshard", None))]
+        sharded = [*around[-1:], *(module for module in inside if module not in around)]
     if not sharded:
         yield False
         return

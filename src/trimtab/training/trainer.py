@@ -4,7 +4,6 @@ schedules and resume are its own."""
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -43,11 +42,8 @@ class Diverged(RunError):  # noqa: N818 -- what happened, as people say it
 
 def save_from_one(model: nn.Module, folder: Path) -> None:
     """Save the adapter of ``model``, for which all processes come together where it is sharded; one of them writes."""
-    if here().leads:
+    if here().leads or here().sharded:
         save_adapter(model, folder)
-    elif here().sharded:
-        with tempfile.TemporaryDirectory() as unread:
-            save_adapter(model, unread)
 
 
 def _pins() -> bool:
