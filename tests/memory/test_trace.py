@@ -153,3 +153,17 @@ def test_another_architecture() -> None:
 
     found = traced(gpt2, trimtab.Rule(match="all-linear", method="dora", rank=4))["training"]
     assert found["activations"] > 4 * BATCH.rows * BATCH.length * 32 * 12
+
+
+def test_rows_one_behind_the_other_take_one_mask_of_all_their_tokens() -> None:
+    """Eager attention has a number for every two tokens of what it takes for one row: [heads, 512, 512] in place of
+    [8, heads, 64, 64], in each of the blocks."""
+    found = {}
+    for packed in (False, True):
+        with torch.device("meta"):
+            model = llama(attention="eager")
+        trimtab.attach(model, MIXED)
+        batch = Batch(8, 64, 8 * 63, packed=packed)
+        found[packed] = Trace(model, tasks.find("causal_lm")).run(batch)["training"]["activations"]
+    more = 5 * 4 * (512 * 512 - 8 * 64 * 64) * 4  # blocks, heads, pairs, bytes
+    assert found[True] - found[False] > 0.9 * more

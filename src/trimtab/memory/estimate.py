@@ -128,7 +128,7 @@ def estimate_run(job: Job, sizes: RowSizes) -> RunMemory:
     standing, uncounted = trace.standing, None
     labels = sizes.length - 1 if train.prompt_loss_weight else sizes.labels
     rows = max(1, train.batch_size // here().size)
-    batch = Batch(rows, sizes.length, rows * labels, sizes.shape)
+    batch = Batch(rows, sizes.length, rows * labels, sizes.shape, packed=train.padding_free is True)
     try:
         peaks = trace.run(
             batch,

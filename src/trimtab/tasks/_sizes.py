@@ -9,13 +9,15 @@ from dataclasses import dataclass
 class Batch:
     """The size of a batch: ``rows`` of ``length`` tokens. ``labels`` of all its positions carry loss.
 
-    ``shape``: of a picture, ``[channels, height, width]``, where rows are pictures.
+    ``shape``: of a picture, ``[channels, height, width]``, where rows are pictures. ``packed``: whether the rows lie
+    one behind the other.
     """
 
     rows: int
     length: int
     labels: int
     shape: tuple[int, ...] = ()
+    packed: bool = False
 
 
 @dataclass(frozen=True)

@@ -139,8 +139,10 @@ class CausalLM(_task.Task):
         )
 
     def sample(self, model: Any, batch: Batch) -> dict[str, Tensor]:
-        ids = torch.zeros(batch.rows, batch.length, dtype=torch.int64)
-        return {"input_ids": ids, "labels": torch.zeros_like(ids)}
+        shape = (1, batch.rows * batch.length) if batch.packed else (batch.rows, batch.length)
+        ids = torch.zeros(shape, dtype=torch.int64)
+        found = {"input_ids": ids, "labels": torch.zeros_like(ids)}
+        return found | ({"position_ids": torch.arange(shape[1])[None] % batch.length} if batch.packed else {})
 
     def logits_at_once(self, model: Any, labels: int) -> int:
         return min(labels, FROZEN_CHUNK) * int(model.config.get_text_config().vocab_size)
