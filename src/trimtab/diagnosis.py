@@ -34,7 +34,7 @@ USES = {
     "explore": "trimtab explore",
     "serve": "trimtab serve",
     "tensorboard": "train.tensorboard",
-    "gpu": "Liger's kernels, and attention from the hub",
+    "gpu": "model.liger",
 }
 """What each extra of this package is for. Those that it leaves out are for working on trimtab itself."""
 

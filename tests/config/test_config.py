@@ -171,7 +171,10 @@ def test_a_wrong_override_is_told_as_one(tmp_path: Path, override: str, message:
         ("train: {learning_rte: 1e-5}", "train.learning_rte: unknown key. Did you mean 'learning_rate'?"),
         ("trian: {epochs: 1}", "trian: unknown key. Did you mean 'train'?"),
         ("learning_rate: 1e-5", "learning_rate: unknown key. Did you mean 'train.learning_rate'?"),
-        ("evaluation: {zzz: 1}", "evaluation.zzz: unknown key. Known here: before, batch_size, max_new_tokens, static_cache, limit."),
+        (
+            "evaluation: {zzz: 1}",
+            "evaluation.zzz: unknown key. Known here: before, batch_size, max_new_tokens, static_cache, limit.",
+        ),
         ("train: 3", "train: expected a mapping, got 3."),
         ("train: null", "train: expected a mapping, got null."),
         ("train: {epochs: true}", "train.epochs: expected a number, got true."),

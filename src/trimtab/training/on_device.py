@@ -95,7 +95,7 @@ def _attention(job: Job, model: Any) -> str | None:
             "package kernels, which fetches it built; or leave model.attention out"
         )
     if "/" in said and not _installed("kernels"):
-        raise ModelError(f"model.attention: {said} is fetched by the package kernels: pip install 'trimtab[gpu]'")
+        raise ModelError(f"model.attention: {said} is fetched by the package kernels: pip install kernels")
     if not _generation():
         raise ModelError(f"model.attention: {said} takes a GPU, and torch sees none here; leave model.attention out")
     if error := _set_attention(model, said):
