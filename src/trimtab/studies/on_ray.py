@@ -40,9 +40,12 @@ PATIENCE = 300
 STORE = 256 * 2**20
 """Bytes that a Ray of our own keeps for what is carried; it has the same files, so that is little."""
 
+# Ray reads these when it is imported.
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DEDUP_LOGS": "1",
+    "RAY_DEDUP_LOGS_SKIP_REGEX": ".*",  # what it has to say of a lost worker, we say
 }
 
 
@@ -335,15 +338,14 @@ def cluster(address: str | None) -> Iterator[Cluster]:
 
     Raises RunError if the cluster cannot be joined, or Ray does not start.
     """
-    secret = {} if address is not None or "ray" in sys.modules else _secret()
-    os.environ |= secret
+    os.environ |= _QUIET | ({} if address is not None or "ray" in sys.modules else _secret())
     import ray
 
     if ray.is_initialized():  # by the program that this one is part of
         yield Cluster(ray)
         return
     if address is not None:
-        with _connected(ray, {"address": address}, _QUIET, f"the Ray cluster at {address} cannot be joined"):
+        with _connected(ray, {"address": address}, f"the Ray cluster at {address} cannot be joined"):
             yield Cluster(ray)
         return
     roomy = len(tempfile.gettempdir()) < 40  # the names of Ray's sockets are long, and a socket's may not be
@@ -358,17 +360,15 @@ def cluster(address: str | None) -> Iterator[Cluster]:
             "include_dashboard": False,
             "_temp_dir": folder,
         }
-        with _connected(ray, settings, _QUIET, "Ray does not start on this machine"):
+        with _connected(ray, settings, "Ray does not start on this machine"):
             yield Cluster(ray, Path(folder) / "runs", carries=False)
 
 
 @contextmanager
-def _connected(ray: Any, settings: dict[str, Any], environment: dict[str, str], otherwise: str) -> Iterator[None]:
-    """Ray with ``settings``, without its words at the terminal; what it does to signals and environment is undone."""
-    before = {name: os.environ.get(name) for name in environment}
+def _connected(ray: Any, settings: dict[str, Any], otherwise: str) -> Iterator[None]:
+    """Ray with ``settings``, without its words at the terminal; what it does to signals is undone."""
     in_main = threading.current_thread() is threading.main_thread()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)} if in_main else {}
-    os.environ |= environment
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -382,8 +382,3 @@ def _connected(ray: Any, settings: dict[str, Any], environment: dict[str, str], 
         raise RunError(f"{otherwise}: {_first_line(error)}") from None
     finally:
         ray.shutdown()
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
