@@ -338,3 +338,8 @@ def test_where_a_model_says_how_it_computes_attention() -> None:
     model.set_attn_implementation("eager")
     assert model.config._attn_implementation == "eager", without("transformers", "_attn_implementation, which follows,")
     assert model._supports_flash_attn is True, without("transformers", "_supports_flash_attn")
+
+
+def test_how_a_function_is_marked_whose_result_a_compiler_may_keep() -> None:
+    marked = torch.compiler.assume_constant_result(lambda: 1)
+    assert marked._dynamo_marked_constant is True, without("torch", "_dynamo_marked_constant")

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 
-import torch
 from torch import Tensor
 
 from trimtab.ops.kernels import channels, plain
@@ -59,7 +58,6 @@ def using(name: str) -> Iterator[KernelSet]:
         _forced = before
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _imports(name: str) -> bool:
     """Whether the set ``name`` can be imported. Where it cannot, although the device wants it, that is told once."""
     if name not in _works:
@@ -75,3 +73,8 @@ def _imports(name: str) -> bool:
                 stacklevel=2,
             )
     return _works[name]
+
+
+# What torch.compiler.assume_constant_result does, which would load all of torch's compiler for it: seconds, in every
+# process.
+setattr(_imports, "_dynamo_marked_constant", True)  # noqa: B010
