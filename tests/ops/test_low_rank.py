@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from trimtab.ops import decomposition
-from trimtab.ops.cost import FEW, full_digits_for_few
+from trimtab.ops.cost import PROCESSOR, full_digits_for_few
 from trimtab.ops.kernels import kernels_for
 from trimtab.ops.linear_map import MATRIX
 from trimtab.ops.low_rank import LowRank, squared_norms
@@ -78,8 +78,8 @@ def test_an_update_of_zero_leaves_the_squares_bit_for_bit(axis: decomposition.Ax
 def test_few_tokens_in_half_precision_are_rounded_once(dtype: torch.dtype) -> None:
     """A few tokens are multiplied with the update in float32, so only the sum is rounded."""
     _, a, b = draw(dtype)
-    x, product = (torch.randn(FEW[dtype.itemsize], width).to(dtype) for width in (60, 40))
+    x, product = (torch.randn(PROCESSOR.few[dtype.itemsize], width).to(dtype) for width in (60, 40))
     want = product.double() + 0.7 * x.double() @ a.double().t() @ b.double().t()
-    thin = LowRank(0.7).thin(x, (a, b), MATRIX, full_digits_for_few(len(x), dtype))
+    thin = LowRank(0.7).thin(x, (a, b), MATRIX, full_digits_for_few(len(x), dtype, "cpu"))
     kernels_for(x).forward(product, thin=thin, ratio=None, bias=None, in_place=True)
     assert bool(((product.double() - want).abs() <= 0.51 * torch.finfo(dtype).eps * want.abs() + 1e-5).all())

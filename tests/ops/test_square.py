@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import plain_formula
-from trimtab.ops.cost import FEW
+from trimtab.ops.cost import PROCESSOR
 from trimtab.ops.linear_map import MATRIX
 from trimtab.ops.square import Square
 
@@ -38,7 +38,7 @@ def test_delta_equals_the_plain_formula(square: Square) -> None:
 def test_few_tokens_in_half_precision_are_rounded_once_before_they_are_added(square: Square) -> None:
     matrix, dtype = torch.randn(square.side, square.side), torch.bfloat16
     x = torch.randn(square.side - 1, square.in_features).to(dtype)  # of more tokens, it is M that is turned
-    assert len(x) <= FEW[dtype.itemsize]
+    assert len(x) <= PROCESSOR.few[dtype.itemsize]
     product = torch.zeros(len(x), square.out_features, dtype=dtype)
     square.add_product(product, x, (matrix,), MATRIX)
     want = x.double() @ square.delta((matrix.double(),)).t()

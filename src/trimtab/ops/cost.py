@@ -4,8 +4,13 @@
     factored    y = c (x W^T + x dV^T)        nothing [out, in] is formed: passes over [tokens, out]
 
 (and the same for the gradient of the input). The products with W cost the same in both; what differs is how many
-elements are passed over, so the choice follows from the shapes. The weights below are passes over one element, in
-units of one in-place pass, fitted to measurements: ``python benchmarks/layer.py --fit`` prints them anew.
+elements are passed over, so the choice follows from the shapes, and from what a pass costs on the device (`Passes`).
+
+On a processor the passes are fitted to measurements: ``python benchmarks/layer.py --fit`` prints them anew. On
+accelerators they are not measured. There they are the bytes that a pass moves, beside those of one in place that reads
+and writes each element; a product with a factor of rank r costs one more such pass where its arithmetic takes as long,
+``r = bytes * rate / bandwidth``, by the rates of one H200 (`_RATES`). On cards of other sizes the two go nearly
+together: r is 300 to 400 in bfloat16 on an A100, an H100 and an RTX 4090.
 
 A block that ``torch.compile`` compiles for batches of all sizes chooses once, for the size that is `expected`: a choice
 by the size at hand would have it compiled once more for each outcome.
@@ -18,19 +23,52 @@ from contextlib import contextmanager
 from typing import Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
 Compute = Literal["auto", "folded", "factored"]
 
-# Multiplying by the ratio: an output in place, a gradient into a new tensor, a freshly formed weight in place.
-RATIO_OUTPUT = 1.0
-RATIO_GRADIENT = 1.5
-RATIO_WEIGHT = 0.6
-# A product over so many features costs as much as one more pass over the elements that it adds to; by bytes of one.
-RANKS_PER_PASS = {2: 120.0, 4: 20.0, 8: 10.0}
 
-# So few tokens are multiplied with an update in float32: a thin product in half precision costs some 20 us before it
-# begins, ten times as much as one in float32. By bytes of one element.
-FEW = {2: 16, 4: -1, 8: -1}
+class Passes(NamedTuple):
+    """What passes over one element cost on a device, in units of one in place."""
+
+    output: float
+    """Multiplying an output by the ratio, in place."""
+    gradient: float
+    """Multiplying a gradient by the ratio, into a new tensor."""
+    weight: float
+    """Multiplying a freshly formed weight by the ratio."""
+    half_fold: float
+    """Forming a weight in half precision, the arithmetic of its update not counted."""
+    ranks: dict[int, float]
+    """A product over so many features costs as much as one more pass over the elements that it adds to; by bytes of
+    one."""
+    half_ranks: float
+    """The same while a weight in half precision is formed."""
+    few: dict[int, int]
+    """So few tokens are multiplied with an update in float32; by bytes of one element. On a processor a thin product in
+    half precision takes some 20 us before it begins, ten times as much as one in float32."""
+
+
+_RATES = {2: 790e12, 4: 60e12, 8: 34e12}
+"""Operations a second by bytes of a number, and bytes a second from memory, of an H200."""
+_BANDWIDTH = 4.0e12
+_RANKS = {size: size * rate / _BANDWIDTH for size, rate in _RATES.items()}
+_NEVER = {2: -1, 4: -1, 8: -1}
+
+PROCESSOR = Passes(1.0, 1.5, 0.6, 1.7, {2: 120.0, 4: 20.0, 8: 10.0}, 20.0, {2: 16, 4: -1, 8: -1})
+FUSED = Passes(0.0, 0.5, 0.0, 1.0, _RANKS, _RANKS[2], _NEVER)
+"""Triton's kernels: the ratio is in the pass that adds the update, in the one that forms a weight, and of a gradient it
+costs what is written."""
+SEPARATE = Passes(1.0, 1.0, 1.0, 5.0, _RANKS, _RANKS[4], _NEVER)
+"""Torch's operations one after the other: a weight in half precision is widened (6 bytes an element), added to (8) and
+rounded (6), where a pass in place takes 4."""
+_KINDS = {"cpu": PROCESSOR, "meta": PROCESSOR, "cuda": FUSED, "xpu": FUSED}  # torch calls AMD's devices cuda, too
+
+
+def passes_on(device: torch.device | str) -> Passes:
+    """What passes cost on ``device``."""
+    return _KINDS.get(device.split(":")[0] if isinstance(device, str) else device.type, SEPARATE)
+
 
 _expected: int | None = None
 
@@ -51,9 +89,9 @@ def counted(tokens: int) -> int:
     return _expected if _expected is not None and torch.compiler.is_compiling() else tokens
 
 
-def full_digits_for_few(tokens: int, dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which ``tokens`` of ``dtype`` are multiplied with an update."""
-    return torch.float32 if tokens <= FEW[dtype.itemsize] else dtype
+def full_digits_for_few(tokens: int, dtype: torch.dtype, device: torch.device | str) -> torch.dtype:
+    """The dtype in which ``tokens`` of ``dtype`` are multiplied with an update on ``device``."""
+    return torch.float32 if tokens <= passes_on(device).few[dtype.itemsize] else dtype
 
 
 class Work(NamedTuple):
@@ -65,25 +103,31 @@ class Work(NamedTuple):
 
 
 def folds_output(
-    compute: Compute, work: Work, tokens: int, shape: Sequence[int], *, scaled: bool, dtype: torch.dtype
+    compute: Compute, work: Work, tokens: int, shape: Sequence[int], *, scaled: bool, like: Tensor
 ) -> bool:
-    """Whether the output is computed in folded form.
+    """Whether the output is computed in folded form, in the dtype and on the device of ``like``.
 
     In half precision only where the user says so: the formed weight is rounded, and what an update adds below the last
     bit of a weight is lost.
     """
     if compute != "auto":
         return compute == "folded"
-    if dtype.itemsize < 4:
+    if like.dtype.itemsize < 4:
         return False
-    return work.fold + scaled * RATIO_WEIGHT * shape[0] * shape[1] < (
-        work.product + scaled * RATIO_OUTPUT * tokens * shape[0]
+    passes = passes_on(like.device)
+    return work.fold + scaled * passes.weight * shape[0] * shape[1] < (
+        work.product + scaled * passes.output * tokens * shape[0]
     )
 
 
-def folds_gradient(compute: Compute, work: Work, tokens: int, shape: Sequence[int], *, scaled: bool) -> bool:
+def folds_gradient(
+    compute: Compute, work: Work, tokens: int, shape: Sequence[int], *, scaled: bool, like: Tensor
+) -> bool:
     """Whether the gradient of the input is computed in folded form. (In half precision, too: it is rounded anyway.)"""
     if compute != "auto":
         return compute == "folded"
+    passes = passes_on(like.device)
     elements = shape[0] * min(shape[1], tokens)  # multiplied is the weight or the gradient, whichever is smaller
-    return work.fold + scaled * RATIO_WEIGHT * shape[0] * shape[1] < work.gradient + scaled * RATIO_GRADIENT * elements
+    return (
+        work.fold + scaled * passes.weight * shape[0] * shape[1] < work.gradient + scaled * passes.gradient * elements
+    )

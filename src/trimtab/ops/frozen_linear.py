@@ -70,7 +70,8 @@ def factored(rows: Tensor, fed: Tensor, operands: Operands, in_place: bool) -> C
     product = through.product(rows, weight, bias if ratio is None else None)
     thin = None
     if update is not None:
-        thin = update.thin(fed, tensors, through, full_digits_for_few(through.tokens(rows), product.dtype))
+        work = full_digits_for_few(through.tokens(rows), product.dtype, product.device)
+        thin = update.thin(fed, tensors, through, work)
         if thin is None:
             update.add_product(product, fed, tensors, through)
     if thin is None and ratio is None:
@@ -102,7 +103,7 @@ def _compute(x: Tensor, operands: Operands, settings: Settings) -> tuple[Compute
     if update is not None and keep is None and (ratio is None or readable) and weight.dim() == 2:
         tokens = counted(through.tokens(rows))
         work = update.work(tokens, tensors, weight.dtype)
-        if folds_output(settings.compute, work, tokens, weight.shape, scaled=readable, dtype=weight.dtype):
+        if folds_output(settings.compute, work, tokens, weight.shape, scaled=readable, like=weight):
             folded = update.fold(weight, None if ratio is None else ratio.values, tensors)
             output = through.product(rows, folded, bias)
             return Computed(output, output), rows, readable
@@ -174,7 +175,8 @@ class _FrozenLinear(torch.autograd.Function):
             thin = update.thin(fed, fed_tensors, through, upstream.dtype, inner=inner)
             if wants_x and keep is None and len(ctx.weight_shape) == 2:
                 work, scales = update.work(tokens, tensors, upstream.dtype), ratio is not None and thin is not None
-                folds = folds_gradient(ctx.settings.compute, work, tokens, ctx.weight_shape, scaled=scales)
+                shape, compute = ctx.weight_shape, ctx.settings.compute
+                folds = folds_gradient(compute, work, tokens, shape, scaled=scales, like=upstream)
         into_weight = folds or (len(ctx.weight_shape) == 2 and ctx.weight_shape[1] < tokens)
         into_gradient = ratio is not None and ((walks and thin is None) or (wants_x and not into_weight))
         passed = _kernels(through, upstream).backward(

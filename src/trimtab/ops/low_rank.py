@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from trimtab.ops.autocast import cast
-from trimtab.ops.cost import RANKS_PER_PASS, Work
+from trimtab.ops.cost import Work, passes_on
 from trimtab.ops.decomposition import Axis
 from trimtab.ops.kernels import kernels_for, plain
 from trimtab.ops.kernels.contract import BackwardPass, Thin
@@ -36,9 +36,10 @@ class LowRank(Update):
     def work(self, tokens: int, tensors: tuple[Tensor, ...], dtype: torch.dtype) -> Work:
         a, b = tensors
         rank, in_features, out_features = a.shape[0], a.shape[1], b.shape[0]
-        thin = 1 + rank / RANKS_PER_PASS[dtype.itemsize]
+        passes = passes_on(a.device)
+        thin = 1 + rank / passes.ranks[dtype.itemsize]
         # In half precision a weight is formed in float32 and rounded after that.
-        fold = thin if dtype.itemsize >= 4 else 1.7 + rank / RANKS_PER_PASS[4]
+        fold = thin if dtype.itemsize >= 4 else passes.half_fold + rank / passes.half_ranks
         return Work(thin * tokens * out_features, thin * tokens * in_features, fold * out_features * in_features)
 
     def fold(self, weight: Tensor, ratio: Tensor | None, tensors: tuple[Tensor, ...]) -> Tensor:

@@ -72,7 +72,7 @@ class MixedProduct:
         if self._order is not None:
             rows = rows.index_select(0, self._order.there)
         product = through.product(rows, weight)
-        work = full_digits_for_few(through.tokens(rows), product.dtype)
+        work = full_digits_for_few(through.tokens(rows), product.dtype, product.device)
         total, fed = cast(product, work), cast(rows, work) if rows.is_floating_point() else rows
         each = zip(total.split(self._sizes), fed.split(self._sizes), self._parts, self._factors, strict=True)
         for mine, x, operands, factors in each:

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trimtab.ops.cost import RANKS_PER_PASS, Work, full_digits_for_few
+from trimtab.ops.cost import Work, full_digits_for_few, passes_on
 from trimtab.ops.expert_rows import StackMap
 from trimtab.ops.kernels.contract import BackwardPass
 from trimtab.ops.linear_map import LinearMap
@@ -175,7 +175,10 @@ class Square(Update):
     def work(self, tokens: int, tensors: tuple[Tensor, ...], dtype: torch.dtype) -> Work:
         """(Products with k rows are no longer thin.)"""
         elements, rows = self.out_features * self.in_features, self.side * self.in_features
-        fold, thickness = elements * (1 + 2 / self.groups), self.side / RANKS_PER_PASS[dtype.itemsize]
+        fold, thickness = (
+            elements * (1 + 2 / self.groups),
+            self.side / passes_on(tensors[0].device).ranks[dtype.itemsize],
+        )
         maps = tokens * (2 * self.in_features + 3 * self.out_features)
         if not self.turn:
             product = maps + tokens * self.side * thickness
@@ -239,7 +242,7 @@ class Square(Update):
             return
         if not self.turn or len(rows) < self.side:
             full = torch.promote_types(rows.dtype, torch.float32)
-            work = full_digits_for_few(rows.shape[0], rows.dtype)
+            work = full_digits_for_few(rows.shape[0], rows.dtype, rows.device)
             compressed = self.compress(rows.to(full if self.turn else work))
             product.add_(self.spread(compressed.to(work).matmul(matrix.to(work).t())))
             return
