@@ -55,11 +55,19 @@ _BANDWIDTH = 4.0e12
 _RANKS = {size: size * rate / _BANDWIDTH for size, rate in _RATES.items()}
 _NEVER = {2: -1, 4: -1, 8: -1}
 
-PROCESSOR = Passes(1.0, 1.5, 0.6, 1.7, {2: 120.0, 4: 20.0, 8: 10.0}, 20.0, {2: 16, 4: -1, 8: -1})
-FUSED = Passes(0.0, 0.5, 0.0, 1.0, _RANKS, _RANKS[2], _NEVER)
+PROCESSOR = Passes(
+    output=1.0,
+    gradient=1.5,
+    weight=0.6,
+    half_fold=1.7,
+    ranks={2: 120.0, 4: 20.0, 8: 10.0},
+    half_ranks=20.0,
+    few={2: 16, 4: -1, 8: -1},
+)
+FUSED = Passes(output=0.0, gradient=0.5, weight=0.0, half_fold=1.0, ranks=_RANKS, half_ranks=_RANKS[2], few=_NEVER)
 """Triton's kernels: the ratio is in the pass that adds the update, in the one that forms a weight, and of a gradient it
 costs what is written."""
-SEPARATE = Passes(1.0, 1.0, 1.0, 5.0, _RANKS, _RANKS[4], _NEVER)
+SEPARATE = Passes(output=1.0, gradient=1.0, weight=1.0, half_fold=5.0, ranks=_RANKS, half_ranks=_RANKS[4], few=_NEVER)
 """Torch's operations one after the other: a weight in half precision is widened (6 bytes an element), added to (8) and
 rounded (6), where a pass in place takes 4."""
 _KINDS = {"cpu": PROCESSOR, "meta": PROCESSOR, "cuda": FUSED, "xpu": FUSED}  # torch calls AMD's devices cuda, too
