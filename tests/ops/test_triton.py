@@ -17,12 +17,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import trimtab
 from trimtab import bases
-from trimtab.ops import kernels
+from trimtab.ops import kernels, reference
 from trimtab.ops import ratio as ops_ratio
 from trimtab.ops.frozen_linear import frozen_linear
-from trimtab.ops.kernels.contract import Thin
+from trimtab.ops.kernels.contract import BackwardPass, Thin
+from trimtab.ops.linear_map import MATRIX
 from trimtab.ops.low_rank import LowRank
 from trimtab.ops.ratio import ratio_of
+from trimtab.ops.square import Square
 
 triton = pytest.importorskip("trimtab.ops.kernels.triton", reason="triton is not installed", exc_type=ImportError)
 
@@ -229,7 +231,7 @@ def test_what_the_programs_were_not_checked_in_goes_the_plain_way(monkeypatch: p
     def never(*_: Any) -> Any:
         raise AssertionError
 
-    monkeypatch.setattr(triton, "_call", never)
+    monkeypatch.setattr(triton, "call", never)
     product, ratio = torch.randn(8, 6).t(), ratio_of(torch.ones(8), torch.ones(8), torch.float32)
     got = triton.forward(
         product.clone(memory_format=torch.preserve_format), thin=None, ratio=ratio, bias=None, in_place=False
@@ -266,3 +268,24 @@ def test_ranks_of_any_size_whose_factors_may_be_views(rank: int) -> None:
     got = triton.backward(grad, thin=thin, ratio=None, witness=None, wants_bias=False, wants_scaled=True)
     torch.testing.assert_close(got.inner, 0.5 * grad @ b, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(got.b, 0.5 * grad.t() @ inner, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("turn", [False, True])
+@pytest.mark.parametrize(("shape", "side"), [((30, 70), 16), ((70, 30), 16), ((33, 33), 40), ((50, 50), 6)])
+def test_squares_are_the_formulas(shape: tuple[int, int], side: int, turn: bool) -> None:
+    """MoRA's product, its gradients and its norms, where chunks and blocks are cut off in every way."""
+    square = Square(shape[1], shape[0], side, turn=turn)
+    matrix, weight = torch.randn(side, side).double(), torch.randn(shape).double()
+    delta = reference.square_delta(matrix, shape, turn=turn)
+    rows, grad = torch.randn(19, shape[1]).double(), torch.randn(19, shape[0]).double()
+    with kernels.using("triton"):
+        product = torch.zeros(19, shape[0]).double()
+        square.add_product(product, rows, (matrix,), MATRIX)
+        grad_rows = torch.ones_like(rows)
+        (grad_matrix,) = square.add_gradient(grad_rows, BackwardPass(grad), rows, (matrix,), MATRIX)
+        norms = square.squared_norms(weight, weight.square().sum(1), matrix)
+    torch.testing.assert_close(product, rows @ delta.t(), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(grad_rows, 1 + grad @ delta, rtol=1e-10, atol=1e-10)
+    want = reference.square_gradient(grad.t() @ rows, side, turn=turn)
+    torch.testing.assert_close(grad_matrix, want, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(norms, (weight + delta).square().sum(1), rtol=1e-10, atol=1e-10)

@@ -8,6 +8,7 @@ would be started.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -24,11 +25,11 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
 
 from trimtab.ops.kernels import triton as ours
 from trimtab.ops.kernels import triton_programs as programs
-from trimtab.ops.kernels.contract import Thin
-from trimtab.ops.ratio import Ratio
+from trimtab.ops.kernels import triton_square as square
 
 TYPES = {
     torch.bfloat16: "*bf16",
@@ -50,23 +51,36 @@ class Recorded:
         return lambda **given: self._launches.append((self._program, given))
 
 
-def launches(dtype: torch.dtype, rank: int, tokens: int = 4096, out: int = 4096) -> list[tuple[Any, dict[str, Any]]]:
-    """What the passes start for a layer with a magnitude and a bias."""
+def launches(dtype: torch.dtype, rank: int, tokens: int = 4096, size: int = 4096) -> list[tuple[Any, dict[str, Any]]]:
+    """What the passes start for a layer with a magnitude and a bias, its weight ``size`` times ``size``."""
     found: list[tuple[Any, dict[str, Any]]] = []
-    kept = {name: getattr(programs, name) for name in ("forward_pass", "backward_pass", "add_up")}
+    names = [name for name, one in vars(programs).items() if isinstance(one, JITFunction) and not name.startswith("_")]
+    kept = {name: getattr(programs, name) for name in names}
     for name, program in kept.items():
         setattr(programs, name, Recorded(program, found))
+
+    def start(program: Any, *given: Any) -> None:
+        program.__wrapped__(*given)
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
     try:
-        place = {"device": "meta"}
-        product, inner = torch.empty(tokens, out, dtype=dtype, **place), torch.empty(tokens, rank, dtype=dtype, **place)
-        vector, b = torch.empty(out, **place), torch.empty(out, rank, **place)
-        given: dict[str, Any] = {"thin": Thin(inner, b, 2.0), "ratio": Ratio(vector, False, None)}
-        ours._forward_pass.__wrapped__(product, None, inner, b, 2.0, vector, vector)  # type: ignore[attr-defined]
-        ours._backward_pass.__wrapped__(product, product, inner, b, 2.0, vector, True, True)  # type: ignore[attr-defined]
-        assert given
+        product, inner, weight = (empty(*one, dtype=dtype) for one in ((tokens, size), (tokens, rank), (size, size)))
+        vector, a, b, side = empty(size), empty(rank, size), empty(size, rank), 4 * rank + 2
+        tables = empty(math.ceil(size / side), side), empty(math.ceil(size / side), side)
+        start(ours._forward_pass, product, None, inner, b, 2.0, vector, vector, False, False)
+        start(ours._backward_pass, product, product, inner, b, 2.0, vector, True, True)
+        start(ours._squared_norms, weight, vector, a, b, 2.0)
+        start(ours._forward_pass, weight, empty(size, size, dtype=dtype), b, a.t(), 2.0, vector, None, False, True)
+        groups = len(tables[0])
+        start(square._compress, product, *tables, side, groups)
+        start(square._add_expanded, product, empty(tokens, groups, side, dtype=dtype), *tables, side)
+        start(square._squared_norms, weight, vector, empty(side, side), *tables, groups)
     finally:
         for name, program in kept.items():
             setattr(programs, name, program)
+    assert {program.__name__ for program, _ in found} == set(names)
     return found
 
 

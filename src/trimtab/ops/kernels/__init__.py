@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from typing import Any
 
 from torch import Tensor
 
@@ -36,6 +37,15 @@ def kernels_for(tensor: Tensor) -> KernelSet:
 
         return triton
     return plain
+
+
+def turning_for(rows: Tensor) -> Any:
+    """The programs that turn and gather ``rows [tokens, in]`` for a square update; None where torch's operations do."""
+    if rows.dim() != 2 or kernels_for(rows) is plain:
+        return None
+    from trimtab.ops.kernels import triton_square
+
+    return triton_square
 
 
 @contextmanager

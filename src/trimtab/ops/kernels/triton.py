@@ -49,9 +49,6 @@ class Sizes(NamedTuple):
     warps: int
 
 
-_NORMS = Sizes(32, 128, 4)
-
-
 def forward_sizes(tokens: int) -> Sizes:
     """32 numbers a thread, so that some blocks have room on a multiprocessor and hide each other's waiting."""
     return Sizes(16, 128, 4) if tokens <= 16 else Sizes(64, 64, 4)
@@ -61,6 +58,11 @@ def backward_sizes(tokens: int, rank: int) -> Sizes:
     """Wide blocks, since each leaves ``4 * rank`` bytes a token to add up beside the ``6 * columns`` it moves; 128
     columns are what registers hold without spilling (``python tests/tools/compiled_kernels.py``)."""
     return Sizes(16 if tokens <= 16 else 32, 128, 4 if rank <= 16 else 8)
+
+
+def norm_sizes(itemsize: int) -> Sizes:
+    """Of a weight with ``itemsize`` bytes a number."""
+    return Sizes(32, 256 // itemsize, 4)
 
 
 def takes(*tensors: Tensor | None) -> bool:
@@ -83,7 +85,7 @@ def forward(product: Tensor, *, thin: Thin | None, ratio: Ratio | None, bias: Te
     in_place = in_place or (ratio is None and bias is None)
     output = None if in_place else torch.empty_like(product)
     given = (product, output, inner, b, scale, values, bias, thin is not None, False)
-    _call(torch.ops.trimtab.forward_pass, _forward_pass, given)
+    call(torch.ops.trimtab.forward_pass, _forward_pass, given)
     return product if output is None else output
 
 
@@ -115,7 +117,7 @@ def backward(
     if thin is None and not (scales or wants_bias or witness is not None):
         return BackwardPass(grad)
     given = (grad, witness, inner, b, scale, values, wants_bias, scales)
-    scaled, sums, witnessed, grad_inner, grad_b = _call(torch.ops.trimtab.backward_pass, _backward_pass, given)
+    scaled, sums, witnessed, grad_inner, grad_b = call(torch.ops.trimtab.backward_pass, _backward_pass, given)
     return BackwardPass(
         scaled if scales else grad,
         sums if wants_bias else None,
@@ -130,7 +132,7 @@ def squared_norms(weight: Tensor, squares: Tensor, a: Tensor, b: Tensor, *, scal
     if len(a) > BACKWARD_RANKS or not a.numel() or not takes(weight, squares, a, b):
         return plain.squared_norms(weight, squares, a, b, scale=scale)
     full = cast(a, squares.dtype)
-    norms: Tensor = _call(torch.ops.trimtab.squared_norms, _squared_norms, (weight, squares, full, b, scale))
+    norms: Tensor = call(torch.ops.trimtab.squared_norms, _squared_norms, (weight, squares, full, b, scale))
     return norms
 
 
@@ -141,17 +143,17 @@ def fold(weight: Tensor, ratio: Tensor | None, a: Tensor, b: Tensor, *, scale: f
         return plain.fold(weight, ratio, a, b, scale=scale)
     total = torch.empty_like(weight)
     given = (weight, total, cast(b, _full(weight.dtype)), a.t(), scale, ratio, None, False, True)
-    _call(torch.ops.trimtab.forward_pass, _forward_pass, given)
+    call(torch.ops.trimtab.forward_pass, _forward_pass, given)
     return total
 
 
-def _call(op: Any, program: Any, given: tuple[Any, ...]) -> Any:
+def call(op: Any, program: Any, given: tuple[Any, ...]) -> Any:
     """What ``program`` gives. By way of ``op``, which ``torch.compile`` and tensors without numbers know, only for
     those: the way through the dispatcher takes longer than starting a program."""
     return program(*given) if type(given[0]) is Tensor and not torch.compiler.is_compiling() else op(*given)
 
 
-def _on_its_device(program: Callable[..., Any]) -> Callable[..., Any]:
+def on_its_device(program: Callable[..., Any]) -> Callable[..., Any]:
     """``program`` on the device of its first tensor: Triton starts programs on the current one, which a model that lies
     on several devices need not be at."""
 
@@ -165,7 +167,7 @@ def _on_its_device(program: Callable[..., Any]) -> Callable[..., Any]:
     return started
 
 
-def _accumulates(dtype: torch.dtype) -> Any:
+def accumulates(dtype: torch.dtype) -> Any:
     return getattr(tl, _NAMES[_full(dtype)])
 
 
@@ -186,7 +188,7 @@ def _strides(**tensors: Tensor | None) -> dict[str, int]:
     return strides
 
 
-@_on_its_device
+@on_its_device
 def _forward_pass(
     product: Tensor,
     output: Tensor | None,
@@ -225,7 +227,7 @@ def _forward_pass(
         BY_ROWS=by_rows,
         KEEP=keeps and output is not None and inner is not None,
         DOT=_dots(product.dtype if inner is None else inner.dtype),
-        ACC=_accumulates(product.dtype),
+        ACC=accumulates(product.dtype),
         PRECISION=_precision(),
         num_warps=sizes.warps,
     )
@@ -236,7 +238,7 @@ def padded(rank: int) -> int:
     return max(16, 1 << (rank - 1).bit_length())
 
 
-@_on_its_device
+@on_its_device
 def _backward_pass(
     grad: Tensor,
     witness: Tensor | None,
@@ -288,7 +290,7 @@ def _backward_pass(
         WITNESS=witness is not None,
         SCALED=wants_scaled,
         DOT=_dots(grad.dtype),
-        ACC=_accumulates(grad.dtype),
+        ACC=accumulates(grad.dtype),
         PRECISION=_precision(),
         num_warps=sizes.warps,
     )
@@ -299,14 +301,15 @@ def _backward_pass(
         for letter, part, one, count, end in zip("abcd", parts, into, counts, starts, strict=True):
             job = {"parts": part, "into": one, "size": one.numel(), "count": count, "after": end}
             jobs |= {f"{name}_{letter}": value for name, value in job.items()}
-        programs.add_up[(starts[-1],)](**jobs, BLOCK=_ADDED, ACC=_accumulates(grad.dtype), num_warps=4)
+        programs.add_up[(starts[-1],)](**jobs, BLOCK=_ADDED, ACC=accumulates(grad.dtype), num_warps=4)
     return found
 
 
-@_on_its_device
+@on_its_device
 def _squared_norms(weight: Tensor, squares: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     (out, features), rank, into = weight.shape, len(a), torch.empty_like(squares)
-    programs.squared_norms[(math.ceil(out / _NORMS.rows),)](
+    sizes = norm_sizes(weight.itemsize)
+    programs.squared_norms[(math.ceil(out / sizes.rows),)](
         weight=weight,
         squares=squares,
         a=a,
@@ -318,13 +321,13 @@ def _squared_norms(weight: Tensor, squares: Tensor, a: Tensor, b: Tensor, scale:
         rank=rank,
         **_strides(weight=weight, a=a, b=b),
         SCALE=scale,
-        BM=_NORMS.rows,
-        BN=_NORMS.columns,
+        BM=sizes.rows,
+        BN=sizes.columns,
         BR=padded(rank),
         DOT=_dots(weight.dtype),
-        ACC=_accumulates(squares.dtype),
+        ACC=accumulates(squares.dtype),
         PRECISION=_precision(),
-        num_warps=_NORMS.warps,
+        num_warps=sizes.warps,
     )
     return into
 

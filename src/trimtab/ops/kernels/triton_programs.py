@@ -262,3 +262,122 @@ def squared_norms(
     inner = 2 * SCALE * product + SCALE * SCALE * tl.dot(weights, gram, input_precision="ieee", out_dtype=ACC)
     total = tl.load(squares + rows, mask=in_rows, other=0.0).to(ACC) + tl.sum(weights * inner, 1)
     tl.store(into + rows, tl.maximum(total, 0.0).to(into.dtype.element_ty), mask=in_rows)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def compress(
+    rows_in,
+    cosine,
+    sine,
+    into,
+    tokens,
+    features,
+    side,
+    groups,
+    rounds,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    TURN: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """MoRA's first map: ``into [tokens, groups, side]`` is the sum of the (turned) chunks of each group."""
+    blocks = tl.cdiv(side, BN)
+    group = tl.program_id(0) // blocks
+    places = (tl.program_id(0) % blocks) * BN + tl.arange(0, BN)
+    other_half = (places + side // 2) % side
+    rows = tl.program_id(1) * BM + tl.arange(0, BM)
+    mask = (rows < tokens)[:, None] & (places < side)[None, :]
+    from_rows = rows_in + rows.to(tl.int64)[:, None] * features
+    total = tl.zeros([BM, BN], ACC)
+    for number in range(rounds):
+        chunk = number * groups + group
+        columns = chunk * side + places
+        values = tl.load(from_rows + columns[None, :], mask=mask & (columns < features)[None, :], other=0.0).to(ACC)
+        if TURN:
+            in_table = (places < side) & (chunk * side < features)
+            swapped = chunk * side + other_half
+            others = tl.load(from_rows + swapped[None, :], mask=mask & (swapped < features)[None, :], other=0.0).to(ACC)
+            values *= tl.load(cosine + columns, mask=in_table, other=0.0).to(ACC)[None, :]
+            values -= others * tl.load(sine + columns, mask=in_table, other=0.0).to(ACC)[None, :]
+        total += values
+    place = (rows.to(tl.int64)[:, None] * groups + group) * side + places[None, :]
+    tl.store(into + place, total.to(into.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def add_expanded(
+    target,
+    inner,
+    cosine,
+    sine,
+    tokens,
+    features,
+    side,
+    groups,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    TURN: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """The transpose of ``compress``, added to ``target [tokens, features]``."""
+    columns = tl.program_id(0) * BN + tl.arange(0, BN)
+    rows = tl.program_id(1) * BM + tl.arange(0, BM)
+    in_columns = columns < features
+    mask = (rows < tokens)[:, None] & in_columns[None, :]
+    start, place = (columns // side) % groups * side, columns % side
+    from_inner = inner + rows.to(tl.int64)[:, None] * (groups * side)
+    added = tl.load(from_inner + (start + place)[None, :], mask=mask, other=0.0).to(ACC)
+    if TURN:
+        others = tl.load(from_inner + (start + (place + side // 2) % side)[None, :], mask=mask, other=0.0).to(ACC)
+        added *= tl.load(cosine + columns, mask=in_columns, other=0.0).to(ACC)[None, :]
+        added += others * tl.load(sine + columns, mask=in_columns, other=0.0).to(ACC)[None, :]
+    into = target + rows.to(tl.int64)[:, None] * features + columns[None, :]
+    total = tl.load(into, mask=mask, other=0.0).to(ACC) + added
+    tl.store(into, total.to(target.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def square_norms(
+    weight,
+    squares,
+    matrix,
+    cosine,
+    sine,
+    into,
+    out,
+    features,
+    side,
+    groups,
+    rounds,
+    weight_row,
+    weight_column,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    TURN: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """``||W||^2 + <2 W + dV, dV>`` of BM rows, over those columns of W where MoRA's dV is not zero."""
+    blocks = tl.cdiv(side, BM)
+    place = (tl.program_id(0) % blocks) * BM + tl.arange(0, BM)
+    rows = (tl.program_id(0) // blocks) * side + place
+    group = (tl.program_id(0) // blocks) % groups
+    in_rows = (place < side) & (rows < out)
+    from_weight = weight + rows.to(tl.int64)[:, None] * weight_row
+    total = tl.zeros([BM], ACC)
+    for number in range(rounds):
+        chunk = number * groups + group
+        for start in range(0, side, BN):
+            places = start + tl.arange(0, BN)
+            columns = chunk * side + places
+            in_columns = (places < side) & (columns < features)
+            mask = in_rows[:, None] & in_columns[None, :]
+            delta = tl.load(matrix + place[:, None] * side + places[None, :], mask=mask, other=0.0).to(ACC)
+            if TURN:
+                swapped = (places + side // 2) % side
+                others = tl.load(matrix + place[:, None] * side + swapped[None, :], mask=mask, other=0.0).to(ACC)
+                delta *= tl.load(cosine + columns, mask=in_columns, other=0.0).to(ACC)[None, :]
+                delta += others * tl.load(sine + columns, mask=in_columns, other=0.0).to(ACC)[None, :]
+            w = tl.load(from_weight + columns.to(tl.int64)[None, :] * weight_column, mask=mask, other=0.0).to(ACC)
+            total += tl.sum(delta * (2 * w + delta), 1)
+    total += tl.load(squares + rows, mask=in_rows, other=0.0).to(ACC)
+    tl.store(into + rows, tl.maximum(total, 0.0).to(into.dtype.element_ty), mask=in_rows)
