@@ -112,14 +112,13 @@ def test_what_cannot_be_compiled_runs_as_it_is(make_yaml: Callable[..., Path], m
 
 def decided(*, tokens: int = 60, rows: int = 1000, attention: str = "auto", methods: str = "dora", **said: Any) -> Any:
     """What is decided for rows of ``tokens`` each, on 28 blocks' worth of 100 million weights and two cores."""
-    task, train = said.pop("task", "causal_lm"), {"epochs": 1.0, "batch_size": 8, **said}
+    task, place = said.pop("task", "causal_lm"), said.pop("device", "cpu")
+    train = {"epochs": 1.0, "batch_size": 8, **said}
     config = SimpleNamespace(train=TrainConfig(**train), model=SimpleNamespace(attention=attention))
     modules = [ModuleReport(name, name, 1, 10_000, 10_000 // 2, 0, 0) for name in (methods.split() * 2)[:2]]
     attached = AttachReport(tuple(modules), (), 0, 0, {"output head": 10**12, "ScaledEmbedding": 10**12})
-    job, inputs = (
-        SimpleNamespace(config=config, task=task),
-        SimpleNamespace(rows=SimpleNamespace(lengths=[tokens] * rows)),
-    )
+    job = SimpleNamespace(config=config, task=task, device=torch.device(place))
+    inputs = SimpleNamespace(rows=SimpleNamespace(lengths=[tokens] * rows))
     return choose(job, inputs, attached)  # type: ignore[arg-type]
 
 
@@ -130,7 +129,6 @@ LONG = {"rows": 20_000}
 def two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
-    monkeypatch.setattr(compile_choice, "device", lambda: torch.device("cpu"))
     monkeypatch.setattr(sys, "platform", "linux")
 
 
@@ -175,8 +173,7 @@ def test_the_decision_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
         without = decided(**LONG)
         assert (without.compiles, without.pays) == (False, True)
         assert "no C++ compiler (g++)" in without.why
-    monkeypatch.setattr(compile_choice, "device", lambda: torch.device("cuda"))
-    assert "this is cuda" in decided(**LONG).why
+    assert "this is cuda" in decided(**LONG, device="cuda").why
 
 
 def test_a_resumed_run_decides_what_it_decided_at_first(

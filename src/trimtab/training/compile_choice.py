@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 
 from trimtab.config.resolve import Job
-from trimtab.machine import device
 from trimtab.processes import here
 from trimtab.surgery.attach_report import AttachReport, usually_frozen
 from trimtab.tasks import Inputs
@@ -80,7 +79,7 @@ def won_back(attached: AttachReport, tokens: int, attention: str) -> float:
 
 def _obstacle(job: Job, attached: AttachReport) -> str | None:
     """Why blocks are not compiled by themselves, though it would pay."""
-    train, kind = job.config.train, device().type
+    train, kind = job.config.train, job.device.type
     others = sorted({module.method for module in attached.modules} - {*METHODS})
     if kind != "cpu":
         return f"it was measured on processors, and this is {kind}; train.compile: true tries it"
