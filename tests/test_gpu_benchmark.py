@@ -90,11 +90,15 @@ def test_without_time_the_rest_is_left_out_in_words(gpu: dict[str, Any], tmp_pat
 
 @pytest.mark.full
 def test_a_short_run_by_the_command_line(gpu: dict[str, Any], tmp_path: Path) -> None:
-    (row,) = tiny(gpu, tmp_path / "gpu.json", "--part", "run")["rows"]
-    assert "error" not in row
-    assert row["status"] == "finished"
-    assert row["steps"] == 2
-    assert row["machine"]
+    rows = tiny(gpu, tmp_path / "gpu.json", "--part", "run")["rows"]
+    assert len(rows) == 2
+    for row in rows:
+        assert "error" not in row, row["error"]
+        assert row["status"] == "finished"
+        assert row["steps"] == 2
+        assert row["machine"]
+    assert rows[1]["precision"] == "float16"
+    assert any("batches without padding" in note for note in rows[1]["notes"])
 
 
 def test_a_part_that_dies_or_hangs_costs_no_more_than_itself(

@@ -20,9 +20,10 @@ from trimtab import tasks
 from trimtab.data.batches import Collator
 from trimtab.data.forms import read_examples
 from trimtab.data.tokens import EncodedRows, encode_all
+from trimtab.training import trainer
 from trimtab.training.callbacks import Averaging
 from trimtab.training.measuring import Measuring
-from trimtab.training.optimizer import parameter_groups
+from trimtab.training.optimizer import make_optimizer, parameter_groups
 from trimtab.training.run import finetune
 from trimtab.training.trainer import AdapterTrainer
 
@@ -316,3 +317,27 @@ def test_checkpointing_of_activations_changes_no_loss(make_config: Callable[...,
         finetune(make_config(f"run{number}", train={"gradient_checkpointing": checkpointing}), listener=listener)
         losses.append(listener.column("loss"))
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("pins", [True, False])
+def test_batches_are_pinned_and_copied_alongside_on_a_gpu(
+    make_config: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pins: bool
+) -> None:
+    monkeypatch.setattr(trainer, "_pins", lambda: pins)
+    said = trainer.training_arguments(make_config().train, 16, tmp_path, None)
+    assert said.dataloader_pin_memory is said.accelerator_config.non_blocking is pins
+
+
+def test_where_no_kernel_takes_the_whole_step_it_is_taken_by_lists(
+    adapted: Any, make_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def adamw(groups: Any, **said: Any) -> None:
+        asked.append(said)
+        if said.get("fused"):
+            raise RuntimeError("`fused=True` requires all the params to be on another device")
+
+    monkeypatch.setattr(torch.optim, "AdamW", adamw)
+    make_optimizer(adapted, make_config().train)
+    assert asked == [{"fused": True}, {"foreach": True}]
