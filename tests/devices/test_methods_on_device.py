@@ -3,11 +3,14 @@ and no wait in a step."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from accelerator import DEVICE, accelerator
-from contract_cases import DTYPES, SHAPES, Case, Reference, assert_close, cases
+import trimtab
+from accelerator import DEVICE, NAME, accelerator
+from contract_cases import DTYPES, SHAPES, Case, Reference, assert_close, cases, stir
 from sampling import sample
 
 CASES = sample(cases(DTYPES, SHAPES[:1]), 4)
@@ -41,3 +44,54 @@ def test_a_step_is_right_and_stays_on_the_device(case: Case) -> None:
             assert parameter.grad is not None
             assert wanted is not None
             assert_close(parameter.grad.cpu(), wanted, gradient_tolerance, f"gradient of {name}")
+
+
+@pytest.mark.parametrize("method", ["dora", "mora"])
+def test_an_evaluation_waits_for_nothing_and_sees_what_changed(method: str) -> None:
+    layer = torch.nn.Linear(12, 10)
+    model = torch.nn.Sequential(layer)
+    trimtab.attach(model, trimtab.Rule(match="*", method=method, rank=2, magnitude=True))
+    x = torch.randn(3, 12)
+    with accelerator(), torch.no_grad():
+        model.to(DEVICE).eval()
+        there = x.to(DEVICE)
+        before = model(there)
+        with accelerator() as seen:
+            assert model(there).shape == (3, 10)
+        assert not seen.waits
+        for parameter in trimtab.trainable_parameters(model).values():
+            parameter.data.mul_(1.5).add_(0.1)  # which leaves no version behind
+        after = model(there).cpu()
+        with trimtab.for_inference(model):
+            assert torch.allclose(model(there).cpu(), after, atol=1e-6)
+            with accelerator() as seen:
+                model(there)
+        assert not seen.waits
+        assert not torch.allclose(before.cpu(), after)
+        weight = trimtab.effective_weight(model, "0").cpu().double()
+        assert layer.bias is not None
+        torch.testing.assert_close(
+            after.double(), x.double() @ weight.t() + layer.bias.cpu().double(), rtol=1e-5, atol=1e-5
+        )
+
+
+def test_norms_follow_the_model_from_device_to_device(tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(12, 10), torch.nn.Linear(10, 6))
+    trimtab.attach(model, trimtab.Rule(match="*", method="dora", rank=2))
+    stir(model)
+    x = torch.randn(3, 12)
+    here = model(x)
+    with accelerator():
+        model.to(DEVICE)
+        assert torch.allclose(model(x.to(DEVICE)).cpu(), here, atol=1e-5)
+        with torch.no_grad():
+            model[0].base.weight.mul_(2)  # type: ignore[operator, union-attr]
+        there = model(x.to(DEVICE)).cpu()
+        assert not torch.allclose(there, here, atol=1e-3)
+        trimtab.save_adapter(model, tmp_path)
+        other = torch.nn.Sequential(torch.nn.Linear(12, 10), torch.nn.Linear(10, 6)).to(DEVICE)
+        trimtab.load_adapter(other, tmp_path)
+        assert {parameter.device.type for parameter in other.parameters()} == {NAME}
+        model.cpu()
+        assert torch.allclose(model(x), there, atol=1e-5)
+        assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}

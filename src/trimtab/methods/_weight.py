@@ -192,7 +192,9 @@ class WeightMethod(_method.Method):
         if kept is not None and kept.squares is not squares:
             kept = None
         tensors = None if self._holds else self.weight_tensors()
-        if tensors is not None and sum(tensor.numel() for tensor in tensors) >= weight.numel():
+        # An accelerator would be waited for at each comparison, which costs more than the norm.
+        waits = weight.device.type != "cpu"
+        if tensors is not None and (waits or sum(tensor.numel() for tensor in tensors) >= weight.numel()):
             return None
         if kept is None or not same_values(kept.marks, tensors):
             norm = self.squared_norms(weight, squares).sqrt()

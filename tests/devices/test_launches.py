@@ -1,0 +1,45 @@
+"""How many launches an adapter adds to a layer on a device, and what it keeps for the backward pass: bounded, so that
+neither grows unseen. ``PYTHONPATH=tests python tests/launches.py`` prints the same for a whole block."""
+
+from __future__ import annotations
+
+import pytest
+
+from launches import METHODS, measure
+
+TOKENS, WIDTH = 4096, 4096
+VECTORS = 4 * 4 * WIDTH
+"""Bytes of a norm, a ratio and a divisor for each output in float32, and some room."""
+FACTOR = 2 * TOKENS * 16
+"""Bytes of ``x A^T`` in bfloat16 at rank 16. One output is 256 times as large."""
+
+
+@pytest.mark.parametrize(
+    ("method", "most", "kept"),
+    [
+        ("frozen", 2, 0),
+        ("lora", 20, FACTOR),
+        ("dora", 41, FACTOR + VECTORS),
+        ("mora", 112, 0),
+        ("mora, magnitude", 225, VECTORS),
+    ],
+)
+def test_an_adapter_adds_few_launches_and_keeps_no_output(method: str, most: int, kept: int) -> None:
+    launches, bytes_kept = measure(METHODS[method], TOKENS, shapes=[(WIDTH, WIDTH)])
+    assert launches <= most
+    assert bytes_kept <= kept
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_launches_do_not_grow_with_the_batch(method: str) -> None:
+    few, _ = measure(METHODS[method], 1024, shapes=[(1024, 1024)])
+    many, _ = measure(METHODS[method], 65536, shapes=[(1024, 1024)])
+    assert many <= few + 2, "a form for many tokens takes a launch or two more, not one for each part of a weight"
+
+
+@pytest.mark.parametrize(("method", "most"), [("lora", 11), ("dora", 20)])
+def test_fused_passes_are_one_launch_each(method: str, most: int) -> None:
+    pytest.importorskip("triton")
+    launches, bytes_kept = measure(METHODS[method], TOKENS, shapes=[(WIDTH, WIDTH)], kernels="triton")
+    assert launches <= most
+    assert bytes_kept <= FACTOR + VECTORS
