@@ -36,8 +36,9 @@ def changed(**sections: Any) -> Changes:
         {"output": "elsewhere"},
         {"evaluation": {"batch_size": 3, "before": False}},
         {"train": {"log_every": 1, "save_every": 7, "keep_checkpoints": 4, "tensorboard": True}},
+        {"model": {"name": "an/model", "attention": "eager", "liger": False}, "train": {"padding_free": False}},
     ],
-    ids=["nothing", "another folder", "how it is evaluated", "what is written"],
+    ids=["nothing", "another folder", "how it is evaluated", "what is written", "what another device has"],
 )
 def test_what_changes_nothing_that_is_there(sections: dict[str, Any]) -> None:
     assert changed(**sections) == Changes()

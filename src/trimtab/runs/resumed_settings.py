@@ -14,6 +14,7 @@ from trimtab.errors import RunError
 _FREE = (
     *("output", "evaluation", "data.test", "report_to", "device"),
     *("train.log_every", "train.save_every", "train.keep_checkpoints", "train.tensorboard", "train.sharding"),
+    *("model.attention", "model.liger", "train.padding_free", "train.tf32"),  # another device may have others
 )
 _ALL_SETS = ("evaluation.limit", "evaluation.max_new_tokens")
 _LONGER = ("train.epochs", "train.max_steps")
