@@ -23,7 +23,7 @@ the Python (312) and the CUDA (130) of that machine:
 and there, one command, from the root of the repository:
 
     python3 -m pip install -q --no-index --no-deps --target site wheels/*.whl && \\
-        PYTHONPATH=site python3 benchmarks/gpu.py --json gpu.json --budget 470
+        PYTHONPATH=$PWD/src:$PWD/site PYTHONUNBUFFERED=1 python3 benchmarks/gpu.py --json gpu.json --budget 470
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ than it prints. All else that trimtab, PEFT and bitsandbytes need is fetched, in
 these name it, and trimtab itself is built. bitsandbytes keeps only its library for that CUDA: 4 MB of 110. There:
 
     python3 -m pip install -q --no-index --no-deps --target site wheels/*.whl
-    PYTHONPATH=site python3 benchmarks/gpu.py
+    PYTHONPATH=$PWD/src:$PWD/site python3 benchmarks/gpu.py
 """
 
 from __future__ import annotations
