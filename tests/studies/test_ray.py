@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +77,12 @@ def lines_until(process: subprocess.Popen[str], pattern: str) -> str:
 
 def workers(process: subprocess.Popen[str]) -> list[psutil.Process]:
     """Those of Ray that do a run now."""
-    below = psutil.Process(process.pid).children(recursive=True)
-    return [one for one in below if "do_run" in " ".join(one.cmdline())]
+    found = []
+    for one in psutil.Process(process.pid).children(recursive=True):
+        with suppress(psutil.Error):  # it has just ended
+            if "do_run" in " ".join(one.cmdline()):
+                found.append(one)
+    return found
 
 
 def untimed(value: Any) -> Any:
@@ -123,8 +127,10 @@ def test_a_study_on_ray_whose_worker_is_killed_has_the_results_of_one_without(st
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_study_that_is_stopped_leaves_no_process_and_goes_on(study: Path, number: int, code: int) -> None:
-    with trimtab("compare", study, "train.max_steps=100000", "--only", "lora", "--on", "ray") as process:
-        said = lines_until(process, r"\[1/2\] lora, seed 0, on ")
+    with trimtab(
+        "compare", study, "train.max_steps=100000", "train.epochs=100000", "--only", "lora", "--on", "ray"
+    ) as process:
+        said = lines_until(process, r"\[1/2\] lora, seed \d, on ")
         below = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(number)
         assert process.stdout is not None
@@ -137,8 +143,10 @@ def test_a_study_that_is_stopped_leaves_no_process_and_goes_on(study: Path, numb
 
 
 def test_when_the_command_is_killed_its_ray_goes_too(study: Path) -> None:
-    with trimtab("compare", study, "train.max_steps=100000", "--only", "lora", "--on", "ray") as process:
-        lines_until(process, r"\[1/2\] lora, seed 0, on ")
+    with trimtab(
+        "compare", study, "train.max_steps=100000", "train.epochs=100000", "--only", "lora", "--on", "ray"
+    ) as process:
+        lines_until(process, r"\[1/2\] lora, seed \d, on ")
         below = psutil.Process(process.pid).children(recursive=True)
         process.kill()
     _, alive = psutil.wait_procs(below, timeout=60)

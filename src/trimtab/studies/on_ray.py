@@ -329,6 +329,13 @@ def _secret() -> dict[str, str]:
     return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
+def _token() -> dict[str, str]:
+    """What lets Ray show the token that its user has, if there is one; ray://HOST:PORT needs to be told."""
+    has = any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
+    has = has or (Path.home() / ".ray" / "auth_token").is_file()
+    return {"RAY_AUTH_MODE": "token"} if has and "RAY_AUTH_MODE" not in os.environ else {}
+
+
 @contextmanager
 def cluster(address: str | None) -> Iterator[Cluster]:
     """The cluster at ``address``, or one of our own on this machine for as long as the context is open.
@@ -338,14 +345,16 @@ def cluster(address: str | None) -> Iterator[Cluster]:
 
     Raises RunError if the cluster cannot be joined, or Ray does not start.
     """
-    os.environ |= _QUIET | ({} if address is not None or "ray" in sys.modules else _secret())
+    if "ray" not in sys.modules:
+        os.environ |= _QUIET | (_secret() if address is None else _token())
     import ray
 
     if ray.is_initialized():  # by the program that this one is part of
         yield Cluster(ray)
         return
     if address is not None:
-        with _connected(ray, {"address": address}, f"the Ray cluster at {address} cannot be joined"):
+        otherwise = f"the Ray cluster at {address} cannot be joined; is it up, and RAY_AUTH_TOKEN the one it asks for?"
+        with _connected(ray, {"address": address}, otherwise):
             yield Cluster(ray)
         return
     roomy = len(tempfile.gettempdir()) < 40  # the names of Ray's sockets are long, and a socket's may not be
@@ -379,6 +388,6 @@ def _connected(ray: Any, settings: dict[str, Any], otherwise: str) -> Iterator[N
     except (ConnectionError, OSError, RuntimeError, ValueError) as error:
         if ray.is_initialized() or isinstance(error, TrimtabError):
             raise
-        raise RunError(f"{otherwise}: {_first_line(error)}") from None
+        raise RunError(f"{otherwise} ({_first_line(error)})") from None
     finally:
         ray.shutdown()
