@@ -438,3 +438,26 @@ def test_a_trained_tensor_that_changes_meanwhile_is_followed() -> None:
     assert not torch.allclose(after[1], before[1])
     with torch.no_grad():
         assert torch.allclose(after, alone(net, ["a", "b"], x), **CLOSE)
+
+
+def test_rows_are_dealt_anew_and_adapters_come_back_as_they_were(shared: nn.Module) -> None:
+    batches = [["legal", None, "default"], ["default", "v1.5 (fr)"], ["legal", None, "default"], [None]]
+    with (
+        torch.no_grad(),
+        trimtab.for_inference(shared),
+        trimtab.per_row(shared, ["legal", "default", None, "v1.5 (fr)"]) as plan,
+    ):
+        for names in batches:
+            plan.deal(names)
+            together = shared(ids(len(names)))
+            for row, name in enumerate(names):
+                plan.deal([name])
+                torch.testing.assert_close(together[row], shared(ids(len(names))[row : row + 1])[0], **CLOSE)
+    legal = next(iter(entries(shared, "legal").values())).adapter
+    with torch.no_grad(), trimtab.for_inference(shared):
+        with trimtab.per_row(shared, ["legal", None, "default", None]):
+            shared(ids())
+        kept = legal.kept_since
+        with trimtab.per_row(shared, ["legal", None, "default", None]):
+            shared(ids())
+        assert legal.kept_since == kept, "what a caller holds outlives the rows"

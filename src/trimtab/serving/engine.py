@@ -12,7 +12,6 @@ leave requests in a queue, and read what becomes of them from their tickets.
 
 from __future__ import annotations
 
-import copy
 import threading
 import time
 from collections import deque
@@ -25,7 +24,6 @@ import torch
 
 from trimtab.data.tokens import encode_prompt
 from trimtab.errors import ConfigError, TrimtabError, did_you_mean
-from trimtab.evaluation.generation import end_tokens
 from trimtab.models.locate import Source
 from trimtab.models.positions import positions_of
 from trimtab.runs.load import load_run_model
@@ -79,8 +77,7 @@ class Engine:
         limits: Limits = _USUAL,
     ) -> None:
         self.name, self.limits = name, limits
-        self._model, self._base = model, Reads(tokenizer, form, tuple(end_tokens(model, tokenizer)))
-        self._spellers: dict[int, Any] = {}
+        self._model, self._base = model, Reads.of(model, tokenizer, form)
         self._positions = positions_of(model).limit()
         self._vocabulary = int(model.get_input_embeddings().weight.shape[0])
         self._folder, self._since = source.location, time.time()
@@ -149,9 +146,8 @@ class Engine:
                 if len(self._queue) >= self.limits.queue + max(0, self.limits.rows - len(self._passes.rows)):
                     raise QueueFull(f"{len(self._queue)} requests wait already; come again later")
                 seconds = min((one for one in (request.seconds, self.limits.seconds) if one is not None), default=None)
-                speller = self._spellers.setdefault(id(reads.tokenizer), copy.deepcopy(reads.tokenizer))
                 ticket = Ticket(request)
-                row = Row(ticket, adapter, speller, ends=reads.ends, limit=limit, seconds=seconds)
+                row = Row(ticket, adapter, reads.speller, ends=reads.ends, limit=limit, seconds=seconds)
                 self._queue.append(row)
                 self._changed.notify_all()
                 return ticket

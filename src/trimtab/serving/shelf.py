@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,19 @@ class Reads:
 
     Attributes:
         tokenizer: with the chat template that the adapter was trained with.
+        speller: a copy of it that the engine's thread writes with; a tokenizer is not made for several threads.
         form: the form of the run's rows; None where it is not known.
         ends: tokens that end an answer.
     """
 
     tokenizer: Any
+    speller: Any
     form: str | None
     ends: tuple[int, ...]
+
+    @classmethod
+    def of(cls, model: Any, tokenizer: Any, form: str | None) -> Reads:
+        return cls(tokenizer, copy.deepcopy(tokenizer), form, tuple(end_tokens(model, tokenizer)))
 
 
 @dataclass
@@ -194,10 +201,9 @@ class Shelf:
                     f"{place}: it was trained with tokens that the served model lacks, such as {new[0]!r}. Serve the "
                     "run that it came from, or merge it into a model of its own (trimtab merge)"
                 )
-        tokenizer = load_tokenizer(source) if source.chat_template != self._source.chat_template else None
-        if tokenizer is None:
-            return Reads(self._base.tokenizer, form, self._base.ends)
-        return Reads(tokenizer, form, tuple(end_tokens(self._model, tokenizer)))
+        if source.chat_template == self._source.chat_template:
+            return replace(self._base, form=form)
+        return Reads.of(self._model, load_tokenizer(source), form)
 
 
 def _adapter_in(folder: Path) -> tuple[Path, str | None]:

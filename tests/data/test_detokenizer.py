@@ -1,0 +1,38 @@
+"""Text comes as soon as it is sure, and all of it comes."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+
+from tiny_runs import tiny_tokenizer
+from trimtab.data.detokenizer import Detokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return tiny_tokenizer()
+
+
+@pytest.mark.parametrize(
+    "text", ["fog over berth seven", "für 3 € – 日本語 🙂 ok", "\ufffd is a sign of its own, too \ufffd"]
+)
+def test_pieces_are_the_text_and_end_with_whole_characters(tokenizer: Any, text: str) -> None:
+    made, pieces = Detokenizer(tokenizer), []
+    for token in tokenizer(text).input_ids:
+        pieces.append(made.add(token))
+    assert text.startswith("".join(pieces))
+    assert "\ufffd" in text or not any("\ufffd" in piece for piece in pieces)
+    assert "".join(pieces) + made.finish() == text
+
+
+def test_bytes_by_chance_come_as_they_are_decoded_whole(tokenizer: Any) -> None:
+    drawn = random.Random(3)
+    for _ in range(30):
+        ids = [drawn.randrange(400) for _ in range(40)]
+        made = Detokenizer(tokenizer, [7])
+        said = "".join(made.add(token) for token in ids) + made.finish()
+        whole = [token for token in ids if token != 7]
+        assert said == tokenizer.decode(whole, skip_special_tokens=True, clean_up_tokenization_spaces=False)
