@@ -16,9 +16,7 @@ def tokenizer() -> Any:
     return tiny_tokenizer()
 
 
-@pytest.mark.parametrize(
-    "text", ["fog over berth seven", "für 3 € – 日本語 🙂 ok", "\ufffd is a sign of its own, too \ufffd"]
-)
+@pytest.mark.parametrize("text", ["fog over berth seven", "für 3 € – 日本語 🙂 ok", "\ufffd is a sign \ufffd"])
 def test_pieces_are_the_text_and_end_with_whole_characters(tokenizer: Any, text: str) -> None:
     made, pieces = Detokenizer(tokenizer), []
     for token in tokenizer(text).input_ids:

@@ -40,11 +40,19 @@ class Adapted(Carrier):
 
     def _by_rows(self, groups: list[Group], args: Any, kwargs: Any) -> Any:
         """What the module gives inside of ``per_row``, for the rows of each adapter."""
+        # Tensors may have changed before a pass with gradients, and may change after it.
+        forgotten = self.every_adapter() if torch.is_grad_enabled() else []
+        for adapter in forgotten:
+            adapter.forget()
+        try:
+            return self._rows_through(groups, args, kwargs)
+        finally:
+            for adapter in forgotten:
+                adapter.forget()
+
+    def _rows_through(self, groups: list[Group], args: Any, kwargs: Any) -> Any:
         plan, what = self._rows, f"a {type(self.base).__name__}"
         assert plan is not None
-        if torch.is_grad_enabled():  # then tensors may change before the next pass
-            for adapter in self.every_adapter():
-                adapter.forget()
         if len(groups) == 1:
             return self._alone(groups[0].name, args, kwargs)
         handles = {group.name: self.handle_of(group.name) for group in groups if group.name is not None}
