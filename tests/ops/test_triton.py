@@ -244,6 +244,9 @@ def test_magnitudes_of_zero_and_rows_of_zeros_keep_their_gradients(monkeypatch: 
     magnitude, norm = torch.tensor([0.0, 2.0, 3.0, -1.0]), torch.tensor([2.0, 0.0, 3.0, 0.5])
     monkeypatch.setattr(ops_ratio, "_may_be_read", lambda norm: False)
     ratio = ratio_of(magnitude, norm, torch.bfloat16)
+    fused = ratio_of(magnitude, norm, torch.bfloat16, triton.quotients)
+    torch.testing.assert_close(fused, ratio, rtol=1e-6, atol=0.0)
+    assert fused.values[1] == 0
     assert ratio.divisor is not None
     weight = torch.randn(4, 5) * torch.tensor([1.0, 0.0, 1.0, 1.0])[:, None]
     x, dy = torch.randn(9, 5).double(), torch.randn(9, 4).double()

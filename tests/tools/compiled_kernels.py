@@ -71,6 +71,7 @@ def launches(dtype: torch.dtype, rank: int, tokens: int = 4096, size: int = 4096
         tables = empty(math.ceil(size / side), side), empty(math.ceil(size / side), side)
         start(ours._forward_pass, product, None, inner, b, 2.0, vector, vector, False, False)
         start(ours._backward_pass, product, product, inner, b, 2.0, vector, True, True)
+        start(ours._quotients, vector, vector, 2.0**-40)
         start(ours._squared_norms, weight, vector, a, b, 2.0)
         start(ours._forward_pass, weight, empty(size, size, dtype=dtype), b, a.t(), 2.0, vector, None, False, True)
         groups = len(tables[0])

@@ -24,7 +24,7 @@ from trimtab.ops.autocast import autocast_dtype, without_autocast
 from trimtab.ops.cost import Compute, counted, folds_gradient, folds_output, full_digits_for_few
 from trimtab.ops.dropout import Keep
 from trimtab.ops.expert_rows import StackMap
-from trimtab.ops.kernels import kernels_for
+from trimtab.ops.kernels import kernels_for, quotients_for
 from trimtab.ops.kernels.contract import Passes
 from trimtab.ops.linear_map import MATRIX, LinearMap
 from trimtab.ops.ratio import HALF, Ratio, ratio_of
@@ -330,7 +330,7 @@ def _ratio(magnitude: Tensor, norm: Tensor, dtype: torch.dtype, known: dict[torc
     if ratio is None or (
         torch.is_grad_enabled() and ratio.values.is_inference()
     ):  # that mode's are no good for training
-        ratio = ratio_of(magnitude, norm, dtype)
+        ratio = ratio_of(magnitude, norm, dtype, quotients_for(norm))
         if known is not None:
             known[dtype] = ratio
     return ratio

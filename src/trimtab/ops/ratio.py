@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -56,9 +57,12 @@ class Ratio(NamedTuple):
         return values.mul_(factors) if in_place else values * factors
 
 
-def ratio_of(magnitude: Tensor, norm: Tensor, dtype: torch.dtype) -> Ratio:
+Quotients = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor] | None]
+
+
+def ratio_of(magnitude: Tensor, norm: Tensor, dtype: torch.dtype, quotients: Quotients | None = None) -> Ratio:
     """``m / n`` for ``magnitude [out]`` and ``norm [out]``, to multiply tensors of ``dtype`` with; not
-    differentiable."""
+    differentiable. ``quotients`` computes it in one go where values are not looked at."""
     with torch.no_grad():
         magnitude = magnitude.detach().to(norm.dtype)
         if _may_be_read(norm):
@@ -69,6 +73,8 @@ def ratio_of(magnitude: Tensor, norm: Tensor, dtype: torch.dtype) -> Ratio:
             return Ratio(magnitude_over_norm(magnitude, norm), False, None)
         if dtype == torch.float16:  # whose smallest number is too large
             return Ratio(magnitude_over_norm(magnitude, norm), False, None)
+        if quotients is not None and (found := quotients(magnitude, norm, _SMALLEST)) is not None:
+            return Ratio(found[0], False, None, found[1])
         divisor = magnitude.abs().clamp_min_(_SMALLEST).copysign_(magnitude)
         return Ratio(divisor / norm.masked_fill(norm == 0, float("inf")), False, None, divisor)
 

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from trimtab.ops.kernels import channels, plain
@@ -46,6 +47,15 @@ def turning_for(rows: Tensor) -> Any:
     from trimtab.ops.kernels import triton_square
 
     return triton_square
+
+
+def quotients_for(norm: Tensor) -> Any:
+    """The program that divides magnitudes by ``norm``; None where torch's operations do."""
+    if kernels_for(norm.view(1, -1)) is plain or torch.compiler.is_compiling():  # which makes one program of them
+        return None
+    from trimtab.ops.kernels import triton
+
+    return triton.quotients
 
 
 @contextmanager

@@ -305,6 +305,31 @@ def _backward_pass(
     return found
 
 
+def quotients(magnitude: Tensor, norm: Tensor, smallest: float) -> tuple[Tensor, Tensor] | None:
+    """``c = m / n``, 0 where n is 0, with m held away from 0 by ``smallest``, and that m. None for what the program
+    does not read."""
+    if not (takes(magnitude, norm) and magnitude.is_contiguous() and norm.is_contiguous() and norm.numel()):
+        return None
+    found: tuple[Tensor, Tensor] = call(torch.ops.trimtab.quotients, _quotients, (magnitude, norm, smallest))
+    return found
+
+
+@on_its_device
+def _quotients(magnitude: Tensor, norm: Tensor, smallest: float) -> tuple[Tensor, Tensor]:
+    values, divisor = torch.empty_like(norm), torch.empty_like(norm)
+    programs.quotients[(math.ceil(norm.numel() / _ADDED),)](
+        magnitude=magnitude,
+        norm=norm,
+        values=values,
+        divisor=divisor,
+        size=norm.numel(),
+        SMALLEST=smallest,
+        BLOCK=_ADDED,
+        num_warps=4,
+    )
+    return values, divisor
+
+
 @on_its_device
 def _squared_norms(weight: Tensor, squares: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     (out, features), rank, into = weight.shape, len(a), torch.empty_like(squares)
@@ -361,6 +386,8 @@ def _backward_results(
 _forward_op = torch.library.custom_op("trimtab::forward_pass", _forward_pass, mutates_args=("product", "output"))
 _backward_op = torch.library.custom_op("trimtab::backward_pass", _backward_pass, mutates_args=())
 _norms_op = torch.library.custom_op("trimtab::squared_norms", _squared_norms, mutates_args=())
+_quotients_op = torch.library.custom_op("trimtab::quotients", _quotients, mutates_args=())
+_quotients_op.register_fake(lambda magnitude, norm, smallest: (torch.empty_like(norm), torch.empty_like(norm)))
 _norms_op.register_fake(lambda weight, squares, *given: torch.empty_like(squares))
 _forward_op.register_fake(lambda *given: None)
 _backward_op.register_fake(_backward_results)

@@ -381,3 +381,17 @@ def square_norms(
             total += tl.sum(delta * (2 * w + delta), 1)
     total += tl.load(squares + rows, mask=in_rows, other=0.0).to(ACC)
     tl.store(into + rows, tl.maximum(total, 0.0).to(into.dtype.element_ty), mask=in_rows)
+
+
+@triton.jit
+def quotients(magnitude, norm, values, divisor, size, SMALLEST: tl.constexpr, BLOCK: tl.constexpr):
+    """``c = m / n``, 0 where n is 0, with m held away from 0; and that m."""
+    places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = places < size
+    m = tl.load(magnitude + places, mask=mask, other=1.0)
+    n = tl.load(norm + places, mask=mask, other=1.0)
+    m = tl.where(tl.abs(m) < SMALLEST, tl.where(m < 0, -SMALLEST, SMALLEST), m)
+    tl.store(divisor + places, m.to(divisor.dtype.element_ty), mask=mask)
+    tl.store(
+        values + places, tl.where(n == 0, 0.0, m / tl.where(n == 0, 1.0, n)).to(values.dtype.element_ty), mask=mask
+    )
