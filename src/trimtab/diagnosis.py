@@ -32,6 +32,7 @@ USES = {
     "quantised": "int8 and nf4 bases",
     "torchao": "torchao's int8 bases",
     "explore": "trimtab explore",
+    "ray": "trimtab compare --on ray",
     "serve": "trimtab serve",
     "tensorboard": "train.tensorboard",
     "gpu": "model.liger",
