@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from transformers import Trainer
 
 from accelerator import NAME, Seen, accelerator
 from run_fixtures import bare_runs, make_yaml, model_folder, own_cache  # noqa: F401
 from tiny_runs import Kept, rows, write_rows
 from trimtab.config.read import load_config
-from trimtab.memory.suggest import describe_run
+from trimtab.errors import ModelError
+from trimtab.memory.suggest import check_run, describe_run
+from trimtab.reports.run.run_tables import memory_lines
 from trimtab.runs.load import load_run
-from trimtab.tasks import job_of
+from trimtab.tasks import RowSizes, job_of
 from trimtab.training.run import finetune
 from trimtab.training.work import Work
 
@@ -128,8 +129,32 @@ def test_a_run_says_where_it_computes(
     assert not seen.count, "the processor was asked for"
 
 
-def test_plan_holds_a_run_against_its_device(make_yaml: Callable[..., Path]) -> None:  # noqa: F811
+@pytest.mark.parametrize("quantisation", ["none", "nf4"])
+def test_plan_holds_a_run_against_its_device(quantisation: str, make_yaml: Callable[..., Path]) -> None:  # noqa: F811
+    job = job_of(load_config(make_yaml("run", quantisation=quantisation)))
+    here = describe_run(job)["memory"]
+    assert not {"device", "host"} & here.keys()
     with accelerator():
-        memory = describe_run(job_of(load_config(make_yaml("run"))))["memory"]
-    assert memory["free"] == 4.5
-    assert torch.get_default_device().type == "cpu"
+        memory = describe_run(job)["memory"]
+        check_run(job, RowSizes(length=64, labels=8))
+    assert memory["uncounted"] is None
+    assert (memory["device"], memory["device_memory_gib"], memory["free"]) == ("Fake GPU", 8.0, 4.5)
+    assert memory["fits"]
+    assert set(memory["moments"]) == {"loading", "training"}
+    # Tensors alone: the process and the holes between tensors are the machine's.
+    assert not {"process", "fragmentation", "files"} & memory["moments"]["training"].keys()
+    assert memory["moments"]["training"]["weights"] == here["moments"]["training"]["weights"]
+    assert 0 < memory["moments"]["training"]["activations"] <= 1.5 * here["moments"]["training"]["activations"]
+    assert "on Fake GPU, 4.50 GiB are free there" in memory_lines(memory)[-1]
+
+
+def test_a_run_that_is_too_large_for_its_device_is_refused(
+    make_yaml: Callable[..., Path],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    job = job_of(load_config(make_yaml("run")))
+    monkeypatch.setattr("trimtab.machine.available_memory", lambda device="cpu": 0)
+    monkeypatch.setattr("trimtab.memory.suggest.available_memory", lambda device="cpu": 0)
+    monkeypatch.setattr("trimtab.memory.suggest.suggest", lambda *_: [])
+    with accelerator(), pytest.raises(ModelError, match=r"are free on Fake GPU \(fakegpu"):
+        check_run(job, RowSizes(length=64, labels=8))

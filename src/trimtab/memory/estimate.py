@@ -84,12 +84,13 @@ class RunMemory:
     """The estimates of a run's moments: loading, evaluating, training.
 
     ``uncounted``: why the activations could not be counted, where that is so. ``attached``: what the plan does to the
-    model.
+    model. ``host``: where the moments are an accelerator's, what loading takes in the machine's own memory.
     """
 
     moments: tuple[MemoryEstimate, ...]
     uncounted: str | None = None
     attached: AttachReport | None = None
+    host: MemoryEstimate | None = None
 
     @property
     def peak(self) -> MemoryEstimate:
@@ -103,10 +104,12 @@ class RunMemory:
 
 
 def estimate_run(job: Job, sizes: RowSizes) -> RunMemory:
-    """What a run of ``job`` over rows of ``sizes`` will take on the processor.
+    """What a run of ``job`` over rows of ``sizes`` will take where it computes.
 
-    A step of the run's own code is traced on tensors without values (``trimtab.memory.trace``). What the process holds
-    besides tensors is what it holds now and ``BEYOND``. This takes a second or two, whatever the size of the model.
+    A step of the run's own code is traced on tensors without values (``trimtab.memory.trace``). On the processor, what
+    the process holds besides tensors is what it holds now and ``BEYOND``. On an accelerator tensors alone are counted;
+    what its allocator holds free between them has not been measured. This takes a second or two, whatever the size of
+    the model.
 
     Raises:
         ModelError, PlanError: what the run itself would raise for its model and its plan.
@@ -124,7 +127,8 @@ def estimate_run(job: Job, sizes: RowSizes) -> RunMemory:
     task = tasks.of(job)
     quantising = quantising_bytes(model, config.quantisation)
     attached = job.attach_to(model)
-    trace = Trace(model, task, quantisation=config.quantisation)
+    where = job.device
+    trace = Trace(model, task, quantisation=config.quantisation, device=where)
     standing, uncounted = trace.standing, None
     labels = sizes.length - 1 if train.prompt_loss_weight else sizes.labels
     rows = max(1, train.batch_size // here().size)
@@ -144,7 +148,13 @@ def estimate_run(job: Job, sizes: RowSizes) -> RunMemory:
     process = psutil.Process().memory_info().rss + BEYOND
     # Weights that stay in the type of their files are used from the mapped file and never copied.
     is_mapped = stored == dtype and config.quantisation == "none"
-    loading = MemoryEstimate(standing["weights"], files=0 if is_mapped else files, process=process)
+    files = 0 if is_mapped else files
+    host = None
+    if where.type != "cpu":  # weights come through the machine's memory, but for those that are packed one by one
+        whole = sum(one.nbytes for one in model.parameters() if not one.requires_grad and id(one) not in packed)
+        host = MemoryEstimate(0 if is_mapped else whole, files=files, process=process)
+        files = process = 0
+    loading = MemoryEstimate(standing["weights"], files=files, process=process)
     moments = [replace(loading, activations=quantising)]
     for moment, held in peaks.items():
         scored = (evaluated if moment == "evaluating" and evaluated else batch).labels
@@ -152,10 +162,12 @@ def estimate_run(job: Job, sizes: RowSizes) -> RunMemory:
         passing = held.get("activations", 0) + held.get("gradients", 0)
         holes = SHARE * passing
         # Blocks of logits that come and go between the small ones leave more, unless the system takes them back.
-        if 0 < logits < RETURNED:
+        if host is not None:
+            holes = 0.0
+        elif 0 < logits < RETURNED:
             holes += min(HOLES, 4 * parameters) + PER_LOGITS * logits
         moments.append(MemoryEstimate(**held, fragmentation=round(holes), process=process, moment=moment))
-    return RunMemory(tuple(moments), uncounted, attached)
+    return RunMemory(tuple(moments), uncounted, attached, host)
 
 
 def _evaluated(config: RunConfig, sizes: RowSizes) -> Batch | None:

@@ -12,7 +12,7 @@ from trimtab import bases, tasks
 from trimtab.config.resolve import Job
 from trimtab.data.sources import is_local
 from trimtab.errors import TrimtabError
-from trimtab.machine import GIB, available_memory, check_fits
+from trimtab.machine import GIB, available_memory, check_fits, describe_device
 from trimtab.memory.estimate import RunMemory, estimate_run
 from trimtab.models.gguf import is_dequantised
 from trimtab.processes import here
@@ -59,6 +59,9 @@ def check_run(job: Job, sizes: RowSizes) -> AttachReport:
             what = f"{what} in {sharing} processes on this machine ({estimate.needed / GIB:.2f} GiB each)"
             advice = [*advice, "fewer processes"]
         check_fits(what, estimate.needed * sharing, job.device, parts=estimate.told, advice=advice)
+    if memory.host is not None:
+        needed = memory.host.needed * here().local
+        check_fits(f"Loading {job.config.model.name}", needed, parts=memory.host.told)
     assert memory.attached is not None
     return memory.attached
 
@@ -117,8 +120,13 @@ def describe_run(job: Job, length: int | None = None, check: Check | None = None
         sizes, origin = replace(sizes, length=length, labels=length - 1), "--length"
     memory, room = estimate_run(job, sizes), _room(job)
     fits = memory.hardest.needed <= room
+    host = memory.host
+    if host is not None:
+        fits = fits and host.needed * here().local <= available_memory()
     assert memory.attached is not None
     described = {
+        **describe_device(job.device),
+        **({} if host is None else {"host": {"needed": host.needed / GIB, "free": available_memory() / GIB}}),
         "batch_size": max(1, job.config.train.batch_size // here().size),
         "processes": here().size,
         "length": sizes.length,

@@ -55,13 +55,17 @@ class Trace:
         model: a transformers model on the meta device, with its adapters. It cannot be used afterwards.
         task: what it is asked for.
         quantisation: how the base weights of linear layers other than the head are stored.
+        device: where it runs; what is kept, and which kernels are taken, hangs on that.
 
     Attributes:
         standing: what is held whatever the batch is: weights, adapters, their gradients and AdamW's moments.
     """
 
-    def __init__(self, model: Any, task: Task, *, quantisation: str = "none") -> None:
+    def __init__(
+        self, model: Any, task: Task, *, quantisation: str = "none", device: torch.device | str = "cpu"
+    ) -> None:
         self._model = model
+        self._device = torch.device(device)
         self._task = task
         self._packed = stored_sizes(model, quantisation)
         self._unpacked = max((weight.nbytes for weight in model.parameters() if id(weight) in self._packed), default=0)
@@ -79,7 +83,7 @@ class Trace:
                 # `Head` probes what a model does around its output head: whether a tensor was handed on as it is.
                 aten.equal.default: lambda one, other: one.untyped_storage()._cdata == other.untyped_storage()._cdata,
                 aten.allclose.default: lambda *_: True,
-                torch.ops.prim.device.default: lambda _: torch.device("cpu"),  # half of all calls: a quick way
+                torch.ops.prim.device.default: lambda _: self._device,  # half of all calls: a quick way
             }
         )
         self._pass: _Pass | None = None
@@ -145,7 +149,7 @@ class Trace:
         return head
 
     def _materialise(self) -> dict[nn.Parameter, int | None]:
-        """Give every module fake tensors on the processor in place of those on the meta device.
+        """Give every module fake tensors on the device in place of those on the meta device.
 
         Returns:
             The parameters that are trained, each with the number of its block.
@@ -166,7 +170,7 @@ class Trace:
                         continue
                     if id(old) not in done:  # tied weights stay tied
                         with self._ledger.labelled("adapters" if id(module) in adapters else "weights", block):
-                            new: Tensor = torch.empty(old.shape, dtype=old.dtype)
+                            new: Tensor = torch.empty(old.shape, dtype=old.dtype, device=self._device)
                         if isinstance(old, nn.Parameter):
                             new = parameter = nn.Parameter(new, old.requires_grad)
                             if old.requires_grad:
@@ -226,7 +230,8 @@ class Trace:
 
     def _begin(self, batch: Batch) -> dict[str, Tensor]:
         self._labels = batch.labels
-        tensors = self._task.sample(self._model, batch)
+        sample = self._task.sample(self._model, batch)
+        tensors = {name: tensor.to(self._device) for name, tensor in sample.items()}
         self._pass = _Pass(self._ledger.held.copy(), dict.fromkeys(range(len(self._blocks)), "waiting"))
         self._ledger.mark()
         return tensors

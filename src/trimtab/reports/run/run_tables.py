@@ -234,6 +234,12 @@ def memory_lines(memory: Mapping[str, Any]) -> list[str]:
     if memory["uncounted"]:
         lines.append(f"without the activations, which could not be counted: {memory['uncounted']}")
     need = f"{words.gib(memory['needed'])} beyond Python and libraries, {words.gib(memory['free'])} are free"
+    if "device" in memory:
+        host = memory["host"]
+        need = (
+            f"{words.gib(memory['needed'])} on {memory['device']}, {words.gib(memory['free'])} are free there; loading "
+            f"takes {words.gib(host['needed'])} of the machine's own, {words.gib(host['free'])} are free"
+        )
     if memory["fits"]:
         return [*lines, f"it fits: {need}"]
     lines.append(f"it does not fit: {need}")
