@@ -6,7 +6,7 @@ import importlib.util
 import json
 import shutil
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from trimtab.runs.study_records import CellRecord
 from trimtab.studies import cell, plan_search
 from trimtab.studies import explore as whole
 from trimtab.studies.explore import explore
+from trimtab.studies.places import Errand, Outcome
 from trimtab.studies.plan_search import SearchListener
 from trimtab.studies.process import run_here
 from trimtab.training.run import finetune
@@ -423,3 +424,45 @@ def test_published_results_without_the_search_are_begun_anew(make_search: Make, 
     again = found_in(explore(load_explore(config.output / "explore.yaml")))
     assert len(pretend.ran) == 3
     assert again["trials"] == before["trials"]
+
+
+class Backwards:
+    """A place where the runs that are sent together end the other way round."""
+
+    several = True
+
+    def __init__(self, fails: int | None = None) -> None:
+        self.together: list[int] = []
+        self.left = fails
+
+    def bring(self, errands: Sequence[Errand]) -> Iterator[Outcome]:
+        self.together.append(len(errands))
+        for number in reversed(range(len(errands))):
+            if self.left == 0:
+                raise KeyboardInterrupt
+            self.left = None if self.left is None else self.left - 1
+            errands[number].began("elsewhere")
+            yield number, None
+
+
+def test_what_is_proposed_together_does_not_depend_on_where_it_runs(
+    make_search: Make, pretend: Any, tmp_path: Path
+) -> None:
+    said = {"base": ACCURACY, "methods": ["lora", "mora"], "budget": "mora:8"}
+
+    def trials(name: str, **how: Any) -> list[Any]:
+        if not (tmp_path / name).exists():
+            pretend.done.clear()
+        folder = explore(make_search("trials=16", "at_once=4", output=str(tmp_path / name), **said), **how)
+        # A trial that was cut off has a new number when it is run again.
+        left_out = ("seconds", "number", "same_as")
+        return [{key: row[key] for key in row if key not in left_out} for row in found_in(folder)["trials"]]
+
+    here = trials("here")
+    there = Backwards()
+    assert trials("there", on=there) == here
+    assert there.together == [4, 4, 4, 4]
+    assert sum(row["state"] == "pruned" for row in here) > 0
+    with pytest.raises(Interrupted):
+        trials("stopped", on=Backwards(fails=6))  # in the middle of the second round
+    assert trials("stopped") == here
