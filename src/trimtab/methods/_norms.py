@@ -51,7 +51,8 @@ def _mark(tensor: Tensor) -> Mark:
     since there the values would have to come home first."""
     if tensor.device.type != "cpu" or type(tensor) not in (Tensor, nn.Parameter):
         return tensor.detach().clone()
-    numbers = tensor.detach().reshape(-1).view(torch.uint8).numpy()
+    # Of a copy that goes at once: memory that numpy has seen can never be given back, which sharding (FSDP2) does.
+    numbers = tensor.detach().reshape(-1).view(torch.uint8).clone().numpy()
     return tensor.dtype, tensor.shape, hash(numbers.tobytes())
 
 

@@ -97,22 +97,47 @@ def unsharded(model: nn.Module, *, changes: bool = False, only: nn.Module | None
         return
     for module in sharded:
         module.unshard()
-    held = [
-        (holder, key, parameter, parameter.detach().clone())
-        for holder in (model.modules() if changes else ())
-        for key, parameter in holder._parameters.items()
-        if parameter is not None
-    ]
     try:
         yield True
     finally:
-        changed = [None if torch.equal(one, before) else one.detach().clone() for _, _, one, before in held]
-        for module in sharded:
-            module.reshard()
         with torch.no_grad():
-            for (holder, key, parameter, _), value in zip(held, changed, strict=True):
-                into = holder._parameters.get(key)
-                if into is not None and into is not parameter:
-                    if value is not None:
-                        write(into, value)
-                    into.requires_grad_(parameter.requires_grad)
+            for module in sharded:
+                _put_away(module, changes=changes)
+
+
+def _put_away(module: Any, *, changes: bool) -> None:
+    """Shard the weights of one wrapped module again; with ``changes``, each process keeps its own part of what became
+    of them, so that nothing is sent, and only this module's weights are there twice meanwhile."""
+    held = [
+        (holder, key, parameter, parameter.detach().clone())
+        for holder in (_managed_by(module) if changes else ())
+        for key, parameter in holder._parameters.items()
+        if parameter is not None
+    ]
+    module.reshard()
+    for holder, key, parameter, value in held:
+        into: Any = holder._parameters[key]
+        if into is parameter:
+            continue
+        part, mine = _part(value, into), into.to_local()
+        if not torch.equal(part, mine):
+            mine.copy_(part)
+        into.requires_grad_(parameter.requires_grad)
+
+
+def _managed_by(module: nn.Module) -> Iterator[nn.Module]:
+    """``module`` and what lies in it, but for what is wrapped for itself."""
+    yield module
+    for child in module.children():
+        if not callable(getattr(child, "reshard", None)):
+            yield from _managed_by(child)
+
+
+def _part(value: Tensor, shard: Any) -> Tensor:
+    """What of ``value``, which is whole, lies in this process where it is spread as ``shard`` is."""
+    for dimension, placement in enumerate(shard.placements):
+        if placement.is_shard():
+            pieces = value.chunk(shard.device_mesh.size(dimension), placement.dim)
+            at = shard.device_mesh.get_local_rank(dimension)
+            value = pieces[at] if at < len(pieces) else value.narrow(placement.dim, 0, 0)
+    return value
