@@ -275,6 +275,15 @@ def test_what_a_run_asks_for(memory: int, machines: Any, runs: int, threads: str
     assert Needs.of(memory, machines, runs, threads) == needs
 
 
+def test_a_run_on_the_processor_asks_for_no_gpu(ray: FakeRay, config: Any) -> None:
+    ray.machines = [{"CPU": 4.0, "memory": 8.0 * GIB, "GPU": 2.0}]
+    ray.results = [with_header({"failed": "no"})] * 2
+    cluster = Cluster(ray)
+    for device in ("auto", "cpu"):
+        list(cluster.bring([Heard(config.model_copy(update={"device": device}))]))
+    assert [(asked["num_gpus"], asked["memory"]) for asked in ray.asked] == [(1, None), (0, GIB)]
+
+
 @pytest.mark.parametrize(
     "line",
     ["", "{}", "[1]", '["a", "note", "b"]', '[1, "__init__", "b"]', '[1, "note", {}]', '[1, "step", 1]', "[1, [], 1]"],

@@ -174,7 +174,10 @@ class Cluster:
         key = json.dumps(alike, sort_keys=True)
         if key not in self._peaks:
             self._peaks[key] = peak_memory(config)
-        return Needs.of(self._peaks[key], self._machines(), runs, os.environ.get("OMP_NUM_THREADS"))
+        machines = self._machines()
+        if "cpu" in (config.device, os.environ.get("TRIMTAB_DEVICE")):
+            machines = [{**machine, "GPU": 0} for machine in machines]
+        return Needs.of(self._peaks[key], machines, runs, os.environ.get("OMP_NUM_THREADS"))
 
     def _send(self, errand: Errand, sent: _Sent) -> None:
         files = carry.files_of(errand.config)
