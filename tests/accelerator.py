@@ -19,7 +19,7 @@ import ctypes
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from types import FrameType
@@ -314,15 +314,17 @@ class _OnProcessor(TorchDispatchMode):
 
 
 @contextmanager
-def accelerator() -> Iterator[Seen]:
-    """The machine has an accelerator while this is open; gives what happens on it."""
+def accelerator(*, looks: bool = True) -> Iterator[Seen]:
+    """The machine has an accelerator while this is open; gives what happens on it. ``looks``: off to leave out what is
+    made on the processor, where tensors of a class with operations of its own are read, inside of which torch cannot
+    make tensors while somebody looks on."""
     seen, before = Seen(), module.is_open
     module.is_open = True
     _open.append(seen)
     try:
         # In one thread: an error in a backward pass is then raised where it was called, and lines can be told.
         with ExitStack() as stack:
-            stack.enter_context(_OnProcessor())
+            stack.enter_context(_OnProcessor() if looks else nullcontext())
             stack.enter_context(torch.autograd.set_multithreading_enabled(False))
             stack.enter_context(patch.object(torch.Tensor, "data", property(_data.__get__, _set_data)))
             stack.enter_context(patch.object(torch, "_has_compatible_shallow_copy_type", _fits_too))
