@@ -151,6 +151,7 @@ def two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
         (False, {**LONG, "methods": "dora serial"}),
         (False, {**LONG, "task": "seq2seq"}),
         (False, {**LONG, "gradient_checkpointing": True}),
+        (False, {**LONG, "padding_free": True}),
         (False, {**LONG, "compile": False}),
         (True, {"rows": 1, "compile": True}),
         (False, {**LONG, "epochs": 0.0}),

@@ -92,6 +92,8 @@ def _obstacle(job: Job, attached: AttachReport) -> str | None:
         return f"it gains with {' and '.join(METHODS)}, and this trains {', '.join(others)}; true compiles all the same"
     if train.gradient_checkpointing:
         return "it was measured without train.gradient_checkpointing; train.compile: true tries it"
+    if train.padding_free is True:
+        return "it was measured without train.padding_free; train.compile: true tries it"
     if sys.platform != "linux":
         return f"it was measured on Linux, and this is {sys.platform}; train.compile: true tries it"
     if not shutil.which(compiler := os.environ.get("CXX") or "g++"):
