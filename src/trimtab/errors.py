@@ -210,8 +210,13 @@ def _mib(size: int) -> str:
     return f"{size / 2**20:,.1f} MiB"
 
 
+_LONGEST_WORD = 1000
+
+
 def nearest(word: str, known: Iterable[str], count: int = 3) -> list[str]:
     """The entries of ``known`` that look most like ``word``, best first; possibly none."""
+    if len(word) > _LONGEST_WORD:  # nothing is near, and a text of megabytes would take seconds to compare
+        return []
     return difflib.get_close_matches(word, list(known), n=count, cutoff=0.5)
 
 

@@ -27,6 +27,7 @@ from trimtab.serving.requests import (
     TooLong,
     UnknownModel,
 )
+from trimtab.serving.writing import Row
 
 PROMPTS = ("is berth seven free ?", "fog", "the pilot asks for a tug , and for two more at noon", "no wind")
 GREEDY = Drawing(max_new_tokens=12)
@@ -224,6 +225,10 @@ def test_a_failing_pass_ends_its_rows_and_no_others(
                 pieces(engine.submit(Request("base", (399,))))
         assert pieces(long)[-1].completion_tokens == 60
         assert said_by(engine, "base", PROMPTS[0], max_new_tokens=12) == expected["base", PROMPTS[0]]
+        for _ in range(6):  # nothing else runs, and still it is the requests that are wrong, not the model
+            with pytest.raises(RequestFailed, match="a fault in the model"):
+                pieces(engine.submit(Request("base", (399,))))
+        assert said_by(engine, "base", PROMPTS[0], max_new_tokens=12) == expected["base", PROMPTS[0]]
         monkeypatch.setattr(engine._model, "forward", lambda **_: 1 / 0)
         for _ in range(3):
             with pytest.raises(RequestFailed, match="division"):
@@ -245,6 +250,16 @@ def test_numbers_that_are_none_end_one_row(model: Any) -> None:
             pieces(engine.submit(Request("base", (5, 399))))
         again = engine.submit(Request("base", (5, 6), max_new_tokens=30, ignore_end=True))
         assert text_of(good) == text_of(again)
+
+
+def test_a_tokenizer_that_fails_at_a_token_ends_one_row(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with engine_of(model) as engine:
+        good = engine.submit(Request("base", (5, 6), max_new_tokens=8, ignore_end=True))
+        monkeypatch.setattr(Row, "_likely", lambda *_: 1 / 0)
+        with pytest.raises(RequestFailed, match=r"cannot be told.*division"):
+            pieces(engine.submit(Request("base", (5,), logprobs=2)))
+        assert pieces(good)[-1].completion_tokens == 8
+        assert engine.stats().state == "ready"
 
 
 def test_closing_refuses_what_waits_and_lets_the_rest_finish(model: Any) -> None:

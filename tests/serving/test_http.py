@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -159,11 +160,16 @@ WRONG = {
         {"model": "legal", "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
         "messages.0.content.0: only text can be read, and this is image_url",
     ),
+    "calls": (
+        {"model": "legal", "messages": [{"role": "assistant", "content": "x", "tool_calls": 5}]},
+        "messages.0.tool_calls: expected a list",
+    ),
     "temperature": ({**CHAT, "temperature": -1}, "temperature: expected at least 0, got -1"),
     "a number in quotes": ({**CHAT, "temperature": "1"}, "temperature: expected a number, got '1'"),
     "truth": ({**CHAT, "max_tokens": True}, "max_tokens: expected a whole number, got true"),
     "nothing": ({**CHAT, "max_tokens": 0}, "max_tokens: expected at least 1, got 0"),
     "NaN": (json.dumps({**CHAT, "top_p": float("nan")}).encode(), "top_p: expected"),
+    "seed": ({**CHAT, "seed": 2**63}, "seed: expected at most 9223372036854775807, got 9223372036854775808"),
     "huge": ({**CHAT, "n": 10**30}, "n: expected"),
     "more than are taken": ({**CHAT, "n": 21}, "n: 21 answers in one request are more than"),
     "penalty": ({**CHAT, "frequency_penalty": 0.5}, "frequency_penalty: not supported here"),
@@ -226,6 +232,14 @@ def test_an_unknown_model_is_named_with_those_near_it(server: Running) -> None:
     assert server.ask("GET", "/v1/models/legal").body["parent"] == "base"
 
 
+def test_a_very_long_name_is_refused_without_comparing_it(server: Running) -> None:
+    for body in ({**CHAT, "model": "ab" * 5000}, {**CHAT, "ab" * 5000: 1}):
+        with patch("trimtab.errors.difflib.get_close_matches", side_effect=AssertionError):
+            got = server.ask("POST", "/v1/chat/completions", body)
+        assert got.status in (400, 404)
+        assert len(got.error["message"]) < 300
+
+
 def test_too_many_tokens_and_too_many_bytes(server: Running) -> None:
     long = server.chat(text="fog " * 600)
     assert (long.status, long.error["code"]) == (400, "context_length_exceeded")
@@ -243,13 +257,16 @@ def test_only_json_is_read(server: Running) -> None:
     assert (
         server.ask("POST", "/v1/chat/completions", CHAT, Content_Type="application/json; charset=utf-8").status == 200
     )
+    packed = server.ask("POST", "/v1/chat/completions", b"\x1f\x8b", Content_Encoding="gzip")
+    assert (packed.status, "content-encoding" in packed.error["message"]) == (415, True)
 
 
 def test_addresses_that_are_none(server: Running) -> None:
     got = server.ask("GET", "/v1/model")
     assert (got.status, got.error["code"]) == (404, "unknown_url")
     assert "Did you mean '/v1/models'?" in got.error["message"]
-    assert server.ask("GET", "/v1/chat/completions").status == 405
+    wrong = server.ask("GET", "/v1/chat/completions")
+    assert (wrong.status, wrong.error["message"]) == (405, "Method Not Allowed")
     assert server.ask("POST", "/v1/../etc/passwd", {}).status == 404
 
 
@@ -509,6 +526,7 @@ def test_a_line_for_each_request_without_what_was_said(server: Running) -> None:
     assert "+2 tokens" in line
     assert "secret" not in "".join(server.lines)
     server.ask("GET", "/%0a%1b[31m" + "x" * 200)
+    server.ask("GET" + "X" * 3000, "/health")
     assert all(one.isprintable() and len(one) < 250 for one in server.lines)
 
 

@@ -165,6 +165,7 @@ def test_a_key_is_taken_from_the_environment_and_not_shown(
     ("words", "said"),
     [
         (("--adapter", "legal="), "--adapter legal=: expected NAME=FOLDER"),
+        (("--adapter", "le\ngal=runs"), "--adapter 'le\\ngal=runs': a name is text on one line"),
         (("--adapter", "a=x", "--adapter", "a=y"), "there is an adapter a already, x"),
         (("--adapters-from", "."), "whoever adds adapters has to show a key"),
         (("--adapters-from", "nowhere", "--api-key", "k"), "--adapters-from nowhere: no such folder"),

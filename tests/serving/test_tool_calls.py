@@ -43,6 +43,7 @@ def found_in(text: str, size: int) -> list[str | ToolCall]:
         (CALL.replace("berth", "crane"), [CALL.replace("berth", "crane")]),
         (CALL.replace("7}", "7"), [CALL.replace("7}", "7")]),
         ("<tool_call>", ["<tool_call>"]),
+        ('<tool_call>{"name": ["berth"]}</tool_call>', ['<tool_call>{"name": ["berth"]}</tool_call>']),
         ("<tool_cal", ["<tool_cal"]),
         ('<tool_call>{"name": "berth"}</tool_call>', [ToolCall("berth", "{}")]),
         ('<tool_call>{"name": "berth", "arguments": "{\\"a\\": 1}"}</tool_call>', [ToolCall("berth", '{"a": 1}')]),

@@ -257,10 +257,10 @@ _EXPECTED = {
     "dict_type": "expected an object",
     "model_type": "expected an object",
     "model_attributes_type": "expected an object",
-    "greater_than": "expected more than {gt:g}",
-    "greater_than_equal": "expected at least {ge:g}",
-    "less_than": "expected less than {lt:g}",
-    "less_than_equal": "expected at most {le:g}",
+    "greater_than": "expected more than {gt}",
+    "greater_than_equal": "expected at least {ge}",
+    "less_than": "expected less than {lt}",
+    "less_than_equal": "expected at most {le}",
     "literal_error": "expected {expected}",
     "extra_forbidden": "unknown field",
 }
@@ -281,9 +281,15 @@ def _explained(problems: list[Any]) -> FieldError:
     if name in _FORMS and problem["type"] not in ("missing", "value_error"):
         return FieldError(f"{name}: {_FORMS[name]}, got {_shown(problem['input'])}", name)
     said = _EXPECTED.get(problem["type"])
-    said = said.format(**problem.get("ctx", {})) if said else problem["msg"].removeprefix("Value error, ")
+    bounds = {key: _plain(one) for key, one in problem.get("ctx", {}).items()}
+    said = said.format(**bounds) if said else problem["msg"].removeprefix("Value error, ")
     got = "" if problem["type"] in ("missing", "extra_forbidden") else f", got {_shown(problem['input'])}"
     return FieldError(f"{'.'.join(keys)[:200]}: {said}{got}", name[:100])
+
+
+def _plain(bound: Any) -> Any:
+    """A bound without the zeros that it has as a float."""
+    return int(bound) if isinstance(bound, float) and bound.is_integer() else bound
 
 
 def _shown(value: Any) -> str:

@@ -85,6 +85,8 @@ def _message(at: int, message: dict[str, Any], template: ChatTemplate) -> dict[s
     if role == "function" and not template.names(role):
         kept["role"] = "tool"
     if calls := kept.pop("tool_calls", None):
+        if not isinstance(calls, list):
+            raise FieldError(f"{place}.tool_calls: expected a list of calls", "messages")
         kept["tool_calls"] = [_call(f"{place}.tool_calls.{number}", call) for number, call in enumerate(calls)]
     if "content" in kept or not calls:
         kept["content"] = _content(f"{place}.content", kept.get("content"))

@@ -198,7 +198,7 @@ class Guard:
         client = (scope.get("client") or ("-",))[0]
         about = f" {mine.about}" if mine.about else ""
         self._told(
-            f"{time.strftime('%H:%M:%S')} {client} {scope['method']} {quoted_path(scope['path'])} "
+            f"{time.strftime('%H:%M:%S')} {client} {scope['method'][:20]} {quoted_path(scope['path'])} "
             f"{'gone' if status == _GONE else status}{about} {seconds:.2f} s {mine.number}"
         )
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError, machine_refusal
@@ -18,7 +19,7 @@ from trimtab.serving.writing import Row, take
 
 T = TypeVar("T")
 
-_FAILURES = 3  # passes that fail one after the other, until the model is taken for broken
+_FAILURES = 3  # passes that fail one after the other, until the model is asked whether it still works
 
 
 class Passes:
@@ -29,6 +30,7 @@ class Passes:
         adapters: the context of adapters that the rows go through.
         why_alone: why rows cannot share a batch; None where they can.
         cut_at: the time on the monotonic clock at which rows that are still being answered are cut.
+        is_broken: whether the model fails at whatever it is asked.
     """
 
     def __init__(self, model: Any, counters: Counters) -> None:
@@ -38,6 +40,7 @@ class Passes:
         self._batches: dict[str | None, Batch] = {}
         self._alone: Row | None = None
         self._failures = 0
+        self.is_broken = False
 
     @property
     def rows(self) -> list[Row]:
@@ -45,10 +48,6 @@ class Passes:
         alone = self._alone
         rows = [row for batch in list(self._batches.values()) for row in batch.rows]
         return rows if alone is None else [*rows, alone]
-
-    @property
-    def is_broken(self) -> bool:
-        return self._failures >= _FAILURES
 
     def in_use(self) -> set[str]:
         """The adapters that rows go through."""
@@ -126,9 +125,23 @@ class Passes:
                 if row is not self._alone:
                     self._counters.ended(row)
             self._failures += 1
+            if self._failures >= _FAILURES:
+                # It may be the requests: then an own one goes well, and none of theirs can end the engine.
+                self.is_broken = not self._works()
+                self._failures = 0
             return None
         self._failures = 0
         return given
+
+    def _works(self) -> bool:
+        """Whether the bare model still reads a token."""
+        try:
+            self.adapters.through([None])
+            self._model(input_ids=torch.tensor([[0]], device=self._model.device))
+        except Exception:
+            self.adapters.leave()
+            return False
+        return True
 
     def _take(self, batch: Batch, rows: list[Row], logits: Tensor, prompt_tokens: int) -> None:
         rows = list(rows)

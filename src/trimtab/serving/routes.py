@@ -117,6 +117,7 @@ class Service:
             )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope["app"] = self  # by which starlette knows that errors are told by whoever is in front
         await self._app(scope, receive, send)
 
     def refusal(self, error: Exception) -> HttpError:
@@ -152,7 +153,6 @@ class Service:
 
     def _see(self, request: HttpRequest) -> Seen:
         """Note the route of a request that has one."""
-        request.scope.setdefault("app", self)
         mine = seen(request.scope)
         mine.route = request.scope["route"].path
         return mine
@@ -166,6 +166,8 @@ class Service:
             raise HttpError(
                 415, f"content-type: expected application/json, got {content[:80] or 'none'}", code="content_type"
             )
+        if (packed := request.headers.get("content-encoding", "identity")).lower() != "identity":
+            raise HttpError(415, f"content-encoding: bodies are read as they are, not as {packed[:80]!r}")
         return read_body(kind, await self._bytes(request))
 
     async def _bytes(self, request: HttpRequest) -> bytes:

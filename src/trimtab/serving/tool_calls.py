@@ -60,7 +60,8 @@ class CallFinder:
             said = json.loads(text)
         except (ValueError, RecursionError):
             return None
-        if not isinstance(said, dict) or said.get("name") not in self._names:
+        name = said.get("name") if isinstance(said, dict) else None
+        if not isinstance(name, str) or name not in self._names:
             return None
         arguments = said.get("arguments", said.get("parameters", {}))
         if isinstance(arguments, str):
@@ -68,7 +69,7 @@ class CallFinder:
         if not isinstance(arguments, dict):
             return None
         self.found = True
-        return ToolCall(said["name"], json.dumps(arguments, ensure_ascii=False))
+        return ToolCall(name, json.dumps(arguments, ensure_ascii=False))
 
 
 def _is_json(text: str) -> bool:

@@ -152,8 +152,8 @@ def _begun(text: str, stops: Collection[str]) -> int:
 
 
 def take(rows: list[Row], logits: Tensor) -> None:
-    """Let each row choose by its own of ``logits`` [rows, vocabulary]. A row whose logits are no numbers fails, and no
-    other."""
+    """Let each row choose by its own of ``logits`` [rows, vocabulary]. A row whose logits are no numbers, or whose
+    tokens are no text, fails, and no other."""
     best = logits.max(-1)
     values, tokens = best.values.tolist(), best.indices.tolist()
     for row, own, value, token in zip(rows, logits, values, tokens, strict=True):
@@ -161,8 +161,11 @@ def take(rows: list[Row], logits: Tensor) -> None:
             row.fail(
                 RequestFailed("the model computed NaN or infinity for this request, so there is no likeliest token")
             )
-        else:
+            continue
+        try:
             row.choose(own, token)
+        except Exception as error:  # such as a tokenizer's, at a token that it does not know
+            row.fail(RequestFailed(f"the text of this request's answer cannot be told: {error!r}"))
 
 
 def token_bytes(tokenizer: Any, token: int, text: str) -> bytes:

@@ -176,6 +176,8 @@ def _named(said: list[str]) -> dict[str, Path]:
         name, equals, folder = one.partition("=")
         if not equals:
             name, folder = Path(one).resolve().name, one
+        if not name.isprintable():  # it stands in the line of each request
+            raise ConfigError(f"--adapter {one!r}: a name is text on one line")
         if not name or not folder:
             raise ConfigError(f"--adapter {one}: expected NAME=FOLDER, such as legal=runs/legal")
         if name in found:
