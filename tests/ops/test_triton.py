@@ -115,8 +115,8 @@ def test_any_number_of_tokens(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("quantised", ["int8", "nf4"])
 def test_quantised_weights_take_the_same_path(quantised: str) -> None:
     pytest.importorskip("bitsandbytes")
-    layers = model(torch.float32)
-    layers = model(torch.float32, quantised) if quantised == "int8" else layers
+    layers = model(torch.float32, quantised)
+    assert type(bases.find(layers[0])).__name__.lower() == f"{quantised}base"
     assert_same(trained(layers, METHODS["dora"]), (2, 20, 72), torch.float32, 3e-6)
 
 
