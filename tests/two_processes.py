@@ -22,7 +22,7 @@ Work = Callable[[int], Any]
 """Given the number of the process; gives what its test looks at, as plain values."""
 
 
-def both(works: Mapping[str, Work], root: Path, seconds: float = 240.0) -> dict[str, list[Any]]:
+def both(works: Mapping[str, Work], root: Path, seconds: float = 900.0) -> dict[str, list[Any]]:
     """What each of two processes gives for each of ``works``, which are functions of modules that can be imported (or
     ``partial`` ones). An error is given as its type, its words and its code."""
     with socket.socket() as free:

@@ -37,5 +37,5 @@ def told_of(config: RunConfig) -> str:
     group, train = here(), config.train
     rows = train.batch_size // group.size
     how = "the frozen weights spread over them" if group.sharded else "each with the whole model"
-    compiled = "; blocks are not compiled then" if group.sharded and train.compile else ""
+    compiled = "; blocks are not compiled then" if group.sharded and train.compile is True else ""
     return f"{group.size} processes, {how}: {rows} of {train.batch_size} rows of a batch each{compiled}"
