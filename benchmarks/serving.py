@@ -87,8 +87,6 @@ def by_engine(made: Any, said: argparse.Namespace) -> Ask:
 
 @contextmanager
 def by_http(made: Any, said: argparse.Namespace) -> Iterator[Ask]:
-    import asyncio
-
     from trimtab.serving.guards import Access
     from trimtab.serving.routes import HttpLimits, Service
     from trimtab.serving.server import Serving, address_of, listen
@@ -96,8 +94,10 @@ def by_http(made: Any, said: argparse.Namespace) -> Iterator[Ask]:
     socket = listen("127.0.0.1", 0)
     service = Service(made, Access(), HttpLimits(), told=lambda _: None)
     server = Serving(service, made, grace=1.0, told=lambda _: None)
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve([socket])), daemon=True)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [socket]}, daemon=True)
     thread.start()
+    while not server.started:
+        time.sleep(0.01)
     names, texts = [one.name for one in made.models()], prompts(said.requests)
     port = int(address_of(socket).rpartition(":")[2])
 
