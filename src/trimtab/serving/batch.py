@@ -5,7 +5,7 @@ row, whatever adapter it goes through (``trimtab.per_row``).
 
 transformers has a continuous batching of its own (``generate_batch``). It packs the tokens of all requests into one
 row, for which a processor has no kernels: there each query is multiplied with the keys of all requests, and 16 rows of
-SmolLM2-135M take about three times as long as padded ones (``benchmarks/serving.py --transformers``). It also knows
+SmolLM2-135M take at least three times as long as padded ones (``benchmarks/serving.py --transformers``). It also knows
 neither seeds of requests nor the likeliest tokens, so it is not used here.
 """
 
