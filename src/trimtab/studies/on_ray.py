@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.config.run import RunConfig
-from trimtab.errors import ConfigError, RunError, TrimtabError
+from trimtab.errors import ConfigError, RunError, Terminated, TrimtabError
 from trimtab.machine import GIB, available_memory, describe_machine
 from trimtab.runs.folder import RunFolder
 from trimtab.studies import carry
@@ -322,8 +322,11 @@ def place(on: str | None) -> Iterator[Place]:
         raise ConfigError(f"--on: expected ray, or ray://HOST:PORT for a cluster, got '{on}'")
     if importlib.util.find_spec("ray") is None:
         raise RunError("--on ray needs Ray, which is not installed: pip install 'trimtab[ray]'")
-    with cluster((os.environ.get("RAY_ADDRESS") or None) if on == "ray" else on) as found:
-        yield found
+    try:
+        with cluster((os.environ.get("RAY_ADDRESS") or None) if on == "ray" else on) as found:
+            yield found
+    except SystemExit:  # Ray makes one of its own of what SIGTERM raises while it waits
+        raise Terminated from None
 
 
 def _secret() -> dict[str, str]:
