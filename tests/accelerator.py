@@ -118,6 +118,9 @@ class _Hook(backend_registration._DummyPrivateUse1Hook):
 
 
 module = _Module()
+# Autograd counts the devices at its first pass, and a process in which it has threads for one can't be forked any more
+# (tests/faults do). Without threads of its own a device's pass is done by the thread that asks for it.
+torch.ones(1, requires_grad=True).sum().backward()
 backend_registration._setup_privateuseone_for_python_backend(NAME, module, _Hook())
 DEVICE = torch.device(NAME, 0)
 _open: list[Seen] = []
