@@ -151,8 +151,8 @@ def test_the_readme_commands_run(cli: Callable[..., Result], tmp_path: Path) -> 
 
     lines = [line[2:] for block in blocks("console") for line in block.splitlines() if line.startswith("$ ")]
     verbs = [words[1:] for line in lines if (words := shlex.split(line, comments=True))[0] == "trimtab"]
-    assert [words[0] for words in verbs] == ["plan", "finetune", "generate", "merge"]
-    for words in verbs:
+    assert [words[0] for words in verbs] == ["plan", "finetune", "generate", "merge", "serve"]
+    for words in verbs[:-1]:  # tests/serving serve a run
         done = cli(*words)
         assert done.code == 0, done.err
     assert (tmp_path / "runs" / "run" / "report.html").is_file()

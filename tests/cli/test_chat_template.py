@@ -34,6 +34,7 @@ def test_a_template_of_the_run_s_own(
     told = cli("plan", str(yaml))
     assert "note: train.warmup: 50 steps of warmup" in told.out
     planned = json.loads(cli("plan", str(yaml), "--json").out)["notes"]
+    planned = [note for note in planned if not note.startswith("train.compile")]  # a short run does not tell
 
     run = tmp_path / "run"
     done = cli("finetune", str(yaml))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +21,8 @@ def test_time_left_is_told_by_the_cells_of_a_kind_that_came_to_their_end(monkeyp
     display = study.StudyDisplay(Console(file=text, width=100))
     search, run = cell_named("dora, search at rate 0.1", searching=True), cell_named("dora, seed 0")
     display.planned(searches=2, runs=4)
-    for number, cell in enumerate((search, search, run, run, run), 1):
+    for number, kind in enumerate((search, search, run, run, run), 1):
+        cell = SimpleNamespace(**vars(kind), config=SimpleNamespace(output=Path(str(number))))
         display.cell_began(cell, number, 6)
         if number == 3:
             display.cell_failed(cell, "no memory")

@@ -120,16 +120,10 @@ def command(
             from trimtab.serving.server import Serving, address_of, listen
         except ModuleNotFoundError as error:
             package = (error.name or "").partition(".")[0]
-            if package not in (
-                "starlette",
-                "uvicorn",
-                "prometheus_client",
-                "anyio",
-                "h11",
-            ):
+            if package not in ("starlette", "uvicorn", "prometheus_client", "anyio", "h11"):
                 raise
             raise ConfigError(
-                f"trimtab serve needs {package}, which is not installed: pip install 'trimtab[serve]'"
+                f"serving needs {package}, which is not installed: pip install 'trimtab[serve]'"
             ) from None
         from trimtab.serving.adapter_folder import AdapterFolder
         from trimtab.serving.bodies import MOST_ROWS
