@@ -203,4 +203,4 @@ def test_without_its_packages(
     monkeypatch.setitem(sys.modules, package, None)  # type: ignore[arg-type]
     result = cli("serve", "m")
     assert result.code == 1, result
-    assert f"trimtab serve needs {package}, which is not installed: pip install 'trimtab[serve]'" in result.err
+    assert f"serving needs {package}, which is not installed: pip install 'trimtab[serve]'" in result.err
