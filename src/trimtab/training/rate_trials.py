@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import gc
 import math
-import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -29,6 +28,7 @@ from transformers import set_seed
 from trimtab.config.resolve import Job
 from trimtab.config.run import RunConfig, TrainConfig
 from trimtab.errors import ModelError, RunError
+from trimtab.processes import here
 from trimtab.reports.run.rate_table import rate_table
 from trimtab.runs.events import Listener
 from trimtab.runs.rate_record import ChosenRate, RateTrial, read_rate
@@ -83,7 +83,7 @@ def find_rate(
 
     Raises RunError in one of several processes that train one model.
     """
-    if _world_size() > 1:
+    if here().size > 1:
         raise RunError(
             "train.learning_rate: auto is for one process; find the rate with `trimtab tune` and write it into the YAML"
         )
@@ -154,10 +154,6 @@ def choose(trials: list[RateTrial], likely: float) -> float:
     cost = PchipInterpolator(places, losses)(between) / FLAT
     cost += ((between - math.log10(likely)) / SPREAD) ** 2 / 2
     return _rounded(float(10 ** between[cost.argmin()]), 0)
-
-
-def _world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _cost(trial: RateTrial) -> float:
