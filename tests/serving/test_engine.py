@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import threading
 import time
 from functools import wraps
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from transformers import MambaConfig, MambaForCausalLM, MistralConfig, MistralFo
 from tiny_engines import METHODS, alone, asked, engine_of, pieces, said_by, saved_adapters, text_of
 from tiny_runs import tiny_model
 from trimtab.asking import Drawing
+from trimtab.data.tokens import encode_prompt
 from trimtab.errors import AdapterError
 from trimtab.serving.requests import (
     BadRequest,
@@ -325,6 +328,64 @@ def test_an_adapter_that_is_gone_fails_its_own_requests(
     finally:
         if moved.exists():
             moved.rename(folders["lora"])
+
+
+def test_files_that_were_swapped_are_not_read_again(model: Any, folders: dict[str, Path], tmp_path: Path) -> None:
+    mine, elsewhere = tmp_path / "mine", tmp_path / "elsewhere"
+    shutil.copytree(folders["lora"], mine)
+    shutil.copytree(folders["lora"], elsewhere)
+    with engine_of(model, {"mine": mine, "dora": folders["dora"]}, adapters=1) as engine:
+        assert text_of(engine.submit(asked(engine, "mine", PROMPTS[1])))  # nothing happened to it
+        assert text_of(engine.submit(asked(engine, "dora", PROMPTS[1])))
+        shutil.rmtree(mine)
+        mine.symlink_to(elsewhere)
+        with pytest.raises(RequestFailed, match="not those that were added"):
+            text_of(engine.submit(asked(engine, "mine", PROMPTS[1])))
+        engine.drop_adapter("mine")
+        engine.add_adapter("mine", elsewhere)
+        assert text_of(engine.submit(asked(engine, "mine", PROMPTS[1])))
+
+
+def test_a_long_prompt_is_read_in_parts_between_the_steps_of_others(folders: dict[str, Path]) -> None:
+    torch.manual_seed(1)
+    model = tiny_model(400, max_position_embeddings=4096)
+    with patch("trimtab.serving.passes.READ_AT_ONCE", 16), patch("trimtab.serving.engine.READ_AT_ONCE", 16):
+        whole = " ".join(PROMPTS * 8)
+        with engine_of(model, folders, rows=4) as engine:
+            streaming = engine.submit(asked(engine, "lora", PROMPTS[1], max_new_tokens=300, ignore_end=True))
+            first = next(iter(streaming))
+            before = engine.stats().steps
+            long = [engine.submit(asked(engine, name, whole, max_new_tokens=12)) for name in ("dora", "base")]
+            said = text_of(long[0])
+            steps = engine.stats().steps - before
+            assert steps > len(long[0].request.prompt) / 16, "nobody else went a step while it was read"
+            assert said == alone(model, folders["dora"], whole, GREEDY)
+            gone = engine.submit(asked(engine, "mora", whole))
+            gone.cancel()
+            assert text_of(long[1]) == alone(model, None, whole, GREEDY)
+            assert pieces(gone)[-1].finish_reason == "cancelled"
+            text = first.text + "".join(piece.text for piece in streaming)
+        assert text.startswith(alone(model, folders["lora"], PROMPTS[1], Drawing(300)))
+
+
+def test_a_text_that_is_far_too_long_is_not_read_to_its_end(model: Any) -> None:
+    with engine_of(model) as engine, patch("trimtab.serving.admission.encode_prompt", wraps=encode_prompt) as read:
+        with pytest.raises(TooLong, match="more than 96 tokens"):
+            engine.encode("fog " * 500_000, "base")
+        assert sum(len(call.args[0]) for call in read.call_args_list) < 10_000
+        word = "fog " * 20
+        assert engine.encode(word, "base") == encode_prompt(word, engine.reads("base").tokenizer)
+        with pytest.raises(BadRequest, match="empty"):
+            engine.encode("", "base")
+
+
+def test_a_model_that_turns_positions_by_the_longest_row_answers_alone() -> None:
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0, "original_max_position_embeddings": 48}
+    model = tiny_model(400, max_position_embeddings=96, rope_parameters=rope)
+    with engine_of(model) as engine:
+        assert "48 tokens" in engine.stats().notes[0]
+    with engine_of(model, tokens=48) as engine:
+        assert engine.stats().notes == ()
 
 
 def test_many_threads_and_a_loop_read_their_own(model: Any, folders: dict[str, Path]) -> None:

@@ -359,6 +359,27 @@ def test_a_client_that_sends_half_a_body_is_not_waited_for_by_others(server: Run
         assert server.chat().status == 200
 
 
+@pytest.mark.parametrize("sent", [b"", b"GET /health HT", b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET"])
+def test_a_connection_without_a_whole_head_is_closed(sent: bytes) -> None:
+    with patch("trimtab.serving.server._HEAD", 0.5), running(FakeEngine()) as up:
+        started = time.monotonic()
+        with socket.create_connection(("127.0.0.1", up.port), timeout=10) as line:
+            line.sendall(sent)
+            said = b""
+            while time.monotonic() < started + 10:
+                line.settimeout(0.1)
+                try:
+                    if not (some := line.recv(4096)):
+                        break
+                    said += some
+                except TimeoutError:
+                    if sent:
+                        line.sendall(b"P")  # byte by byte does not make it longer
+        assert 0.4 < time.monotonic() - started < 5
+        assert said.startswith(b"HTTP/1.1 200 OK") == (b"\r\n\r\n" in sent)
+        assert up.chat().status == 200
+
+
 def test_a_request_takes_no_longer_than_it_may() -> None:
     with running(FakeEngine(seconds=5), seconds=0.3) as up:
         started = time.monotonic()

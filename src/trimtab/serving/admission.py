@@ -3,10 +3,35 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+from trimtab.data.tokens import encode_prompt
 from trimtab.serving.requests import BadRequest, Limits, Request, TooLong
 
 _NEW_TOKENS = 4096  # where neither the request, the server nor the model knows a limit
+_CHARACTERS = 16  # of one token, at most, in all texts but odd ones
+_AT_THE_CUT = 64  # tokens that may be others where a text ends in its middle
+
+
+def most_tokens(limits: Limits, positions: int | None) -> int | None:
+    """How many tokens a prompt and its answer may have together; None: any number."""
+    return min((one for one in (positions, limits.tokens, limits.batch_tokens) if one is not None), default=None)
+
+
+def encoded(text: str, tokenizer: Any, most: int | None) -> list[int]:
+    """The tokens of a prompt, as in training. A text that has far more than ``most`` of them is read no further than it
+    takes to know that.
+
+    Raises TooLong for such a text, and BadRequest for one without any token.
+    """
+    length = _CHARACTERS * (most or len(text))
+    while most is not None and length < len(text):
+        if len(encode_prompt(text[:length], tokenizer)) > most + _AT_THE_CUT:
+            raise _too_long(f"more than {most:,}", most)
+        length *= 4
+    if not (ids := encode_prompt(text, tokenizer)):
+        raise BadRequest("the prompt is empty: there is nothing to go on from")
+    return ids
 
 
 def new_tokens_allowed(asked: Request, limits: Limits, *, vocabulary: int, positions: int | None) -> int:
@@ -30,12 +55,13 @@ def new_tokens_allowed(asked: Request, limits: Limits, *, vocabulary: int, posit
     for is_wrong, message in wrong:
         if is_wrong:
             raise BadRequest(message)
-    length = len(asked.prompt)
-    most = min((one for one in (positions, limits.tokens, limits.batch_tokens) if one is not None), default=None)
+    length, most = len(asked.prompt), most_tokens(limits, positions)
     if most is None:
         return count or _NEW_TOKENS
     if length >= most:
-        raise TooLong(
-            f"the prompt has {length:,} tokens, and {most:,} are the most for a prompt and its answer; shorten it"
-        )
+        raise _too_long(f"{length:,}", most)
     return min(count or most, most - length)
+
+
+def _too_long(length: str, most: int) -> TooLong:
+    return TooLong(f"the prompt has {length} tokens, and {most:,} are the most for a prompt and its answer; shorten it")

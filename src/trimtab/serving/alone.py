@@ -2,7 +2,9 @@
 state, and whatever else `trimtab.serving.batch.why_alone` finds.
 
 The row is written by the model's own ``generate``, which knows what the model keeps, and each token is chosen as in a
-batch.
+batch. It also knows how the model is asked: XLNet reads in both directions, so it is given one token more, which nobody
+sees, to write the next one in its place (transformers' ``prepare_inputs_for_generation``). A plain loop that takes the
+last logits of what was read gives something else there; what is served is what ``trimtab generate`` gives.
 """
 
 from __future__ import annotations

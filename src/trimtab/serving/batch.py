@@ -1,7 +1,8 @@
 """The rows that are answered together, and the model's passes over them.
 
-Newcomers are read in a pass of their own, and join the rows that are being written in the next step: one token of every
-row, whatever adapter it goes through (``trimtab.per_row``).
+Newcomers are read in passes of their own, a long prompt in several, between two of which the others go a step; then
+they join the rows that are being written in the next step: one token of every row, whatever adapter it goes through
+(``trimtab.per_row``).
 
 transformers has a continuous batching of its own (``generate_batch``). It packs the tokens of all requests into one
 row, for which a processor has no kernels: there each query is multiplied with the keys of all requests, and 16 rows of
@@ -99,12 +100,27 @@ class Batch:
     def read(self, rows: list[Row]) -> tuple[Tensor, Cache]:
         """Read the prompts of newcomers; gives their logits [rows, vocabulary], and what they `join` the others
         with."""
-        cache = Cache(layers=[DynamicLayer() for _ in range(self._layers)])
+        cache = self.empty_cache()
         ids, mask = padded_left([row.ids for row in rows], 0, self.model.device)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         self._through([row.adapter for row in rows])
         logits = self._pass(cache, {"input_ids": ids, "attention_mask": mask, "position_ids": positions})
         return logits, cache
+
+    def read_on(self, row: Row, cache: Cache, most: int) -> Tensor:
+        """Read ``most`` tokens more of a prompt, of which ``cache`` has the beginning; gives the logits [1, vocabulary]
+        after the last of them."""
+        done = cache.get_seq_length()
+        ids = torch.tensor([row.ids[done : done + most]], device=self.model.device)
+        end = done + ids.shape[1]
+        positions = torch.arange(done, end, device=ids.device)[None]
+        self._through([row.adapter])
+        inputs = {"input_ids": ids, "attention_mask": ids.new_ones(1, end), "position_ids": positions}
+        return self._pass(cache, inputs)
+
+    def empty_cache(self) -> Cache:
+        """What newcomers are read into."""
+        return Cache(layers=[DynamicLayer() for _ in range(self._layers)])
 
     def join(self, rows: list[Row], cache: Cache) -> int:
         """Take in rows that were read, before they choose their first token; gives how many there are now."""
@@ -149,8 +165,8 @@ def _own_cache(model: Any) -> DynamicCache:
 
 
 @torch.no_grad()
-def why_alone(model: Any, make: Callable[[Any], Batch]) -> str | None:
-    """Why rows of ``model`` cannot share a batch; None where they can.
+def why_alone(model: Any, make: Callable[[Any], Batch], longest: float = 0) -> str | None:
+    """Why rows of ``model``, of ``longest`` tokens at most, cannot share a batch; None where they can.
 
     They can where all layers keep keys and values of each position and nothing else. Whether the model then gives each
     row what it gets alone is tried: with two rows of different lengths, of which one joins the other.
@@ -165,20 +181,62 @@ def why_alone(model: Any, make: Callable[[Any], Batch]) -> str | None:
         return f"its cache is of a kind of its own ({error})"
     if others := kinds - {DynamicLayer, DynamicSlidingWindowLayer}:
         return f"its cache holds more than keys and values ({', '.join(sorted(one.__name__ for one in others))})"
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    probes = [[token % vocabulary for token in ids] for ids in _PROBES]
+    if (known := _turned_alike(model)) is not None and known < longest:
+        return (
+            f"it turns the positions of all rows by the longest one's length, from {known:,} tokens on; with no more "
+            "than that for a prompt and its answer (--max-tokens), they share them"
+        )
+    probes = _probes(model)
     try:
         together = list(_probed(make(model), probes))
         alone = [[one[0] for one in _alone(model, ids)] for ids in probes]
     except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError, SurgeryError) as error:
         return f"a pass over two rows fails ({error})"
-    # Half precision rounds to 8 or 11 bits at each of many layers.
-    room = 1e-3 if model.dtype == torch.float32 else 0.1
     for mine, own in zip(together, [*alone[0], *alone[1]], strict=True):
-        apart = float((mine - own).norm() / (own - own.mean()).norm().clamp_min(1e-12))
-        if not apart <= room:
+        if not (apart := _apart(mine, own)) <= _room(model):
             return f"a row gets something else beside another one than alone (its logits are {apart:.1%} apart)"
     return None
+
+
+@torch.no_grad()
+def reads_in_parts(model: Any, make: Callable[[Any], Batch]) -> bool:
+    """Whether a prompt that is read in two parts comes to what it comes to in one."""
+    batch, row = make(model), _Probe(_probes(model)[0])
+    try:
+        cache = batch.empty_cache()
+        for most in (3, len(row.ids) - 3):
+            parts = batch.read_on(row, cache, most)  # type: ignore[arg-type]
+        whole, _ = batch.read([row])  # type: ignore[list-item]
+    except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError):
+        return False
+    return _apart(parts.float(), whole.float()) <= _room(model)
+
+
+def _turned_alike(model: Any) -> int | None:
+    """Up to how many tokens the model turns positions as it was trained, where beyond that it goes by the longest row
+    of a pass; None where it never does."""
+    config = model.config.get_text_config(decoder=True)
+    said = getattr(config, "rope_parameters", None) or {}
+    each = [one for one in (said, *said.values()) if isinstance(one, dict)]
+    if not any(one.get("rope_type") in ("dynamic", "longrope") for one in each):
+        return None
+    trained = [one.get("original_max_position_embeddings") for one in each]
+    trained.append(getattr(config, "original_max_position_embeddings", None))
+    return min((int(one) for one in trained if one), default=int(config.max_position_embeddings))
+
+
+def _probes(model: Any) -> list[list[int]]:
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    return [[token % vocabulary for token in ids] for ids in _PROBES]
+
+
+def _room(model: Any) -> float:
+    """How far logits may be apart by rounding: half precision rounds to 8 or 11 bits at each of many layers."""
+    return 1e-3 if model.dtype == torch.float32 else 0.1
+
+
+def _apart(mine: Tensor, own: Tensor) -> float:
+    return float((mine - own).norm() / (own - own.mean()).norm().clamp_min(1e-12))
 
 
 def _alone(model: Any, ids: list[int]) -> Iterable[Tensor]:

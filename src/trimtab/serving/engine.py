@@ -6,12 +6,13 @@
             print(piece.text, end="")
 
 A turn of the thread: do what was asked beside requests (an adapter comes or goes), end what is over, read the prompts
-of newcomers as far as there is room, and take one step with all rows. Only this thread touches the model; other threads
-leave requests in a queue, and read what becomes of them from their tickets.
+of newcomers as far as there is room, a long one in parts, and take one step with all rows. Only this thread touches the
+model; other threads leave requests in a queue, and read what becomes of them from their tickets.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
@@ -22,15 +23,14 @@ from typing import Any, Literal, Self, TypeVar
 
 import torch
 
-from trimtab.data.tokens import encode_prompt
 from trimtab.errors import ConfigError, TrimtabError, did_you_mean
 from trimtab.models.locate import Source
 from trimtab.models.positions import positions_of
 from trimtab.runs.load import load_run_model
 from trimtab.runs.named import Named
-from trimtab.serving.admission import new_tokens_allowed
+from trimtab.serving.admission import encoded, most_tokens, new_tokens_allowed
 from trimtab.serving.counters import Counters
-from trimtab.serving.passes import Passes, as_failure
+from trimtab.serving.passes import READ_AT_ONCE, Passes, as_failure
 from trimtab.serving.requests import (
     BadRequest,
     EngineClosed,
@@ -48,9 +48,6 @@ from trimtab.serving.writing import Row
 
 T = TypeVar("T")
 
-READ_AT_ONCE = 512
-"""Most tokens of prompts, with their padding, that are read between two steps, so that writing rows need not wait long.
-A longer prompt is read by itself."""
 _USUAL = Limits()
 
 
@@ -84,7 +81,8 @@ class Engine:
         self._nbytes = sum(one.nbytes for one in model.parameters())
         self._shelf = Shelf(model, source, self._base, limits)
         self._counters = Counters()
-        self._passes = Passes(model, self._counters)
+        self._most = most_tokens(limits, self._positions)
+        self._passes = Passes(model, self._counters, self._most or math.inf)
         self._queue: deque[Row] = deque()
         self._jobs: deque[Callable[[], None]] = deque()
         self._state: Literal["ready", "closing", "closed", "broken"] = "ready"
@@ -167,10 +165,9 @@ class Engine:
         return self._base if model == self.name else self._shelf.reads(self._known(model))
 
     def encode(self, text: str, model: str) -> list[int]:
-        """The tokens of a prompt, as in training. Raises UnknownModel; BadRequest for a text without any."""
-        if not (ids := encode_prompt(text, self.reads(model).tokenizer)):
-            raise BadRequest("the prompt is empty: there is nothing to go on from")
-        return ids
+        """The tokens of a prompt, as in training. Raises UnknownModel; BadRequest for a text without any; TooLong for
+        one that is far too long, before all of it is read."""
+        return encoded(text, self.reads(model).tokenizer, self._most)
 
     def add_adapter(self, name: str, folder: Path) -> Model:
         """Take in the adapter of a folder, ours or PEFT's, or of a run's. It is read at once, so that it is known to
@@ -311,6 +308,7 @@ class Engine:
                 newcomers.append(row)
         if newcomers:
             self._passes.read(newcomers)
+        self._passes.read_on()
         self._passes.step()
         if self._passes.is_broken:
             raise RequestFailed("too many passes failed one after the other")
@@ -330,6 +328,8 @@ class Engine:
             row, others = self._queue[0], [*self._passes.rows, *newcomers]
             width = max(one.prompt_tokens for one in (row, *newcomers))
             if len(others) >= self.limits.rows or (newcomers and (len(newcomers) + 1) * width > READ_AT_ONCE):
+                return None
+            if not self._passes.has_time_for(row):
                 return None
             most = max(one.most_tokens for one in (row, *others))
             if others and self.limits.batch_tokens is not None and (len(others) + 1) * most > self.limits.batch_tokens:

@@ -9,16 +9,20 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
 
 from trimtab.errors import TrimtabError, machine_refusal
 from trimtab.serving.alone import write_alone
-from trimtab.serving.batch import Adapters, Batch, why_alone
+from trimtab.serving.batch import Adapters, Batch, reads_in_parts, why_alone
 from trimtab.serving.counters import Counters
 from trimtab.serving.requests import RequestFailed
 from trimtab.serving.writing import Row, take
 
 T = TypeVar("T")
 
+READ_AT_ONCE = 512
+"""Most tokens of prompts, with their padding, that are read in one pass, so that rows that are being written need not
+wait long. A longer prompt is read in parts, a part between two steps."""
 _FAILURES = 3  # passes that fail one after the other, until the model is asked whether it still works
 
 
@@ -33,21 +37,23 @@ class Passes:
         is_broken: whether the model fails at whatever it is asked.
     """
 
-    def __init__(self, model: Any, counters: Counters) -> None:
+    def __init__(self, model: Any, counters: Counters, longest: float) -> None:
         self.adapters, self.cut_at = Adapters(model), float("inf")
-        self.why_alone = why_alone(model, lambda one: Batch(one, lambda names: None))
+        self.why_alone = why_alone(model, _bare, longest)
+        self._in_parts = self.why_alone is None and reads_in_parts(model, _bare)
         self._model, self._counters = model, counters
         self._batches: dict[str | None, Batch] = {}
         self._alone: Row | None = None
+        self._reading: tuple[Row, Cache] | None = None  # a long prompt, and what is kept of its beginning
         self._failures = 0
         self.is_broken = False
 
     @property
     def rows(self) -> list[Row]:
         """Those that are being answered."""
-        alone = self._alone
+        alone, reading = self._alone, self._reading
         rows = [row for batch in list(self._batches.values()) for row in batch.rows]
-        return rows if alone is None else [*rows, alone]
+        return [*rows, *([reading[0]] if reading is not None else []), *([alone] if alone is not None else [])]
 
     def in_use(self) -> set[str]:
         """The adapters that rows go through."""
@@ -59,19 +65,51 @@ class Passes:
             for row in list(batch.rows):
                 if self._is_over(row):
                     self._leave(batch, row)
+        if self._reading is not None and self._is_over(row := self._reading[0]):
+            self._reading = None
+            self._counters.ended(row)
+
+    def has_time_for(self, row: Row) -> bool:
+        """Whether the prompt of ``row`` can be read now: of the long ones, one after the other."""
+        return self._reading is None or not self._is_long(row)
 
     def read(self, newcomers: list[Row]) -> None:
         """Read the prompts of newcomers, who then belong to a batch and have chosen their first token."""
         together: dict[str | None, list[Row]] = {}
         for row in newcomers:
-            together.setdefault(row.adapter if self.adapters.why_apart else None, []).append(row)
-        for key, rows in together.items():
-            batch = self._batches.setdefault(key, Batch(self._model, self.adapters.through))
-            if (read := self._tried(partial(batch.read, rows), rows)) is None:
-                continue
-            logits, cache = read
-            if self._tried(partial(batch.join, rows, cache), rows, spoils=batch) is not None:
-                self._take(batch, rows, logits, sum(row.prompt_tokens for row in rows))
+            if self._is_long(row):
+                self._reading = row, self._batch_of(row).empty_cache()
+            else:
+                together.setdefault(self._key(row), []).append(row)
+        for rows in together.values():
+            batch = self._batch_of(rows[0])
+            if (read := self._tried(partial(batch.read, rows), rows)) is not None:
+                self._join(batch, rows, *read)
+
+    def read_on(self) -> None:
+        """A part more of the long prompt that is being read; after the last one, its row is as one of `read`."""
+        if self._reading is None:
+            return
+        row, cache = self._reading
+        batch = self._batch_of(row)
+        logits = self._tried(partial(batch.read_on, row, cache, READ_AT_ONCE), [row])
+        if logits is None or cache.get_seq_length() == row.prompt_tokens:
+            self._reading = None
+        if logits is not None and self._reading is None:
+            self._join(batch, [row], logits, cache)
+
+    def _is_long(self, row: Row) -> bool:
+        return self._in_parts and row.prompt_tokens > READ_AT_ONCE
+
+    def _key(self, row: Row) -> str | None:
+        return row.adapter if self.adapters.why_apart else None
+
+    def _batch_of(self, row: Row) -> Batch:
+        return self._batches.setdefault(self._key(row), Batch(self._model, self.adapters.through))
+
+    def _join(self, batch: Batch, rows: list[Row], logits: Tensor, cache: Cache) -> None:
+        if self._tried(partial(batch.join, rows, cache), rows, spoils=batch) is not None:
+            self._take(batch, rows, logits, sum(row.prompt_tokens for row in rows))
 
     def step(self) -> None:
         """One token more for every row."""
@@ -79,7 +117,7 @@ class Passes:
             if batch.rows and (logits := self._tried(batch.step, batch.rows, spoils=batch)) is not None:
                 self._take(batch, batch.rows, logits, 0)
             if not batch.rows:
-                del self._batches[key]
+                del self._batches[key]  # (one that a long prompt will join is made again)
 
     def write_alone(self, row: Row, each: Callable[[], None]) -> None:
         """Answer a row to its end. ``each`` is called before every token."""
@@ -104,7 +142,7 @@ class Passes:
         for row in self.rows:
             row.fail(error)
             self._counters.ended(row)
-        self._batches, self._alone = {}, None
+        self._batches, self._alone, self._reading = {}, None, None
         self.adapters.leave()
 
     def _is_over(self, row: Row) -> bool:
@@ -154,6 +192,10 @@ class Passes:
     def _leave(self, batch: Batch, row: Row) -> None:
         batch.leave(row)
         self._counters.ended(row)
+
+
+def _bare(model: Any) -> Batch:
+    return Batch(model, lambda names: None)
 
 
 def as_failure(error: Exception, what: str) -> RequestFailed:

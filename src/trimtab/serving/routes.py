@@ -206,6 +206,7 @@ class Service:
         mine = self._see(request)
         asked = await self._read(request, ChatAsking)
         model = self._known(asked.model)
+        self._require_room(asked, 1)
         prompt = await run_sync(self._chat_prompt, asked, limiter=self._writing)
         reply = ChatReply(_short(mine.number), model.name, logprobs=asked.likeliest is not None)
         return await self._answered(request, asked, [prompt], reply)
@@ -218,6 +219,7 @@ class Service:
         mine = self._see(request)
         asked = await self._read(request, CompletionAsking)
         model = self._known(asked.model)
+        self._require_room(asked, len(asked.prompts))
         prompts = await run_sync(self._prompts, asked, limiter=self._writing)
         reply = CompletionReply(_short(mine.number), model.name, logprobs=asked.likeliest is not None)
         return await self._answered(request, asked, prompts, reply)
@@ -228,15 +230,17 @@ class Service:
             raise FieldError("prompt: expected at least one", "prompt")
         return prompts
 
-    async def _answered(
-        self, request: HttpRequest, asked: Asking, prompts: Sequence[list[int]], reply: Reply
-    ) -> ASGIApp:
-        count = len(prompts) * asked.count
-        if count > self._limits.rows:
+    def _require_room(self, asked: Asking, prompts: int) -> None:
+        """Raise FieldError for more answers than there can ever be, before a prompt is read."""
+        if (count := prompts * asked.count) > self._limits.rows:
             raise FieldError(
                 f"n: {count} answers in one request are more than this server ever takes at once ({self._limits.rows})",
                 "n",
             )
+
+    async def _answered(
+        self, request: HttpRequest, asked: Asking, prompts: Sequence[list[int]], reply: Reply
+    ) -> ASGIApp:
         tickets = submitted(self._engine, asked.requests(list(prompts), self._limits.seconds))
         mine = seen(request.scope)
 

@@ -11,7 +11,9 @@ from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING
 
+import h11
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from trimtab.errors import ConfigError
 from trimtab.serving.routes import Service
@@ -24,6 +26,40 @@ _FLUSHING = 5
 
 _KEEP_ALIVE = 75
 """Seconds that an idle connection stays open: longer than clients keep theirs, or they would meet one just closed."""
+
+
+_HEAD = 20.0
+"""Seconds that a request's head may take, from the connection, or from its first byte where others came before it."""
+
+
+class Connection(H11Protocol):
+    """A connection of uvicorn, which is closed where a request's head does not come in time. (uvicorn waits for the
+    first one, and for one that comes byte by byte, as long as the client likes.)"""
+
+    _late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._expect_head()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._expect_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._expect_none()
+
+    def _expect_head(self) -> None:
+        if self.conn.their_state is not h11.IDLE:  # all of it is there
+            self._expect_none()
+        elif self._late is None:
+            self._late = self.loop.call_later(_HEAD, self.timeout_keep_alive_handler)
+
+    def _expect_none(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -77,7 +113,7 @@ class Serving(uvicorn.Server):
                 access_log=False,
                 lifespan="off",
                 ws="none",
-                http="h11",
+                http=Connection,
                 loop="asyncio",
                 proxy_headers=False,
                 server_header=False,

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from trimtab.adapters.formats import all_formats
 from trimtab.adapters.hub import local_folder
 from trimtab.errors import AdapterError, did_you_mean
 from trimtab.evaluation.generation import end_tokens
@@ -41,11 +42,16 @@ class Reads:
         return cls(tokenizer, copy.deepcopy(tokenizer), form, tuple(end_tokens(model, tokenizer)))
 
 
+_Files = tuple[tuple[Path, int, int, int], ...]
+"""Which files an adapter was read from: where each is, links followed, its inode, bytes, and time of writing."""
+
+
 @dataclass
 class _Known:
     folder: Path
     reads: Reads
     held_as: str  # the name that it has on the model; one that was dropped may still be in use under its own
+    files: _Files
     since: float = field(default_factory=time.time)
     used: float = field(default_factory=time.monotonic)
     nbytes: int = 0
@@ -93,7 +99,7 @@ class Shelf:
             raise AdapterError(f"{name or 'an empty name'}: there is a model of this name already; give another")
         place, form = _adapter_in(folder)
         self._count += 1
-        known = _Known(folder, self._reads_of(place, form), f"{name} #{self._count}")
+        known = _Known(folder, self._reads_of(place, form), f"{name} #{self._count}", _files_of(place))
         self._load(known, place, in_use)
         self._known[name] = known
         return next(one for one in self.models() if one.name == name)
@@ -126,10 +132,17 @@ class Shelf:
         return known.loaded or not (many or large)
 
     def load(self, held_as: str, in_use: Collection[str]) -> None:
-        """Have the adapter in memory, and note that it is used now. Raises as `add`."""
+        """Have the adapter in memory, and note that it is used now. Raises as `add`, and AdapterError where the files
+        are no longer those that were added: nobody has looked at where they lie now, or whether they fit."""
         known = self._by_held(held_as)
         if not known.loaded:
-            self._load(known, _adapter_in(known.folder)[0], in_use)
+            place, _ = _adapter_in(known.folder)
+            if _files_of(place) != known.files:
+                raise AdapterError(
+                    f"{known.folder}: its files are not those that were added (others were written there, or some are "
+                    "gone); drop this adapter and add it again"
+                )
+            self._load(known, place, in_use)
         known.used = time.monotonic()
 
     @property
@@ -204,6 +217,12 @@ class Shelf:
         if source.chat_template == self._source.chat_template:
             return replace(self._base, form=form)
         return Reads.of(self._model, load_tokenizer(source), form)
+
+
+def _files_of(place: Path) -> _Files:
+    there = [place / name for one in all_formats() for name in one.files if (place / name).is_file()]
+    found = [(file.resolve(), file.stat()) for file in dict.fromkeys(there)]
+    return tuple((path, one.st_ino, one.st_size, one.st_mtime_ns) for path, one in found)
 
 
 def _adapter_in(folder: Path) -> tuple[Path, str | None]:
