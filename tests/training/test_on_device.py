@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import BloomConfig, BloomForCausalLM, MambaConfig, MambaForCausalLM
 
+import trimtab
 from evaluation_cases import gpt2, llama
 from tiny_runs import tiny_model, tiny_tokenizer
 from trimtab import tasks
@@ -257,8 +258,10 @@ def test_liger_is_put_in_on_a_gpu_and_checked(fit: Any, monkeypatch: pytest.Monk
         fit(tiny_model(), "model.liger=true")
 
 
-def put_in(monkeypatch: pytest.MonkeyPatch, fit: Any, change: Callable[[Any], None], *said: str) -> tuple[Any, Any]:
-    """Fit a model as if it were on a GPU, Liger doing ``change`` to it; gives what transformers was told, and us."""
+def put_in(
+    monkeypatch: pytest.MonkeyPatch, fit: Any, change: Callable[[Any], None], *said: str, model: Any = None
+) -> tuple[Any, Any]:
+    """Fit ``model`` as if it were on a GPU, Liger doing ``change`` to it; gives what transformers was told, and us."""
     asked: list[dict[str, bool]] = []
 
     def apply(model: Any, kernels: dict[str, bool]) -> None:
@@ -267,7 +270,7 @@ def put_in(monkeypatch: pytest.MonkeyPatch, fit: Any, change: Callable[[Any], No
 
     monkeypatch.setattr("transformers.integrations.liger.apply_liger_kernel", apply)
     monkeypatch.setattr(on_device, "_installed", lambda name: name == "liger_kernel")
-    model = tiny_model()
+    model = tiny_model() if model is None else model
     monkeypatch.setattr(type(model), "device", SimpleNamespace(type="cuda"), raising=False)
     monkeypatch.setattr(on_device, "_generation", lambda: 0)
     return asked, fit(model, *said)[1]
@@ -279,6 +282,27 @@ def test_of_liger_the_losses_are_not_taken(fit: Any, monkeypatch: pytest.MonkeyP
     assert asked[0]["rms_norm"] is asked[0]["rope"] is asked[0]["swiglu"] is True
     assert asked[0]["cross_entropy"] is asked[0]["fused_linear_cross_entropy"] is False
     assert put_in(monkeypatch, fit, lambda model: None, "model.liger=false") == ([], [])
+
+
+def test_what_writes_over_outputs_is_not_taken_where_magnitudes_are_trained(
+    fit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model()
+    trimtab.attach(model, trimtab.Rule(match="*q_proj", method="dora", rank=2))
+    asked, told = put_in(monkeypatch, fit, lambda model: None, model=model)
+    assert told == ["on this device: norms by Liger's kernels"]
+    assert asked[0]["rms_norm"] is True
+    assert asked[0]["rope"] is asked[0]["swiglu"] is asked[0]["geglu"] is False
+
+
+def test_gradients_of_magnitudes_are_among_what_is_compared(fit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def spoil(model: Any) -> None:
+        model.model.layers[0].self_attn.q_proj.adapter.magnitude.register_hook(lambda grad: 2 * grad)
+
+    model = tiny_model()
+    trimtab.attach(model, trimtab.Rule(match="*q_proj", method="dora", rank=2))
+    with pytest.raises(ModelError, match="computes something else"):
+        put_in(monkeypatch, fit, spoil, model=model)
 
 
 def test_liger_kernels_that_compute_something_else_are_refused(fit: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,7 +65,8 @@ class ModelConfig(Section):
     )
     liger: Literal["auto"] | bool = Field(
         "auto",
-        description="Liger's kernels for norms, rotary embedding and gates (liger-kernel). The loss stays ours. auto: "
+        description="Liger's kernels for norms, rotary embedding and gates (liger-kernel); for norms alone where "
+        "magnitudes are trained, whose gradient needs outputs that the others write over. The loss stays ours. auto: "
         "on a GPU, where they are installed and know the model.",
     )
     add_tokens: Annotated[tuple[str, ...], BeforeValidator(values.tokens)] = Field(

@@ -6,7 +6,7 @@ both it and this package are there.
 
 from __future__ import annotations
 
-from trimtab.integrations import transformers_model, transformers_resizing, transformers_trainer
+from trimtab.integrations import liger, transformers_model, transformers_resizing, transformers_trainer
 from trimtab.surgery.watchers import WATCHERS, Watcher
 
 WATCHERS.extend(
@@ -16,3 +16,4 @@ WATCHERS.extend(
     ]
 )
 transformers_trainer.teach_when_imported()
+liger.teach_when_imported()

@@ -9,15 +9,10 @@ For a model without our adapters they do what they did.
 from __future__ import annotations
 
 import functools
-import importlib.abc
-import importlib.machinery
-import importlib.util
 import re
 import shutil
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -28,11 +23,11 @@ from trimtab.adapters.formats import all_formats
 from trimtab.adapters.store import holds_adapter, load_adapter, save_adapter
 from trimtab.adapters.unfrozen import require_savable
 from trimtab.errors import AdapterError
+from trimtab.integrations.on_import import on_import
 from trimtab.surgery.adapted import carriers
 from trimtab.surgery.names import known_adapter
 from trimtab.surgery.wrappers import unwrapped
 
-_TRAINER = "transformers.trainer"
 # A tensor of an adapter, by its name among those of the model.
 _OF_AN_ADAPTER = re.compile(r"\.adapter(_[^.]+)?\.")
 
@@ -40,10 +35,7 @@ _OF_AN_ADAPTER = re.compile(r"\.adapter(_[^.]+)?\.")
 def teach_when_imported() -> None:
     """Teach the ``Trainer``, now or when it is imported: to import it takes more than a second, and most models are
     attached for something else."""
-    if _TRAINER in sys.modules:
-        teach(sys.modules[_TRAINER].Trainer)
-    elif not any(isinstance(finder, _TeachesOnImport) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _TeachesOnImport())
+    on_import("transformers.trainer", lambda module: teach(module.Trainer))
 
 
 def teach(trainer: Any) -> None:
@@ -159,24 +151,3 @@ def _restore_magnitudes(model: nn.Module) -> None:
             start = adapter.square_norms(entry.handle).sqrt().to(adapter.dtype)
             rounded_only = start.to(magnitude.dtype) == magnitude
             magnitude.data = torch.where(rounded_only, start, magnitude.to(adapter.dtype))
-
-
-class _TeachesOnImport(importlib.abc.MetaPathFinder):
-    """Finds nothing itself, but lets ``teach`` follow the import of transformers' trainer."""
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != _TRAINER:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
-
-            def execute_and_teach(module: ModuleType) -> None:
-                execute(module)
-                teach(module.Trainer)
-
-            spec.loader.exec_module = execute_and_teach  # type: ignore[method-assign]
-        return spec

@@ -26,8 +26,11 @@ FLASH = {"flash_attention_3": ("flash_attn_interface", 9), "flash_attention_2": 
 that ``auto`` takes it for (9: Hopper, 8: Ampere)."""
 SLACK = 16
 """How many roundings of its dtype two ways of computing the same thing may lie apart, next to the largest value."""
-LIGER = {"rope": True, "rms_norm": True, "layer_norm": True, "swiglu": True, "geglu": True}
+LIGER = {"rms_norm": True, "layer_norm": True}
 """What is taken of Liger. Not its losses: ours makes no logits but at labels, a chunk at a time, and weighs tokens."""
+WRITERS = ("rope", "swiglu", "geglu")
+"""Taken, too, where no magnitude is trained: these write over outputs that a magnitude's gradient is read from, which
+would then be computed again (`trimtab.integrations.liger`)."""
 NO_LOSS = {"cross_entropy": False, "fused_linear_cross_entropy": False}
 
 
@@ -43,8 +46,8 @@ def fitted(job: Job, task: Task, model: Any, reader: Any, remark: Callable[[str]
     chosen: list[str] = []
     if attention := _attention(job, model):
         chosen.append(f"attention by {attention}")
-    if _liger(job, model):
-        chosen.append("norms, rotary embedding and gates by Liger's kernels")
+    if liger := _liger(job, model):
+        chosen.append(f"{liger} by Liger's kernels")
     packs = _packs(job, task, model, reader)
     if packs:
         chosen.append("batches without padding")
@@ -117,12 +120,12 @@ def _set_attention(model: Any, name: str) -> str | None:
     return None
 
 
-def _liger(job: Job, model: Any) -> bool:
-    """Put Liger's kernels in, where that is asked for or pays, and the model computes as before."""
+def _liger(job: Job, model: Any) -> str:
+    """Put Liger's kernels in, where that is asked for or pays, and the model computes as before; gives what they do."""
     said = job.config.model.liger
     kind = getattr(model.config, "model_type", "")
     if said is False or (said == "auto" and not (_installed("liger_kernel") and model.device.type == "cuda")):
-        return False
+        return ""
     if not _installed("liger_kernel"):
         raise ModelError("model.liger: liger-kernel is not installed: pip install 'trimtab[gpu]'")
     if model.device.type == "cpu":
@@ -133,13 +136,14 @@ def _liger(job: Job, model: Any) -> bool:
     if kind not in MODEL_TYPE_TO_APPLY_LIGER_FN:
         if said is True:
             raise ModelError(f"model.liger: Liger has no kernels for a model of type {kind}; set it to false")
-        return False
+        return ""
+    reads_outputs = any("magnitude" in name.split(".") for name, _ in model.named_parameters())
     before = _both_ways(model)
     with quiet_transformers():
-        apply_liger_kernel(model, {**LIGER, **NO_LOSS})
+        apply_liger_kernel(model, {**LIGER, **dict.fromkeys(WRITERS, not reads_outputs), **NO_LOSS})
     if not all(_same(one, other) for one, other in zip(_both_ways(model), before, strict=True)):
         raise ModelError(f"model.liger: with Liger's kernels this {kind} computes something else; set it to false")
-    return True
+    return "norms" if reads_outputs else "norms, rotary embedding and gates"
 
 
 def _packs(job: Job, task: Task, model: Any, reader: Any) -> bool:
@@ -188,7 +192,8 @@ def _ids(model: Any, count: int) -> torch.Tensor:
 
 
 def _both_ways(model: Any) -> list[torch.Tensor]:
-    """Logits of a few tokens, and the gradient that comes back to their embeddings."""
+    """Logits of a few tokens, and the gradients that come back to their embeddings and to the trained vectors, all in
+    one dtype."""
     ids = _ids(model, 18)
     logits = _logits(model, ids)
     with torch.no_grad():
@@ -196,9 +201,10 @@ def _both_ways(model: Any) -> list[torch.Tensor]:
     training = model.training
     with torch.enable_grad():
         found = model.eval()(inputs_embeds=embedded.requires_grad_(), use_cache=False).logits
-        (gradient,) = torch.autograd.grad(found.float().square().mean(), embedded)
+        vectors = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter.dim() == 1]
+        gradients = torch.autograd.grad(found.float().square().mean(), [embedded, *vectors], allow_unused=True)
     model.train(training)
-    return [logits, gradient]
+    return [logits, *(gradient.to(logits.dtype) for gradient in gradients if gradient is not None)]
 
 
 def _logits(model: Any, ids: torch.Tensor, **layout: Any) -> torch.Tensor:
