@@ -161,7 +161,8 @@ def _refuse(target: str, task: str, said: Mapping[str, Any]) -> None:
 def _rows_for(named: Named, task: Task, reader: Any, *, place: str | Sequence[Source], notes: Notes) -> list[Any]:
     """The rows at ``place`` as ``task`` takes them, with labels that the model has."""
     sources = [named.source_of_rows(place)] if isinstance(place, str) else place
-    return task.known(named.head, task.rows(sources, reader, notes), numbered=named.run is None)
+    numbered = named.config is None or isinstance(named.config.data.choices, tuple)
+    return task.known(named.head, task.rows(sources, reader, notes), numbered=numbered)
 
 
 def _free_name(folder: Path, name: str, stage: str, of: Measured, label: str) -> str:

@@ -70,7 +70,7 @@ def config(place: Path, model: str = "vit", **sections: Any) -> Any:
     said = {
         "model": str(place / model),
         "data": {"train": "train", "validation": "rows.jsonl", "test": "rows.jsonl"} | sections.pop("data", {}),
-        "train": {"epochs": 3, "batch_size": 4, "learning_rate": 0.01, "precision": "float32"},
+        "train": {"epochs": 3, "batch_size": 4, "learning_rate": 0.01, "precision": "float32", "log_every": 1},
         "output": str(place / "run"),
         **sections,
     }
@@ -94,6 +94,7 @@ def test_a_folder_for_each_label_is_learnt(place: Path, model: str) -> None:
     after = run.sets[0].after
     assert after is not None
     assert after.main == 1.0
+    assert all(line.tokens_per_second for line in run.metrics if line.kind == "train")  # each counts its own batch
     assert run.plan is not None
     assert {"full", "dora"} == set(run.plan.methods)
 
@@ -208,15 +209,46 @@ def test_what_is_no_labelled_picture_is_refused(place: Path, line: Any, told: st
         read(place, data={"train": "bad.jsonl"})
 
 
-def test_a_damaged_picture_is_told_by_its_row_and_one_too_large_is_refused(
-    place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = (place / "train/red/0.png").read_bytes()
-    (place / "train/red/0.png").write_bytes(whole[: len(whole) // 2 + 8])
-    _, reader, inputs = read(place)
-    at = next(at for at, row in enumerate(inputs.rows) if row["picture"].image.endswith("red/0.png"))
-    with pytest.raises(DataError, match=r"red/0\.png cannot be read as a picture"):
-        TASK.collator(reader)([inputs.rows[at]])
+@pytest.mark.parametrize("ending", ["png", "jpg", "gif", "tiff"])
+def test_a_picture_that_is_cut_off_is_told_by_its_row_before_anything_is_trained(place: Path, ending: str) -> None:
+    pixels = torch.randint(0, 255, (24, 20, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).numpy()
+    file = place / f"train/red/cut.{ending}"
+    Image.fromarray(pixels).save(file)
+    read(place)
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2 + 8])
+    with pytest.raises(DataError, match=rf"red/cut\.{ending} cannot be read as a picture"):
+        read(place)
+
+
+def test_what_is_no_row_in_a_folder_of_labels_is_told_or_hidden(place: Path) -> None:
+    for name in ("red/.hidden.png", ".cache/a.png", "red/notes.txt", "red/deep/9.PNG", "loose.png", "red/a.heic"):
+        (place / "train" / name).parent.mkdir(parents=True, exist_ok=True)
+        picture("red", 1).save(place / "train" / name, "png")
+    (place / "train/none").mkdir()
+    _, _, inputs = read(place)
+    assert inputs.choices == ["blue", "red"]
+    assert len(inputs.rows) == 17
+    told = "\n".join(inputs.notes)
+    assert "loose.png is in no folder of a label" in told
+    assert "2 files, the first red/a.heic, are not among the rows" in told
+    assert "no picture in the folder none" in told
+    assert "hidden" not in told
+
+
+def test_a_folder_of_parts_is_no_folder_of_labels(place: Path) -> None:
+    (place / "all").mkdir()
+    (place / "train").rename(place / "all/train")
+    (place / "all/val/red").mkdir(parents=True)
+    with pytest.raises(DataError, match=r"folders train, val, which are parts of a data set and no labels"):
+        read(place, data={"train": "all"})
+
+
+def test_pictures_without_a_folder_for_each_label_are_refused_with_what_to_do(place: Path) -> None:
+    with pytest.raises(DataError, match="pictures that have no label: put them into a folder for each label"):
+        read(place, data={"train": "train/red"})
+
+
+def test_a_picture_too_large_is_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trimtab.data.pictures.MOST_PIXELS", 100)
     with pytest.raises(DataError, match=r"has 20 x 24 pixels; 100 at most are read"):
         read(place)

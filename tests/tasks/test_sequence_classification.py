@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from tiny_encoders import write_encoder
 from tiny_runs import Kept, write_model, write_rows
@@ -17,10 +18,12 @@ from trimtab import tasks
 from trimtab.config.read import build_config
 from trimtab.data.labelled import Labelled
 from trimtab.data.rows import Row
-from trimtab.errors import ConfigError, DataError
+from trimtab.errors import ConfigError, DataError, ModelError
 from trimtab.models.load import load_model
 from trimtab.runs.read import read_sets
+from trimtab.surgery.attach_report import AttachReport
 from trimtab.tasks.sequence_classification import SequenceClassification
+from trimtab.training.checks import check_before
 from trimtab.training.run import finetune
 
 WORDS = ("calm", "fog", "storm")
@@ -77,6 +80,14 @@ def read(configuration: dict[str, Any]) -> tuple[Any, Any, Any]:
     reader = task.reader(job.source)
     inputs = task.read(job, reader, Kept())
     return inputs, load_model(job.read_for(task.head_for(job, inputs)).source), reader
+
+
+def check(configuration: dict[str, Any]) -> list[str]:
+    """What is held against the model before a run."""
+    job = tasks.job_of(build_config(configuration, Path.cwd(), "run.yaml"))
+    task = tasks.of(job)
+    inputs = task.read(job, task.reader(job.source), Kept())
+    return check_before(job.read_for(task.head_for(job, inputs)), inputs, AttachReport((), (), 0, 0))
 
 
 def example(value: dict[str, Any]) -> Labelled:
@@ -171,8 +182,9 @@ def test_labels_are_words_numbers_or_truths(
         ({"text": "a", "label": 2.5}, "got 2.5. For numbers say task: regression"),
         ({"text": "a", "label": {"x": 1}}, "expected a label"),
         ({"text": "a", "label": "x", "labels": ["x"]}, "both 'label' and 'labels'"),
-        ({"text": "a", "labels": "x"}, "expected a list of labels under 'labels', got str"),
-        ({"sentence": "a", "label": "x"}, "expected a text under 'text', but its keys are"),
+        ({"text": "a", "labels": "x"}, "expected a list of labels under 'labels', got str.*columns={label: labels}"),
+        ({"text": "a", "label": ["x"]}, r"got \['x'\].*data.columns={labels: label}"),
+        ({"sentence": "a", "label": "x"}, "expected a text under 'text', but its keys are.*columns={text: sentence}"),
         ({"text": 3, "label": "x"}, "expected a text under 'text', got int"),
         ({"text": "a", "text_pair": 3, "label": "x"}, "expected a text under 'text_pair', got int"),
     ],
@@ -212,6 +224,48 @@ def test_empty_texts_are_used_and_told(said: Callable[..., dict[str, Any]]) -> N
     found, told = run(said([*labelled(7), {"text": "", "label": "fog"}], [{"text": "", "label": "fog"}]))
     assert len(found.rows_after) == 1
     assert any("1 row to train on without any text" in text for text in told.remarks)
+
+
+@pytest.mark.parametrize("names", [None, ["calm", "fog", "storm"]])
+def test_flags_say_which_labels_a_text_has(said: Callable[..., dict[str, Any]], names: list[str] | None) -> None:
+    flags: list[list[Any]] = [[1, 0, 0], [0.0, 1.0, 1.0], [False, False, False], [0, 0, 1]]
+    rows = [{"text": "fog over berth", "labels": flags[at % 4]} for at in range(8)]
+    inputs, _, _ = read(said(rows, rows[3:4], data={"choices": names} if names else None))
+    named = names or ["0", "1", "2"]
+    assert inputs.choices == named
+    assert [row["labels"] for row in inputs.rows][:4] == [[float(flag) for flag in row] for row in flags]
+    assert [row.labels for row in inputs.tests["test"]] == [(named[2],)]
+    assert any("'labels' are read as 3 flags" in note for note in inputs.notes)
+
+
+def test_lists_of_numbers_are_labels_where_they_are_no_flags(said: Callable[..., dict[str, Any]]) -> None:
+    rows = [{"text": "fog", "labels": one} for one in ([0, 1], [1], [], [1, 1])]
+    inputs, _, _ = read(said(rows))
+    assert [row["labels"] for row in inputs.rows] == [[1.0, 1.0], [0.0, 1.0], [0.0, 0.0], [0.0, 1.0]]
+
+
+def test_choices_are_the_names_of_labels_that_are_numbers(said: Callable[..., dict[str, Any]]) -> None:
+    names = ["stormy", "calm", "foggy"]  # in the order of the numbers, which is not that of the alphabet
+    inputs, model, _ = read(said(labelled(8, (0, 1, 2)), data={"choices": names}))
+    assert model.config.id2label == dict(enumerate(names))
+    assert [inputs.choices[row["labels"]] for row in inputs.rows[:4]] == ["stormy", "stormy", "calm", "foggy"]
+    with pytest.raises(DataError, match=r"row 3: the label '3' is not in data.choices .* name it there"):
+        read(said(labelled(8, (0, 3, 2)), data={"choices": names}))
+
+
+def test_labels_that_differ_in_case_alone_are_told(said: Callable[..., dict[str, Any]]) -> None:
+    inputs, _, _ = read(said(labelled(8, ("Yes", "yes", "no"))))
+    assert "the labels Yes, yes differ in upper and lower case alone, and are labels apart" in inputs.notes
+
+
+def test_test_rows_are_held_against_the_model_before_anything_is_trained(said: Callable[..., dict[str, Any]]) -> None:
+    configuration = said(labelled(8), [{"text": "", "label": "fog"}])
+    write_model(Path("llama"))
+    configuration["model"]["name"] = "llama"
+    with pytest.raises(DataError, match=r"test.jsonl, row 1: the text is empty"):
+        check(configuration)
+    told = check(said(labelled(8), [{"text": "fog " * 200, "label": "fog"}]))
+    assert "1 row of the test set test cut to 64 tokens" in told
 
 
 def test_an_empty_text_of_which_a_tokenizer_makes_nothing_is_refused(said: Callable[..., dict[str, Any]]) -> None:
@@ -287,6 +341,24 @@ def test_a_causal_model_without_a_padding_token_answers_alike_in_any_batch(
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)  # float32, sums of other lengths
     found, _ = run(configuration)
     assert len(found.rows_after) == 7
+
+
+def test_a_padding_token_that_the_model_has_no_row_for_is_refused_or_added(said: Callable[..., dict[str, Any]]) -> None:
+    configuration = said(labelled(12))
+    tokenizer = AutoTokenizer.from_pretrained(write_model(Path("llama")))
+    rows = len(tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "<padding>"})
+    tokenizer.save_pretrained("llama")
+    configuration["model"]["name"] = "llama"
+    with pytest.raises(ModelError, match=r"no row for: <padding> .*model.add_tokens: \[\"<padding>\"\]"):
+        read(configuration)
+    configuration["model"]["add_tokens"] = ["<padding>"]
+    inputs, model, reader = read(configuration)
+    assert model.config.pad_token_id == reader.pad_token_id == rows
+    task = SequenceClassification()
+    together = task.logits(model, task.collator(reader)(list(inputs.rows)))
+    alone = torch.cat([task.logits(model, task.collator(reader)([row])) for row in inputs.rows])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)  # float32, sums of other lengths
 
 
 def test_what_is_measured_does_not_depend_on_the_size_of_batches(said: Callable[..., dict[str, Any]]) -> None:

@@ -119,8 +119,7 @@ def labelled_as(head: ModelHead, rows: Sequence[Labelled], *, numbered: bool) ->
 
 def _labelled_as(head: ModelHead, row: Labelled, numbered: bool) -> Labelled:
     known = head.labels
-    by_number = {str(number): label for number, label in enumerate(known)} if numbered else {}
-    labels = tuple(label if label in known else by_number.get(label, label) for label in row.labels)
+    labels = called(row, known).labels if numbered else row.labels
     if strange := [label for label in labels if label not in known]:
         raise DataError(
             f"{row.place}: the model does not know the label '{strange[0]}'; its labels are {', '.join(known[:20])}"
@@ -136,15 +135,31 @@ def _labelled_as(head: ModelHead, row: Labelled, numbered: bool) -> Labelled:
     return replace(row, label=labels[0])
 
 
+def called(row: Labelled, names: Sequence[str]) -> Labelled:
+    """``row`` with a label that is a whole number called by its name: data sets on the hub number their labels, and
+    name them in their order elsewhere. Where ``names`` are numbers themselves, nothing is known of an order."""
+    if isinstance(row.label, float) or any(map(is_whole, names)):
+        return row
+    by_number = {str(number): name for number, name in enumerate(names)}
+    labels = tuple(by_number.get(label, label) for label in row.labels)
+    return replace(row, label=labels if isinstance(row.label, tuple) else labels[0])
+
+
+_ANSWERS = ("label", "labels", "target", "id")
+"""Columns that are texts now and then, and never what is classified."""
+
+
 def text_of(row: Row, key: str = "text") -> str:
     """The text under ``key``. Raises DataError if it is none."""
     value = row.value.get(key)
     if isinstance(value, str):
         return value
     if value is None:
+        texts = [str(name) for name, held in row.value.items() if isinstance(held, str) and name not in _ANSWERS]
+        meant = texts[0] if len(texts) == 1 else "its name"
         raise DataError(
             f"{row.place}: expected a text under '{key}', but its keys are {keys_of(row)}. If the column has another "
-            f"name, say so: data.columns={{{key}: its name}}."
+            f"name, say so: data.columns={{{key}: {meant}}}."
         )
     raise DataError(f"{row.place}: expected a text under '{key}', got {type(value).__name__}.")
 
@@ -167,6 +182,11 @@ def number_of(value: object, place: str, key: str = "label") -> float:
     if not abs(said) <= LARGEST:  # NaN, too
         raise DataError(f"{place}: expected a number of at most {LARGEST:g} under '{key}', got {said!r:.60}.")
     return float(said)
+
+
+def is_whole(label: str) -> bool:
+    """Whether the name of a label is a whole number."""
+    return label.removeprefix("-").isdecimal()
 
 
 def is_broken(value: object) -> bool:
@@ -192,6 +212,8 @@ def name_of_label(value: object, place: str, key: str = "label") -> str:
             f"{place}: expected a label under '{key}', a word or a whole number, got nothing. If the column has "
             f"another name, say so: data.columns={{{key}: its name}}."
         )
-    hint = " For numbers say task: regression." if isinstance(value, float) else ""
+    hint = " For numbers say task: regression." if isinstance(value, float) and value == value else ""
+    if isinstance(value, list) and key == "label":
+        hint = " Several labels of a text stand under 'labels': data.columns={labels: label}."
     said = f"{value!r}"[:60]
     raise DataError(f"{place}: expected a label under '{key}', a word or a whole number, got {said}.{hint}")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.data.opening import COMPRESSED, endings, require_file
-from trimtab.data.pictures import labelled_files
+from trimtab.data.pictures import ENDINGS, labelled_files
 from trimtab.data.readers import READERS, columnar, first_line
 from trimtab.data.rows import Row, Source
 from trimtab.errors import DataError, did_you_mean, nearest
@@ -185,6 +185,11 @@ def _read_file(source: str, path: Path) -> Iterator[Row]:
                 image = str(file.relative_to(path))
                 yield Row(source, number, f"{source}, {image}", {"image": image, "label": label})
             return
+        if any(entry.suffix.lower() in ENDINGS for entry in path.iterdir()):
+            raise DataError(
+                f"{source} holds pictures that have no label: put them into a folder for each label, or name a file of "
+                "rows with the keys image and label."
+            )
         inside = ", ".join(_data_files(path)[:8]) or "it holds no data file"
         raise DataError(
             f"{source} is a folder; name a file in it ({inside}), a pattern such as {source.rstrip('/')}/*.jsonl, or a "

@@ -33,7 +33,7 @@ from trimtab.models.family import family
 from trimtab.models.gguf import dequantised_folder, gguf_config
 from trimtab.models.heads import POOLER, begin_around, draw, head_modules, is_known, poolers
 from trimtab.models.locate import Source
-from trimtab.models.new_tokens import add_tokens, make_room
+from trimtab.models.new_tokens import add_tokens, make_room, require_rows
 from trimtab.models.tensors import Weights
 from trimtab.models.untrusted import check_config, check_tokenizer, check_weights
 from trimtab.reading import panics, within
@@ -66,8 +66,27 @@ def _config_with_head(source: Source) -> PretrainedConfig:
         # By its padding a decoder's head finds where a text ends, so it has to be what the tokenizer pads with.
         decodes = "SequenceClassification" in head.model_class and family(config) == "decoder"
         if decodes or getattr(config, "pad_token_id", 0) is None:
-            config.pad_token_id = load_tokenizer(source).pad_token_id
+            config.pad_token_id = _padding(source, config.get_text_config().vocab_size)
     return config
+
+
+def _padding(source: Source, rows: int) -> int | None:
+    """What the tokenizer pads with, if the embedding has ``rows`` for it; None for an added token, which has no row
+    yet. Raises ModelError for any other that it has no row for."""
+    tokenizer = load_tokenizer(source)
+    if tokenizer.pad_token_id < rows:
+        return int(tokenizer.pad_token_id)
+    if not source.add_tokens:
+        require_rows(source.name, tokenizer, (), rows)
+    return None
+
+
+def _add_rows(model: Any, source: Source) -> None:
+    """Make room in ``model`` for the tokens that are added to it, of which one may be what rows are padded with."""
+    tokenizer = load_tokenizer(source)
+    make_room(model, len(tokenizer))
+    if source.head.problem and model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
@@ -170,7 +189,7 @@ def load_model(
             quantise_model(model, quantisation, dtype, Weights(folder), source.name, device=device)
     if source.add_tokens:
         with _loading(source, "model"):
-            make_room(model, len(load_tokenizer(source)))
+            _add_rows(model, source)
     model.eval().to(device)
     return model
 
@@ -225,14 +244,15 @@ def empty_model(source: Source, dtype: torch.dtype = torch.float32, attention: s
     """
     config = _config_with_head(source)
     options = _attention(attention)
-    tokens = len(load_tokenizer(source)) if source.add_tokens else 0  # a GGUF file is dequantised for it: not on meta
+    if source.add_tokens:
+        load_tokenizer(source)  # a GGUF file is dequantised for it: not on meta
     building = within("making it from its configuration", seconds=_SECONDS)
     with _loading(source, "model"), building, torch.device("meta"):
         model: PreTrainedModel = getattr(transformers, source.head.model_class).from_config(
             config, dtype=dtype, trust_remote_code=source.trust_remote_code, **options
         )
-        if tokens:
-            make_room(model, tokens)
+        if source.add_tokens:
+            _add_rows(model, source)
         return model
 
 

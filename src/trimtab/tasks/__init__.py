@@ -7,6 +7,7 @@ what head is trained beside the adapter (`_task.py`). Putting such a file into t
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from itertools import islice
@@ -104,8 +105,7 @@ def _first(job: Job) -> Mapping[str, Any] | None:
     source = job.config.data.settled(job.config.data.train)[0]
     if not is_local(source.path, Path.cwd()):
         return None
-    try:
-        rows = [row.value for row in islice(rows_of(source, root=Path.cwd()), LOOKED_AT)]
-        return next((row for row in rows if is_broken(row.get("label"))), rows[0])
-    except TrimtabError:
-        return None  # whoever reads the rows says what is wrong with them
+    rows: list[Mapping[str, Any]] = []
+    with suppress(TrimtabError):  # whoever reads the rows says what is wrong with them
+        rows.extend(row.value for row in islice(rows_of(source, root=Path.cwd()), LOOKED_AT))
+    return next((row for row in rows if is_broken(row.get("label"))), rows[0] if rows else None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from typing import Any
 
@@ -12,6 +12,11 @@ from trimtab.data.rows import Answered
 
 Tensors = dict[str, Any]
 """A row as the model takes it: ``input_ids`` or ``pixel_values`` and more, ``labels``, and the ``weight`` of a row."""
+
+
+def token_ids(rows: Iterable[Tensors]) -> set[int]:
+    """All tokens that stand in ``rows``; none where these are no texts."""
+    return {token for row in rows for token in row.get("input_ids", ())}
 
 
 class EncodedTensors(Dataset[Tensors]):

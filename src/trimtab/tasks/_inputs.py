@@ -13,6 +13,7 @@ from trimtab.data.rows import Answered, OneAnswered, Source, digest
 from trimtab.data.split import draw, split_off, times_an_epoch
 from trimtab.errors import DataError
 from trimtab.notes import Notes
+from trimtab.notes import rows as counted
 from trimtab.runs.events import Listener
 from trimtab.runs.records import RowsDigest, SourceRecord
 
@@ -112,7 +113,7 @@ def _gather(rows: Rows[Any], notes: Notes) -> Inputs:
     validation: list[Any] = []
     if isinstance(data.validation, float):
         training, validation = split_off(training, data.validation, config.train.seed, choices)
-        listener.note(f"{len(validation)} rows split off for validation, {len(training)} left to train on")
+        listener.note(f"{counted(len(validation))} split off for validation, {len(training)} left to train on")
     elif data.validation is not None:
         validation = rows.read(data.settled(data.validation), notes)
         listener.note(f"{len(validation)} validation rows")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import time
 from abc import abstractmethod
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -21,21 +20,18 @@ from torch import Tensor
 
 from trimtab.config.resolve import Job
 from trimtab.config.run import EvaluationConfig
-from trimtab.config.start_from import labels_of_head
 from trimtab.data.batches import by_length
-from trimtab.data.choices import check_choices
-from trimtab.data.labelled import Labelled, labelled_as, read_labelled
+from trimtab.data.labelled import Labelled, is_whole, labelled_as, read_labelled
 from trimtab.data.preview import Preview
 from trimtab.data.rows import Row, Source
 from trimtab.errors import ConfigError, DataError
 from trimtab.evaluation.answers import Judged
 from trimtab.evaluation.evaluate import Evaluation, Progress, checked
-from trimtab.metrics import Kind, choosing, measure
+from trimtab.metrics import Kind, measure
 from trimtab.models.causal_head import IGNORED
 from trimtab.models.head_loss import wide
-from trimtab.models.heads import in_the_order_of
-from trimtab.models.load import load_config_only
 from trimtab.models.locate import ModelHead
+from trimtab.models.new_tokens import require_rows
 from trimtab.notes import Notes
 from trimtab.notes import rows as counted
 from trimtab.processes import divided
@@ -43,134 +39,11 @@ from trimtab.runs.events import Listener
 from trimtab.runs.results import RESULTS
 from trimtab.surgery.contexts import evaluating
 from trimtab.tasks._answer import Answer, of_logits
-from trimtab.tasks._encoded import EncodedTensors, Tensors
-from trimtab.tasks._inputs import Answers, Inputs, Rows, gather
+from trimtab.tasks._encoded import Tensors, token_ids
+from trimtab.tasks._inputs import Inputs, gather
+from trimtab.tasks._labelled_rows import LabelledRows
 from trimtab.tasks._sizes import RowSizes
 from trimtab.tasks._task import Task
-
-COUNTED = 5
-"""More labels than these that are all whole numbers may be amounts, and no names."""
-
-
-def is_whole(label: str) -> bool:
-    """Whether the name of a label is a whole number."""
-    return label.removeprefix("-").isdecimal()
-
-
-class LabelledRows(Rows[Labelled]):
-    """Rows with labels."""
-
-    def __init__(self, task: LabelledTask, job: Job, reader: Any, listener: Listener) -> None:
-        super().__init__(job.config, listener)
-        self.task, self.job, self.reader = task, job, reader
-        self.kind: Kind = "number"
-
-    def read(self, sources: Sequence[Source], notes: Notes) -> list[Labelled]:
-        if named := next((one.form for one in sources if one.form not in (None, "auto")), None):
-            raise ConfigError(
-                f"data.form: {named} is a form for causal_lm; the rows of {self.task.name} are read by their keys "
-                f"({', '.join(self.task.keys)})"
-            )
-        return self.task.rows(sources, self.reader, notes)
-
-    def answers(self, training: list[Labelled], notes: Notes) -> Answers:
-        found = self.task.labels_of(training)
-        said = self.config.data.choices
-        if said not in (None, "auto") and found is None:
-            raise ConfigError(f"data.choices: the rows of {self.task.name} are labelled with numbers; leave it at auto")
-        if found is None:
-            return Answers(None, scored=False)
-        if isinstance(said, tuple):
-            check_choices(said, [])
-            labels = [label.strip() for label in said]
-        else:
-            labels = in_the_order_of(load_config_only(self.job.source), found)
-        labels = self._as_begun(labels, found, said)
-        if len(labels) < (1 if isinstance(training[0].label, tuple) else 2):
-            only = f"'{labels[0]}' is the only label" if labels else "no row has a label"
-            raise DataError(f"{training[0].source}: {only}, so there is nothing to tell apart.")
-        answers = Answers(labels, scored=True)
-        self.check(answers, training)
-        self.kind = self.task.kind(training[0], labels)
-        self.listener.note(f"{len(labels)} labels: {', '.join(labels[:20])}{', ...' if len(labels) > 20 else ''}")
-        if said == "auto" and len(labels) > COUNTED and all(map(is_whole, labels)):
-            notes.add(
-                f"the labels are {len(labels)} whole numbers, and each is taken for a class of its own; if a near "
-                "label is better than one that is far, say task: regression"
-            )
-        if unseen := [label for label in labels if label not in found]:
-            notes.add(f"no training row has the label {', '.join(unseen)}, which cannot be learned then")
-        return answers
-
-    def _as_begun(self, labels: list[str], found: list[str], said: object) -> list[str]:
-        """``labels`` in the order of the head that the run begins from: a head whose labels are others, or stand in
-        another order, has learnt something else."""
-        adapter = self.config.adapter
-        known = labels_of_head(adapter) if adapter is not None else ()
-        if not known or (set(found) <= set(known) and not isinstance(said, tuple)):
-            return list(known) or labels
-        if list(known) != labels:
-            raise ConfigError(
-                f"adapter: {adapter}: its head has the labels {', '.join(known[:20])}, and this run needs "
-                f"{', '.join(labels[:20])}; give rows of its labels and no data.choices, or begin without adapter"
-            )
-        return labels
-
-    def check(self, answers: Answers, rows: list[Labelled]) -> None:
-        known = set(answers.choices or ())
-        for row in rows:
-            if (strange := [label for label in row.labels if label not in known]) and answers.choices is not None:
-                raise DataError(
-                    f"{row.place}: the label '{strange[0]}' is not among those of the training rows "
-                    f"({', '.join(answers.choices[:20])}), so it cannot be learned; name all labels in data.choices, "
-                    "or repair the row (upper and lower case differ)."
-                )
-
-    def check_metric(self, answers: Answers) -> None:
-        metric, known = self.config.train.metric, choosing(self.kind)
-        if metric not in ("auto", *known):
-            raise ConfigError(
-                f"train.metric: {metric} is not measured for these rows of {self.task.name}; choose one of "
-                f"{', '.join(known)}"
-            )
-
-    def encode(self, training: list[Labelled], answers: Answers, notes: Notes) -> EncodedTensors:
-        weights = self._weights(training, answers)
-        rows = self.task.encode(training, self.reader, answers.choices, self.job.max_length)
-        for example, row in zip(training, rows, strict=True):
-            if weights:
-                self.task.weigh(row, example, weights)
-        cut = sum(row.pop("cut", False) for row in rows)
-        if cut:
-            notes.add(f"{counted(cut)} cut to data.max_length = {self.job.max_length} tokens")
-        if dropped := [
-            (example, count) for example, row in zip(training, rows, strict=True) if (count := row.pop("dropped", 0))
-        ]:
-            words = sum(count for _, count in dropped)
-            first = dropped[0][0].place
-            notes.add(f"{words:,} word{'s' * (words != 1)} of which the tokenizer leaves nothing, the first in {first}")
-        if empty := [example for example in training if not example.prompt.strip()]:
-            notes.add(f"{counted(len(empty))} to train on without any text, the first in {empty[0].place}")
-        return EncodedTensors(rows, training, cut, self.task.tokens)
-
-    def _weights(self, training: list[Labelled], answers: Answers) -> dict[str, float]:
-        """What a row of each label counts, 1 on average over the rows; empty where all count alike."""
-        said = self.config.train.class_weights
-        if said is None:
-            return {}
-        if answers.choices is None or not self.task.weighs:
-            raise ConfigError(f"train.class_weights: the rows of {self.task.name} have no classes to weigh")
-        counts = Counter(label for row in training for label in row.labels)
-        if said == "balanced":
-            weights = {label: 1 / counts[label] if counts[label] else 0.0 for label in answers.choices}
-        else:
-            if strange := [label for label in said if label not in answers.choices]:
-                raise ConfigError(
-                    f"train.class_weights: '{strange[0]}' is not a label; expected some of {', '.join(answers.choices)}"
-                )
-            weights = {label: said.get(label, 1.0) for label in answers.choices}
-        mean = sum(weights[label] * count for label, count in counts.items()) / counts.total()
-        return {label: weight / mean for label, weight in weights.items()}
 
 
 class LabelledTask(Task):
@@ -376,6 +249,17 @@ class LabelledTask(Task):
                 if progress is not None:
                     progress(len(found), len(rows))
         return [found[at] for at in range(len(rows))], total, count
+
+    def held(self, job: Job, inputs: Inputs, reader: Any) -> list[str]:
+        found, used = [], token_ids(inputs.rows)
+        for name, rows in (("", inputs.validation), *inputs.tests.items()):
+            encoded = self.encode(rows, reader, inputs.choices, job.reading_length)
+            used |= token_ids(encoded)
+            if name and (cut := sum(row.get("cut", False) for row in encoded)):
+                found.append(f"{counted(cut)} of the test set {name} cut to {job.reading_length} tokens")
+        if used:
+            require_rows(job.config.model.name, reader, (), job.embedding_rows, used)
+        return found
 
     def preview(self, inputs: Inputs, reader: Any) -> Preview:
         shown = []

@@ -45,7 +45,7 @@ class Task(ABC):
     loss_unit: ClassVar[str] = "nats per token"
     """What the loss of training is counted in."""
     checked_as_texts: ClassVar[bool] = False
-    """Whether rows are texts with parts that are learnt, which are held against the model's tokens and positions."""
+    """Whether rows are texts with parts that are learnt, as those that a decoder writes; else the task has ``held``."""
 
     answer_keys: ClassVar[tuple[str, ...]] = ("label", "labels")
     """Under which keys a row holds its answer."""
@@ -189,6 +189,12 @@ class Task(ABC):
     def best(self, said: str, inputs: Inputs) -> Metric:
         """What ``train.metric`` means."""
         return best_by(said, scored=inputs.scored)
+
+    def held(self, job: Job, inputs: Inputs, reader: Any) -> Sequence[str]:
+        """Hold rows that are no ``checked_as_texts`` against the model, before anything is trained; gives what the user
+        should know, a sentence each, such as how many test rows will be cut. Raises DataError for a row that cannot be
+        read, ModelError for tokens that the model does not have."""
+        return ()
 
     @abstractmethod
     def preview(self, inputs: Inputs, reader: Any) -> Any:

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from trimtab.config.resolve import Job
 from trimtab.data.labelled import Labelled, name_of_label
-from trimtab.data.pictures import opened, picture_of
-from trimtab.data.rows import Row
+from trimtab.data.pictures import left_out, opened, picture_of
+from trimtab.data.rows import Row, Source
 from trimtab.evaluation.answers import Judged
 from trimtab.models.family import Family
+from trimtab.notes import Notes
 from trimtab.tasks import _labelled
 from trimtab.tasks._encoded import Tensors
 from trimtab.tasks._inputs import Inputs
@@ -49,6 +50,14 @@ class ImageClassification(_labelled.LabelledTask):
         return Labelled(
             row.source, row.number, label, image=image, named=named, content=content, form="image and label"
         )
+
+    def rows(self, sources: Sequence[Source], reader: Any, notes: Notes) -> list[Labelled]:
+        rows = super().rows(sources, reader, notes)
+        for folder in dict.fromkeys(row.source for row in rows):
+            if Path(folder).is_dir():
+                for sentence in left_out(Path(folder)):
+                    notes.add(sentence)
+        return rows
 
     def problem(self, inputs: Inputs) -> str:
         return "single_label_classification"

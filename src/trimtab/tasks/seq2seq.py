@@ -34,6 +34,7 @@ from trimtab.metrics import measure
 from trimtab.models.causal_head import IGNORED
 from trimtab.models.family import Family
 from trimtab.models.locate import ModelHead
+from trimtab.models.new_tokens import require_rows
 from trimtab.notes import Notes
 from trimtab.notes import rows as counted
 from trimtab.processes import divided
@@ -42,7 +43,7 @@ from trimtab.runs.results import GenerationResult
 from trimtab.surgery.contexts import evaluating
 from trimtab.tasks import _read_text, _task
 from trimtab.tasks._answer import Answer
-from trimtab.tasks._encoded import EncodedTensors, Tensors
+from trimtab.tasks._encoded import EncodedTensors, Tensors, token_ids
 from trimtab.tasks._inputs import Answers, Inputs, Rows, gather
 from trimtab.tasks._sizes import Batch, RowSizes
 
@@ -160,6 +161,22 @@ class Seq2Seq(_task.Task):
                 batch = {key: value.to(model.device) for key, value in _collate([row], reader).items()}
                 found.append(self._logits(model, batch)[0].float().cpu())
         return torch.cat(found)
+
+    def held(self, job: Job, inputs: Inputs, reader: Any) -> list[str]:
+        found, used = [], token_ids(inputs.rows)
+        table, wanted = job.positions.table, job.config.evaluation.max_new_tokens
+        if inputs.tests and table is not None and wanted >= table:
+            raise ConfigError(
+                f"evaluation.max_new_tokens: {wanted}, but the decoder has {table} positions, the first of them for "
+                f"what begins a target. Set it to {table - 1} at most"
+            )
+        for name, rows in (("", inputs.validation), *inputs.tests.items()):
+            encoded = _encoded(rows, reader, job.max_length if not name else job.reading_length)
+            used |= token_ids(encoded)
+            if name and (cut := sum(row["cut"] for row in encoded)):
+                found.append(f"{counted(cut)} of the test set {name} cut to {job.reading_length} tokens")
+        require_rows(job.config.model.name, reader, (), job.embedding_rows, used)
+        return found
 
     def _write(
         self, head: Any, reader: Any, rows: Sequence[Tensors], evaluation: EvaluationConfig, progress: Progress | None

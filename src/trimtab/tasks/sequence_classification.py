@@ -1,14 +1,15 @@
 """Classification of texts, or of pairs of texts: each has one label, or several.
 
 Rows are ``{"text": ..., "label": ...}``, with ``"text_pair"`` where two texts are compared, and with ``"labels"``, a
-list that may be empty, where a text may have several. The head has a row of logits for each label. The loss is the
-cross-entropy of the label; of several labels, the binary cross-entropy of each. A label is given where its probability
-is at least one half.
+list that may be empty, or one of flags (0 or 1 for each label), where a text may have several. The head has a row of
+logits for each label. The loss is the cross-entropy of the label; of several labels, the binary cross-entropy of each.
+A label is given where its probability is at least one half.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,12 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trimtab.data.labelled import Labelled, name_of_label, text_of
-from trimtab.data.rows import Row
+from trimtab.data.rows import Row, Source
 from trimtab.errors import DataError
 from trimtab.evaluation.answers import Judged
 from trimtab.metrics import METRICS, Kind, Metric
 from trimtab.models.family import Family
 from trimtab.models.locate import ModelHead
+from trimtab.notes import Notes
 from trimtab.tasks import _labelled, _read_text
 from trimtab.tasks._encoded import Tensors
 from trimtab.tasks._inputs import Inputs
@@ -51,8 +53,11 @@ class SequenceClassification(_labelled.LabelledTask):
         label: str | tuple[str, ...]
         if several is not None:
             if not isinstance(several, list):
-                raise DataError(f"{row.place}: expected a list of labels under 'labels', got {type(several).__name__}.")
-            label = tuple(dict.fromkeys(name_of_label(one, row.place, "labels") for one in several))
+                raise DataError(
+                    f"{row.place}: expected a list of labels under 'labels', got {type(several).__name__}. The one "
+                    "label of a text stands under 'label': data.columns={label: labels}."
+                )
+            label = tuple(name_of_label(one, row.place, "labels") for one in several)
         else:
             label = name_of_label(row.value.get("label"), row.place)
         return Labelled(
@@ -63,6 +68,22 @@ class SequenceClassification(_labelled.LabelledTask):
             pair=text_of(row, "text_pair") if pair is not None else None,
             form="text and labels" if several is not None else "text and label",
         )
+
+    def rows(self, sources: Sequence[Source], reader: Any, notes: Notes) -> list[Labelled]:
+        rows = super().rows(sources, reader, notes)
+        flags = _are_flags(rows)
+        if flags:
+            notes.add(
+                f"'labels' are read as {len(rows[0].labels)} flags, with 1 at the place of each label that a text has; "
+                "data.choices names the labels in their order"
+            )
+        found = []
+        for row in rows:
+            if isinstance(row.label, tuple):
+                has = [str(at) for at, flag in enumerate(row.label) if flag in _SET] if flags else row.label
+                row = replace(row, label=tuple(dict.fromkeys(has)))
+            found.append(row)
+        return found
 
     def labels_of(self, training: Sequence[Labelled]) -> list[str] | None:
         mixed = {isinstance(row.label, tuple) for row in training}
@@ -114,3 +135,13 @@ class SequenceClassification(_labelled.LabelledTask):
 
     def sample(self, model: Any, batch: Batch) -> dict[str, Tensor]:
         return {**_read_text.sample(batch.rows, batch.length), "labels": torch.zeros(batch.rows, dtype=torch.int64)}
+
+
+_SET, _UNSET = ("1", "true"), ("0", "false")
+
+
+def _are_flags(rows: Sequence[Labelled]) -> bool:
+    """Whether the lists of labels say of each label whether a text has it. Lists of numbers that are all of one length
+    and name nothing but 0 and 1 would otherwise give every text both."""
+    lengths = {len(row.label) if isinstance(row.label, tuple) else 0 for row in rows}
+    return len(lengths) == 1 and min(lengths) > 1 and {one for row in rows for one in row.labels} <= {*_SET, *_UNSET}

@@ -51,14 +51,17 @@ class TokenClassification(_labelled.LabelledTask):
     def suits(self, family: Family, classes: Sequence[str], row: Mapping[str, Any] | None) -> bool:
         if any(name.endswith("ForTokenClassification") for name in classes):
             return True
-        return family == "encoder" and row is not None and isinstance(row.get("tokens"), list) and "tags" in row
+        return family == "encoder" and row is not None and ("tags" in row or isinstance(row.get("tokens"), list))
 
     def example(self, row: Row) -> Labelled:
         words = _words(row)
         tags = row.value.get("tags")
         if not isinstance(tags, list):
             what = "nothing" if tags is None else type(tags).__name__
-            raise DataError(f"{row.place}: expected a list of tags under 'tags', one for each token, got {what}.")
+            hint = f" Its keys are {keys_of(row)}; another column is named data.columns={{tags: its name}}."
+            raise DataError(
+                f"{row.place}: expected a list of tags under 'tags', one for each token, got {what}.{hint * (not tags)}"
+            )
         if len(tags) != len(words):
             raise DataError(f"{row.place}: {len(words)} tokens, but {len(tags)} tags; each token needs one tag.")
         named = tuple(name_of_label(tag, row.place, "tags") for tag in tags)

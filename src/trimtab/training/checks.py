@@ -41,6 +41,8 @@ def check_before(job: Job, inputs: Inputs | None, attached: AttachReport) -> lis
         task = tasks.of(job)
         looked = _Looked(job, inputs, task.reader(job.source))
         texts = (_tokens, _template, _training_rows, _validation_rows, _room_to_write, _test_rows)
+        for sentence in () if task.checked_as_texts else task.held(job, inputs, looked.tokenizer):
+            notes.add(sentence)
         for check in (*(texts if task.checked_as_texts else ()), _schedule):
             check(looked, notes)
     if job.config.train.epochs:

@@ -4,6 +4,7 @@ schedules and resume are its own."""
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -163,6 +164,7 @@ class AdapterTrainer(Trainer):
         _use_one(arguments, next(model.parameters()).device)
         self._best_loss = _best_loss(earlier, best)
         self.throughput = Throughput()
+        self._collated: deque[int] = deque()  # tokens of batches that are made and not trained on: one is made ahead
         self._adapted = model
         self._train_config = train
         self._task, self._head = task, head
@@ -191,7 +193,7 @@ class AdapterTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
 
     def _collate(self, rows: Sequence[Any]) -> dict[str, Tensor]:
-        self.throughput.add(sum(map(self._task.tokens, rows)))
+        self._collated.append(sum(map(self._task.tokens, rows)))
         mine = here().share(rows)
         # Where an epoch ends with fewer rows than there are processes, some have none. They still run the model, since
         # the others may need them to, and count nothing of it.
@@ -236,6 +238,7 @@ class AdapterTrainer(Trainer):
         return (loss, None) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.throughput.add(self._collated.popleft())
         with self._steady.small_batch(is_last=self.accelerator.sync_gradients):
             return super().training_step(*args, **kwargs)
 
