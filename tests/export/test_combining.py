@@ -54,6 +54,8 @@ def test_runs_of_lora_and_dora_become_a_dora_that_peft_loads(cli: Any, runs: tup
     assert cli("combine", *folders, "--out", tmp_path / "again").code == 0
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "both" / name).read_bytes()
+    report = json.loads((tmp_path / "again" / "combination.json").read_text())
+    assert report["of"] == {"lora/adapter": 0.7, "dora/adapter": -0.4}, "two folders of one name are told apart"
     more = cli(
         "combine", tmp_path / "both", f"{runs[1]}:0.5", "--out", tmp_path / "both", "--overwrite", "--how", "svd"
     )

@@ -74,6 +74,29 @@ def test_lora_is_a_folder_that_peft_loads(cli: Any, trained: Callable[..., Path]
     assert "likeliest next token is the same for 100 %" in result.out
 
 
+def test_a_lora_for_vllm_has_one_scale_and_the_command_its_rank(
+    cli: Any, trained: Callable[..., Path], tmp_path: Path
+) -> None:
+    """vLLM passes over ``alpha_pattern``, takes no rank above 16 unless told, and no layers that are kept whole."""
+    scales = [
+        {"match": "all-linear", "method": "lora", "rank": 20, "alpha": 20},
+        {"match": "*.q_proj", "method": "lora", "rank": 2, "alpha": 8},
+    ]
+    run, out = trained("scales", scales), tmp_path / "out"
+    assert cli("export", run, out, "--to", "lora").code == 0
+    config = json.loads((out / "adapter_config.json").read_text())
+    ranks, alphas = (config[f"{name}_pattern"] for name in ("rank", "alpha"))
+    scale = config["lora_alpha"] / config["r"]
+    assert {alphas.get(key, scale) / ranks.get(key, 1) for key in {*ranks, *alphas}} <= {scale}
+    assert "--enable-lora --max-lora-rank 32 --lora-modules" in (out / "README.md").read_text()
+    wanted = logits(load_run(run).model)
+    base = AutoModelForCausalLM.from_pretrained(load_run(run).config.model.name)
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(base, out)), wanted, rtol=1e-4, atol=1e-4)
+    whole = trained("kept", [*LORA, {"match": "*.norm", "method": "full"}])
+    assert cli("export", whole, tmp_path / "whole", "--to", "lora").code == 0
+    assert "vllm serve" not in (tmp_path / "whole" / "README.md").read_text()
+
+
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("classifier")

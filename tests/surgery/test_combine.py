@@ -235,6 +235,8 @@ def test_it_trains_on() -> None:
         ({"a": 1, "b": 1}, {"how": "ties", "density": 0.0}, "density: expected"),
         ({"a": 1, "b": 1}, {"how": "svd", "rank": 0}, "rank: expected"),
         ({"a": 1, "m": 1}, {}, "a sum of lora and mora"),
+        ({"a": 1e300, "b": 1}, {"how": "svd"}, r"numbers that its float\d+ cannot hold"),
+        ({"a": 10**400}, {}, "expected a number, got 1"),
     ],
 )
 def test_refusals_leave_the_model_as_it_was(weights: Any, more: dict[str, Any], said: str) -> None:

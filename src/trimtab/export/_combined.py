@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -26,7 +27,6 @@ from trimtab.surgery.conversion_report import CombinationReport
 from trimtab.surgery.sums import How
 
 REPORT = "combination.json"
-_NEW = "combined"
 
 
 @dataclass(frozen=True)
@@ -92,20 +92,22 @@ def combine_folders(
     named = _base(parts, folders, model)
     reader, loaded = named.reader(), _load(named)
     names = {part.place: part.weight for part in parts}
+    new = next(name for name in map("combined {}".format, itertools.count()) if name not in names)
     for part, folder in zip(parts, folders, strict=True):
         load_adapter(loaded, folder, part.place)
-    report = combine(loaded, names, _NEW, how, rank=rank, density=density, seed=seed)
+    report = combine(loaded, names, new, how, rank=rank, density=density, seed=seed)
     label: list[str] = []
 
     def fill(folder: Path) -> None:
-        save_adapter(loaded, folder, _NEW)
+        save_adapter(loaded, folder, new)
         label.append(format_of(folder).label or "trimtab")
         config = folder / all_formats()[0].files[0]
         if config.is_file():
             known = hub_id(named.source) or base_of(named.source)
             write_json(config, read_json(config) | {"base_model_name_or_path": known})
         reader.save_pretrained(folder)
-        write_json(folder / REPORT, {"of": {Path(key).name: value for key, value in names.items()}, **report.plain()})
+        of = {name: part.weight for name, part in zip(_names(parts), parts, strict=True)}
+        write_json(folder / REPORT, {"of": of, **report.plain()})
         write_text(folder / "README.md", _card(target.name, parts, named, report))
 
     write_whole(target, fill, lambda: sum(one.nbytes for one in loaded.state_dict().values() if one.requires_grad))
@@ -176,8 +178,16 @@ def _load(named: Named) -> Any:
     return load_fitting(named.source, dtype).eval()
 
 
+def _names(parts: Sequence[Ingredient]) -> list[str]:
+    """What each is called in the folder: by the end of its path that tells it from the others."""
+    ends = [Path(part.place).absolute().parts for part in parts]
+    long = max(map(len, ends))
+    length = next((one for one in range(1, long) if len({end[-one:] for end in ends}) == len(ends)), 1)
+    return ["/".join(end[-length:]) for end in ends]
+
+
 def _card(name: str, parts: Sequence[Ingredient], named: Named, report: CombinationReport) -> str:
-    of = "\n".join(f"- {Path(part.place).name}: weight {part.weight:g}" for part in parts)
+    of = "\n".join(f"- {name}: weight {part.weight:g}" for name, part in zip(_names(parts), parts, strict=True))
     error = "exact to rounding" if report.how == "linear" else f"relative error {report.error:.1e}"
     return (
         f"# {name}\n\nAn adapter of {base_of(named.source)}, combined with "

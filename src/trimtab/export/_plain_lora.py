@@ -71,20 +71,23 @@ class Plain:
     report: ConversionReport | None = None
 
 
-def make_plain(subject: Subject) -> Plain:
+def make_plain(subject: Subject, *, one_scale: bool = False) -> Plain:
     """Turn the adapter of ``subject.model`` into plain LoRA, if it is something else, or of a higher rank than is
-    wished for. With rows, the error is weighed by what they feed to each module. Raises as ``convert_to_lora`` does."""
+    wished for; or, with ``one_scale``, if its modules are scaled differently. With rows, the error is weighed by what
+    they feed to each module. Raises as ``convert_to_lora`` does."""
     wishes, model = subject.wishes, subject.model
     ranks = [getattr(one.adapter.options, "rank", 0) for one in _entries(model)]
     lower = wishes.error is not None or (wishes.rank is not None and wishes.rank < max(ranks))
-    if is_plain(model) and not lower:
+    plain = is_plain(model)
+    scales = {one.adapter.options.scale for one in _entries(model)} if plain else set()
+    if plain and not lower and not (one_scale and len(scales) > 1):
         return Plain([])
     if blocks := [name for name, one in adapted_modules(model) if one.handle.kind == "block"]:
         raise SurgeryError(
             f"the adapter of {blocks[0]} sits on a block, between whose products an activation stands: no LoRA can say "
             "that, and no weight can take it in"
         )
-    rank = wishes.rank if wishes.rank is not None or wishes.error is not None else RANK
+    rank = wishes.rank if wishes.rank is not None or wishes.error is not None else max(ranks) if plain else RANK
     inputs = subject.weighing()
     report = convert_to_lora(model, rank, inputs, error=wishes.error, progress=subject.progress)
     return Plain(_done(report, inputs), _notes(report, wishes.error), report)

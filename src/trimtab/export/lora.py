@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
+
+from torch import nn
 
 from trimtab.adapters.formats import all_formats
 from trimtab.adapters.store import format_of, load_adapter, save_adapter
 from trimtab.errors import SurgeryError
 from trimtab.export._card import base_of
 from trimtab.export._export_format import ExportFormat, Written
-from trimtab.export._plain_lora import make_plain
+from trimtab.export._plain_lora import make_plain, plain_factors
 from trimtab.export._subject import Subject
 from trimtab.files import read_json, write_json
 from trimtab.models.locate import hub_id
@@ -18,6 +21,10 @@ from trimtab.surgery.attach import detach
 
 REPORT = "conversion.json"
 """The file in such a folder that says of each module what its conversion lost."""
+
+
+_VLLM_RANKS = (16, 32, 64, 128, 256, 320, 512)
+"""What ``--max-lora-rank`` of vLLM can be, from its default on."""
 
 
 class PeftLora(ExportFormat):
@@ -30,7 +37,8 @@ class PeftLora(ExportFormat):
     relation = "adapter"
 
     def fill(self, subject: Subject, folder: Path) -> Written:
-        plain = make_plain(subject)
+        plain = make_plain(subject, one_scale=True)  # vLLM passes over PEFT's alpha_pattern
+        served = _served(subject.model)
         save_adapter(subject.model, folder)
         if format_of(folder).label != "PEFT":
             left = {} if plain.report is None else plain.report.kept
@@ -48,11 +56,26 @@ class PeftLora(ExportFormat):
             write_json(folder / REPORT, plain.report.plain())
         detach(subject.model)
         load_adapter(subject.model, folder)  # what is compared with the run is what the files say
-        done = [*plain.done, "wrote a LoRA that PEFT, vLLM and others load"]
-        return Written(done, plain.notes, _use(subject, name))
+        loads = "PEFT, vLLM and others load" if served and subject.is_causal else "PEFT loads"
+        done = [*plain.done, f"wrote a LoRA that {loads}"]
+        return Written(done, plain.notes, _use(subject, name, served))
 
 
-def _use(subject: Subject, base: str) -> str:
+def _served(model: Any) -> str:
+    """The command by which vLLM serves the folder beside BASE; empty where it has something that vLLM does not read."""
+    try:
+        parts = plain_factors(model, "vLLM")
+    except SurgeryError:
+        return ""
+    highest = max(one.rank for one in parts)
+    room = next((one for one in _VLLM_RANKS if highest <= one), None)
+    if room is None or any(isinstance(model.get_submodule(one.module), nn.Embedding) for one in parts):
+        return ""
+    wider = f" --max-lora-rank {room}" if room > _VLLM_RANKS[0] else ""
+    return f"With vLLM: `vllm serve BASE --enable-lora{wider} --lora-modules tuned=THIS_FOLDER`.\n"
+
+
+def _use(subject: Subject, base: str, served: str) -> str:
     """The code that loads the folder. A head is made with as many labels as it has, and then filled."""
     head, options = subject.head, ""
     if head.problem:
@@ -60,7 +83,6 @@ def _use(subject: Subject, base: str) -> str:
         options = f", num_labels={len(head.names)}, id2label={{{named}}}, ignore_mismatched_sizes=True"
     pictures = head.model_class == "AutoModelForImageClassification"
     reader, name = ("AutoImageProcessor", "processor") if pictures else ("AutoTokenizer", "tokenizer")
-    served = "With vLLM: `vllm serve BASE --enable-lora --lora-modules tuned=THIS_FOLDER`.\n"
     code = f"""
 ```python
 from peft import PeftModel

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from typing import Any, get_args
 
@@ -58,8 +58,8 @@ def combine(
         density: the share of the numbers that is kept by ``ties`` and ``dare_*``; None: 0.5.
         seed: of the draws of ``dare_*``.
 
-    Raises SurgeryError if an adapter is not known, the name is taken, one sits on a block or holds NaN, or the sum is
-    none that ``linear`` can say. The model is then unchanged.
+    Raises SurgeryError if an adapter is not known, the name is taken, one sits on a block or holds NaN, the sum is none
+    that ``linear`` can say, or its numbers are too large. The model is then unchanged.
     """
     _check(weights, how, {"rank": rank, "density": density, "seed": seed})
     if (wrapper := synchronised_by(model)) is not None:
@@ -81,7 +81,12 @@ def combine(
             for place, total in zip(places, made, strict=True):
                 stored = fresh[place.name].adapter.stored_tensors()
                 for key, value in total.tensors.items():
-                    stored[key].copy_(value)
+                    if not stored[key].copy_(value).isfinite().all():
+                        raise SurgeryError(
+                            f"combine: with these weights {place.name}.{key} gets numbers that its "
+                            f"{str(stored[key].dtype).removeprefix('torch.')} cannot hold. Take smaller ones. Nothing "
+                            "was changed"
+                        )
         except BaseException:
             remove_adapter(model, name)
             switch(model, before)
@@ -93,7 +98,7 @@ def _check(weights: Any, how: Any, said: Mapping[str, Any]) -> None:
     if not isinstance(weights, Mapping) or not weights:
         raise SurgeryError(f"combine: expected a mapping of adapters' names to weights, got {weights!r}")
     for one, share in weights.items():
-        if isinstance(share, bool) or not isinstance(share, (int, float)) or not math.isfinite(share):
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not abs(share) <= sys.float_info.max:
             raise SurgeryError(f"combine: the weight of '{one}': expected a number, got {share!r}")
     known = get_args(How)
     if how not in known:

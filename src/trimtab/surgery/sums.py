@@ -155,8 +155,8 @@ def _sum(place: Place, wishes: Wishes, draw: torch.Generator, *, magnitudes: boo
     said = " and ".join(dict.fromkeys(one.entry.method for one in place.sources))
     raise SurgeryError(
         f"combine: {place.name}: a sum of {said} is none of our methods there (MoRA with MoRA of one size and without "
-        "magnitudes is, and any mix of LoRA and DoRA with magnitudes over one axis, and anything with full). Take "
-        "how='svd', which is plain LoRA and states its error. Nothing was changed"
+        "magnitudes is, and any mix of LoRA and DoRA with magnitudes over one axis, and anything with full). Take svd "
+        "(how='svd', --how svd), which is plain LoRA and states its error. Nothing was changed"
     )
 
 

@@ -82,7 +82,8 @@ def command(
     )
     methods = ", ".join(sorted({one.method for one in report.modules.values()}))
     of_rank = f" of rank {report.rank}" if report.rank else ""
-    say(f"combined {len(adapters)} adapters on {len(report.modules)} modules into {out}: {methods}{of_rank}")
+    what = "1 adapter" if len(adapters) == 1 else f"{len(adapters)} adapters"
+    say(f"combined {what} on {len(report.modules)} modules into {out}: {methods}{of_rank}")
     exact = "exact to rounding: " if how is Way.linear else ""
     say(
         f"{exact}relative error of the combined change {report.error:.1e}; the worst module is {report.worst} with "
