@@ -35,7 +35,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "dora, exact": {"method": "dora", "rank": 5, "detach_norm": False},
     "dora, kept": {"method": "dora", "rank": 5, "keep_product": True},
     "magnitude": {"method": "lora", "rank": 0, "magnitude": True},
-    "dora, dropout": {"method": "dora", "rank": 4, "dropout": 0.25},
     "dora, bias": {"method": "dora", "rank": 4, "bias": True},
     "dora, by columns": {"method": "dora", "rank": 4, "magnitude_axis": "input"},
     "dora, folded": {"method": "dora", "rank": 4, "compute": "folded"},

@@ -28,6 +28,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from trimtab.ops.kernels import triton as ours
+from trimtab.ops.kernels import triton_dropout as dropping
 from trimtab.ops.kernels import triton_programs as programs
 from trimtab.ops.kernels import triton_square as square
 
@@ -54,10 +55,14 @@ class Recorded:
 def launches(dtype: torch.dtype, rank: int, tokens: int = 4096, size: int = 4096) -> list[tuple[Any, dict[str, Any]]]:
     """What the passes start for a layer with a magnitude and a bias, its weight ``size`` times ``size``."""
     found: list[tuple[Any, dict[str, Any]]] = []
-    names = [name for name, one in vars(programs).items() if isinstance(one, JITFunction) and not name.startswith("_")]
-    kept = {name: getattr(programs, name) for name in names}
-    for name, program in kept.items():
-        setattr(programs, name, Recorded(program, found))
+    kept = [
+        (file, name, one)
+        for file in (programs, dropping)
+        for name, one in vars(file).items()
+        if isinstance(one, JITFunction) and not name.startswith("_")
+    ]
+    for file, name, program in kept:
+        setattr(file, name, Recorded(program, found))
 
     def start(program: Any, *given: Any) -> None:
         program.__wrapped__(*given)
@@ -78,10 +83,16 @@ def launches(dtype: torch.dtype, rank: int, tokens: int = 4096, size: int = 4096
         start(square._compress, product, *tables, side, groups)
         start(square._add_expanded, product, empty(tokens, groups, side, dtype=dtype), *tables, side)
         start(square._squared_norms, weight, vector, empty(side, side), *tables, groups)
+        drawn = empty(1, dtype=torch.int64), round(0.05 * 2**32)
+        start(dropping._drop, product, *drawn)
+        if rank <= dropping.RANKS:
+            start(dropping._product, product, empty(rank, size, dtype=dtype), *drawn)
+            start(dropping._add, product, inner, empty(rank, size, dtype=dtype), *drawn)
+            start(dropping._outer, inner, product, *drawn)
     finally:
-        for name, program in kept.items():
-            setattr(programs, name, program)
-    assert {program.__name__ for program, _ in found} == set(names)
+        for file, name, program in kept:
+            setattr(file, name, program)
+    assert {program.__name__ for program, _ in found} == {name for _, name, _ in kept} or rank > dropping.RANKS
     return found
 
 
@@ -95,7 +106,9 @@ def source(program: Any, given: dict[str, Any]) -> tuple[Any, dict[str, int]]:
             signature[name], constants[name] = "constexpr", value
             continue
         signature[name] = TYPES[value.dtype] if isinstance(value, Tensor) else "i32"
-        if isinstance(value, Tensor) or (value % 16 == 0 and name not in ("tokens",) and not name.startswith("count")):
+        if isinstance(value, Tensor) or (
+            value % 16 == 0 and name not in ("tokens", "threshold") and not name.startswith("count")
+        ):
             attributes[(place,)] = [["tt.divisibility", 16]]
     options = {"num_warps": given["num_warps"]}
     return ASTSource(fn=program, signature=signature, constexprs=constants, attrs=attributes), options

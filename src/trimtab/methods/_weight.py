@@ -22,7 +22,7 @@ from trimtab.methods._norms import KeptNorm, SquaredNorms, marks_of, same_values
 from trimtab.ops.autocast import without_autocast
 from trimtab.ops.cost import Compute
 from trimtab.ops.decomposition import Axis, magnitude_over_norm
-from trimtab.ops.dropout import Keep, draw_keep
+from trimtab.ops.dropout import Drawn, Keep, draw_keep
 from trimtab.ops.few_tokens import FewTokensLinear
 from trimtab.ops.frozen_linear import Operands, frozen_linear
 from trimtab.ops.linear_map import multiply
@@ -263,7 +263,7 @@ class WeightMethod(_method.Method):
         # What a look-up is given are numbers of rows, of which none can be dropped.
         return self.training and bool(self.options.dropout) and x.is_floating_point()
 
-    def draw(self, x: Tensor) -> Keep | None:
+    def draw(self, x: Tensor) -> Drawn | None:
         """What dropout leaves of ``x`` to the update, drawn anew."""
         return draw_keep(x, self.options.dropout)
 
@@ -283,7 +283,7 @@ class WeightMethod(_method.Method):
         keep = self.draw(x) if drops and update is not None else None
         padded = base.prepared(x)
         if keep is not None and padded is not x:
-            keep = keep._replace(mask=base.prepared(keep.mask.to(x.dtype)).to(torch.int8))
+            keep = Keep(base.prepared(keep.of(torch.ones_like(x))).to(torch.int8).neg_(), keep.scale)
         x, dtype = padded, base.dtype_for(x)
         weight = base.weight(dtype)
         magnitude, norm, ratios = self.magnitude, None, None
@@ -328,13 +328,13 @@ class WeightMethod(_method.Method):
         own = base.bias
         return {"bias": own} if self.bias is not None and isinstance(own, nn.Parameter) else {}
 
-    def _columns_scaled(self, x: Tensor, base: WeightBase, weight: Tensor, norm: Tensor, keep: Keep | None) -> Tensor:
+    def _columns_scaled(self, x: Tensor, base: WeightBase, weight: Tensor, norm: Tensor, keep: Drawn | None) -> Tensor:
         """The output with a magnitude for each column, where the input has no features that could be scaled instead."""
         ratio, whole = self._over(norm), weight.to(norm.dtype)
         total = self.total(whole) if self._seen(base) is base else self.total(whole.t()).t()
         if keep is None:
             return multiply(base.through, x, (total * ratio).to(weight.dtype), self.bias_of(base))
-        fed = x * (keep.mask.to(x.dtype) * -keep.scale)
+        fed = x * (keep.of(torch.ones_like(x)) * keep.scale)
         update = (total - whole) * ratio
         y = multiply(base.through, x, (whole * ratio).to(weight.dtype), self.bias_of(base))
         return y + multiply(base.through, fed, update.to(weight.dtype))

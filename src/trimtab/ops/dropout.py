@@ -5,16 +5,21 @@ On a processor ``torch.nn.functional.dropout`` draws one random number per eleme
 16-bit numbers, or eight of 8 bits where these are fine enough, and each decides one element.
 
 The backward pass needs one byte an element, the mask, and applies it to the input once more. So the projections that
-read one input share that input, and none keeps a copy of what dropout left of it.
+read one input share that input, and none keeps a copy of what dropout left of it. On devices with Triton's programs not
+even the mask is kept: it is drawn again from a seed, inside of the products that read it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from trimtab.ops.kernels import dropping_for
+from trimtab.ops.linear_map import MATRIX, LinearMap, MatrixMap
 
 _WHOLE = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # as wide as the elements that a mask goes over
 
@@ -32,13 +37,69 @@ class Keep(NamedTuple):
         # Masking bits takes half the time of a product with zeros and ones.
         return self.mask.to(whole).bitwise_and_(x.view(whole)).view(x.dtype)
 
+    def inside(self, rows: Tensor, through: LinearMap, rank: int) -> LinearMap:
+        """The map by which an update of so low a rank reads ``rows`` without what is dropped; ``through`` itself where
+        they have to be written first."""
+        return through
 
-def draw_keep(x: Tensor, probability: float) -> Keep | None:
+
+class Seeded(NamedTuple):
+    """What dropout keeps of a tensor ``x``, as a seed from which every pass draws the same: ``scale * of(x)``."""
+
+    seed: Tensor
+    """int64 ``[1]``, on the device."""
+    threshold: int
+    """Of 2^32 equally likely draws so many drop an element."""
+
+    @property
+    def scale(self) -> float:
+        return 1 / (1 - self.threshold / 2**32)
+
+    def of(self, x: Tensor) -> Tensor:
+        """``x`` where it is kept, else 0: a new tensor, without ``scale``. Not differentiable."""
+        kept: Tensor = dropping_for(x).kept_of(x, self.seed, self.threshold)
+        return kept
+
+    def inside(self, rows: Tensor, through: LinearMap, rank: int) -> LinearMap:
+        fits = through is MATRIX and dropping_for(rows) is not None and rank <= dropping_for(rows).RANKS
+        return Dropped(self) if fits and rows.numel() else through
+
+
+Drawn = Keep | Seeded
+
+
+def drawn_again(kind: type[Drawn], kept: Tensor, number: float, rows: Tensor) -> Drawn:
+    """What dropout keeps of ``rows``, from the tensor and the number that it was drawn as."""
+    return Seeded(kept, int(number)) if kind is Seeded else Keep(kept.reshape(rows.shape), number)
+
+
+class Dropped(MatrixMap):
+    """A matrix product with what dropout keeps of the rows."""
+
+    def __init__(self, keep: Seeded) -> None:
+        self._drawn = keep.seed, keep.threshold
+
+    def product(self, rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        found: Tensor = dropping_for(rows).product(rows, weight, *self._drawn)
+        return found
+
+    def add_input_gradient(self, target: Tensor, grad: Tensor, weight: Tensor) -> None:
+        dropping_for(target).add_input_gradient(target, grad, weight, *self._drawn)
+
+    def weight_gradient(self, grad: Tensor, rows: Tensor, shape: Sequence[int]) -> Tensor:
+        found: Tensor = dropping_for(rows).weight_gradient(grad, rows, *self._drawn)
+        return found
+
+
+def draw_keep(x: Tensor, probability: float) -> Drawn | None:
     """Draw which elements of ``x`` are kept; each is dropped with ``probability``, to the nearest 1/65,536. None where
     that is 0.
 
     Reproducible from ``torch.manual_seed``.
     """
+    if dropping_for(x) is not None and not torch.compiler.is_compiling():
+        seed = torch.empty(1, dtype=torch.int64, device=x.device).random_(-(2**63), None)
+        return Seeded(seed, min(round(probability * 2**32), 2**32 - 1))
     if x.device.type != "cpu" or torch.compiler.is_compiling():  # accelerators draw in parallel
         drawn = torch.rand_like(x, dtype=torch.float32, requires_grad=False)
         return Keep((drawn >= probability).to(torch.int8).neg_(), 1 / (1 - probability))
@@ -64,4 +125,6 @@ def _random_words(count: int) -> Tensor:
 def dropout(x: Tensor, probability: float) -> Tensor:
     """Zero each element of ``x`` with ``probability`` and scale the others, so that the mean stays. Differentiable."""
     keep = draw_keep(x, probability)
-    return x if keep is None else torch.addcmul(x.new_zeros(()), x, keep.mask.to(x.dtype), value=-keep.scale)
+    if keep is None:
+        return x
+    return torch.addcmul(x.new_zeros(()), x, keep.of(torch.ones_like(x)), value=keep.scale)

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from trimtab.ops.autocast import autocast_dtype, without_autocast
 from trimtab.ops.cost import Compute, counted, folds_gradient, folds_output, full_digits_for_few
-from trimtab.ops.dropout import Keep
+from trimtab.ops.dropout import Drawn, drawn_again
 from trimtab.ops.expert_rows import StackMap
 from trimtab.ops.kernels import kernels_for, quotients_for
 from trimtab.ops.kernels.contract import Passes
@@ -40,12 +40,14 @@ class Operands(NamedTuple):
     update: Update | None
     tensors: tuple[Tensor, ...]
     through: LinearMap
+    seen: LinearMap | None = None
+    """How the update reads the rows, where that is another way than the weight's."""
 
 
 class Settings(NamedTuple):
     """How it is multiplied: what the user chose, and how the weight is had again."""
 
-    keep: Keep | None
+    keep: Drawn | None
     keep_product: bool
     compute: Compute
     again: Callable[[], Tensor] | None
@@ -65,13 +67,13 @@ class Computed(NamedTuple):
 def factored(rows: Tensor, fed: Tensor, operands: Operands, in_place: bool) -> Computed:
     """``c (x W^T + d dV^T) + bias`` for ``rows = x`` and ``fed = d``, never forming a weight; ``in_place`` gives the
     product before the ratio up for the output."""
-    weight, bias, ratio, update, tensors, through = operands
+    weight, bias, ratio, update, tensors, through, seen = operands
     # Without a ratio the bias goes into the product, exactly as the bare layer does it: step 0 is then bit for bit.
     product = through.product(rows, weight, bias if ratio is None else None)
     thin = None
     if update is not None:
         work = full_digits_for_few(through.tokens(rows), product.dtype, product.device)
-        thin = update.thin(fed, tensors, through, work)
+        thin = update.thin(fed, tensors, seen or through, work)
         if thin is None:
             update.add_product(product, fed, tensors, through)
     if thin is None and ratio is None:
@@ -86,14 +88,23 @@ def _kernels(through: LinearMap, product: Tensor) -> Passes:
     return through if isinstance(through, StackMap) else kernels_for(product)
 
 
-def _scaled(tensors: tuple[Tensor, ...], keep: Keep | None) -> tuple[Tensor, ...]:
+def _dropped(operands: Operands, keep: Drawn, rows: Tensor, x: Tensor) -> tuple[Tensor, Operands]:
+    """What the update reads, and ``operands`` with how it does that and dropout's factor. ``x`` are the rows as they
+    were given."""
+    update, through, tensors = operands.update, operands.through, _scaled(operands.tensors, keep)
+    seen = keep.inside(rows, through, len(tensors[0])) if update is not None and update.is_thin else through
+    fed = through.rows(keep.of(x)) if seen is through else rows
+    return fed, operands._replace(tensors=tensors, seen=seen)
+
+
+def _scaled(tensors: tuple[Tensor, ...], keep: Drawn | None) -> tuple[Tensor, ...]:
     """``tensors`` so that dropout's factor is in ``dV``, where it costs nothing."""
     return tensors if keep is None else (*tensors[:-1], tensors[-1] * keep.scale)
 
 
 def _compute(x: Tensor, operands: Operands, settings: Settings) -> tuple[Computed, Tensor, bool]:
     """The product; the rows of ``x``; and whether the output is a way back to the product, which then is not kept."""
-    weight, bias, ratio, update, tensors, through = operands
+    weight, bias, ratio, update, tensors, through, _ = operands
     keep = settings.keep
     rows = through.rows(x)
     # In half precision a bias larger than the product swallows the product's digits: no way back from the output.
@@ -107,9 +118,10 @@ def _compute(x: Tensor, operands: Operands, settings: Settings) -> tuple[Compute
             folded = update.fold(weight, None if ratio is None else ratio.values, tensors)
             output = through.product(rows, folded, bias)
             return Computed(output, output), rows, readable
-    fed = rows if keep is None else through.rows(keep.of(x))
-    computed = factored(rows, fed, operands._replace(tensors=_scaled(tensors, keep)), readable)
-    return computed, rows, readable
+    fed = rows
+    if keep is not None and update is not None:
+        fed, operands = _dropped(operands, keep, rows, x)
+    return factored(rows, fed, operands, readable), rows, readable
 
 
 class _FrozenLinear(torch.autograd.Function):
@@ -129,12 +141,13 @@ class _FrozenLinear(torch.autograd.Function):
         computed, rows, readable = _compute(x, operands, settings)
         output = through.output(computed.output, x.shape)
         ctx.update, ctx.through, ctx.settings, ctx.readable = update, through, settings._replace(keep=None), readable
-        ctx.keep_scale, ctx.shape, ctx.n_tensors = keep and keep.scale, x.shape, len(tensors)
+        ctx.drawn = (type(keep), 0.0 if keep is None else keep[1])
+        ctx.shape, ctx.n_tensors = x.shape, len(tensors)
         ctx.near_one, ctx.weight_shape = ratio is not None and ratio.near_one, weight.shape
         saved = (
             weight if again is None else None,
             None if update is None else rows,  # a frozen weight alone asks for no more than the gradient
-            None if keep is None else keep.mask,
+            None if keep is None else keep[0],
             bias,
             magnitude,
             norm,
@@ -150,7 +163,7 @@ class _FrozenLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         saved, readable = _saved(ctx)
-        weight, rows, mask, bias, magnitude, norm, values, excess, divisor, witness, inner, *trained = saved
+        weight, rows, kept, bias, magnitude, norm, values, excess, divisor, witness, inner, *trained = saved
         tensors: tuple[Tensor, ...] = tuple(trained)
         update: Update | None = ctx.update
         through: LinearMap = ctx.through
@@ -162,17 +175,19 @@ class _FrozenLinear(torch.autograd.Function):
         if readable:
             witness = through.product_gradient(witness)
         elif ctx.readable and wants_ratio:
-            witness = _product_again(ctx, rows, mask, weight, tensors)
+            witness = _product_again(ctx, rows, kept, weight, tensors)
         tokens = counted(upstream.shape[0] if upstream.dim() == 2 else upstream.shape[0] * upstream.shape[2])
 
         # Which form the gradient of the input takes, and what the ratio goes into: the gradient, the weight, or B.
         thin, keep, folds = None, None, False
         walks = update is not None and (wants_x or any(ctx.needs_input_grad[5:]))
         if update is not None and walks:
-            keep = None if mask is None else Keep(mask.reshape(rows.shape), ctx.keep_scale)
-            fed = rows if keep is None else keep.of(rows)
-            fed_tensors = _scaled(tensors, keep)
-            thin = update.thin(fed, fed_tensors, through, upstream.dtype, inner=inner)
+            keep, fed, seen = None if kept is None else _kept(ctx, kept, rows), rows, through
+            operands = Operands(weight, bias=None, ratio=None, update=update, tensors=tensors, through=through)
+            if keep is not None:
+                fed, operands = _dropped(operands, keep, rows, rows)
+                seen = operands.seen or through
+            thin = update.thin(fed, operands.tensors, seen, upstream.dtype, inner=inner)
             if wants_x and keep is None and len(ctx.weight_shape) == 2:
                 work, scales = update.work(tokens, tensors, upstream.dtype), ratio is not None and thin is not None
                 shape, compute = ctx.weight_shape, ctx.settings.compute
@@ -216,9 +231,10 @@ class _FrozenLinear(torch.autograd.Function):
         grads: tuple[Tensor | None, ...] = (None,) * len(tensors)
         if update is not None and walks:
             # What came through dropout goes back through it, and so is gathered apart.
-            target = None if folds or grad_rows is None else grad_rows if keep is None else torch.zeros_like(grad_rows)
-            grads = _scaled(update.add_gradient(target, passed, fed, fed_tensors, through), keep)
-            if grad_rows is not None and target is not None and keep is not None:
+            apart = keep is not None and seen is through
+            target = None if folds or grad_rows is None else torch.zeros_like(grad_rows) if apart else grad_rows
+            grads = _scaled(update.add_gradient(target, passed, fed, operands.tensors, seen), keep)
+            if grad_rows is not None and target is not None and keep is not None and apart:
                 grad_rows.add_(keep.of(target))
         grad_x = None if grad_rows is None else grad_rows.reshape(ctx.shape)
         return grad_x, passed.bias if wants_bias else None, grad_magnitude, grad_norm, None, *grads
@@ -246,13 +262,19 @@ def _saved(ctx: Any) -> tuple[Sequence[Any], bool]:
         return [None if place == _WITNESS else one.unpack() for place, one in each], False
 
 
-def _product_again(ctx: Any, rows: Tensor, mask: Tensor | None, weight: Tensor, tensors: tuple[Tensor, ...]) -> Tensor:
+def _kept(ctx: Any, kept: Tensor, rows: Tensor) -> Drawn:
+    """What dropout kept of ``rows`` in the forward pass."""
+    kind, number = ctx.drawn
+    return drawn_again(kind, kept, number, rows)
+
+
+def _product_again(ctx: Any, rows: Tensor, kept: Tensor | None, weight: Tensor, tensors: tuple[Tensor, ...]) -> Tensor:
     """``x (W + dV)^T`` once more."""
-    keep = None if mask is None else Keep(mask.reshape(rows.shape), ctx.keep_scale)
-    weight = weight if ctx.settings.again is None else ctx.settings.again()
-    tensors = _scaled(tensors, keep)
+    weight, fed = weight if ctx.settings.again is None else ctx.settings.again(), rows
     operands = Operands(weight=weight, bias=None, ratio=None, update=ctx.update, tensors=tensors, through=ctx.through)
-    return factored(rows, rows if keep is None else keep.of(rows), operands, True).output
+    if kept is not None:
+        fed, operands = _dropped(operands, _kept(ctx, kept, rows), rows, rows)
+    return factored(rows, fed, operands, True).output
 
 
 def frozen_linear(
@@ -263,7 +285,7 @@ def frozen_linear(
     through: LinearMap = MATRIX,
     update: Update | None = None,
     tensors: tuple[Tensor, ...] = (),
-    keep: Keep | None = None,
+    keep: Drawn | None = None,
     magnitude: Tensor | None = None,
     norm: Tensor | None = None,
     keep_product: bool = False,

@@ -49,6 +49,15 @@ def turning_for(rows: Tensor) -> Any:
     return triton_square
 
 
+def dropping_for(x: Tensor) -> Any:
+    """The programs that drop elements of ``x`` inside of products; None where torch's operations do."""
+    if not (x.dim() and x.is_floating_point()) or kernels_for(x[:1].reshape(1, -1)) is plain:
+        return None
+    from trimtab.ops.kernels import triton_dropout
+
+    return triton_dropout if triton_dropout.takes(x) else None
+
+
 def quotients_for(norm: Tensor) -> Any:
     """The program that divides magnitudes by ``norm``; None where torch's operations do."""
     if kernels_for(norm.view(1, -1)) is plain or torch.compiler.is_compiling():  # which makes one program of them
