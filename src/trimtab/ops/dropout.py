@@ -61,8 +61,8 @@ class Seeded(NamedTuple):
         return kept
 
     def inside(self, rows: Tensor, through: LinearMap, rank: int) -> LinearMap:
-        fits = through is MATRIX and dropping_for(rows) is not None and rank <= dropping_for(rows).RANKS
-        return Dropped(self) if fits and rows.numel() else through
+        programs = dropping_for(rows) if through is MATRIX and rows.numel() else None
+        return through if programs is None or rank > programs.RANKS else Dropped(self)
 
 
 Drawn = Keep | Seeded
@@ -97,7 +97,7 @@ def draw_keep(x: Tensor, probability: float) -> Drawn | None:
 
     Reproducible from ``torch.manual_seed``.
     """
-    if dropping_for(x) is not None and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and dropping_for(x) is not None:
         seed = torch.empty(1, dtype=torch.int64, device=x.device).random_(-(2**63), None)
         return Seeded(seed, min(round(probability * 2**32), 2**32 - 1))
     if x.device.type != "cpu" or torch.compiler.is_compiling():  # accelerators draw in parallel

@@ -53,9 +53,9 @@ def dropping_for(x: Tensor) -> Any:
     """The programs that drop elements of ``x`` inside of products; None where torch's operations do."""
     if not (x.dim() and x.is_floating_point()) or kernels_for(x[:1].reshape(1, -1)) is plain:
         return None
-    from trimtab.ops.kernels import triton_dropout
+    from trimtab.ops.kernels import triton, triton_dropout
 
-    return triton_dropout if triton_dropout.takes(x) else None
+    return triton_dropout if triton.takes(x) else None
 
 
 def quotients_for(norm: Tensor) -> Any:

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trimtab.ops.kernels import triton_programs as programs
-from trimtab.ops.kernels.triton import _dots, _full, _precision, accumulates, call, on_its_device, padded, takes
+from trimtab.ops.kernels.triton import _dots, _full, _precision, accumulates, call, on_its_device, padded
 
 RANKS = 32
 """Up to so many the programs do the products; with more of them cuBLAS does, on what dropout leaves."""
@@ -194,11 +194,6 @@ def weight_gradient(inner: Tensor, rows: Tensor, seed: Tensor, threshold: int) -
     """``h^T d [rank, in]`` in full digits."""
     found: Tensor = call(torch.ops.trimtab.dropped_outer, _outer, (inner, rows, seed, threshold))
     return found
-
-
-def fits(rows: Tensor, a: Tensor) -> bool:
-    """Whether the programs do the products of ``rows [tokens, in]`` with ``a [rank, in]``."""
-    return rows.dim() == a.dim() == 2 and 0 < len(a) <= RANKS and bool(rows.numel()) and takes(rows, a)
 
 
 @on_its_device
