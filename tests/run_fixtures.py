@@ -54,11 +54,30 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def bare_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs without the estimate of their memory before, and with an empty page after: quicker, where neither is what is
-    tested."""
+    """Runs as ``make_bare`` leaves them."""
+    make_bare(monkeypatch)
+
+
+def counted_memory(config: Any) -> Any:
+    """What the run of ``config`` is estimated to need: what runs that were made bare leave out."""
+    from trimtab import tasks
+    from trimtab.memory.estimate import estimate_run
+    from trimtab.runs.events import Listener
+
+    job = tasks.job_of(config)
+    task = tasks.of(job)
+    inputs = task.read(job, task.reader(job.source), Listener())
+    job = job.read_for(task.head_for(job, inputs))
+    return estimate_run(job, task.sizes(job, inputs))
+
+
+def make_bare(patch: pytest.MonkeyPatch) -> None:
+    """Runs without the estimate of their memory before, and with an empty page after: a quarter of the time, where
+    neither is what is tested."""
     from trimtab.files import write_text
     from trimtab.surgery.attach_report import AttachReport
 
-    monkeypatch.setattr("trimtab.training.run.check_run", lambda *_: AttachReport((), (), 0, 0))
+    for place in ("run", "tune"):
+        patch.setattr(f"trimtab.training.{place}.check_run", lambda *_: AttachReport((), (), 0, 0))
     page = "trimtab.reports.run.run_page.write_run_page"
-    monkeypatch.setattr(page, lambda run, summary=None: write_text(run / "report.html", ""))
+    patch.setattr(page, lambda run, summary=None: write_text(run / "report.html", ""))

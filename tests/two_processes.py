@@ -1,4 +1,4 @@
-"""Two processes on this machine, spawned once and given one piece of work after the other, and what each of them says.
+"""Two forks of this process that are given one piece of work after the other, and what each of them says.
 
 What they start from is in the environment, as torchrun puts it there.
 """
@@ -29,7 +29,7 @@ def both(works: Mapping[str, Work], root: Path, seconds: float = 900.0) -> dict[
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     started = torch.multiprocessing.start_processes(
-        _process, (str(root), port, dict(works)), nprocs=2, join=False, start_method="spawn"
+        _process, (str(root), port, dict(works)), nprocs=2, join=False, start_method="fork"
     )
     until = time.monotonic() + seconds
     try:

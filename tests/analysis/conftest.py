@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from run_fixtures import make_yaml, model_folder, own_cache
+from run_fixtures import bare_runs, make_yaml, model_folder, own_cache
 
-__all__ = ["make_yaml", "model_folder", "own_cache"]
+__all__ = ["bare_runs", "make_yaml", "model_folder", "own_cache"]

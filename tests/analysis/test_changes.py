@@ -104,6 +104,7 @@ def test_a_weight_stored_the_other_way_round(tmp_path: Path) -> None:
     assert one.effective_rank == pytest.approx(1, abs=1e-3)
 
 
+@pytest.mark.usefixtures("bare_runs")
 def test_every_checkpoint_of_a_run(make_yaml: Callable[..., Path], model_folder: Path, tmp_path: Path) -> None:
     config = load_config(make_yaml(train={"max_steps": 6, "save_every": 2, "keep_checkpoints": 5}))
     finetune(config)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import plain_formula
+import sampling
 import trimtab
 from trimtab import bases
 
@@ -175,8 +176,14 @@ def test_dropout_takes_from_the_input_of_the_update(kind: str) -> None:
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("kind", ["2d, uneven kernel", "2d, groups", "1d, depthwise, replicated"])
+COMPILED = [
+    (kind, training)
+    for kind in ("2d, uneven kernel", "2d, groups", "1d, depthwise, replicated")
+    for training in (True, False)
+]
+
+
+@pytest.mark.parametrize(("kind", "training"), sampling.sample(COMPILED, 3, [("1d, depthwise, replicated", True)]))
 def test_compiled_in_one_graph(kind: str, training: bool) -> None:
     make, places = LAYERS[kind]
     model: Any = nn.Sequential(make()).train(training)

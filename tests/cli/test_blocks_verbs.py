@@ -18,6 +18,8 @@ from trimtab.config.read import load_config
 from trimtab.files import read_json, write_json
 from trimtab.training.run import finetune
 
+pytestmark = pytest.mark.usefixtures("bare_runs")
+
 PLAN = [
     {"match": ["*.self_attn", "*.mlp"], "method": "serial", "bottleneck": 4},
     {"match": "*.mlp", "layers": 1, "method": "parallel", "bottleneck": 4},

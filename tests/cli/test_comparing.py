@@ -16,6 +16,8 @@ from trimtab.studies import compare as comparing
 from trimtab.studies.cell import run_cell
 from trimtab.studies.process import run_here
 
+pytestmark = pytest.mark.usefixtures("bare_runs")
+
 LORA = {"match": "all-linear", "method": "lora", "rank": 2, "alpha": 4}
 
 

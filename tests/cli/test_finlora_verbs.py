@@ -15,6 +15,8 @@ from tiny_runs import rows, write_rows
 from trimtab.files import read_json
 from trimtab.runs.load import load_run
 
+pytestmark = pytest.mark.usefixtures("bare_runs")
+
 IDS = torch.tensor([[5, 40, 60, 7, 80, 33], [9, 12, 300, 200, 4, 50]])
 NAMES = ("adapter_config.json", "adapter_model.safetensors")
 

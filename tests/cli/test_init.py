@@ -44,6 +44,13 @@ def run(*arguments: str, typed: str = "") -> str:
     return answer.output
 
 
+@pytest.fixture
+def fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The estimate of memory is told and not made: quicker, where it is not what is tested."""
+    told: dict[str, Any] = {"needed": 0.5, "free": 9.0, "fits": True, "suggestions": []}
+    monkeypatch.setattr(drafting, "describe_run", lambda job: {"memory": told})
+
+
 SAID = ("--model", "tiny model", "--train", "rows.jsonl")
 
 
@@ -60,6 +67,7 @@ def test_the_file_reads_back_and_says_what_was_seen(here: Path, method: str) -> 
     assert "trimtab finetune sub/one.yaml" in output
 
 
+@pytest.mark.usefixtures("fits")
 def test_patterns_and_parts_are_counted_and_written_as_seen_from_the_file(here: Path) -> None:
     said = ("--model", "tiny model", "--train", "ro*.jsonl", "--train", "test.jsonl[:2]", "--method", "lora")
     output = run("sub/parts.yaml", *said, "--test", "rows.jsonl[-3:]")
@@ -71,6 +79,7 @@ def test_patterns_and_parts_are_counted_and_written_as_seen_from_the_file(here: 
     assert paths(config.data.test) == {"rows": str(here / "rows.jsonl[-3:]")}
 
 
+@pytest.mark.usefixtures("fits")
 def test_questions_are_asked_with_what_lies_here_as_answers(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(init, "_can_ask", lambda: True)
     run(typed="tiny model\n\n\nlora\n")
@@ -82,6 +91,7 @@ def test_questions_are_asked_with_what_lies_here_as_answers(here: Path, monkeypa
     assert config.plan[0]["method"] == "lora"
 
 
+@pytest.mark.usefixtures("fits")
 def test_open_answers_get_room_for_the_longest(here: Path) -> None:
     write(
         here / "rows.jsonl", [{"prompt": f"{number}", "completion": "a b c d e " * number} for number in range(1, 13)]
@@ -92,6 +102,7 @@ def test_open_answers_get_room_for_the_longest(here: Path) -> None:
     assert config.data.test == {}
 
 
+@pytest.mark.usefixtures("fits")
 def test_many_rows_are_validated_on_and_seen_once(here: Path) -> None:
     write(here / "rows.jsonl", [{"prompt": "x", "completion": "ab"[number % 2]} for number in range(10_000)])
     run(*SAID)
@@ -113,6 +124,7 @@ def test_what_does_not_fit_is_made_to_fit(here: Path, monkeypatch: pytest.Monkey
     assert "take a smaller model" in run("other.yaml", *SAID)
 
 
+@pytest.mark.usefixtures("fits")
 def test_a_file_that_is_there_stays(here: Path) -> None:
     (here / "run.yaml").write_text("mine")
     with pytest.raises(ConfigError, match="already there"):

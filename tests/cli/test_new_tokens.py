@@ -21,6 +21,8 @@ from trimtab.runs.load import load_run
 from trimtab.tasks import RowSizes
 from trimtab.training.run import finetune
 
+pytestmark = pytest.mark.usefixtures("bare_runs")
+
 TOKENS = ["<tool>", "</tool>"]
 OLD = len(tiny_tokenizer())
 IDS = torch.tensor([[5, OLD, OLD + 1, 7, OLD, 33]])

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
+from run_fixtures import make_bare
 from tiny_encoders import word_pieces, write_encoder
 from tiny_runs import labelled, write_config, write_rows
 from trimtab.adapters.store import load_adapter
@@ -40,7 +41,9 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., RunFolder]:
             yaml = write_config(
                 root / f"{name}.yaml", encoder, rows, **{"data": data, "train": {"epochs": 4}, **sections}
             )
-            done[name] = finetune(load_config(yaml))
+            with pytest.MonkeyPatch.context() as patch:
+                make_bare(patch)
+                done[name] = finetune(load_config(yaml))
         return done[name]
 
     return run

@@ -18,6 +18,8 @@ from trimtab.runs.load import load_run
 from trimtab.surgery.adapted import adapted_modules
 from trimtab.training.run import finetune
 
+pytestmark = pytest.mark.usefixtures("bare_runs")
+
 IDS = torch.tensor([[5, 40, 60, 7, 80, 33]])
 
 

@@ -107,6 +107,7 @@ def test_a_terminal_without_a_cursor_gets_lines(monkeypatch: pytest.MonkeyPatch)
     assert not out.getvalue()
 
 
+@pytest.mark.usefixtures("bare_runs")
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
 def test_a_run_whose_rows_the_terminal_cannot_show(
     monkeypatch: pytest.MonkeyPatch,

@@ -12,6 +12,8 @@ import pytest
 from trimtab.config.read import load_config
 from trimtab.training import rate_plan
 
+pytestmark = pytest.mark.usefixtures("bare_runs")
+
 TRAIN = {"max_steps": 30, "epochs": 10, "tune": {"budget": 1.0}}
 
 

@@ -161,6 +161,7 @@ def test_interrupted_by_ctrl_c_and_resumed(cli: Any, make_yaml: Callable[..., Pa
     assert result.matches(r"has no adapter yet\. Let it finish first: trimtab finetune .* --resume")
 
 
+@pytest.mark.usefixtures("bare_runs")
 @pytest.mark.parametrize("width", [80, 150])
 def test_finetune_on_a_terminal(
     cli: Any, make_yaml: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, width: int
@@ -328,6 +329,7 @@ def test_generate_with_a_system_message(run: Path, cli: Any) -> None:
     assert with_system.out != cli("generate", run, "fog", "--chat", "--max-new-tokens", "6").out
 
 
+@pytest.mark.usefixtures("bare_runs")
 def test_generate_with_the_templates_of_training(
     cli: Any, make_yaml: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from command_line import Result, cli
-from run_fixtures import bare_runs, make_yaml, model_folder, own_cache
+from run_fixtures import bare_runs, make_bare, make_yaml, model_folder, own_cache
 from tiny_gguf import write_gguf
 from tiny_runs import rows, write_config, write_rows
 from trimtab.config.read import load_config
@@ -35,6 +35,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Cal
             write_config(file, gguf if on_gguf else model_folder, train, plan=plan, data=data, **sections)
             with pytest.MonkeyPatch.context() as patch:
                 patch.setenv("TRIMTAB_CACHE", str(root / "cache"))
+                make_bare(patch)
                 made[name] = finetune(load_config(file)).path
         return made[name]
 

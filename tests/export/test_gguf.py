@@ -117,6 +117,7 @@ def _trained_on(folder: Path, root: Path, plan: Any) -> Path:
     return finetune(load_config(yaml)).path
 
 
+@pytest.mark.usefixtures("bare_runs")
 def test_a_gguf_file_of_the_same_model_takes_the_merged_weights(tmp_path: Path) -> None:
     folder, file = _folder_of_gguf(tmp_path)
     run = _trained_on(folder, tmp_path, LORA)

@@ -15,6 +15,7 @@ from peft import PeftModel
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from run_fixtures import make_bare
 from tiny_encoders import write_encoder
 from tiny_runs import write_config, write_rows
 from trimtab.config.read import load_config
@@ -103,7 +104,10 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     said = [{"text": f"the {word} is free", "label": word} for word in ("crane", "tug", "berth") * 4]
     rows = write_rows(root / "rows.jsonl", said)
     plan = [{"match": "*.query", "method": "dora", "rank": 2}]
-    return finetune(load_config(write_config(root / "run.yaml", write_encoder(root / "bert"), rows, plan=plan))).path
+    yaml = write_config(root / "run.yaml", write_encoder(root / "bert"), rows, plan=plan)
+    with pytest.MonkeyPatch.context() as patch:
+        make_bare(patch)
+        return finetune(load_config(yaml)).path
 
 
 def test_a_classifier_is_handed_over_with_its_head(cli: Any, classifier: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from peft import PeftModel
 from safetensors import safe_open
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
+from run_fixtures import make_bare
 from tiny_encoders import write_encoder, write_roberta
 from tiny_runs import labelled, write_config, write_model, write_rows
 from trimtab.config.read import load_config
@@ -48,9 +49,10 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             tests = write_rows(root / "flags.jsonl", labelled(6))
             data = {"train": str(rows), "validation": None, "test": {"flags": str(tests)}}
             said = {"data": data, "plan": plan, "task": "sequence_classification", "train": {"epochs": 2}}
-            made[name] = finetune(
-                load_config(write_config(root / f"{name}.yaml", base, rows, **{**said, **sections}))
-            ).path
+            yaml = write_config(root / f"{name}.yaml", base, rows, **{**said, **sections})
+            with pytest.MonkeyPatch.context() as patch:
+                make_bare(patch)
+                made[name] = finetune(load_config(yaml)).path
         return made[name]
 
     return run

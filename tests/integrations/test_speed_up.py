@@ -296,7 +296,7 @@ def test_a_dispatched_model_is_sped_up_before_and_after(ours: list[str]) -> None
     assert len(ours) == 2
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("dropout", [0.0, pytest.param(0.3, marks=pytest.mark.full)])
 def test_a_compiled_model_is_sped_up(dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
     from peft.tuners.lora import layer as pefts
 

@@ -21,6 +21,8 @@ from trimtab.studies.cell import digest, finished_cell, run_cell
 from trimtab.studies.process import run_here
 from trimtab.training.run import finetune
 
+pytestmark = pytest.mark.usefixtures("bare_runs")
+
 
 @pytest.fixture
 def test_rows(tmp_path: Path) -> str:

@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from scipy import stats
 
+from run_fixtures import counted_memory, make_bare
 from tiny_encoders import write_encoder
 from tiny_runs import Kept, write_model, write_rows
 from trimtab import tasks
@@ -48,7 +49,7 @@ def said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[
     """Makes the configuration of a run on an encoder; rows lie in train.jsonl and test.jsonl."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("trimtab.reports.run.run_page.write_run_page", lambda *_: None)  # pictures take a second each
+    make_bare(monkeypatch)
     write_encoder(tmp_path / "encoder")
 
     def make(rows: list[Any], tested: list[Any] | None = None, output: str = "run", **train: Any) -> dict[str, Any]:
@@ -277,3 +278,9 @@ def test_a_causal_model_has_no_bias_for_the_mean_and_learns_it(said: Callable[..
     assert any("no bias" in text for text in told.remarks)
     known = next(iter(read_sets(folder.path)))
     assert known.after.figures["rmse"] < 0.7 * known.before.figures["rmse"]
+
+
+def test_memory_is_counted(said: Callable[..., dict[str, Any]]) -> None:
+    memory = counted_memory(build_config(said(numbered(8)), Path.cwd(), "run.yaml"))
+    assert memory.uncounted is None
+    assert {estimate.moment for estimate in memory.moments} == {"loading", "evaluating", "training"}

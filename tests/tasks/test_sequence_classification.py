@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from run_fixtures import counted_memory, make_bare
 from tiny_encoders import write_encoder
 from tiny_runs import Kept, write_model, write_rows
 from trimtab import tasks
@@ -43,7 +44,7 @@ def said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[
     """Makes the configuration of a run on an encoder; rows lie in train.jsonl and test.jsonl."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("trimtab.reports.run.run_page.write_run_page", lambda *_: None)  # pictures take a second each
+    make_bare(monkeypatch)
     write_encoder(tmp_path / "encoder")
 
     def make(
@@ -381,3 +382,9 @@ def test_accumulated_batches_teach_what_one_large_batch_does(said: Callable[...,
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     norms = [told.column("grad_norm") for _, told in found]
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
+def test_memory_is_counted(said: Callable[..., dict[str, Any]]) -> None:
+    memory = counted_memory(build_config(said(labelled(8)), Path.cwd(), "run.yaml"))
+    assert memory.uncounted is None
+    assert {estimate.moment for estimate in memory.moments} == {"loading", "evaluating", "training"}

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 
+from run_fixtures import counted_memory, make_bare
 from tiny_encoders import word_pieces, write_encoder, write_roberta
 from tiny_runs import Kept, write_model, write_rows
 from trimtab import tasks
@@ -49,7 +50,7 @@ def said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[
     """Makes the configuration of a run on an encoder; rows lie in train.jsonl and test.jsonl."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("trimtab.reports.run.run_page.write_run_page", lambda *_: None)  # pictures take a second each
+    make_bare(monkeypatch)
     write_encoder(tmp_path / "encoder")
 
     def make(rows: list[Any], tested: list[Any] | None = None, output: str = "run", **train: Any) -> dict[str, Any]:
@@ -310,3 +311,9 @@ def test_an_entity_is_right_only_whole_in_any_scheme() -> None:
 
 def test_rows_without_any_entity_score_nothing_and_warn_of_nothing() -> None:
     assert Outcomes(true_tags=[["O"]], given_tags=[["O"]]).entities["micro avg"]["f1-score"] == 0.0
+
+
+def test_memory_is_counted(said: Callable[..., dict[str, Any]]) -> None:
+    memory = counted_memory(config_of(said(tagged(8))))
+    assert memory.uncounted is None
+    assert {estimate.moment for estimate in memory.moments} == {"loading", "evaluating", "training"}

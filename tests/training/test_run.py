@@ -212,6 +212,7 @@ def test_bfloat16_and_float32(make_config: Callable[..., Any]) -> None:
     assert losses["bfloat16"] != losses["float32"]
 
 
+@pytest.mark.usefixtures("bare_runs")
 def test_a_run_that_diverges(make_config: Callable[..., Any]) -> None:
     # full: an adapter of bounded direction would only get large.
     plan = [{"match": "all-linear", "method": "full"}]
