@@ -187,4 +187,4 @@ def _steps(net: Any, rows: torch.Tensor) -> list[float]:
 
 
 def _apart(some: Mapping[str, torch.Tensor], others: Mapping[str, torch.Tensor]) -> float:
-    return max(float((tensor - others[name]).abs().max()) for name, tensor in some.items())
+    return max(float((tensor - others[name]).detach().abs().max()) for name, tensor in some.items())

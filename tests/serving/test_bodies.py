@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sampling import everything
 from trimtab.serving.bodies import IGNORED, AddAdapter, ChatAsking, CompletionAsking, FieldError, read_body
 
 KINDS = (ChatAsking, CompletionAsking, AddAdapter)
@@ -20,7 +21,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300 if everything else 100, deadline=None)
 @given(st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=6), st.sampled_from(KINDS))
 def test_any_json_is_read_or_refused(body: dict[str, Any], kind: type[Any]) -> None:
     whole = {"model": "m", "messages": [], "prompt": "x", "name": "n", "path": "p"}
@@ -39,7 +40,7 @@ def test_any_json_is_read_or_refused(body: dict[str, Any], kind: type[Any]) -> N
             assert type(read) in (type(value), float), name
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200 if everything else 50, deadline=None)
 @given(st.binary(max_size=60), st.sampled_from(KINDS))
 def test_any_bytes_are_refused(raw: bytes, kind: type[Any]) -> None:
     with pytest.raises(FieldError):

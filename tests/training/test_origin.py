@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from run_fixtures import make_bare
 from stopped_runs import adapter_of, interrupt, metrics_of, signals_are_heard
-from tiny_runs import Kept, rows, write_model, write_rows
+from tiny_runs import Kept, rows, write_config, write_model, write_rows
 from trimtab.config.read import load_config
 from trimtab.config.resolve import Job
 from trimtab.config.run import RunConfig
@@ -47,11 +48,16 @@ def begun(make_yaml: Callable[..., Path], tmp_path: Path) -> Callable[..., RunCo
     return make
 
 
-@pytest.fixture
-def first(begun: Callable[..., RunConfig]) -> RunConfig:
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> RunConfig:
     """A finished run."""
-    config = begun("first", MIXED, train={"epochs": 2})
-    finetune(config)
+    root = tmp_path_factory.mktemp("first")
+    train, test = write_rows(root / "completion.jsonl", rows(24)), str(write_rows(root / "test.jsonl", rows(9)))
+    said = {"plan": MIXED, "data": {"test": {"one": test}}, "train": {"epochs": 2}}
+    config = load_config(write_config(root / "first.yaml", model_folder, train, **said))
+    with pytest.MonkeyPatch.context() as patch:
+        make_bare(patch)
+        finetune(config)
     return config
 
 
