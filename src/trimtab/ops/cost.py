@@ -110,18 +110,18 @@ class Work(NamedTuple):
     fold: float  # forming W + dV
 
 
+def may_fold_output(compute: Compute, dtype: torch.dtype) -> bool:
+    """Whether the output may be computed in folded form, whatever that costs: in half precision only where the user
+    says so, since the formed weight is rounded, and what an update adds below the last bit of a weight is lost."""
+    return compute == "folded" or (compute == "auto" and dtype.itemsize >= 4)
+
+
 def folds_output(
     compute: Compute, work: Work, tokens: int, shape: Sequence[int], *, scaled: bool, like: Tensor
 ) -> bool:
-    """Whether the output is computed in folded form, in the dtype and on the device of ``like``.
-
-    In half precision only where the user says so: the formed weight is rounded, and what an update adds below the last
-    bit of a weight is lost.
-    """
-    if compute != "auto":
+    """Whether the output is computed in folded form, in the dtype and on the device of ``like``."""
+    if compute != "auto" or not may_fold_output(compute, like.dtype):
         return compute == "folded"
-    if like.dtype.itemsize < 4:
-        return False
     passes = passes_on(like.device)
     return work.fold + scaled * passes.weight * shape[0] * shape[1] < (
         work.product + scaled * passes.output * tokens * shape[0]

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from trimtab.ops.autocast import autocast_dtype, without_autocast
-from trimtab.ops.cost import Compute, counted, folds_gradient, folds_output, full_digits_for_few
+from trimtab.ops.cost import Compute, counted, folds_gradient, folds_output, full_digits_for_few, may_fold_output
 from trimtab.ops.dropout import Drawn, drawn_again
 from trimtab.ops.expert_rows import StackMap
 from trimtab.ops.kernels import kernels_for, quotients_for
@@ -111,7 +111,9 @@ def _compute(x: Tensor, operands: Operands, settings: Settings) -> tuple[Compute
     readable = ratio is not None and ratio.divisor is not None and not settings.keep_product
     readable = readable and (bias is None or (ratio is not None and ratio.near_one and weight.dtype not in HALF))
     # (A stack of weights is never formed: it is as large as all experts, however few the rows are.)
-    if update is not None and keep is None and (ratio is None or readable) and weight.dim() == 2:
+    folds = update is not None and keep is None and (ratio is None or readable) and weight.dim() == 2
+    if folds and may_fold_output(settings.compute, weight.dtype):
+        assert update is not None
         tokens = counted(through.tokens(rows))
         work = update.work(tokens, tensors, weight.dtype)
         if folds_output(settings.compute, work, tokens, weight.shape, scaled=readable, like=weight):

@@ -60,7 +60,9 @@ def dropping_for(x: Tensor) -> Any:
 
 def quotients_for(norm: Tensor) -> Any:
     """The program that divides magnitudes by ``norm``; None where torch's operations do."""
-    if kernels_for(norm.view(1, -1)) is plain or torch.compiler.is_compiling():  # which makes one program of them
+    if (norm.device.type not in _TRITONS and _forced is None) or torch.compiler.is_compiling():
+        return None  # (a compiler makes one program of them)
+    if kernels_for(norm.view(1, -1)) is plain:
         return None
     from trimtab.ops.kernels import triton
 

@@ -13,6 +13,7 @@ from trimtab.ops.ratio import Ratio
 
 _BLOCK = 1 << 18  # elements: what a processor's second cache holds in float32
 _CACHED = 1 << 19  # bytes: of two tensors and their product, so much of each stays in a processor's second cache
+_LARGE = 1 << 21  # bytes: below that, one product and one sum are quicker than many of blocks
 
 
 def forward(product: Tensor, *, thin: Thin | None, ratio: Ratio | None, bias: Tensor | None, in_place: bool) -> Tensor:
@@ -52,11 +53,12 @@ def backward(
 
 def squared_norms(weight: Tensor, squares: Tensor, a: Tensor, b: Tensor, *, scale: float) -> Tensor:
     """``||W + s B A||^2`` per row ``[out]``; of a stack of weights, expert by expert. Differentiable in A and B."""
-    a_full, b_full = a.to(squares.dtype), b.to(squares.dtype)
-    crossed = weight.matmul(a.to(weight.dtype).mT).to(squares.dtype)  # W A^T: [out, rank]
+    a_full, b_full = cast(a, squares.dtype), cast(b, squares.dtype)
+    crossed = cast(weight.matmul(cast(a, weight.dtype).mT), squares.dtype)  # W A^T: [out, rank]
     add_product = torch.addmm if weight.dim() == 2 else torch.baddbmm
     inner = add_product(crossed, b_full, a_full.matmul(a_full.mT), beta=2 * scale, alpha=scale**2)
-    return (squares + (b_full * inner).sum(-1)).clamp_min(0)
+    total: Tensor = torch.linalg.vecdot(b_full, inner)
+    return total.add_(squares).clamp_min_(0)
 
 
 def fold(weight: Tensor, ratio: Tensor | None, a: Tensor, b: Tensor, *, scale: float) -> Tensor:
@@ -77,11 +79,12 @@ def fold(weight: Tensor, ratio: Tensor | None, a: Tensor, b: Tensor, *, scale: f
 def _summed_product(grad: Tensor, witness: Tensor) -> Tensor:
     """``sum dy y [out]``. A large product is taken in blocks of tokens, which need no memory beyond the caches; on a
     processor that takes half the time in float32."""
-    tokens, features = grad.shape
+    features = grad.shape[1]
     rows = max(1, _CACHED // (features * grad.itemsize))
-    if grad.device.type != "cpu" or torch.compiler.is_compiling() or tokens < 4 * rows:
+    if grad.device.type != "cpu" or torch.compiler.is_compiling() or grad.numel() * grad.itemsize <= _LARGE:
         return (grad * witness).sum(0)
     total = torch.zeros(features, dtype=torch.promote_types(grad.dtype, torch.float32))
+    product = torch.empty(rows, features, dtype=grad.dtype)
     for part, other in zip(grad.split(rows), witness.split(rows), strict=True):
-        total += (part * other).sum(0)
+        total += torch.mul(part, other, out=product[: len(part)]).sum(0)
     return total
