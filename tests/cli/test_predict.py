@@ -92,6 +92,17 @@ def test_rows_of_a_file_keep_their_keys_and_lose_their_label(cli: Any, one: RunF
     assert (len(plain.out.splitlines()), len(plain.err.splitlines())) == (7, 7)
 
 
+def test_a_text_that_is_not_read_to_its_end_is_told(cli: Any, one: RunFolder) -> None:
+    told = cli("predict", one.path, "calm " * 100, "fog")
+    assert told.code == 0
+    assert "note: 1 row longer than the model reads, and cut to that" in told.err
+
+
+def test_a_model_of_numbers_that_others_saved_is_asked_in_float32(tmp_path: Path) -> None:
+    folder = write_encoder(tmp_path / "numbers", kind="BertForSequenceClassification", num_labels=1)
+    assert Named.find(str(folder)).load().dtype == torch.float32
+
+
 def test_answers_do_not_depend_on_the_batch(one: RunFolder) -> None:
     texts = [row["text"] for row in labelled(5)]
     named = Named.find(str(one.path))

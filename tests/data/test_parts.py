@@ -17,6 +17,7 @@ from trimtab.data.forms import read_examples
 from trimtab.data.rows import Source
 from trimtab.data.sources import is_local, name_of, read_rows, rows_of
 from trimtab.errors import DataError
+from trimtab.notes import Notes
 
 
 def write(path: Path, first: int, count: int) -> Path:
@@ -156,6 +157,13 @@ def test_columns_of_any_table_are_our_keys(tmp_path: Path) -> None:
     table = Source(path="t.jsonl", columns={"prompt": "translation.en", "completion": "translation.fr"})
     [example] = read_examples(table, None, root=tmp_path)
     assert (example.form, example.prompt, example.answer) == ("completion", "harbour", "port")
+    notes = Notes()
+    half = Source(path="t.jsonl", columns={"prompt": "id", "completion": "translation.fr"})
+    read_examples(half, None, root=tmp_path, notes=notes)
+    assert "'translation'" in "".join(notes)  # its English is left
+    notes = Notes()
+    read_examples(table, None, root=tmp_path, notes=notes)
+    assert "'translation'" not in "".join(notes)
     assert next(rows_of(Source(path="t.jsonl", columns={"text": "a.b"}), root=tmp_path)).value == {
         "text": "dotted",
         "id": 3,

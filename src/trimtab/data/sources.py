@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -68,10 +68,21 @@ def _sliced(path: str) -> tuple[str, _Slice | None]:
 
 
 def _renamed(row: Row, columns: Mapping[str, str]) -> Row:
-    """``row`` with the values of its ``columns`` under our keys; its other keys stay."""
+    """``row`` with the values of its ``columns`` under our keys; what else it holds stays."""
     taken = {key: _held(row, key, column) for key, column in columns.items()}
     rest = {key: value for key, value in row.value.items() if key not in columns.values()}
+    for column in columns.values():
+        rest = rest if column in row.value else _without(rest, column.split("."))
     return replace(row, value={**rest, **taken})
+
+
+def _without(value: dict[str, Any], part: Sequence[str]) -> dict[str, Any]:
+    """``value`` without the ``part`` of it that such keys lead to, nor objects that hold nothing else."""
+    key, *deeper = part
+    rest = {name: held for name, held in value.items() if name != key}
+    if deeper and isinstance(value.get(key), dict) and (left := _without(value[key], deeper)):
+        return {**rest, key: left}
+    return rest
 
 
 def _held(row: Row, key: str, column: str) -> Any:

@@ -115,7 +115,9 @@ class Named:
         if lacking and self.adapter is None:
             named = ", ".join(sorted(lacking))
             raise ModelError(f"{self.name}: its files lack {named}, so it has no head to answer with")
-        model = load_fitting(self.source, best_precision())
+        # bfloat16 tells numbers around 1000 apart only by 4.
+        precision = "float32" if self.head.problem == "regression" else best_precision()
+        model = load_fitting(self.source, precision)
         if self.adapter is not None:
             load_finite(model, self.adapter)
             if lacking := lacking - {name for name, _ in adapted_modules(model)}:

@@ -21,10 +21,12 @@ class Answer:
     Attributes:
         fields: under the keys of rows (``label``, ``labels``, ``tags``, ``target``), and ``probabilities``.
         text: the same in a line.
+        cut: whether the model did not read all of the row.
     """
 
     fields: Mapping[str, Any]
     text: str
+    cut: bool = False
 
 
 def of_logits(logits: Tensor, head: ModelHead) -> Answer:

@@ -133,8 +133,11 @@ class LabelledTask(Task):
         evaluation: EvaluationConfig,
         max_length: int | None,
     ) -> list[Answer]:
-        found = self._logits_of(model, reader, asked, head, batch_size=evaluation.batch_size, max_length=max_length)
-        return [self.answer(row, logits, head) for row, logits in zip(asked, found, strict=True)]
+        found, cut = self._logits_of(
+            model, reader, asked, head, batch_size=evaluation.batch_size, max_length=max_length
+        )
+        answers = [self.answer(row, logits, head) for row, logits in zip(asked, found, strict=True)]
+        return [replace(answer, cut=at in cut) for at, answer in enumerate(answers)]
 
     def answer(self, row: Labelled, logits: Tensor, head: ModelHead) -> Answer:
         """What ``logits`` answer for ``row``."""
@@ -143,7 +146,7 @@ class LabelledTask(Task):
     def compared(
         self, model: Any, reader: Any, rows: Sequence[Labelled], *, head: ModelHead, length: int | None
     ) -> Tensor:
-        found = self._logits_of(model, reader, rows, head, batch_size=32, max_length=length)
+        found, _ = self._logits_of(model, reader, rows, head, batch_size=32, max_length=length)
         return torch.cat([one.reshape(-1, one.shape[-1]) for one in found])
 
     def _logits_of(
@@ -155,11 +158,11 @@ class LabelledTask(Task):
         *,
         batch_size: int,
         max_length: int | None,
-    ) -> list[Tensor]:
+    ) -> tuple[list[Tensor], set[int]]:
+        """The logits of each row, and which rows were cut."""
         encoded = self.encode(rows, reader, head.labels or None, max_length)
-        for row in encoded:
-            row.pop("cut", None)
-        return self._logits_of_all(self.head(model), reader, encoded, batch_size, None)[0]
+        cut = {at for at, row in enumerate(encoded) if row.pop("cut", False)}
+        return self._logits_of_all(self.head(model), reader, encoded, batch_size, None)[0], cut
 
     def read(self, job: Job, reader: Any, listener: Listener) -> Inputs:
         if job.config.train.prompt_loss_weight:

@@ -149,7 +149,10 @@ class Seq2Seq(_task.Task):
     ) -> list[Answer]:
         rows = [{**row, "labels": []} for row in _sources(asked, reader, max_length)]
         written = self._write(self.head(model), reader, rows, evaluation, None)
-        return [Answer({"target": one.text, "ended": one.usable}, one.text) for one in written]
+        return [
+            Answer({"target": one.text, "ended": one.usable}, one.text, cut=row["cut"])
+            for one, row in zip(written, rows, strict=True)
+        ]
 
     def compared(
         self, model: Any, reader: Any, rows: Sequence[Example], *, head: ModelHead, length: int | None

@@ -61,6 +61,7 @@ def command(
 
     with importing():
         from trimtab.errors import DataError
+        from trimtab.notes import rows as counted
         from trimtab.predicting import Predictor
         from trimtab.runs.named import Named
 
@@ -68,8 +69,9 @@ def command(
     predictor = Predictor(named, batch_size=batch_size, max_new_tokens=max_new_tokens)
     single = len(said) == 1
     rows = predictor.rows_in(file) if file is not None else [predictor.row(text, at) for at, text in enumerate(said, 1)]
-    number = 0
+    number = cut = 0
     for number, (row, answer) in enumerate(predictor.answers(rows), start=1):
+        cut += answer.cut
         if as_jsonl:
             say_json({**row, **answer.fields})
         else:
@@ -78,5 +80,7 @@ def command(
             say(answer.text)
         if nobody_reads():
             break
+    if cut:
+        say(f"note: {counted(cut)} longer than the model reads, and cut to that", error=True)
     if not number:
         raise DataError(f"{file}: there is nothing to answer in it")
