@@ -55,6 +55,13 @@ def test_evaluating_again_gives_the_same(cli: Callable[..., Any], run: Path) -> 
     assert cli("generate", run, "Message: fog", "--max-new-tokens", "2").code == 0
 
 
+def test_an_adapter_that_is_handed_over_says_beside_what_it_was_trained(cli: Callable[..., Any], run: Path) -> None:
+    result = cli("export", run, "handed", "--to", "lora")
+    assert result.code == 0, result.err
+    for said in (result.out, (Path("handed") / "README.md").read_text()):
+        assert "he run trained beside weights that are quantised (nf4)" in said
+
+
 def test_merging_in_three_ways(cli: Callable[..., Any], run: Path) -> None:
     with torch.no_grad():
         adapted = load_run(run).model(IDS).logits

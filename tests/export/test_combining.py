@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,11 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import trimtab
+from tiny_runs import tiny_tokenizer, write_model
+from trimtab.errors import AdapterError
 from trimtab.export._combined import Ingredient
-from trimtab.runs.load import load_run
+from trimtab.models.locate import Source
+from trimtab.runs.load import load_run, with_tokens_of
 
 LORA = [{"match": "all-linear", "method": "lora", "rank": 4, "alpha": 8}]
 DORA = [{"match": "*.q_proj", "method": "dora", "rank": 2}]
@@ -102,6 +106,19 @@ def test_adapters_of_different_models_are_not_combined(cli: Any, runs: tuple[Pat
     model = load_run(runs[0], adapter=False).config.model.name
     result = cli("combine", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "out", "--model", model)
     assert result.code == 0, result
+
+
+def test_tokens_of_one_number_are_of_one_word(tmp_path: Path) -> None:
+    """Two runs that add tokens of their own would each read the other's rows of the embedding as theirs."""
+    base = Source("tiny", "folder", str(write_model(tmp_path / "tiny")))
+    adapter = tmp_path / "adapter"
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<one>", "<two>"])
+    tokenizer.save_pretrained(adapter)
+    assert with_tokens_of(adapter, replace(base, add_tokens=("<one>",))).add_tokens == ("<one>", "<two>")
+    for others in (("<two>",), ("<three>",)):
+        with pytest.raises(AdapterError, match=r"the token .<(one|two)>. under the number"):
+            with_tokens_of(adapter, replace(base, add_tokens=others))
 
 
 def test_a_weight_stands_behind_the_last_colon(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,18 @@ def test_a_classifier_is_handed_over_with_its_head(cli: Any, classifier: Path, t
 
 
 # Refusals
+
+
+def test_a_run_whose_base_is_gone_says_where_to_name_it(cli: Any, trained: Callable[..., Path], tmp_path: Path) -> None:
+    run = Path(shutil.copytree(trained("lora", LORA), tmp_path / "copy"))
+    said = yaml.safe_load((run / "config.yaml").read_text())
+    said["model"]["name"] = str(tmp_path / "gone")
+    (run / "config.yaml").write_text(yaml.safe_dump(said))
+    for words in (("export", run, "out", "--to", "lora"), ("generate", run, "fog")):
+        result = cli(*words)
+        assert result.code == 1
+        assert f"{run}: the model that this run was trained on is not where it was: {tmp_path / 'gone'}" in result.err
+        assert "config.yaml" in result.err
 
 
 def test_an_unknown_format_names_the_known_ones(cli: Any, trained: Callable[..., Path], tmp_path: Path) -> None:

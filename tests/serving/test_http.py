@@ -495,6 +495,9 @@ def test_adapters_are_added_and_dropped(shelf: Path) -> None:
         assert up.ask("POST", "/v1/unload_lora_adapter", {"lora_name": "three"}).status == 200
         empty = up.ask("POST", "/v1/adapters", {"name": "four", "path": "empty"})
         assert (empty.status, empty.error["code"]) == (400, "bad_adapter")
+    with running(FakeEngine(adapters={"team/legal": Path("legal")}), key="k", adapters_from=shelf) as up:
+        assert up.ask("GET", "/v1/models/team/legal").status == 200
+        assert up.ask("DELETE", "/v1/adapters/team/legal").status == 200
 
 
 @pytest.mark.parametrize(

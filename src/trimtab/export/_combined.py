@@ -20,7 +20,7 @@ from trimtab.export._hand_over import write_whole
 from trimtab.files import read_json, write_json, write_text
 from trimtab.models.load import load_config_only
 from trimtab.models.locate import hub_id
-from trimtab.runs.load import is_run, load_fitting, load_run_model
+from trimtab.runs.load import is_run, load_fitting, load_run_model, with_tokens_of
 from trimtab.runs.named import Named
 from trimtab.surgery.combine import combine
 from trimtab.surgery.conversion_report import CombinationReport
@@ -90,6 +90,8 @@ def combine_folders(
     for folder in folders:
         format_of(folder)  # says what is wrong before a model is loaded
     named = _base(parts, folders, model)
+    for folder in folders:
+        with_tokens_of(folder, named.source)  # that all mean one word by one number
     reader, loaded = named.reader(), _load(named)
     names = {part.place: part.weight for part in parts}
     new = next(name for name in map("combined {}".format, itertools.count()) if name not in names)
@@ -148,8 +150,8 @@ def _base(parts: Sequence[Ingredient], folders: Sequence[Path], model: str | Non
             + ", ".join(f"{place}: {base}" for place, base in told.items())
             + "). If these are one, name it: --model MODEL"
         )
-    if runs:
-        return next(iter(runs.values()))
+    if runs:  # the one with the most tokens has those of the others, or they do not fit together
+        return max(runs.values(), key=lambda one: len(one.source.add_tokens))
     if not told:
         raise ConfigError("none of these adapters says which model it belongs on; name it: --model MODEL")
     return _found(next(iter(told.values())), folders[0])

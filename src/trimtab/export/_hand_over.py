@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -69,7 +69,16 @@ def hand_over(
     found: list[Agreement] = []
 
     def fill(folder: Path) -> None:
-        written.append(form.fill(subject, folder))
+        made = form.fill(subject, folder)
+        quantised = subject.config.quantisation
+        if form.relation == "adapter" and quantised != "none":
+            note = (
+                f"the run trained beside weights that are quantised ({quantised}), and is compared beside them: beside "
+                "other forms of the base its answers are off by the quantisation error. Load the base quantised alike; "
+                "or `trimtab export RUN OUT --to merged` hands over both as one"
+            )
+            made = replace(made, notes=[*made.notes, note])
+        written.append(made)
         if comparison is not None and before is not None:
             found.append(agreement(before, comparison.of(subject.model), comparison))
         text = card(form, subject, written[0], next(iter(found), None), name=target.name)

@@ -140,8 +140,8 @@ def plain_factors(model: Any, what: str) -> list[Factors]:
         adapter: Any = one.adapter
         if one.method != "lora":
             raise SurgeryError(
-                f"{name}: a {type(one.base).__name__} that is trained as a whole cannot be said in {what}; export --to "
-                "merged holds it"
+                f"{name}: this {type(one.base).__name__} is trained itself, which cannot be said in {what}; export "
+                "--to merged holds it"
             )
         if adapter.bias is not None:
             raise SurgeryError(f"{name}: a trained bias cannot be said in {what}; export --to merged holds it")

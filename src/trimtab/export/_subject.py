@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from trimtab import tasks
-from trimtab.config.resolve import Job, source_of
+from trimtab.config.resolve import Job
 from trimtab.config.run import RunConfig
 from trimtab.data.forms import read_examples
 from trimtab.data.rows import Source as Rows
@@ -21,7 +21,7 @@ from trimtab.models.locate import ModelHead, Source
 from trimtab.notes import Notes
 from trimtab.notes import rows as counted
 from trimtab.runs.folder import RunFolder
-from trimtab.runs.load import head_of, load_finite, load_fitting, load_run, load_run_model
+from trimtab.runs.load import base_of_run, head_of, load_finite, load_fitting, load_run, load_run_model
 from trimtab.runs.records import Summary
 
 _FEW = 64
@@ -81,7 +81,7 @@ class Subject:
     @property
     def source(self) -> Source:
         """Where the run's base comes from."""
-        return source_of(self.config, self.head)
+        return base_of_run(self.folder, self.config)
 
     @property
     def chat(self) -> bool:

@@ -12,7 +12,7 @@ from trimtab.adapters.store import load_adapter
 from trimtab.config.read import load_config
 from trimtab.config.resolve import precision_of, source_of
 from trimtab.config.run import RunConfig
-from trimtab.errors import AdapterError, RunError
+from trimtab.errors import AdapterError, ModelError, RunError
 from trimtab.machine import check_fits, device
 from trimtab.models.load import empty_model, load_model, load_reader, load_tokenizer
 from trimtab.models.locate import ModelHead, Source
@@ -66,7 +66,7 @@ def load_run(path: Path, *, adapter: bool = True, dtype: str | None = None, quan
         raise RunError(f"{path}: not a run folder (it has no config.yaml); name the output of trimtab finetune")
     config = load_config(folder.config)
     model = load_run_model(folder, config, adapter=adapter, dtype=dtype, quantised=quantised)
-    return LoadedRun(folder, config, model, load_reader(source_of(config, head_of(folder.read_summary()))))
+    return LoadedRun(folder, config, model, load_reader(base_of_run(folder, config)))
 
 
 def load_run_model(
@@ -80,12 +80,23 @@ def load_run_model(
     said = (summary and summary.precision) or precision_of(config)
     trained = said if config.model.dtype == "auto" else config.model.dtype
     quantisation = config.quantisation if quantised else "none"
-    model = load_fitting(source_of(config, head_of(summary)), trained, config.model.attention, quantisation)
+    model = load_fitting(base_of_run(folder, config), trained, config.model.attention, quantisation)
     if dtype is not None:
         model = model.to(getattr(torch, dtype))
     if adapter:
         load_finite(model, folder.adapter)
     return model.eval()
+
+
+def base_of_run(folder: RunFolder, config: RunConfig) -> Source:
+    """Where the base of the run in ``folder`` comes from. Raises ModelError if it is not there any more."""
+    try:
+        return source_of(config, head_of(folder.read_summary()))
+    except ModelError as error:
+        raise ModelError(
+            f"{folder.path}: the model that this run was trained on is not where it was: {error} If it was moved, say "
+            f"where to (model.name in {folder.config})"
+        ) from None
 
 
 def head_of(summary: Summary | None) -> ModelHead:
@@ -108,12 +119,20 @@ def load_finite(model: Any, folder: Path, name: str = DEFAULT) -> None:
 
 def with_tokens_of(adapter: Path | None, source: Source) -> Source:
     """``source`` with the tokens and the chat template of the tokenizer that was handed over with ``adapter``, if one
-    was: the adapter was trained on them."""
+    was: the adapter was trained on them. Raises AdapterError where one of its own tokens has another number there."""
     if adapter is None or not (adapter / "tokenizer.json").is_file():
         return source
     beside = load_tokenizer(Source(str(adapter), "folder", str(adapter.absolute())))
     own = load_tokenizer(source)
     known, template = own.get_vocab(), beside.chat_template
     added = sorted((token, word) for word, token in beside.get_added_vocab().items() if word not in known)
+    taken = {token: word for word, token in known.items()}
+    for word, token in beside.get_added_vocab().items():
+        if (other := taken.get(token, word)) != word or known.get(word, token) != token:
+            raise AdapterError(
+                f"{adapter}: it was trained with the token {word!r} under the number {token}, which is {other!r} in "
+                f"the tokenizer of {source.name}; so its embeddings would be those of other words"
+            )
     changed = isinstance(template, str) and template != own.chat_template
-    return replace(source, add_tokens=tuple(word for _, word in added), chat_template=template if changed else "")
+    tokens = (*source.add_tokens, *(word for _, word in added))
+    return replace(source, add_tokens=tokens, chat_template=template if changed else "")

@@ -10,7 +10,6 @@ from trimtab.adapters.hub import local_folder
 from trimtab.adapters.store import format_of, read_adapter
 from trimtab.adapters.stored_head import read_head
 from trimtab.config.read import load_config
-from trimtab.config.resolve import source_of
 from trimtab.config.run import RunConfig
 from trimtab.data.rows import Source as RowSource
 from trimtab.data.sources import rows_of
@@ -21,7 +20,7 @@ from trimtab.models.heads import head_for, head_modules, own_head
 from trimtab.models.load import drawn_modules, empty_model, load_config_only, load_reader
 from trimtab.models.locate import ModelHead, Source, locate
 from trimtab.runs.folder import RunFolder
-from trimtab.runs.load import head_of, is_run, load_finite, load_fitting, load_run_model, with_tokens_of
+from trimtab.runs.load import base_of_run, is_run, load_finite, load_fitting, load_run_model, with_tokens_of
 from trimtab.runs.records import Summary
 from trimtab.surgery.adapted import adapted_modules
 
@@ -60,7 +59,7 @@ class Named:
                 raise ConfigError("--adapter goes with the name of a model; a run has its own adapter")
             run = RunFolder(Path(name))
             config, summary = load_config(run.config), run.read_summary()
-            source = source_of(config, head_of(summary))
+            source = base_of_run(run, config)
             return cls(name, source, None if base else run.adapter, run, config, summary=summary)
         if base:
             raise ConfigError("--base goes with a run; a model named as it is has no adapter")

@@ -137,7 +137,7 @@ class Service:
             Route("/v1/chat/completions", self._chat, methods=["POST"]),
             Route("/v1/completions", self._completions, methods=["POST"]),
             Route("/v1/adapters", self._add, methods=["POST"]),
-            Route("/v1/adapters/{name}", self._drop, methods=["DELETE"]),
+            Route("/v1/adapters/{name:path}", self._drop, methods=["DELETE"]),
             Route("/v1/load_lora_adapter", self._load_lora, methods=["POST"]),
             Route("/v1/unload_lora_adapter", self._unload_lora, methods=["POST"]),
         ]

@@ -207,13 +207,11 @@ class Shelf:
         """What prompts for the adapter in ``place`` are made with. Raises AdapterError where it was trained with more
         tokens than the model has."""
         source = with_tokens_of(place, self._source)
-        if source.add_tokens != self._source.add_tokens:
-            new = [word for word in source.add_tokens if word not in self._source.add_tokens]
-            if new:
-                raise AdapterError(
-                    f"{place}: it was trained with tokens that the served model lacks, such as {new[0]!r}. Serve the "
-                    "run that it came from, or merge it into a model of its own (trimtab merge)"
-                )
+        if new := source.add_tokens[len(self._source.add_tokens) :]:
+            raise AdapterError(
+                f"{place}: it was trained with tokens that the served model lacks, such as {new[0]!r}. Serve the run "
+                "that it came from, or merge it into a model of its own (trimtab merge)"
+            )
         if source.chat_template == self._source.chat_template:
             return replace(self._base, form=form)
         return Reads.of(self._model, load_tokenizer(source), form)
