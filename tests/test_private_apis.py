@@ -26,6 +26,7 @@ TESTED = {
     *("_compiled_call_impl", "_call_impl", "_dynamo", "_functorch", "_subclasses", "_python_dispatch"),
     *("_is_avx512_bf16_supported", "_is_amx_tile_supported", "_cdata", "_local_scalar_dense", "_unsafe_view"),
     *("_NormBase", "_non_persistent_buffers_set"),
+    *("_get_fsdp_state", "_fsdp_param_groups", "_execution_engine"),
     *("_n_gpu",),
     *("_is_hf_initialized", "_init_weights", "_attn_implementation"),
     *("_conv_forward", "_reversed_padding_repeated_twice", "_tied_weights_keys"),
@@ -96,6 +97,33 @@ def test_what_a_norm_of_batches_counts() -> None:
     assert int(norm.num_batches_tracked) == 1, without("torch", "num_batches_tracked, which counts,")
     norm.register_buffer("passing", torch.zeros(1), persistent=False)
     assert norm._non_persistent_buffers_set == {"passing"}, without("torch", "Module._non_persistent_buffers_set")
+
+
+def test_what_fsdp2_keeps_of_its_parameters(tmp_path: Path) -> None:
+    """`surgery.sharded` lets what is gathered ask for gradients where its parts do."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'one'}", rank=0, world_size=1)
+    layer: Any = fully_shard(nn.Linear(2, 3), mesh=init_device_mesh("cpu", (1,)))
+    layer(torch.ones(1, 2))
+    held = [one for group in layer._get_fsdp_state()._fsdp_param_groups for one in group.fsdp_params]
+    assert len(held) == 2, without("torch", "FSDPModule._get_fsdp_state()._fsdp_param_groups")
+    assert all(one._unsharded_param.requires_grad for one in held), without("torch", "FSDPParam._unsharded_param")
+    layer.reshard()
+    assert {id(one.sharded_param) for one in held} == {id(one) for one in layer.parameters()}
+    dist.destroy_process_group()
+
+
+def test_the_end_of_a_backward_pass_can_be_waited_for() -> None:
+    done = []
+    x = torch.ones(1, requires_grad=True)
+    x.register_post_accumulate_grad_hook(
+        lambda _: torch.autograd.Variable._execution_engine.queue_callback(lambda: done.append(float(x.grad)))
+    )
+    (2 * x).sum().backward()
+    assert done == [2.0], without("torch", "Variable._execution_engine.queue_callback")
 
 
 def test_what_is_taught_to_transformers() -> None:

@@ -1,6 +1,5 @@
-"""Two forks of this process that are given one piece of work after the other, and what each of them says.
-
-What they start from is in the environment, as torchrun puts it there.
+"""Two processes on this machine, started once by torchrun's own agent and given one piece of work after the other, and
+what each of them says.
 """
 
 from __future__ import annotations
@@ -8,14 +7,16 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch.multiprocessing
 
+from run_fixtures import make_bare
 from tiny_runs import Kept
 
 Work = Callable[[int], Any]
@@ -25,11 +26,8 @@ Work = Callable[[int], Any]
 def both(works: Mapping[str, Work], root: Path, seconds: float = 900.0) -> dict[str, list[Any]]:
     """What each of two processes gives for each of ``works``, which are functions of modules that can be imported (or
     ``partial`` ones). An error is given as its type, its words and its code."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     started = torch.multiprocessing.start_processes(
-        _process, (str(root), port, dict(works)), nprocs=2, join=False, start_method="fork"
+        _launch, (str(root), dict(works)), nprocs=1, join=False, start_method="fork"
     )
     until = time.monotonic() + seconds
     try:
@@ -43,10 +41,26 @@ def both(works: Mapping[str, Work], root: Path, seconds: float = 900.0) -> dict[
     return {name: [one[name] for one in said] for name in works}
 
 
-def _process(rank: int, root: str, port: int, works: Mapping[str, Work]) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TRIMTAB_CACHE": f"{root}/cache"}
+def _launch(_: int, root: str, works: Mapping[str, Work]) -> None:
+    """Do what ``torchrun --standalone --nproc-per-node 2`` does; but all processes are forks of the tests' own, so that
+    what takes long to import is imported once."""
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
     torch.set_num_threads(1)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=2,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        start_method="fork",
+    )
+    elastic_launch(config, _process)(root, works)
+
+
+def _process(root: str, works: Mapping[str, Work]) -> None:
+    rank = int(os.environ["RANK"])
+    os.environ["TRIMTAB_CACHE"] = f"{root}/cache"
     said = {}
     for name, work in works.items():
         try:
@@ -69,7 +83,7 @@ def train(
     from trimtab.errors import ModelError
     from trimtab.training import run, work
 
-    run_bare(run)
+    make_bare(pytest.MonkeyPatch())  # for good: this process does nothing else
     listener = Kept()
     before = work.load_model, work.Listener
     if rank == 1 and told_to_end is not None:
@@ -96,20 +110,12 @@ def _told_to_end_at(at: int) -> Any:
     return Told
 
 
-def run_bare(run: Any) -> None:
-    """Leave out the estimate of memory and the page, which are not what is tested."""
-    from trimtab.reports.run import run_page
-    from trimtab.surgery.attach_report import AttachReport
-
-    run.check_run = lambda *_: AttachReport((), (), 0, 0)
-    run_page.write_run_page = lambda folder, summary=None: (folder / "report.html").write_text("")
-
-
 def library(rank: int, *, root: str, how: str) -> Any:
     """Train an adapted model in two processes by a loop of one's own, save it, read it, load it again and merge it;
     gives the largest difference of each to a model in one process.
 
-    ``how``: by ``ddp``, ``fsdp``, or ``tp``, which is refused.
+    ``how``: by ``ddp``; by ``fsdp``, which comes after the adapters, or ``late``, before them; or ``tp``, which is
+    refused.
     """
     import torch.distributed as dist
     from torch import nn
@@ -121,20 +127,28 @@ def library(rank: int, *, root: str, how: str) -> Any:
 
     dist.init_process_group("gloo", init_method=f"file://{root}/{how}", rank=rank, world_size=2)
     try:
-        alone, shared = _adapted(), _adapted()
-        net: nn.Module = shared
         if how == "tp":
             plain = nn.ModuleDict({"lower": nn.Linear(12, 16)})
             parallelize_module(plain, init_device_mesh("cpu", (2,)), {"lower": ColwiseParallel()})
             trimtab.attach(plain, trimtab.Plan([trimtab.Rule(match="*", method="lora", rank=2)]))
+        alone, shared = _adapt(_bare()), _bare()
+        net: nn.Module = shared
+        if how != "late":
+            _adapt(shared)
         if how == "ddp":
             net = nn.parallel.DistributedDataParallel(shared)
         else:
             mesh = init_device_mesh("cpu", (2,))
-            for block in shared:  # type: ignore[attr-defined]
+            for block in shared:
                 fully_shard(block, mesh=mesh)
             fully_shard(shared, mesh=mesh)
         rows = torch.randn(3, 4, 12, generator=torch.Generator().manual_seed(1))
+        most = _MostAtOnce()
+        if how == "late":
+            net(rows[0]).sum().backward()  # what is trained is settled for FSDP2, and has to be settled anew
+            net.zero_grad()
+            with most:
+                _adapt(shared, seed=rank)  # the second process draws other values, and takes those of the first
         losses = _steps(alone, rows), _steps(net, rows[:, 2 * rank : 2 * rank + 2])
         summed = torch.tensor(losses[1])
         dist.all_reduce(summed)
@@ -143,33 +157,77 @@ def library(rank: int, *, root: str, how: str) -> Any:
         found["weight"] = _apart({name: trimtab.effective_weight(net, name) for name in weights}, weights)
         folder = f"{root}/{how}-{rank if how == 'ddp' else 'all'}"
         trimtab.save_adapter(net, folder)
-        for one in (shared, again := _adapted()):  # onto what is sharded, and onto a model in one process
+        for one in (shared, again := _adapt(_bare())):  # onto what is sharded, and onto a model in one process
             trimtab.load_adapter(one, folder)
         found["saved"] = _apart(trimtab.trainable_parameters(again), trimtab.trainable_parameters(alone))
         with torch.no_grad():
             expected = alone(rows[0])
             found["loaded"] = float((net(rows[0]) - expected).abs().max())
-            trimtab.merge(shared)
+            if how == "late":
+                trimtab.load_adapter(net, folder, name="once more")
+                found["beside"] = float((net(rows[0]) - expected).abs().max())
+            with most:
+                trimtab.merge(shared)
             found["merged"] = float((net(rows[0]) - expected).abs().max())
+        if how == "late":
+            found["frozen"] = float(sum(one.requires_grad for one in net.parameters()) != 4)
+            found["at once"] = float(most.found > 1)
         return found
     finally:
         dist.destroy_process_group()
 
 
-def _adapted() -> Any:
-    """Two blocks with two adapters, one of which is active: DoRA with a MoRA beside it."""
+class _MostAtOnce:
+    """Counts how many spread tensors are whole at once, at most, while it is open; blocks in one piece are far too
+    many."""
+
+    def __init__(self) -> None:
+        self.found = 0
+
+    def __enter__(self) -> None:
+        from torch.distributed.fsdp import FSDPModule
+        from torch.distributed.tensor import DTensor
+
+        alive: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._before = DTensor.full_tensor, FSDPModule.unshard
+
+        def full_tensor(tensor: Any) -> Any:
+            gathered = self._before[0](tensor)
+            alive.add(gathered.untyped_storage())
+            self.found = max(self.found, sum(gathered.numel() > 12 for _ in alive))
+            return gathered
+
+        def unshard(*_: Any, **__: Any) -> Any:
+            self.found = 100
+
+        DTensor.full_tensor, FSDPModule.unshard = full_tensor, unshard
+
+    def __exit__(self, *_: Any) -> None:
+        from torch.distributed.fsdp import FSDPModule
+        from torch.distributed.tensor import DTensor
+
+        DTensor.full_tensor, FSDPModule.unshard = self._before
+
+
+def _bare() -> Any:
     from torch import nn
 
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Sequential(nn.Linear(12, 12), nn.Tanh()) for _ in range(2)))
+
+
+def _adapt(model: Any, seed: int = 0) -> Any:
+    """Two adapters for two blocks, one of which is active: DoRA with a MoRA beside it."""
     import trimtab
 
-    torch.manual_seed(0)
-    model = nn.Sequential(*(nn.Sequential(nn.Linear(12, 12), nn.Tanh()) for _ in range(2)))
+    torch.manual_seed(seed)
     for name, method in (("other", "lora"), ("default", "dora")):
         plan = [trimtab.Rule(match="*", method=method, rank=2), trimtab.Rule(match="1.0", method="mora", rank=2)]
         trimtab.attach(model, trimtab.Plan(plan), name=name)
-        with torch.no_grad():
-            for parameter in trimtab.trainable_parameters(model).values():
-                parameter.add_(0.1 * torch.randn_like(parameter))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in trimtab.trainable_parameters(model).values():
+            parameter.add_(0.1 * torch.randn_like(parameter))
     return model
 
 

@@ -86,23 +86,8 @@ class Processes:
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Sum the gradients of ``parameters`` over the processes, all of which have the same ones. A parameter that has
         a gradient in none of them keeps none."""
-        if self.size == 1:
-            return
-        import torch
-
-        trained: list[Any] = list(parameters)
-        if not trained:
-            return
-        device = trained[0].device
-        there = torch.tensor([float(one.grad is not None) for one in trained], device=device)
-        used = [one for one, count in zip(trained, self.total(there).tolist(), strict=True) if count]
-        for one in used:
-            if one.grad is None:
-                one.grad = torch.zeros_like(one)
-        for piece in _pieces(used):
-            flat = self.total(torch.cat([one.reshape(-1) for one in piece]))
-            for one, value in zip(piece, flat.split([one.numel() for one in piece]), strict=True):
-                one.copy_(value.view_as(one))
+        if self.size > 1:
+            sum_gradients(list(parameters), self.total)
 
     def follow(self, work: object) -> None:
         """Do with ``work`` what the leading process does with its own, until that is done."""
@@ -245,6 +230,24 @@ def divided(batches: Sequence[T], work: Callable[[T], R], *, one_pass: bool = Fa
         idle = group.rank >= len(turn)
         found = work(turn[0 if idle else group.rank]) if not idle or group.sharded else None
         yield from zip(turn, group.gathered(found), strict=False)
+
+
+def sum_gradients(parameters: Sequence[nn.Parameter], total: Callable[[Tensor], Tensor]) -> None:
+    """Sum the gradients of ``parameters`` in place by ``total``, which sums a tensor over the processes; those that are
+    None in some of them count as zero there."""
+    import torch
+
+    if not parameters:
+        return
+    there = torch.tensor([float(one.grad is not None) for one in parameters], device=parameters[0].device)
+    used = [one for one, count in zip(parameters, total(there).tolist(), strict=True) if count]
+    for parameter in used:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    for piece in _pieces(used):
+        flat = total(torch.cat([one.reshape(-1) for one in piece]))
+        for one, value in zip(piece, flat.split([one.numel() for one in piece]), strict=True):
+            one.copy_(value.view_as(one))
 
 
 def _is_lost(error: BaseException) -> bool:

@@ -1,7 +1,62 @@
-"""The fixtures of tests with several processes."""
+"""The fixtures of tests with several processes: two of them do the work of all tests, one piece after the other."""
 
 from __future__ import annotations
 
-from run_fixtures import bare_runs, own_cache
+import signal
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from run_fixtures import bare_runs, make_bare, own_cache
+from stopped_runs import interrupt
+from tiny_encoders import write_encoder
+from tiny_runs import write_model
+from trimtab.config.read import load_config
+from two_processes import both, library, train
+from two_runs import RUNS, yaml_of
 
 __all__ = ["bare_runs", "own_cache"]
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("two")
+    write_model(folder / "model", tie_word_embeddings=False)
+    nothing = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    write_encoder(folder / "encoder", kind="BertForMaskedLM", **nothing)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def told(root: Path) -> dict[str, list[Any]]:
+    """What two processes say that have done all pieces of work."""
+
+    def run(name: str, place: str, how: Mapping[str, Any] = {}, **said: Any) -> Callable[[int], Any]:
+        return partial(train, yaml=str(yaml_of(root, name, place, **said)), **how)
+
+    _interrupted_alone(root)
+    works = {how: partial(library, root=str(root), how=how) for how in ("ddp", "fsdp", "late", "tp")}
+    works |= {f"{name}-{sharding}": run(name, f"{name}-{sharding}", sharding=sharding) for name, sharding in RUNS}
+    works |= {
+        "odd": run("chosen", "odd", batch_size=5),
+        "auto": run("chosen", "auto", learning_rate="auto"),
+        "stopped": run("chosen", "stopped", {"told_to_end": 4}),
+        "resumed": run("chosen", "resumed", {"resume": True}),
+        "refused": run("chosen", "chosen-none"),
+        "fails": run("chosen", "fails", {"fails": 1}),
+    }
+    return both(works, root)
+
+
+def _interrupted_alone(root: Path) -> None:
+    """Leave a run in the folder ``resumed`` that one process has begun."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            make_bare(patch)
+            interrupt(load_config(yaml_of(root, "chosen", "resumed")), step=4)
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -4,101 +4,21 @@ in any number of processes, and ends in all of them."""
 from __future__ import annotations
 
 import re
-import signal
-from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from sampling import sample
-from stopped_runs import adapter_of, interrupt, metrics_of, signals_are_heard
-from tiny_encoders import write_encoder
-from tiny_runs import labelled, rows, write_config, write_model, write_rows
+from stopped_runs import adapter_of, metrics_of, signals_are_heard
 from trimtab.config.read import load_config
 from trimtab.config.run import RunConfig
 from trimtab.files import read_json, read_jsonl
 from trimtab.training.run import finetune
-from two_processes import both, train
+from two_runs import RUNS, SAID, yaml_of
 
 __all__ = ["signals_are_heard"]
 pytestmark = pytest.mark.usefixtures("bare_runs")
-
-MODELS = {"chosen": "model", "written": "model", "heads": "encoder"}
-SAID: dict[str, dict[str, Any]] = {
-    # 21 rows in batches of 4: the last one has one row, and the second process none.
-    "chosen": {
-        "data": {"validation": 0.2},
-        "train": {"epochs": 2, "early_stopping": 3, "average": 0.4, "save_every": 3, "gradient_accumulation": 2},
-    },
-    "written": {
-        "train": {"epochs": 1, "prompt_loss_weight": 0.1, "group_by_length": False},
-        "evaluation": {"max_new_tokens": 4},
-        "plan": [
-            {"match": "all-linear", "method": "mora", "rank": 4},
-            {"match": "lm_head", "method": "full"},
-        ],
-    },
-    "heads": {"data": {"validation": 0.2}, "train": {"epochs": 1, "class_weights": "balanced"}},
-}
-RUNS = sample(
-    [(name, sharding) for name in SAID for sharding in ("full", "none")], 5, [("chosen", "none"), ("written", "full")]
-)
-
-
-def _yaml(root: Path, name: str, place: str, **train: Any) -> Path:
-    """The run called ``name``, into the folder ``place``."""
-    said = {"chosen": rows, "written": lambda count: rows(count, "open"), "heads": labelled}[name]
-    data = write_rows(root / f"{name}.jsonl", said(26))
-    tests = {"asked": str(write_rows(root / f"{name}-asked.jsonl", said(35)[26:]))}
-    sections = SAID[name]
-    return write_config(
-        root / f"{place}.yaml",
-        root / MODELS[name],
-        data,
-        **{**sections, "data": {"test": tests, **sections.get("data", {})}, "train": {**sections["train"], **train}},
-        output=str(root / place),
-    )
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("two")
-    write_model(folder / "model", tie_word_embeddings=False)
-    nothing = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    write_encoder(folder / "encoder", kind="BertForMaskedLM", **nothing)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def told(root: Path) -> dict[str, list[Any]]:
-    """What two processes say that have done all runs of this file."""
-
-    def run(name: str, place: str, how: Mapping[str, Any] = {}, **said: Any) -> Callable[[int], Any]:
-        return partial(train, yaml=str(_yaml(root, name, place, **said)), **how)
-
-    _interrupted_alone(root)
-    works = {f"{name}-{sharding}": run(name, f"{name}-{sharding}", sharding=sharding) for name, sharding in RUNS}
-    works |= {
-        "odd": run("chosen", "odd", batch_size=5),
-        "auto": run("chosen", "auto", learning_rate="auto"),
-        "stopped": run("chosen", "stopped", {"told_to_end": 4}),
-        "resumed": run("chosen", "resumed", {"resume": True}),
-        "refused": run("chosen", "chosen-none"),
-        "fails": run("chosen", "fails", {"fails": 1}),
-    }
-    return both(works, root)
-
-
-def _interrupted_alone(root: Path) -> None:
-    """Leave a run in the folder ``resumed`` that one process has begun."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        interrupt(load_config(_yaml(root, "chosen", "resumed")), step=4)
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +26,7 @@ def alone(root: Path) -> dict[str, RunConfig]:
     """The same runs in this process."""
     found = {}
     for name in SAID:
-        found[name] = load_config(_yaml(root, name, name))
+        found[name] = load_config(yaml_of(root, name, name))
         finetune(found[name])
     return found
 
@@ -155,7 +75,7 @@ def test_one_that_is_told_to_end_ends_all_and_one_process_goes_on(
     assert (first["error"], first["code"]) == ("Interrupted", 143)
     assert "--resume" in first["said"]
     assert (second["error"], second["code"]) == ("EndedElsewhere", 143)
-    config = load_config(_yaml(root, "chosen", "stopped"))
+    config = load_config(yaml_of(root, "chosen", "stopped"))
     assert [place.name for place in (config.output / "checkpoints").glob("checkpoint-4")]
     finetune(config, resume=True)
     _near(alone["chosen"], config.output)

@@ -248,6 +248,8 @@ def test_a_weight_that_became_a_tensor_of_another_kind_keeps_its_adapter(tmp_pat
         def full_tensor(self) -> Tensor:
             return self.as_subclass(Tensor)
 
+        to_local = full_tensor
+
     model = attached("lora")
     frozen = model.attention._parameters["in_proj_weight"]
     model.attention._parameters["in_proj_weight"] = nn.Parameter(frozen.detach().as_subclass(Sharded), False)

@@ -156,14 +156,11 @@ def test_rules_name_the_modules_of_the_bare_model(tmp_path: Path) -> None:
     assert "base_model.model.module.0.lora_A.weight" in load_file(tmp_path / "adapter_model.safetensors")
 
 
-@pytest.mark.parametrize(
-    "wrap", [DistributedDataParallel, lambda net: fully_shard(net, mesh=init_device_mesh("cpu", (1,)))]
-)
 def test_adapters_that_come_too_late_for_several_processes_are_refused(
-    wrap: Callable[[Net], nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trimtab.save_adapter(adapted(Net()), tmp_path)
-    bare, early = wrap(Net()), wrap(adapted(Net()))
+    bare, early = DistributedDataParallel(Net()), DistributedDataParallel(adapted(Net()))
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     with pytest.raises(trimtab.SurgeryError, match=r"has taken the model already.*Attach first"):
         trimtab.attach(bare, trimtab.Rule(match="last", method="lora", rank=2))

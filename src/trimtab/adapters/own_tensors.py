@@ -14,8 +14,8 @@ from trimtab import methods
 from trimtab.adapters.record import StoredAdapter
 from trimtab.bases import can_be_called
 from trimtab.errors import AdapterError
+from trimtab.ops.spread import whole
 from trimtab.surgery.adapted import bare
-from trimtab.surgery.wrappers import whole
 
 
 def as_held_in(

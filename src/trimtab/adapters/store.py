@@ -22,9 +22,10 @@ from trimtab.adapters.record import StoredAdapter
 from trimtab.adapters.renaming import as_named_in
 from trimtab.adapters.safe_read import shown
 from trimtab.adapters.unfrozen import Unfrozen, statistics, unfrozen
-from trimtab.adapters.whole import whole_tensors, written_by_one
+from trimtab.adapters.whole import written_by_one
 from trimtab.bases import WeightBase
 from trimtab.errors import AdapterError, PlanError, machine_refusal, nearest
+from trimtab.ops.spread import alone, write
 from trimtab.surgery.adapted import Adapted, bare_modules, require_adapted
 from trimtab.surgery.attach_report import AttachReport, describe
 from trimtab.surgery.carrier import DEFAULT
@@ -40,7 +41,8 @@ from trimtab.surgery.names import (
     set_adapter,
 )
 from trimtab.surgery.plan import Rule, Target
-from trimtab.surgery.wrappers import split_by_plan, synchronised_by, unsharded, unwrapped, whole, write
+from trimtab.surgery.sharded import put_away, require_same_mesh, split_by_plan, whole_tensors
+from trimtab.surgery.wrappers import synchronised_by, unwrapped
 
 # Threads of one process that save into the same folder wait for each other.
 _SAVING = threading.Lock()
@@ -81,9 +83,12 @@ def save_adapter(
     for module in adapted.values():
         module.adapter.settle(module.handle)
     target = Path(folder)
-    with written_by_one(model, target, given=state_dict is not None) as here:
+    put_away(model)
+    with written_by_one(model, given=state_dict is not None) as writes, whole_tensors(model, state_dict, kept=writes):
+        if not writes:
+            return target
         try:
-            with _SAVING, replacing(here) as fresh, whole_tensors(model, state_dict):
+            with _SAVING, replacing(target) as fresh, alone():
                 adapted |= {place: one.entry for place, one in unfrozen(model, name).items()}
                 writer = next(one for one in all_formats() if one.can_express(model, adapted))
                 writer.save(model, adapted, fresh)
@@ -107,6 +112,7 @@ def load_adapter(model: nn.Module, folder: Path | str, name: str = DEFAULT) -> A
     place = local_folder(folder)
     wrapper, model = synchronised_by(model), unwrapped(model)
     before = active_adapter(model)
+    put_away(model)
     if name not in adapters(model):
         require_new_name(model, name, "load_adapter")
     stored = read_adapter(place)
@@ -127,7 +133,7 @@ def load_adapter(model: nn.Module, folder: Path | str, name: str = DEFAULT) -> A
         if name != before:
             set_adapter(model, name)
         return describe(model, rules, name)
-    if wrapper is not None:
+    if wrapper not in (None, "fully_shard"):
         raise AdapterError(
             f"{place}: {wrapper} has taken the model already, and would not keep new adapters alike in all processes. "
             f"Load the adapter first, and call {wrapper} then. The model is unchanged"
@@ -137,20 +143,20 @@ def load_adapter(model: nn.Module, folder: Path | str, name: str = DEFAULT) -> A
             f"{place}: the model's weights are split over several processes by a tensor-parallel plan, which an "
             "adapter does not follow. Load the model without tp_plan. The model is unchanged"
         )
+    require_same_mesh(model, "load_adapter")
     _check_modules(place, known, stored)
     rules, number = _rules(stored)
-    with unsharded(model, changes=True):
-        try:
-            install(model, _targets(place, known, stored, rules, number), name)
-        except PlanError as error:
-            raise AdapterError(f"{place}: this adapter does not fit the model: {error}") from None
-        try:
-            _fill(model, name, place, stored, {})
-        except BaseException:
-            remove_adapter(model, name)
-            switch(model, before)
-            raise
-        return describe(model, rules, name)
+    try:
+        install(model, _targets(place, known, stored, rules, number), name)
+    except PlanError as error:
+        raise AdapterError(f"{place}: this adapter does not fit the model: {error}") from None
+    try:
+        _fill(model, name, place, stored, {})
+    except BaseException:
+        remove_adapter(model, name)
+        switch(model, before)
+        raise
+    return describe(model, rules, name)
 
 
 def _fill(
@@ -374,7 +380,7 @@ def _same_base(stored: Tensor, handle: bases.Base) -> bool:
         return False
     if not handle.stored_dense:
         return tuple(stored.shape) == handle.shape
-    own = whole(handle.at_hand().detach()).cpu()
+    own = handle.at_hand().detach().cpu()
     if stored.shape != own.shape or not stored.is_floating_point():
         return False
     return nearly_equal(stored, own)

@@ -17,13 +17,14 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from trimtab import bases, methods
 from trimtab.adapters.record import StoredAdapter
-from trimtab.adapters.whole import whole_tensors
 from trimtab.bases import Base, HeldWeight, WeightBase
 from trimtab.errors import AdapterError
+from trimtab.ops.spread import write
 from trimtab.surgery.adapted import Adapted, AdaptedBlock, bare, bare_modules
 from trimtab.surgery.names import known_adapter, seen_by, trained_beside
+from trimtab.surgery.sharded import whole_tensors
 from trimtab.surgery.watchers import WATCHERS, Watcher
-from trimtab.surgery.wrappers import unwrapped, without_wrappers, write
+from trimtab.surgery.wrappers import unwrapped, without_wrappers
 
 # The attribute of a model that keeps how many batches each batch norm had counted before the adapters came.
 _COUNTED_BEFORE = "_trimtab_counted_before"
@@ -130,7 +131,7 @@ def _tensors(handle: Any) -> dict[str, Tensor]:
     if not isinstance(handle, WeightBase):
         tensors: dict[str, Tensor] = handle.tensors()
         return tensors
-    named = {"weight": handle.parameter, "bias": handle.bias}
+    named = {"weight": handle.parameter, "bias": handle.stored_bias}
     return {name: tensor for name, tensor in named.items() if tensor is not None}
 
 

@@ -12,6 +12,7 @@ from trimtab.bases import _offloading
 from trimtab.ops.decomposition import Axis, squared_norms
 from trimtab.ops.linear_map import MATRIX, LinearMap
 from trimtab.ops.read_weight import read_weight
+from trimtab.ops.spread import is_spread, whole
 
 Kind = Literal["weight", "block", "module", "table"]
 """What a method can sit on: a layer that multiplies with one weight; a block of several modules around which one hidden
@@ -121,9 +122,9 @@ class WeightBase(Base):
         return "weight"
 
     def at_hand(self) -> Tensor:
-        """The stored weight with its numbers, which accelerate may keep elsewhere between two calls."""
+        """The stored weight with all its numbers, which accelerate or FSDP2 may keep elsewhere between two calls."""
         parameter = self.parameter
-        return _offloading.fetched(self.owner, self.attribute, parameter) if parameter.is_meta else parameter
+        return _offloading.fetched(self.owner, self.attribute, parameter) if parameter.is_meta else whole(parameter)
 
     @property
     def is_called(self) -> bool:
@@ -160,9 +161,8 @@ class WeightBase(Base):
     @property
     def bias(self) -> Tensor | None:
         """``[out]``, or None."""
-        bias = self.stored_bias
-        if bias is None or not bias.is_meta:
-            return bias
+        if (bias := self.stored_bias) is None or not bias.is_meta:
+            return None if bias is None else whole(bias)
         return _offloading.fetched(self.owner, self.bias_attribute or "bias", bias)
 
     @property
@@ -396,4 +396,5 @@ def holds_plain_weight(module: Any) -> bool:
 
 def is_plain(weight: Any) -> bool:
     """Whether ``weight`` is a parameter that is an ordinary tensor of numbers."""
-    return type(weight) is nn.Parameter and type(weight.data) is Tensor and weight.dtype in DENSE
+    own = weight.to_local() if is_spread(weight) else weight.data if type(weight) is nn.Parameter else None
+    return type(own) is Tensor and weight.dtype in DENSE

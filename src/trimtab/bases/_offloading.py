@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.errors import SurgeryError
+from trimtab.ops import spread
 
 
 def hooks(module: nn.Module) -> Iterator[Any]:
@@ -44,7 +45,7 @@ def write(module: nn.Module, name: str, held: Tensor, value: Tensor) -> None:
     Raises SurgeryError if that place is a disk.
     """
     if not held.is_meta:
-        held.copy_(value)
+        spread.write(held, value)
         return
     for hook in hooks(module):
         kept, key = hook.weights_map, name

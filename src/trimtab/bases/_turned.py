@@ -23,7 +23,7 @@ class TurnedBase(_base.WeightBase):
         return self._base.parameter
 
     @property
-    def bias(self) -> None:
+    def stored_bias(self) -> None:
         return None
 
     @property

@@ -86,7 +86,7 @@ class EmbeddingBase(_base.WeightBase):
     is_linear = False
     stored_transposed = True
     first_factor_zero = True
-    bias = None
+    stored_bias = None
     peft_names: ClassVar[Mapping[str, str]] = {
         "A": "lora_embedding_A",
         "B": "lora_embedding_B",

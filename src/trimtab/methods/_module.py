@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from trimtab.bases import ModuleBase, stay
 from trimtab.errors import PlanError, SurgeryError
 from trimtab.methods import _method
+from trimtab.ops.spread import whole
 
 
 class ModuleMethod(_method.Method):
@@ -51,7 +52,7 @@ class ModuleMethod(_method.Method):
                 self.register_buffer(attribute, tensor.detach().clone())
                 continue
             if id(tensor) not in kept:
-                kept[id(tensor)] = nn.Parameter(tensor.detach().to(self.dtype, copy=True))
+                kept[id(tensor)] = nn.Parameter(whole(tensor).detach().to(self.dtype, copy=True))
             self.register_parameter(attribute, kept[id(tensor)])
         self.rate_groups = {self._attributes[name]: "bias" for name, one in own.items() if self._is_bias(name, one)}
 
@@ -66,7 +67,7 @@ class ModuleMethod(_method.Method):
 
     def of_base(self, name: str, base: ModuleBase) -> Tensor:
         own = {attribute: name for name, attribute in self._attributes.items()}
-        return base.tensors()[own[name]]
+        return whole(base.tensors()[own[name]])
 
     def copies(self, base: ModuleBase) -> dict[str, nn.Parameter]:
         own = base.tensors()
@@ -95,7 +96,7 @@ class ModuleMethod(_method.Method):
         """The module's ``weight``, as it is stored there. Raises SurgeryError if it has none."""
         if "weight" not in base.tensors():
             raise SurgeryError(f"a {type(base.module).__name__} has no 'weight'; it has {', '.join(base.tensors())}")
-        weight = getattr(self, self._attributes["weight"]) if "weight" in self else base.tensors()["weight"]
+        weight = getattr(self, self._attributes["weight"]) if "weight" in self else whole(base.tensors()["weight"])
         work = dtype or _method.full_dtype(base)
         return weight.detach().to(work, copy=True)
 

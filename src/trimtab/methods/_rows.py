@@ -18,6 +18,7 @@ from trimtab.bases.table import TableBase
 from trimtab.errors import PlanError
 from trimtab.methods import _method
 from trimtab.ops.read_weight import read_weight
+from trimtab.ops.spread import whole
 
 
 class RowsMethod(_method.Method):
@@ -40,7 +41,7 @@ class RowsMethod(_method.Method):
                 f"(model.resize_token_embeddings({last + 1}), or model.add_tokens in a run's configuration)"
             )
         self.register_buffer("rows", torch.tensor(options.rows, device=base.device), persistent=False)
-        self.weight = nn.Parameter(base.parameter.detach()[list(options.rows)].to(self.dtype, copy=True))
+        self.weight = nn.Parameter(whole(base.parameter).detach()[list(options.rows)].to(self.dtype, copy=True))
         base.of_rows(self.weight, options.rows, self.rows)  # says if it cannot
 
     def copies(self, base: TableBase) -> dict[str, nn.Parameter]:
@@ -57,7 +58,7 @@ class RowsMethod(_method.Method):
         )
 
     def merged(self, name: str, own: Tensor) -> Tensor:
-        return own.index_copy(0, self.rows, self.weight.detach().to(own.dtype))
+        return whole(own).index_copy(0, self.rows, self.weight.detach().to(own.dtype))
 
     def forward(self, base: TableBase, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """What the table gives, with the trained rows in place of its own."""
@@ -73,4 +74,4 @@ class RowsMethod(_method.Method):
     def effective_weight(self, base: TableBase, dtype: torch.dtype | None = None) -> Tensor:
         """The whole table ``[tokens, width]`` with the trained rows."""
         work = dtype or _method.full_dtype(base)
-        return base.parameter.to(work).index_copy(0, self.rows, self.weight.to(work))
+        return whole(base.parameter).to(work).index_copy(0, self.rows, self.weight.to(work))

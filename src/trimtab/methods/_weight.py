@@ -325,7 +325,7 @@ class WeightMethod(_method.Method):
         return self.bias.to(base.dtype if own is None else own.dtype)
 
     def copies(self, base: WeightBase) -> dict[str, nn.Parameter]:
-        own = base.bias
+        own = base.stored_bias
         return {"bias": own} if self.bias is not None and isinstance(own, nn.Parameter) else {}
 
     def _columns_scaled(self, x: Tensor, base: WeightBase, weight: Tensor, norm: Tensor, keep: Drawn | None) -> Tensor:

@@ -88,7 +88,7 @@ class FullFineTuning(_weight.WeightMethod):
 
     def __init__(self, base: WeightBase, options: Options) -> None:
         super().__init__(base, options)
-        own = ["weight", "bias"] if base.bias is not None else ["weight"]
+        own = ["weight", "bias"] if base.stored_bias is not None else ["weight"]
         if unknown := [name for name in options.tensors or () if name not in own]:
             raise PlanError(f"it has no tensor {unknown[0]!r}; a {type(base.module).__name__} has {', '.join(own)}")
         weight = base.weight().detach().to(self.dtype, copy=True) if options.trains("weight") else None

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trimtab.ops.spread import is_spread
+
 _SMALL = 1 << 14
 """Up to so many numbers all are compared."""
 
@@ -52,6 +54,8 @@ class _Mark:
 
 def _history(tensor: Tensor) -> tuple[Any, ...] | None:
     """Which tensor it is, where it lies and how often it was changed; None where it does not say."""
+    if is_spread(tensor):
+        return None
     if is_fake(tensor):
         return tensor._version, tensor.dtype, tensor.shape
     inference = tensor.is_inference()  # those have no version
@@ -72,7 +76,7 @@ def is_fake(tensor: Tensor) -> bool:
 
 def _sample(tensor: Tensor) -> Tensor | None:
     """Some numbers of ``tensor``, a view; None where reading them would make an accelerator wait, or there are none."""
-    if tensor.device.type != "cpu" or tensor.numel() == 0 or is_fake(tensor):
+    if tensor.device.type != "cpu" or tensor.numel() == 0 or is_fake(tensor) or is_spread(tensor):
         return None
     tensor = tensor.detach()
     if tensor.numel() <= _SMALL:

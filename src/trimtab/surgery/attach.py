@@ -13,8 +13,9 @@ from trimtab.surgery.carrier import DEFAULT
 from trimtab.surgery.install import install, remove_adapters
 from trimtab.surgery.names import require_new_name
 from trimtab.surgery.plan import Plan, Rule
+from trimtab.surgery.sharded import put_away, require_same_mesh, split_by_plan, whole_tensors
 from trimtab.surgery.targets import find_targets
-from trimtab.surgery.wrappers import split_by_plan, synchronised_by, unsharded, unwrapped, without_wrappers
+from trimtab.surgery.wrappers import synchronised_by, unwrapped, without_wrappers
 
 
 def attach(model: nn.Module, plan: Plan | Rule | list[Rule], name: str = DEFAULT) -> AttachReport:
@@ -25,6 +26,9 @@ def attach(model: nn.Module, plan: Plan | Rule | list[Rule], name: str = DEFAULT
     several names gets one adapter, and so do modules that share one weight. Where ``all-linear`` meets a layer that the
     rank does not fit (a gate with one output), the layer takes the largest rank that does, at the same scale. The
     report says so, and what no rule reached. If anything is wrong, the model is left unchanged.
+
+    A model may be sharded by FSDP2 (``fully_shard``) afterwards, or before: then all processes attach the same plan,
+    each weight is gathered for a moment, and the adapter is whole in all of them and kept alike.
 
     Raises:
         PlanError: a rule ends with no module, or its options do not suit a module that it matches.
@@ -39,7 +43,7 @@ def attach(model: nn.Module, plan: Plan | Rule | list[Rule], name: str = DEFAULT
         raise PlanError(f"attach: expected a Plan, a Rule or a list of rules, got {type(plan).__name__}")
     if not isinstance(model, nn.Module):
         raise SurgeryError(f"attach: expected a torch.nn.Module, got {type(model).__name__}")
-    if (wrapper := synchronised_by(model)) is not None:
+    if (wrapper := synchronised_by(model)) not in (None, "fully_shard"):
         raise SurgeryError(
             f"attach: {wrapper} has taken the model already, and would not keep new adapters alike in all processes. "
             f"Attach first, and call {wrapper} then"
@@ -48,8 +52,10 @@ def attach(model: nn.Module, plan: Plan | Rule | list[Rule], name: str = DEFAULT
     if split_by_plan(model):
         raise SurgeryError(
             "attach: the model's weights are split over several processes by a tensor-parallel plan, which an adapter "
-            "does not follow. Load the model without tp_plan, attach, and shard it with fully_shard (FSDP2)"
+            "does not follow. Load the model without tp_plan, and shard it with fully_shard (FSDP2)"
         )
+    require_same_mesh(model, "attach")
+    put_away(model)
     require_new_name(model, name, "attach")
     if bases.find(model) is not None:
         raise SurgeryError(
@@ -118,12 +124,7 @@ def effective_weight(model: nn.Module, name: str) -> Tensor:
     It is computed by the plain formula in float32 (float64 on a float64 base). Without an adapter it is the module's
     own weight. Raises SurgeryError if there is no such module, if it is a block, or if no base knows its kind.
     """
-    with unsharded(model, only=dict(bare_modules(model)).get(name)) as sharded:
-        weight = _effective_weight(model, name)
-        return weight.clone() if sharded else weight
-
-
-def _effective_weight(model: nn.Module, name: str) -> Tensor:
+    put_away(model)
     modules = dict(bare_modules(model))
     module = modules.get(name)
     if isinstance(module, Adapted) and module.off:
@@ -134,7 +135,8 @@ def _effective_weight(model: nn.Module, name: str) -> Tensor:
             "state and no weight. Name a layer inside it"
         )
     if isinstance(module, Adapted):
-        effective: Tensor = module.current_adapter.effective_weight(module.handle)
+        with whole_tensors(module.current_adapter):
+            effective: Tensor = module.current_adapter.effective_weight(module.handle)
         return effective
     handle = bases.find(module) if module is not None else None
     if handle is None:

@@ -40,8 +40,8 @@ def _with_the_bias(group: list[Target]) -> Target:
     """The one of several modules with one weight whose bias the shared adapter trains: the first that has one."""
     if not getattr(group[0].options, "bias", False) or len(group) == 1:
         return group[0]
-    having = [target for target in group if isinstance(target.base, WeightBase) and target.base.bias is not None]
-    if len({id(target.base.bias) for target in having}) > 1:  # type: ignore[attr-defined]
+    having = [target for target in group if isinstance(target.base, WeightBase) and target.base.stored_bias is not None]
+    if len({id(target.base.stored_bias) for target in having}) > 1:  # type: ignore[attr-defined]
         names = " and ".join(target.name for target in having)
         raise PlanError(
             f"{names} share one weight, and so an adapter, and each has a bias of its own. Leave 'bias' out of rule "

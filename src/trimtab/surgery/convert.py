@@ -296,7 +296,7 @@ def _converted(changes: Sequence[ChangedWeight], products: Sequence[_Product]) -
             rank=product.rank,
             alpha=float(product.rank),
             bias=beside,
-            added_bias=beside and change.handle.bias is None,
+            added_bias=beside and change.handle.stored_bias is None,
         )
         adapter: Any = kind(change.handle, options)
         with torch.no_grad():

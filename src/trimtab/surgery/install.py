@@ -13,6 +13,7 @@ from trimtab.surgery.carrier import Slot, place_of
 from trimtab.surgery.holding import hold, let_go
 from trimtab.surgery.plan import Target
 from trimtab.surgery.references import replace_references
+from trimtab.surgery.sharded import follow_trained, keep_alike
 from trimtab.surgery.watchers import WATCHERS
 from trimtab.surgery.wrappers import without_wrappers
 
@@ -54,6 +55,7 @@ def install(model: nn.Module, targets: list[Target], name: str) -> None:
     for module in held:
         hold(module.base.holder, module.base.attribute, module)
     switch(model, name)
+    keep_alike(model, adapters)
     for watcher in WATCHERS:
         watcher.attached(model)
 
@@ -73,6 +75,7 @@ def remove_adapters(model: nn.Module) -> None:
         parameter.requires_grad_(without_wrappers(model, name) in before)
     if hasattr(model, _TRAINABLE_BEFORE):
         delattr(model, _TRAINABLE_BEFORE)
+    follow_trained(model)
     for watcher in WATCHERS:
         watcher.removed(model)
 
@@ -87,6 +90,7 @@ def remove_adapter(model: nn.Module, name: str) -> None:
         return
     if any(module.active_name == name for module in modules):
         switch(model, None)
+        follow_trained(model)
     _put_back(model, lambda module: module.adapter_slots.keys() == {name})
     for module in carriers(model):
         if name in module.adapter_slots:

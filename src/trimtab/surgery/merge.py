@@ -12,6 +12,7 @@ from torch import nn
 from trimtab import bases, methods
 from trimtab.bases import WeightBase
 from trimtab.errors import SurgeryError
+from trimtab.ops.spread import is_spread, whole
 from trimtab.surgery.adapted import (
     Adapted,
     AdaptedBlock,
@@ -26,8 +27,9 @@ from trimtab.surgery.adapted import (
 from trimtab.surgery.install import remove_adapter, remove_adapters, require_no_rows
 from trimtab.surgery.merged_parts import merged_parts
 from trimtab.surgery.names import active_adapter, adapters, known_adapter
+from trimtab.surgery.sharded import put_away, whole_tensors
 from trimtab.surgery.ties import keep_other_ties, parameters_by_name
-from trimtab.surgery.wrappers import unsharded, unwrapped
+from trimtab.surgery.wrappers import unwrapped
 
 Onto = Literal["dequantised", "requantised"]
 
@@ -82,11 +84,7 @@ def merge(model: nn.Module, onto: Onto = "dequantised") -> MergeReport:
             "original weights: load the model unquantised, then trimtab.load_adapter and trimtab.merge)"
         )
     model = unwrapped(model)
-    with unsharded(model, changes=True):
-        return _merge(model, onto)
-
-
-def _merge(model: nn.Module, onto: Onto) -> MergeReport:
+    put_away(model)
     adapted = _require_mergeable(model)
     around = _dtype_around(model)
     # Every weight is computed and checked before the first is written, so that no merge stops halfway.
@@ -94,12 +92,13 @@ def _merge(model: nn.Module, onto: Onto) -> MergeReport:
         handle = module.handle
         wide = onto == "dequantised" and isinstance(handle, WeightBase) and not handle.stored_dense
         _check_result(name, module, around or handle.dtype if wide else None)
+    _require_ties_stay(adapted, _Elsewhere(model, adapted))
     for other in adapters(model):
         if other != active_adapter(model):
             remove_adapter(model, other)
     dequantised = _dequantise(model, around) if onto == "dequantised" else ()
     before = parameters_by_name(model)
-    rounding, untied = _fold(model, adapted)
+    rounding, untied = _fold(model, adapted, _Elsewhere(model, adapted))
     remove_adapters(model)
     if untied:
         untied = tuple(dict.fromkeys(untied + keep_other_ties(model, before)))
@@ -120,12 +119,14 @@ def _require_mergeable(model: nn.Module) -> list[tuple[str, Adapted]]:
             f"({', '.join(methods.names('weight'))})"
         )
     for name, module in adapted:
-        if not all(torch.isfinite(parameter).all() for parameter in module.current_adapter.parameters()):
+        if not all(torch.isfinite(whole(parameter)).all() for parameter in module.current_adapter.parameters()):
             raise SurgeryError(
                 f"merge: the adapter of {name} holds NaN or infinity, and would destroy the weight it is folded into. "
                 "Nothing was changed; load an earlier checkpoint"
             )
-        if isinstance(module, AdaptedLayer) and module.current_adapter.bias is not None and module.handle.bias is None:
+        if not isinstance(module, AdaptedLayer):
+            continue
+        if module.current_adapter.bias is not None and module.handle.stored_bias is None:
             raise SurgeryError(
                 f"merge: the adapter of {name} has a bias (PEFT's lora_bias), and the layer has none that it could be "
                 "folded into. Nothing was changed; keep the adapter beside the model"
@@ -136,27 +137,57 @@ def _require_mergeable(model: nn.Module) -> list[tuple[str, Adapted]]:
 def _check_result(name: str, module: Adapted, dtype: torch.dtype | None) -> None:
     """Raise SurgeryError if what is merged does not fit into ``dtype`` (None: that of what is stored); finite trained
     tensors do not rule that out."""
-    for part in merged_parts(module):
-        stored = part.stored().dtype
-        kind = dtype or (stored if stored.is_floating_point else module.handle.dtype)
-        if not torch.isfinite(part.value().to(kind)).all():
-            raise SurgeryError(
-                f"merge: the merged weight of {name} does not fit into {kind} or is not a number. "
-                "Nothing was changed; merge in a wider dtype, or load an earlier checkpoint"
-            )
-
-
-def _fold(model: nn.Module, adapted: list[tuple[str, Adapted]]) -> tuple[float, tuple[str, ...]]:
-    """Write every effective weight into its base. Return the largest rounding and the names of the untied modules."""
-    # By the id of a parameter: the modules for which it is merged; not one that is adapted in another tensor.
-    merged_in: dict[int, set[int]] = defaultdict(set)
-    for _, module in adapted:
-        inside = {id(inner) for inner in (module.handle.owner, *module.base.modules())}
-        apart = (child for child in module.base.modules() if isinstance(child, Adapted))  # merged for themselves
-        ids = inside - {id(inner) for child in apart for inner in child.modules()}
+    with whole_tensors(module.current_adapter):
         for part in merged_parts(module):
-            merged_in[id(part.stored())] |= ids
-    places = {name: bare(module) for name, module in bare_modules(model)}
+            stored = part.stored().dtype
+            kind = dtype or (stored if stored.is_floating_point else module.handle.dtype)
+            if not torch.isfinite(part.value().to(kind)).all():
+                raise SurgeryError(
+                    f"merge: the merged weight of {name} does not fit into {kind} or is not a number. "
+                    "Nothing was changed; merge in a wider dtype, or load an earlier checkpoint"
+                )
+
+
+class _Elsewhere:
+    """Which merged weights of ``model`` hang in modules, too, for which they are not merged."""
+
+    def __init__(self, model: nn.Module, adapted: list[tuple[str, Adapted]]) -> None:
+        self._model = model
+        # By the id of a parameter: the modules for which it is merged; not one that is adapted in another tensor.
+        self._merged_in: dict[int, set[int]] = defaultdict(set)
+        for _, module in adapted:
+            inside = {id(inner) for inner in (module.handle.owner, *module.base.modules())}
+            apart = (child for child in module.base.modules() if isinstance(child, Adapted))  # merged for themselves
+            ids = inside - {id(inner) for child in apart for inner in child.modules()}
+            for part in merged_parts(module):
+                self._merged_in[id(part.stored())] |= ids
+        self._places = {name: bare(module) for name, module in bare_modules(model)}
+
+    def hangs(self, name: str, weight: object) -> bool:
+        """Whether ``weight``, of the module ``name``, does."""
+        # What a module around this one holds as well is the same thing under a second name.
+        around = {id(self._places.get(name[:end])) for end, letter in enumerate(name) if letter == "."}
+        inside = self._merged_in[id(weight)] | around
+        return isinstance(weight, nn.Parameter) and weights_elsewhere(self._model, weight, inside)
+
+
+def _require_ties_stay(adapted: list[tuple[str, Adapted]], elsewhere: _Elsewhere) -> None:
+    """Raise SurgeryError for a weight that is sharded and would have to be untied, which FSDP2 would not follow."""
+    sources: dict[int, object] = {}
+    for name, module in adapted:
+        for part in merged_parts(module):
+            weight = part.stored()
+            apart = sources.setdefault(id(weight), part.source) is not part.source
+            if is_spread(weight) and (apart or elsewhere.hangs(name, weight)):
+                raise SurgeryError(
+                    f"merge: {name} shares its weight with a module that is not merged with it, and the two would part "
+                    "here, which a sharded model (fully_shard) cannot. Nothing was changed; save the adapter, and "
+                    "merge it in one process, on a model that is loaded as a whole"
+                )
+
+
+def _fold(model: nn.Module, adapted: list[tuple[str, Adapted]], elsewhere: _Elsewhere) -> tuple[float, tuple[str, ...]]:
+    """Write every effective weight into its base. Return the largest rounding and the names of the untied modules."""
     untied = []
     rounding: dict[int, float] = {}  # by the id of the written weight
     own_weight: dict[int, nn.Parameter] = {}  # by the id of the shared weight that was copied
@@ -167,8 +198,6 @@ def _fold(model: nn.Module, adapted: list[tuple[str, Adapted]]) -> tuple[float, 
                 part.untie()
                 untied.append(name)
     for name, module in adapted:
-        # What a module around this one holds as well is the same thing under a second name.
-        around = {id(places.get(name[:end])) for end, letter in enumerate(name) if letter == "."}
         for part in merged_parts(module):
             shared = part.stored()
             key = id(shared)
@@ -177,11 +206,12 @@ def _fold(model: nn.Module, adapted: list[tuple[str, Adapted]]) -> tuple[float, 
             if key in own_weight:
                 part.hang(own_weight[key])
                 continue
-            if isinstance(shared, nn.Parameter) and weights_elsewhere(model, shared, merged_in[key] | around):
+            if elsewhere.hangs(name, shared):
                 part.untie()
                 untied.append(name)
                 own_weight[key] = part.stored()  # type: ignore[assignment]
-            exact = part.value().double()
+            with whole_tensors(module.current_adapter):
+                exact = part.value().double()
             part.write(exact)
             length = exact.norm()
             error = (part.read().double() - exact).norm()

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from trimtab.ops.spread import whole, write
 from trimtab.surgery.adapted import Adapted, AdaptedLayer, AdaptedModule
 
 
@@ -52,9 +53,9 @@ def merged_parts(module: Adapted) -> Iterator[MergedPart]:
                 source=adapter.weight if adapter.trains_base and adapter.magnitude is None else adapter,
             )
         bias: Tensor | None = adapter.bias
-        if bias is not None and handle.bias is not None:
+        if bias is not None and handle.stored_bias is not None:
             own = partial(getattr, handle, "stored_bias")
-            part = _copied(own, bias, lambda own: bias.detach(), handle.replace_bias)
+            part = _copied(own, bias, lambda own: whole(bias).detach(), handle.replace_bias)
             yield replace(part, write=handle.write_bias, read=partial(getattr, handle, "bias"))
     elif isinstance(module, AdaptedModule):
         for name, tensor in adapter.stored_tensors().items():
@@ -79,8 +80,8 @@ def _copied(
     return MergedPart(
         stored=stored,
         value=lambda: merged(stored()),
-        write=lambda value: stored().copy_(value),
-        read=stored,
+        write=lambda value: write(stored(), value),
+        read=lambda: whole(stored()),
         hang=hang,
         untie=untie,
         source=trained,

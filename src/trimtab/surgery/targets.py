@@ -301,7 +301,7 @@ def _check_biases(plan: Plan, targets: list[Target]) -> None:
         layers = [base for base in mine if isinstance(base, bases.WeightBase)]
         asked = getattr(rule.options, "bias", False) and not rule.method_class.trains_base
         asked = asked and not getattr(rule.options, "added_bias", False)
-        if asked and all(base.bias is None for base in layers):
+        if asked and all(base.stored_bias is None for base in layers):
             raise PlanError(
                 f"rule {number} (match={', '.join(map(repr, rule.match))}) asks for biases to be trained (bias: true), "
                 f"and none of its {len(layers)} layers has one. Leave 'bias' out"

@@ -149,7 +149,7 @@ def _has_a_bias_elsewhere(module: Adapted) -> bool:
     handle = module.handle
     if not isinstance(handle, WeightBase) or "bias" not in module.adapter.stored_tensors():
         return False
-    return not handle.is_called or handle.bias is None
+    return not handle.is_called or handle.stored_bias is None
 
 
 def _is_whole(module: Adapted) -> bool:
@@ -159,7 +159,7 @@ def _is_whole(module: Adapted) -> bool:
         return mine == handle.tensors().keys()
     if not isinstance(handle, WeightBase) or not handle.is_called or handle.stack:
         return False
-    return mine == ({"weight"} if handle.bias is None else {"weight", "bias"})
+    return mine == ({"weight"} if handle.stored_bias is None else {"weight", "bias"})
 
 
 def _has_tensors(module: nn.Module) -> bool:
