@@ -233,6 +233,26 @@ CASES: dict[str, Case] = {
         r"not a run folder \(it has no config\.yaml\), and not a model's.*name the output of trimtab finetune",
     ),
     "merge of no run": (lambda w: ["merge", str(w.path), str(w.path / "out")], r"not a run folder"),
+    "merge of a file": (
+        lambda w: ["merge", w.run()[1], str(w.path / "out")],
+        r"run\.yaml: not a run folder \(a file\)",
+    ),
+    "rows in place of a YAML": (
+        lambda w: ["finetune", str(w.rows())],
+        r"train\.jsonl: rows, in place of the YAML that names them; trimtab init --train .*train\.jsonl writes one",
+    ),
+    "a run's YAML in place of a study's": (
+        lambda w: ["compare", w.run()[1]],
+        r"run\.yaml: the YAML of a run, which is for trimtab finetune .*run\.yaml",
+    ),
+    "a study's YAML in place of a run's": (
+        lambda w: w.text("base: {}\narms: {}\n"),
+        r"run\.yaml: the YAML of a study, which is for trimtab compare .*run\.yaml",
+    ),
+    "a YAML in place of a run's folder": (
+        lambda w: ["generate", w.run()[1], "hello"],
+        r"run\.yaml: the YAML of a run; name its folder",
+    ),
 }
 
 

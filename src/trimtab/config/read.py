@@ -19,8 +19,10 @@ from pydantic import BaseModel, ValidationError
 from trimtab.config.errors import explain
 from trimtab.config.run import DEFAULT_PLAN, RunConfig
 from trimtab.config.yaml_text import LONGEST, parse_yaml, show, write_yaml
+from trimtab.data.opening import endings
 from trimtab.data.sources import is_local
 from trimtab.errors import ConfigError, did_you_mean
+from trimtab.hints import pasted
 from trimtab.models.chat_template import template_text
 from trimtab.reading import read_text
 
@@ -28,7 +30,7 @@ Schema = TypeVar("Schema", bound=BaseModel)
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a run's YAML, apply ``key.sub=value`` overrides in order, and resolve paths.
+    """Read a run's YAML, or that of its folder, apply ``key.sub=value`` overrides in order, and resolve paths.
 
     Paths in the file are relative to its folder (``output``: to the working directory, but ``.`` is the file's own
     folder), those in overrides to the working directory.
@@ -38,6 +40,8 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
             for each problem.
     """
     file = Path(path)
+    if (kept := file / "config.yaml").is_file():  # the folder of a run
+        file = kept
     raw = read_mapping(file)
     raw.setdefault("output", f"runs/{file.stem}")
     return build_config(raw, file.parent, str(file), overrides)
@@ -74,11 +78,30 @@ def spell_out(raw: dict[str, Any]) -> None:
 
 
 def read_mapping(file: Path, keys: str = "'model:' and 'data:'") -> dict[str, Any]:
-    """What a YAML file says. Raises ConfigError if it is missing, not YAML, or something other than ``keys``."""
+    """What a YAML file says. Raises ConfigError if it is missing, not YAML, something other than ``keys``, or what
+    another verb takes."""
+    if file.is_file() and endings(file)[0] in _TABLES:
+        raise ConfigError(
+            f"{file}: rows, in place of the YAML that names them; {pasted('init', '--train', file)} writes one"
+        )
     raw = parse_yaml(config_text(file, "*.y*ml"), str(file))
     if not isinstance(raw, dict):
         raise ConfigError(f"{file}: expected keys such as {keys}, got {show(raw)}")
+    if not any(key in raw for key, _, _ in _KINDS if f"'{key}:'" in keys):
+        for key, what, verb in _KINDS:
+            if key in raw:
+                raise ConfigError(f"{file}: the YAML of {what}, which is for {pasted(verb, file)}")
     return raw
+
+
+_KINDS = (
+    ("arms", "a study", "compare"),
+    ("budget", "a search", "explore"),
+    ("model", "a run", "finetune"),
+)
+"""By which key a YAML is known, what it is, and the verb that takes it."""
+
+_TABLES = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 
 
 def config_text(file: Path, kin: str = "*") -> str:

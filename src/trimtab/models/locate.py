@@ -124,6 +124,8 @@ def _checked_gguf(path: Path) -> Path:
     with path.open("rb") as file:
         if file.read(4) == b"GGUF":
             return path
+    if path.suffix.lower() in (".yaml", ".yml"):
+        raise ModelError(f"{path}: the YAML of a run; name its folder (the output, once it is trained), or a model.")
     raise ModelError(
         f"{path}: not a GGUF file (its first bytes are not 'GGUF'). Expected a .gguf file, or the folder with the "
         f"model's config.json and *.safetensors."

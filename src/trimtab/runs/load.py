@@ -63,7 +63,8 @@ def load_run(path: Path, *, adapter: bool = True, dtype: str | None = None, quan
     """
     folder = RunFolder(path)
     if not is_run(path):
-        raise RunError(f"{path}: not a run folder (it has no config.yaml); name the output of trimtab finetune")
+        what = "a file" if path.is_file() else "it has no config.yaml"
+        raise RunError(f"{path}: not a run folder ({what}); name the output of trimtab finetune")
     config = load_config(folder.config)
     model = load_run_model(folder, config, adapter=adapter, dtype=dtype, quantised=quantised)
     return LoadedRun(folder, config, model, load_reader(base_of_run(folder, config)))
