@@ -43,8 +43,9 @@ def prepare(rank: int) -> tuple[Any, Any, Any]:
 
     from trimtab.data.forms import read_examples
     from trimtab.data.tokens import encode_all
-    from trimtab.models.load import load_model, load_tokenizer
+    from trimtab.models.load import load_model
     from trimtab.models.locate import locate
+    from trimtab.models.model_files import load_tokenizer
 
     torch.manual_seed(0)
     source = locate("smollm2-135m")
@@ -83,8 +84,7 @@ def run_ours(
     from trimtab.config.run import TrainConfig
     from trimtab.machine import peak_memory_gib
     from trimtab.runs.events import Listener
-    from trimtab.training.compile_choice import ENOUGH, won_back
-    from trimtab.training.compiling import Compiling
+    from trimtab.training.compiling import ENOUGH, Compiling, won_back
     from trimtab.training.trainer import AdapterTrainer
 
     tokenizer, model, rows = prepare(rank)

@@ -182,8 +182,8 @@ def random_pictures(folder: Path, asked: Combination) -> dict[str, Any]:
 
 def random_words(folder: Path, asked: Combination) -> dict[str, Any]:
     """Rows that are all of one length."""
-    from trimtab.models.load import load_tokenizer
     from trimtab.models.locate import locate
+    from trimtab.models.model_files import load_tokenizer
 
     tokenizer: Any = load_tokenizer(locate("smollm2-135m"))
     chance = random.Random(0)

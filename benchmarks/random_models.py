@@ -55,8 +55,8 @@ def write_model(folder: Path, name: str) -> str:
     import torch
     from transformers import ViTImageProcessorPil
 
-    from trimtab.models.load import load_tokenizer
     from trimtab.models.locate import locate
+    from trimtab.models.model_files import load_tokenizer
 
     torch.manual_seed(0)
     reader: Any

@@ -12,8 +12,8 @@ from trimtab.adapters.store import save_adapter
 from trimtab.assessing import measure
 from trimtab.errors import ModelError
 from trimtab.files import read_json, read_jsonl
-from trimtab.models.load import load_tokenizer
 from trimtab.models.locate import locate
+from trimtab.models.model_files import load_tokenizer
 from trimtab.runs.load import with_tokens_of
 from trimtab.surgery.attach import attach
 from trimtab.surgery.plan import Plan, Rule

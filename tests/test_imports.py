@@ -30,7 +30,7 @@ STEPS = {
     "help": (HELP, ("torch", "transformers", *HEAVY)),
     "attach": ("import trimtab; trimtab.attach", ("transformers", *HEAVY)),
     "generate": ("import trimtab.runs.load", ("transformers.trainer", *HEAVY)),
-    "plan": ("import trimtab.memory.suggest, trimtab.training.rate_plan", ("transformers.trainer", *HEAVY)),
+    "plan": ("import trimtab.memory.described, trimtab.training.rate_plan", ("transformers.trainer", *HEAVY)),
 }
 
 

@@ -22,7 +22,7 @@ from trimtab.evaluation.benchmark_tasks import BenchmarkTask, evaluate_task, fin
 from trimtab.evaluation.evaluate import evaluate, write
 from trimtab.files import read_json
 from trimtab.models.locate import ModelHead
-from trimtab.models.new_tokens import require_rows
+from trimtab.models.model_files import require_rows
 from trimtab.models.positions import positions_of
 from trimtab.notes import Notes
 from trimtab.notes import rows as counted

@@ -23,8 +23,8 @@ from trimtab.data.sources import is_local
 from trimtab.data.tokens import encode_all, encode_pair
 from trimtab.errors import ConfigError
 from trimtab.machine import device
-from trimtab.memory.suggest import describe_run
-from trimtab.models.load import empty_model, load_tokenizer
+from trimtab.memory.described import describe_run
+from trimtab.models.load import empty_model
 from trimtab.models.locate import Source
 from trimtab.models.positions import positions_of
 from trimtab.runs.events import Listener
@@ -141,7 +141,7 @@ def _moved(name: str, folder: Path, place: Path) -> str:
 def _look_at_labels(wish: Wish, job: Job) -> tuple[_Seen, list[str]]:
     """What the rows of another task than causal language modelling say, and a sentence each on them."""
     task, told = tasks.of(job), _Told()
-    inputs = task.read(job, task.reader(job.source), told)
+    inputs = task.read(job, job.reader, told)
     longest = max(inputs.rows.lengths) if task.counted == "tokens" else 0
     return _Seen(len(inputs.rows), inputs.form, inputs.choices, longest, 0), [f"task: {task.name}", *told.notes]
 
@@ -161,7 +161,7 @@ class _Told(Listener):
 
 def _look(wish: Wish, job: Job) -> tuple[_Seen, list[str]]:
     """What the rows say, and a sentence each on them."""
-    examples = read_examples(list(wish.train), tokenizer := load_tokenizer(job.source), root=Path.cwd())
+    examples = read_examples(list(wish.train), tokenizer := job.reader, root=Path.cwd())
     seen = _measure(examples, tokenizer)
     forms = " and ".join(f"'{form}'" for form in dict.fromkeys(row.form for row in examples))
     notes = [f"{seen.count:,} rows of the form {forms}, the longest of {seen.longest:,} tokens"]

@@ -30,8 +30,8 @@ from memory_study import CONTENDERS, Arm, MemoryCell, MemoryStudy
 from trimtab.errors import ConfigError, Interrupted, RunError
 from trimtab.files import read_json, write_json
 from trimtab.machine import device
-from trimtab.models.load import load_tokenizer
 from trimtab.models.locate import locate
+from trimtab.models.model_files import load_tokenizer
 from trimtab.runs.load import load_fitting
 from trimtab.runs.lock import locked
 from trimtab.surgery.attach import attach, detach

@@ -22,7 +22,8 @@ from trimtab.data.tokens import encode_all
 from trimtab.errors import RunError
 from trimtab.machine import versions
 from trimtab.models.causal_head import IGNORED
-from trimtab.models.load import load_model, load_tokenizer
+from trimtab.models.load import load_model
+from trimtab.models.model_files import load_tokenizer
 from trimtab.runs.events import Listener
 from trimtab.runs.rate_record import ChosenRate
 from trimtab.runs.records import MetricsLine
@@ -74,7 +75,7 @@ class Trainings:
         """What ``train.learning_rate: auto`` finds for the run of a cell (whose own rate plays no part)."""
         job = Job.of(self._config(cell, learning_rate="auto", tune={"budget": budget}))
         inputs = self._read(cell, job)
-        return find_rate(job, inputs, self._model, task=self._task, reader=self._tokenizer, listener=Listener())
+        return find_rate(job, inputs, self._model, listener=Listener())
 
     def run(self, cell: RateCell, rate: float | None = None) -> dict[str, Any]:
         """Train one cell, or the same at another ``rate``; gives what its file holds. ``loss`` is None where training

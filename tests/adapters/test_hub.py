@@ -13,7 +13,7 @@ import pytest
 import trimtab
 from adapter_tools import PEFT_FILES, adapter_tensors, assert_unchanged, same_tensors, state_of, trained
 from trimtab import AdapterError, Rule
-from trimtab.adapters.hub import local_folder
+from trimtab.adapters.placing import local_folder
 
 Make = Callable[..., Any]
 NAME = "somebody/tiny-adapter"

@@ -19,9 +19,8 @@ from torch import Tensor, nn
 import trimtab
 from adapter_tools import PEFT_FILES, assert_unchanged, state_of
 from trimtab import AdapterError, methods
-from trimtab.adapters.parameters import Places
+from trimtab.adapters.fitting import Places, as_named_in
 from trimtab.adapters.record import StoredAdapter
-from trimtab.adapters.renaming import as_named_in
 
 Make = Callable[..., Any]
 TEXT = {"vocab_size": 48, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}

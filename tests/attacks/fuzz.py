@@ -410,9 +410,8 @@ def model_seeds() -> list[Files]:
 
 
 def read_model(folder: Path) -> object:
-    from trimtab.models.load import load_tokenizer
     from trimtab.models.locate import locate
-    from trimtab.models.tensors import Weights
+    from trimtab.models.model_files import Weights, load_tokenizer
     from trimtab.runs.load import load_fitting
 
     source = locate(str(folder))
@@ -424,8 +423,8 @@ def read_model(folder: Path) -> object:
 def read_tokenizer(folder: Path) -> object:
     from trimtab.data.tokens import encode_prompt
     from trimtab.models.chat_template import turn_end
-    from trimtab.models.load import load_tokenizer
     from trimtab.models.locate import locate
+    from trimtab.models.model_files import load_tokenizer
 
     tokenizer = load_tokenizer(locate(str(folder)))
     return turn_end(tokenizer), encode_prompt("the pilot asks, at noon: 12 berths", tokenizer)

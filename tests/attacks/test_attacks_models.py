@@ -21,9 +21,9 @@ from command_line import Result
 from trimtab.data.tokens import encode_prompt
 from trimtab.errors import DataError, ModelError
 from trimtab.models import load
-from trimtab.models.load import load_config_only, load_model, load_tokenizer
+from trimtab.models.load import load_model
 from trimtab.models.locate import locate
-from trimtab.models.tensors import Weights
+from trimtab.models.model_files import Weights, load_config_only, load_tokenizer
 from trimtab.runs.load import load_fitting
 
 Make = Callable[..., Any]

@@ -5,29 +5,22 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
 
-from command_line import Result
+from command_line import Result, signals_are_heard
 from tiny_runs import rows, write_rows
 from trimtab.cli.exits import exit_code
 from trimtab.errors import Interrupted, Terminated
-from trimtab.signals import forget, listening
+from trimtab.signals import listening
+
+__all__ = ["signals_are_heard"]
 
 SIGNALS = [pytest.param(signal.SIGINT, 130, id="Ctrl-C"), pytest.param(signal.SIGTERM, 143, id="SIGTERM")]
-
-
-@pytest.fixture(autouse=True)
-def _signals_are_heard() -> Iterator[None]:
-    """A process that a script starts in the background has SIGINT ignored; here it interrupts, as at a terminal."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-    forget()
 
 
 def raising(number: int) -> Callable[..., Any]:

@@ -404,7 +404,7 @@ LLAMA_8B = {
 @pytest.mark.full
 def test_plan_of_an_8b_model_needs_its_config_alone(cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # On a machine with room for it: otherwise nine cheaper runs would be estimated as well.
-    monkeypatch.setattr("trimtab.memory.suggest.available_memory", lambda device: 2**40)
+    monkeypatch.setattr("trimtab.memory.estimate.available_memory", lambda device: 2**40)
     model = tmp_path / "llama-8b"
     model.mkdir()
     (model / "config.json").write_text(json.dumps(LLAMA_8B))

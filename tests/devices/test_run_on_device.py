@@ -16,7 +16,8 @@ from run_fixtures import bare_runs, make_yaml, model_folder, own_cache  # noqa: 
 from tiny_runs import Kept, rows, write_rows
 from trimtab.config.read import load_config
 from trimtab.errors import ModelError
-from trimtab.memory.suggest import check_run, describe_run
+from trimtab.memory.described import describe_run
+from trimtab.memory.estimate import check_run
 from trimtab.reports.run.run_tables import memory_lines
 from trimtab.runs.load import load_run
 from trimtab.tasks import RowSizes, job_of
@@ -154,7 +155,8 @@ def test_a_run_that_is_too_large_for_its_device_is_refused(
 ) -> None:
     job = job_of(load_config(make_yaml("run")))
     monkeypatch.setattr("trimtab.machine.available_memory", lambda device="cpu": 0)
-    monkeypatch.setattr("trimtab.memory.suggest.available_memory", lambda device="cpu": 0)
-    monkeypatch.setattr("trimtab.memory.suggest.suggest", lambda *_: [])
+    for place in ("estimate", "described"):
+        monkeypatch.setattr(f"trimtab.memory.{place}.available_memory", lambda device="cpu": 0)
+    monkeypatch.setattr("trimtab.memory.estimate.suggest", lambda *_: [])
     with accelerator(), pytest.raises(ModelError, match=r"are free on Fake GPU \(fakegpu"):
         check_run(job, RowSizes(length=64, labels=8))

@@ -111,7 +111,7 @@ class Scene:
 
         def again() -> int:
             # Whenever the save was killed, a whole adapter can be loaded: the old one or the new one.
-            from trimtab.adapters.store import read_adapter
+            from trimtab.adapters.placing import read_adapter
 
             methods = {entry.method for entry in read_adapter(out).values()}
             return self._saving(out, "lora")() if methods in ({"mora"}, {"lora"}) else 1

@@ -15,8 +15,8 @@ from trimtab.data.rows import Source
 from trimtab.errors import ModelError
 from trimtab.machine import GIB
 from trimtab.memory import estimate
-from trimtab.memory.estimate import MemoryEstimate, RunMemory, estimate_run
-from trimtab.memory.suggest import check_run, describe_run, suggest
+from trimtab.memory.described import describe_run
+from trimtab.memory.estimate import MemoryEstimate, RunMemory, check_run, estimate_run, suggest
 from trimtab.memory.trace import Trace
 from trimtab.tasks import RowSizes
 
@@ -75,9 +75,9 @@ def test_what_is_needed_leaves_out_what_is_there_or_goes_back() -> None:
 def test_the_mildest_changes_that_fit(
     monkeypatch: pytest.MonkeyPatch, job: Job, share: float, expected: list[str]
 ) -> None:
-    monkeypatch.setattr("trimtab.memory.suggest.estimate_run", fake)
+    monkeypatch.setattr("trimtab.memory.estimate.estimate_run", fake)
     room = share * 1000 * 8 * 64
-    monkeypatch.setattr("trimtab.memory.suggest.available_memory", lambda device: room)
+    monkeypatch.setattr("trimtab.memory.estimate.available_memory", lambda device: room)
     found = suggest(job, SIZES)
     assert all(suggestion.memory.hardest.needed <= room for suggestion in found)
     told = [suggestion.overrides for suggestion in found]
@@ -86,8 +86,8 @@ def test_the_mildest_changes_that_fit(
 
 
 def test_nothing_helps(monkeypatch: pytest.MonkeyPatch, job: Job) -> None:
-    monkeypatch.setattr("trimtab.memory.suggest.estimate_run", fake)
-    monkeypatch.setattr("trimtab.memory.suggest.available_memory", lambda device: 1)
+    monkeypatch.setattr("trimtab.memory.estimate.estimate_run", fake)
+    monkeypatch.setattr("trimtab.memory.estimate.available_memory", lambda device: 1)
     assert suggest(job, SIZES) == []
 
 

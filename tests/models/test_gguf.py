@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from tiny_gguf import HIDDEN, INTERMEDIATE, KEY_HEADS, TEMPLATE, write_gguf
 from trimtab.errors import ModelError
 from trimtab.models.gguf import cache_folder, dequantised_folder, gguf_config
-from trimtab.models.load import load_config_only, load_model, load_tokenizer
+from trimtab.models.load import load_model
 from trimtab.models.locate import locate
+from trimtab.models.model_files import load_config_only, load_tokenizer
 
 
 @pytest.fixture(autouse=True)

@@ -23,8 +23,9 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from trimtab.errors import ModelError
-from trimtab.models.load import empty_model, load_config_only, load_model, load_tokenizer
+from trimtab.models.load import empty_model, load_model
 from trimtab.models.locate import Source, locate
+from trimtab.models.model_files import load_config_only, load_tokenizer
 
 SIZES: dict[str, Any] = {
     "hidden_size": 16,

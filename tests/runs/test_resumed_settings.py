@@ -10,7 +10,7 @@ import pytest
 from trimtab.config.read import build_config
 from trimtab.config.run import RunConfig
 from trimtab.errors import RunError
-from trimtab.runs.resumed_settings import Changes, changes, differences
+from trimtab.runs.beginning import Changes, changes, differences
 
 
 def config(**sections: Any) -> RunConfig:

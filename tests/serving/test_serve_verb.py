@@ -9,7 +9,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from http.client import HTTPConnection
 from pathlib import Path
@@ -18,19 +18,10 @@ from typing import Any
 
 import pytest
 
-from command_line import Result, cli
+from command_line import Result, cli, signals_are_heard
 from served import FakeEngine
-from trimtab.signals import forget
 
-__all__ = ["cli"]
-
-
-@pytest.fixture(autouse=True)
-def _signals_are_heard() -> Iterator[None]:
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-    forget()
+__all__ = ["cli", "signals_are_heard"]
 
 
 class Opened(FakeEngine):

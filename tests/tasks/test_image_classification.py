@@ -79,7 +79,7 @@ def config(place: Path, model: str = "vit", **sections: Any) -> Any:
 
 def read(place: Path, **sections: Any) -> tuple[Any, Any, Any]:
     job = tasks.job_of(config(place, **sections))
-    reader = TASK.reader(job.source)
+    reader = job.reader
     return job, reader, TASK.read(job, reader, Kept())
 
 

@@ -138,7 +138,7 @@ def test_what_is_loaded_again_says_the_same_numbers(said: Callable[..., dict[str
     config = build_config(configuration, Path.cwd(), "run.yaml")
     model = load_run_model(folder, config, adapter=True)
     task = tasks.find("regression")
-    reader = task.reader(tasks.job_of(config).source)
+    reader = tasks.job_of(config).reader
     rows = [Labelled("r", at + 1, row["label"], text=row["text"]) for at, row in enumerate(numbered(24)[:9])]
     with torch.no_grad():
         again = model(**task.collator(reader)(task.encode(rows, reader, None, None))).logits.flatten().tolist()
@@ -167,7 +167,7 @@ def test_the_loss_is_that_of_transformers_own_head(said: Callable[..., dict[str,
     configuration = said(numbered(8, centre=30.0, spread=4.0))
     job = tasks.job_of(build_config(configuration, Path.cwd(), "run.yaml"))
     task = Regression()
-    reader = task.reader(job.source)
+    reader = job.reader
     inputs = task.read(job, reader, Kept())
     job = job.read_for(task.head_for(job, inputs))
     model = load_model(job.source)
@@ -190,7 +190,7 @@ def test_the_last_layer_moves_in_units_of_the_spread_and_decays_as_it_would(
     config = build_config(said(numbered(8, spread=50.0), weight_decay=0.1), Path.cwd(), "run.yaml")
     job = tasks.job_of(config)
     task = tasks.of(job)
-    job = job.read_for(task.head_for(job, task.read(job, task.reader(job.source), Kept())))
+    job = job.read_for(task.head_for(job, task.read(job, job.reader, Kept())))
     model = load_model(job.source)
     job.attach_to(model)
     spread = job.source.head.spread
@@ -235,7 +235,7 @@ def test_a_number_that_marks_a_place_without_label_is_learned_all_the_same(
     said: Callable[..., dict[str, Any]],
 ) -> None:
     task = Regression()
-    reader = task.reader(tasks.job_of(build_config(said(numbered(8)), Path.cwd(), "run.yaml")).source)
+    reader = tasks.job_of(build_config(said(numbered(8)), Path.cwd(), "run.yaml")).reader
     rows = task.encode([Labelled("r", 1, -100.0, text="fog"), Labelled("r", 2, 1.0, text="calm")], reader, None, None)
     labels = task.collator(reader)(rows)["labels"]
     assert (labels != -100).all()
@@ -253,7 +253,7 @@ def test_many_whole_numbers_taken_for_classes_are_told_about(said: Callable[...,
     rows = [{"text": f"{WORDS[at % 4]} {at}", "label": at % 8} for at in range(24)]
     configuration = {**said(rows), "task": "auto"}
     job = tasks.job_of(build_config(configuration, Path.cwd(), "run.yaml"))
-    inputs = tasks.of(job).read(job, tasks.of(job).reader(job.source), Kept())
+    inputs = tasks.of(job).read(job, job.reader, Kept())
     assert "8 whole numbers" in inputs.notes[0]
 
 
@@ -264,7 +264,7 @@ def test_a_run_computes_in_float32_unless_it_is_told_otherwise_and_says_what_is_
     for precision, computed in (("auto", "float32"), ("bfloat16", "bfloat16")):
         job = tasks.job_of(build_config(said(rows, precision=precision), Path.cwd(), "run.yaml"))
         task = tasks.of(job)
-        notes = task.read(job, task.reader(job.source), Kept()).notes
+        notes = task.read(job, job.reader, Kept()).notes
         assert job.precision == computed
         assert any("told apart only by" in note for note in notes) == (precision == "bfloat16")
 

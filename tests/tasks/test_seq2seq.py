@@ -16,7 +16,7 @@ from trimtab import tasks
 from trimtab.config.run import EvaluationConfig
 from trimtab.errors import ConfigError, DataError
 from trimtab.memory.estimate import estimate_run
-from trimtab.models.load import load_tokenizer
+from trimtab.models.model_files import load_tokenizer
 from trimtab.runs.read import read_run
 from trimtab.training.run import finetune
 

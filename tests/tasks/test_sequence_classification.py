@@ -78,7 +78,7 @@ def read(configuration: dict[str, Any]) -> tuple[Any, Any, Any]:
     """The inputs of a run, its model and its tokenizer."""
     job = tasks.job_of(build_config(configuration, Path.cwd(), "run.yaml"))
     task = tasks.of(job)
-    reader = task.reader(job.source)
+    reader = job.reader
     inputs = task.read(job, reader, Kept())
     return inputs, load_model(job.read_for(task.head_for(job, inputs)).source), reader
 
@@ -87,7 +87,7 @@ def check(configuration: dict[str, Any]) -> list[str]:
     """What is held against the model before a run."""
     job = tasks.job_of(build_config(configuration, Path.cwd(), "run.yaml"))
     task = tasks.of(job)
-    inputs = task.read(job, task.reader(job.source), Kept())
+    inputs = task.read(job, job.reader, Kept())
     return check_before(job.read_for(task.head_for(job, inputs)), inputs, AttachReport((), (), 0, 0))
 
 
@@ -286,7 +286,7 @@ def test_long_texts_are_cut_and_told(said: Callable[..., dict[str, Any]]) -> Non
 
 def test_a_text_beside_pairs_is_read_as_by_itself(said: Callable[..., dict[str, Any]]) -> None:
     task = SequenceClassification()
-    reader = task.reader(tasks.job_of(build_config(said(labelled(4)), Path.cwd(), "run.yaml")).source)
+    reader = tasks.job_of(build_config(said(labelled(4)), Path.cwd(), "run.yaml")).reader
     single = example({"text": "fog", "label": "calm"})
     pair = example({"text": "fog", "text_pair": "tug", "label": "calm"})
     alone = task.encode([single], reader, ["calm"], None)[0]

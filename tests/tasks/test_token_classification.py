@@ -21,8 +21,9 @@ from trimtab.config.run import EvaluationConfig
 from trimtab.data.labelled import Labelled
 from trimtab.data.rows import Row
 from trimtab.errors import ConfigError, DataError
-from trimtab.models.load import load_model, load_tokenizer
+from trimtab.models.load import load_model
 from trimtab.models.locate import locate
+from trimtab.models.model_files import load_tokenizer
 from trimtab.outcomes import Outcomes
 from trimtab.reports.run.run_page import write_run_page
 from trimtab.reports.run.run_tables import answers_table, evaluation_table, results_table
@@ -172,7 +173,7 @@ def test_words_with_spaces_in_them_and_words_of_which_nothing_is_left_keep_the_o
 def test_texts_and_tokens_without_tags_are_answered_word_by_word(said: Callable[..., dict[str, Any]]) -> None:
     job = tasks.job_of(config_of(said(tagged(6))))
     task = TokenClassification()
-    reader = task.reader(job.source)
+    reader = job.reader
     head = task.head_for(job, task.read(job, reader, Kept()))
     model = load_model(job.read_for(head).source)
     values = [{"text": "Anna  asks"}, {"tokens": ["Anna", "asks", "\u200b"]}, task.as_row("Elbe")]
@@ -210,7 +211,7 @@ def test_words_without_room_count_as_tagged_with_nothing_and_are_told(said: Call
 def test_words_of_which_a_tokenizer_leaves_nothing_are_told(said: Callable[..., dict[str, Any]]) -> None:
     rows = [*tagged(4), {"tokens": ["Anna", "\u200b"], "tags": ["B-PER", "O"]}]
     job = tasks.job_of(config_of(said(rows)))
-    inputs = TokenClassification().read(job, TokenClassification().reader(job.source), Kept())
+    inputs = TokenClassification().read(job, job.reader, Kept())
     assert any("row 5" in note and "1 word" in note for note in inputs.notes)
 
 
@@ -231,7 +232,7 @@ def test_the_loss_is_that_of_transformers_and_weighed_that_of_a_plain_formula(
     plain = tasks.job_of(config_of(said(tagged(6))))
     weighed = tasks.job_of(config_of(said(tagged(6), class_weights="balanced")))
     task = TokenClassification()
-    reader = task.reader(plain.source)
+    reader = plain.reader
     inputs, weighed_inputs = (task.read(job, reader, Kept()) for job in (plain, weighed))
     model = load_model(plain.read_for(task.head_for(plain, inputs)).source)
     batch = task.collator(reader)(list(inputs.rows))

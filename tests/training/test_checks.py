@@ -14,7 +14,7 @@ from tiny_runs import Kept, rows, tiny_model, tiny_tokenizer, write_config, writ
 from trimtab.config.read import load_config
 from trimtab.config.resolve import Job
 from trimtab.errors import ConfigError, DataError, ModelError
-from trimtab.models.load import load_tokenizer
+from trimtab.models.model_files import load_tokenizer
 from trimtab.surgery.attach import attach
 from trimtab.tasks import read_inputs
 from trimtab.training.checks import check_before

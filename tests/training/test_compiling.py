@@ -24,9 +24,8 @@ from trimtab.config.run import TrainConfig
 from trimtab.ops.cost import counted
 from trimtab.runs.events import Listener
 from trimtab.surgery.attach_report import AttachReport, ModuleReport
-from trimtab.training import compile_choice, compiling, work
-from trimtab.training.compile_choice import choose
-from trimtab.training.compiling import Compiling, blocks_of
+from trimtab.training import compiling, work
+from trimtab.training.compiling import Compiling, blocks_of, choose
 from trimtab.training.run import finetune
 
 # Few layers, so that there is less to trace.
@@ -190,7 +189,7 @@ def test_a_resumed_run_decides_what_it_decided_at_first(
     monkeypatch.setattr(work, "Compiling", Noted)
     config = load_config(make_yaml("long", train={"max_steps": 4, "save_every": 2}))
     steps = {"eager": 1.0, "other": 1.0}  # any run is long enough
-    monkeypatch.setattr(compile_choice, "WORK", steps)
+    monkeypatch.setattr(compiling, "WORK", steps)
     interrupt(config, step=3)
     finetune(config, resume=True)
     assert len(made) == 2

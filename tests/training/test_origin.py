@@ -18,7 +18,7 @@ from trimtab.config.resolve import Job
 from trimtab.config.run import RunConfig
 from trimtab.errors import AdapterError, ConfigError, PlanError, RunError
 from trimtab.files import read_json
-from trimtab.memory.suggest import describe_run
+from trimtab.memory.described import describe_run
 from trimtab.training.run import finetune
 
 __all__ = ["signals_are_heard"]

@@ -18,8 +18,8 @@ from trimtab.runs.beginning import opened
 from trimtab.runs.checkpoints import numbered
 from trimtab.runs.events import Listener
 from trimtab.runs.folder import RunFolder
-from trimtab.training.measuring import Measuring
 from trimtab.training.run import finetune
+from trimtab.training.work import Work
 
 __all__ = ["signals_are_heard"]
 pytestmark = pytest.mark.usefixtures("bare_runs")
@@ -98,7 +98,7 @@ def test_interrupted_before_and_after_training(make_config: Callable[..., Any], 
 
 def test_ties_and_patience_are_remembered(make_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     found = iter([(0.5, 0.8), (0.9, 0.8), (0.8, 0.7), (0.1, 0.9)])
-    monkeypatch.setattr(Measuring, "validation", lambda *_: dict(zip(("loss", "accuracy"), next(found), strict=True)))
+    monkeypatch.setattr(Work, "validation", lambda *_: dict(zip(("loss", "accuracy"), next(found), strict=True)))
     config = make_config(count=30, data={"validation": 0.2}, train={"epochs": 5, "early_stopping": 2})
     interrupt(config, step=8)  # after the first validation
     interrupt(config, resume=True, step=14)  # a tie with a higher loss: not the best, and one without improvement

@@ -22,10 +22,10 @@ from trimtab.data.forms import read_examples
 from trimtab.data.tokens import EncodedRows, encode_all
 from trimtab.training import trainer
 from trimtab.training.callbacks import Averaging
-from trimtab.training.measuring import Measuring
 from trimtab.training.optimizer import make_optimizer, parameter_groups
 from trimtab.training.run import finetune
 from trimtab.training.trainer import AdapterTrainer
+from trimtab.training.work import Work
 
 pytestmark = pytest.mark.usefixtures("bare_runs")
 RULES = (
@@ -238,7 +238,7 @@ def test_the_average_is_the_mean_over_the_last_steps(
 def _validations(monkeypatch: pytest.MonkeyPatch, *found: tuple[float, float]) -> None:
     """Let validations give these pairs of loss and accuracy, one after the other."""
     results = iter(found)
-    monkeypatch.setattr(Measuring, "validation", lambda *_: dict(zip(("loss", "accuracy"), next(results), strict=True)))
+    monkeypatch.setattr(Work, "validation", lambda *_: dict(zip(("loss", "accuracy"), next(results), strict=True)))
 
 
 @pytest.mark.parametrize(

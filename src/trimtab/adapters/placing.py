@@ -1,42 +1,134 @@
-"""How the files of an adapter get to their place, in the stead of those of an earlier save.
+"""The folder of an adapter: where it is (on this machine, or on the Hugging Face hub, from which it is fetched), which
+format its files have, and how new files get there in the stead of those of an earlier save.
 
-They lie complete in a folder of their own before the first is moved, so a save that is killed meanwhile is finished by
-whoever comes next, to save or to read.
+New files lie complete in a folder of their own before the first is moved, so a save that is killed meanwhile is
+finished by whoever comes next, to save or to read.
 """
 
 from __future__ import annotations
 
+import re
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from trimtab.adapters.formats import all_formats
+from trimtab.adapters.formats import AdapterFormat, all_formats
+from trimtab.adapters.record import StoredAdapter
 from trimtab.errors import AdapterError
 from trimtab.files import COMPLETE, leftovers, open_to_readers, temporary_folder
+
+# A hub id has an owner: a single word that is no folder is a folder misspelt.
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# Threads of one process that save into the same folder wait for each other.
+_SAVING = threading.Lock()
+
+
+def local_folder(name: Path | str) -> Path:
+    """The folder that ``name`` means: the one of this machine, or else that of the hub id ``OWNER/NAME``. A ``Path`` is
+    never a hub id.
+
+    What the hub's cache has is used where the hub cannot be reached. Only the files of the formats are fetched, and no
+    pickle. Raises AdapterError if the hub id cannot be resolved, or has no weights in safetensors.
+    """
+    place = Path(name)
+    if not isinstance(name, str) or not _HUB_ID.fullmatch(name) or _exists(place):
+        return place
+    from huggingface_hub import snapshot_download
+
+    known = all_formats()
+    patterns = [file for one in known for file in one.files]
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        raise AdapterError(
+            f"{name}: no such folder, and the adapter cannot be fetched from the hub under this name "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}). Check the name and the connection; "
+            "a private or gated adapter needs `hf auth login`"
+        ) from None
+    for one in known:
+        if (folder / one.files[0]).is_file() and not (folder / one.files[1]).is_file():
+            raise AdapterError(
+                f"{name}: on the hub there is {one.files[0]} without {one.files[1]}; adapters are read from "
+                "safetensors alone, since a pickle could run code. Load and save it once with PEFT where you trust it"
+            )
+    return folder
+
+
+def _exists(place: Path) -> bool:
+    try:
+        return place.exists()
+    except OSError:  # a name that the system cannot look up is reported where the folder is opened
+        return True
+
+
+def read_adapter(folder: Path | str) -> dict[str, StoredAdapter]:
+    """The adapter in ``folder``, ours or PEFT's own, by module.
+
+    Raises AdapterError if there is no adapter, or one that is damaged, not supported or empty.
+    """
+    place = local_folder(folder)
+    stored = format_of(place).load(place)
+    if not stored:
+        raise AdapterError(f"{place}: the adapter is empty")
+    return stored
+
+
+def holds_adapter(folder: Path | str) -> bool:
+    """Whether there is an adapter in ``folder``, by its description."""
+    return any((Path(folder) / one.files[0]).is_file() for one in all_formats())
+
+
+def format_of(place: Path) -> AdapterFormat:
+    """The format of the adapter in ``place``."""
+    known = all_formats()
+    try:
+        with _SAVING:
+            _finish_save(place)
+        if not place.is_dir():
+            what = "a file" if place.exists() else "no such folder"
+            expected = " or ".join(one.files[0] for one in known)
+            raise AdapterError(f"{place}: {what}; expected a folder with {expected}")
+        present = [one for one in known if (place / one.files[0]).is_file()]
+    except OSError as error:
+        raise AdapterError(f"{place}: cannot be looked into ({error})") from None
+    if len(present) > 1:
+        files = " and ".join(one.files[0] for one in present)
+        raise AdapterError(f"{place}: two adapters in one folder ({files}); remove the files of one")
+    if not present:
+        expected = " or ".join(f"{one.files[0]} ({one.label})" if one.label else one.files[0] for one in known)
+        left = [one.files[1] for one in known if (place / one.files[1]).is_file()]
+        hint = f". There is {left[0]} without its configuration: a save that was cut off" if left else ""
+        # PEFT keeps an adapter of a name other than "default" in a folder of that name inside.
+        inside = sorted(str(found.parent) for one in known for found in place.glob(f"*/{one.files[0]}"))
+        hint = f". In folders inside of it there is: {', '.join(inside[:5])}" if inside else hint
+        raise AdapterError(f"{place}: no adapter here; expected {expected}{hint}")
+    return present[0]
 
 
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
     """A folder to write an adapter into, whose files take the place of those in ``target`` at the end. If that fails,
     the old ones stay as they are."""
-    finish_save(target)
-    with temporary_folder(target) as folder:
-        (fresh := folder / "new").mkdir()
-        yield fresh
-        open_to_readers(fresh)
-        complete = fresh.rename(folder / COMPLETE)
-        try:
-            _move(complete, target)
-        except BaseException:  # Ctrl-C in the middle, for one
-            if any((target / one.files[0]).exists() for one in all_formats()):  # the old one's yet, or the new one's
-                shutil.rmtree(complete)
-            else:
+    with _SAVING:
+        _finish_save(target)
+        with temporary_folder(target) as folder:
+            (fresh := folder / "new").mkdir()
+            yield fresh
+            open_to_readers(fresh)
+            complete = fresh.rename(folder / COMPLETE)
+            try:
                 _move(complete, target)
-            raise
+            except BaseException:  # Ctrl-C in the middle, for one
+                if any((target / one.files[0]).exists() for one in all_formats()):  # the old one's, or the new one's
+                    shutil.rmtree(complete)
+                else:
+                    _move(complete, target)
+                raise
 
 
-def finish_save(target: Path) -> None:
+def _finish_save(target: Path) -> None:
     """Finish a save into ``target`` that was killed while it moved its files, if there is one.
 
     Raises AdapterError where nothing can be moved in ``target``.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from trimtab.bases import Base, WeightBase
 from trimtab.errors import PlanError
-from trimtab.methods import Options, lora, method_class
+from trimtab.methods import Method, Options, lora, method_class
 
 B_BIAS = "B.bias"
 """The tensor of an update ``s (B A x + b)`` that stands for ``b [out]``, until it is one with the layer's bias."""
@@ -40,6 +40,11 @@ class StoredAdapter:
 
     alone: bool = False
     """Whether PEFT had the layer by itself, and not as a part of a module that it wraps (an attention)."""
+
+    @property
+    def method_class(self) -> type[Method]:
+        """The class of its method."""
+        return method_class(self.method)
 
     def on(self, handle: Base) -> StoredAdapter:
         """The same with the tensors that a method has on the layer of ``handle``."""
@@ -74,7 +79,7 @@ class StoredAdapter:
         if not isinstance(handle, WeightBase):
             return
         if not self._has_rank(handle.shape):
-            method_class(self.method).require_fit(self.options, handle.shape)
+            self.method_class.require_fit(self.options, handle.shape)
         if B_BIAS in self.tensors and not handle.is_called:
             raise PlanError("its update has a bias (PEFT's lora_bias), and the weight is read and adds none")
 

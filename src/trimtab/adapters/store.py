@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
@@ -13,13 +12,10 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from trimtab import bases
-from trimtab.adapters.formats import AdapterFormat, all_formats
-from trimtab.adapters.hub import local_folder
-from trimtab.adapters.own_tensors import as_held_in, nearly_equal
-from trimtab.adapters.parameters import Places, on_parameters
-from trimtab.adapters.placing import finish_save, replacing
+from trimtab.adapters.fitting import fitted_to, nearly_equal
+from trimtab.adapters.formats import all_formats
+from trimtab.adapters.placing import local_folder, read_adapter, replacing
 from trimtab.adapters.record import StoredAdapter
-from trimtab.adapters.renaming import as_named_in
 from trimtab.adapters.safe_read import shown
 from trimtab.adapters.unfrozen import Unfrozen, statistics, unfrozen
 from trimtab.adapters.whole import written_by_one
@@ -43,9 +39,6 @@ from trimtab.surgery.names import (
 from trimtab.surgery.plan import Rule, Target
 from trimtab.surgery.sharded import put_away, require_same_mesh, split_by_plan, whole_tensors
 from trimtab.surgery.wrappers import synchronised_by, unwrapped
-
-# Threads of one process that save into the same folder wait for each other.
-_SAVING = threading.Lock()
 
 
 def save_adapter(
@@ -88,7 +81,7 @@ def save_adapter(
         if not writes:
             return target
         try:
-            with _SAVING, replacing(target) as fresh, alone():
+            with replacing(target) as fresh, alone():
                 adapted |= {place: one.entry for place, one in unfrozen(model, name).items()}
                 writer = next(one for one in all_formats() if one.can_express(model, adapted))
                 writer.save(model, adapted, fresh)
@@ -116,11 +109,8 @@ def load_adapter(model: nn.Module, folder: Path | str, name: str = DEFAULT) -> A
     if name not in adapters(model):
         require_new_name(model, name, "load_adapter")
     stored = read_adapter(place)
-    places = Places(dict(bare_modules(model)))
-    stored = on_parameters(places, as_named_in(model, places, stored))
-    stored = as_held_in(place, model, places.known, stored)
     known = dict(seen_by(model, name))
-    stored = _fitted(place, known, stored)
+    stored = fitted_to(model, known, place, stored)
     if carried := entries(model, name):
         with whole_tensors(model):
             by_hand = statistics(model, name, stored) | unfrozen(model, name)
@@ -175,63 +165,6 @@ def _fill(
             present[name].adapter.forget()
             for key, tensor in present[name].adapter.stored_tensors().items():
                 write(tensor, entry.tensors[key])
-
-
-def _fitted(place: Path, known: dict[str, nn.Module], stored: dict[str, StoredAdapter]) -> dict[str, StoredAdapter]:
-    """``stored`` with the options that its tensors have on the layers of the model."""
-    found = {}
-    for name, entry in stored.items():
-        module = known.get(name)
-        handle = module.handle if isinstance(module, Adapted) else None if module is None else bases.find(module)
-        try:
-            found[name] = entry.fitted(handle)
-        except PlanError as error:
-            raise AdapterError(f"{place}: this adapter does not fit the model: {name}: {error}") from None
-    return found
-
-
-def read_adapter(folder: Path | str) -> dict[str, StoredAdapter]:
-    """The adapter in ``folder``, ours or PEFT's own, by module.
-
-    Raises AdapterError if there is no adapter, or one that is damaged, not supported or empty.
-    """
-    place = local_folder(folder)
-    stored = format_of(place).load(place)
-    if not stored:
-        raise AdapterError(f"{place}: the adapter is empty")
-    return stored
-
-
-def holds_adapter(folder: Path | str) -> bool:
-    """Whether there is an adapter in ``folder``, by its description."""
-    return any((Path(folder) / one.files[0]).is_file() for one in all_formats())
-
-
-def format_of(place: Path) -> AdapterFormat:
-    """The format of the adapter in ``place``."""
-    known = all_formats()
-    try:
-        with _SAVING:
-            finish_save(place)
-        if not place.is_dir():
-            what = "a file" if place.exists() else "no such folder"
-            expected = " or ".join(one.files[0] for one in known)
-            raise AdapterError(f"{place}: {what}; expected a folder with {expected}")
-        present = [one for one in known if (place / one.files[0]).is_file()]
-    except OSError as error:
-        raise AdapterError(f"{place}: cannot be looked into ({error})") from None
-    if len(present) > 1:
-        files = " and ".join(one.files[0] for one in present)
-        raise AdapterError(f"{place}: two adapters in one folder ({files}); remove the files of one")
-    if not present:
-        expected = " or ".join(f"{one.files[0]} ({one.label})" if one.label else one.files[0] for one in known)
-        left = [one.files[1] for one in known if (place / one.files[1]).is_file()]
-        hint = f". There is {left[0]} without its configuration: a save that was cut off" if left else ""
-        # PEFT keeps an adapter of a name other than "default" in a folder of that name inside.
-        inside = sorted(str(found.parent) for one in known for found in place.glob(f"*/{one.files[0]}"))
-        hint = f". In folders inside of it there is: {', '.join(inside[:5])}" if inside else hint
-        raise AdapterError(f"{place}: no adapter here; expected {expected}{hint}")
-    return present[0]
 
 
 def _rules(stored: dict[str, StoredAdapter]) -> tuple[tuple[Rule, ...], dict[str, int]]:

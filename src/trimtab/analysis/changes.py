@@ -22,9 +22,9 @@ from trimtab import bases
 from trimtab.analysis.correlation import pearson
 from trimtab.analysis.tuned import Tuned, find_tuned
 from trimtab.errors import ModelError, did_you_mean
-from trimtab.models.load import empty_model, weights_folder
+from trimtab.models.load import empty_model
 from trimtab.models.locate import Source
-from trimtab.models.tensors import Weights
+from trimtab.models.model_files import ModelFiles
 from trimtab.ops.decomposition import row_changes
 from trimtab.surgery.adapted import bare_modules
 from trimtab.surgery.targets import block_number
@@ -96,7 +96,7 @@ def analyse(
         AdapterError: an adapter cannot be read.
     """
     layers = _layers(base)
-    weights = Weights(weights_folder(base))
+    weights = ModelFiles(base).weights
     note = note or (lambda _: None)
     states = [(str(place), state) for place in tuned for state in find_tuned(place, layers, note)]
     left_out = {place: state.left_out for place, state in states if state.left_out}

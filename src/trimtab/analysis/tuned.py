@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from trimtab import bases, methods
+from trimtab.adapters.placing import read_adapter
 from trimtab.adapters.record import StoredAdapter
-from trimtab.adapters.store import read_adapter
 from trimtab.errors import AdapterError, ModelError
-from trimtab.models.tensors import Weights
+from trimtab.models.model_files import Weights
 from trimtab.runs.checkpoints import numbered
 from trimtab.runs.folder import RunFolder
 from trimtab.runs.records import Summary

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import glob
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -13,13 +14,13 @@ import torch
 from torch import nn
 
 from trimtab.config.run import RunConfig
-from trimtab.config.start_from import attach_stored, trains_base
+from trimtab.config.start_from import begin_from, trains_base
 from trimtab.errors import ConfigError, PlanError
 from trimtab.machine import best_precision, device
 from trimtab.models.heads import learn_in_units
-from trimtab.models.load import empty_model, load_tokenizer, trained_beside
+from trimtab.models.load import empty_model, rule_for, trained_beside
 from trimtab.models.locate import ModelHead, Source, locate
-from trimtab.models.new_tokens import rule_for
+from trimtab.models.model_files import ModelFiles
 from trimtab.models.positions import Positions, positions_of
 from trimtab.surgery.attach import attach
 from trimtab.surgery.attach_report import AttachReport
@@ -35,7 +36,7 @@ class Job:
 
     Attributes:
         config: as it was read.
-        source: where the model comes from.
+        files: of the model, and where it comes from; what is read of them is kept.
         plan: its rules, checked, without the one about added tokens; None: the adapter that it begins from says them.
         precision: ``bfloat16`` or ``float32``, in which the run computes on this machine.
         dtype: that of the frozen weights.
@@ -43,7 +44,7 @@ class Job:
     """
 
     config: RunConfig
-    source: Source
+    files: ModelFiles
     plan: Plan | None
     precision: str
     dtype: torch.dtype
@@ -55,7 +56,17 @@ class Job:
         plan that cannot be."""
         precision = precision_of(config)
         dtype = precision if config.model.dtype == "auto" else config.model.dtype
-        return cls(config, source_of(config), plan_of(config), precision, getattr(torch, dtype))
+        return cls(config, ModelFiles(source_of(config)), plan_of(config), precision, getattr(torch, dtype))
+
+    @property
+    def source(self) -> Source:
+        """Where the model comes from, and what it is read for."""
+        return self.files.source
+
+    @property
+    def reader(self) -> Any:
+        """What makes tensors of the run's rows: a tokenizer, or an image processor."""
+        return self.files.reader
 
     @property
     def device(self) -> torch.device:
@@ -71,7 +82,7 @@ class Job:
 
     def read_for(self, head: ModelHead) -> Job:
         """The same run of a model that is read for ``head``."""
-        return replace(self, source=replace(self.source, head=head))
+        return replace(self, files=self.files.read_for(head))
 
     @cached_property
     def positions(self) -> Positions:
@@ -85,7 +96,7 @@ class Job:
 
     @cached_property
     def _empty(self) -> Any:
-        return empty_model(self.source)
+        return empty_model(self.files)
 
     @cached_property
     def max_length(self) -> int:
@@ -113,28 +124,31 @@ class Job:
 
         Raises PlanError or AdapterError for a plan or an adapter that is not of this model.
         """
-        tokens = self.source.add_tokens
-        more = [Rule(**rule_for(model, load_tokenizer(self.source), tokens))] if tokens else []
-        if whole := [name for name in trained_beside(self.source, model) if not self._names(name)]:
+        tokens, report = self.source.add_tokens, None
+        more = [rule_for(model, self.files.tokenizer, tokens)] if tokens else []
+        whole = [name for name in trained_beside(self.files, model) if not self._names(name)]
+        rules = self._rules_for(self.plan, model, whole) if self.plan is not None else ()
+        if whole:
             more.append(Rule(match=[glob.escape(name) for name in whole], method="full"))
+        if self.plan is not None:
+            plan = Plan([*rules, *more])
+            report = attach(model, plan)
         if self.config.adapter is not None:
-            report = attach_stored(model, self.config.adapter, self.plan, more)
-        else:
-            assert self.plan is not None, "a configuration has a plan or an adapter"
-            report = attach(model, Plan([*self._plan_for(model, whole).rules, *more]))
+            report = begin_from(self.config.adapter, model, report, more)
+        assert report is not None, "a configuration has a plan or an adapter"
         learn_in_units(model, whole, self.source.head)
         return report
 
-    def _plan_for(self, model: Any, whole: list[str]) -> Plan:
-        """The plan; where ``model`` has no linear layer but its head, ``all-linear`` means its convolutions, each
-        with a rank that fits it."""
-        assert self.plan is not None
+    @staticmethod
+    def _rules_for(plan: Plan, model: Any, whole: list[str]) -> Sequence[Rule]:
+        """The rules of ``plan``; where ``model`` has no linear layer but its head, ``all-linear`` means its
+        convolutions, each with a rank that fits it."""
         layers = {name: module for name, module in model.named_modules() if name not in whole}
         convolutions = {name: module for name, module in layers.items() if isinstance(module, nn.Conv2d)}
         if not convolutions or any(isinstance(module, nn.Linear) for module in layers.values()):
-            return self.plan
+            return plan.rules
         rules: list[Rule] = []
-        for rule in self.plan.rules:
+        for rule in plan.rules:
             if not rule.all_linear:
                 rules.append(rule)
                 continue
@@ -144,7 +158,7 @@ class Job:
                 by_options[rule.method_class.fitted(rule.options, shape)].append(glob.escape(name))
             said = rule.describe()
             rules += [Rule(**{**said, **options.said(), "match": names}) for options, names in by_options.items()]
-        return Plan(rules)
+        return rules
 
     def _names(self, module: str) -> bool:
         """Whether a rule of the plan is about ``module`` by its name, which the user then decides about."""

@@ -11,52 +11,49 @@ from typing import Any
 
 from torch import nn
 
-from trimtab import methods
-from trimtab.adapters.hub import local_folder
-from trimtab.adapters.store import format_of, load_adapter, read_adapter
+from trimtab.adapters.placing import format_of, local_folder, read_adapter
+from trimtab.adapters.store import load_adapter
 from trimtab.adapters.stored_head import read_head
 from trimtab.errors import AdapterError, PlanError
 from trimtab.reading import open_file
 from trimtab.surgery.adapted import bare_modules
-from trimtab.surgery.attach import attach
 from trimtab.surgery.attach_report import AttachReport
-from trimtab.surgery.plan import Plan, Rule
+from trimtab.surgery.plan import Rule
 
 
-def attach_stored(model: nn.Module, name: str, plan: Plan | None, more: Sequence[Rule] = ()) -> AttachReport:
-    """Attach the adapter ``name`` to ``model``; its tensors are trained on. A model without weights, on the meta
+def begin_from(name: str, model: nn.Module, planned: AttachReport | None, more: Sequence[Rule] = ()) -> AttachReport:
+    """Let ``model`` begin from the adapter ``name``, whose tensors are trained on. A model without weights, on the meta
     device, shows what would become of it.
 
     Args:
-        plan: what the configuration says of it; None: the adapter says it itself.
+        planned: what the plan of the configuration has attached already; None: the adapter says it itself.
         more: rules that the adapter has to obey besides.
 
     Raises:
         AdapterError: there is no such adapter, or it was made for another model.
-        PlanError: the adapter is not what the plan says.
+        PlanError: the adapter is not what the plan, or a rule besides, says.
     """
-    if plan is None:
-        stored = read_adapter(name)
-        for rule in more:
-            if not any(fnmatch(module, glob) for module in stored for glob in rule.match):
-                raise PlanError(
-                    f"adapter: {name} does not train {', '.join(rule.match)}, which this run needs it to: the rows of "
-                    "model.add_tokens, or the head of its task. Begin from an adapter that was trained so, or without "
-                    "adapter"
-                )
-        return _shortened(model, load_adapter(model, name))
-    report = attach(model, Plan([*plan.rules, *more]))
     try:
-        load_adapter(model, name)
+        stored = load_adapter(model, name)
     except AdapterError as error:
-        if "already carries other adapters" not in str(error):
+        if planned is None or "already carries other adapters" not in str(error):
             raise
         differ = str(error).partition("(they ")[2].partition(")")[0]
         raise PlanError(
             f"plan: it says other than the adapter that the run begins from, {name} (they {differ}). Leave plan out, "
             "and it is the adapter's; or begin without adapter"
         ) from None
-    return report
+    if planned is not None:
+        return planned
+    trained = [known for module in stored.modules for known in (module.name, *module.aliases)]
+    for rule in more:
+        if not any(fnmatch(module, glob) for module in trained for glob in rule.match):
+            raise PlanError(
+                f"adapter: {name} does not train {', '.join(rule.match)}, which this run needs it to: the rows of "
+                "model.add_tokens, or the head of its task. Begin from an adapter that was trained so, or without "
+                "adapter"
+            )
+    return _shortened(model, stored)
 
 
 def _shortened(model: nn.Module, report: AttachReport) -> AttachReport:
@@ -84,7 +81,7 @@ def labels_of_head(name: str) -> tuple[str, ...]:
 
 def trains_base(name: str) -> bool:
     """Whether the adapter trains tensors of the model itself."""
-    return any(methods.method_class(entry.method).trains_base for entry in read_adapter(name).values())
+    return any(entry.method_class.trains_base for entry in read_adapter(name).values())
 
 
 def adapter_digest(name: str) -> str:

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 
 from trimtab.adapters.formats import all_formats
-from trimtab.adapters.hub import local_folder
-from trimtab.adapters.store import format_of, load_adapter, save_adapter
+from trimtab.adapters.placing import format_of, local_folder
+from trimtab.adapters.store import load_adapter, save_adapter
 from trimtab.errors import ConfigError, ModelError, RunError
 from trimtab.export._card import base_of
 from trimtab.export._hand_over import write_whole
 from trimtab.files import read_json, write_json, write_text
-from trimtab.models.load import load_config_only
 from trimtab.models.locate import hub_id
+from trimtab.models.model_files import load_config_only
 from trimtab.runs.load import is_run, load_fitting, load_run_model, with_tokens_of
 from trimtab.runs.named import Named
 from trimtab.surgery.combine import combine

@@ -14,7 +14,7 @@ from trimtab.export._card import card
 from trimtab.export._export_format import ExportFormat, Written
 from trimtab.export._subject import Subject, Wishes
 from trimtab.files import write_folder, write_text
-from trimtab.models.load import quiet_transformers
+from trimtab.models.model_files import quiet_transformers
 from trimtab.notes import Notes
 
 

@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 
 from trimtab.adapters.formats import all_formats
-from trimtab.adapters.store import format_of, load_adapter, save_adapter
+from trimtab.adapters.placing import format_of
+from trimtab.adapters.store import load_adapter, save_adapter
 from trimtab.errors import SurgeryError
 from trimtab.export._card import base_of
 from trimtab.export._export_format import ExportFormat, Written

@@ -20,7 +20,8 @@ from safetensors import safe_open
 from torch import nn
 
 from trimtab.adapters.formats import all_formats
-from trimtab.adapters.store import holds_adapter, load_adapter, save_adapter
+from trimtab.adapters.placing import holds_adapter
+from trimtab.adapters.store import load_adapter, save_adapter
 from trimtab.adapters.unfrozen import require_savable
 from trimtab.errors import AdapterError
 from trimtab.integrations.on_import import on_import

@@ -1,20 +1,22 @@
-"""The memory of a run, estimated before anything of it is loaded."""
+"""The memory of a run, estimated before anything of it is loaded: whether it fits into this machine, and which changes
+of its settings would make it fit."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import psutil
 import torch
 
-from trimtab import tasks
+from trimtab import bases, tasks
 from trimtab.config.resolve import Job
 from trimtab.config.run import RunConfig
 from trimtab.data.batches import TOKENS
-from trimtab.machine import GIB
+from trimtab.machine import GIB, available_memory, check_fits
 from trimtab.memory.trace import Trace
-from trimtab.models.load import empty_model, load_config_only
+from trimtab.models.load import empty_model
 from trimtab.models.quantise import quantising_bytes, stored_sizes
 from trimtab.processes import here
 from trimtab.surgery.attach_report import AttachReport
@@ -35,6 +37,13 @@ RETURNED = 32 * 2**20
 
 NO_ROOM = ("files", "process")
 """Parts of an estimate for which no room has to be free: the system takes them back, or they are held already."""
+
+
+Change = Mapping[str, Any]
+"""Settings by their dotted keys."""
+
+SHORTEST = 64
+"""Tokens: ``data.max_length`` is not suggested to be lower."""
 
 
 @dataclass(frozen=True)
@@ -114,11 +123,11 @@ def estimate_run(job: Job, sizes: RowSizes) -> RunMemory:
     Raises:
         ModelError, PlanError: what the run itself would raise for its model and its plan.
     """
-    config, source, dtype = job.config, job.source, job.dtype
+    config, of_model, dtype = job.config, job.files, job.dtype
     train = config.train
     evaluated = _evaluated(config, sizes)
-    model: Any = empty_model(source, dtype, config.model.attention)
-    said = None if source.kind == "gguf" else load_config_only(source).dtype
+    model: Any = empty_model(of_model, dtype, config.model.attention)
+    said = None if of_model.source.kind == "gguf" else of_model.config.dtype
     stored = getattr(torch, said) if isinstance(said, str) else said or torch.float32
     parameters = sum(parameter.numel() for parameter in model.parameters())
     packed = stored_sizes(model, config.quantisation)
@@ -175,3 +184,118 @@ def _evaluated(config: RunConfig, sizes: RowSizes) -> Batch | None:
         return None
     rows = max(1, min(config.evaluation.batch_size, TOKENS // sizes.length))
     return Batch(rows, sizes.length, rows * sizes.labels, sizes.shape)
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """A change of settings with which the run fits, and what it takes then."""
+
+    change: Change
+    memory: RunMemory
+
+    @property
+    def overrides(self) -> str:
+        """The change as the command line takes it."""
+        return " ".join(f"{key}={str(value).lower()}" for key, value in self.change.items())
+
+    def __str__(self) -> str:
+        return f"{self.overrides}: {self.memory.hardest.needed / GIB:.2f} GiB"
+
+
+def check_run(job: Job, sizes: RowSizes) -> AttachReport:
+    """Raise ModelError, with what would help, if a run needs more memory than the machine has free. Gives what the plan
+    will do to the model."""
+    memory = estimate_run(job, sizes)
+    estimate = memory.hardest
+    if estimate.needed > room(job):
+        advice = [str(suggestion) for suggestion in suggest(job, sizes)] or ["a smaller model"]
+        what, sharing = f"Training {job.config.model.name}", _sharing(job)
+        if sharing > 1:
+            what = f"{what} in {sharing} processes on this machine ({estimate.needed / GIB:.2f} GiB each)"
+            advice = [*advice, "fewer processes"]
+        check_fits(what, estimate.needed * sharing, job.device, parts=estimate.told, advice=advice)
+    if memory.host is not None:
+        needed = memory.host.needed * here().local
+        check_fits(f"Loading {job.config.model.name}", needed, parts=memory.host.told)
+    assert memory.attached is not None
+    return memory.attached
+
+
+def suggest(job: Job, sizes: RowSizes) -> list[Suggestion]:
+    """Changes that make a run fit, each estimated by itself; first those that alter its results least.
+
+    Of each kind of change, the mildest that fits is given. Only where no single change is enough are several tried
+    together.
+    """
+    free = room(job)
+    attempts = _attempts(job, sizes)
+
+    def fitting(change: Change) -> Suggestion | None:
+        memory = _with(job, sizes, change)
+        return Suggestion(change, memory) if memory.hardest.needed <= free else None
+
+    for ladders in attempts:
+        enough = []
+        for *milder, strongest in filter(None, ladders):
+            # Where the strongest change is not enough, the milder ones need not be looked at.
+            if last := fitting(strongest):
+                enough.append(next((fits for change in milder if (fits := fitting(change))), last))
+        if enough:
+            return enough
+    return []
+
+
+def _sharing(job: Job) -> int:
+    """How many processes take of one memory: all on this machine, where they have no accelerator each."""
+    return here().local if job.device.type == "cpu" else 1
+
+
+def room(job: Job) -> int:
+    """Bytes that are free for each process."""
+    return available_memory(job.device) // _sharing(job)
+
+
+def _attempts(job: Job, sizes: RowSizes) -> Iterator[list[list[Change]]]:
+    """Ladders of changes, each from mild to strong: first of single changes, then of more and more at once."""
+    config, train = job.config, job.config.train
+    recompute: Change = {} if train.gradient_checkpointing else {"train.gradient_checkpointing": True}
+    halve: Change = {} if job.precision != "float32" else {"train.precision": "bfloat16"}
+    smaller = list(_smaller_batches(train.batch_size, train.gradient_accumulation))
+    kinds = [] if config.quantisation != "none" or job.trains_base else bases.quantised_by_size()
+    packed: list[Change] = [{"quantisation": kind} for kind in kinds]
+    together = [change for change in (recompute, halve) if change]
+    yield [*([change] for change in together), smaller, packed]
+    both: Change = {**recompute, **halve}
+    if both:
+        yield [[both], [{**both, **batch} for batch in smaller], [{**both, **kind} for kind in packed]]
+    least: Change = {**both, **(packed[-1] if packed else {})}
+    if packed:
+        yield [[{**least, **batch} for batch in smaller]]
+    least = {**least, **(smaller[-1] if smaller else {})}
+    yield [[{**least, "data.max_length": length} for length in _shorter(sizes.length)]]
+
+
+def _smaller_batches(rows: int, accumulation: int) -> Iterator[Change]:
+    """Half the rows, then half of those, and so on, with as many more passes to a step."""
+    size = rows
+    while size > 1:
+        size //= 2
+        yield {"train.batch_size": size, "train.gradient_accumulation": -(-rows * accumulation // size)}
+
+
+def _shorter(length: int) -> Iterator[int]:
+    while (length := length // 2) >= SHORTEST:
+        yield length
+
+
+def _with(job: Job, sizes: RowSizes, change: Change) -> RunMemory:
+    """The estimate after ``change``."""
+    config = job.config
+    train = {key.removeprefix("train."): value for key, value in change.items() if key.startswith("train.")}
+    changed: dict[str, Any] = {"train": config.train.model_copy(update=train)}
+    if (quantisation := change.get("quantisation")) is not None:
+        changed["quantisation"] = quantisation
+    config = config.model_copy(update=changed)
+    if (length := change.get("data.max_length")) is not None:
+        sizes = replace(sizes, length=length, labels=min(sizes.labels, length - 1))
+    return estimate_run(replace(Job.of(config), task=job.task, files=job.files), sizes)

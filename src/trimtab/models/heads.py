@@ -1,4 +1,5 @@
-"""The head of a model, what it has on top of its base: of a classifier a layer or two, with a row for each label.
+"""What kind of model a configuration describes, and its head, what it has on top of its base: of a classifier a layer
+or two, with a row for each label.
 
 A head is drawn anew where the model brings none for the labels that it is to learn, and is trained whole beside the
 adapter.
@@ -7,16 +8,43 @@ adapter.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
 
-from trimtab.models.family import family
 from trimtab.models.locate import ModelHead
 from trimtab.surgery.adapted import Adapted, bare_modules
+
+Family = Literal["decoder", "encoder", "encoder-decoder", "image"]
+
+
+def family(config: Any) -> Family:
+    """The family of the model with this configuration; one that none of the others fits is taken for a decoder.
+
+    Several kinds of model (BERT) can be told to write, too; what its class is called decides.
+    """
+    kind, classes = config.model_type, config.architectures or []
+    if getattr(config, "is_encoder_decoder", False) and kind in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
+        return "encoder-decoder"
+    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        writes = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind) in classes or getattr(config, "is_decoder", False)
+        return "decoder" if writes else "encoder"
+    if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return "decoder"
+    if kind in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES:
+        return "image"
+    return "encoder" if kind in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES else "decoder"
+
 
 POOLER = "pooler"
 """A part of an encoder that its pretraining may have had no use for, so that its files lack it."""
@@ -100,7 +128,7 @@ def _times(unit: float, gradient: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def begin_around(model: Any, names: Iterable[str], head: ModelHead) -> None:
+def _begin_around(model: Any, names: Iterable[str], head: ModelHead) -> None:
     """Let a new head of one number, whose layers are the modules ``names``, begin around ``head.centre``, as far apart
     as ``head.spread``. A layer without a bias has to learn where the centre is."""
     for module in map(model.get_submodule, names):
@@ -115,7 +143,19 @@ def _unit(layer: Any, head: ModelHead) -> float:
     return head.spread if layer.bias is not None else math.hypot(head.centre, head.spread)
 
 
-def draw(model: Any, names: Iterable[str], seed: int) -> None:
+def draw_head(model: Any, head: ModelHead, missing: Collection[str], *, is_known: bool) -> set[str]:
+    """Draw the head of ``model`` anew, and what its files lack below it, unless the files bring a head for the very
+    labels (``is_known``); gives those of the ``missing`` weights that are none any more."""
+    heads, lacking = head_modules(model), {name.rpartition(".")[0] for name in missing}
+    wanted = lacking & set(poolers(model))
+    if lacking & set(heads) or not is_known:
+        wanted |= set(heads)
+    _draw(model, sorted(wanted), head.seed)
+    _begin_around(model, wanted, head)
+    return {name for name in missing if name.rpartition(".")[0] in wanted}
+
+
+def _draw(model: Any, names: Iterable[str], seed: int) -> None:
     """Draw the weights of the modules ``names`` as transformers draws those of a new model: for one ``seed`` always the
     same."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from trimtab import bases
 from trimtab.errors import ModelError
-from trimtab.models.tensors import Weights
+from trimtab.models.model_files import Weights
 from trimtab.surgery.adapted import owners, weights_elsewhere
 from trimtab.surgery.targets import output_heads
 

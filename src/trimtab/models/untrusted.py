@@ -45,15 +45,25 @@ def check_settings(settings: dict[str, Any], place: Path) -> None:
             raise ModelError(f"{place}: '{name}' is {str(value)[:30]}; expected {limits[0]} to {limits[1]:,}")
 
 
-def check_weights(folder: Path) -> None:
-    """Raise ModelError if a file of the weights is no file, holds a tensor twice, or lies outside of ``folder``."""
+def check_weights(folder: Path, *, all_are_here: bool) -> None:
+    """Raise ModelError if a file of the weights is no file, holds a tensor twice, or lies outside of ``folder``; where
+    ``all_are_here``, also if there are none."""
+    files = sorted(folder.glob("*.safetensors"))
+    if all_are_here and not files:
+        if pickled := sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]):
+            raise ModelError(
+                f"{folder}: its weights are pickled ({pickled[0].name}), and unpickling can run any code, so only "
+                f"*.safetensors are read. If you trust the file, convert it once with transformers: "
+                f"AutoModelForCausalLM.from_pretrained(FOLDER, use_safetensors=False).save_pretrained(NEW_FOLDER)"
+            )
+        raise ModelError(f"{folder}: a configuration without weights: expected *.safetensors beside config.json.")
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         parts = _json(index).get("weight_map")
         for part in set(map(str, parts.values())) if isinstance(parts, dict) else ():
             if PurePosixPath(part).is_absolute() or ".." in Path(part).parts or "\\" in part or "\0" in part:
                 raise ModelError(f"{index}: names a file outside of its folder: '{part[:200]}'")
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in files:
         try:
             check_safetensors(file)
         except (OSError, ValueError) as error:

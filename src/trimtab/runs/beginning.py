@@ -1,4 +1,5 @@
-"""How a run takes up its folder: new, resumed, or in place of one that is there; and the order in which it changes it.
+"""How a run begins: in a new folder, in place of a run that is there, or resumed, under settings that may have changed;
+and from which adapter.
 
 A run may be killed between any two changes. So what makes a run comes first (``config.yaml``), what says that something
 is done comes after it, and an old run is cleared away under a mark: whoever finds that mark finishes the clearing.
@@ -8,17 +9,107 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from trimtab.config.read import load_config, to_yaml
+from trimtab.config.resolve import Job
 from trimtab.config.run import RunConfig
-from trimtab.errors import RunError
+from trimtab.config.start_from import adapter_digest, base_of
+from trimtab.config.yaml_text import show
+from trimtab.errors import AdapterError, RunError
 from trimtab.files import remove_leftovers, write_text
+from trimtab.runs.checkpoints import numbered
 from trimtab.runs.folder import RECORD, RunFolder
 from trimtab.runs.lock import locked
-from trimtab.runs.records import Summary
-from trimtab.runs.resumed_settings import Changes, changes
+from trimtab.runs.records import BeganFrom, Summary
+
+# Each with all that is below it. None of these changes what is trained.
+_FREE = (
+    *("output", "evaluation", "data.test", "report_to", "device"),
+    *("train.log_every", "train.save_every", "train.keep_checkpoints", "train.tensorboard", "train.sharding"),
+    *("model.attention", "model.liger", "train.padding_free", "train.tf32"),  # another device may have others
+)
+_ALL_SETS = ("evaluation.limit", "evaluation.max_new_tokens")
+_LONGER = ("train.epochs", "train.max_steps")
+_ROWS = ("data.train", "data.validation")
+
+
+@dataclass(frozen=True)
+class Changes:
+    """How a resumed run differs from what it began with.
+
+    Attributes:
+        longer: it is to be trained for more steps than before.
+        moved: its training or validation rows lie elsewhere; whether they are the same is seen when they are read.
+        measured_anew: the test sets whose results no longer say what the settings say.
+    """
+
+    longer: bool = False
+    moved: bool = False
+    measured_anew: frozenset[str] = frozenset()
+
+
+def changes(place: str, before: RunConfig, now: RunConfig, resume_command: str) -> Changes:
+    """What ``now`` changes of the run at ``place``, which began as ``before``.
+
+    Raises RunError if it may not; the message has each key with its old and its new value.
+    """
+    found = {key: (old, new) for key, old, new in _differences(_plain(before), _plain(now))}
+    moved = {key for key in _ROWS if key in found and _same_but_paths(*found[key])}
+    for key in moved:
+        del found[key]
+    refused = {
+        key: values for key, values in found.items() if not _is_free(key) and not (key in _LONGER and _is_more(*values))
+    }
+    if refused:
+        said = "; ".join(f"{key} was {show(old)}, now {show(new)}" for key, (old, new) in sorted(refused.items()))
+        raise RunError(
+            f"{place}: the run began with other settings: {said}. Resume it with its own: {resume_command}\n"
+            "Evaluation and reports may be set anew at a resume, and train.epochs and train.max_steps may grow; for "
+            "anything else, begin another run"
+        )
+    sets = {key.split(".")[2] for key in found if key.startswith("data.test.")}
+    if any(key in found for key in _ALL_SETS):
+        sets |= set(now.data.test)
+    longer = any(key in found for key in _LONGER)
+    return Changes(longer=longer, moved=bool(moved), measured_anew=frozenset(sets))
+
+
+def _plain(config: RunConfig) -> dict[str, Any]:
+    return config.model_dump(mode="json")
+
+
+def _is_free(key: str) -> bool:
+    return any(key == free or key.startswith(f"{free}.") for free in _FREE)
+
+
+def _is_more(old: Any, new: Any) -> bool:
+    """Whether a number of epochs or steps grows; None is no limit."""
+    return old is not None and (new is None or new > old)
+
+
+def _same_but_paths(before: Any, now: Any) -> bool:
+    """Whether two lists of sources, as plain values, say the same but for the paths."""
+    return isinstance(before, list) and isinstance(now, list) and [*map(_rest, before)] == [*map(_rest, now)]
+
+
+def _rest(source: Any) -> dict[str, Any]:
+    return {key: value for key, value in source.items() if key != "path"} if isinstance(source, dict) else {}
+
+
+def differences(before: Any, now: Any) -> list[str]:
+    """The dotted keys in which two nested mappings differ."""
+    return [key for key, _, _ in _differences(before, now)]
+
+
+def _differences(before: Any, now: Any, place: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in before.keys() | now.keys():
+            yield from _differences(before.get(key), now.get(key), f"{place}.{key}" if place else str(key))
+    elif before != now:
+        yield place, before, now
 
 
 @dataclass(frozen=True)
@@ -124,3 +215,58 @@ def _look(config: RunConfig, folder: RunFolder, *, resume: bool, overwrite: bool
             f"both, choose another output; {advice}to replace it, add --overwrite"
         )
     return Opening(folder)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a run begins.
+
+    Attributes:
+        job: what is attached; of a resumed run whose first adapter is gone, the shape of its own.
+        record: of the adapter; None for a fresh one.
+        lost: whether the first adapter is not there any more, so that nothing can be measured with it.
+    """
+
+    job: Job
+    record: BeganFrom | None = None
+    lost: bool = False
+
+    @classmethod
+    def of(cls, job: Job, opening: Opening) -> Origin:
+        """The beginning of ``job``.
+
+        Raises AdapterError if there is no such adapter; RunError if a run is resumed that has no checkpoint yet and
+        whose adapter has changed.
+        """
+        name = job.config.adapter
+        if name is None:
+            return cls(job)
+        before = opening.summary.began_from if opening.summary is not None else None
+        try:
+            record = BeganFrom(adapter=name, sha256=adapter_digest(name))
+        except AdapterError:
+            if before is None:
+                raise
+            record = None
+        if before is None or (record is not None and record.sha256 == before.sha256):
+            return cls(job, record)
+        own = [place for _, place in numbered(opening.folder.checkpoints)]
+        own += [opening.folder.adapter] if opening.folder.has_adapter else []
+        if not own:
+            raise RunError(
+                f"{name}: the adapter that this run began from is {'gone' if record is None else 'another now'}, and "
+                "there is no checkpoint yet; put it back, or begin the run again with --overwrite"
+            )
+        config = job.config.model_copy(update={"adapter": str(own[-1])})
+        return cls(replace(job, config=config), before, lost=True)
+
+    def remarks(self) -> list[str]:
+        """What the user should know of it, a sentence each."""
+        if self.record is None:
+            return []
+        name, said = self.record.adapter, self.job.config.model.name
+        measured = ": what is measured before training is measured with it" if self.job.config.data.test else ""
+        lines = [f"begun from the adapter {name}{measured}"]
+        if (base := base_of(name)) is not None and base != said.rstrip("/").rpartition("/")[2]:
+            lines.append(f"the adapter says that it was made for {base}, and this run's model is {said}")
+        return lines

@@ -14,8 +14,9 @@ from trimtab.config.resolve import precision_of, source_of
 from trimtab.config.run import RunConfig
 from trimtab.errors import AdapterError, ModelError, RunError
 from trimtab.machine import check_fits, device
-from trimtab.models.load import empty_model, load_model, load_reader, load_tokenizer
+from trimtab.models.load import empty_model, load_model
 from trimtab.models.locate import ModelHead, Source
+from trimtab.models.model_files import ModelFiles, load_tokenizer
 from trimtab.models.quantise import weight_bytes
 from trimtab.runs.folder import RunFolder
 from trimtab.runs.records import Summary
@@ -67,7 +68,7 @@ def load_run(path: Path, *, adapter: bool = True, dtype: str | None = None, quan
         raise RunError(f"{path}: not a run folder ({what}); name the output of trimtab finetune")
     config = load_config(folder.config)
     model = load_run_model(folder, config, adapter=adapter, dtype=dtype, quantised=quantised)
-    return LoadedRun(folder, config, model, load_reader(base_of_run(folder, config)))
+    return LoadedRun(folder, config, model, ModelFiles(base_of_run(folder, config)).reader)
 
 
 def load_run_model(

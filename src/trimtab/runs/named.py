@@ -6,8 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from trimtab.adapters.hub import local_folder
-from trimtab.adapters.store import format_of, read_adapter
+from trimtab.adapters.placing import format_of, local_folder, read_adapter
 from trimtab.adapters.stored_head import read_head
 from trimtab.config.read import load_config
 from trimtab.config.run import RunConfig
@@ -17,8 +16,9 @@ from trimtab.errors import AdapterError, ConfigError, ModelError, RunError
 from trimtab.hints import pasted
 from trimtab.machine import best_precision
 from trimtab.models.heads import head_for, head_modules, own_head
-from trimtab.models.load import drawn_modules, empty_model, load_config_only, load_reader
+from trimtab.models.load import drawn_modules, empty_model
 from trimtab.models.locate import ModelHead, Source, locate
+from trimtab.models.model_files import ModelFiles, load_config_only
 from trimtab.runs.folder import RunFolder
 from trimtab.runs.load import base_of_run, is_run, load_finite, load_fitting, load_run_model, with_tokens_of
 from trimtab.runs.records import Summary
@@ -100,7 +100,7 @@ class Named:
 
     def reader(self) -> Any:
         """The tokenizer, or the image processor."""
-        return load_reader(self.source)
+        return ModelFiles(self.source).reader
 
     def load(self) -> Any:
         """The model with its adapter, in eval mode.

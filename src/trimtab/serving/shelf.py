@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.adapters.formats import all_formats
-from trimtab.adapters.hub import local_folder
+from trimtab.adapters.placing import local_folder
 from trimtab.errors import AdapterError, did_you_mean
 from trimtab.evaluation.generation import end_tokens
-from trimtab.models.load import load_tokenizer
 from trimtab.models.locate import Source
+from trimtab.models.model_files import load_tokenizer
 from trimtab.runs.folder import RunFolder
 from trimtab.runs.load import is_run, load_finite, with_tokens_of
 from trimtab.serving.requests import Limits, Model, UnknownModel

@@ -31,8 +31,8 @@ from trimtab.files import write_text
 from trimtab.hints import pasted
 from trimtab.models.load import empty_model
 from trimtab.reports.search.search_page import write_explore_page
+from trimtab.runs.beginning import differences
 from trimtab.runs.lock import locked
-from trimtab.runs.resumed_settings import differences
 from trimtab.studies.places import HERE, Place
 from trimtab.studies.plan_search import Search, SearchListener
 from trimtab.studies.search_space import Space, default_groups, find_groups

@@ -289,7 +289,7 @@ def _is_done(config: RunConfig) -> bool:
 def peak_memory(config: RunConfig) -> int:
     """Bytes that a run's process will have at its peak, as ``trimtab plan`` says; 0 where that cannot be told, as of a
     run that is going to fail."""
-    from trimtab.memory.suggest import planned_memory
+    from trimtab.memory.described import planned_memory
     from trimtab.tasks import job_of
 
     try:

@@ -21,9 +21,8 @@ from trimtab.data.labelled import is_broken
 from trimtab.data.sources import is_local, rows_of
 from trimtab.errors import ConfigError, TrimtabError, did_you_mean
 from trimtab.models.causal_head import Head
-from trimtab.models.family import family
-from trimtab.models.load import load_config_only
 from trimtab.models.locate import ModelHead
+from trimtab.runs.events import Listener
 from trimtab.tasks._answer import Answer
 from trimtab.tasks._inputs import Inputs
 from trimtab.tasks._sizes import Batch, RowSizes
@@ -38,6 +37,7 @@ __all__ = [
     "RowSizes",
     "Task",
     "find",
+    "inputs_of",
     "job_of",
     "names",
     "of",
@@ -89,11 +89,17 @@ def job_of(config: RunConfig) -> Job:
     return replace(job, task=name).read_for(ModelHead(task.model_class))
 
 
+def inputs_of(job: Job, listener: Listener) -> tuple[Job, Inputs]:
+    """The rows of ``job``, and ``job`` with the head that they ask for. Raises as ``Task.read`` does."""
+    task = of(job)
+    inputs = task.read(job, job.reader, listener)
+    return job.read_for(task.head_for(job, inputs)), inputs
+
+
 def _meant(job: Job) -> str:
     if job.source.kind == "gguf":
         return "causal_lm"
-    model = load_config_only(job.source)
-    kind, classes = family(model), list(model.architectures or [])
+    kind, classes = job.files.family, list(job.files.config.architectures or [])
     row = None if kind == "decoder" and classes and classes[0].endswith(("ForCausalLM", "LMHeadModel")) else _first(job)
     tasks = sorted(map(find, names()), key=lambda task: task.precedence)
     return next(task.name for task in tasks if task.suits(kind, classes, row))

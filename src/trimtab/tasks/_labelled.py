@@ -31,7 +31,7 @@ from trimtab.metrics import Kind, measure
 from trimtab.models.causal_head import IGNORED
 from trimtab.models.head_loss import wide
 from trimtab.models.locate import ModelHead
-from trimtab.models.new_tokens import require_rows
+from trimtab.models.model_files import require_rows
 from trimtab.notes import Notes
 from trimtab.notes import rows as counted
 from trimtab.processes import divided

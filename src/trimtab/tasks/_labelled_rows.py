@@ -14,7 +14,6 @@ from trimtab.data.rows import Source
 from trimtab.errors import ConfigError, DataError
 from trimtab.metrics import Kind, choosing
 from trimtab.models.heads import in_the_order_of
-from trimtab.models.load import load_config_only
 from trimtab.notes import Notes
 from trimtab.notes import rows as counted
 from trimtab.runs.events import Listener
@@ -54,7 +53,7 @@ class LabelledRows(Rows[Labelled]):
             check_choices(said, [])
             labels = [label.strip() for label in said]
         else:
-            labels = in_the_order_of(load_config_only(self.job.source), found)
+            labels = in_the_order_of(self.job.files.config, found)
         labels = self._as_begun(labels, found, said)
         if len(labels) < (1 if isinstance(training[0].label, tuple) else 2):
             only = f"'{labels[0]}' is the only label" if labels else "no row has a label"

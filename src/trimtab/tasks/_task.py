@@ -15,9 +15,8 @@ from trimtab.data.rows import Source as RowSource
 from trimtab.errors import ConfigError
 from trimtab.evaluation.evaluate import Evaluation, Progress
 from trimtab.metrics import Metric, best_by, of_validation
-from trimtab.models.family import Family
-from trimtab.models.load import load_reader
-from trimtab.models.locate import ModelHead, Source
+from trimtab.models.heads import Family
+from trimtab.models.locate import ModelHead
 from trimtab.notes import Notes
 from trimtab.runs.events import Listener
 from trimtab.tasks._answer import Answer
@@ -69,10 +68,6 @@ class Task(ABC):
     def serves(self, head: ModelHead) -> bool:
         """Whether a model that was read for ``head`` is asked for this."""
         return head.model_class == self.model_class
-
-    def reader(self, source: Source) -> Any:
-        """What makes tensors of rows for the model of ``source``."""
-        return load_reader(source)
 
     @abstractmethod
     def read(self, job: Job, reader: Any, listener: Listener) -> Inputs:

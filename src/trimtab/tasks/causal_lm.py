@@ -22,8 +22,8 @@ from trimtab.data.preview import Preview, preview
 from trimtab.data.rows import Example
 from trimtab.evaluation.evaluate import Evaluation, Progress, checked, evaluate, token_loss
 from trimtab.models.causal_head import IGNORED, Head
-from trimtab.models.family import Family
 from trimtab.models.head_loss import FROZEN_CHUNK
+from trimtab.models.heads import Family
 from trimtab.outcomes import Outcomes
 from trimtab.runs.events import Listener
 from trimtab.surgery.contexts import evaluating

@@ -20,7 +20,7 @@ from trimtab.data.labelled import Labelled, name_of_label
 from trimtab.data.pictures import left_out, opened, picture_of
 from trimtab.data.rows import Row, Source
 from trimtab.evaluation.answers import Judged
-from trimtab.models.family import Family
+from trimtab.models.heads import Family
 from trimtab.notes import Notes
 from trimtab.tasks import _labelled
 from trimtab.tasks._encoded import Tensors
@@ -94,7 +94,7 @@ class ImageClassification(_labelled.LabelledTask):
     def largest(self, job: Job) -> RowSizes:
         from PIL import Image
 
-        shape = _processed([Image.new("RGB", (64, 64))], self.reader(job.source)).shape[1:]
+        shape = _processed([Image.new("RGB", (64, 64))], job.reader).shape[1:]
         data = job.config.data
         return RowSizes(1, 1, bool(data.test or data.validation), shape=tuple(shape))
 

@@ -26,8 +26,7 @@ from trimtab.errors import DataError
 from trimtab.evaluation.answers import Judged, prediction
 from trimtab.metrics import Kind
 from trimtab.models.causal_head import IGNORED
-from trimtab.models.family import Family
-from trimtab.models.heads import head_modules
+from trimtab.models.heads import Family, head_modules
 from trimtab.models.load import empty_model
 from trimtab.models.locate import ModelHead
 from trimtab.outcomes import Outcomes
@@ -162,6 +161,6 @@ def _centre_and_spread(inputs: Inputs) -> tuple[float, float]:
 
 def _has_bias(job: Job) -> bool:
     """Whether the last layer of the head of a job's model has a bias."""
-    model = empty_model(job.source)
+    model = empty_model(job.files)
     last = [layer for layer in map(model.get_submodule, head_modules(model)) if getattr(layer, "out_features", 0) == 1]
     return any(layer.bias is not None for layer in last)

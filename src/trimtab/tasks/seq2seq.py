@@ -32,9 +32,9 @@ from trimtab.evaluation.evaluate import Evaluation, Progress, checked
 from trimtab.evaluation.generation import Generated
 from trimtab.metrics import measure
 from trimtab.models.causal_head import IGNORED
-from trimtab.models.family import Family
+from trimtab.models.heads import Family
 from trimtab.models.locate import ModelHead
-from trimtab.models.new_tokens import require_rows
+from trimtab.models.model_files import require_rows
 from trimtab.notes import Notes
 from trimtab.notes import rows as counted
 from trimtab.processes import divided

@@ -21,7 +21,7 @@ from trimtab.data.rows import Row, Source
 from trimtab.errors import DataError
 from trimtab.evaluation.answers import Judged
 from trimtab.metrics import METRICS, Kind, Metric
-from trimtab.models.family import Family
+from trimtab.models.heads import Family
 from trimtab.models.locate import ModelHead
 from trimtab.notes import Notes
 from trimtab.tasks import _labelled, _read_text

@@ -30,7 +30,7 @@ from trimtab.errors import ConfigError, DataError, printable
 from trimtab.evaluation.answers import Judged
 from trimtab.metrics import METRICS, Kind, Metric
 from trimtab.models.causal_head import IGNORED
-from trimtab.models.family import Family
+from trimtab.models.heads import Family
 from trimtab.models.locate import ModelHead
 from trimtab.tasks import _labelled, _read_text, _tags
 from trimtab.tasks._answer import Answer

@@ -17,7 +17,7 @@ import torch
 from trimtab.config.resolve import Job
 from trimtab.data.packing import LAYOUT, PackingCollator
 from trimtab.errors import ConfigError, ModelError
-from trimtab.models.load import quiet_transformers
+from trimtab.models.model_files import quiet_transformers
 from trimtab.surgery.contexts import evaluating
 from trimtab.tasks import Task
 

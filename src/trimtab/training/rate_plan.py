@@ -59,7 +59,7 @@ def told_trials(job: Job) -> str | None:
     if train.learning_rate != "auto" or not train.epochs:
         return None
     try:
-        inputs = (task := tasks.of(job)).read(job, task.reader(job.source), Listener())
+        inputs = tasks.of(job).read(job, job.reader, Listener())
     except TrimtabError:
         return f"learning rate: found by trials, which cost at most {train.tune.budget:.0%} of the run's steps"
     steps = total_steps(train, len(inputs.rows))

@@ -25,16 +25,16 @@ from scipy.interpolate import PchipInterpolator
 from torch import nn
 from transformers import set_seed
 
+from trimtab import tasks
 from trimtab.config.resolve import Job
 from trimtab.config.run import RunConfig, TrainConfig
-from trimtab.errors import ModelError, RunError
-from trimtab.processes import here
+from trimtab.errors import ModelError
 from trimtab.reports.run.rate_table import rate_table
 from trimtab.runs.events import Listener
 from trimtab.runs.rate_record import ChosenRate, RateTrial, read_rate
 from trimtab.runs.records import MetricsLine
 from trimtab.surgery.attach import detach
-from trimtab.tasks import Inputs, Task
+from trimtab.tasks import Inputs
 from trimtab.training.rate_plan import TrialPlan, plan_trials
 from trimtab.training.rate_prior import SPREAD, likely_rate
 from trimtab.training.schedule import total_steps
@@ -47,50 +47,29 @@ FLAT = 0.02
 """Nats a token: a difference that a trial's few steps and rows do not tell from none."""
 
 
-def with_rate(
-    job: Job,
-    inputs: Inputs,
-    model: nn.Module,
-    *,
-    task: Task,
-    reader: Any,
-    listener: Listener,
-    file: Path | None = None,
-) -> RunConfig:
+def with_rate(job: Job, inputs: Inputs, model: nn.Module, *, listener: Listener, file: Path | None = None) -> RunConfig:
     """The run's configuration with a number as its rate: its own, or the one that ``find_rate`` finds and shows."""
     if job.config.train.learning_rate != "auto":
         return job.config
     listener.stage("Finding the learning rate")
-    found = find_rate(job, inputs, model, task=task, reader=reader, listener=listener, file=file)
+    found = find_rate(job, inputs, model, listener=listener, file=file)
     listener.show(rate_table(found))
     train = job.config.train.model_copy(update={"learning_rate": found.rate})
     return job.config.model_copy(update={"train": train})
 
 
 def find_rate(
-    job: Job,
-    inputs: Inputs,
-    model: nn.Module,
-    *,
-    task: Task,
-    reader: Any,
-    listener: Listener,
-    file: Path | None = None,
+    job: Job, inputs: Inputs, model: nn.Module, *, listener: Listener, file: Path | None = None
 ) -> ChosenRate:
     """Find the rate for a run; ``model`` carries no adapter before and after, and is as it was.
 
-    ``file`` keeps each trial once it is done: what stands there already is not done again.
-
-    Raises RunError in one of several processes that train one model.
+    ``file`` keeps each trial once it is done: what stands there already is not done again. It is for one process, which
+    `trimtab.training.several.require_fit` sees to.
     """
-    if here().size > 1:
-        raise RunError(
-            "train.learning_rate: auto is for one process; find the rate with `trimtab tune` and write it into the YAML"
-        )
     train = job.config.train
     steps = total_steps(train, len(inputs.rows))
     plan = plan_trials(train, steps, len(inputs.validation))
-    search = _Search(job, inputs, model, task=task, reader=reader, listener=listener, rows=plan.rows)
+    search = _Search(job, inputs, model, listener=listener, rows=plan.rows)
     likely = search.likely(steps)
     known = read_rate(file) if file is not None else None
     if known is not None and known.rate is not None:
@@ -167,20 +146,10 @@ def _rounded(rate: float, place: int) -> float:
 class _Search:
     """Makes trials of one run."""
 
-    def __init__(
-        self,
-        job: Job,
-        inputs: Inputs,
-        model: nn.Module,
-        *,
-        task: Task,
-        reader: Any,
-        listener: Listener,
-        rows: int,
-    ) -> None:
+    def __init__(self, job: Job, inputs: Inputs, model: nn.Module, *, listener: Listener, rows: int) -> None:
         self._job, self._inputs, self._model = job, inputs, model
-        self._task, self._reader, self._listener = task, reader, listener
-        self._head = task.head(model)
+        self._task, self._reader, self._listener = tasks.of(job), job.reader, listener
+        self._head = self._task.head(model)
         self._rules = job.attach_to(model).rules
         detach(model)
         # Evenly over the validation rows, which may be sorted.

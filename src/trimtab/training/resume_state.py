@@ -24,7 +24,7 @@ from transformers import EarlyStoppingCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import safe_globals
 
-from trimtab.adapters.store import read_adapter
+from trimtab.adapters.placing import read_adapter
 from trimtab.config.run import TrainConfig
 from trimtab.errors import AdapterError
 from trimtab.runs.checkpoints import STATE, best_folder, damage, numbered, prune, set_aside, step_of

@@ -19,9 +19,9 @@ from trimtab.errors import STOPS, Interrupted, TrimtabError, machine_errors
 from trimtab.evaluation.evaluate import write
 from trimtab.launching import joined
 from trimtab.machine import describe_machine, peak_device_memory_gib, peak_memory_gib, versions
-from trimtab.memory.suggest import check_run
+from trimtab.memory.estimate import check_run
 from trimtab.processes import here
-from trimtab.runs.beginning import Opening, opened
+from trimtab.runs.beginning import Opening, Origin, opened
 from trimtab.runs.checkpoints import step_of
 from trimtab.runs.events import Listener
 from trimtab.runs.folder import RunFolder
@@ -33,7 +33,6 @@ from trimtab.surgery.attach_report import AttachReport
 from trimtab.training.checks import checked_inputs
 from trimtab.training.metrics_log import require_tensorboard
 from trimtab.training.optimizer import make_optimizer
-from trimtab.training.origin import Origin
 from trimtab.training.rate_trials import with_rate
 from trimtab.training.resume_state import newest_whole
 from trimtab.training.schedule import total_steps
@@ -63,7 +62,8 @@ def finetune(
             return _lead(config, listener or Listener(), resume=resume, overwrite=overwrite)
         config = group.gathered(config)[0]  # the leading one knows its folder, too
         group.sharded = group.sharded or config.train.sharding == "full"
-        follow(tasks.job_of(config))
+        job, inputs = tasks.inputs_of(tasks.job_of(config), Listener())
+        follow(job, inputs)
         return RunFolder(config.output)
 
 
@@ -116,24 +116,22 @@ def _set_up(job: Job, opening: Opening, listener: Listener, began: float) -> _Ru
     job, config = origin.job, job.config
     group = here()
     group.gathered(job.config)
-    task = tasks.of(job)
-    reader = task.reader(job.source)
     listener.stage("Reading the rows")
-    inputs = task.read(job, reader, listener)
-    job = job.read_for(task.head_for(job, inputs))
+    job, inputs = tasks.inputs_of(job, listener)
+    task = tasks.of(job)
     origin = replace(origin, job=job)
     trains = not opening.trained and config.train.epochs > 0
     others = require_same_rows(opening, inputs.digests, inputs.sources, trains=trains)
     inputs = checked_inputs(job, inputs, check_run(job, task.sizes(job, inputs)), listener)
 
-    listener.show(task.preview(inputs, reader))
+    listener.show(task.preview(inputs, job.reader))
     if config.train.prompt_loss_weight:
         listener.note(f"in training, a token of the prompt counts {config.train.prompt_loss_weight:g} of a marked one")
     if group.size > 1:
         listener.note(told_of(config))
     listener.counting(task.counted)
     listener.stage(f"Loading {config.model.name}")
-    run = _Run(origin, opening, Work(job, task, inputs, reader=reader, listener=listener), began)
+    run = _Run(origin, opening, Work(job, inputs, listener), began)
     run.measured_anew = others
     for sentence in run.work.told:
         run.remark(sentence)
@@ -318,8 +316,7 @@ class _Run:
         if before is not None and before.learning_rate and self.opening.trained and not self.folder.rate.is_file():
             self._summary = self._summary.updated(learning_rate=before.learning_rate)
             return
-        found = {"reader": self.work.reader, "listener": self.listener, "file": self.folder.rate}
-        self.config = with_rate(self.job, self.inputs, self.work.model, task=self.work.task, **found)
+        self.config = with_rate(self.job, self.inputs, self.work.model, listener=self.listener, file=self.folder.rate)
         self._summary = self._summary.updated(learning_rate=self.config.train.rate)
 
     def _checkpoint(self) -> Path | None:

@@ -5,7 +5,7 @@ The rest of a run, its folder and what is told of it, is the leading process's a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from trimtab.config.resolve import Job
 from trimtab.config.run import TrainConfig
 from trimtab.errors import AdapterError, ModelError, RunError
 from trimtab.evaluation.evaluate import Evaluation
-from trimtab.models.load import load_model, quiet_libraries
+from trimtab.models.load import load_model
+from trimtab.models.model_files import quiet_libraries
 from trimtab.processes import here, together
 from trimtab.runs.events import Listener
 from trimtab.runs.folder import RunFolder
@@ -30,11 +31,9 @@ from trimtab.signals import heard, listening
 from trimtab.surgery.attach_report import AttachReport, describe
 from trimtab.surgery.contexts import disable_adapter
 from trimtab.surgery.names import adapters
-from trimtab.tasks import Inputs, Task
+from trimtab.tasks import Inputs
 from trimtab.training.callbacks import Interrupting, LastLoss, Telling
-from trimtab.training.compile_choice import choose
-from trimtab.training.compiling import Compiling
-from trimtab.training.measuring import Measuring
+from trimtab.training.compiling import Compiling, choose
 from trimtab.training.metrics_log import Recorder
 from trimtab.training.on_device import fitted
 from trimtab.training.sharding import Inside, shard
@@ -50,18 +49,17 @@ class Work:
         at_once: whether the user would not wait for a good end.
     """
 
-    def __init__(self, job: Job, task: Task, inputs: Inputs, *, reader: Any, listener: Listener) -> None:
+    def __init__(self, job: Job, inputs: Inputs, listener: Listener) -> None:
         quiet_libraries()
         here().wait()  # until the leading process has found that the run may begin
-        self.job, self.task, self.inputs, self.reader, self.listener = job, task, inputs, reader, listener
+        self.task, self.inputs, self.reader, self.listener = tasks.of(job), inputs, job.reader, listener
         config = job.config
         self.model: nn.Module = load_model(
-            job.source, job.dtype, config.model.attention, config.quantisation, job.device
+            job.files, job.dtype, config.model.attention, config.quantisation, job.device
         )
         self.told: list[str] = []
-        self.job = job = fitted(job, task, self.model, reader, self.told.append)
-        self.head = task.head(self.model)
-        self._measuring = Measuring(job, task, inputs, head=self.head, reader=reader, listener=listener)
+        self.job = fitted(job, self.task, self.model, self.reader, self.told.append)
+        self.head = self.task.head(self.model)
         self._inside: Callable[[Callable[[], Any]], Any] = lambda work: work()
         self.trackers: list[TrainerCallback] = []
         self.steps, self.epochs, self.at_once = 0, 0.0, False
@@ -99,8 +97,32 @@ class Work:
     def test_set(self, name: str, *, bare: bool = False) -> Evaluation:
         """Evaluate the test set of that name; ``bare``: as if nothing was attached."""
         with disable_adapter(self.model) if bare and adapters(self.model) else nullcontext():
-            evaluation: Evaluation = self._inside(lambda: self._measuring.test_set(name))
+            evaluation: Evaluation = self._inside(lambda: self._tested(name))
         return evaluation
+
+    def _tested(self, name: str) -> Evaluation:
+        return self.task.evaluate(
+            self.head,
+            self.reader,
+            self.inputs.tests[name],
+            name=name,
+            choices=self.inputs.choices,
+            evaluation=self.job.config.evaluation,
+            max_length=self.job.reading_length,
+            progress=lambda done, total: self.listener.evaluating(name, done, total),
+        )
+
+    def validation(self) -> Mapping[str, float]:
+        """The metrics of the validation rows that can choose the best step: the loss, and where answers are scored,
+        those of scored answers."""
+        return self.task.validation(
+            self.head,
+            self.reader,
+            self.inputs.validation,
+            inputs=self.inputs,
+            job=self.job,
+            progress=lambda done, total: self.listener.evaluating("validation", done, total),
+        )
 
     @together
     def train(
@@ -138,7 +160,7 @@ class Work:
                 reader=self.reader,
                 folder=folder.checkpoints,
                 record=recorder.record if recorder is not None else _unrecorded,
-                validate=(lambda: self._inside(self._measuring.validation)) if self.inputs.validation else None,
+                validate=(lambda: self._inside(self.validation)) if self.inputs.validation else None,
                 best=self.task.best(train.metric, self.inputs),
                 earlier=earlier,
                 callbacks=[*callbacks, *self.trackers],
@@ -159,19 +181,15 @@ class Work:
         return trainer.settle(keep_best=bool(self.inputs.validation) and train.keep_best)
 
 
-def follow(job: Job) -> None:
+def follow(job: Job, inputs: Inputs) -> None:
     """Do one's part of a run that another process leads; ``job`` is its own, as it was read there."""
-    listener = Listener()
-    task = tasks.of(job)
-    reader = task.reader(job.source)
-    inputs = task.read(job, reader, listener)
-    job = job.read_for(task.head_for(job, inputs))
     if not job.config.output.is_dir():
         raise RunError(
             f"{job.config.output}: process {here().rank} does not see the run folder of the first one; all processes "
             "need a file system in common"
         )
-    here().follow(Work(job, task, inputs, reader=reader, listener=listener))
+    work = Work(job, inputs, Listener())
+    here().follow(work)
 
 
 def _require_divisible(model: nn.Module) -> None:

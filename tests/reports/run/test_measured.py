@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from scipy.stats import binomtest
 
-from trimtab.reports.run.measured import baseline, headline, interval, measured
+from trimtab.reports.run.run_tables import baseline, headline, interval, measured
 from trimtab.runs.read import TestSet, read_sets
 
 

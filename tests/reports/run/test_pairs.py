@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from trimtab.reports.run.pairs import Pair, groups, mixed, pairs, sample
-from trimtab.reports.run.prompts import template
+from trimtab.reports.run.pairs import Pair, answered, groups, pairs, sample, template
 from trimtab.runs.read import TestSet, read_sets
 from trimtab.runs.results import Prediction
 
@@ -54,7 +53,7 @@ def test_a_sample_has_no_more_rows_than_there_are(count: int) -> None:
 
 
 def test_a_mixed_sample_begins_with_what_was_won_and_hides_no_loss(run: Path) -> None:
-    chosen = [pair.shown.row for pair in mixed(read_sets(run)[0], 4)]
+    chosen = [pair.shown.row for pair in answered(read_sets(run))[0].mixed(4)]
     assert set(chosen) >= {4, 5}
     assert chosen[0] in (1, 3, 6)
     assert len(chosen) == 4

@@ -12,9 +12,8 @@ from PIL import Image
 
 from trimtab.evaluation.evaluate import Evaluation, write
 from trimtab.metrics import METRICS
-from trimtab.reports.run.measured import Measured
-from trimtab.reports.run.run_page import write_run_page
-from trimtab.reports.run.tagged import pieces
+from trimtab.reports.run.run_page import pieces, write_run_page
+from trimtab.reports.run.run_tables import Measured
 from trimtab.runs.records import Summary
 from trimtab.runs.results import ChoiceResult, ClassScore, EntitiesResult, NumberResult, Prediction
 

@@ -23,6 +23,13 @@ Target = Annotated[
 Adapter = Annotated[
     Path | None, typer.Option(help="An adapter to put onto a model named in place of a run.", show_default=False)
 ]
+Bare = Annotated[bool, typer.Option("--base", help="Leave the run's adapter off: the model as it was before.")]
+BatchSize = Annotated[
+    int | None,
+    typer.Option(min=1, help="Rows in one forward pass; answers do not depend on it. Default: the run's, or 32."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON in place of tables.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there already.")]
 System = Annotated[
     str | None,
     typer.Option(metavar="TEXT", help="A system message: how the model should answer.", show_default=False),

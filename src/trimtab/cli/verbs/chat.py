@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
-
 from trimtab.cli.exits import say
 from trimtab.cli.importing import importing
-from trimtab.cli.verbs._arguments import Adapter, MaxNewTokens, Seed, System, Target, Temperature, TopP
+from trimtab.cli.verbs._arguments import Adapter, Bare, MaxNewTokens, Seed, System, Target, Temperature, TopP
 
 SHORT_HELP = "Talk with the model of a run, or with any model."
 
@@ -17,7 +13,7 @@ def command(
     target: Target,
     system: System = None,
     adapter: Adapter = None,
-    base: Annotated[bool, typer.Option("--base", help="Talk with the untuned model of the run instead.")] = False,
+    base: Bare = False,
     max_new_tokens: MaxNewTokens = 512,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from trimtab.cli.exits import say
+from trimtab.cli.verbs._arguments import Overwrite
 
 
 class Way(StrEnum):
@@ -59,7 +60,7 @@ def command(
             show_default=False,
         ),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a combined adapter that is there.")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Combine adapters of one model, and write the new one as an adapter folder.
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from trimtab.cli.verbs._arguments import RunPath
+from trimtab.cli.verbs._arguments import Overwrite, RunPath
 from trimtab.cli.verbs._hand_out import OutFolder, hand_out
 
 
@@ -49,7 +49,7 @@ def command(
             show_default=False,
         ),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a LoRA folder that is there.")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Write the adapter of a run as plain LoRA, as near as the rank allows, and say how near that is.
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
 
 import typer
 
 from trimtab.cli.exits import say
 from trimtab.cli.importing import importing
+from trimtab.cli.verbs._arguments import AsJson
 
 SHORT_HELP = "Say what this machine has, and what would help."
 
 
-def command(as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of tables.")] = False) -> None:
+def command(as_json: AsJson = False) -> None:
     """Say what this machine and its installation have for fine-tuning, and what would help.
 
     Nothing is changed or downloaded. The exit code is 1 if a package that trimtab needs is missing or too old.

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from trimtab.cli.importing import importing
+from trimtab.cli.verbs._arguments import Adapter, Bare, BatchSize, Target
 
 SHORT_HELP = "Measure a run, or any model, on rows."
 
@@ -15,9 +16,7 @@ INTERRUPTED = "the sets that are measured are kept; the same command begins agai
 
 
 def command(
-    target: Annotated[
-        str, typer.Argument(metavar="TARGET", help="The folder of a run, or the name of a model.", show_default=False)
-    ],
+    target: Target,
     data: Annotated[
         list[str] | None,
         typer.Option(
@@ -32,8 +31,8 @@ def command(
     generate: Annotated[
         bool, typer.Option("--generate", help="Let the model write its answer where a closed set would be scored.")
     ] = False,
-    adapter: Annotated[Path | None, typer.Option(help="An adapter to put onto a model named by TARGET.")] = None,
-    base: Annotated[bool, typer.Option("--base", help="Leave the run's adapter off.")] = False,
+    adapter: Adapter = None,
+    base: Bare = False,
     choices: Annotated[
         str | None,
         typer.Option(
@@ -48,10 +47,7 @@ def command(
             show_default=False,
         ),
     ] = None,
-    batch_size: Annotated[
-        int | None,
-        typer.Option(min=1, help="Rows in one forward pass; results do not depend on it. Default: the run's, or 32."),
-    ] = None,
+    batch_size: BatchSize = None,
     max_new_tokens: Annotated[
         int | None,
         typer.Option(min=1, help="Longest generated answer, in tokens. Default: the task's, the run's, or 32."),

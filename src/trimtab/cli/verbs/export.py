@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from trimtab.cli.verbs._arguments import RunPath
+from trimtab.cli.verbs._arguments import Overwrite, RunPath
 from trimtab.cli.verbs._hand_out import Dtype, MergedOnto, Onto, OutFolder, Rows, StoredDtype, dtype_of, hand_out
 
 SHORT_HELP = "Hand a run over to other programs: transformers, PEFT, llama.cpp, Ollama, MLX."
@@ -55,9 +55,7 @@ def command(
         str | None, typer.Option(metavar="TEXT", help="A system message for Ollama's Modelfile.", show_default=False)
     ] = None,
     rows: Rows = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a folder of the same format that is there.")
-    ] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Write a folder that another program loads, with a model card, and say how far its outputs are from the run's."""
     hand_out(

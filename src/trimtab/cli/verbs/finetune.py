@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from trimtab.cli.importing import importing
-from trimtab.cli.verbs._arguments import Overrides
+from trimtab.cli.verbs._arguments import Overrides, Overwrite
 from trimtab.hints import pasted
 from trimtab.launching import joined
 
@@ -44,7 +44,7 @@ def command(
             help="Go on with the run from its last checkpoint; with KEY=VALUE, under settings that may change.",
         ),
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run that is in the output folder.")] = False,
+    overwrite: Overwrite = False,
     finlora: Annotated[
         Path | None,
         typer.Option(
@@ -88,11 +88,11 @@ def _train(loaded: RunConfig, *, resume: bool, overwrite: bool) -> None:
 
         folder = finetune(loaded, resume=resume, overwrite=overwrite, listener=display)
 
-    summary = folder.read_summary()
+    run = read_run(folder.path)
+    summary = run.summary
     assert summary is not None, "a run that ended has a summary"
     console.print()
     if loaded.data.test:
-        run = read_run(folder.path)
         console.print(run_tables.results_table(run))
         console.print(run_tables.answers_table(run))
     console.print(

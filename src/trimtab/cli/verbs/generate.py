@@ -9,7 +9,7 @@ import typer
 from trimtab.cli.exits import say, say_json
 from trimtab.cli.importing import importing
 from trimtab.cli.terminal import nobody_reads
-from trimtab.cli.verbs._arguments import Adapter, MaxNewTokens, Seed, System, Target, Temperature, TopP
+from trimtab.cli.verbs._arguments import Adapter, Bare, MaxNewTokens, Seed, System, Target, Temperature, TopP
 
 SHORT_HELP = "Ask the model of a run, or any model."
 
@@ -34,7 +34,7 @@ def command(
     ] = None,
     system: System = None,
     adapter: Adapter = None,
-    base: Annotated[bool, typer.Option("--base", help="Ask the untuned model of the run instead.")] = False,
+    base: Bare = False,
     max_new_tokens: MaxNewTokens = 128,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,

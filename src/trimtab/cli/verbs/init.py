@@ -10,6 +10,7 @@ import typer
 
 from trimtab.cli.exits import say
 from trimtab.cli.importing import importing
+from trimtab.cli.verbs._arguments import Overwrite
 from trimtab.hints import pasted
 
 SHORT_HELP = "Write a first YAML for your rows."
@@ -46,7 +47,7 @@ def command(
             show_default=False,
         ),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE if it is there.")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Write a short commented YAML for your rows, fitted to them and to this machine.
 

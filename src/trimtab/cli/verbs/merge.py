@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
-
-from trimtab.cli.verbs._arguments import RunPath
+from trimtab.cli.verbs._arguments import Overwrite, RunPath
 from trimtab.cli.verbs._hand_out import Dtype, MergedOnto, Onto, OutFolder, Rows, StoredDtype, dtype_of, hand_out
 
 SHORT_HELP = "Write a model folder that loads without trimtab."
@@ -18,7 +14,7 @@ def command(
     dtype: StoredDtype = Dtype.auto,
     onto: MergedOnto = Onto.dequantised,
     rows: Rows = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model folder that is there.")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Fold the adapter of a run into its model and write an ordinary Hugging Face folder, with a model card."""
     hand_out(run, out, "merged", overwrite=overwrite, dtype=dtype_of(dtype), onto=onto.value, rows=rows)

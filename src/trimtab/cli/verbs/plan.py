@@ -9,7 +9,7 @@ import typer
 
 from trimtab.cli.exits import say
 from trimtab.cli.importing import importing
-from trimtab.cli.verbs._arguments import ConfigPath, Overrides
+from trimtab.cli.verbs._arguments import AsJson, ConfigPath, Overrides
 
 SHORT_HELP = "Show which modules get what, and the memory that takes; loads no weights."
 
@@ -25,7 +25,7 @@ def command(
     processes: Annotated[
         int, typer.Option(min=1, help="Estimate each process's memory, where so many train (torchrun, one machine).")
     ] = 1,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of tables.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show which modules get which method, how many parameters are trained, and how much memory the run will take.
 
@@ -36,7 +36,7 @@ def command(
     loaded = load_config(config, overrides or [])
 
     with importing():
-        from trimtab.memory.suggest import describe_run
+        from trimtab.memory.described import describe_run
         from trimtab.processes import Processes, being
         from trimtab.tasks import job_of
         from trimtab.training.checks import planned

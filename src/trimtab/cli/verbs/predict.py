@@ -9,7 +9,7 @@ import typer
 from trimtab.cli.exits import say, say_json
 from trimtab.cli.importing import importing
 from trimtab.cli.terminal import nobody_reads
-from trimtab.cli.verbs._arguments import Adapter, Target
+from trimtab.cli.verbs._arguments import Adapter, Bare, BatchSize, Target
 
 SHORT_HELP = "Label texts, pictures or words with a model that was trained to."
 
@@ -35,13 +35,8 @@ def command(
         ),
     ] = None,
     adapter: Adapter = None,
-    base: Annotated[
-        bool, typer.Option("--base", help="Leave the run's adapter off: what the model answered before training.")
-    ] = False,
-    batch_size: Annotated[
-        int | None,
-        typer.Option(min=1, help="Rows in one forward pass; answers do not depend on it. Default: the run's, or 32."),
-    ] = None,
+    base: Bare = False,
+    batch_size: BatchSize = None,
     max_new_tokens: Annotated[
         int | None,
         typer.Option(min=1, help="Longest target that is written, in tokens. Default: the run's, or 32."),

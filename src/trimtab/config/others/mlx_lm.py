@@ -116,8 +116,8 @@ class MlxConfig(OtherConfig):
         last = carried.take("num_layers", carried.take("lora_layers", 16))
         if last == -1:
             return None
-        from trimtab.models.load import load_config_only
         from trimtab.models.locate import locate
+        from trimtab.models.model_files import load_config_only
 
         try:
             config = load_config_only(locate(carried.settings["model.name"][0], carried.file.parent))

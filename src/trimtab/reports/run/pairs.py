@@ -1,13 +1,71 @@
-"""Rows of a test set before and after training: how many moved, and which few are worth showing."""
+"""Rows of a test set before and after training: how many moved, which few are worth showing, and the template that
+their prompts share. Shown whole, ten rows are ten copies of an instruction."""
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from trimtab.reports.run import prompts
 from trimtab.runs.read import TestSet
 from trimtab.runs.results import Prediction
+
+# A line in this share of the prompts belongs to the template. Low, as a template may come in a few variants; and only
+# where there are enough prompts for a repetition to mean something.
+_SHARE = 0.15
+_ENOUGH = 5
+
+
+@dataclass(frozen=True)
+class Template:
+    """The lines that prompts repeat, most frequent first, and what every remaining text begins and ends with."""
+
+    lines: tuple[str, ...] = ()
+    prefix: str = ""
+    suffix: str = ""
+
+    def own_words(self, prompt: str) -> str:
+        """``prompt`` without the template; the whole prompt where nothing else would be left."""
+        rest = _without(prompt, self.lines).removeprefix(self.prefix).removesuffix(self.suffix)
+        return rest.strip() or prompt.strip()
+
+    def __bool__(self) -> bool:
+        return bool(self.lines or self.prefix or self.suffix)
+
+
+def template(prompts: Sequence[str]) -> Template:
+    """The template of ``prompts``; an empty one where they are few, have nothing in common or are all but the same."""
+    if len(prompts) < _ENOUGH:
+        return Template()
+    seen = Counter(line for prompt in prompts for line in set(prompt.splitlines()) if line.strip())
+    often = [line for line, times in seen.items() if times >= max(2, _SHARE * len(prompts))]
+    # Among equals in the order of the alphabet, since a set has no order of its own.
+    lines = tuple(sorted(often, key=lambda line: (-seen[line], line)))
+    rests = [rest for prompt in prompts if (rest := _without(prompt, lines))]
+    if 2 * len(rests) < len(prompts):
+        return Template()
+    if len(set(rests)) == 1:
+        return Template(lines)
+    # Up to a mark that ends a label ("Input:", "[INST]"): questions that all begin with "What is" keep those words.
+    label = re.match(r".*[:>|\]}]\s*", _common_start(rests), re.DOTALL)
+    prefix = label[0] if label else ""
+    end = _common_start([rest[len(prefix) :][::-1] for rest in rests])[::-1]
+    label = re.search(r"[<\[{|].*|^.*:\s*$", end, re.DOTALL)
+    return Template(lines, prefix, label[0] if label else "")
+
+
+def _without(prompt: str, lines: Sequence[str]) -> str:
+    return "\n".join(line for line in prompt.splitlines() if line not in lines).strip()
+
+
+def _common_start(texts: Sequence[str]) -> str:
+    """What all ``texts`` begin with, in whole words."""
+    # The first and the last in order differ soonest.
+    first, last = min(texts), max(texts)
+    differ = (place for place, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
+    return re.sub(r"\w+$", "", first[: next(differ, min(len(first), len(last)))])
+
 
 # Up to so many letters, answers stand beside each other rather than below.
 _SHORT = 14
@@ -101,19 +159,6 @@ def sample(rows: list[Pair], count: int) -> list[Pair]:
     return sorted(chosen, key=lambda pair: pair.shown.row)
 
 
-def mixed(tests: TestSet, count: int) -> list[Pair]:
-    """``count`` rows over all groups, most of them rows that changed: for a reader who sees these alone."""
-    # Taken in turn, so that one group with few rows leaves its places to the others.
-    queues = [list(sample(group.pairs, count)) for group in groups(tests)]
-    weights = [2 if group.before is False and group.after is True else 1 for group in groups(tests)]
-    chosen: list[Pair] = []
-    while len(chosen) < count and any(queues):
-        for queue, weight in zip(queues, weights, strict=True):
-            chosen += queue[:weight]
-            del queue[:weight]
-    return chosen[:count]
-
-
 def _spread(rows: list[Pair], count: int) -> list[Pair]:
     count = min(count, len(rows))
     return [rows[(2 * place + 1) * len(rows) // (2 * count)] for place in range(count)]
@@ -125,7 +170,7 @@ class Answered:
 
     tests: TestSet
     groups: list[Group]
-    template: prompts.Template
+    template: Template
 
     @property
     def rows(self) -> int:
@@ -159,11 +204,23 @@ class Answered:
         """Whether there are answers from before and after training."""
         return all(pair.before and pair.after for group in self.groups for pair in group.pairs)
 
+    def mixed(self, count: int) -> list[Pair]:
+        """``count`` rows over all groups, most of them rows that changed: for a reader who sees these alone."""
+        # Taken in turn, so that one group with few rows leaves its places to the others.
+        queues = [list(sample(group.pairs, count)) for group in self.groups]
+        weights = [2 if group.before is False and group.after is True else 1 for group in self.groups]
+        chosen: list[Pair] = []
+        while len(chosen) < count and any(queues):
+            for queue, weight in zip(queues, weights, strict=True):
+                chosen += queue[:weight]
+                del queue[:weight]
+        return chosen[:count]
+
 
 def answered(sets: Sequence[TestSet]) -> list[Answered]:
     """The test sets that have predictions."""
     return [
-        Answered(tests, grouped, prompts.template([pair.shown.prompt for pair in pairs(tests)]))
+        Answered(tests, grouped, template([pair.shown.prompt for pair in pairs(tests)]))
         for tests in sets
         if (grouped := groups(tests))
     ]

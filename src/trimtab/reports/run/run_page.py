@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
 from markupsafe import Markup
 
+from trimtab.data.pictures import opened
+from trimtab.errors import DataError
 from trimtab.hints import pasted
 from trimtab.metrics import METRICS, Metric, counts_rows
 from trimtab.reports.run.curves import curves, describe
-from trimtab.reports.run.measured import baseline, headline, interval, measured
 from trimtab.reports.run.pairs import answered, shown
 from trimtab.reports.run.run_pictures import draw_curves, draw_numbers, draw_trials, share_bars
-from trimtab.reports.run.tagged import pieces
-from trimtab.reports.run.thumbnails import thumbnail
+from trimtab.reports.run.run_tables import baseline, headline, interval, measured
 from trimtab.reports.shared import words
 from trimtab.reports.shared.shell import write_page
 from trimtab.runs.read import Run, TestSet, read_run
@@ -185,3 +188,63 @@ def bars(tests: TestSet, name: str) -> Markup | None:
     if guess is not None:
         label += f"; {guess.name} {words.percent(guess.share)}"
     return share_bars(name, sides, guess and (guess.name, guess.share), label)
+
+
+SIDE = 72
+"""CSS pixels of the longer side."""
+
+
+def thumbnail(path: str) -> Markup | None:
+    """The picture at ``path`` as an image of the page; None where it is not there any more, or is none."""
+    if not Path(path).is_file():
+        return None
+    try:
+        image = opened("", path, b"")
+    except DataError:
+        return None
+    kept = io.BytesIO()
+    if max(image.size) > 2 * SIDE:  # twice as fine as the page, for screens that are
+        image.thumbnail((2 * SIDE, 2 * SIDE))
+    width, height = (max(1, round(side * SIDE / max(image.size))) for side in image.size)
+    image.save(kept, "png", optimize=True)
+    data = base64.b64encode(kept.getvalue()).decode()
+    return Markup('<img class="thumbnail" width="{}" height="{}" alt="" src="data:image/png;base64,{}">').format(
+        width, height, data
+    )
+
+
+COLOURS = 6
+"""Pairs of ink and ground that the style sheet has, ``tag-0`` and on."""
+
+_BEGIN, _INSIDE, _OUTSIDE = "BSU", "IEL", "O"
+
+
+class Piece(NamedTuple):
+    """Words in a row under one ``tag``; empty for none. ``colour``: the number of its colour."""
+
+    text: str
+    tag: str
+    colour: int
+
+
+def pieces(words: Sequence[str], tags: str, kinds: Sequence[str]) -> list[Piece]:
+    """``words`` with their ``tags``, which stand in one text with a space between them.
+
+    Tags that mark entities (``B-PER I-PER``, also as IOBES or BILOU) become one piece for each entity, under its kind;
+    any other tag is a piece of its own for each word. ``kinds``: all kinds or tags, which decides the colours.
+    """
+    colours = {kind: number % COLOURS for number, kind in enumerate(kinds)}
+    found: list[Piece] = []
+    open_kind = ""
+    for word, tag in zip_longest(words, tags.split(" ")[: len(words)], fillvalue=_OUTSIDE):
+        mark, _, kind = tag.partition("-") if tag[1:2] == "-" else (tag, "", "")
+        if tag == _OUTSIDE:
+            open_kind = ""
+            found.append(Piece(word, "", 0))
+        elif kind and mark in _INSIDE and kind == open_kind:
+            found[-1] = found[-1]._replace(text=f"{found[-1].text} {word}")
+        else:
+            open_kind = kind if kind and mark in _BEGIN + _INSIDE else ""
+            name = kind or tag
+            found.append(Piece(word, name, colours.get(name, 0)))
+    return found
