@@ -3,7 +3,7 @@ backward pass, of a Llama-8B block and of its seven linear layers alone.
 
     python benchmarks/traffic.py                          at 1,024, 4,096 and 16,384 tokens
     python benchmarks/traffic.py --tokens 4096 --rank 64
-    python benchmarks/traffic.py --shared                 what one read of an input for q, k, v and gate, up would save
+    python benchmarks/traffic.py --left-out               what two things would bring that are not done
 
 The layers run on tensors without numbers, on the device of ``tests/accelerator.py``. Every operation of torch is a
 launch that reads its arguments and writes its results; one of ours is one launch, or two where sums are finished by a
@@ -254,21 +254,36 @@ def _attention(module: Any, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwarg
     return _Attention.apply(q, k, v).transpose(1, 2), None  # type: ignore[no-untyped-call]
 
 
-# One read for several layers ------------------------------------------------------------------------------------------
+# What is left out -----------------------------------------------------------------------------------------------------
 
 
-def shared(tokens: int, rank: int) -> None:
-    """Print what is to be had where q, k, v and gate, up read their input for ``x A^T`` and for the gradients of A
-    together: on a GPU by bytes, and on this processor by the clock, at the shapes of SmolLM2."""
-    frozen = block(None, tokens, kernels="plain").seconds
+def left_out(tokens: int, rank: int) -> None:
+    """Print what would be had where q, k, v and gate, up read their input together, for ``x A^T`` and for the gradients
+    of A: on a GPU by bytes, on this processor by the clock, at the shapes of SmolLM2. And where DoRA kept no output
+    behind q, k, o and down, whose products would be computed again, or kept in fewer bits."""
+    frozen, lora, dora = (block(METHODS[one], tokens, kernels="triton") for one in ("frozen", "lora", "dora"))
     saved = 2 * (2 + 1) * tokens * LLAMA_8B["hidden_size"] * 2 / BANDWIDTH
+    print(f"{tokens:,} tokens, a Llama-8B block by the rates of an H200, {1e6 * frozen.seconds:.0f} us frozen:")
     print(
-        f"GPU, {tokens:,} tokens: at most {1e6 * saved:.0f} us of a block's {1e6 * frozen:.0f} ({saved / frozen:.1%})"
+        f"  one read for q, k, v and one for gate, up: at most {1e6 * saved:.0f} us less ({saved / frozen.seconds:.1%})"
     )
+    work = sum(2 * tokens * math.prod(shape) for shape in (LINEAR[0], LINEAR[1], LINEAR[3], LINEAR[6])) / RATE
+    mib = sum(2 * tokens * LINEAR[place][1] for place in (0, 1, 3, 6)) / 2**20
+    more = f"{(dora.kept - lora.kept) / 2**20:.0f} MiB more than LoRA's {lora.kept / 2**20:.0f}"
+    print(f"  DoRA keeps {more}, {mib:.0f} of them behind q, k, o and down; their products again: {1e6 * work:.0f} us ")
+    print(f"  more ({work / frozen.seconds:.0%})")
+    grad, y = torch.randn(tokens, 512), torch.randn(tokens, 512).bfloat16()
+    exact = (grad.double() * y.double()).sum(0)
+    for kind in (torch.bfloat16, torch.float8_e4m3fn):
+        noise = y.float() * (1 + 2**-9 * torch.randn_like(grad)) if kind is torch.bfloat16 else y.float()
+        error = ((grad * noise.to(kind).float()).double().sum(0) - exact).norm() / exact.norm()
+        print(f"  the gradient of m from outputs in {kind}: off by {error:.1e} of it")
     for dtype in (torch.bfloat16, torch.float32):
         steps = _thin(dtype, rank)
         ms = {name: 1e3 * statistics.median(times) for name, times in alternate(steps, 200).items()}
-        print(f"{dtype}, 1,024 tokens: " + ", ".join(f"{name} {one:.3f} ms" for name, one in ms.items()))
+        print(
+            f"this processor, {dtype}, 1,024 tokens: " + ", ".join(f"{name} {one:.3f} ms" for name, one in ms.items())
+        )
 
 
 def _thin(dtype: torch.dtype, rank: int) -> dict[str, Callable[[], object]]:
@@ -292,14 +307,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096, 16384])
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--shared", action="store_true")
+    parser.add_argument("--left-out", action="store_true")
     options = parser.parse_args()
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     ALL_ATTENTION_FUNCTIONS.register("counted", _attention)
-    if options.shared:
+    if options.left_out:
         for tokens in options.tokens:
-            shared(tokens, options.rank)
+            left_out(tokens, options.rank)
         return
     rows, found = [], []
     for tokens in options.tokens:
