@@ -187,7 +187,8 @@ def _kernel(op: Any, *args: Any, **kwargs: Any) -> Any:
         for seen in _open:
             seen.launches[place] += 1
             seen.lines[line] += 1
-    if place in WAITS or (place.startswith("index") and any(one.dtype == torch.bool for one in tensors[1:])):
+    chosen = tree_leaves(args[1:2]) if place.startswith("index") else []
+    if place in WAITS or any(isinstance(one, Tensor) and one.dtype == torch.bool for one in chosen):
         _tell("waits", {"_local_scalar_dense": "item"}.get(place, place))
     here = {key: torch.device("cpu") if isinstance(value, torch.device) else value for key, value in kwargs.items()}
     outs = {one.name: kwargs[one.name] for one in op._schema.arguments if one.is_out and one.name in kwargs}

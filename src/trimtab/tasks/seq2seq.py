@@ -301,6 +301,8 @@ def _sources(texts: Sequence[str], reader: Any, max_length: int | None) -> list[
 def _encoded(examples: Sequence[Example], reader: Any, max_length: int | None) -> list[Tensors]:
     """Source and target of each row as tokens, each with what the tokenizer puts around it, and each cut from the right
     to ``max_length``. Raises DataError for a source without a token."""
+    if not examples:  # of which a tokenizer makes nothing
+        return []
     rows = _sources([example.prompt.strip() for example in examples], reader, max_length)
     targets = reader(text_target=[str(example.answer) for example in examples], verbose=False)["input_ids"]
     for row, example, target in zip(rows, examples, targets, strict=True):
