@@ -279,7 +279,7 @@ def test_a_model_that_does_not_fit(
     cli: Any, tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRIMTAB_MEMORY_GIB", "0.00001")
-    monkeypatch.setattr("trimtab.memory.suggest.suggest", lambda *_: [])  # nine more estimates: tests/memory has them
+    monkeypatch.setattr("trimtab.memory.estimate.suggest", lambda *_: [])  # nine more estimates: tests/memory has them
     world = World(tmp_path, model_folder)
     result = cli(*world.run())
     assert result.code == 1

@@ -115,7 +115,7 @@ def test_a_model_that_cannot_be_traced_is_counted_without_activations(
 
 def test_rows_are_read_where_they_are(monkeypatch: pytest.MonkeyPatch, job: Job) -> None:
     known = estimate_run(job, SIZES)
-    monkeypatch.setattr("trimtab.memory.suggest.estimate_run", lambda *_: known)
+    monkeypatch.setattr("trimtab.memory.described.estimate_run", lambda *_: known)
     found = describe_run(job)["memory"]
     assert found["length_from"] == "the longest row"
     assert found["length"] < job.max_length
