@@ -20,7 +20,7 @@ from trimtab.files import read_json, write_json
 from trimtab.processes import Processes
 from trimtab.runs.rate_record import RateTrial, read_rate
 from trimtab.surgery.plan import Rule
-from trimtab.training import rate_plan, rate_trials
+from trimtab.training import rate_plan, rate_trials, several
 from trimtab.training.rate_plan import SHORTEST, plan_trials
 from trimtab.training.rate_prior import likely_rate
 from trimtab.training.rate_trials import APART, _narrow, choose
@@ -225,6 +225,6 @@ def test_several_processes_are_told_to_find_the_rate_first(
     make_yaml: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     write_rows(tmp_path / "none.jsonl", [])
-    monkeypatch.setattr(rate_trials, "here", lambda: Processes(size=2))
-    with pytest.raises(RunError, match="trimtab tune"):
-        finetune(load_config(make_yaml(train={"learning_rate": "auto"})))
+    monkeypatch.setattr(several, "here", lambda: Processes(size=2))
+    with pytest.raises(ConfigError, match="trimtab tune"):
+        finetune(load_config(make_yaml(train={"learning_rate": "auto", "batch_size": 2})))
