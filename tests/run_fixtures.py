@@ -71,13 +71,14 @@ def counted_memory(config: Any) -> Any:
     return estimate_run(job, task.sizes(job, inputs))
 
 
-def make_bare(patch: pytest.MonkeyPatch) -> None:
-    """Runs without the estimate of their memory before, and with an empty page after: a quarter of the time, where
-    neither is what is tested."""
+def make_bare(patch: pytest.MonkeyPatch, *, page: bool = False) -> None:
+    """Runs without the estimate of their memory before, and with an empty page after (but for ``page``): a quarter of
+    the time, where neither is what is tested."""
     from trimtab.files import write_text
     from trimtab.surgery.attach_report import AttachReport
 
     for place in ("run", "tune"):
         patch.setattr(f"trimtab.training.{place}.check_run", lambda *_: AttachReport((), (), 0, 0))
-    page = "trimtab.reports.run.run_page.write_run_page"
-    patch.setattr(page, lambda run, summary=None: write_text(run / "report.html", ""))
+    if not page:
+        writes = "trimtab.reports.run.run_page.write_run_page"
+        patch.setattr(writes, lambda run, summary=None: write_text(run / "report.html", ""))

@@ -138,19 +138,27 @@ def test_rows_are_read_where_they_are(monkeypatch: pytest.MonkeyPatch, job: Job)
     assert "There is no data file gone.jsonl" in describe_run(gone)["memory"]["length_from"]
 
 
-def test_llama_3_1_8b_from_its_config_alone(tmp_path: Path) -> None:
+@pytest.fixture
+def llama_8b(tmp_path: Path) -> Job:
+    """A run of Llama-3.1-8B, of which nothing but the configuration is there."""
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_3_1_8B))
     (tmp_path / "run.yaml").write_text(
         f"model: {tmp_path}\ndata: {{train: none.jsonl, validation: null}}\n"
         "train: {precision: bfloat16, gradient_checkpointing: true, batch_size: 2}\n"
     )
-    job = Job.of(load_config(tmp_path / "run.yaml"))
-    sizes = RowSizes(1024, 1023)
-    plain = estimate_run(job, sizes).hardest
+    return Job.of(load_config(tmp_path / "run.yaml"))
+
+
+def test_llama_3_1_8b_from_its_config_alone(llama_8b: Job) -> None:
+    plain = estimate_run(llama_8b, RowSizes(1024, 1023)).hardest
     assert plain.weights == pytest.approx(16.06e9, rel=1e-3)  # 8,030,261,248 numbers of two bytes
     # 32 inputs of blocks, [2, 1024, 4096] in two bytes, and less than 2 GiB for one block and the logits.
     assert 32 * 2 * 1024 * 4096 * 2 < plain.activations < 32 * 2 * 1024 * 4096 * 2 + 2 * GIB
-    packed = estimate_run(changed(job, quantisation="nf4"), sizes).hardest
+
+
+@pytest.mark.full
+def test_llama_3_1_8b_in_nf4(llama_8b: Job) -> None:
+    packed = estimate_run(changed(llama_8b, quantisation="nf4"), RowSizes(1024, 1023)).hardest
     linear, rest = 6_979_321_856, 2 * 128256 * 4096
     assert packed.weights == pytest.approx(linear * 0.516 + rest * 2, rel=0.01)
 

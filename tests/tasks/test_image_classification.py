@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from run_fixtures import make_bare
 from tiny_runs import Kept
 from trimtab import tasks
 from trimtab.config.read import build_config
@@ -56,6 +57,7 @@ def picture(colour: str, at: int) -> Image.Image:
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
+    make_bare(monkeypatch, page=True)
     write_vit(tmp_path / "vit")
     for colour in COLOURS:
         (tmp_path / "train" / colour).mkdir(parents=True)

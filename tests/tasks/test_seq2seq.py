@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM
 
+from run_fixtures import make_bare
 from tiny_runs import Kept, write_rows
 from tiny_seq2seq import pair_rows, seq2seq_config, write_t5
 from trimtab import tasks
@@ -26,6 +27,7 @@ TASK = tasks.find("seq2seq")
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
+    make_bare(monkeypatch, page=True)
     write_t5(tmp_path / "t5")
     write_rows(tmp_path / "train.jsonl", pair_rows(24))
     return tmp_path
