@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,3 +60,27 @@ def signals_are_heard() -> Iterator[None]:
     yield
     signal.signal(signal.SIGINT, before)
     forget()
+
+
+def forked(*words: object, out: Path, err: Path) -> int:
+    """Begin ``trimtab WORDS...`` in a fork of this process, which has loaded what it needs; gives the fork's number."""
+    from trimtab.cli import main
+
+    child = os.fork()
+    if child:
+        return child
+    code = 70
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number, file in ((1, out), (2, err)):
+            os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
+        sys.argv = ["trimtab", *map(str, words)]
+        main()
+        code = 0
+    except SystemExit as end:
+        code = int(end.code or 0)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)

@@ -33,7 +33,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """From here on the collector looks through what the tests make, and no more through a million objects besides."""
+    """From here on the collector looks through what the tests make, and no more through a million objects besides,
+    which takes half a second: every training asks for it at its end."""
     gc.freeze()
     gc.enable()
 

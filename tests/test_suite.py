@@ -11,7 +11,7 @@ import sampling
 
 TESTS = Path(__file__).parent
 CASES = 10_400 if sampling.everything else 10_200
-INTERPRETERS = 31
+INTERPRETERS = 30
 """Places where a test starts a Python of its own, which takes seconds to import what this process has."""
 
 

@@ -18,6 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import trimtab
+from command_line import forked
 from tiny_runs import rows, write_rows
 from trimtab.config.read import load_config
 from trimtab.files import read_json, read_jsonl
@@ -136,14 +137,18 @@ def test_finetune_when_piped(cli: Any, make_yaml: Callable[..., Path], tmp_path:
 def test_interrupted_by_ctrl_c_and_resumed(cli: Any, make_yaml: Callable[..., Path], tmp_path: Path) -> None:
     yaml = make_yaml(train={"epochs": 2000, "learning_rate": 1e-4, "max_steps": 12000})
     metrics = tmp_path / "run" / "metrics.jsonl"
-    process = subprocess.Popen([*PROGRAM, "finetune", str(yaml)], stdout=-1, stderr=-1, text=True)
+    said = tmp_path / "out.txt", tmp_path / "err.txt"
+    process, ended = forked("finetune", yaml, out=said[0], err=said[1]), 0
     for _ in range(1200):
-        if process.poll() is not None or (metrics.is_file() and metrics.read_text().count("\n") > 2):
+        ended = os.waitpid(process, os.WNOHANG)[0]
+        if ended or (metrics.is_file() and metrics.read_text().count("\n") > 2):
             break
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
+    assert not ended, said[1].read_text()
+    os.kill(process, signal.SIGINT)
+    code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    out, err = (file.read_text() for file in said)
+    assert code == 130, err
     assert "interrupted: finishing this step and saving a checkpoint" in out
     assert f"Go on with: trimtab finetune {tmp_path / 'run' / 'config.yaml'} --resume" in err
     assert "Traceback" not in err

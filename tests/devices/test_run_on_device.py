@@ -43,7 +43,7 @@ def steps_watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Seen]]:
 
 @pytest.mark.parametrize(
     ("form", "quantisation", "method"),
-    [("completion", "none", "dora"), ("open", "int8", "lora")],
+    [("completion", "none", "dora"), pytest.param("open", "int8", "lora", marks=pytest.mark.full)],
 )
 def test_a_run_on_a_device_is_the_run_on_the_processor(
     form: str,
@@ -130,7 +130,7 @@ def test_a_run_says_where_it_computes(
     assert not seen.count, "the processor was asked for"
 
 
-@pytest.mark.parametrize("quantisation", ["none", "nf4"])
+@pytest.mark.parametrize("quantisation", [pytest.param("none", marks=pytest.mark.full), "nf4"])
 def test_plan_holds_a_run_against_its_device(quantisation: str, make_yaml: Callable[..., Path]) -> None:  # noqa: F811
     job = job_of(load_config(make_yaml("run", quantisation=quantisation)))
     here = describe_run(job)["memory"]
