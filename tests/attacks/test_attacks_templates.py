@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from sampling import sample
 from tiny_runs import tiny_tokenizer
 from trimtab.data.forms import read_examples
 from trimtab.errors import DataError, ModelError, TrimtabError
@@ -138,7 +139,7 @@ def examples(path: Path, tokenizer: Any) -> Any:
 
 def test_a_template_s_end_of_a_turn_is_looked_for_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chat_template, "_SECONDS", 0.05)  # each of them is tried with several messages
-    for template in (*FAILING.values(), *ENDLESS.values()):
+    for template in sample([*FAILING.values(), *ENDLESS.values()], 4):
         try:
             assert chat_template.turn_end(tiny_tokenizer(template)) is None
         except TrimtabError as error:
