@@ -49,15 +49,15 @@ class PeftAdapter(LoRA):
         if compiling:
             self._parameters.clear()
         else:
-            self._norms = one._scale, one.squares, one._kept
+            self.__dict__["_norms"] = one._scale, one.squares, one._kept
         return output
 
     def _for_one_pass(self) -> PeftAdapter:
         """A copy that has what is kept. It takes the layer's tensors, and other threads have copies of their own."""
         one = object.__new__(PeftAdapter)
-        one.__dict__.update(self.__dict__)
-        one.__dict__["_parameters"] = {}
-        one._scale, one.squares, one._kept = self._norms
+        scale, squares, kept = self._norms
+        own = {"_parameters": {}, "_scale": scale, "squares": squares, "_kept": kept}
+        one.__dict__.update(self.__dict__, **own)  # nn.Module's way of setting attributes takes several times as long
         return one
 
     def __getstate__(self) -> dict[str, Any]:
@@ -67,15 +67,16 @@ class PeftAdapter(LoRA):
         scale = float(layer.scaling[name])
         if scale != self._scale:
             self._scale, self._kept = scale, None  # a norm that is kept belongs to a scale
-        bias = None
-        if name in layer.lora_embedding_A:
-            a, b = layer.lora_embedding_A[name], layer.lora_embedding_B[name]
+        bias, held_by = None, layer._modules
+        if name in held_by["lora_embedding_A"]:
+            a, b = held_by["lora_embedding_A"][name], held_by["lora_embedding_B"][name]
         else:
-            second = layer.lora_B[name]
-            a, b, bias = layer.lora_A[name].weight, second.weight, second.bias
-            dropout = layer.lora_dropout[name]
+            second = held_by["lora_B"][name]
+            a, b, bias = held_by["lora_A"][name].weight, second.weight, second.bias
+            dropout = held_by["lora_dropout"][name]
             self._dropout = None if isinstance(dropout, nn.Identity) or not dropout.training else dropout
-        magnitude = layer.lora_magnitude_vector[name].weight if name in layer.lora_magnitude_vector else None
+        magnitudes = held_by["lora_magnitude_vector"]
+        magnitude = magnitudes[name].weight if name in magnitudes else None
         held: dict[str, Any] = {"A": base.as_matrix("A", a), "B": base.as_matrix("B", b), "bias": bias}
         held["magnitude"] = None if magnitude is None else base.as_matrix("magnitude", magnitude)
         self._parameters.update(held)

@@ -54,8 +54,9 @@ class Quick:
         layer: Any = self
         name = None if args or kwargs else _acting(layer, x)
         if name is not None and (kept := _usable(layer, x)) is not None:
-            if name in layer.lora_magnitude_vector:  # a pass without PEFT's cache empties it
-                vars(layer.lora_magnitude_vector[name]).get("_dora_cache", {}).clear()
+            magnitudes = layer._modules["lora_magnitude_vector"]
+            if name in magnitudes:  # a pass without PEFT's cache empties it
+                vars(magnitudes[name]).get("_dora_cache", {}).clear()
             assert kept.base is not None
             assert kept.adapter is not None
             return kept.adapter.compute(x, kept.base, layer, name)
@@ -147,17 +148,23 @@ def why_not_adapter(layer: Any, name: str) -> str:
     variant = layer.lora_variant.get(name)
     if variant is not None and type(variant) not in _DORA:
         return f"trimtab has no {type(variant).__name__.removesuffix('Variant')}, a variant of LoRA"
-    if name in layer.lora_embedding_A:
+    held = layer._modules
+    if name in held["lora_embedding_A"]:
         parallel = name in layer.input_fns or name in layer.output_fns
         return "its look-up is cut in parts for several devices" if parallel else ""
-    first, second, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
+    own, first, second, dropout = (
+        held["base_layer"],
+        held["lora_A"][name],
+        held["lora_B"][name],
+        held["lora_dropout"][name],
+    )
     for module in (first, second):
-        usual = type(module) is type(layer.base_layer) or type(module).forward is nn.Linear.forward
+        usual = type(module) is type(own) or type(module).forward is nn.Linear.forward
         if not usual or type(module.weight) not in (nn.Parameter, Tensor):
             return f"its factors are a {type(module).__name__} of {type(module.weight).__name__}"
     if not isinstance(dropout, (nn.Identity, nn.Dropout)):
         return f"its dropout is a {type(dropout).__name__}"
-    if watched := next((one for one in (first, second, dropout, layer.base_layer) if _is_watched(one)), None):
+    if watched := next((one for one in (first, second, dropout, own) if _is_watched(one)), None):
         return f"hooks lie on a {type(watched).__name__} inside it, which only PEFT's own pass calls"
     return ""
 
@@ -182,17 +189,22 @@ def why_not_in_training(layer: Any, name: str) -> str:
     in half precision, too; but measured on a processor without AMX, whose products of half precision are the slower
     ones, it took 1.1 times as long.
     """
-    if name not in layer.lora_magnitude_vector or name not in layer.lora_A:
+    held = layer._modules
+    if name not in held["lora_magnitude_vector"] or name not in held["lora_A"]:
         return ""
-    dropout, weight = layer.lora_dropout[name], layer.base_layer.weight
-    if isinstance(dropout, nn.Dropout) and dropout.p > 0 and weight.device.type == "cpu" and weight.dtype in HALF:
+    dropout = held["lora_dropout"][name]
+    if not isinstance(dropout, nn.Dropout):
+        return ""
+    weight = held["base_layer"].weight
+    if dropout.p > 0 and weight.device.type == "cpu" and weight.dtype in HALF:
         return "DoRA with dropout, in half precision on a processor, is no quicker with trimtab's kernels"
     return ""
 
 
 def adapter_names(layer: Any) -> list[str]:
     """The adapters of ``layer``."""
-    return [*(layer.lora_embedding_A or layer.lora_A)]
+    held = layer._modules
+    return [*(held["lora_embedding_A"] or held["lora_A"])]
 
 
 def _acting(layer: Any, x: Any) -> str | None:
@@ -220,7 +232,7 @@ def keep(layer: Any) -> Kept:
 
 def _usable(layer: Any, x: Tensor) -> Kept | None:
     """What ``layer`` keeps; None where it is PEFT's own pass."""
-    own, kept = layer.base_layer, layer.__dict__.get(_KEPT)
+    own, kept = layer._modules["base_layer"], layer.__dict__.get(_KEPT)
     weight = getattr(own, "weight", None)
     if not isinstance(weight, Tensor):
         return None

@@ -57,8 +57,7 @@ def squared_norms(weight: Tensor, squares: Tensor, a: Tensor, b: Tensor, *, scal
     crossed = cast(weight.matmul(cast(a, weight.dtype).mT), squares.dtype)  # W A^T: [out, rank]
     add_product = torch.addmm if weight.dim() == 2 else torch.baddbmm
     inner = add_product(crossed, b_full, a_full.matmul(a_full.mT), beta=2 * scale, alpha=scale**2)
-    total: Tensor = torch.linalg.vecdot(b_full, inner)
-    return total.add_(squares).clamp_min_(0)
+    return (squares + (b_full * inner).sum(-1)).clamp_min_(0)
 
 
 def fold(weight: Tensor, ratio: Tensor | None, a: Tensor, b: Tensor, *, scale: float) -> Tensor:
