@@ -75,6 +75,16 @@ def test_a_run_with_new_tokens(
     assert torch.equal(untrained, again), "the new rows begin alike at every load"
     assert AutoTokenizer.from_pretrained(folder.adapter).convert_tokens_to_ids(TOKENS) == [OLD, OLD + 1]
 
+    if not tied:  # the card's code makes room for the new rows
+        assert cli("export", str(folder.path), "lora", "--to", "lora").code == 0
+        code = (Path("lora") / "README.md").read_text().partition("```python")[2].partition("```")[0]
+        pasted: dict[str, Any] = {}
+        exec(
+            code.replace("THIS_FOLDER", "lora").replace('from_pretrained("base")', f"from_pretrained({str(base)!r})"),
+            pasted,
+        )
+        torch.testing.assert_close(logits(pasted["model"].eval()), logits(loaded.model), rtol=1e-5, atol=1e-5)
+
     out = tmp_path / "merged"
     assert cli("merge", str(folder.path), str(out)).code == 0
     merged = AutoModelForCausalLM.from_pretrained(out)

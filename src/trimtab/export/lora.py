@@ -82,6 +82,8 @@ def _use(subject: Subject, base: str, served: str) -> str:
     if head.problem:
         named = ", ".join(f"{number}: {json.dumps(name)}" for number, name in enumerate(head.names))
         options = f", num_labels={len(head.names)}, id2label={{{named}}}, ignore_mismatched_sizes=True"
+    rows = 0 if not subject.config.model.add_tokens else subject.model.get_input_embeddings().weight.shape[0]
+    room = "\nbase.resize_token_embeddings(len(tokenizer))" if rows and rows == len(subject.tokenizer) else ""
     pictures = head.model_class == "AutoModelForImageClassification"
     reader, name = ("AutoImageProcessor", "processor") if pictures else ("AutoTokenizer", "tokenizer")
     code = f"""
@@ -90,7 +92,7 @@ from peft import PeftModel
 from transformers import {head.model_class}, {reader}
 
 {name} = {reader}.from_pretrained("THIS_FOLDER")
-base = {head.model_class}.from_pretrained("BASE"{options})
+base = {head.model_class}.from_pretrained("BASE"{options}){room}
 model = PeftModel.from_pretrained(base, "THIS_FOLDER")
 ```
 """
