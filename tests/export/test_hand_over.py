@@ -94,9 +94,12 @@ def test_a_lora_for_vllm_has_one_scale_and_the_command_its_rank(
     wanted = logits(load_run(run).model)
     base = AutoModelForCausalLM.from_pretrained(load_run(run).config.model.name)
     torch.testing.assert_close(logits(PeftModel.from_pretrained(base, out)), wanted, rtol=1e-4, atol=1e-4)
-    whole = trained("kept", [*LORA, {"match": "*.norm", "method": "full"}])
-    assert cli("export", whole, tmp_path / "whole", "--to", "lora").code == 0
-    assert "vllm serve" not in (tmp_path / "whole" / "README.md").read_text()
+    words = [{"match": ["*.embed_tokens", "*.q_proj"], "method": "dora", "rank": 2}]
+    for name, plan in (("kept", [*LORA, {"match": "*.norm", "method": "full"}]), ("words", words)):
+        result = cli("export", trained(name, plan), tmp_path / name, "--to", "lora")
+        assert result.code == 0
+        assert "vLLM and others load" not in result.out
+        assert "vllm serve" not in (tmp_path / name / "README.md").read_text()
 
 
 @pytest.fixture(scope="module")

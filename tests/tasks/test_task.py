@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from transformers import XLNetConfig
 
-from tiny_runs import tiny_model, tiny_tokenizer
+from tiny_runs import tiny_model, tiny_tokenizer, write_config, write_rows
 from trimtab import tasks
+from trimtab.config.read import load_config
 from trimtab.data.rows import EncodedRow
 from trimtab.errors import ConfigError
 
@@ -21,6 +25,15 @@ def test_tasks_are_found_by_their_files() -> None:
     assert tasks.find("causal_lm").model_class == "AutoModelForCausalLM"
     with pytest.raises(ConfigError, match=r"no task 'causal'.*Did you mean 'causal_lm'\?"):
         tasks.find("causal")
+
+
+def test_a_model_that_reads_ahead_is_not_taught_to_write(tmp_path: Path) -> None:
+    """It would see the tokens that it is to write, and its loss would say nothing."""
+    XLNetConfig(architectures=["XLNetLMHeadModel"]).save_pretrained(tmp_path / "xlnet")
+    rows = write_rows(tmp_path / "rows.jsonl", [{"text": "fog"}])
+    config = load_config(write_config(tmp_path / "run.yaml", tmp_path / "xlnet", rows, task="causal_lm"))
+    with pytest.raises(ConfigError, match="reads a text in both directions"):
+        tasks.job_of(config)
 
 
 def test_the_loss_of_a_batch_is_that_of_its_answers_and_a_share_of_its_prompts() -> None:

@@ -18,6 +18,7 @@ from trimtab.export._plain_lora import make_plain, plain_factors
 from trimtab.export._subject import Subject
 from trimtab.files import read_json, write_json
 from trimtab.models.locate import hub_id
+from trimtab.surgery.adapted import bare
 from trimtab.surgery.attach import detach
 
 REPORT = "conversion.json"
@@ -70,7 +71,7 @@ def _served(model: Any) -> str:
         return ""
     highest = max(one.rank for one in parts)
     room = next((one for one in _VLLM_RANKS if highest <= one), None)
-    if room is None or any(isinstance(model.get_submodule(one.module), nn.Embedding) for one in parts):
+    if room is None or any(isinstance(bare(model.get_submodule(one.module)), nn.Embedding) for one in parts):
         return ""
     wider = f" --max-lora-rank {room}" if room > _VLLM_RANKS[0] else ""
     return f"With vLLM: `vllm serve BASE --enable-lora{wider} --lora-modules tuned=THIS_FOLDER`.\n"

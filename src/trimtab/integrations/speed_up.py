@@ -95,7 +95,7 @@ def speed_up(peft_model: nn.Module) -> SpeedUpReport:
 def _instead(model: nn.Module) -> str:
     if any(isinstance(module, Adapted) for module in model.modules()):
         return "The adapters that it has are trimtab's own, and as fast as they get"
-    kinds = [str(getattr(config, "peft_type", "")) for config in getattr(model, "peft_config", {}).values()]
-    if kinds:
+    found = [getattr(config, "peft_type", "") for config in getattr(model, "peft_config", {}).values()]
+    if kinds := [str(getattr(kind, "value", kind)) for kind in found]:
         return f"Its adapters are of another kind: {', '.join(kinds)}"
     return "Give the model that peft.get_peft_model or PeftModel.from_pretrained returned"

@@ -31,14 +31,18 @@ Family = Literal["decoder", "encoder", "encoder-decoder", "image"]
 def family(config: Any) -> Family:
     """The family of the model with this configuration; one that none of the others fits is taken for a decoder.
 
-    Several kinds of model (BERT) can be told to write, too; what its class is called decides.
+    Several kinds of model (BERT) can be told to write, too: by a flag, without which they read a text in both
+    directions, whatever their class is called, and would see the very tokens that they are to write. So does XLNet,
+    which is trained to write by masks of its own.
     """
-    kind, classes = config.model_type, config.architectures or []
+    kind = config.model_type
     if getattr(config, "is_encoder_decoder", False) and kind in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
         return "encoder-decoder"
     if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
-        writes = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind) in classes or getattr(config, "is_decoder", False)
+        writes = getattr(config, "is_decoder", False) or getattr(config, "causal", False)  # XLM calls it causal
         return "decoder" if writes else "encoder"
+    if kind == "xlnet":
+        return "encoder"
     if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return "decoder"
     if kind in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES:

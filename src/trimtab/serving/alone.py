@@ -2,9 +2,8 @@
 state, and whatever else `trimtab.serving.batch.why_alone` finds.
 
 The row is written by the model's own ``generate``, which knows what the model keeps, and each token is chosen as in a
-batch. It also knows how the model is asked: XLNet reads in both directions, so it is given one token more, which nobody
-sees, to write the next one in its place (transformers' ``prepare_inputs_for_generation``). A plain loop that takes the
-last logits of what was read gives something else there; what is served is what ``trimtab generate`` gives.
+batch. (XLNet, which reads in both directions, writes there by masks and a token of its own, so that a plain loop that
+takes the last logits gives something else; it is taken for an encoder by `trimtab.models.heads`, and is not served.)
 """
 
 from __future__ import annotations

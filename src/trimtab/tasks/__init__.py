@@ -85,6 +85,12 @@ def job_of(config: RunConfig) -> Job:
     job = Job.of(config)
     name = _meant(job) if config.task == "auto" else config.task
     task = find(name)
+    writes = task.model_class == ModelHead().model_class
+    if writes and job.source.kind != "gguf" and job.files.family == "encoder":
+        raise ConfigError(
+            f"task: {name}: {job.source.name} reads a text in both directions, so it would see the very tokens that it "
+            "is to write. Take a model that writes, or a task for this one: leave out task"
+        )
     job = job if task.precision is None else job.computing_in(task.precision)
     return replace(job, task=name).read_for(ModelHead(task.model_class))
 
