@@ -73,7 +73,13 @@ def test_a_run_that_is_not_trained_is_set_against_each() -> None:
 
 def test_no_difference_at_all() -> None:
     found = paired_difference(["0101", "1101"], ["0101", "1101"])
-    assert (found.mean, found.low, found.high, found.p) == (0, 0, 0, 1)
+    assert (found.mean, found.p) == (0, 1)
+    # A difference of this size would leave four rows without one in one case of forty.
+    assert (1 - found.high) ** 4 == pytest.approx(0.025)
+    assert found.low == -found.high
+    every = paired_difference(["11111"], ["00000"])
+    assert (every.mean, every.high, every.p) == (1, 1, pytest.approx(2 / 2**5))
+    assert every.low < 1
 
 
 @pytest.mark.parametrize("runs", [["01", "011"], ["1", "0"]])

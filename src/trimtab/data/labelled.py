@@ -213,7 +213,5 @@ def name_of_label(value: object, place: str, key: str = "label") -> str:
             f"another name, say so: data.columns={{{key}: its name}}."
         )
     hint = " For numbers say task: regression." if isinstance(value, float) and value == value else ""
-    if isinstance(value, list) and key == "label":
-        hint = " Several labels of a text stand under 'labels': data.columns={labels: label}."
     said = f"{value!r}"[:60]
     raise DataError(f"{place}: expected a label under '{key}', a word or a whole number, got {said}.{hint}")

@@ -31,7 +31,8 @@ def paired_difference(arm: Sequence[str], reference: Sequence[str]) -> Differenc
     The test and the interval are Student's with Satterthwaite's degrees of freedom: many where the rows decide,
     seeds - 1 where the seeds do. Where nothing differs, p is below 0.05 in 1 to 8 % of simulated studies of three
     seeds, by how much seeds differ. With one seed the spread of runs is unknown: the interval is Student's over rows,
-    and p is McNemar's exact test. An arm of one run, not trained, is compared with each of the others.
+    and p is McNemar's exact test. Where all rows say the same, the interval is what so many alike leave possible. An
+    arm of one run, not trained, is compared with each of the others.
 
     Raises ValueError if the rows are not as many, or are fewer than two.
     """
@@ -45,8 +46,12 @@ def paired_difference(arm: Sequence[str], reference: Sequence[str]) -> Differenc
     by_seeds = float(d.mean(axis=1).var(ddof=1)) / seeds if seeds > 1 else 0.0
     variance = by_rows + by_seeds
     if variance == 0:
-        p = 1.0 if mean == 0 else 0.0
-        return Difference(mean=mean, low=mean, high=mean, p=p, seeds=seeds, rows=rows)
+        # All rows say the same. So many of them leave this share of others possible (Clopper and Pearson, none seen).
+        unseen = 1 - ((1 - LEVEL) / 2) ** (1 / rows)
+        low, high = max(-1.0, mean - 2 * unseen), min(1.0, mean + 2 * unseen)
+        if mean == 0:
+            return Difference(mean=0.0, low=-unseen, high=unseen, p=1.0, seeds=seeds, rows=rows)
+        return Difference(mean=mean, low=low, high=high, p=mcnemar(rows, 0), seeds=seeds, rows=rows)
     freedom = variance**2 / (by_rows**2 / (rows - 1) + by_seeds**2 / max(1, seeds - 1))
     error = math.sqrt(variance)
     half = float(stats.t.ppf((1 + LEVEL) / 2, freedom)) * error

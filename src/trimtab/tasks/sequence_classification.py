@@ -58,6 +58,11 @@ class SequenceClassification(_labelled.LabelledTask):
                     "label of a text stands under 'label': data.columns={label: labels}."
                 )
             label = tuple(name_of_label(one, row.place, "labels") for one in several)
+        elif isinstance(one := row.value.get("label"), list):
+            raise DataError(
+                f"{row.place}: expected a label under 'label', got {one!r:.60}. Several labels of a text stand under "
+                "'labels': data.columns={labels: label}."
+            )
         else:
             label = name_of_label(row.value.get("label"), row.place)
         return Labelled(
