@@ -123,8 +123,9 @@ def speed_up() -> str:
     for one in results("speed_up")["found"]:
         name = f"{ARMS[one['method']]}, PEFT's tensors in {one['adapter']}"
         medians = [statistics.median(one["seconds"][arm]) for arm in ("PEFT", "sped up")]
-        rows.append([name, *(f"{median:.1f}" for median in medians), f"{one['ratio']:.2f}"])
-    return markdown(["a training step", "PEFT, s", "sped up, s", "sped up / PEFT"], rows)
+        floor = f"{one['floor']:.2f}" if "floor" in one else ""
+        rows.append([name, *(f"{median:.1f}" for median in medians), f"{one['ratio']:.2f}", floor])
+    return markdown(["a training step", "PEFT, s", "sped up, s", "sped up / PEFT", "frozen / PEFT"], rows)
 
 
 def step_memory() -> str:
