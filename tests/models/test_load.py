@@ -23,9 +23,10 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from trimtab.errors import ModelError
+from trimtab.models.heads import head_for
 from trimtab.models.load import empty_model, load_model
 from trimtab.models.locate import Source, locate
-from trimtab.models.model_files import load_config_only, load_tokenizer
+from trimtab.models.model_files import ModelFiles, load_config_only, load_tokenizer
 
 SIZES: dict[str, Any] = {
     "hidden_size": 16,
@@ -93,6 +94,18 @@ def test_loading_is_silent_and_leaves_transformers_as_it_was(folder: Path, capfd
 def test_the_configuration_alone(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     assert load_config_only(source_of(folder)).hidden_size == 16
+
+
+def test_files_are_read_once_and_a_head_changes_nothing_of_what_they_say(folder: Path) -> None:
+    files = ModelFiles(source_of(folder))
+    said, reader = files.config.to_dict(), files.reader
+    head = head_for("AutoModelForSequenceClassification", ["calm", "windy", "stormy"])
+    headed = files.read_for(head)
+    assert empty_model(headed).config.id2label == {0: "calm", 1: "windy", 2: "stormy"}
+    assert headed.reader is reader
+    assert headed.config is files.config
+    assert files.config.to_dict() == said
+    assert files.source.head.problem == ""
 
 
 def test_an_empty_model_has_the_shapes_and_no_memory(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from trimtab.launching import joined
 
 if TYPE_CHECKING:
     from trimtab.config.run import RunConfig
-    from trimtab.runs.folder import RunFolder
+    from trimtab.runs.read import Run
 
 SHORT_HELP = "Train a model on rows of data, measure it before and after."
 
@@ -100,7 +100,7 @@ def _train(loaded: RunConfig, *, resume: bool, overwrite: bool) -> None:
         f"{words.duration(summary.training_seconds or 0.0)}, peak memory {summary.peaks}",
     )
     verb = "generate" if summary.task in (None, "causal_lm") else "predict"
-    try_it = pasted(verb, _short(folder.path), text=_question(folder, summary.form, verb))
+    try_it = pasted(verb, _short(folder.path), text=_question(run, summary.form, verb))
     for line in (
         f"adapter ({words.size(summary.adapter_bytes or 0)}): {_short(folder.adapter)}",
         f"report: {_short(folder.report)}",
@@ -118,23 +118,16 @@ def _follow(loaded: RunConfig, *, resume: bool, overwrite: bool) -> None:
     finetune(loaded, resume=resume, overwrite=overwrite)
 
 
-def _question(folder: RunFolder, form: str | None, verb: str) -> str:
+def _question(run: Run, form: str | None, verb: str) -> str:
     """The prompt of the run's first test row, since the model answers to prompts of that kind; dots where there is
     none, or where ``generate`` puts what it is given into a template."""
     from trimtab.data import forms
-    from trimtab.files import read_jsonl
 
-    file = next(iter(sorted((folder.path / "predictions").glob("*.after.jsonl"))), None)
-    if file is None or (verb == "generate" and (form not in forms.names() or forms.find(form).has_template)):
+    row = next((row for tests in run.sets for row in tests.rows_after), None)
+    if row is None or (verb == "generate" and (form not in forms.names() or forms.find(form).has_template)):
         return "..."
-    prompt: str = next(iter(read_jsonl(file)))["prompt"].rstrip()
-    # Two texts that are compared stand on a line each, and are asked about by a file.
-    lines = "" if verb == "predict" else "\n"
-    return prompt if 0 < len(prompt) <= _LONGEST and prompt.replace(lines, "").isprintable() else "..."
-
-
-_LONGEST = 200
-"""Letters of a prompt that is shown to be pasted."""
+    prompt = row.prompt.rstrip()
+    return prompt if prompt.replace("\n", "").isprintable() else "..."
 
 
 def _short(path: Path) -> Path:
