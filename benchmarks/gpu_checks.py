@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,7 @@ def run(record: Record, device: torch.device, *, tiny: bool, late: Callable[[], 
                 _large(record, device, tiny=tiny, method=method, kind=kind, dtype=dtype)
     for method in ("lora", "dora"):
         _per_row(record, device, method)
+        _dropped(record, device, method, tiny=tiny)
 
 
 def _quantised() -> list[str]:
@@ -182,6 +184,50 @@ def _large(record: Record, device: torch.device, *, tiny: bool, method: str, kin
         failed = [f"{what} is off by {one:.2f} tolerances" for what, one in errors.items() if one > 1]
         record.add("checks", name=name, cases=1, worst=max(errors.values()), failed=failed)
     except Exception as error:  # the next one is asked, too
+        record.add("checks", name=name, cases=1, failed=[_told(error)])
+
+
+def _dropped(record: Record, device: torch.device, method: str, *, tiny: bool) -> None:
+    """A layer with dropout: what it drops is asked of it, and the formula in float64 drops the same."""
+    import trimtab
+    from trimtab.ops.dropout import draw_keep
+
+    out_features, in_features, tokens = LARGE["tiny" if tiny else "real"]
+    name = f"{out_features} x {in_features}, {tokens} tokens, bfloat16: {method} with dropout"
+    torch.manual_seed(0)
+    drawn: list[Any] = []
+    try:
+        layer = nn.Linear(in_features, out_features, dtype=torch.bfloat16, device=device)
+        holder = nn.Sequential(layer)
+        trimtab.attach(holder, trimtab.Rule(match="0", method=method, rank=16, alpha=32, dropout=0.25))
+        trained = trimtab.trainable_parameters(holder)
+        with torch.no_grad():
+            for parameter in trained.values():
+                parameter.add_(0.02 * torch.randn_like(parameter))
+        x = torch.randn(tokens, in_features, dtype=torch.bfloat16, device=device, requires_grad=True)
+        upstream = torch.randn(tokens, out_features, dtype=torch.bfloat16, device=device)
+        with patch("trimtab.methods._weight.draw_keep", lambda *given: drawn.append(draw_keep(*given)) or drawn[-1]):
+            output = holder(x)
+            output.backward(upstream)
+        kept = drawn[0].of(torch.ones_like(x)).double() * drawn[0].scale
+        share = float(kept.count_nonzero()) / kept.numel()
+
+        x64, wide = x.detach().double().requires_grad_(), {key: one.detach().double() for key, one in trained.items()}
+        leaves = {key.rpartition(".")[2]: one.requires_grad_() for key, one in wide.items()}
+        weight, delta = layer.weight.double(), 2.0 * leaves["B"] @ leaves["A"]
+        product = x64 @ weight.t() + (x64 * kept) @ delta.t()
+        if "magnitude" in leaves:
+            product = product * (leaves["magnitude"] / (weight + delta).detach().norm(dim=1))
+        expected = product + layer.bias.double()
+        expected.backward(upstream.double())
+        eps = torch.finfo(torch.bfloat16).eps
+        errors = {"output": _error(output, expected, 2 * eps), "share": abs(share - 0.75) * kept.numel() ** 0.5 / 5}
+        errors["gradient of x"] = _error(x.grad, x64.grad, 4 * eps)
+        for (key, one), other in zip(trained.items(), wide.values(), strict=True):
+            errors[f"gradient of {key}"] = _error(one.grad, other.grad, 4 * eps)
+        failed = [f"{what} is off by {one:.2f} tolerances" for what, one in errors.items() if one > 1]
+        record.add("checks", name=name, cases=1, worst=max(errors.values()), failed=failed)
+    except Exception as error:
         record.add("checks", name=name, cases=1, failed=[_told(error)])
 
 

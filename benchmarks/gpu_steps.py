@@ -2,6 +2,7 @@
 
     frozen              the bare blocks; the gradient is carried through them to their input: the floor
     lora/dora/mora      ours, with the kernels that the device has
+    ... dropout         the same with dropout 0.05
     ... plain           the same with torch's own operations one after the other
     dense dora          the formula written plainly: W' = m (W + s B A) / ||W + s B A||, then one linear layer
     peft lora/dora      PEFT's own at its fastest: no dropout, its tensors in the base's dtype
@@ -35,6 +36,7 @@ ARMS = (
     "lora",
     "dora",
     "mora",
+    "dora dropout",
     "lora plain",
     "dora plain",
     "mora plain",
@@ -52,8 +54,10 @@ def groups(*, tiny: bool) -> list[tuple[str, str, tuple[int, ...]]]:
     """Shape, kind and lengths of what is measured, what the bars are about first."""
     if tiny:
         return [("tiny", kind, (16,)) for kind in ("bf16", "int8", "nf4")]
-    order = ((shape, kind) for shape in ("llama-3.1-8b", "llama-3.2-1b") for kind in ("bf16", "nf4", "int8"))
-    return [(shape, kind, (4096, 1024, 16384)) for shape, kind in order]
+    kinds = ("bf16", "nf4", "int8")
+    first = [("llama-3.1-8b", kind, (4096,)) for kind in kinds]
+    more = [("llama-3.1-8b", kind, (1024, 16384)) for kind in kinds]
+    return [*first, *more, *(("llama-3.2-1b", kind, (4096, 1024, 16384)) for kind in kinds)]
 
 
 def run(record: Record, device: torch.device, *, tiny: bool, late: Callable[[], bool], plain: bool = False) -> None:
@@ -176,9 +180,9 @@ def llama_blocks(sizes: dict[str, int], kind: str, layers: int, device: torch.de
 def _adapted(model: Any, arm: str, kind: str) -> Any:
     import trimtab
 
-    method = arm.removesuffix(" plain")
+    method, dropout = arm.removesuffix(" plain").removesuffix(" dropout"), 0.05 * arm.endswith(" dropout")
     if method in ("lora", "dora", "mora"):
-        options = {} if method == "mora" else {"alpha": 2 * RANK}
+        options: dict[str, Any] = {"dropout": dropout} if method == "mora" else {"alpha": 2 * RANK, "dropout": dropout}
         trimtab.attach(model, trimtab.Plan([trimtab.Rule(match="all-linear", method=method, rank=RANK, **options)]))
     elif method == "dense dora":
         for module in list(model.modules()):

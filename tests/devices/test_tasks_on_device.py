@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from transformers import Trainer
 
+import sampling
 from accelerator import NAME, Seen, accelerator
 from run_fixtures import bare_runs, own_cache  # noqa: F401
 from tiny_encoders import write_encoder
@@ -58,7 +59,7 @@ def gguf(folder: Path) -> tuple[Path, Path]:
     return folder / "tiny.gguf", write_rows(folder / "rows.jsonl", rows(12))
 
 
-@pytest.mark.parametrize("made", [classes, tags, sequences, pictures, gguf])
+@pytest.mark.parametrize("made", [classes, sequences, pictures, gguf, *([tags] if sampling.everything else [])])
 def test_a_run_is_that_of_the_processor(
     made: Callable[[Path], tuple[Path, Path]],
     tmp_path: Path,

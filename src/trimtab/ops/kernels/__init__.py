@@ -29,11 +29,13 @@ _works: dict[str, bool] = {}
 def kernels_for(tensor: Tensor) -> KernelSet:
     """The kernels for ``tensor``, a product or its gradient: for its device, and how it is laid out. A set gives to
     the plain one by itself what it is not made for."""
-    if tensor.dim() != 2:
-        return channels
+    return _kernels_on(tensor.device) if tensor.dim() == 2 else channels
+
+
+def _kernels_on(device: torch.device) -> KernelSet:
     if _forced is not None:
         return _forced
-    if tensor.device.type in _TRITONS and _imports("triton"):
+    if device.type in _TRITONS and _imports("triton"):
         from trimtab.ops.kernels import triton
 
         return triton
@@ -51,7 +53,7 @@ def turning_for(rows: Tensor) -> Any:
 
 def dropping_for(x: Tensor) -> Any:
     """The programs that drop elements of ``x`` inside of products; None where torch's operations do."""
-    if not (x.dim() and x.is_floating_point()) or kernels_for(x[:1].reshape(1, -1)) is plain:
+    if _kernels_on(x.device) is plain or not (x.dim() and x.is_floating_point()):
         return None
     from trimtab.ops.kernels import triton, triton_dropout
 
