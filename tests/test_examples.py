@@ -98,11 +98,16 @@ def test_the_mlp_example_adapts_and_merges(capsys: pytest.CaptureFixture[str]) -
 
 
 @needs_rows
-@needs_wheel
-def test_the_finance_example_names_its_rows_and_its_plan(cli: Callable[..., Result]) -> None:
+def test_the_finance_example_names_its_rows() -> None:
     config = load_config(ROOT / "examples" / "finance.yaml")
     assert all(Path(path).is_file() for path in (*paths(config.data.train), *paths(config.data.test).values()))
     assert config.train.epochs <= 3
+
+
+@pytest.mark.full
+@needs_rows
+@needs_wheel
+def test_the_finance_example_has_its_plan(cli: Callable[..., Result]) -> None:
     plan = json.loads(cli("plan", str(ROOT / "examples" / "finance.yaml"), "--json").out)
     assert [(rule["method"], rule["options"]["rank"], rule["modules"]) for rule in plan["rules"]] == [("dora", 16, 210)]
 

@@ -56,7 +56,13 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
 
 
 @pytest.mark.parametrize(
-    "kind", ["run", pytest.param("study", marks=pytest.mark.full), "merge over another", "save over another"]
+    "kind",
+    [
+        "run",
+        pytest.param("study", marks=pytest.mark.full),
+        pytest.param("merge over another", marks=pytest.mark.full),
+        "save over another",
+    ],
 )
 @pytest.mark.timeout(7200)
 def test_a_full_disk_is_told_and_nothing_is_lost(kind: str, disk: Disk, tmp_path: Path, scene: Scene) -> None:

@@ -85,13 +85,16 @@ def kept_as_traced(monkeypatch: pytest.MonkeyPatch, make: Any, rules: Any) -> in
 
 @pytest.mark.parametrize(
     ("rules", "dtype", "attention"),
-    [
-        ([trimtab.Rule(match="all-linear", method="lora", rank=4)], torch.float32, "sdpa"),
-        ([trimtab.Rule(match="all-linear", method="dora", rank=4)], torch.bfloat16, "sdpa"),
-        ([trimtab.Rule(match="all-linear", method="dora", rank=4, dropout=0.1)], torch.bfloat16, "eager"),
-        ([trimtab.Rule(match="all-linear", method="full")], torch.bfloat16, "sdpa"),
-        (MIXED, torch.float32, "sdpa"),
-    ],
+    sample(
+        [
+            ([trimtab.Rule(match="all-linear", method="lora", rank=4)], torch.float32, "sdpa"),
+            ([trimtab.Rule(match="all-linear", method="dora", rank=4)], torch.bfloat16, "sdpa"),
+            ([trimtab.Rule(match="all-linear", method="dora", rank=4, dropout=0.1)], torch.bfloat16, "eager"),
+            ([trimtab.Rule(match="all-linear", method="full")], torch.bfloat16, "sdpa"),
+            (MIXED, torch.float32, "sdpa"),
+        ],
+        2,
+    ),
 )
 def test_what_is_kept_is_what_autograd_keeps(
     monkeypatch: pytest.MonkeyPatch, rules: Any, dtype: torch.dtype, attention: str

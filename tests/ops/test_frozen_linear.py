@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import pairwise
 import plain_formula
+import sampling
 from trimtab.ops.cost import Compute
 from trimtab.ops.dropout import Keep
 from trimtab.ops.frozen_linear import frozen_linear
@@ -36,12 +40,19 @@ def draw(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 
 
-@pytest.mark.parametrize("update", UPDATES)
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("scale", [None, "near one", "far from one"])
-@pytest.mark.parametrize("keep", [False, True])
-@pytest.mark.parametrize("drop", [False, True])
-@pytest.mark.parametrize("compute", ["folded", "factored"])
+FACTORS: dict[str, list[Any]] = {
+    "update": list(UPDATES),
+    "bias": [False, True],
+    "scale": [None, "near one", "far from one"],
+    "keep": [False, True],
+    "drop": [False, True],
+    "compute": ["folded", "factored"],
+}
+PAIRS = [tuple(row.values()) for row in pairwise.cover(FACTORS)]
+COMBINATIONS = sampling.sample(list(itertools.product(*FACTORS.values())), 3, PAIRS)
+
+
+@pytest.mark.parametrize(tuple(FACTORS), COMBINATIONS)
 def test_finite_differences(
     update: str, bias: bool, scale: str | None, keep: bool, drop: bool, compute: Compute
 ) -> None:

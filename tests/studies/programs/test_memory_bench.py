@@ -17,6 +17,7 @@ from memory_cell import train_cell
 from memory_results import area, steps_to
 from memory_study import CONTENDERS, Arm, MemoryStudy
 from run_fixtures import model_folder, own_cache
+from sampling import sample
 from tiny_runs import tiny_model, tiny_tokenizer
 from trimtab.config.read import validated
 from trimtab.errors import ConfigError, Interrupted, ModelError, RunError
@@ -57,7 +58,7 @@ class Counted(MemoryListener):
 # --- one cell
 
 
-@pytest.mark.parametrize("name", list(CONTENDERS))
+@pytest.mark.parametrize("name", sample(list(CONTENDERS), 3, ["mora-magnitude"]))
 def test_every_method_learns_by_heart(name: str) -> None:
     contender = CONTENDERS[name]
     tokenizer = tiny_tokenizer()
