@@ -137,7 +137,12 @@ def test_a_token_that_nobody_writes_needs_no_row(check: Callable[..., list[str]]
 def test_marks_of_a_template_that_are_no_tokens_are_told(check: Callable[..., list[str]], model_folder: Path) -> None:
     template = "{% for m in messages %}{{ '<|turn|>' + m.content + '<|eos|>' }}{% endfor %}"
     model = {"name": str(model_folder), "chat_template": template}
-    assert 'model.add_tokens: ["<|turn|>"]' in only(check(rows(6, "chat"), model=model), "<|turn|>")
+    shared = [
+        {"conversations": [{"from": "human", "value": "fog?"}, {"from": "gpt", "value": f"calm {at}"}]}
+        for at in range(6)
+    ]
+    for found in (rows(6, "chat"), shared):
+        assert 'model.add_tokens: ["<|turn|>"]' in only(check(found, model=model), "<|turn|>")
     assert check(rows(6, "chat"), model={**model, "add_tokens": ["<|turn|>"]}) == []
 
 

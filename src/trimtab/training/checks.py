@@ -14,6 +14,8 @@ from typing import Any
 from trimtab import tasks
 from trimtab.config.resolve import Job
 from trimtab.config.run import TrainConfig
+from trimtab.data import forms
+from trimtab.data.forms.chat import Chat
 from trimtab.data.rows import Example
 from trimtab.data.tokens import encode_prompt
 from trimtab.errors import ConfigError, DataError
@@ -109,7 +111,8 @@ def _tokens(looked: _Looked, notes: Notes) -> None:
 def _template(looked: _Looked, notes: Notes) -> None:
     """The marks of a chat template of the run's own are tokens."""
     said = looked.job.source.chat_template
-    marks = unknown_marks(looked.tokenizer) if said and looked.inputs.form == "chat" else []
+    chats = said and isinstance(forms.find(looked.inputs.form), Chat)
+    marks = unknown_marks(looked.tokenizer) if chats else []
     if marks:
         quoted = ", ".join(f'"{mark}"' for mark in marks)
         notes.add(
