@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 
-from trimtab.errors import RunError
+from trimtab.errors import EndedElsewhere, RunError
 from trimtab.processes import Processes, being, here
 
 LONGEST_WAIT = timedelta(hours=2)
@@ -62,12 +62,12 @@ def speaks() -> bool:
 
 
 def require_one(what: str) -> None:
-    """Raise RunError where ``what`` was started in several processes, each of which would do all of it."""
+    """Raise RunError where ``what`` was started in several processes, each of which would do all of it; one tells."""
     if (count := launched()) > 1:
-        raise RunError(
-            f"{what} is for one process, and {count} were started, each of which would do all of it; start it without "
-            "torchrun or accelerate launch"
-        )
+        said = f"{what} is for one process, and {count} were started, each of which would do all of it"
+        if not speaks():
+            raise EndedElsewhere(said)
+        raise RunError(f"{said}; start it without torchrun or accelerate launch")
 
 
 @contextmanager

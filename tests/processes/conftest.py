@@ -12,11 +12,9 @@ import pytest
 
 from run_fixtures import bare_runs, make_bare, own_cache
 from stopped_runs import interrupt
-from tiny_encoders import write_encoder
-from tiny_runs import write_model
 from trimtab.config.read import load_config
 from two_processes import both, library, train
-from two_runs import RUNS, yaml_of
+from two_runs import RUNS, write_models, yaml_of
 
 __all__ = ["bare_runs", "own_cache"]
 
@@ -24,9 +22,7 @@ __all__ = ["bare_runs", "own_cache"]
 @pytest.fixture(scope="session")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two")
-    write_model(folder / "model", tie_word_embeddings=False)
-    nothing = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    write_encoder(folder / "encoder", kind="BertForMaskedLM", **nothing)
+    write_models(folder)
     return folder
 
 
@@ -42,7 +38,7 @@ def told(root: Path) -> dict[str, list[Any]]:
     works |= {f"{name}-{sharding}": run(name, f"{name}-{sharding}", sharding=sharding) for name, sharding in RUNS}
     works |= {
         "odd": run("chosen", "odd", batch_size=5),
-        "auto": run("chosen", "auto", learning_rate="auto"),
+        "auto": run("chosen", "auto", learning_rate="auto", sharding="full"),
         "stopped": run("chosen", "stopped", {"told_to_end": 4}),
         "resumed": run("chosen", "resumed", {"resume": True}),
         "refused": run("chosen", "chosen-none"),

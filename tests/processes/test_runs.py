@@ -39,7 +39,8 @@ def _near(one: RunConfig, two: Path, steps_apart: float = 1e-6) -> None:
     for line, twin in zip(mine, theirs, strict=True):
         assert line.keys() == twin.keys()
         for key, value in line.items():
-            assert twin[key] == (pytest.approx(value, rel=steps_apart) if isinstance(value, float) else value), key
+            apart = 10 * steps_apart if key == "grad_norm" else steps_apart
+            assert twin[key] == (pytest.approx(value, rel=apart) if isinstance(value, float) else value), key
     adapter, twin_adapter = adapter_of(one), adapter_of(other)
     assert adapter.keys() == twin_adapter.keys()
     for name, tensor in adapter.items():
@@ -92,7 +93,7 @@ def test_two_processes_go_on_with_what_one_began(
     ("name", "words"),
     [
         ("odd", "train.batch_size: 5 rows .* set it to 4 or 6"),
-        ("auto", "train.learning_rate: auto is for one process.*trimtab tune"),
+        ("auto", "train.learning_rate: auto makes trials with the whole model.*trimtab tune"),
         ("refused", "this folder holds a run already"),
         ("fails", "no room for the model"),
     ],

@@ -12,15 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tiny_runs import Kept, write_rows
+from tiny_runs import Kept
 from trimtab.config.read import load_config
 from trimtab.config.run import TrainConfig
 from trimtab.errors import ConfigError, Interrupted, RunError
 from trimtab.files import read_json, write_json
-from trimtab.processes import Processes
 from trimtab.runs.rate_record import RateTrial, read_rate
 from trimtab.surgery.plan import Rule
-from trimtab.training import rate_plan, rate_trials, several
+from trimtab.training import rate_plan, rate_trials
 from trimtab.training.rate_plan import SHORTEST, plan_trials
 from trimtab.training.rate_prior import likely_rate
 from trimtab.training.rate_trials import APART, _narrow, choose
@@ -219,12 +218,3 @@ def test_a_damaged_file_of_trials_is_an_error_of_ours(tmp_path: Path) -> None:
 def test_a_rate_is_a_number_above_0_or_auto(make_yaml: Callable[..., Path], said: Any) -> None:
     with pytest.raises(ConfigError, match=r"learning_rate.*auto"):
         load_config(make_yaml(train={"learning_rate": said}))
-
-
-def test_several_processes_are_told_to_find_the_rate_first(
-    make_yaml: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    write_rows(tmp_path / "none.jsonl", [])
-    monkeypatch.setattr(several, "here", lambda: Processes(size=2))
-    with pytest.raises(ConfigError, match="trimtab tune"):
-        finetune(load_config(make_yaml(train={"learning_rate": "auto", "batch_size": 2})))

@@ -29,6 +29,7 @@ from trimtab import tasks
 from trimtab.config.resolve import Job
 from trimtab.config.run import RunConfig, TrainConfig
 from trimtab.errors import ModelError
+from trimtab.processes import here
 from trimtab.reports.run.rate_table import rate_table
 from trimtab.runs.events import Listener
 from trimtab.runs.rate_record import ChosenRate, RateTrial, read_rate
@@ -61,17 +62,20 @@ def with_rate(job: Job, inputs: Inputs, model: nn.Module, *, listener: Listener,
 def find_rate(
     job: Job, inputs: Inputs, model: nn.Module, *, listener: Listener, file: Path | None = None
 ) -> ChosenRate:
-    """Find the rate for a run; ``model`` carries no adapter before and after, and is as it was.
+    """Find the rate for a run; ``model`` carries no adapter before and after, and is as it was. Where several processes
+    train, all make the same trials together.
 
-    ``file`` keeps each trial once it is done: what stands there already is not done again. It is for one process, which
-    `trimtab.training.several.require_fit` sees to.
+    ``file`` keeps each trial once it is done: what stands there already is not done again. The leading process alone
+    reads and writes it.
     """
+    group = here()
     train = job.config.train
     steps = total_steps(train, len(inputs.rows))
     plan = plan_trials(train, steps, len(inputs.validation))
     search = _Search(job, inputs, model, listener=listener, rows=plan.rows)
     likely = search.likely(steps)
-    known = read_rate(file) if file is not None else None
+    file = file if group.leads else None
+    known = group.gathered(read_rate(file) if file is not None else None)[0]
     if known is not None and known.rate is not None:
         listener.note(f"learning rate {known.rate:g}, as it was found")
         return known

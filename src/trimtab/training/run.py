@@ -33,7 +33,6 @@ from trimtab.surgery.attach_report import AttachReport
 from trimtab.training.checks import checked_inputs
 from trimtab.training.metrics_log import require_tensorboard
 from trimtab.training.optimizer import make_optimizer
-from trimtab.training.rate_trials import with_rate
 from trimtab.training.resume_state import newest_whole
 from trimtab.training.schedule import total_steps
 from trimtab.training.several import require_fit, told_of
@@ -316,7 +315,7 @@ class _Run:
         if before is not None and before.learning_rate and self.opening.trained and not self.folder.rate.is_file():
             self._summary = self._summary.updated(learning_rate=before.learning_rate)
             return
-        self.config = with_rate(self.job, self.inputs, self.work.model, listener=self.listener, file=self.folder.rate)
+        self.config = self.work.find_rate(self.folder.rate)
         self._summary = self._summary.updated(learning_rate=self.config.train.rate)
 
     def _checkpoint(self) -> Path | None:

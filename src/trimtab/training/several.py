@@ -20,10 +20,10 @@ def require_fit(config: RunConfig) -> None:
             f"train.batch_size: {train.batch_size} rows of a forward pass are shared out among all processes, and "
             f"{group.size} cannot have equal shares; set it to {near}"
         )
-    if train.learning_rate == "auto":
+    if group.sharded and train.learning_rate == "auto":
         raise ConfigError(
-            "train.learning_rate: auto is for one process; find the rate with `trimtab tune`, which writes it into the "
-            "YAML, and start the run then"
+            "train.learning_rate: auto makes trials with the whole model in each process, and train.sharding: full is "
+            "for models that are too large for that; find the rate with `trimtab tune`, or set one of the two"
         )
     if group.sharded and config.quantisation != "none":
         raise ConfigError(

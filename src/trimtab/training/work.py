@@ -18,7 +18,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 from trimtab import tasks
 from trimtab.adapters.store import load_adapter
 from trimtab.config.resolve import Job
-from trimtab.config.run import TrainConfig
+from trimtab.config.run import RunConfig, TrainConfig
 from trimtab.errors import AdapterError, ModelError, RunError
 from trimtab.evaluation.evaluate import Evaluation
 from trimtab.models.load import load_model
@@ -36,6 +36,7 @@ from trimtab.training.callbacks import Interrupting, LastLoss, Telling
 from trimtab.training.compiling import Compiling, choose
 from trimtab.training.metrics_log import Recorder
 from trimtab.training.on_device import fitted
+from trimtab.training.rate_trials import with_rate
 from trimtab.training.sharding import Inside, shard
 from trimtab.training.trainer import AdapterTrainer, save_from_one
 
@@ -78,6 +79,11 @@ class Work:
             shard(root, self.model)
             self._inside = root
         return report
+
+    @together
+    def find_rate(self, file: Path) -> RunConfig:
+        """The configuration with a number as its rate, which trials find if it is ``auto``; ``file`` keeps them."""
+        return with_rate(self.job, self.inputs, self.model, listener=self.listener, file=file)
 
     @together
     def load(self, folder: Path) -> str | None:
