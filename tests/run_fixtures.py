@@ -64,11 +64,8 @@ def counted_memory(config: Any) -> Any:
     from trimtab.memory.estimate import estimate_run
     from trimtab.runs.events import Listener
 
-    job = tasks.job_of(config)
-    task = tasks.of(job)
-    inputs = task.read(job, task.reader(job.source), Listener())
-    job = job.read_for(task.head_for(job, inputs))
-    return estimate_run(job, task.sizes(job, inputs))
+    job, inputs = tasks.inputs_of(tasks.job_of(config), Listener())
+    return estimate_run(job, tasks.of(job).sizes(job, inputs))
 
 
 def make_bare(patch: pytest.MonkeyPatch, *, page: bool = False) -> None:
