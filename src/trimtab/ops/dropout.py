@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trimtab.ops.kernels import dropping_for
+from trimtab.ops.kernels import dropping, dropping_for
 from trimtab.ops.linear_map import MATRIX, LinearMap, MatrixMap
 
 _WHOLE = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # as wide as the elements that a mask goes over
@@ -57,7 +57,7 @@ class Seeded(NamedTuple):
 
     def of(self, x: Tensor) -> Tensor:
         """``x`` where it is kept, else 0: a new tensor, without ``scale``. Not differentiable."""
-        kept: Tensor = dropping_for(x).kept_of(x, self.seed, self.threshold)
+        kept: Tensor = dropping().kept_of(x, self.seed, self.threshold)
         return kept
 
     def inside(self, rows: Tensor, through: LinearMap, rank: int) -> LinearMap:
@@ -80,14 +80,14 @@ class Dropped(MatrixMap):
         self._drawn = keep.seed, keep.threshold
 
     def product(self, rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        found: Tensor = dropping_for(rows).product(rows, weight, *self._drawn)
+        found: Tensor = dropping().product(rows, weight, *self._drawn)
         return found
 
     def add_input_gradient(self, target: Tensor, grad: Tensor, weight: Tensor) -> None:
-        dropping_for(target).add_input_gradient(target, grad, weight, *self._drawn)
+        dropping().add_input_gradient(target, grad, weight, *self._drawn)
 
     def weight_gradient(self, grad: Tensor, rows: Tensor, shape: Sequence[int]) -> Tensor:
-        found: Tensor = dropping_for(rows).weight_gradient(grad, rows, *self._drawn)
+        found: Tensor = dropping().weight_gradient(grad, rows, *self._drawn)
         return found
 
 
@@ -127,4 +127,5 @@ def dropout(x: Tensor, probability: float) -> Tensor:
     keep = draw_keep(x, probability)
     if keep is None:
         return x
-    return torch.addcmul(x.new_zeros(()), x, keep.of(torch.ones_like(x)), value=keep.scale)
+    kept = keep.mask.to(x.dtype).neg_() if isinstance(keep, Keep) else keep.of(torch.ones_like(x))
+    return torch.addcmul(x.new_zeros(()), x, kept, value=keep.scale)

@@ -55,9 +55,14 @@ def dropping_for(x: Tensor) -> Any:
     """The programs that drop elements of ``x`` inside of products; None where torch's operations do."""
     if _kernels_on(x.device) is plain or not (x.dim() and x.is_floating_point()):
         return None
-    from trimtab.ops.kernels import triton, triton_dropout
+    from trimtab.ops.kernels import triton
 
-    return triton_dropout if triton.takes(x) else None
+    return dropping() if triton.takes(x) else None
+
+
+def dropping() -> Any:
+    """Those programs, by which what they have dropped is dropped again, whatever set is in use by then."""
+    return import_module(f"{__name__}.triton_dropout")
 
 
 def quotients_for(norm: Tensor) -> Any:

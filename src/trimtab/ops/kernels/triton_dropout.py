@@ -48,9 +48,10 @@ def _drawn(seed, rows, columns):
 
 @triton.jit(do_not_specialize=["tokens", "threshold"])
 def drop(x, seed, into, tokens, features, threshold, BM: tl.constexpr, BN: tl.constexpr):
-    """``into = x`` where an element is kept, else 0."""
-    columns = tl.program_id(0) * BN + tl.arange(0, BN)
-    rows = tl.program_id(1) * BM + tl.arange(0, BM)
+    """``into = x`` where an element is kept, else 0. (Rows go along the first axis of programs, the one without a bound:
+    behind a convolution there are millions.)"""
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    columns = tl.program_id(1) * BN + tl.arange(0, BN)
     mask = (rows < tokens)[:, None] & (columns < features)[None, :]
     kept = _drawn(seed, rows, columns) >= threshold.to(tl.uint32)
     place = rows.to(tl.int64)[:, None] * features + columns[None, :]
@@ -202,7 +203,7 @@ def _drop(x: Tensor, seed: Tensor, threshold: int) -> Tensor:
     features = x.shape[-1] if x.dim() else 1
     tokens, into = x.numel() // max(1, features), torch.empty_like(x)
     if x.numel():
-        drop[(math.ceil(features / _COLUMNS), math.ceil(tokens / 32))](
+        drop[(math.ceil(tokens / 32), math.ceil(features / _COLUMNS))](
             x=x, seed=seed, into=into, tokens=tokens, features=features, threshold=threshold, BM=32, BN=_COLUMNS,
             num_warps=4,
         )  # fmt: skip
