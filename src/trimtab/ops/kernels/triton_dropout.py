@@ -48,8 +48,8 @@ def _drawn(seed, rows, columns):
 
 @triton.jit(do_not_specialize=["tokens", "threshold"])
 def drop(x, seed, into, tokens, features, threshold, BM: tl.constexpr, BN: tl.constexpr):
-    """``into = x`` where an element is kept, else 0. (Rows go along the first axis of programs, the one without a bound:
-    behind a convolution there are millions.)"""
+    """``into = x`` where an element is kept, else 0. (Rows go along the first axis of programs, which has no bound: of
+    a convolution there are millions.)"""
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     columns = tl.program_id(1) * BN + tl.arange(0, BN)
     mask = (rows < tokens)[:, None] & (columns < features)[None, :]
