@@ -276,6 +276,12 @@ def test_what_a_run_asks_for(memory: int, machines: Any, runs: int, threads: str
     assert Needs.of(memory, machines, runs, threads) == needs
 
 
+def test_a_gpu_that_is_named_is_refused(ray: FakeRay, config: Any) -> None:
+    ((_, failure),) = Cluster(ray).bring([Heard(config.model_copy(update={"device": "cuda:1"}))])
+    assert "Ray gives each run one of its own; set device: cuda" in str(failure)
+    assert not ray.asked
+
+
 def test_a_run_on_the_processor_asks_for_no_gpu(ray: FakeRay, config: Any) -> None:
     ray.machines = [{"CPU": 4.0, "memory": 8.0 * GIB, "GPU": 2.0}]
     ray.results = [with_header({"failed": "no"})] * 2

@@ -11,7 +11,6 @@ import os
 import secrets
 import signal
 import sys
-import tempfile
 import threading
 import time
 import warnings
@@ -29,6 +28,7 @@ from trimtab.runs.folder import RunFolder
 from trimtab.studies import carry
 from trimtab.studies.cell import finished_cell
 from trimtab.studies.places import HERE, Errand, Outcome, Place
+from trimtab.studies.ray_folder import ray_folder
 from trimtab.studies.ray_task import OFTEN, VERSION, Board, do_run, word
 
 TRIES = 3
@@ -180,6 +180,10 @@ class Cluster:
         return Needs.of(self._peaks[key], machines, runs, os.environ.get("OMP_NUM_THREADS"))
 
     def _send(self, errand: Errand, sent: _Sent) -> None:
+        if errand.config.device.startswith("cuda:"):
+            raise RunError(
+                f"device: {errand.config.device} names one GPU, and Ray gives each run one of its own; set device: cuda"
+            )
         files = carry.files_of(errand.config)
         taken = carry.carried(files) if self._carries else set()
         order = {
@@ -363,20 +367,17 @@ def cluster(address: str | None) -> Iterator[Cluster]:
         with _connected(ray, {"address": address}, otherwise):
             yield Cluster(ray)
         return
-    roomy = len(tempfile.gettempdir()) < 40  # the names of Ray's sockets are long, and a socket's may not be
-    with tempfile.TemporaryDirectory(
-        prefix="trimtab-ray-", dir=None if roomy else "/tmp", ignore_cleanup_errors=True
-    ) as folder:
+    with ray_folder() as folder:
         settings = {
             "address": "local",
             "num_cpus": describe_machine()["cores"],
             "_memory": max(available_memory() - STORE, GIB // 4),
             "object_store_memory": STORE,
             "include_dashboard": False,
-            "_temp_dir": folder,
+            "_temp_dir": str(folder),
         }
         with _connected(ray, settings, "Ray does not start on this machine"):
-            yield Cluster(ray, Path(folder) / "runs", carries=False)
+            yield Cluster(ray, folder / "runs", carries=False)
 
 
 @contextmanager
