@@ -127,7 +127,13 @@ def _question(run: Run, form: str | None, verb: str) -> str:
     if row is None or (verb == "generate" and (form not in forms.names() or forms.find(form).has_template)):
         return "..."
     prompt = row.prompt.rstrip()
-    return prompt if prompt.replace("\n", "").isprintable() else "..."
+    # Two texts that are compared stand on a line each, and are asked about by a file.
+    lines = "" if verb == "predict" else "\n"
+    return prompt if 0 < len(prompt) <= _LONGEST and prompt.replace(lines, "").isprintable() else "..."
+
+
+_LONGEST = 200
+"""Letters of a prompt that is shown to be pasted."""
 
 
 def _short(path: Path) -> Path:
