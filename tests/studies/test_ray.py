@@ -21,7 +21,7 @@ import psutil
 import pytest
 import yaml
 
-from tiny_runs import rows, write_rows
+from tiny_runs import rows, write_model, write_rows
 from trimtab.files import read_json
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'trimtab[ray]'")
@@ -153,3 +153,19 @@ def test_when_the_command_is_killed_its_ray_goes_too(study: Path) -> None:
         process.kill()
     _, alive = psutil.wait_procs(below, timeout=60)
     assert not [one for one in alive if one.status() != psutil.STATUS_ZOMBIE], alive
+
+
+def test_a_search_on_ray_finds_what_one_here_finds(study: Path, tmp_path: Path) -> None:
+    base = yaml.safe_load(study.read_text())["base"]
+    base["data"] |= {"validation": "test.jsonl"}
+    base["train"] |= {"metric": "loss"}
+    base["model"] = str(write_model(tmp_path / "deep", num_hidden_layers=4))
+    said = {"base": base, "budget": "lora:2", "trials": 4, "at_once": 2, "prune": None}
+    (tmp_path / "search.yaml").write_text(yaml.safe_dump(said, sort_keys=False))
+    found = {}
+    for name, on in (("there", ["--on", "ray"]), ("here", [])):
+        with trimtab("explore", tmp_path / "search.yaml", f"output={tmp_path / name}", *on) as process:
+            words, _ = process.communicate(timeout=900)
+            assert process.returncode == 0, words
+        found[name] = untimed(read_json(tmp_path / name / "explore.json"))
+    assert found["there"] == found["here"]

@@ -167,3 +167,15 @@ def test_adapters_that_come_too_late_for_several_processes_are_refused(
     with pytest.raises(trimtab.AdapterError, match=r"has taken the model already.*Load the adapter first"):
         trimtab.load_adapter(bare, tmp_path)
     trimtab.load_adapter(early, tmp_path)
+
+
+def test_weights_that_deepspeed_has_spread_are_refused_in_words() -> None:
+    """ZeRO-3 marks its parameters so; that a backward pass finds no weight there was seen with DeepSpeed 0.19.8."""
+    net, late = adapted(Net()), Net()
+    for model in (net, late):
+        for parameter in model.parameters():
+            parameter.ds_id = 0  # type: ignore[attr-defined]
+    with pytest.raises(trimtab.SurgeryError, match=r"by DeepSpeed \(ZeRO-3\).*fully_shard"):
+        net(torch.ones(1, 6))
+    with pytest.raises(trimtab.SurgeryError, match=r"by DeepSpeed \(ZeRO-3\)"):
+        trimtab.attach(late, trimtab.Rule(match="last", method="dora", rank=2))

@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
+from trimtab.errors import SurgeryError
+
 _alone = False
 
 
@@ -23,6 +25,11 @@ def is_spread(tensor: Any) -> bool:
 def whole(tensor: Any) -> Tensor:
     """``tensor``; where it is spread, all of it, without a history, for which all processes must ask."""
     if not is_spread(tensor):
+        if hasattr(tensor, "ds_id"):
+            raise SurgeryError(
+                "the model's weights are spread over the processes by DeepSpeed (ZeRO-3), which does not hand them to "
+                "the backward pass of an adapted layer. Use FSDP2 (fully_shard), or DistributedDataParallel"
+            )
         return tensor  # type: ignore[no-any-return]
     if _alone:
         raise RuntimeError("a spread tensor is read while the other processes do something else")
