@@ -11,7 +11,7 @@ import sampling
 
 TESTS = Path(__file__).parent
 CASES = 40_000 if sampling.everything else 9_900
-INTERPRETERS = 30
+INTERPRETERS = 31
 """Places where a test starts a Python of its own, which takes seconds to import what this process has."""
 
 
