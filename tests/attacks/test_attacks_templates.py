@@ -88,7 +88,7 @@ def refused(template: str, match: str) -> str:
     start = time.monotonic()
     with pytest.raises(ModelError, match=match) as caught:
         chat_template.render(tiny_tokenizer(template), MESSAGES)
-    assert time.monotonic() - start < 15
+    assert time.monotonic() - start < 300  # it ends, however busy the machine is
     assert "\x1b" not in str(caught.value)
     return str(caught.value)
 

@@ -7,6 +7,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,9 @@ def stdout_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Strea
 
     yield make
     monkeypatch.undo()
+    for stream in kept:
+        with suppress(OSError, ValueError):  # a reader that went away, a file that both streams have
+            stream.close()
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "latin-1", "cp437", "utf-8", "gbk"])
@@ -126,7 +130,7 @@ def test_a_run_whose_rows_the_terminal_cannot_show(
     monkeypatch.setattr("sys.argv", ["trimtab", "finetune", str(yaml), "evaluation.max_new_tokens=2"])
     with pytest.raises(SystemExit) as end:
         main()
-    sys.stdout.flush()
+    target.close()
     said = (tmp_path / "log.txt").read_text(encoding=encoding)
     assert end.value.code == 0, capfd.readouterr().err
     assert "\\u0627" in said
