@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from trimtab.adapters.formats import all_formats
+from trimtab.adapters.formats import file_names
 from trimtab.adapters.placing import holds_adapter
 from trimtab.adapters.store import load_adapter, save_adapter
 from trimtab.adapters.unfrozen import require_savable
@@ -129,7 +129,7 @@ def _creating_the_optimizer(method: Callable[..., Any]) -> Callable[..., Any]:
 def _pushing_a_checkpoint(method: Callable[..., None]) -> Callable[..., None]:
     def _push_from_checkpoint(self: Any, checkpoint_folder: str) -> None:
         # What is pushed is the output folder, into which transformers copies the files that it knows.
-        for name in (name for one in all_formats() for name in one.files):
+        for name in file_names():
             if self.is_world_process_zero() and (path := Path(checkpoint_folder) / name).is_file():
                 shutil.copy(path, Path(self.args.output_dir) / name)
         return method(self, checkpoint_folder)

@@ -147,9 +147,9 @@ def _model_in(distribution: str) -> Path | None:
 def _what_is_in(folder: Path) -> str:
     if files := sorted(folder.glob("*.gguf")):
         return f"To use a GGUF file in it, name the file: {files[0]}"
-    from trimtab.adapters.formats import all_formats  # torch comes with it
+    from trimtab.adapters.placing import holds_adapter  # torch comes with it
 
-    if any((folder / one.files[0]).is_file() for one in all_formats()):
+    if holds_adapter(folder):
         return (
             "It holds an adapter: name the model that it was trained on, and the adapter by adapter: in a run's YAML."
         )

@@ -224,6 +224,6 @@ _WRITTEN = {
 
 def _adapter_files() -> set[str]:
     """The names of what runs write as their adapter."""
-    from trimtab.adapters.formats import all_formats  # torch: only where something is trained
+    from trimtab.adapters.formats import file_names  # torch: only where something is trained
 
-    return {*_TOKENIZER_FILES, *(name for one in all_formats() for name in one.files)}
+    return {*_TOKENIZER_FILES, *file_names()}

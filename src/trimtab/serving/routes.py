@@ -53,8 +53,6 @@ if TYPE_CHECKING:
     from trimtab.serving.engine import Engine
 
 _SECONDS_OF_BODY = 30.0
-_SLACK = 30.0
-"""Seconds for reading and sending, beside those of the engine."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from trimtab.adapters.formats import all_formats
+from trimtab.adapters.formats import file_names
 from trimtab.adapters.placing import local_folder
 from trimtab.errors import AdapterError, did_you_mean
 from trimtab.evaluation.generation import end_tokens
@@ -218,8 +218,8 @@ class Shelf:
 
 
 def _files_of(place: Path) -> _Files:
-    there = [place / name for one in all_formats() for name in one.files if (place / name).is_file()]
-    found = [(file.resolve(), file.stat()) for file in dict.fromkeys(there)]
+    there = [place / name for name in file_names() if (place / name).is_file()]
+    found = [(file.resolve(), file.stat()) for file in there]
     return tuple((path, one.st_ino, one.st_size, one.st_mtime_ns) for path, one in found)
 
 

@@ -39,13 +39,17 @@ def split_by_plan(model: nn.Module) -> bool:
     """Whether weights of ``model`` lie in parts in several processes by a tensor-parallel plan (``tp_plan``): as
     DTensors that nothing gathers before they are used, or that FSDP2 gathers to such."""
     by_fsdp = {id(parameter) for module in sharded_modules(model) for parameter in module.parameters()}
-    spread: list[Any] = [parameter for parameter in model.parameters() if is_spread(parameter)]
-    return any(id(one) not in by_fsdp or sum(place.is_shard() for place in one.placements) > 1 for one in spread)
+    return any(id(one) not in by_fsdp or sum(at.is_shard() for at in one.placements) > 1 for one in _spread_of(model))
+
+
+def _spread_of(model: nn.Module) -> list[Any]:
+    """The parameters of ``model`` of which this process holds no more than a part."""
+    return [parameter for parameter in model.parameters() if is_spread(parameter)]
 
 
 def require_same_mesh(model: nn.Module, verb: str) -> None:
     """Raise SurgeryError if new adapters on ``model`` could not be kept alike in all processes that train it."""
-    spread: list[Any] = [parameter for parameter in model.parameters() if is_spread(parameter)]
+    spread = _spread_of(model)
     if any(one.is_meta for one in spread):
         raise SurgeryError(
             f"{verb}: the model is sharded, and its weights are on the meta device, without numbers. Load them first"
@@ -67,8 +71,7 @@ def keep_alike(model: nn.Module, adapters: Iterable[nn.Module]) -> None:
     What is frozen or trained of it from now on is so in its passes, too."""
     if synchronised_by(model) != "fully_shard":
         return
-    spread: Any = next(one for one in model.parameters() if is_spread(one))
-    mesh = spread.device_mesh
+    mesh = _spread_of(model)[0].device_mesh
     parameters = list({id(one): one for adapter in adapters for one in adapter.parameters()}.values())
     groups = [mesh.get_group(dimension) for dimension in range(mesh.ndim)]
     with torch.no_grad():
