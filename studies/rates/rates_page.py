@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -77,9 +78,8 @@ def _draw(arms: Mapping[tuple[str, str], Mapping[str, Any]], tasks: Sequence[str
                 continue
             rates, losses = [rate for rate, _ in points], [loss for _, loss in points]
             axes.plot(rates, [loss["mean"] for loss in losses], color=colour, marker="o", markersize=3, label=name)
-            if all(loss["low"] is not None for loss in losses):
-                low, high = [loss["low"] for loss in losses], [loss["high"] for loss in losses]
-                axes.fill_between(rates, low, high, color=colour, alpha=0.15, linewidth=0)
+            low, high = ([math.nan if loss[end] is None else loss[end] for loss in losses] for end in ("low", "high"))
+            axes.fill_between(rates, low, high, color=colour, alpha=0.15, linewidth=0)
         axes.set_xscale("log")
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_ylim(0, 1.5)

@@ -50,24 +50,25 @@ def best_place(losses: Mapping[int, float]) -> float:
     return best + (low - high) / (2 * (low - 2 * middle + high))
 
 
+def _tells_its_best(losses: Mapping[int, float], grid: range) -> bool:
+    """Whether the lowest loss that a seed has so far is known to be lower than those of the rates beside it."""
+    if not losses:
+        return False
+    best = min(losses, key=lambda index: losses[index])
+    return all(index in losses for index in (best - 1, best + 1) if index in grid)
+
+
 def arm_results(study: RatesStudy, task: str, arm: str) -> dict[str, Any]:
-    """What is known of an arm on a task. ``best`` is the best rate over the seeds whose whole grid is done; None where
-    there is no such seed, or where in one of them it is at an edge of the grid (``edge``), so that nothing is said."""
+    """What is known of an arm on a task. ``best`` is the best rate over the seeds that tell theirs; None where there is
+    no such seed, or where in one of them it is at an edge of the grid (``edge``), so that nothing is said."""
     grid = study.grid(task, arm)
-    seeds: dict[int, dict[int, float]] = {}
-    for seed in study.said.seeds:
-        found = {index: study.done(RateCell(task, arm, index, seed)) for index in grid}
-        seeds[seed] = {
-            index: math.inf if cell["loss"] is None else cell["loss"]
-            for index, cell in found.items()
-            if cell is not None
-        }
-    whole = {seed: losses for seed, losses in seeds.items() if len(losses) == len(grid)}
-    edge = any(min(losses, key=lambda at: losses[at]) in (grid[0], grid[-1]) for losses in whole.values())
-    places = {seed: best_place(losses) for seed, losses in whole.items()}
+    seeds = {seed: study.losses(task, arm, seed) for seed in study.said.seeds}
+    telling = {seed: losses for seed, losses in seeds.items() if _tells_its_best(losses, grid)}
+    edge = any(min(losses, key=lambda at: losses[at]) in (grid[0], grid[-1]) for losses in telling.values())
+    places = {seed: best_place(losses) for seed, losses in telling.items()}
     curve = []
     for index in grid:
-        values = [losses[index] for losses in whole.values() or seeds.values() if index in losses]
+        values = [losses[index] for losses in telling.values() or seeds.values() if index in losses]
         finite = [value for value in values if math.isfinite(value)]
         mean = mean_interval(finite).plain() if finite and len(finite) == len(values) else None
         curve.append(

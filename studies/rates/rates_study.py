@@ -140,11 +140,8 @@ class RatesStudy:
         low, high = map(lattice_index, self.said.rates[self.said.arms[arm].rates])
         first, last = low, high
         while True:
-            losses = {
-                index: self._loss(RateCell(task, arm, index, self.said.seeds[0])) for index in range(low, high + 1)
-            }
-            known = {index: loss for index, loss in losses.items() if loss is not None}
-            if len(known) < len(losses):
+            known = self._losses(task, arm, self.said.seeds[0], range(low, high + 1))
+            if len(known) <= high - low:
                 return range(low, high + 1)
             best = min(known, key=lambda index: known[index])
             if best == low and first - low < self.said.beyond:
@@ -154,13 +151,22 @@ class RatesStudy:
             else:
                 return range(low, high + 1)
 
-    def _loss(self, cell: RateCell) -> float | None:
-        found = self.done(cell)
-        return None if found is None else found["loss"] if found["loss"] is not None else math.inf
+    def losses(self, task: str, arm: str, seed: int) -> dict[int, float]:
+        """Lattice index -> validation loss, of the cells that are done; infinite where training diverged."""
+        return self._losses(task, arm, seed, self.grid(task, arm))
+
+    def _losses(self, task: str, arm: str, seed: int, grid: range) -> dict[int, float]:
+        cells = {index: self.done(RateCell(task, arm, index, seed)) for index in grid}
+        return {
+            index: math.inf if cell["loss"] is None else cell["loss"]
+            for index, cell in cells.items()
+            if cell is not None
+        }
 
     def missing(self) -> Iterator[RateCell]:
         """The cells that are not done, in an order in which what is done tells most: the first seed of every arm, its
-        coarse grid before the rates between and those beyond an end, then the other seeds."""
+        coarse grid before the rates between and those beyond an end; of the other seeds the best rates with the two
+        beside them, then the rest."""
         first, *others = self.said.seeds
         for step in (2, 1):
             for task, arm in self.pairs:
@@ -171,7 +177,18 @@ class RatesStudy:
                 yield from open_ones
         for seed in others:
             for task, arm in self.pairs:
+                while open_ones := list(self._open(self._around_best(task, arm, seed))):
+                    yield from open_ones
+        for seed in others:
+            for task, arm in self.pairs:
                 yield from self._open(RateCell(task, arm, index, seed) for index in self.grid(task, arm))
+
+    def _around_best(self, task: str, arm: str, seed: int) -> Iterator[RateCell]:
+        """A seed's best cell so far and the two beside it; as long as it has none, those of the first seed."""
+        grid = self.grid(task, arm)
+        known = self.losses(task, arm, seed) or self.losses(task, arm, self.said.seeds[0])
+        best = min(known, key=lambda index: known[index])
+        return (RateCell(task, arm, index, seed) for index in (best, best - 1, best + 1) if index in grid)
 
     def _open(self, cells: Iterator[RateCell]) -> Iterator[RateCell]:
         return (cell for cell in cells if self.done(cell) is None)

@@ -13,7 +13,7 @@ import pytest
 import auto_check
 import rates_cell
 from rates_page import write_rates_page
-from rates_results import best_place, compared, write_results
+from rates_results import arm_results, best_place, compared, write_results
 from rates_rows import _orders
 from rates_study import RateCell, RatesStudy, at_lattice, lattice_index, load_rates_study
 from trimtab.config.read import build_config
@@ -68,9 +68,25 @@ def test_the_first_seed_comes_first_and_its_coarse_grid_before_the_rest(study: R
     middle = {"adapters": -8.0, "full": -12.0}
     done = finish_all(study, lambda cell: middle[study.said.arms[cell.arm].rates])
     arms = len(study.pairs)
-    assert [cell.seed for cell in done] == [1] * 7 * arms + [2] * 7 * arms + [3] * 7 * arms
+    near = [seed for seed in (2, 3) for _ in range(3 * arms)]
+    assert [cell.seed for cell in done] == [1] * 7 * arms + near + [2] * 4 * arms + [3] * 4 * arms
     assert len({(cell.task, cell.arm) for cell in done[: 4 * arms]}) == arms
     assert len(set(done)) == len(done) == 567
+
+
+def test_other_seeds_are_followed_to_their_own_best_and_tell_it_before_the_rest_is_done(study: RatesStudy) -> None:
+    """The first seed's best is at -9, the second's two places above, the third's in the same place."""
+    arm = ("orders", "LoRA r8")
+    for index in study.grid(*arm):
+        finish(study, RateCell(*arm, index, 1), -9)
+    for cell in study.missing():
+        finish(study, cell, -12 if "full" in cell.arm else -7 if cell.seed == 2 else -9)
+        known = arm_results(study, *arm)
+        if len(known["places"]) == 3:
+            break
+    assert {seed: len(study.losses(*arm, seed)) for seed in (1, 2, 3)} == {1: 7, 2: 5, 3: 3}
+    assert known["places"] == pytest.approx({"1": -9, "2": -7, "3": -9})
+    assert [point["seeds"] for point in known["curve"]] == [1, 1, 3, 3, 3, 2, 2]
 
 
 def test_a_grid_grows_where_its_best_is_at_an_edge_and_claims_nothing_if_it_still_is(study: RatesStudy) -> None:
