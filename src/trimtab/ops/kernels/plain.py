@@ -9,7 +9,7 @@ from torch import Tensor
 from trimtab.ops.autocast import cast
 from trimtab.ops.decomposition import row_blocks
 from trimtab.ops.kernels.contract import BackwardPass, Thin
-from trimtab.ops.ratio import Ratio
+from trimtab.ops.ratio import HALF, Ratio
 
 _BLOCK = 1 << 18  # elements: what a processor's second cache holds in float32
 _CACHED = 1 << 19  # bytes: of two tensors and their product, so much of each stays in a processor's second cache
@@ -82,8 +82,13 @@ def _summed_product(grad: Tensor, witness: Tensor) -> Tensor:
     rows = max(1, _CACHED // (features * grad.itemsize))
     if grad.device.type != "cpu" or torch.compiler.is_compiling() or grad.numel() * grad.itemsize <= _LARGE:
         return (grad * witness).sum(0)
-    total = torch.zeros(features, dtype=torch.promote_types(grad.dtype, torch.float32))
-    product = torch.empty(rows, features, dtype=grad.dtype)
-    for part, other in zip(grad.split(rows), witness.split(rows), strict=True):
+    first, *blocks = zip(grad.split(rows), witness.split(rows), strict=True)
+    product = torch.mul(*first)
+    if grad.dtype not in HALF:  # the blocks' products are added place by place, and summed once
+        for part, other in blocks:
+            product[: len(part)].addcmul_(part, other)
+        return product.sum(0)
+    total = product.sum(0).float()
+    for part, other in blocks:
         total += torch.mul(part, other, out=product[: len(part)]).sum(0)
     return total
