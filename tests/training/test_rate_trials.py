@@ -21,7 +21,7 @@ from trimtab.runs.rate_record import RateTrial, read_rate
 from trimtab.surgery.plan import Rule
 from trimtab.training import rate_plan, rate_trials
 from trimtab.training.rate_plan import SHORTEST, plan_trials
-from trimtab.training.rate_prior import likely_rate
+from trimtab.training.rate_prior import labels_of_step, likely_rate
 from trimtab.training.rate_trials import APART, _narrow, choose
 from trimtab.training.run import finetune
 
@@ -110,15 +110,43 @@ def test_trials_as_good_as_equal_leave_the_likely_rate() -> None:
 
 def test_the_likely_rate_of_full_fine_tuning_is_the_lowest_and_falls_with_alpha_and_width() -> None:
     def of(width: int | None = 576, **rule: Any) -> float:
-        return likely_rate([Rule(match="all-linear", **rule)], width, 100)
+        return likely_rate([Rule(match="all-linear", **rule)], width, steps=100, labels=50)
 
     assert of(method="full") < of(method="lora", rank=64) < of(method="lora", rank=1)
-    assert of(method="lora", rank=8, alpha=32) == pytest.approx(of(method="dora", rank=64, alpha=32))
+    assert of(method="lora", rank=8, alpha=32) == pytest.approx(of(method="lora", rank=64, alpha=32))
+    assert of(method="mora", rank=64) < of(method="mora", rank=8)
     assert of(method="mora", rank=8, width=4096) < of(method="mora", rank=8)
     stable = of(method="lora", rank=16, alpha=8, rank_stabilised=True)
     assert stable == pytest.approx(of(method="lora", rank=16, alpha=32))
     mixed = [Rule(match="*.q_proj", method="lora", rank=8), Rule(match="*.v_proj", method="full")]
-    assert likely_rate(mixed, 576, 100) == of(method="full")
+    assert likely_rate(mixed, 576, steps=100, labels=50) == of(method="full")
+
+
+def test_the_likely_rate_falls_with_the_steps_and_rises_with_the_labels_of_a_step_until_they_are_many() -> None:
+    rules = [Rule(match="all-linear", method="lora", rank=8)]
+
+    def of(steps: int, labels: float) -> float:
+        return likely_rate(rules, 576, steps=steps, labels=labels)
+
+    assert of(8, 50) > of(80, 50) > of(800, 50)
+    assert of(80, 64) == pytest.approx(2 * of(80, 16))
+    assert of(80, 1e4) == of(80, 1e5) > of(80, 64)
+
+
+@pytest.mark.parametrize(
+    ("row", "labels"),
+    [
+        ({"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]}, 2 + 0.25 * 2),
+        ({"input_ids": torch.ones(9), "labels": torch.tensor(1)}, 1),  # a class
+        ({"input_ids": torch.ones(9), "labels": torch.tensor([1.0, 0.0, 0.0])}, 1),  # several labels, or numbers
+        ({"input_ids": torch.ones(3), "labels": torch.tensor([-100, 4, -100])}, 1 + 0.25 * 2),
+    ],
+)
+def test_labels_of_a_step_are_what_carries_loss_in_it(row: dict[str, Any], labels: float) -> None:
+    train = TrainConfig.model_validate({"batch_size": 4, "gradient_accumulation": 2, "prompt_loss_weight": 0.25})
+    assert labels_of_step([row], train) == pytest.approx(8 * labels)
+    mixed = [row, {"labels": torch.tensor(0)}] * 500
+    assert labels_of_step(mixed, train) == pytest.approx(8 * (labels + 1) / 2, rel=0.05)
 
 
 AUTO = {"learning_rate": "auto", "max_steps": 30, "epochs": 10, "tune": {"budget": 1.0}}

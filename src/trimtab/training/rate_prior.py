@@ -1,61 +1,99 @@
 """Which learning rate is likely the best one, before anything was tried: where the trials of ``auto`` begin.
 
-    rate = base * (2000 / width)^0.775 * (32 / alpha)^0.5 * (48 / steps)^shorter
+    rate = base / size^power * (576 / width)^0.775 * (32 / steps)^0.32 * (labels / 16)^0.5
 
-``base`` is the method's, from the table below; ``width`` the model's hidden size. That power is the one that Thinking
-Machines found for Llama models over many sizes ("LoRA Without Regret", 2025), as they found LoRA's best rate ten times
-that of full fine-tuning and the same for all ranks with alpha fixed. Here alpha usually is twice the rank, and with it
-the best rate falls (``studies/rank-sweep``: above 1e-3 at rank 1, below it at rank 64), about as the root of alpha.
+``base`` is the best rate of a method in ``studies/rates`` on answers of one word: SmolLM2-135M, whose hidden size is
+576, rank 8 with alpha 16, and 32 steps of 16 labels. ``size`` is how many times larger alpha is, or the rank where a
+method has no alpha; its power is from the same task (``studies/rates/fit_prior.py`` prints both). The other powers lead
+to other runs:
+
+- ``width``, the model's hidden size: found for Llama models over many sizes (Thinking Machines, "LoRA Without Regret",
+  2025).
+- ``steps``: a longer run wants a lower rate (Bjorck et al., "Scaling Optimal LR Across Token Horizons", ICLR 2025).
+- ``labels`` of a step: Adam's rule for batches is the root (Malladi et al., "On the SDEs and Scaling Rules for Adaptive
+  Gradient Algorithms", NeurIPS 2022). It is about the noise of gradients, of which little is taken to be left beyond
+  256 labels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Mapping
+from statistics import fmean
+from typing import Any, NamedTuple
+
+import torch
 
 from trimtab import methods
+from trimtab.config.run import TrainConfig
+from trimtab.models.causal_head import IGNORED
 from trimtab.surgery.plan import Rule
 
-WIDTH, WIDTH_POWER = 2000, 0.775
-ALPHA, ALPHA_POWER = 32.0, 0.5
-STEPS = 48
 
-
-@dataclass(frozen=True)
-class Likely:
-    """What is known of one method.
-
-    Attributes:
-        base: the best rate at width 2000, alpha 32 and 48 steps.
-        shorter: by which power of the steps the best rate falls where there are more of them.
-    """
+class Likely(NamedTuple):
+    """The best rate of one method at rank 8 and alpha 16, and by which power it falls with its size."""
 
     base: float
-    shorter: float = 0.0
+    power: float
 
 
-TABLE = {"lora": Likely(3e-4), "dora": Likely(3e-4), "mora": Likely(3e-4), "full": Likely(3e-5)}
-"""Others are taken as LoRA."""
+TABLE = {
+    "lora": Likely(1.6e-3, 0.81),
+    "dora": Likely(2.0e-3, 0.73),
+    "mora": Likely(8.6e-4, 0.46),
+    "full": Likely(8e-5, 0.0),
+}
+"""Others are taken as LoRA, or as full fine-tuning where they train the base."""
+
+RANK, ALPHA = 8, 16.0
+WIDTH, WIDTH_POWER = 576, 0.775
+STEPS, STEPS_POWER = 32, 0.32
+LABELS, MOST_LABELS, LABELS_POWER = 16.0, 256.0, 0.5
 
 SPREAD = 0.35
 """Decades: by how much the best rate of a task lies beside the likely one (standard deviation)."""
 
+_UNKNOWN_WIDTH = 2000
+_ROWS = 64
+"""So many rows tell how many labels a row has."""
 
-def likely_rate(rules: Iterable[Rule], width: int | None, steps: int) -> float:
+
+def likely_rate(rules: Iterable[Rule], width: int | None, *, steps: int, labels: float) -> float:
     """The rate for a plan; of rules that want different ones the lowest, since too high is worse than too low. An
-    adapter whose rules are not known is taken as LoRA."""
-    known = list(rules) or [Rule(match="*", method="lora", rank=16)]
-    return min(_of_rule(rule, width or WIDTH, steps) for rule in known)
+    adapter whose rules are not known is taken as LoRA.
+
+    Args:
+        rules: of the plan.
+        width: the model's hidden size; None where it says none.
+        steps: of the run.
+        labels: of a step (`labels_of_step`).
+    """
+    known = list(rules) or [Rule(match="*", method="lora", rank=8)]
+    rate = min(map(_of_rule, known)) * (WIDTH / (width or _UNKNOWN_WIDTH)) ** WIDTH_POWER
+    return float(rate * (STEPS / steps) ** STEPS_POWER * (min(labels, MOST_LABELS) / LABELS) ** LABELS_POWER)
 
 
-def _of_rule(rule: Rule, width: int, steps: int) -> float:
-    known = TABLE.get(rule.method, TABLE["full" if methods.method_class(rule.method).trains_base else "lora"])
-    rate = known.base * (WIDTH / width) ** WIDTH_POWER * (STEPS / steps) ** known.shorter
-    return float(rate * (ALPHA / _alpha(rule.options)) ** ALPHA_POWER)
+def labels_of_step(rows: Any, train: TrainConfig) -> float:
+    """How much carries loss in a step of ``train``, on average: labelled tokens, and tokens of prompts by their weight;
+    one for each row that has a class, numbers or several labels."""
+    some = range(0, len(rows), max(1, len(rows) // _ROWS))
+    mean = fmean(_labels(rows[at], train.prompt_loss_weight) for at in some)
+    return mean * train.batch_size * train.gradient_accumulation
 
 
-def _alpha(options: Any) -> float:
-    """What a method with a scale has as alpha, whichever way it is scaled by; 32 for one without."""
-    scale, rank = getattr(options, "scale", None), getattr(options, "rank", None)
-    return float(scale * rank) if isinstance(scale, float) and rank else ALPHA
+def _labels(row: Mapping[str, Any], prompt_weight: float) -> float:
+    labels = torch.as_tensor(row["labels"])
+    if labels.is_floating_point() or labels.dim() == 0:
+        return 1.0
+    labelled = int((labels != IGNORED).sum())
+    return labelled + prompt_weight * (len(labels) - labelled)
+
+
+def _of_rule(rule: Rule) -> float:
+    known = TABLE.get(rule.method) or TABLE["full" if methods.method_class(rule.method).trains_base else "lora"]
+    return float(known.base / size_of(rule.options) ** known.power)
+
+
+def size_of(options: Any) -> float:
+    """By how much alpha, whichever way a method scales by it, or else the rank is larger than in the table."""
+    scale, rank = getattr(options, "scale", None), getattr(options, "rank", None) or RANK
+    return float(scale * rank / ALPHA if isinstance(scale, float) else rank / RANK)

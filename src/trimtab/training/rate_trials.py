@@ -37,7 +37,7 @@ from trimtab.runs.records import MetricsLine
 from trimtab.surgery.attach import detach
 from trimtab.tasks import Inputs
 from trimtab.training.rate_plan import TrialPlan, plan_trials
-from trimtab.training.rate_prior import SPREAD, likely_rate
+from trimtab.training.rate_prior import SPREAD, labels_of_step, likely_rate
 from trimtab.training.schedule import total_steps
 from trimtab.training.trainer import AdapterTrainer, Diverged
 
@@ -156,13 +156,15 @@ class _Search:
         self._head = self._task.head(model)
         self._rules = job.attach_to(model).rules
         detach(model)
+        self._labels = labels_of_step(inputs.rows, job.config.train)
         # Evenly over the validation rows, which may be sorted.
         self._measured = [inputs.validation[at * len(inputs.validation) // rows] for at in range(rows)]
 
     def likely(self, steps: int) -> float:
         """The likely rate of a training of so many steps."""
         text = getattr(self._model.config, "get_text_config", lambda: None)()
-        return likely_rate(self._rules, getattr(text, "hidden_size", None), steps)
+        width = getattr(text, "hidden_size", None)
+        return likely_rate(self._rules, width, steps=steps, labels=self._labels)
 
     def trial(self, rate: float, turn: int, steps: int) -> RateTrial:
         """Train for ``steps`` steps at ``rate``."""

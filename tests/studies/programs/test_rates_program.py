@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import pytest
 
 import auto_check
 import rates_cell
+from fit_prior import bests, line, smooth_best
 from rates_page import write_rates_page
 from rates_results import arm_results, best_place, compared, write_results
 from rates_rows import _orders
@@ -154,6 +156,29 @@ def test_auto_is_held_against_the_best_of_whole_grids_alone(study: RatesStudy, m
     made = Known.made
     assert len(list(auto_check.settings(study, 0.15, ["orders"]))) == 14
     assert Known.made == made  # kept
+
+
+def test_the_likely_rates_are_a_line_through_what_arms_of_all_sizes_say(study: RatesStudy) -> None:
+    """Here the best rate of LoRA falls with the root of alpha, and another task and other steps play no part."""
+    place = {"LoRA r1": -8 + 1.5 * math.log10(8), "LoRA r64": -8 - 1.5 * math.log10(8)}
+    for task, arm in study.pairs:
+        for index in study.grid(task, arm):
+            best = place.get(arm, -8.0) if task == "sentiment" else -11.0
+            finish(study, RateCell(task, arm, index, 1), best)
+    found = bests(study, "sentiment")
+    assert set(found) == {"lora", "dora", "mora", "full"}
+    three = [found["lora"][arm] for arm in ("LoRA r1", "LoRA r8", "LoRA r64")]
+    assert [size for size, _ in three] == [1 / 8, 1, 8]
+    base, power = line(three)
+    assert (base, power) == pytest.approx((at_lattice(-8), 0.5), rel=0.02)
+    assert line([three[1]]) == pytest.approx((at_lattice(-8), 0.0), rel=0.02)
+
+
+def test_one_lucky_rate_moves_the_smooth_best_little() -> None:
+    losses = {index: 0.4 + 0.02 * (index + 9) ** 2 for index in range(-12, -5)}
+    assert smooth_best(losses) == pytest.approx(-9)
+    assert abs(smooth_best({**losses, -7: 0.35}) + 9) < 0.9  # the lowest loss by itself would say -7
+    assert smooth_best({-9: 0.4, -7: math.inf, -8: 0.3}) == -8
 
 
 @pytest.mark.parametrize("best", [-8.0, -7.7, -6.5])

@@ -1,0 +1,101 @@
+"""What the likely rates (``trimtab.training.rate_prior``) are made from: the study's best rates on one task.
+
+    python studies/rates/fit_prior.py studies/rates/study.yaml [task=sentiment] [key=value ...]
+
+For each method a line through the best rates of its arms: ``log rate = log base - power * log size``, where the size is
+alpha / 16, or rank / 8 for a method without alpha. An arm's best rate is the bottom of a parabola through all rates
+whose loss, a mean over the seeds that have it, is within ``NEAR`` of the lowest, and through the two beside that: one
+rate by itself may be lucky. Prints both; what is printed is copied into the table there by hand.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from trimtab.cli.exits import program
+
+if TYPE_CHECKING:
+    from rates_study import RatesStudy
+
+NEAR = 0.15
+"""Nats a token."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    return program(arguments, __doc__, run)
+
+
+def run(file: str, *overrides: str) -> None:
+    from rates_study import load_rates_study
+    from trimtab.errors import RunError
+
+    task = next((text.partition("=")[2] for text in overrides if text.startswith("task=")), "sentiment")
+    study = load_rates_study(file, [text for text in overrides if not text.startswith("task=")])
+    found = bests(study, task)
+    if not found:
+        raise RunError(f"no arm has three rates on {task} yet; go on with studies/rates/run.py first")
+    for method, arms in found.items():
+        for arm, (size, rate) in arms.items():
+            print(f"{arm:18} size {size:<7g} best {rate:.2e}")
+        base, power = line(list(arms.values()))
+        print(f"{method}: base {base:.2g}, power {power:.2f}\n")
+
+
+def bests(study: RatesStudy, task: str) -> dict[str, dict[str, tuple[float, float]]]:
+    """Method -> arm -> its size and best rate. Arms whose number of steps is another than the others' are left out."""
+    from rates_study import at_lattice
+    from trimtab.config.read import build_config
+    from trimtab.config.resolve import plan_of
+    from trimtab.training.rate_prior import size_of
+
+    found: dict[str, dict[str, tuple[float, float]]] = defaultdict(dict)
+    for name, arm in study.pairs:
+        if name != task or study.said.arms[arm].train:
+            continue
+        losses = mean_losses([study.losses(task, arm, seed) for seed in study.said.seeds])
+        if len(losses) < 3:
+            continue
+        settings = {**study.settings(task, arm), "data": {"train": "rows.jsonl"}, "output": "none"}
+        (rule,) = plan_of(build_config(settings, study.state, arm)).rules
+        found[rule.method][arm] = (size_of(rule.options), at_lattice(smooth_best(losses)))
+    return dict(found)
+
+
+def mean_losses(seeds: Sequence[Mapping[int, float]]) -> dict[int, float]:
+    """Lattice index -> mean loss over the seeds that have it."""
+    places = sorted({index for losses in seeds for index in losses})
+    return {index: statistics.fmean(losses[index] for losses in seeds if index in losses) for index in places}
+
+
+def smooth_best(losses: Mapping[int, float]) -> float:
+    """The place on the lattice where a parabola through the lowest losses is lowest, within the rates that it is
+    drawn through."""
+    import numpy as np
+
+    places = sorted(index for index in losses if math.isfinite(losses[index]))
+    best = min(places, key=lambda index: losses[index])
+    at = places.index(best)
+    beside = places[max(0, at - 1) : at + 2]
+    drawn = sorted({index for index in places if losses[index] <= losses[best] + NEAR} | set(beside))
+    if len(drawn) < 3:
+        return float(best)
+    curve, slope, _ = np.polyfit(drawn, [losses[index] for index in drawn], 2)
+    return float(np.clip(-slope / (2 * curve), drawn[0], drawn[-1])) if curve > 0 else float(best)
+
+
+def line(arms: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Base and power of the line through sizes and rates; a power of 0 where all sizes are one."""
+    logs = [(math.log(size), math.log(rate)) for size, rate in arms]
+    if len({size for size, _ in logs}) < 2:
+        return math.exp(statistics.fmean(rate for _, rate in logs)), 0.0
+    slope, start = statistics.linear_regression(*zip(*logs, strict=True))
+    return math.exp(start), -slope
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
