@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 CLOSE = 0.02
 """Nats a token."""
+DIVERGED = 99.0
+"""Nats a token: what stands for a training that diverged."""
 FIXED = 5e-4
 """The rate that a run has whose YAML says none."""
 
@@ -57,7 +59,8 @@ def run(file: str, *overrides: str) -> None:
     print(
         f"within {CLOSE} nats of the grid's best: auto {close['auto']}, 5e-4 {close['fixed']}, of {len(rows)} settings"
     )
-    write_json(study.output / "auto.json", {"budget": budget, "close": close, "of": len(rows), "settings": rows})
+    found = {"budget": budget, "close": close, "of": len(rows), "seeds": study.said.seeds, "settings": rows}
+    write_json(study.output / "auto.json", found)
 
 
 def settings(study: RatesStudy, budget: float, tasks: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -94,7 +97,7 @@ def settings(study: RatesStudy, budget: float, tasks: Sequence[str]) -> Iterator
             "best_loss": round(statistics.fmean(losses[best, seed] for seed in study.said.seeds), 5),
             "auto_rates": rates,
             "auto_cost": max(costs),
-            **{f"{name}_over": min(99.0, round(statistics.fmean(values), 5)) for name, values in over.items()},
+            **{f"{name}_over": min(DIVERGED, round(statistics.fmean(values), 5)) for name, values in over.items()},
         }
 
 

@@ -10,8 +10,12 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
+from auto_check import CLOSE, DIVERGED
 from trimtab.reports.shared.figures import blank, plain, write_picture
 from trimtab.reports.shared.shell import write_page
+
+EDGE = 0.3
+"""Nats a token: as far as the picture of ``auto`` goes."""
 
 _COLOURS = ("#1f5fa8", "#c2571a", "#3a7d44", "#7a4fa3", "#8a6d1f", "#a33b5e")
 _PICTURES = {
@@ -22,8 +26,8 @@ _PICTURES = {
 }
 
 
-def write_rates_page(folder: Path, results: Mapping[str, Any]) -> Path:
-    """Write ``rates.html`` and its pictures into ``folder``."""
+def write_rates_page(folder: Path, results: Mapping[str, Any], auto: Mapping[str, Any] | None = None) -> Path:
+    """Write ``rates.html`` and its pictures into ``folder``; ``auto``: what ``auto_check`` found, if it ran."""
     arms = {(arm["task"], arm["arm"]): arm for arm in results["arms"]}
     tasks = results["said"]["tasks"]
     pictures = {
@@ -38,7 +42,15 @@ def write_rates_page(folder: Path, results: Mapping[str, Any]) -> Path:
         [arm["task"], arm["arm"], told(arm["best"]), "at the edge: undecided" if arm["edge"] else "", _share(arm)]
         for arm in results["arms"]
     ]
-    values = {"results": results, "pictures": pictures, "questions": questions, "best": best}
+    values = {"results": results, "pictures": pictures, "questions": questions, "best": best, "auto": auto}
+    if auto is not None:
+        values["against"] = [_held(setting) for setting in auto["settings"]]
+        pictures["auto"] = write_picture(
+            _draw_held(auto["settings"]),
+            folder,
+            "rates-auto",
+            "How far auto and 5e-4 end above the best rate of the grid",
+        )
     return write_page(folder / "rates.html", "rates_page.html", values, folder=Path(__file__).parent)
 
 
@@ -62,6 +74,39 @@ def _line(row: Mapping[str, Any]) -> list[str]:
         else:
             verdict = "not told from the same" if ratio["low"] <= 1 <= ratio["high"] else "another"
     return [row["task"], row["arm"], row["against"], told(ratio), verdict]
+
+
+def _held(setting: Mapping[str, Any]) -> list[str]:
+    """A line of the table of ``auto``."""
+    rates = ", ".join(f"{rate:.2g}" for rate in setting["auto_rates"])
+    over = [f"{setting[name]:+.3f}" if setting[name] < DIVERGED else "diverged" for name in ("auto_over", "fixed_over")]
+    return [setting["task"], setting["arm"], f"{setting['best_rate']:.2g}", f"{setting['best_loss']:.3f}", rates, *over]
+
+
+def _draw_held(settings: Sequence[Mapping[str, Any]]) -> Figure:
+    """How far above the grid's best ``auto`` and the fixed rate end: a row a setting. What lies beyond the picture is
+    drawn at its edge."""
+    figure = blank(6.4, 0.26 * len(settings) + 0.9)
+    axes = figure.add_subplot()
+    plain(axes)
+    for name, key, colour in (("auto", "auto_over", _COLOURS[0]), ("5e-4", "fixed_over", _COLOURS[1])):
+        values = [setting[key] for setting in settings]
+        for marker, size, shown in (
+            ("o", 6, [place for place, value in enumerate(values) if value <= EDGE]),
+            (">", 8, [place for place, value in enumerate(values) if value > EDGE]),
+        ):
+            away = [min(values[place], EDGE) for place in shown]
+            axes.plot(away, shown, marker, color=colour, markersize=size, label=name if marker == "o" else None)
+    axes.axvline(CLOSE, color="#888888", linewidth=0.8, linestyle="--")
+    axes.axvline(0, color="#888888", linewidth=0.8)
+    axes.set_yticks(range(len(settings)), [f"{setting['arm']}, {setting['task']}" for setting in settings], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlim(right=1.03 * EDGE)
+    axes.margins(y=0.08)
+    axes.set_xlabel("validation loss above that of the grid's best rate (nats a token)", fontsize=8)
+    axes.legend(fontsize=8, frameon=False)
+    figure.set_layout_engine("tight")
+    return figure
 
 
 def _draw(arms: Mapping[tuple[str, str], Mapping[str, Any]], tasks: Sequence[str], names: Sequence[str]) -> Figure:

@@ -50,9 +50,10 @@ def run(file: str, *overrides: str, only_results: bool = False) -> None:
                 raise Interrupted("stopped; every finished cell is kept. Go on with the same command.") from None
     from rates_page import write_rates_page
     from rates_results import write_results
+    from trimtab.files import read_json
 
-    results = write_results(study)
-    page = write_rates_page(study.output, results)
+    results, auto = write_results(study), study.output / "auto.json"
+    page = write_rates_page(study.output, results, read_json(auto) if auto.is_file() else None)
     print(f"{results['done']} of {results['of']} cells; results: {study.output / 'rates.json'}; page: {page}")
 
 

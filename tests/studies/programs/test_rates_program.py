@@ -154,8 +154,14 @@ def test_auto_is_held_against_the_best_of_whole_grids_alone(study: RatesStudy, m
     assert rows["LoRA r8"]["fixed_over"] == pytest.approx(0.05)  # 5e-4 is one place below
     assert rows["full"]["auto_over"] == 99.0  # diverged
     made = Known.made
-    assert len(list(auto_check.settings(study, 0.15, ["orders"]))) == 14
+    auto_check.run(str(YAML), f"state={study.state}", f"output={study.output}", f"phrasebank={study.said.phrasebank}")
     assert Known.made == made  # kept
+    auto = json.loads((study.output / "auto.json").read_text(encoding="utf-8"))
+    assert auto["close"] == {"auto": 13, "fixed": 0}
+    page = write_rates_page(study.output, write_results(study), auto).read_text(encoding="utf-8")
+    assert "<code>auto</code> in 13, 5e-4 in 0 of 14 settings" in page
+    assert "diverged" in page
+    assert (study.output / "rates-auto.png").is_file()
 
 
 def test_the_likely_rates_are_a_line_through_what_arms_of_all_sizes_say(study: RatesStudy) -> None:
