@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-from traffic import METHODS, measure
+from traffic import METHODS, by_rows, measure
 
 TOKENS, WIDTH = 4096, 4096
 VECTORS = 4 * 4 * WIDTH
@@ -53,3 +53,9 @@ def test_fused_passes_are_one_launch_each(method: str, most: int) -> None:
     launches, bytes_kept, *_ = measure(METHODS[method], TOKENS, shapes=[(WIDTH, WIDTH)], kernels="triton")
     assert launches <= most
     assert bytes_kept <= FACTOR + VECTORS
+
+
+@pytest.mark.parametrize(("methods", "most"), [(["dora"], 3), (["lora", "dora", "mora"], 5)], ids=str)
+def test_eight_adapters_in_one_batch_take_as_many_launches_as_one(methods: list[str], most: int) -> None:
+    pytest.importorskip("triton")
+    assert by_rows(methods, 64, 1, segments=True).launches <= most

@@ -30,6 +30,7 @@ from triton.runtime.jit import JITFunction
 from trimtab.ops.kernels import triton as ours
 from trimtab.ops.kernels import triton_dropout as dropping
 from trimtab.ops.kernels import triton_programs as programs
+from trimtab.ops.kernels import triton_segments as segments
 from trimtab.ops.kernels import triton_square as square
 
 TYPES = {
@@ -57,7 +58,7 @@ def launches(dtype: torch.dtype, rank: int, tokens: int = 4096, size: int = 4096
     found: list[tuple[Any, dict[str, Any]]] = []
     kept = [
         (file, name, one)
-        for file in (programs, dropping)
+        for file in (programs, dropping, segments)
         for name, one in vars(file).items()
         if isinstance(one, JITFunction) and not name.startswith("_")
     ]
@@ -80,11 +81,19 @@ def launches(dtype: torch.dtype, rank: int, tokens: int = 4096, size: int = 4096
         start(ours._squared_norms, weight, vector, a, b, 2.0)
         start(ours._forward_pass, weight, empty(size, size, dtype=dtype), b, a.t(), 2.0, vector, None, False, True)
         groups = len(tables[0])
-        start(square._compress, product, *tables, side, groups)
+        start(square._compress, product, *tables, side, groups, None)
         start(square._add_expanded, product, empty(tokens, groups, side, dtype=dtype), *tables, side)
         start(square._squared_norms, weight, vector, empty(side, side), *tables, groups)
         drawn = empty(1, dtype=torch.int64), round(0.05 * 2**32)
         start(dropping._drop, product, *drawn)
+        each = (list(one) for one in ((b, b), (vector, vector), (vector, vector)))
+        tables = empty(2, 8, dtype=torch.int64), empty(tokens // 32, 3, dtype=torch.int64)
+        order, spread = empty(tokens, dtype=torch.int64), empty(tokens * 4 * side, dtype=dtype)
+        start(segments._multiply, empty(1, tokens, rank), product, order, *tables, [a, a], rank, 32)
+        matrices, turned = [empty(side, side)] * 2, empty(4 * tokens, side, dtype=dtype)
+        start(segments._multiply, turned.new_empty(1, *turned.shape), turned, None, *tables, matrices, side, 32)
+        inner_of_all = empty(2, tokens, rank)
+        start(segments._add, product, inner_of_all, spread, order, *tables, *each, 32)
         if rank <= dropping.RANKS:
             start(dropping._product, product, empty(rank, size, dtype=dtype), *drawn)
             start(dropping._add, product, inner, empty(rank, size, dtype=dtype), *drawn)
@@ -102,13 +111,12 @@ def source(program: Any, given: dict[str, Any]) -> tuple[Any, dict[str, int]]:
     signature, constants, attributes = {}, {}, {}
     for place, name in enumerate(program.arg_names):
         value = given[name]
-        if name in known or (not isinstance(value, Tensor) and value == 1):
+        varies = program.params[place].do_not_specialize
+        if name in known or (not isinstance(value, Tensor) and value == 1 and not varies):
             signature[name], constants[name] = "constexpr", value
             continue
         signature[name] = TYPES[value.dtype] if isinstance(value, Tensor) else "i32"
-        if isinstance(value, Tensor) or (
-            value % 16 == 0 and name not in ("tokens", "threshold") and not name.startswith("count")
-        ):
+        if isinstance(value, Tensor) or (value % 16 == 0 and not varies):
             attributes[(place,)] = [["tt.divisibility", 16]]
     options = {"num_warps": given["num_warps"]}
     return ASTSource(fn=program, signature=signature, constexprs=constants, attrs=attributes), options

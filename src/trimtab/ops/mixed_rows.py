@@ -7,7 +7,7 @@ and then each update on its own rows. Without gradients.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,9 +15,10 @@ from torch import Tensor
 from trimtab.ops.autocast import cast
 from trimtab.ops.cost import full_digits_for_few
 from trimtab.ops.frozen_linear import Operands
-from trimtab.ops.kernels import kernels_for
+from trimtab.ops.kernels import kernels_for, segments_for
 from trimtab.ops.linear_map import LinearMap, MatrixMap
 from trimtab.ops.low_rank import LowRank
+from trimtab.ops.square import Square
 from trimtab.ops.update import Update
 
 
@@ -54,6 +55,7 @@ class MixedProduct:
 
     def __init__(self, parts: Sequence[Part], order: Order | None) -> None:
         self._parts, self._order = [part.operands for part in parts], order
+        self._segments: Any = None
         self._sizes = [part.rows.stop - part.rows.start for part in parts]
         biases = [operands.bias for operands in self._parts]
         self._bias = biases[0] if all(bias is biases[0] for bias in biases) else None
@@ -69,6 +71,16 @@ class MixedProduct:
     def __call__(self, rows: Tensor, weight: Tensor, through: LinearMap) -> Tensor:
         """The product ``[tokens, out]`` (or ``[batch, out, places]``) of ``rows`` as ``through`` gives them, in the
         dtype of ``weight``, with all that is to be added; in the order in which they came."""
+        programs = segments_for(rows) if rows.is_floating_point() else None
+        if programs is not None and all(_fits(operands, programs, rows) for operands in self._parts):
+            product = through.product(rows, weight)
+            if self._segments is None:
+                sized = zip(self._sizes, self._parts, strict=True)
+                segments = [_segment(size, operands, programs) for size, operands in sized]
+                there = None if self._order is None else self._order.there
+                self._segments = programs.Segments(segments, there, rows)
+            self._segments.add(product, rows)
+            return product
         if self._order is not None:
             rows = rows.index_select(0, self._order.there)
         product = through.product(rows, weight)
@@ -90,6 +102,25 @@ class MixedProduct:
             total.add_(_beside(self._bias, total))
         total = cast(total, product.dtype)
         return total if self._order is None else total.index_select(0, self._order.back)
+
+
+def _fits(operands: Operands, programs: Any, rows: Tensor) -> bool:
+    """Whether the rows of a part can be a segment of a batch like ``rows``."""
+    update, ratio = operands.update, operands.ratio
+    known = isinstance(operands.through, MatrixMap) and (update is None or type(update) in (LowRank, Square))
+    found: bool = known and programs.takes(rows, operands.bias, None if ratio is None else ratio.values)
+    return found and programs.takes(*operands.tensors)
+
+
+def _segment(size: int, operands: Operands, programs: Any) -> Any:
+    update, tensors = operands.update, operands.tensors
+    return programs.Segment(
+        size,
+        thin=(*tensors, update.scale) if isinstance(update, LowRank) and len(tensors[0]) else None,
+        square=(update, tensors[0]) if isinstance(update, Square) else None,
+        ratio=None if operands.ratio is None else operands.ratio.values,
+        bias=operands.bias,
+    )
 
 
 def _add(product: Tensor, rows: Tensor, update: Update, operands: Operands) -> None:

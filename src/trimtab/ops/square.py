@@ -251,19 +251,19 @@ class Square(Update):
         full = torch.promote_types(rows.dtype, torch.float32)
         return self._turns(rows.new_empty(0, dtype=full)) if self.turn else (None, None)
 
-    def _gathered(self, rows: Tensor) -> Tensor:
-        """``rows`` compressed: ``[tokens, groups, k]``."""
-        programs = turning_for(rows)
-        found = (
-            None
-            if programs is None
-            else programs.compress(rows, *self._tables(rows), side=self.side, groups=self.groups)
-        )
-        gathered: Tensor = self._groups_of(rows).unflatten(0, (-1, self.groups)) if found is None else found
+    def gathered(self, rows: Tensor, order: Tensor | None = None) -> Tensor:
+        """``rows`` compressed, or those that ``order`` names: ``[tokens, groups, k]``."""
+        programs, found = turning_for(rows), None
+        if programs is not None:
+            asked = {"side": self.side, "groups": self.groups, "order": order}
+            found = programs.compress(rows, *self._tables(rows), **asked)
+        if found is None:
+            found = self._groups_of(rows if order is None else rows[order]).unflatten(0, (-1, self.groups))
+        gathered: Tensor = found
         return gathered
 
     def _add_expanded(self, target: Tensor, inner: Tensor) -> None:
-        """Add the transpose of ``_gathered`` to ``target [tokens, in]``."""
+        """Add the transpose of ``gathered`` to ``target [tokens, in]``."""
         programs = turning_for(target)
         if programs is None or not programs.add_expanded(target, inner, *self._tables(target), side=self.side):
             target.add_(self.expand(inner))
@@ -275,7 +275,7 @@ class Square(Update):
             product.add_(self.spread(multiplied.unflatten(0, (-1, self.groups))))
             return
         if self._turns_rows(rows):
-            product.add_(self.spread(self._gathered(rows).matmul(matrix.to(rows.dtype).t())))
+            product.add_(self.spread(self.gathered(rows).matmul(matrix.to(rows.dtype).t())))
             return
         if not self.turn or len(rows) < self.side:
             full = torch.promote_types(rows.dtype, torch.float32)
@@ -312,7 +312,7 @@ class Square(Update):
             gathered = self.gather(grad)
             if grad_rows is not None:
                 self._add_expanded(grad_rows, gathered.matmul(matrix.to(grad.dtype)))
-            return (gathered.flatten(0, 1).t().mm(self._gathered(rows).flatten(0, 1)).to(matrix.dtype),)
+            return (gathered.flatten(0, 1).t().mm(self.gathered(rows).flatten(0, 1)).to(matrix.dtype),)
         if not self.turn:
             gathered = self.gather(grad)
             if grad_rows is not None:

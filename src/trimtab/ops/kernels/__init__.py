@@ -51,6 +51,16 @@ def turning_for(rows: Tensor) -> Any:
     return triton_square
 
 
+def segments_for(rows: Tensor) -> Any:
+    """The programs that add many updates to the product of ``rows [tokens, in]``, each to rows of its own; None where
+    one after the other does."""
+    if rows.dim() != 2 or kernels_for(rows) is plain:
+        return None
+    from trimtab.ops.kernels import triton_segments
+
+    return triton_segments
+
+
 def dropping_for(x: Tensor) -> Any:
     """The programs that drop elements of ``x`` inside of products; None where torch's operations do."""
     if _kernels_on(x.device) is plain or not (x.dim() and x.is_floating_point()):

@@ -267,6 +267,7 @@ def squared_norms(
 @triton.jit(do_not_specialize=["tokens"])
 def compress(
     rows_in,
+    order,
     cosine,
     sine,
     into,
@@ -278,16 +279,21 @@ def compress(
     BM: tl.constexpr,
     BN: tl.constexpr,
     TURN: tl.constexpr,
+    ORDERED: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """MoRA's first map: ``into [tokens, groups, side]`` is the sum of the (turned) chunks of each group."""
+    """MoRA's first map: ``into [tokens, groups, side]`` is the sum of the (turned) chunks of each group;
+    ORDERED: of those rows that ``order`` names."""
     blocks = tl.cdiv(side, BN)
     group = tl.program_id(0) // blocks
     places = (tl.program_id(0) % blocks) * BN + tl.arange(0, BN)
     other_half = (places + side // 2) % side
     rows = tl.program_id(1) * BM + tl.arange(0, BM)
     mask = (rows < tokens)[:, None] & (places < side)[None, :]
-    from_rows = rows_in + rows.to(tl.int64)[:, None] * features
+    read = rows
+    if ORDERED:
+        read = tl.load(order + rows, mask=rows < tokens, other=0)
+    from_rows = rows_in + read.to(tl.int64)[:, None] * features
     total = tl.zeros([BM, BN], ACC)
     for number in range(rounds):
         chunk = number * groups + group

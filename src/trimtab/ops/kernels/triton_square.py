@@ -14,12 +14,15 @@ from trimtab.ops.kernels.triton import accumulates, call, on_its_device, takes
 _ROWS, _COLUMNS = 16, 128
 
 
-def compress(rows: Tensor, cosine: Tensor | None, sine: Tensor | None, *, side: int, groups: int) -> Tensor | None:
+def compress(
+    rows: Tensor, cosine: Tensor | None, sine: Tensor | None, *, side: int, groups: int, order: Tensor | None = None
+) -> Tensor | None:
     """``[tokens, groups, side]``: the chunks of ``rows [tokens, in]``, turned by the angles whose cosine and sine
-    ``[chunks, side]`` are given, and added up in their groups. None for what the programs do not read."""
+    ``[chunks, side]`` are given, and added up in their groups; ``order``: of those rows. None for what the programs do
+    not read."""
     if not (takes(rows, cosine, sine) and rows.numel()):
         return None
-    compressed: Tensor = call(torch.ops.trimtab.compress, _compress, (rows, cosine, sine, side, groups))
+    compressed: Tensor = call(torch.ops.trimtab.compress, _compress, (rows, cosine, sine, side, groups, order))
     return compressed
 
 
@@ -78,12 +81,15 @@ def _squared_norms(
 
 
 @on_its_device
-def _compress(rows: Tensor, cosine: Tensor | None, sine: Tensor | None, side: int, groups: int) -> Tensor:
-    into = _compressed(rows, cosine, sine, side, groups)
+def _compress(
+    rows: Tensor, cosine: Tensor | None, sine: Tensor | None, side: int, groups: int, order: Tensor | None
+) -> Tensor:
+    into = _compressed(rows, cosine, sine, side, groups, order)
     rows = rows.contiguous()
-    tokens, features = rows.shape
+    tokens, features = len(into), rows.shape[1]
     programs.compress[(groups * math.ceil(side / _COLUMNS), math.ceil(tokens / _ROWS))](
         rows_in=rows,
+        order=rows if order is None else order,
         cosine=rows if cosine is None else cosine,
         sine=rows if sine is None else sine,
         into=into,
@@ -95,14 +101,17 @@ def _compress(rows: Tensor, cosine: Tensor | None, sine: Tensor | None, side: in
         BM=_ROWS,
         BN=_COLUMNS,
         TURN=cosine is not None,
+        ORDERED=order is not None,
         ACC=accumulates(rows.dtype),
         num_warps=4,
     )
     return into
 
 
-def _compressed(rows: Tensor, cosine: Tensor | None, sine: Tensor | None, side: int, groups: int) -> Tensor:
-    return rows.new_empty(rows.shape[0], groups, side)
+def _compressed(
+    rows: Tensor, cosine: Tensor | None, sine: Tensor | None, side: int, groups: int, order: Tensor | None
+) -> Tensor:
+    return rows.new_empty(len(rows if order is None else order), groups, side)
 
 
 @on_its_device
