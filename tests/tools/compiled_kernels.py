@@ -30,7 +30,7 @@ from triton.runtime.jit import JITFunction
 from trimtab.ops.kernels import triton as ours
 from trimtab.ops.kernels import triton_dropout as dropping
 from trimtab.ops.kernels import triton_programs as programs
-from trimtab.ops.kernels import triton_segments as segments
+from trimtab.ops.kernels import triton_segment_programs as segments
 from trimtab.ops.kernels import triton_square as square
 
 TYPES = {
@@ -58,7 +58,7 @@ def launches(dtype: torch.dtype, rank: int, tokens: int = 4096, size: int = 4096
     found: list[tuple[Any, dict[str, Any]]] = []
     kept = [
         (file, name, one)
-        for file in (programs, dropping, segments)
+        for file in (programs, square, dropping, segments)
         for name, one in vars(file).items()
         if isinstance(one, JITFunction) and not name.startswith("_")
     ]
@@ -89,11 +89,11 @@ def launches(dtype: torch.dtype, rank: int, tokens: int = 4096, size: int = 4096
         each = (list(one) for one in ((b, b), (vector, vector), (vector, vector)))
         tables = empty(2, 8, dtype=torch.int64), empty(tokens // 32, 3, dtype=torch.int64)
         order, spread = empty(tokens, dtype=torch.int64), empty(tokens * 4 * side, dtype=dtype)
-        start(segments._multiply, empty(1, tokens, rank), product, order, *tables, [a, a], rank, 32)
+        start(segments.multiply, empty(1, tokens, rank), product, order, *tables, [a, a], rank, 32)
         matrices, turned = [empty(side, side)] * 2, empty(4 * tokens, side, dtype=dtype)
-        start(segments._multiply, turned.new_empty(1, *turned.shape), turned, None, *tables, matrices, side, 32)
+        start(segments.multiply, turned.new_empty(1, *turned.shape), turned, None, *tables, matrices, side, 32)
         inner_of_all = empty(2, tokens, rank)
-        start(segments._add, product, inner_of_all, spread, order, *tables, *each, 32)
+        start(segments.add, product, inner_of_all, spread, order, *tables, *each, 32)
         if rank <= dropping.RANKS:
             start(dropping._product, product, empty(rank, size, dtype=dtype), *drawn)
             start(dropping._add, product, inner, empty(rank, size, dtype=dtype), *drawn)

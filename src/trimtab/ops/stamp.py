@@ -74,6 +74,11 @@ def is_fake(tensor: Tensor) -> bool:
     return type(tensor).__name__ == "FakeTensor"
 
 
+def address_of(tensor: Tensor) -> int:
+    """Where the numbers of ``tensor`` lie; 0 where it has none."""
+    return 0 if is_fake(tensor) else tensor.data_ptr()
+
+
 def _sample(tensor: Tensor) -> Tensor | None:
     """Some numbers of ``tensor``, a view; None where reading them would make an accelerator wait, or there are none."""
     if tensor.device.type != "cpu" or tensor.numel() == 0 or is_fake(tensor) or is_spread(tensor):

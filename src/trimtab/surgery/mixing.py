@@ -17,6 +17,7 @@ from trimtab.ops.autocast import autocast_dtype
 from trimtab.ops.frozen_linear import frozen_linear
 from trimtab.ops.linear_map import MATRIX
 from trimtab.ops.mixed_rows import MixedProduct, Order, Part
+from trimtab.ops.stamp import address_of
 from trimtab.surgery.row_plan import Group, RowPlan
 
 FEW_TOKENS = 128
@@ -32,7 +33,7 @@ class _Decided(NamedTuple):
     @staticmethod
     def reasons(plan: RowPlan, adapters: Mapping[str | None, Any], weight: Tensor, x: Tensor) -> tuple[Any, ...]:
         kept = [adapter.kept_since for adapter in adapters.values() if adapter is not None]
-        return (plan.batch, x.shape, x.dtype, id(weight), weight._version, weight.data_ptr(), *kept)
+        return (plan.batch, x.shape, x.dtype, id(weight), weight._version, address_of(weight), *kept)
 
 
 def mixed_layer(

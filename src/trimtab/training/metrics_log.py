@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from trimtab.errors import RunError
 from trimtab.machine import device_memory_gib, memory_gib
+from trimtab.processes import here
 from trimtab.runs.events import Listener
 from trimtab.runs.records import MetricsLine
 
@@ -26,6 +27,20 @@ def require_tensorboard() -> None:
         raise RunError(
             "train.tensorboard: TensorBoard is not installed; pip install 'trimtab[tensorboard]', or turn it off"
         )
+
+
+class LogsAtOnce:
+    """A mixin for transformers' Trainer, which reads the loss and then the gradient's norm for a line of the log, and
+    has to wait for the device at each of them: they are read in one transfer."""
+
+    def _maybe_log_save_evaluate(self: Any, tr_loss: torch.Tensor, grad_norm: Any, *others: Any, **named: Any) -> None:
+        logs = self.control.should_log and self.state.global_step > self._globalstep_last_logged
+        if logs and here().size == 1 and hasattr(grad_norm, "to"):  # a tensor
+            both = tr_loss.new_zeros(2)
+            both[0], both[1] = tr_loss, grad_norm
+            tr_loss -= tr_loss  # as the Trainer does once it has read it
+            tr_loss, grad_norm = both.cpu()
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *others, **named)  # type: ignore[misc]
 
 
 class Recorder:

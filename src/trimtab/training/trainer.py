@@ -27,7 +27,7 @@ from trimtab.surgery.attach import trainable_parameters
 from trimtab.tasks import Task
 from trimtab.training.callbacks import Averaging
 from trimtab.training.compiling import plainly
-from trimtab.training.metrics_log import Lap, Throughput
+from trimtab.training.metrics_log import Lap, LogsAtOnce, Throughput
 from trimtab.training.on_device import is_flash
 from trimtab.training.optimizer import make_optimizer
 from trimtab.training.schedule import epoch_steps, total_steps
@@ -117,7 +117,7 @@ def _best_loss(lines: Sequence[MetricsLine], best: Metric) -> float:
     return min(costs)[1] if costs else math.inf
 
 
-class AdapterTrainer(Trainer):
+class AdapterTrainer(LogsAtOnce, Trainer):
     """A Trainer whose checkpoints hold the adapter alone, and whose validation is ours.
 
     Args:

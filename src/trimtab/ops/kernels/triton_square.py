@@ -1,17 +1,148 @@
 """What a square update (MoRA) does beside its matrix product, as Triton's programs: its two maps, in one walk over the
 rows each, so that the matrix is one product for all chunks, groups and tokens together; and its norms."""
 
+# mypy: disable-error-code="no-untyped-def, misc, untyped-decorator, no-untyped-call"
+
 from __future__ import annotations
 
 import math
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from trimtab.ops.kernels import triton_programs as programs
 from trimtab.ops.kernels.triton import accumulates, call, on_its_device, takes
 
 _ROWS, _COLUMNS = 16, 128
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def compress_rows(
+    rows_in,
+    order,
+    cosine,
+    sine,
+    into,
+    tokens,
+    features,
+    side,
+    groups,
+    rounds,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    TURN: tl.constexpr,
+    ORDERED: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """MoRA's first map: ``into [tokens, groups, side]`` is the sum of the (turned) chunks of each group;
+    ORDERED: of those rows that ``order`` names."""
+    blocks = tl.cdiv(side, BN)
+    group = tl.program_id(0) // blocks
+    places = (tl.program_id(0) % blocks) * BN + tl.arange(0, BN)
+    other_half = (places + side // 2) % side
+    rows = tl.program_id(1) * BM + tl.arange(0, BM)
+    mask = (rows < tokens)[:, None] & (places < side)[None, :]
+    read = rows
+    if ORDERED:
+        read = tl.load(order + rows, mask=rows < tokens, other=0)
+    from_rows = rows_in + read.to(tl.int64)[:, None] * features
+    total = tl.zeros([BM, BN], ACC)
+    for number in range(rounds):
+        chunk = number * groups + group
+        columns = chunk * side + places
+        values = tl.load(from_rows + columns[None, :], mask=mask & (columns < features)[None, :], other=0.0).to(ACC)
+        if TURN:
+            in_table = (places < side) & (chunk * side < features)
+            swapped = chunk * side + other_half
+            others = tl.load(from_rows + swapped[None, :], mask=mask & (swapped < features)[None, :], other=0.0).to(ACC)
+            values *= tl.load(cosine + columns, mask=in_table, other=0.0).to(ACC)[None, :]
+            values -= others * tl.load(sine + columns, mask=in_table, other=0.0).to(ACC)[None, :]
+        total += values
+    place = (rows.to(tl.int64)[:, None] * groups + group) * side + places[None, :]
+    tl.store(into + place, total.to(into.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def add_expanded_rows(
+    target,
+    inner,
+    cosine,
+    sine,
+    tokens,
+    features,
+    side,
+    groups,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    TURN: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """The transpose of ``compress_rows``, added to ``target [tokens, features]``."""
+    columns = tl.program_id(0) * BN + tl.arange(0, BN)
+    rows = tl.program_id(1) * BM + tl.arange(0, BM)
+    in_columns = columns < features
+    mask = (rows < tokens)[:, None] & in_columns[None, :]
+    start, place = (columns // side) % groups * side, columns % side
+    from_inner = inner + rows.to(tl.int64)[:, None] * (groups * side)
+    added = tl.load(from_inner + (start + place)[None, :], mask=mask, other=0.0).to(ACC)
+    if TURN:
+        others = tl.load(from_inner + (start + (place + side // 2) % side)[None, :], mask=mask, other=0.0).to(ACC)
+        added *= tl.load(cosine + columns, mask=in_columns, other=0.0).to(ACC)[None, :]
+        added += others * tl.load(sine + columns, mask=in_columns, other=0.0).to(ACC)[None, :]
+    into = target + rows.to(tl.int64)[:, None] * features + columns[None, :]
+    total = tl.load(into, mask=mask, other=0.0).to(ACC) + added
+    tl.store(into, total.to(target.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def norms_of_rows(
+    weight,
+    squares,
+    matrix,
+    cosine,
+    sine,
+    into,
+    out,
+    features,
+    side,
+    groups,
+    rounds,
+    weight_row,
+    weight_column,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    TURN: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """``||W||^2 + <2 W + dV, dV>`` of BM rows, over those columns of W where MoRA's dV is not zero."""
+    blocks = tl.cdiv(side, BM)
+    place = (tl.program_id(0) % blocks) * BM + tl.arange(0, BM)
+    rows = (tl.program_id(0) // blocks) * side + place
+    group = (tl.program_id(0) // blocks) % groups
+    in_rows = (place < side) & (rows < out)
+    from_weight = weight + rows.to(tl.int64)[:, None] * weight_row
+    total = tl.zeros([BM], ACC)
+    for number in range(rounds):
+        chunk = number * groups + group
+        for start in range(0, side, BN):
+            places = start + tl.arange(0, BN)
+            columns = chunk * side + places
+            in_columns = (places < side) & (columns < features)
+            mask = in_rows[:, None] & in_columns[None, :]
+            delta = tl.load(matrix + place[:, None] * side + places[None, :], mask=mask, other=0.0).to(ACC)
+            if TURN:
+                swapped = (places + side // 2) % side
+                others = tl.load(matrix + place[:, None] * side + swapped[None, :], mask=mask, other=0.0).to(ACC)
+                delta *= tl.load(cosine + columns, mask=in_columns, other=0.0).to(ACC)[None, :]
+                delta += others * tl.load(sine + columns, mask=in_columns, other=0.0).to(ACC)[None, :]
+            w = tl.load(from_weight + columns.to(tl.int64)[None, :] * weight_column, mask=mask, other=0.0).to(ACC)
+            total += tl.sum(delta * (2 * w + delta), 1)
+    total += tl.load(squares + rows, mask=in_rows, other=0.0).to(ACC)
+    tl.store(into + rows, tl.maximum(total, 0.0).to(into.dtype.element_ty), mask=in_rows)
+
+
+# How they are started -------------------------------------------------------------------------------------------------
 
 
 def compress(
@@ -57,7 +188,7 @@ def _squared_norms(
     weight: Tensor, squares: Tensor, matrix: Tensor, cosine: Tensor | None, sine: Tensor | None, groups: int
 ) -> Tensor:
     (out, features), side, into = weight.shape, len(matrix), torch.empty_like(squares)
-    programs.square_norms[(math.ceil(out / side) * math.ceil(side / _ROWS),)](
+    norms_of_rows[(math.ceil(out / side) * math.ceil(side / _ROWS),)](
         weight=weight,
         squares=squares,
         matrix=matrix.contiguous(),
@@ -84,10 +215,10 @@ def _squared_norms(
 def _compress(
     rows: Tensor, cosine: Tensor | None, sine: Tensor | None, side: int, groups: int, order: Tensor | None
 ) -> Tensor:
-    into = _compressed(rows, cosine, sine, side, groups, order)
+    into = _compressed(rows, side=side, groups=groups, order=order)
     rows = rows.contiguous()
     tokens, features = len(into), rows.shape[1]
-    programs.compress[(groups * math.ceil(side / _COLUMNS), math.ceil(tokens / _ROWS))](
+    compress_rows[(groups * math.ceil(side / _COLUMNS), math.ceil(tokens / _ROWS))](
         rows_in=rows,
         order=rows if order is None else order,
         cosine=rows if cosine is None else cosine,
@@ -108,16 +239,14 @@ def _compress(
     return into
 
 
-def _compressed(
-    rows: Tensor, cosine: Tensor | None, sine: Tensor | None, side: int, groups: int, order: Tensor | None
-) -> Tensor:
+def _compressed(rows: Tensor, *, side: int, groups: int, order: Tensor | None) -> Tensor:
     return rows.new_empty(len(rows if order is None else order), groups, side)
 
 
 @on_its_device
 def _add_expanded(target: Tensor, inner: Tensor, cosine: Tensor | None, sine: Tensor | None, side: int) -> None:
     tokens, features = target.shape
-    programs.add_expanded[(math.ceil(features / _COLUMNS), math.ceil(tokens / _ROWS))](
+    add_expanded_rows[(math.ceil(features / _COLUMNS), math.ceil(tokens / _ROWS))](
         target=target,
         inner=inner.contiguous(),
         cosine=target if cosine is None else cosine,
@@ -135,7 +264,9 @@ def _add_expanded(target: Tensor, inner: Tensor, cosine: Tensor | None, sine: Te
 
 
 _compress_op = torch.library.custom_op("trimtab::compress", _compress, mutates_args=())
-_compress_op.register_fake(_compressed)
+_compress_op.register_fake(
+    lambda rows, cosine, sine, side, groups, order: _compressed(rows, side=side, groups=groups, order=order)
+)
 _expand_op = torch.library.custom_op("trimtab::add_expanded", _add_expanded, mutates_args=("target",))
 _expand_op.register_fake(lambda *given: None)
 _norms_op = torch.library.custom_op("trimtab::square_norms", _squared_norms, mutates_args=())
