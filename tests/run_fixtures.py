@@ -74,8 +74,7 @@ def make_bare(patch: pytest.MonkeyPatch, *, page: bool = False) -> None:
     from trimtab.files import write_text
     from trimtab.surgery.attach_report import AttachReport
 
-    for place in ("run", "tune"):
-        patch.setattr(f"trimtab.training.{place}.check_run", lambda *_: AttachReport((), (), 0, 0))
+    patch.setattr("trimtab.training.checks.check_run", lambda *_: AttachReport((), (), 0, 0))
     if not page:
         writes = "trimtab.reports.run.run_page.write_run_page"
         patch.setattr(writes, lambda run, summary=None: write_text(run / "report.html", ""))

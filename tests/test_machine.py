@@ -34,7 +34,7 @@ def test_what_does_not_fit_is_refused_with_numbers_and_advice(monkeypatch: pytes
     monkeypatch.setenv("TRIMTAB_MEMORY_GIB", "0.25")
     advice = ["a=1: 0.20 GiB", "b=2: 0.10 GiB"]
     with pytest.raises(ModelError) as caught:
-        check_fits("Training tiny", GIB * 3 // 2, parts="weights 1.00, activations 0.50", advice=advice)
+        check_fits("Training tiny", GIB * 3 // 2, parts="weights 1.00, activations 0.50", advice=lambda free: advice)
     text = str(caught.value)
     assert text.startswith("Training tiny needs about 1.50 GiB (weights 1.00, activations 0.50), and 0.25 GiB of")
     assert "What would help: a=1: 0.20 GiB; b=2: 0.10 GiB." in text

@@ -30,7 +30,7 @@ from trimtab.runs.events import Listener
 from trimtab.runs.named import Named
 from trimtab.runs.results import OWN_ADAPTER, Measured, Result, read_result
 from trimtab.surgery.adapted import bare
-from trimtab.tasks import Task, of_head
+from trimtab.tasks import Measurement, Task, of_head
 
 ELSEWHERE = Path("runs/evaluate")
 """Where results go by default, unless they are those of a run on its own test sets."""
@@ -118,11 +118,12 @@ def measure(
     results = []
     for name, examples in rows.items():
         listener.stage(f"Evaluating {name}")
-        settings: dict[str, Any] = {"progress": partial(listener.evaluating, name), "max_length": length}
+        progress = partial(listener.evaluating, name)
+        settings: dict[str, Any] = {"progress": progress, "max_length": length}
         if named.head != ModelHead():
-            settings |= {"name": name, "choices": list(named.head.labels) or None, "evaluation": evaluation}
-            settings["max_length"] = length if config is not None else positions_of(model).limit()
-            measured = task.evaluate(head, reader, examples[:limit], **settings)
+            longest = length if config is not None else positions_of(model).limit()
+            how = Measurement(name, list(named.head.labels) or None, evaluation, longest, progress)
+            measured = task.evaluate(head, reader, examples[:limit], how)
         elif (benchmark := {one.dataset: one for one in wanted}.get(name)) is not None:
             settings |= {"generate": generate, "batch_size": evaluation.batch_size}
             settings |= {"choices": choices, "limit": limit, "max_new_tokens": max_new_tokens}

@@ -29,6 +29,11 @@ def quoted(word: str) -> str:
     return f"$'{escaped}'"
 
 
+def seen_from_here(path: Path) -> Path:
+    """``path`` as seen from the working directory, where it lies below that."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
 _ESCAPES = {"\n": "\\n", "\t": "\\t", "\r": "\\r"}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path, PurePosixPath
@@ -156,7 +156,12 @@ def describe_device(device: torch.device | str) -> dict[str, Any]:
 
 
 def check_fits(
-    what: str, needed: int, device: torch.device | str = "cpu", *, parts: str = "", advice: Sequence[str] = ()
+    what: str,
+    needed: int,
+    device: torch.device | str = "cpu",
+    *,
+    parts: str = "",
+    advice: Callable[[int], Sequence[str]] = lambda free: (),
 ) -> None:
     """Refuse ``what`` (such as "Training smollm2-135m") if it needs more than ``device`` has free.
 
@@ -165,14 +170,15 @@ def check_fits(
         needed: bytes, beyond what the process holds already.
         device: where they are needed.
         parts: what they are for, in words.
-        advice: what would make it less.
+        advice: says what would make it fit into so many bytes as there are; asked where it does not.
 
     Raises:
         ModelError: with what is needed, what there is, and the advice.
     """
     available = available_memory(device)
     if needed > available:
-        told = f" What would help: {'; '.join(advice)}." if advice else ""
+        helps = advice(available)
+        told = f" What would help: {'; '.join(helps)}." if helps else ""
         where = "" if str(device).startswith("cpu") else f" on {describe_device(device)['device']} ({device})"
         raise ModelError(
             f"{what} needs about {needed / GIB:.2f} GiB{f' ({parts})' if parts else ''}, and {available / GIB:.2f} GiB "

@@ -178,7 +178,7 @@ def stand_still() -> None:
     from trimtab.studies import cell
     from trimtab.studies.process import run_here
     from trimtab.surgery.attach_report import AttachReport
-    from trimtab.training import metrics_log, run
+    from trimtab.training import checks, metrics_log, run
 
     class Then(datetime):
         @classmethod
@@ -188,6 +188,7 @@ def stand_still() -> None:
     time.perf_counter = lambda: 0.0
     patched: Any = run
     patched.datetime, patched.peak_memory_gib = Then, lambda: 0.0
+    patched = checks
     patched.check_run = lambda *_: AttachReport((), (), 0, 0)
     patched = metrics_log
     patched.memory_gib = lambda: 0.0

@@ -18,8 +18,10 @@ from trimtab.memory import estimate
 from trimtab.memory.described import describe_run
 from trimtab.memory.estimate import MemoryEstimate, RunMemory, check_run, estimate_run, suggest
 from trimtab.memory.trace import Trace
+from trimtab.surgery.attach_report import AttachReport
 from trimtab.tasks import RowSizes
 
+NOTHING = AttachReport((), (), 0, 0)
 SIZES = RowSizes(length=64, labels=63)
 LLAMA_3_1_8B = {
     "architectures": ["LlamaForCausalLM"],
@@ -53,7 +55,7 @@ def fake(job: Job, sizes: RowSizes) -> RunMemory:
     size //= 2 if config.train.gradient_checkpointing else 1
     size //= 2 if config.train.precision == "bfloat16" else 1
     size //= {"none": 1, "int8": 2, "nf4": 4}[config.quantisation]
-    return RunMemory((MemoryEstimate(size),))
+    return RunMemory((MemoryEstimate(size),), NOTHING)
 
 
 def test_what_is_needed_leaves_out_what_is_there_or_goes_back() -> None:
@@ -76,9 +78,8 @@ def test_the_mildest_changes_that_fit(
     monkeypatch: pytest.MonkeyPatch, job: Job, share: float, expected: list[str]
 ) -> None:
     monkeypatch.setattr("trimtab.memory.estimate.estimate_run", fake)
-    room = share * 1000 * 8 * 64
-    monkeypatch.setattr("trimtab.memory.estimate.available_memory", lambda device: room)
-    found = suggest(job, SIZES)
+    room = int(share * 1000 * 8 * 64)
+    found = suggest(job, SIZES, room)
     assert all(suggestion.memory.hardest.needed <= room for suggestion in found)
     told = [suggestion.overrides for suggestion in found]
     for text in expected:
@@ -87,8 +88,7 @@ def test_the_mildest_changes_that_fit(
 
 def test_nothing_helps(monkeypatch: pytest.MonkeyPatch, job: Job) -> None:
     monkeypatch.setattr("trimtab.memory.estimate.estimate_run", fake)
-    monkeypatch.setattr("trimtab.memory.estimate.available_memory", lambda device: 1)
-    assert suggest(job, SIZES) == []
+    assert suggest(job, SIZES, 1) == []
 
 
 def test_a_run_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch, job: Job) -> None:

@@ -71,10 +71,7 @@ def test_what_is_written_does_not_depend_on_the_batch(place: Path) -> None:
             model,
             reader,
             inputs.tests["train"],
-            name="t",
-            choices=None,
-            evaluation=EvaluationConfig(batch_size=size, max_new_tokens=6),
-            max_length=job.reading_length,
+            tasks.Measurement("t", None, EvaluationConfig(batch_size=size, max_new_tokens=6), job.reading_length),
         )
         for size in (1, 8)
     )

@@ -17,7 +17,7 @@ from transformers import BloomConfig, BloomForCausalLM, MambaConfig, MambaForCau
 
 import trimtab
 from evaluation_cases import gpt2, llama
-from tiny_runs import tiny_model, tiny_tokenizer
+from tiny_runs import tiny_model
 from trimtab import tasks
 from trimtab.config.read import load_config
 from trimtab.errors import ConfigError, ModelError, RunError
@@ -27,7 +27,6 @@ from trimtab.training.on_device import fitted, packing_fault
 from trimtab.training.run import finetune
 
 pytestmark = pytest.mark.usefixtures("bare_runs")
-TASK = tasks.find("causal_lm")
 
 
 @pytest.fixture
@@ -45,7 +44,7 @@ def fit(configured: Callable[..., Any]) -> Callable[..., tuple[Any, list[str]]]:
         job: Any = tasks.job_of(configured(*said))
         if dtype is not None:
             job = _Like(job.config, dtype, "bfloat16")
-        return fitted(job, TASK, model, tiny_tokenizer(), told.append).config, told
+        return fitted(job, model, told.append).config, told
 
     return call
 
@@ -57,6 +56,8 @@ class _Like:
     config: Any
     dtype: torch.dtype
     precision: str
+    task: str = "causal_lm"
+    reader: Any = None
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, *packages: str, generation: int = 9, fails: str = "") -> None:

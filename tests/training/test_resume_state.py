@@ -56,7 +56,7 @@ def cut_off(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunConfig]:
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRIMTAB_CACHE", str(place / "cache"))
-        patch.setattr("trimtab.training.run.check_run", lambda *_: AttachReport((), (), 0, 0))
+        patch.setattr("trimtab.training.checks.check_run", lambda *_: AttachReport((), (), 0, 0))
         patch.setattr("trimtab.reports.run.run_page.write_run_page", lambda *_: None)
         with pytest.raises(Interrupted):
             finetune(config, listener=Stop())

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 
 from trimtab import bases
 from trimtab.adapters.record import StoredAdapter
+from trimtab.adapters.safe_read import shown
 from trimtab.bases import can_be_called
-from trimtab.errors import AdapterError, PlanError
+from trimtab.errors import AdapterError, PlanError, nearest
 from trimtab.methods import lora
 from trimtab.ops.spread import whole
 from trimtab.surgery.adapted import Adapted, bare, bare_modules
@@ -45,8 +46,7 @@ _AROUND = ("module.", "base_model.model.")
 def fitted_to(
     model: nn.Module, known: Mapping[str, nn.Module], place: Path, stored: Mapping[str, StoredAdapter]
 ) -> dict[str, StoredAdapter]:
-    """What is ``stored`` in ``place`` as ``model`` has it, whose modules are ``known`` by every name. A name that leads
-    nowhere stays as it is.
+    """What is ``stored`` in ``place`` as ``model`` has it, whose modules are ``known`` by every name.
 
     Raises AdapterError, which names the place, for what cannot be on this model.
     """
@@ -60,6 +60,13 @@ def fitted_to(
             found[name] = entry.fitted(handle)
         except PlanError as error:
             raise AdapterError(f"{place}: this adapter does not fit the model: {name}: {error}") from None
+    if missing := [name for name in found if name not in known or not name]:
+        near = nearest(missing[0], known)
+        hint = f" The model has, for instance, {', '.join(near)}." if near else ""
+        raise AdapterError(
+            f"{place}: this adapter was made for another model: {len(missing)} of its {len(found)} modules are "
+            f"not in this one, such as {shown(missing[0])}.{hint} The model is unchanged"
+        )
     return found
 
 

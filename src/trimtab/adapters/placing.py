@@ -7,17 +7,20 @@ finished by whoever comes next, to save or to read.
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from trimtab.adapters.formats import AdapterFormat, all_formats
 from trimtab.adapters.record import StoredAdapter
 from trimtab.errors import AdapterError
-from trimtab.files import COMPLETE, leftovers, open_to_readers, temporary_folder
+from trimtab.files import COMPLETE, leftovers, open_to_readers, read_json, temporary_folder
+from trimtab.reading import open_file
 
 # A hub id has an owner: a single word that is no folder is a folder misspelt.
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -105,6 +108,33 @@ def format_of(place: Path) -> AdapterFormat:
         hint = f". In folders inside of it there is: {', '.join(inside[:5])}" if inside else hint
         raise AdapterError(f"{place}: no adapter here; expected {expected}{hint}")
     return present[0]
+
+
+def adapter_files(name: Path | str) -> list[Path]:
+    """The description and the tensors of the adapter that ``name`` means. Raises AdapterError if there is none."""
+    folder = local_folder(name)
+    return [folder / file for file in format_of(folder).files]
+
+
+def adapter_digest(name: str) -> str:
+    """The SHA-256 of the adapter's files, by which it is known again. Raises AdapterError if there is none."""
+    digest = hashlib.sha256()
+    try:
+        for file in adapter_files(name):
+            with open_file(file) as opened:
+                digest.update(hashlib.file_digest(opened, "sha256").digest())
+    except OSError as error:
+        raise AdapterError(f"{name}: the adapter cannot be read ({error.strerror})") from None
+    return digest.hexdigest()
+
+
+def base_said_by(name: str) -> str | None:
+    """The model that the adapter says it was made for, if it says one."""
+    try:
+        said: Any = read_json(local_folder(name) / "adapter_config.json").get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return Path(said).name if isinstance(said, str) and said else None
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from trimtab.adapters.safe_read import shown
 from trimtab.adapters.unfrozen import Unfrozen, statistics, unfrozen
 from trimtab.adapters.whole import written_by_one
 from trimtab.bases import WeightBase
-from trimtab.errors import AdapterError, PlanError, machine_refusal, nearest
+from trimtab.errors import AdapterError, PlanError, machine_refusal
 from trimtab.ops.spread import alone, write
 from trimtab.surgery.adapted import Adapted, bare_modules, require_adapted
 from trimtab.surgery.attach_report import AttachReport, describe
@@ -37,8 +37,19 @@ from trimtab.surgery.names import (
     set_adapter,
 )
 from trimtab.surgery.plan import Rule, Target
-from trimtab.surgery.sharded import put_away, require_same_mesh, split_by_plan, whole_tensors
-from trimtab.surgery.wrappers import synchronised_by, unwrapped
+from trimtab.surgery.sharded import put_away, require_open, require_same_mesh, whole_tensors
+from trimtab.surgery.wrappers import unwrapped
+
+
+class OthersThereError(AdapterError):
+    """The model carries other adapters than the stored ones under their name; ``how`` says in words how they differ."""
+
+    def __init__(self, place: Path, how: str) -> None:
+        self.how = how
+        super().__init__(
+            f"{place}: the model already carries other adapters under this name ({how}); give another name, or call "
+            "trimtab.merge(model) or trimtab.detach(model) first"
+        )
 
 
 def save_adapter(
@@ -103,49 +114,37 @@ def load_adapter(model: nn.Module, folder: Path | str, name: str = DEFAULT) -> A
     SurgeryError as ``attach`` does. The model is then unchanged.
     """
     place = local_folder(folder)
-    wrapper, model = synchronised_by(model), unwrapped(model)
+    outer, model = model, unwrapped(model)
     before = active_adapter(model)
     put_away(model)
     if name not in adapters(model):
         require_new_name(model, name, "load_adapter")
-    stored = read_adapter(place)
     known = dict(seen_by(model, name))
-    stored = fitted_to(model, known, place, stored)
+    stored = fitted_to(model, known, place, read_adapter(place))
+    rules, number = _rules(stored)
     if carried := entries(model, name):
         with whole_tensors(model):
             by_hand = statistics(model, name, stored) | unfrozen(model, name)
         _check_same(place, carried | {key: one.entry for key, one in by_hand.items() if one.trained}, stored, by_hand)
-        rules, number = _rules(stored)
         _fill(model, name, place, stored, by_hand)
         for module_name, module in bare_modules(model):
             if isinstance(module, Adapted) and name in module.adapter_slots:
                 module.renumber_rule(name, number[module_name])
         if name != before:
             set_adapter(model, name)
-        return describe(model, rules, name)
-    if wrapper not in (None, "fully_shard"):
-        raise AdapterError(
-            f"{place}: {wrapper} has taken the model already, and would not keep new adapters alike in all processes. "
-            f"Load the adapter first, and call {wrapper} then. The model is unchanged"
-        )
-    if split_by_plan(model):
-        raise AdapterError(
-            f"{place}: the model's weights are split over several processes by a tensor-parallel plan, which an "
-            "adapter does not follow. Load the model without tp_plan. The model is unchanged"
-        )
-    require_same_mesh(model, "load_adapter")
-    _check_modules(place, known, stored)
-    rules, number = _rules(stored)
-    try:
-        install(model, _targets(place, known, stored, rules, number), name)
-    except PlanError as error:
-        raise AdapterError(f"{place}: this adapter does not fit the model: {error}") from None
-    try:
-        _fill(model, name, place, stored, {})
-    except BaseException:
-        remove_adapter(model, name)
-        switch(model, before)
-        raise
+    else:
+        require_open(outer, str(place), "Load the adapter", AdapterError)
+        require_same_mesh(model, "load_adapter")
+        try:
+            install(model, _targets(place, known, stored, rules, number), name)
+        except PlanError as error:
+            raise AdapterError(f"{place}: this adapter does not fit the model: {error}") from None
+        try:
+            _fill(model, name, place, stored, {})
+        except BaseException:
+            remove_adapter(model, name)
+            switch(model, before)
+            raise
     return describe(model, rules, name)
 
 
@@ -246,32 +245,16 @@ def _with_their_own(targets: list[Target], stored: dict[str, StoredAdapter]) -> 
     return [replace(target, apart=True) if id(target.base.identity) in differ else target for target in targets]
 
 
-def _check_modules(place: Path, known: dict[str, nn.Module], stored: dict[str, StoredAdapter]) -> None:
-    """Raise AdapterError if some stored module is not in the model."""
-    missing = [name for name in stored if name not in known or not name]
-    if missing:
-        near = nearest(missing[0], known)
-        hint = f" The model has, for instance, {', '.join(near)}." if near else ""
-        raise AdapterError(
-            f"{place}: this adapter was made for another model: {len(missing)} of its {len(stored)} modules are "
-            f"not in this one, such as {shown(missing[0])}.{hint} The model is unchanged"
-        )
-
-
 def _check_same(
     place: Path, present: dict[str, Adapted], stored: dict[str, StoredAdapter], by_hand: dict[str, Unfrozen]
 ) -> None:
-    """Raise AdapterError unless the model's adapters sit on the stored modules and have the stored options. Statistics
-    may be among ``by_hand`` that only one of the two has counted."""
+    """Raise OthersThereError unless the model's adapters sit on the stored modules and have the stored options. Among
+    ``by_hand`` may be statistics that only one of the two has counted."""
     wrong = sorted((set(present) - set(stored)) | (set(stored) - set(present) - set(by_hand))) or [
         name for name, module in present.items() if module.adapter.options.computes() != stored[name].options.computes()
     ]
     if wrong:
-        raise AdapterError(
-            f"{place}: the model already carries other adapters under this name (they differ at {len(wrong)} "
-            f"modules, such as {shown(wrong[0])}); give another name, or call "
-            "trimtab.merge(model) or trimtab.detach(model) first"
-        )
+        raise OthersThereError(place, f"they differ at {len(wrong)} modules, such as {shown(wrong[0])}")
 
 
 def _check_tensors(place: Path, present: dict[str, Adapted], stored: dict[str, StoredAdapter]) -> None:

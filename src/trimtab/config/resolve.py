@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-import fnmatch
 import glob
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch, fnmatchcase
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import nn
 
+from trimtab.adapters.placing import read_adapter
+from trimtab.adapters.store import OthersThereError, load_adapter
 from trimtab.config.run import RunConfig
-from trimtab.config.start_from import begin_from, trains_base
 from trimtab.errors import ConfigError, PlanError
 from trimtab.machine import best_precision, device
 from trimtab.models.heads import learn_in_units
-from trimtab.models.load import empty_model, rule_for, trained_beside
+from trimtab.models.load import empty_model, trained_beside
 from trimtab.models.locate import ModelHead, Source, locate
 from trimtab.models.model_files import ModelFiles
 from trimtab.models.positions import Positions, positions_of
+from trimtab.surgery.adapted import bare_modules
 from trimtab.surgery.attach import attach
 from trimtab.surgery.attach_report import AttachReport
 from trimtab.surgery.plan import Plan, Rule
@@ -124,23 +126,17 @@ class Job:
 
         Raises PlanError or AdapterError for a plan or an adapter that is not of this model.
         """
-        tokens, report = self.source.add_tokens, None
-        more = [rule_for(model, self.files.tokenizer, tokens)] if tokens else []
-        whole = [name for name in trained_beside(self.files, model) if not self._names(name)]
-        rules = self._rules_for(self.plan, model, whole) if self.plan is not None else ()
-        if whole:
-            more.append(Rule(match=[glob.escape(name) for name in whole], method="full"))
+        beside, report = trained_beside(self.files, model, self._names), None
         if self.plan is not None:
-            plan = Plan([*rules, *more])
-            report = attach(model, plan)
+            report = attach(model, [*self._rules_for(self.plan, model, beside.whole), *beside.rules])
         if self.config.adapter is not None:
-            report = begin_from(self.config.adapter, model, report, more)
+            report = _begin_from(self.config.adapter, model, report, beside.rules)
         assert report is not None, "a configuration has a plan or an adapter"
-        learn_in_units(model, whole, self.source.head)
+        learn_in_units(model, beside.whole, self.source.head)
         return report
 
     @staticmethod
-    def _rules_for(plan: Plan, model: Any, whole: list[str]) -> Sequence[Rule]:
+    def _rules_for(plan: Plan, model: Any, whole: Collection[str]) -> Sequence[Rule]:
         """The rules of ``plan``; where ``model`` has no linear layer but its head, ``all-linear`` means its
         convolutions, each with a rank that fits it."""
         layers = {name: module for name, module in model.named_modules() if name not in whole}
@@ -164,14 +160,61 @@ class Job:
         """Whether a rule of the plan is about ``module`` by its name, which the user then decides about."""
         rules = self.plan.rules if self.plan is not None else ()
         last = module.rpartition(".")[2]
-        return any(fnmatch.fnmatchcase(module, one) and last in one for rule in rules for one in rule.match)
+        return any(fnmatchcase(module, one) and last in one for rule in rules for one in rule.match)
 
     @property
     def trains_base(self) -> bool:
         """Whether tensors of the model itself are trained."""
         if self.plan is None:
-            return self.config.adapter is not None and trains_base(self.config.adapter)
+            begun = read_adapter(self.config.adapter) if self.config.adapter is not None else {}
+            return any(entry.method_class.trains_base for entry in begun.values())
         return any(rule.method_class.trains_base for rule in self.plan.rules)
+
+
+def _begin_from(name: str, model: nn.Module, planned: AttachReport | None, more: Sequence[Rule]) -> AttachReport:
+    """Let ``model`` begin from the adapter ``name``, whose tensors are trained on. A model without weights, on the meta
+    device, shows what would become of it.
+
+    Args:
+        planned: what the plan of the configuration has attached already; None: the adapter says it itself.
+        more: rules that the adapter has to obey besides.
+
+    Raises:
+        AdapterError: there is no such adapter, or it was made for another model.
+        PlanError: the adapter is not what the plan, or a rule besides, says.
+    """
+    try:
+        stored = load_adapter(model, name)
+    except OthersThereError as error:
+        if planned is None:
+            raise
+        raise PlanError(
+            f"plan: it says other than the adapter that the run begins from, {name} ({error.how}). Leave plan out, "
+            "and it is the adapter's; or begin without adapter"
+        ) from None
+    if planned is not None:
+        return planned
+    trained = [known for module in stored.modules for known in (module.name, *module.aliases)]
+    for rule in more:
+        if not any(fnmatch(module, glob) for module in trained for glob in rule.match):
+            raise PlanError(
+                f"adapter: {name} does not train {', '.join(rule.match)}, which this run needs it to: the rows of "
+                "model.add_tokens, or the head of its task. Begin from an adapter that was trained so, or without "
+                "adapter"
+            )
+    return _shortened(model, stored)
+
+
+def _shortened(model: nn.Module, report: AttachReport) -> AttachReport:
+    """``report`` with a pattern for the modules of a rule, ``*.q_proj``, where it means them and no others."""
+    known = {name for name, _ in bare_modules(model)}
+    rules = []
+    for number, rule in enumerate(report.rules, start=1):
+        mine = {name for module in report.modules if module.rule == number for name in (module.name, *module.aliases)}
+        globs = sorted({f"*.{name.rpartition('.')[2]}" for name in mine})
+        meant = {name for name in known if any(fnmatch(name, glob) for glob in globs)}
+        rules.append(rule.model_copy(update={"match": tuple(globs)}) if meant == mine else rule)
+    return replace(report, rules=tuple(rules))
 
 
 def source_of(config: RunConfig, head: ModelHead | None = None) -> Source:

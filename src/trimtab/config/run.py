@@ -33,8 +33,6 @@ from trimtab.errors import ConfigError
 
 DEFAULT_PLAN = ({"match": "all-linear", "layers": "all", "method": "dora", "rank": 16, "alpha": 32},)
 
-Rule = Annotated[dict[str, Any], AfterValidator(values.rule)]
-
 
 class Section(BaseModel):
     """Part of a configuration: fixed once made, and strict."""

@@ -41,7 +41,6 @@ def describe_run(job: Job, length: int | None = None, check: Check | None = None
     host = memory.host
     if host is not None:
         fits = fits and host.needed * here().local <= available_memory()
-    assert memory.attached is not None
     described = {
         **describe_device(job.device),
         **({} if host is None else {"host": {"needed": host.needed / GIB, "free": available_memory() / GIB}}),
@@ -61,7 +60,7 @@ def describe_run(job: Job, length: int | None = None, check: Check | None = None
         "uncounted": memory.uncounted,
         "suggestions": [
             {"change": suggestion.overrides, "needed": suggestion.memory.hardest.needed / GIB}
-            for suggestion in ([] if fits else suggest(job, sizes))
+            for suggestion in ([] if fits else suggest(job, sizes, free))
         ],
     }
     attached = memory.attached

@@ -97,8 +97,8 @@ class RunMemory:
     """
 
     moments: tuple[MemoryEstimate, ...]
+    attached: AttachReport
     uncounted: str | None = None
-    attached: AttachReport | None = None
     host: MemoryEstimate | None = None
 
     @property
@@ -176,7 +176,7 @@ def estimate_run(job: Job, sizes: RowSizes) -> RunMemory:
         elif 0 < logits < RETURNED:
             holes += min(HOLES, 4 * parameters) + PER_LOGITS * logits
         moments.append(MemoryEstimate(**held, fragmentation=round(holes), process=process, moment=moment))
-    return RunMemory(tuple(moments), uncounted, attached, host)
+    return RunMemory(tuple(moments), attached, uncounted, host)
 
 
 def _evaluated(config: RunConfig, sizes: RowSizes) -> Batch | None:
@@ -205,36 +205,35 @@ class Suggestion:
 def check_run(job: Job, sizes: RowSizes) -> AttachReport:
     """Raise ModelError, with what would help, if a run needs more memory than the machine has free. Gives what the plan
     will do to the model."""
-    memory = estimate_run(job, sizes)
-    estimate = memory.hardest
-    if estimate.needed > room(job):
-        advice = [str(suggestion) for suggestion in suggest(job, sizes)] or ["a smaller model"]
-        what, sharing = f"Training {job.config.model.name}", _sharing(job)
-        if sharing > 1:
-            what = f"{what} in {sharing} processes on this machine ({estimate.needed / GIB:.2f} GiB each)"
-            advice = [*advice, "fewer processes"]
-        check_fits(what, estimate.needed * sharing, job.device, parts=estimate.told, advice=advice)
+    memory, sharing = estimate_run(job, sizes), _sharing(job)
+    estimate, what = memory.hardest, f"Training {job.config.model.name}"
+    if sharing > 1:
+        what += f" in {sharing} processes on this machine ({estimate.needed / GIB:.2f} GiB each)"
+
+    def advice(free: int) -> list[str]:
+        fitting = [str(suggestion) for suggestion in suggest(job, sizes, free // sharing)] or ["a smaller model"]
+        return [*fitting, "fewer processes"] if sharing > 1 else fitting
+
+    check_fits(what, estimate.needed * sharing, job.device, parts=estimate.told, advice=advice)
     if memory.host is not None:
         needed = memory.host.needed * here().local
         check_fits(f"Loading {job.config.model.name}", needed, parts=memory.host.told)
-    assert memory.attached is not None
     return memory.attached
 
 
-def suggest(job: Job, sizes: RowSizes) -> list[Suggestion]:
-    """Changes that make a run fit, each estimated by itself; first those that alter its results least.
+def suggest(job: Job, sizes: RowSizes, free: int) -> list[Suggestion]:
+    """Changes that make a run fit into ``free`` bytes a process, each estimated by itself; first those that alter its
+    results least.
 
     Of each kind of change, the mildest that fits is given. Only where no single change is enough are several tried
     together.
     """
-    free = room(job)
-    attempts = _attempts(job, sizes)
 
     def fitting(change: Change) -> Suggestion | None:
         memory = _with(job, sizes, change)
         return Suggestion(change, memory) if memory.hardest.needed <= free else None
 
-    for ladders in attempts:
+    for ladders in _attempts(job, sizes):
         enough = []
         for *milder, strongest in filter(None, ladders):
             # Where the strongest change is not enough, the milder ones need not be looked at.

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import glob
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,20 +69,19 @@ def load_model(
             output_loading_info=True,
             **options,
         )
-    model: PreTrainedModel
-    model, report = loaded
-    if source.kind == "hub":
-        files.check_weights()  # what has been fetched only now
-    missing = {*report["missing_keys"], *(one[0] for one in report["mismatched_keys"])}
-    if source.head.problem:
-        missing -= draw_head(model, source.head, missing, is_known=is_known(files.config, source.head.names))
-    if missing:
-        shown = ", ".join(sorted(missing)[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-        raise ModelError(
-            f"{source.name}: {len(missing)} weights of a {type(model).__name__} are not in its files ({shown}). "
-            f"The files are incomplete, or belong to another kind of model."
-        )
-    with loading(source, "model"):
+        model: PreTrainedModel
+        model, report = loaded
+        if source.kind == "hub":
+            files.check_weights()  # what has been fetched only now
+        missing = {*report["missing_keys"], *(one[0] for one in report["mismatched_keys"])}
+        if source.head.problem:
+            missing -= draw_head(model, source.head, missing, is_known=is_known(files.config, source.head.names))
+        if missing:
+            shown = ", ".join(sorted(missing)[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+            raise ModelError(
+                f"{source.name}: {len(missing)} weights of a {type(model).__name__} are not in its files ({shown}). "
+                f"The files are incomplete, or belong to another kind of model."
+            )
         if quantisation != "none":
             from trimtab.models.quantise import quantise_model
 
@@ -99,8 +99,32 @@ def _add_rows(model: Any, files: ModelFiles) -> None:
         model.config.pad_token_id = files.tokenizer.pad_token_id
 
 
-def trained_beside(files: ModelFiles, model: Any) -> list[str]:
-    """The modules of ``model`` that are trained whole beside an adapter: its head, and what its files lack below it."""
+@dataclass(frozen=True)
+class Beside:
+    """What is trained beside a plan.
+
+    Attributes:
+        whole: the modules that are trained whole: the model's head, and what its files lack below it.
+        rules: a rule for those, and one for the rows of added tokens, as far as there are any.
+    """
+
+    whole: tuple[str, ...]
+    rules: tuple[Rule, ...]
+
+
+def trained_beside(files: ModelFiles, model: Any, decided: Callable[[str], bool]) -> Beside:
+    """What is trained of ``model`` beside a plan; a module that is ``decided`` about, by its name, is left to that."""
+    rules, tokens = [], files.source.add_tokens
+    if tokens:
+        rules.append(_rows_rule(model, files.tokenizer, tokens))
+    whole = tuple(name for name in _whole_modules(files, model) if not decided(name))
+    if whole:
+        rules.append(Rule(match=[glob.escape(name) for name in whole], method="full"))
+    return Beside(whole, tuple(rules))
+
+
+def _whole_modules(files: ModelFiles, model: Any) -> list[str]:
+    """The head of ``model``, if it is one for a run's labels, and the modules below it that the files lack."""
     if not files.source.head.problem:
         return []
     below = poolers(model)
@@ -190,7 +214,7 @@ def make_room(model: Any, tokens: int) -> None:
         model.resize_token_embeddings(tokens, mean_resizing=not weight.is_meta)
 
 
-def rule_for(model: Any, tokenizer: Any, tokens: Sequence[str]) -> Rule:
+def _rows_rule(model: Any, tokenizer: Any, tokens: Sequence[str]) -> Rule:
     """The rule of a plan by which the rows of ``tokens`` are trained, in the embedding, the output head and whatever
     else shares their weights."""
     tables = [module for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module is not None]

@@ -7,23 +7,24 @@ is done comes after it, and an old run is cleared away under a mark: whoever fin
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from trimtab.adapters.placing import adapter_digest, base_said_by
 from trimtab.config.read import load_config, to_yaml
 from trimtab.config.resolve import Job
 from trimtab.config.run import RunConfig
-from trimtab.config.start_from import adapter_digest, base_of
 from trimtab.config.yaml_text import show
 from trimtab.errors import AdapterError, RunError
 from trimtab.files import remove_leftovers, write_text
+from trimtab.hints import pasted
 from trimtab.runs.checkpoints import numbered
 from trimtab.runs.folder import RECORD, RunFolder
 from trimtab.runs.lock import locked
-from trimtab.runs.records import BeganFrom, Summary
+from trimtab.runs.records import BeganFrom, RowsDigest, SourceRecord, Summary
 
 # Each with all that is below it. None of these changes what is trained.
 _FREE = (
@@ -146,6 +147,45 @@ class Opening:
             for stage in stages
         )
 
+    def require_same_rows(self, now: RowsDigest, sources: Sequence[SourceRecord], *, trains: bool) -> list[str]:
+        """The names of test sets whose rows are others than when the run began.
+
+        Rows are known by their content and order, and may have moved. A run of an older version did not record them.
+
+        Args:
+            now: of the rows as they were read now; ``sources``: of the training rows.
+            trains: whether there is training left to do.
+
+        Raises RunError if there is, and the training or validation rows are others, whose split and order would be
+        others, too.
+        """
+        before, folder = self.summary, self.folder.path
+        if before is None or before.digests is None:
+            if before is not None and self.changes.moved:
+                raise RunError(
+                    f"{folder}: the run began with an earlier version, which did not record its rows; resume it with "
+                    f"the paths that it began with: {self.folder.resume_command}"
+                )
+            return []
+        then = before.digests
+        if trains and (then.train, then.validation) != (now.train, now.validation):
+            which = "training" if then.train != now.train else "validation"
+            then_rows, now_rows = (sum(source.rows for source in told) for told in (before.sources, sources))
+            if which == "validation":
+                told = "other rows, or another order"
+            elif then_rows != now_rows:
+                told = f"{then_rows:,} rows were read then, {now_rows:,} now"
+            else:
+                told = f"{now_rows:,} rows as then, but others, or in another order"
+            named = ", ".join(source.path for source in sources)
+            raise RunError(
+                f"{folder}: the {which} rows are not those that the run began with ({told}), so it cannot go on as it "
+                f"began. Put the rows back ({named}), or name them where they lie now (data.train=...), and resume; or "
+                f"train on the new rows in a run of its own: "
+                f"{pasted('finetune', folder / 'config.yaml', 'output=NEW')}"
+            )
+        return sorted(name for name, digest in now.test.items() if then.test.get(name, digest) != digest)
+
     def begin(self, config: RunConfig) -> None:
         """Write what the run is, in the folder that is cleared first if the run is a new one.
 
@@ -219,54 +259,53 @@ def _look(config: RunConfig, folder: RunFolder, *, resume: bool, overwrite: bool
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a run begins.
+    """Which adapter a run begins from.
 
     Attributes:
-        job: what is attached; of a resumed run whose first adapter is gone, the shape of its own.
-        record: of the adapter; None for a fresh one.
-        lost: whether the first adapter is not there any more, so that nothing can be measured with it.
+        record: of that adapter; None for a fresh one.
+        lost: whether it is not there any more, so that nothing can be measured with it.
     """
 
-    job: Job
     record: BeganFrom | None = None
     lost: bool = False
 
-    @classmethod
-    def of(cls, job: Job, opening: Opening) -> Origin:
-        """The beginning of ``job``.
-
-        Raises AdapterError if there is no such adapter; RunError if a run is resumed that has no checkpoint yet and
-        whose adapter has changed.
-        """
-        name = job.config.adapter
-        if name is None:
-            return cls(job)
-        before = opening.summary.began_from if opening.summary is not None else None
-        try:
-            record = BeganFrom(adapter=name, sha256=adapter_digest(name))
-        except AdapterError:
-            if before is None:
-                raise
-            record = None
-        if before is None or (record is not None and record.sha256 == before.sha256):
-            return cls(job, record)
-        own = [place for _, place in numbered(opening.folder.checkpoints)]
-        own += [opening.folder.adapter] if opening.folder.has_adapter else []
-        if not own:
-            raise RunError(
-                f"{name}: the adapter that this run began from is {'gone' if record is None else 'another now'}, and "
-                "there is no checkpoint yet; put it back, or begin the run again with --overwrite"
-            )
-        config = job.config.model_copy(update={"adapter": str(own[-1])})
-        return cls(replace(job, config=config), before, lost=True)
-
-    def remarks(self) -> list[str]:
-        """What the user should know of it, a sentence each."""
+    def remarks(self, config: RunConfig) -> list[str]:
+        """What the user should know of it in a run of ``config``, a sentence each."""
         if self.record is None:
             return []
-        name, said = self.record.adapter, self.job.config.model.name
-        measured = ": what is measured before training is measured with it" if self.job.config.data.test else ""
+        name, said = self.record.adapter, config.model.name
+        measured = ": what is measured before training is measured with it" if config.data.test else ""
         lines = [f"begun from the adapter {name}{measured}"]
-        if (base := base_of(name)) is not None and base != said.rstrip("/").rpartition("/")[2]:
+        if (base := base_said_by(name)) is not None and base != said.rstrip("/").rpartition("/")[2]:
             lines.append(f"the adapter says that it was made for {base}, and this run's model is {said}")
         return lines
+
+
+def begun(job: Job, opening: Opening) -> tuple[Job, Origin]:
+    """``job`` with the adapter that it begins from, and what is known of that. Where a resumed run's first adapter is
+    gone, its own newest one gives the shape.
+
+    Raises AdapterError if there is no such adapter; RunError if a run is resumed that has no checkpoint yet and whose
+    adapter has changed.
+    """
+    name = job.config.adapter
+    if name is None:
+        return job, Origin()
+    before = opening.summary.began_from if opening.summary is not None else None
+    try:
+        record = BeganFrom(adapter=name, sha256=adapter_digest(name))
+    except AdapterError:
+        if before is None:
+            raise
+        record = None
+    if before is None or (record is not None and record.sha256 == before.sha256):
+        return job, Origin(record)
+    own = [place for _, place in numbered(opening.folder.checkpoints)]
+    own += [opening.folder.adapter] if opening.folder.has_adapter else []
+    if not own:
+        raise RunError(
+            f"{name}: the adapter that this run began from is {'gone' if record is None else 'another now'}, and "
+            "there is no checkpoint yet; put it back, or begin the run again with --overwrite"
+        )
+    config = job.config.model_copy(update={"adapter": str(own[-1])})
+    return replace(job, config=config), Origin(before, lost=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from trimtab.adapters.placing import format_of, local_folder, read_adapter
+from trimtab.adapters.placing import adapter_files, read_adapter
 from trimtab.adapters.stored_head import read_head
 from trimtab.config.read import load_config
 from trimtab.config.run import RunConfig
@@ -130,11 +130,7 @@ class Named:
 def _head(source: Source, adapter: Path | None) -> ModelHead:
     """What the model of ``source`` answers with: what its adapter was trained for, else its own head."""
     own = ModelHead() if source.kind == "gguf" else own_head(load_config_only(source))
-    said = None
-    if adapter is not None:
-        place = local_folder(adapter)
-        description, tensors = (place / name for name in format_of(place).files)
-        said = read_head(description, tensors)
+    said = read_head(*adapter_files(adapter)) if adapter is not None else None
     if said is None or (not said.problem and own is not None and own.model_class == said.model_class):
         if own is None:
             raise ModelError(

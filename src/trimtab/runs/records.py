@@ -25,6 +25,7 @@ from pydantic import (
 )
 
 from trimtab.files import write_json
+from trimtab.hints import seen_from_here
 from trimtab.metrics import METRICS
 from trimtab.models.locate import ModelHead
 
@@ -103,7 +104,7 @@ class SourceRecord(Record):
     def shown(self) -> str:
         """The path as seen from here, where it lies below."""
         path = Path(self.path)
-        return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else self.path
+        return str(seen_from_here(path)) if path.is_absolute() else self.path
 
     def __str__(self) -> str:
         said = f"{self.shown}: {self.rows:,} row{'s' * (self.rows != 1)} ({', '.join(self.forms)})"

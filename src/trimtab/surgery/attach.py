@@ -13,9 +13,9 @@ from trimtab.surgery.carrier import DEFAULT
 from trimtab.surgery.install import install, remove_adapters
 from trimtab.surgery.names import require_new_name
 from trimtab.surgery.plan import Plan, Rule
-from trimtab.surgery.sharded import put_away, require_same_mesh, split_by_plan, whole_tensors
+from trimtab.surgery.sharded import put_away, require_open, require_same_mesh, whole_tensors
 from trimtab.surgery.targets import find_targets
-from trimtab.surgery.wrappers import synchronised_by, unwrapped, without_wrappers
+from trimtab.surgery.wrappers import unwrapped, without_wrappers
 
 
 def attach(model: nn.Module, plan: Plan | Rule | list[Rule], name: str = DEFAULT) -> AttachReport:
@@ -43,17 +43,8 @@ def attach(model: nn.Module, plan: Plan | Rule | list[Rule], name: str = DEFAULT
         raise PlanError(f"attach: expected a Plan, a Rule or a list of rules, got {type(plan).__name__}")
     if not isinstance(model, nn.Module):
         raise SurgeryError(f"attach: expected a torch.nn.Module, got {type(model).__name__}")
-    if (wrapper := synchronised_by(model)) not in (None, "fully_shard"):
-        raise SurgeryError(
-            f"attach: {wrapper} has taken the model already, and would not keep new adapters alike in all processes. "
-            f"Attach first, and call {wrapper} then"
-        )
+    require_open(model, "attach", "Attach", SurgeryError)
     model = unwrapped(model)
-    if split_by_plan(model):
-        raise SurgeryError(
-            "attach: the model's weights are split over several processes by a tensor-parallel plan, which an adapter "
-            "does not follow. Load the model without tp_plan, and shard it with fully_shard (FSDP2)"
-        )
     require_same_mesh(model, "attach")
     put_away(model)
     require_new_name(model, name, "attach")

@@ -44,7 +44,6 @@ def install(model: nn.Module, targets: list[Target], name: str) -> None:
         else:
             module.put_adapter(name, slot, adapter)
         adapter.train(module.training)
-        adapter.train(module.training)
         module.put_hook()
         if isinstance(module, AdaptedParameter):
             held.append(module)

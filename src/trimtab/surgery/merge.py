@@ -98,7 +98,7 @@ def merge(model: nn.Module, onto: Onto = "dequantised") -> MergeReport:
             remove_adapter(model, other)
     dequantised = _dequantise(model, around) if onto == "dequantised" else ()
     before = parameters_by_name(model)
-    rounding, untied = _fold(model, adapted, _Elsewhere(model, adapted))
+    rounding, untied = _fold(adapted, _Elsewhere(model, adapted))
     remove_adapters(model)
     if untied:
         untied = tuple(dict.fromkeys(untied + keep_other_ties(model, before)))
@@ -186,7 +186,7 @@ def _require_ties_stay(adapted: list[tuple[str, Adapted]], elsewhere: _Elsewhere
                 )
 
 
-def _fold(model: nn.Module, adapted: list[tuple[str, Adapted]], elsewhere: _Elsewhere) -> tuple[float, tuple[str, ...]]:
+def _fold(adapted: list[tuple[str, Adapted]], elsewhere: _Elsewhere) -> tuple[float, tuple[str, ...]]:
     """Write every effective weight into its base. Return the largest rounding and the names of the untied modules."""
     untied = []
     rounding: dict[int, float] = {}  # by the id of the written weight

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.nn.modules.batchnorm import _NormBase
 
-from trimtab.errors import SurgeryError
+from trimtab.errors import SurgeryError, TrimtabError
 from trimtab.methods import Method
 from trimtab.ops.spread import is_spread, whole
 from trimtab.processes import sum_gradients
@@ -35,11 +35,26 @@ def put_away(model: nn.Module) -> bool:
     return bool(sharded)
 
 
-def split_by_plan(model: nn.Module) -> bool:
+def _split_by_plan(model: nn.Module) -> bool:
     """Whether weights of ``model`` lie in parts in several processes by a tensor-parallel plan (``tp_plan``): as
     DTensors that nothing gathers before they are used, or that FSDP2 gathers to such."""
     by_fsdp = {id(parameter) for module in sharded_modules(model) for parameter in module.parameters()}
     return any(id(one) not in by_fsdp or sum(at.is_shard() for at in one.placements) > 1 for one in _spread_of(model))
+
+
+def require_open(model: nn.Module, place: str, begin: str, error: type[TrimtabError]) -> None:
+    """Raise ``error``, which names the ``place``, for a model that cannot take new adapters any more; ``begin``: what
+    should have come first."""
+    if (wrapper := synchronised_by(model)) not in (None, "fully_shard"):
+        raise error(
+            f"{place}: {wrapper} has taken the model already, and would not keep new adapters alike in all processes. "
+            f"{begin} first, and call {wrapper} then"
+        )
+    if _split_by_plan(model):
+        raise error(
+            f"{place}: the model's weights are split over several processes by a tensor-parallel plan, which an "
+            "adapter does not follow. Load the model without tp_plan, and shard it with fully_shard (FSDP2)"
+        )
 
 
 def _spread_of(model: nn.Module) -> list[Any]:

@@ -26,7 +26,7 @@ from trimtab.runs.events import Listener
 from trimtab.tasks._answer import Answer
 from trimtab.tasks._inputs import Inputs
 from trimtab.tasks._sizes import Batch, RowSizes
-from trimtab.tasks._task import Task
+from trimtab.tasks._task import Measurement, Task
 from trimtab.tasks._texts import read_inputs
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "Batch",
     "Head",
     "Inputs",
+    "Measurement",
     "RowSizes",
     "Task",
     "find",

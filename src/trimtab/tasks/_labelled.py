@@ -43,7 +43,7 @@ from trimtab.tasks._encoded import Tensors, token_ids
 from trimtab.tasks._inputs import Inputs, gather
 from trimtab.tasks._labelled_rows import LabelledRows
 from trimtab.tasks._sizes import RowSizes
-from trimtab.tasks._task import Task
+from trimtab.tasks._task import Measurement, Task
 
 
 class LabelledTask(Task):
@@ -200,36 +200,25 @@ class LabelledTask(Task):
             costs = costs * weight.reshape(*weight.shape, *[1] * (costs.dim() - weight.dim())).to(costs.dtype)
         return costs.sum() / ((labels != IGNORED).sum() if count is None else count)
 
-    def evaluate(
-        self,
-        head: Any,
-        reader: Any,
-        examples: Sequence[Labelled],
-        *,
-        name: str,
-        choices: Sequence[str] | None,
-        evaluation: EvaluationConfig,
-        max_length: int | None,
-        progress: Progress | None = None,
-    ) -> Evaluation:
+    def evaluate(self, head: Any, reader: Any, examples: Sequence[Labelled], how: Measurement) -> Evaluation:
         if not examples:
-            raise DataError(f"{name}: there are no rows to evaluate.")
+            raise DataError(f"{how.name}: there are no rows to evaluate.")
         started = time.perf_counter()
-        rows = self.encode(examples, reader, choices, max_length)
+        rows = self.encode(examples, reader, how.choices, how.max_length)
         cut = sum(row.pop("cut", False) for row in rows)
-        logits, total, count = self._logits_of_all(head, reader, rows, evaluation.batch_size, progress)
-        judged = self.judge(logits, examples, choices)
+        logits, total, count = self._logits_of_all(head, reader, rows, how.evaluation.batch_size, how.progress)
+        judged = self.judge(logits, examples, how.choices)
         figures = measure(judged.kind, judged.with_loss(checked(total, count), count))
         record = RESULTS[judged.kind](
             kind=judged.kind,
-            dataset=name,
+            dataset=how.name,
             rows=len(examples),
             figures=figures,
             seconds=round(time.perf_counter() - started, 3),
             **judged.details,
             **({"cut": cut} if cut else {}),
         )
-        return Evaluation(name, record, judged.rows)
+        return Evaluation(how.name, record, judged.rows)
 
     def _logits_of_all(
         self, head: Any, reader: Any, rows: Sequence[Tensors], batch_size: int, progress: Progress | None

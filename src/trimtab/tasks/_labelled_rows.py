@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from trimtab.adapters.placing import adapter_files
+from trimtab.adapters.stored_head import read_head
 from trimtab.config.resolve import Job
-from trimtab.config.start_from import labels_of_head
 from trimtab.data.choices import check_choices
 from trimtab.data.labelled import Labelled, called, is_whole
 from trimtab.data.rows import Source
@@ -78,7 +79,8 @@ class LabelledRows(Rows[Labelled]):
         """``labels`` in the order of the head that the run begins from: a head whose labels are others, or stand in
         another order, has learnt something else."""
         adapter = self.config.adapter
-        known = labels_of_head(adapter) if adapter is not None else ()
+        head = read_head(*adapter_files(adapter)) if adapter is not None else None
+        known = head.labels if head is not None else ()
         if not known or (set(found) <= set(known) and not isinstance(said, tuple)):
             return list(known) or labels
         if list(known) != labels:

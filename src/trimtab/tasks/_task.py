@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -22,6 +23,25 @@ from trimtab.runs.events import Listener
 from trimtab.tasks._answer import Answer
 from trimtab.tasks._inputs import Inputs
 from trimtab.tasks._sizes import Batch, RowSizes
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """How a model is measured on rows.
+
+    Attributes:
+        name: of the data set.
+        choices: the closed set of answers or labels; None where there is none.
+        evaluation: the settings of the run.
+        max_length: most tokens of a row; None: what the model was made for.
+        progress: called as the rows get done.
+    """
+
+    name: str
+    choices: Sequence[str] | None
+    evaluation: EvaluationConfig
+    max_length: int | None
+    progress: Progress | None = None
 
 
 class Task(ABC):
@@ -99,26 +119,8 @@ class Task(ABC):
         """The training loss of ``batch``: a sum over what carries loss, divided by ``count`` (None: by its number)."""
 
     @abstractmethod
-    def evaluate(
-        self,
-        head: Any,
-        reader: Any,
-        examples: Sequence[Any],
-        *,
-        name: str,
-        choices: Sequence[str] | None,
-        evaluation: EvaluationConfig,
-        max_length: int | None,
-        progress: Progress | None = None,
-    ) -> Evaluation:
-        """Measure the model on rows as ``read`` gives them.
-
-        Args:
-            name: of the data set.
-            choices: the closed set of answers or labels; None where there is none.
-            max_length: most tokens of a row; None: what the model was made for.
-            progress: called as the rows get done.
-        """
+    def evaluate(self, head: Any, reader: Any, examples: Sequence[Any], how: Measurement) -> Evaluation:
+        """Measure the model on rows as ``read`` gives them."""
 
     def rows(self, sources: Sequence[RowSource], reader: Any, notes: Notes) -> list[Any]:
         """The rows of ``sources`` as ``evaluate`` takes them. Raises DataError, which names the row, for a bad one."""
@@ -165,17 +167,8 @@ class Task(ABC):
         self, head: Any, reader: Any, examples: Sequence[Any], *, inputs: Inputs, job: Job, progress: Progress
     ) -> Mapping[str, float]:
         """The metrics of validation rows that can choose the best step, the loss among them."""
-        measured = self.evaluate(
-            head,
-            reader,
-            examples,
-            name="validation",
-            choices=inputs.choices,
-            evaluation=job.config.evaluation,
-            max_length=job.reading_length,
-            progress=progress,
-        )
-        return of_validation(measured.record.figures)
+        how = Measurement("validation", inputs.choices, job.config.evaluation, job.reading_length, progress)
+        return of_validation(self.evaluate(head, reader, examples, how).record.figures)
 
     def validation_loss(self, head: Any, reader: Any, examples: Sequence[Any], *, inputs: Inputs, job: Job) -> float:
         """The loss of validation rows by itself."""

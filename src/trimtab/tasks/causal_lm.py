@@ -15,7 +15,6 @@ from torch import Tensor
 
 from trimtab import metrics
 from trimtab.config.resolve import Job
-from trimtab.config.run import EvaluationConfig
 from trimtab.data.batches import Collator
 from trimtab.data.packing import LAYOUT, PackingCollator
 from trimtab.data.preview import Preview, preview
@@ -71,29 +70,18 @@ class CausalLM(_task.Task):
             lesser_at=batch.get("prompt_positions"),
         )
 
-    def evaluate(
-        self,
-        head: Head,
-        reader: Any,
-        examples: Sequence[Example],
-        *,
-        name: str,
-        choices: Sequence[str] | None,
-        evaluation: EvaluationConfig,
-        max_length: int | None,
-        progress: Progress | None = None,
-    ) -> Evaluation:
+    def evaluate(self, head: Head, reader: Any, examples: Sequence[Example], how: _task.Measurement) -> Evaluation:
         return evaluate(
             head,
             reader,
             examples,
-            name=name,
-            choices=choices,
-            batch_size=evaluation.batch_size,
-            max_new_tokens=evaluation.max_new_tokens,
-            static_cache=evaluation.static_cache,
-            max_length=max_length,
-            progress=progress,
+            name=how.name,
+            choices=how.choices,
+            batch_size=how.evaluation.batch_size,
+            max_new_tokens=how.evaluation.max_new_tokens,
+            static_cache=how.evaluation.static_cache,
+            max_length=how.max_length,
+            progress=how.progress,
         )
 
     def validation(

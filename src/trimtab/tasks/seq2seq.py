@@ -89,34 +89,23 @@ class Seq2Seq(_task.Task):
         ).logits
         return logits
 
-    def evaluate(
-        self,
-        head: Any,
-        reader: Any,
-        examples: Sequence[Example],
-        *,
-        name: str,
-        choices: Sequence[str] | None,
-        evaluation: EvaluationConfig,
-        max_length: int | None,
-        progress: Progress | None = None,
-    ) -> Evaluation:
+    def evaluate(self, head: Any, reader: Any, examples: Sequence[Example], how: _task.Measurement) -> Evaluation:
         if not examples:
-            raise DataError(f"{name}: there are no rows to evaluate.")
+            raise DataError(f"{how.name}: there are no rows to evaluate.")
         started = time.perf_counter()
-        rows = _encoded(examples, reader, max_length)
-        written = self._write(head, reader, rows, evaluation, progress)
+        rows = _encoded(examples, reader, how.max_length)
+        written = self._write(head, reader, rows, how.evaluation, how.progress)
         judged: Judged = written_texts(examples, written)
-        loss, tokens = self._losses(head, reader, rows, evaluation.batch_size)
+        loss, tokens = self._losses(head, reader, rows, how.evaluation.batch_size)
         record = GenerationResult(
             kind="generation",
-            dataset=name,
+            dataset=how.name,
             rows=len(examples),
             figures=measure("generation", judged.with_loss(checked(loss, tokens), tokens)),
             seconds=round(time.perf_counter() - started, 3),
             **({"cut": cut} if (cut := sum(row["cut"] for row in rows)) else {}),
         )
-        return Evaluation(name, record, judged.rows)
+        return Evaluation(how.name, record, judged.rows)
 
     def validation(
         self, head: Any, reader: Any, examples: Sequence[Example], *, inputs: Inputs, job: Job, progress: Progress

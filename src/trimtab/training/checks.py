@@ -20,6 +20,7 @@ from trimtab.data.rows import Example
 from trimtab.data.tokens import encode_prompt
 from trimtab.errors import ConfigError, DataError
 from trimtab.evaluation.shortened import shortened
+from trimtab.memory.estimate import check_run
 from trimtab.models.chat_template import unknown_marks
 from trimtab.models.model_files import require_rows
 from trimtab.notes import Notes, rows
@@ -74,10 +75,10 @@ def planned(job: Job, inputs: Inputs | None, attached: AttachReport) -> list[str
     return [*found, why]
 
 
-def checked_inputs(job: Job, inputs: Inputs, attached: AttachReport, listener: Listener) -> Inputs:
+def checked_inputs(job: Job, inputs: Inputs, listener: Listener) -> Inputs:
     """``inputs`` of a run that may begin, with what the user should know of it, which ``listener`` is told. Raises as
-    ``check_before`` does."""
-    found = check_before(job, inputs, attached)
+    ``check_run`` and ``check_before`` do."""
+    found = check_before(job, inputs, check_run(job, tasks.of(job).sizes(job, inputs)))
     for sentence in found:
         listener.remark(sentence)
     return replace(inputs, notes=(*inputs.notes, *found))

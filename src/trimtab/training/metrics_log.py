@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import time
 from collections.abc import Iterator
@@ -11,7 +10,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from trimtab.errors import RunError
 from trimtab.machine import device_memory_gib, memory_gib
 from trimtab.processes import here
 from trimtab.runs.events import Listener
@@ -19,14 +17,6 @@ from trimtab.runs.records import MetricsLine
 
 if TYPE_CHECKING:
     import torch
-
-
-def require_tensorboard() -> None:
-    """Raise RunError if TensorBoard is not installed."""
-    if importlib.util.find_spec("tensorboard") is None:
-        raise RunError(
-            "train.tensorboard: TensorBoard is not installed; pip install 'trimtab[tensorboard]', or turn it off"
-        )
 
 
 class LogsAtOnce:

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
+from trimtab import tasks
 from trimtab.config.resolve import Job
 from trimtab.data.packing import LAYOUT, PackingCollator
 from trimtab.errors import ConfigError, ModelError
 from trimtab.models.model_files import quiet_transformers
 from trimtab.surgery.contexts import evaluating
-from trimtab.tasks import Task
 
 FLASH = {"flash_attention_3": ("flash_attn_interface", 9), "flash_attention_2": ("flash_attn", 8)}
 """Flash attention's packages, the newest first: the module that each installs, and the least generation of NVIDIA GPU
@@ -34,12 +34,10 @@ would then be computed again (`trimtab.integrations.liger`)."""
 NO_LOSS = {"cross_entropy": False, "fused_linear_cross_entropy": False}
 
 
-def fitted(job: Job, task: Task, model: Any, reader: Any, remark: Callable[[str], None]) -> Job:
+def fitted(job: Job, model: Any, remark: Callable[[str], None]) -> Job:
     """Fit ``model``, which is on its device, to that in place; gives ``job`` with nothing of it left open.
 
-    Args:
-        reader: what encodes the rows.
-        remark: is told what was chosen, if anything was.
+    ``remark`` is told what was chosen, if anything was.
 
     Raises ConfigError or ModelError, with the key, for what is asked for and cannot be.
     """
@@ -48,7 +46,7 @@ def fitted(job: Job, task: Task, model: Any, reader: Any, remark: Callable[[str]
         chosen.append(f"attention by {attention}")
     if liger := _liger(job, model):
         chosen.append(f"{liger} by Liger's kernels")
-    packs = _packs(job, task, model, reader)
+    packs = _packs(job, model)
     if packs:
         chosen.append("batches without padding")
         if not is_flash(model) and job.config.train.padding_free is True:
@@ -146,13 +144,13 @@ def _liger(job: Job, model: Any) -> str:
     return "norms" if reads_outputs else "norms, rotary embedding and gates"
 
 
-def _packs(job: Job, task: Task, model: Any, reader: Any) -> bool:
+def _packs(job: Job, model: Any) -> bool:
     """Whether the rows of a batch lie one behind the other."""
     said = job.config.train.padding_free
     if said is False or (said == "auto" and not is_flash(model)):
         return False
-    packer = task.packer(reader, flash=is_flash(model))
-    fault = f"rows of {task.name} are read apart" if packer is None else packing_fault(model, packer)
+    packer = tasks.of(job).packer(job.reader, flash=is_flash(model))
+    fault = f"rows of {job.task} are read apart" if packer is None else packing_fault(model, packer)
     if fault and said is True:
         raise ConfigError(f"train.padding_free: {fault}; set it to false")
     return fault is None

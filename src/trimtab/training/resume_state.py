@@ -28,7 +28,10 @@ from trimtab.adapters.placing import read_adapter
 from trimtab.config.run import TrainConfig
 from trimtab.errors import AdapterError
 from trimtab.runs.checkpoints import STATE, best_folder, damage, numbered, prune, set_aside, step_of
+from trimtab.surgery.attach import trainable_parameters
 from trimtab.training.callbacks import AVERAGE_FILE
+from trimtab.training.optimizer import make_optimizer
+from trimtab.training.schedule import total_steps
 
 _OPTIMIZER, _SCHEDULER, _GENERATORS = "optimizer.pt", "scheduler.pt", "rng_state.pth"
 _LARGEST_STATE = 16 * 1024**2  # bytes of trainer_state.json, which has a few hundred
@@ -40,24 +43,22 @@ class DamageError(Exception):
 
 def newest_whole(
     folder: Path,
-    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
     train: TrainConfig,
     *,
-    trained: Mapping[str, nn.Parameter],
-    steps: int,
+    rows: int,
     validates: bool,
     tell: Callable[[str], None],
 ) -> Path | None:
-    """The newest checkpoint in ``folder`` that training can go on from; None if there is none. Those after it are told
-    and put aside, and those that ``train`` does not keep beside it are removed.
+    """The newest checkpoint in ``folder`` that ``model`` can be trained on from; None if there is none. Those after it
+    are told and put aside, and those that ``train`` does not keep beside it are removed.
 
     Args:
-        optimizer: as training makes it, without a state.
-        trained: the trained tensors; ``steps``: of the whole run.
-        validates: whether there are validation rows.
+        rows: how many training rows there are; ``validates``: whether there are validation rows.
         tell: is given a sentence for each checkpoint that is damaged.
     """
-    keep = train.keep_checkpoints
+    keep, steps = train.keep_checkpoints, total_steps(train, rows)
+    optimizer, trained = make_optimizer(model, train), trainable_parameters(model)
     for step, place in reversed(numbered(folder)):
         averages = train.average is not None and step > round((1 - train.average) * steps)
         reason = why_not(

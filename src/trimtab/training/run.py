@@ -6,8 +6,8 @@ folder = finetune(load_config(Path("run.yaml")))
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -19,20 +19,15 @@ from trimtab.errors import STOPS, Interrupted, TrimtabError, machine_errors
 from trimtab.evaluation.evaluate import write
 from trimtab.launching import joined
 from trimtab.machine import describe_machine, peak_device_memory_gib, peak_memory_gib, versions
-from trimtab.memory.estimate import check_run
 from trimtab.processes import here
-from trimtab.runs.beginning import Opening, Origin, opened
+from trimtab.runs.beginning import Opening, Origin, begun, opened
 from trimtab.runs.checkpoints import step_of
 from trimtab.runs.events import Listener
 from trimtab.runs.folder import RunFolder
 from trimtab.runs.records import HeadRecord, Machine, PlanRecord, Summary
 from trimtab.runs.results import OWN_ADAPTER, Measured
-from trimtab.runs.same_rows import require_same_rows
-from trimtab.surgery.attach import trainable_parameters
 from trimtab.surgery.attach_report import AttachReport
 from trimtab.training.checks import checked_inputs
-from trimtab.training.metrics_log import require_tensorboard
-from trimtab.training.optimizer import make_optimizer
 from trimtab.training.resume_state import newest_whole
 from trimtab.training.schedule import total_steps
 from trimtab.training.several import require_fit, told_of
@@ -60,9 +55,8 @@ def finetune(
         if group.leads:
             return _lead(config, listener or Listener(), resume=resume, overwrite=overwrite)
         config = group.gathered(config)[0]  # the leading one knows its folder, too
-        group.sharded = group.sharded or config.train.sharding == "full"
-        job, inputs = tasks.inputs_of(tasks.job_of(config), Listener())
-        follow(job, inputs)
+        require_fit(config)
+        follow(*tasks.inputs_of(tasks.job_of(config), Listener()))
         return RunFolder(config.output)
 
 
@@ -70,9 +64,6 @@ def _lead(config: RunConfig, listener: Listener, *, resume: bool, overwrite: boo
     began = time.perf_counter()
     job = tasks.job_of(config)
     require_fit(config)
-    if config.train.tensorboard:
-        require_tensorboard()
-    reports = trackers(config, listener.remark)
     with opened(config, resume=resume, overwrite=overwrite) as opening:
         folder = opening.folder
         if opening.summary is not None and opening.is_measured(config):  # killed right before its end
@@ -81,7 +72,6 @@ def _lead(config: RunConfig, listener: Listener, *, resume: bool, overwrite: boo
             return folder
         try:
             run = _set_up(job, opening, listener, began)
-            run.work.trackers = reports
         except STOPS as stop:
             stopped = here().reason(stop)
             if isinstance(stopped, TrimtabError):
@@ -111,17 +101,15 @@ def _lead(config: RunConfig, listener: Listener, *, resume: bool, overwrite: boo
 
 def _set_up(job: Job, opening: Opening, listener: Listener, began: float) -> _Run:
     """Read the rows and load the model; nothing is written yet."""
-    origin = Origin.of(job, opening)
-    job, config = origin.job, job.config
-    group = here()
-    group.gathered(job.config)
+    reports = trackers(job.config, listener.remark)
+    job, origin = begun(job, opening)
+    config, group, task = job.config, here(), tasks.of(job)
+    group.gathered(config)
     listener.stage("Reading the rows")
     job, inputs = tasks.inputs_of(job, listener)
-    task = tasks.of(job)
-    origin = replace(origin, job=job)
     trains = not opening.trained and config.train.epochs > 0
-    others = require_same_rows(opening, inputs.digests, inputs.sources, trains=trains)
-    inputs = checked_inputs(job, inputs, check_run(job, task.sizes(job, inputs)), listener)
+    others = opening.require_same_rows(inputs.digests, inputs.sources, trains=trains)
+    inputs = checked_inputs(job, inputs, listener)
 
     listener.show(task.preview(inputs, job.reader))
     if config.train.prompt_loss_weight:
@@ -130,11 +118,7 @@ def _set_up(job: Job, opening: Opening, listener: Listener, began: float) -> _Ru
         listener.note(told_of(config))
     listener.counting(task.counted)
     listener.stage(f"Loading {config.model.name}")
-    run = _Run(origin, opening, Work(job, inputs, listener), began)
-    run.measured_anew = others
-    for sentence in run.work.told:
-        run.remark(sentence)
-    return run
+    return _Run(origin, opening, Work(job, inputs, listener, reports), others, began)
 
 
 def _conclude(folder: RunFolder, summary: Summary) -> None:
@@ -149,18 +133,20 @@ def _conclude(folder: RunFolder, summary: Summary) -> None:
 class _Run:
     """One run in progress, and what is known of it for its summary."""
 
-    def __init__(self, origin: Origin, opening: Opening, work: Work, began: float) -> None:
+    def __init__(
+        self, origin: Origin, opening: Opening, work: Work, measured_anew: Sequence[str], began: float
+    ) -> None:
         job = self.job = work.job
-        task, inputs = work.task, work.inputs
-        self.origin = origin
+        task = work.task
+        inputs = self.inputs = work.inputs
         self.config = job.config
-        self.folder = opening.folder
+        self.origin = origin
         self.opening = opening
-        self.inputs = inputs
+        self.folder = opening.folder
         self.work = work
         self.listener = work.listener
+        self.measured_anew = measured_anew
         self._began = began
-        self.measured_anew: list[str] = []
         before = opening.summary or Summary()
         self._earlier_seconds = before.training_seconds or 0.0, before.total_seconds or 0.0
         self._summary = Summary(
@@ -184,7 +170,7 @@ class _Run:
             versions=versions(),
             machine=Machine(**describe_machine(job.device)),
             processes=here().size,
-            notes=list(dict.fromkeys([*inputs.notes, *before.notes])),
+            notes=list(dict.fromkeys([*inputs.notes, *work.told, *before.notes])),
             trained=opening.trained,
             sources=list(inputs.sources),
             # What was trained on is kept as it was, whatever the files hold now.
@@ -280,7 +266,7 @@ class _Run:
         self._summary = self._summary.updated(
             total_parameters=report.total_parameters, trainable_parameters=report.trainable_parameters
         )
-        told = [*plan.remarks(usual=False), *self.origin.remarks()]
+        told = [*plan.remarks(usual=False), *self.origin.remarks(self.config)]
         for line in (plan.headline, *plan.remarks()):
             if line not in told:
                 self.listener.note(line)
@@ -320,13 +306,11 @@ class _Run:
 
     def _checkpoint(self) -> Path | None:
         """The newest checkpoint that training can go on from."""
-        train = self.config.train
         return newest_whole(
             self.folder.checkpoints,
-            make_optimizer(self.work.model, train),
-            train,
-            trained=trainable_parameters(self.work.model),
-            steps=total_steps(train, len(self.inputs.rows)),
+            self.work.model,
+            self.config.train,
+            rows=len(self.inputs.rows),
             validates=bool(self.inputs.validation),
             tell=self.remark,
         )

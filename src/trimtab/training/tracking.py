@@ -6,6 +6,7 @@ does, is told of once and left alone.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Mapping
 from copy import copy
 from typing import Any
@@ -23,8 +24,12 @@ Tell = Callable[[str], None]
 def trackers(config: RunConfig, tell: Tell) -> list[TrainerCallback]:
     """A callback for each tracker of ``report_to``; TensorBoard's files go into the run's folder.
 
-    Raises RunError, which says what to install, for one that is not there.
+    Raises RunError, which says what to install, for one that is not there, ``train.tensorboard``'s among them.
     """
+    if config.train.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise RunError(
+            "train.tensorboard: TensorBoard is not installed; pip install 'trimtab[tensorboard]', or turn it off"
+        )
     if not config.report_to:
         return []
     from transformers.integrations import get_reporting_integration_callbacks

@@ -201,19 +201,14 @@ class AdapterTrainer(LogsAtOnce, Trainer):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         rows: Any = self.train_dataset
-        if not self._train_config.group_by_length:
-            generator = torch.Generator().manual_seed(self.args.seed)
-            loader = DataLoader(
-                rows,
-                self.args.train_batch_size,
-                sampler=RandomSampler(rows, generator=generator),
-                collate_fn=self._collate,
-                pin_memory=self.args.dataloader_pin_memory,
-            )
+        size, seed = self.args.train_batch_size, self.args.seed
+        order: dict[str, Any]
+        if self._train_config.group_by_length:
+            order = {"batch_sampler": LengthGroupedBatches(rows.lengths, size, seed)}
         else:
-            batches = LengthGroupedBatches(rows.lengths, self.args.train_batch_size, self.args.seed)
-            pinned = self.args.dataloader_pin_memory
-            loader = DataLoader(rows, batch_sampler=batches, collate_fn=self._collate, pin_memory=pinned)
+            sampler = RandomSampler(rows, generator=torch.Generator().manual_seed(seed))
+            order = {"batch_size": size, "sampler": sampler}
+        loader = DataLoader(rows, collate_fn=self._collate, pin_memory=self.args.dataloader_pin_memory, **order)
         prepared: DataLoader[Any] = self.accelerator.prepare(loader)
         return prepared
 
@@ -266,15 +261,8 @@ class AdapterTrainer(LogsAtOnce, Trainer):
         assert self._validate_rows is not None
         with self.throughput.paused(), self._averaging.in_place(), plainly():
             figures = dict(self._validate_rows())
-        self._record(
-            MetricsLine(
-                kind="validation",
-                step=self.state.global_step,
-                epoch=round(self.state.epoch or 0.0, 4),
-                loss=figures["loss"],
-                figures={name: value for name, value in figures.items() if name != "loss"},
-            )
-        )
+        beside = {name: value for name, value in figures.items() if name != "loss"}
+        self._write_line("validation", loss=figures["loss"], figures=beside)
         metrics = {f"eval_{name}": value for name, value in figures.items()}
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, metrics)  # for trackers
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -304,18 +292,19 @@ class AdapterTrainer(LogsAtOnce, Trainer):
         if not math.isfinite(logs["loss"]) or not (math.isfinite(norm) or self._left_out):
             raise self._diverged()
         tokens, seconds = self._since_last_log.read()
-        self._record(
-            MetricsLine(
-                kind="train",
-                step=self.state.global_step,
-                epoch=round(self.state.epoch or 0.0, 4),
-                loss=logs["loss"],
-                learning_rate=logs.get("learning_rate"),
-                grad_norm=logs.get("grad_norm") if math.isfinite(norm) else None,
-                tokens_per_second=round(tokens / max(seconds, 1e-9), 1),
-            )
+        self._write_line(
+            "train",
+            loss=logs["loss"],
+            learning_rate=logs.get("learning_rate"),
+            grad_norm=logs.get("grad_norm") if math.isfinite(norm) else None,
+            tokens_per_second=round(tokens / max(seconds, 1e-9), 1),
         )
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
+
+    def _write_line(self, kind: str, **values: Any) -> None:
+        """Record what is known at this step."""
+        epoch = round(self.state.epoch or 0.0, 4)
+        self._record(MetricsLine(kind=kind, step=self.state.global_step, epoch=epoch, **values))
 
     @property
     def _left_out(self) -> bool:

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from trimtab import tasks
 from trimtab.config.run import RunConfig
-from trimtab.memory.estimate import check_run
-from trimtab.models.load import load_model
-from trimtab.models.model_files import quiet_libraries
 from trimtab.runs.events import Listener
 from trimtab.runs.rate_record import ChosenRate
 from trimtab.training.checks import checked_inputs
-from trimtab.training.on_device import fitted
 from trimtab.training.rate_trials import find_rate
 from trimtab.training.several import require_fit
+from trimtab.training.work import Work
 
 
 def tune(config: RunConfig, listener: Listener) -> ChosenRate:
@@ -25,13 +20,10 @@ def tune(config: RunConfig, listener: Listener) -> ChosenRate:
     require_fit(config)
     listener.stage("Reading the rows")
     job, inputs = tasks.inputs_of(job, listener)
-    task = tasks.of(job)
-    inputs = checked_inputs(job, inputs, check_run(job, task.sizes(job, inputs)), listener)
-    quiet_libraries()
+    inputs = checked_inputs(job, inputs, listener)
     listener.stage(f"Loading {config.model.name}")
-    model: Any = load_model(job.files, job.dtype, config.model.attention, config.quantisation, job.device)
-    job = fitted(job, task, model, job.reader, listener.remark)
+    work = Work(job, inputs, listener)
     listener.stage("Finding the learning rate")
-    found = find_rate(job, inputs, model, listener=listener)
+    found = find_rate(work.job, inputs, work.model, listener=listener)
     listener.show(rate_table(found))
     return found

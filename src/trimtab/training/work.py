@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,13 @@ from trimtab.signals import heard, listening
 from trimtab.surgery.attach_report import AttachReport, describe
 from trimtab.surgery.contexts import disable_adapter
 from trimtab.surgery.names import adapters
-from trimtab.tasks import Inputs
+from trimtab.tasks import Inputs, Measurement
 from trimtab.training.callbacks import Interrupting, LastLoss, Telling
 from trimtab.training.compiling import Compiling, choose
 from trimtab.training.metrics_log import Recorder
 from trimtab.training.on_device import fitted
 from trimtab.training.rate_trials import with_rate
-from trimtab.training.sharding import Inside, shard
+from trimtab.training.several import Inside, shard
 from trimtab.training.trainer import AdapterTrainer, save_from_one
 
 
@@ -50,19 +51,21 @@ class Work:
         at_once: whether the user would not wait for a good end.
     """
 
-    def __init__(self, job: Job, inputs: Inputs, listener: Listener) -> None:
+    def __init__(self, job: Job, inputs: Inputs, listener: Listener, trackers: Sequence[TrainerCallback] = ()) -> None:
         quiet_libraries()
         here().wait()  # until the leading process has found that the run may begin
         self.task, self.inputs, self.reader, self.listener = tasks.of(job), inputs, job.reader, listener
+        self._trackers = trackers
         config = job.config
         self.model: nn.Module = load_model(
             job.files, job.dtype, config.model.attention, config.quantisation, job.device
         )
         self.told: list[str] = []
-        self.job = fitted(job, self.task, self.model, self.reader, self.told.append)
+        self.job = fitted(job, self.model, self.told.append)
+        for sentence in self.told:
+            listener.remark(sentence)
         self.head = self.task.head(self.model)
         self._inside: Callable[[Callable[[], Any]], Any] = lambda work: work()
-        self.trackers: list[TrainerCallback] = []
         self.steps, self.epochs, self.at_once = 0, 0.0, False
         if here().size > 1:
             _require_divisible(self.model)
@@ -107,16 +110,9 @@ class Work:
         return evaluation
 
     def _tested(self, name: str) -> Evaluation:
-        return self.task.evaluate(
-            self.head,
-            self.reader,
-            self.inputs.tests[name],
-            name=name,
-            choices=self.inputs.choices,
-            evaluation=self.job.config.evaluation,
-            max_length=self.job.reading_length,
-            progress=lambda done, total: self.listener.evaluating(name, done, total),
-        )
+        progress = partial(self.listener.evaluating, name)
+        how = Measurement(name, self.inputs.choices, self.job.config.evaluation, self.job.reading_length, progress)
+        return self.task.evaluate(self.head, self.reader, self.inputs.tests[name], how)
 
     def validation(self) -> Mapping[str, float]:
         """The metrics of the validation rows that can choose the best step: the loss, and where answers are scored,
@@ -127,7 +123,7 @@ class Work:
             self.inputs.validation,
             inputs=self.inputs,
             job=self.job,
-            progress=lambda done, total: self.listener.evaluating("validation", done, total),
+            progress=partial(self.listener.evaluating, "validation"),
         )
 
     @together
@@ -169,7 +165,7 @@ class Work:
                 validate=(lambda: self._inside(self.validation)) if self.inputs.validation else None,
                 best=self.task.best(train.metric, self.inputs),
                 earlier=earlier,
-                callbacks=[*callbacks, *self.trackers],
+                callbacks=[*callbacks, *self._trackers],
                 inside=self._inside,
             )
             choice = choose(self.job, self.inputs, self._attached)

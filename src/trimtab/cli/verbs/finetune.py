@@ -12,7 +12,7 @@ import typer
 
 from trimtab.cli.importing import importing
 from trimtab.cli.verbs._arguments import Overrides, Overwrite
-from trimtab.hints import pasted
+from trimtab.hints import pasted, seen_from_here
 from trimtab.launching import joined
 
 if TYPE_CHECKING:
@@ -23,6 +23,9 @@ SHORT_HELP = "Train a model on rows of data, measure it before and after."
 
 SEVERAL = True
 """Several processes may be started for it."""
+
+_LONGEST = 200
+"""Letters of a prompt that is shown to be pasted."""
 
 INTERRUPTED = "nothing was changed; the same command begins again"
 
@@ -100,10 +103,10 @@ def _train(loaded: RunConfig, *, resume: bool, overwrite: bool) -> None:
         f"{words.duration(summary.training_seconds or 0.0)}, peak memory {summary.peaks}",
     )
     verb = "generate" if summary.task in (None, "causal_lm") else "predict"
-    try_it = pasted(verb, _short(folder.path), text=_question(run, summary.form, verb))
+    try_it = pasted(verb, seen_from_here(folder.path), text=_question(run, summary.form, verb))
     for line in (
-        f"adapter ({words.size(summary.adapter_bytes or 0)}): {_short(folder.adapter)}",
-        f"report: {_short(folder.report)}",
+        f"adapter ({words.size(summary.adapter_bytes or 0)}): {seen_from_here(folder.adapter)}",
+        f"report: {seen_from_here(folder.report)}",
         f"try it: {try_it}",
     ):
         console.print(line, soft_wrap=True)
@@ -130,15 +133,6 @@ def _question(run: Run, form: str | None, verb: str) -> str:
     # Two texts that are compared stand on a line each, and are asked about by a file.
     lines = "" if verb == "predict" else "\n"
     return prompt if 0 < len(prompt) <= _LONGEST and prompt.replace(lines, "").isprintable() else "..."
-
-
-_LONGEST = 200
-"""Letters of a prompt that is shown to be pasted."""
-
-
-def _short(path: Path) -> Path:
-    """``path`` as seen from the working directory, where it lies below that."""
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def _load(config: str, finlora: Path | None, overrides: Sequence[str]) -> RunConfig:
