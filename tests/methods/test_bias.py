@@ -11,7 +11,7 @@ from torch import nn
 
 import trimtab
 from trimtab import PlanError, Rule
-from trimtab.surgery.attach import rate_groups
+from trimtab.surgery.attach import trained_tensors
 
 METHODS: list[dict[str, Any]] = [
     {"method": "lora", "rank": 2},
@@ -36,7 +36,7 @@ def test_it_trains_as_the_bare_bias_does(options: dict[str, Any]) -> None:
         gradient = model[place].adapter.bias.grad
         torch.testing.assert_close(gradient, bare[place].bias.grad, rtol=1e-12, atol=1e-12)
         assert model[place].base.bias.grad is None
-    groups = {name: group for name, group in rate_groups(model).items() if name.endswith("adapter.bias")}
+    groups = {name: one.group for name, one in trained_tensors(model).items() if name.endswith("adapter.bias")}
     assert list(groups.values()) == ["bias", "bias"]
 
     half = nn.Sequential(nn.Linear(6, 5).bfloat16())

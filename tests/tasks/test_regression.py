@@ -27,7 +27,7 @@ from trimtab.reports.run.run_page import write_run_page
 from trimtab.reports.run.run_tables import answers_table, evaluation_table, results_table
 from trimtab.runs.load import load_run_model
 from trimtab.runs.read import read_run, read_sets
-from trimtab.surgery.attach import rate_units
+from trimtab.surgery.attach import trained_tensors
 from trimtab.tasks.regression import Regression
 from trimtab.training.optimizer import make_optimizer
 from trimtab.training.run import finetune
@@ -194,7 +194,7 @@ def test_the_last_layer_moves_in_units_of_the_spread_and_decays_as_it_would(
     model = load_model(job.source)
     job.attach_to(model)
     spread = job.source.head.spread
-    assert set(rate_units(model).values()) == {spread}
+    assert {one.unit for one in trained_tensors(model).values()} == {1.0, spread}
     of_head = [group for group in make_optimizer(model, config.train).param_groups if group["lr"] > 0.1]
     assert [group["lr"] * group["weight_decay"] for group in of_head] == pytest.approx([1e-2 * 0.1, 0.0])
     assert of_head[0]["lr"] == pytest.approx(1e-2 * spread)

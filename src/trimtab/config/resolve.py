@@ -19,7 +19,7 @@ from trimtab.config.run import RunConfig
 from trimtab.errors import ConfigError, PlanError
 from trimtab.machine import best_precision, device
 from trimtab.models.heads import learn_in_units
-from trimtab.models.load import empty_model, trained_beside
+from trimtab.models.load import beside_the_plan, empty_model
 from trimtab.models.locate import ModelHead, Source, locate
 from trimtab.models.model_files import ModelFiles
 from trimtab.models.positions import Positions, positions_of
@@ -126,7 +126,7 @@ class Job:
 
         Raises PlanError or AdapterError for a plan or an adapter that is not of this model.
         """
-        beside, report = trained_beside(self.files, model, self._names), None
+        beside, report = beside_the_plan(self.files, model, self._names), None
         if self.plan is not None:
             report = attach(model, [*self._rules_for(self.plan, model, beside.whole), *beside.rules])
         if self.config.adapter is not None:

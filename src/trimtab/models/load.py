@@ -112,7 +112,7 @@ class Beside:
     rules: tuple[Rule, ...]
 
 
-def trained_beside(files: ModelFiles, model: Any, decided: Callable[[str], bool]) -> Beside:
+def beside_the_plan(files: ModelFiles, model: Any, decided: Callable[[str], bool]) -> Beside:
     """What is trained of ``model`` beside a plan; a module that is ``decided`` about, by its name, is left to that."""
     rules, tokens = [], files.source.add_tokens
     if tokens:
@@ -127,10 +127,8 @@ def _whole_modules(files: ModelFiles, model: Any) -> list[str]:
     """The head of ``model``, if it is one for a run's labels, and the modules below it that the files lack."""
     if not files.source.head.problem:
         return []
-    below = poolers(model)
-    if below and not (files.source.kind == "hub" and model.device.type == "meta"):
-        below = [name for name in below if not any(key.endswith(_end_of(name)) for key in files.weights)]
-    return [*head_modules(model), *below]
+    unfetched = files.source.kind == "hub" and model.device.type == "meta"
+    return [*head_modules(model), *(poolers(model) if unfetched else _lacking(files, model))]
 
 
 def drawn_modules(source: Source, model: Any) -> list[str]:
@@ -139,16 +137,19 @@ def drawn_modules(source: Source, model: Any) -> list[str]:
     if not source.head.problem:
         return []
     files = ModelFiles(source)
-    known, stored = is_known(files.config, source.head.names), files.weights
-    heads = [
-        name for name in head_modules(model) if not (known and any(key.endswith(f"{name}.weight") for key in stored))
-    ]
-    return [*heads, *(name for name in poolers(model) if not any(key.endswith(_end_of(name)) for key in stored))]
+    known = is_known(files.config, source.head.names)
+    heads = [name for name in head_modules(model) if not (known and _has(files, name))]
+    return [*heads, *_lacking(files, model)]
 
 
-def _end_of(name: str) -> str:
-    """By which the weight of a pooler is known in a file, whatever stands before."""
-    return f"{name[name.index(POOLER) :]}.weight"
+def _lacking(files: ModelFiles, model: Any) -> list[str]:
+    """The layers of ``model`` below its head that its files have no weights for."""
+    return [name for name in poolers(model) if not _has(files, name[name.index(POOLER) :])]
+
+
+def _has(files: ModelFiles, module: str) -> bool:
+    """Whether the files have the weight of ``module``, whatever stands before its name."""
+    return any(key.endswith(f"{module}.weight") for key in files.weights)
 
 
 def empty_model(

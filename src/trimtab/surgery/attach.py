@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -81,31 +83,25 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def rate_groups(model: nn.Module) -> dict[str, methods.RateGroup]:
-    """``name -> rate group`` for everything in ``trainable_parameters``; each method says those of its tensors."""
+class TrainedTensor(NamedTuple):
+    """A tensor that is trained, and at which rate: that of its ``group``, times its ``unit``."""
+
+    parameter: nn.Parameter
+    group: methods.RateGroup
+    unit: float
+
+
+def trained_tensors(model: nn.Module) -> dict[str, TrainedTensor]:
+    """``name -> tensor`` for everything in ``trainable_parameters``; each method says the groups of its own."""
     known = {
-        id(parameter): adapter.rate_groups.get(key, "weight")
+        id(parameter): (adapter.rate_groups.get(key, "weight"), adapter.unit)
         for _, module in adapted_modules(model)
         for adapter in module.every_adapter()
         for key, parameter in adapter.named_parameters()
     }
     return {
-        name: known.get(id(parameter), "weight" if parameter.dim() > 1 else "bias")
+        name: TrainedTensor(parameter, *known.get(id(parameter), ("weight" if parameter.dim() > 1 else "bias", 1.0)))
         for name, parameter in trainable_parameters(model).items()
-    }
-
-
-def rate_units(model: nn.Module) -> dict[str, float]:
-    """``name -> unit`` for everything in ``trainable_parameters`` whose learning rate is another than its group's."""
-    known = {
-        id(parameter): adapter.unit
-        for _, module in adapted_modules(model)
-        for adapter in module.every_adapter()
-        if adapter.unit != 1.0
-        for parameter in adapter.parameters()
-    }
-    return {
-        name: known[id(parameter)] for name, parameter in trainable_parameters(model).items() if id(parameter) in known
     }
 
 

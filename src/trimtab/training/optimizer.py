@@ -9,7 +9,7 @@ from torch import nn
 
 from trimtab.config.run import TrainConfig
 from trimtab.methods import RateGroup
-from trimtab.surgery.attach import rate_groups, rate_units, trainable_parameters
+from trimtab.surgery.attach import trained_tensors
 
 
 def parameter_groups(
@@ -28,12 +28,12 @@ def parameter_groups(
         "second factor": (learning_rate * b_ratio, weight_decay),
         "magnitude": (learning_rate if magnitude_learning_rate is None else magnitude_learning_rate, 0.0),
     }
-    known, units = rate_groups(model), rate_units(model)
+    trained = trained_tensors(model).values()
     groups: dict[tuple[RateGroup, float], list[nn.Parameter]] = {
-        (group, unit): [] for unit in (1.0, *sorted({*units.values()})) for group in rates
+        (group, unit): [] for unit in (1.0, *sorted({one.unit for one in trained} - {1.0})) for group in rates
     }
-    for name, parameter in trainable_parameters(model).items():
-        groups[known[name], units.get(name, 1.0)].append(parameter)
+    for one in trained:
+        groups[one.group, one.unit].append(one.parameter)
     return [
         {"params": tensors, "lr": rates[group][0] * unit, "weight_decay": rates[group][1] / unit}
         for (group, unit), tensors in groups.items()

@@ -11,6 +11,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from trimtab import tasks
 from trimtab.config.resolve import Job
@@ -180,21 +181,12 @@ class _Run:
             began_from=origin.record,
         )
 
-    @property
-    def how_to_go_on(self) -> str:
-        """The end of a message about a full disk and the like."""
-        return f". Everything so far is kept; then go on with: {self.folder.resume_command}"
-
-    def checkpoint_bytes(self) -> int:
-        """About what a checkpoint takes: each trained number and its two moments in float32."""
-        return 12 * (self._summary.trainable_parameters or 0)
-
     def through(self) -> None:
         """Evaluate, attach, train and evaluate again; of a run that is resumed, what is not done yet."""
         for name in self.measured_anew:
             self.folder.forget_evaluation(name, "before", "after")
             self.remark(f"the test rows of '{name}' are others than when the run began, so they are evaluated anew")
-        self._summarised("interrupted").write_to(self.folder.summary)
+        self._write_summary()
         trains, begins_from_adapter = bool(self.config.train.epochs), self.config.adapter is not None
         # A sharded model cannot be changed any more, so it is measured bare when its adapters are there.
         early = not begins_from_adapter and not here().sharded
@@ -211,72 +203,6 @@ class _Run:
                 self._keep()
             self.folder.link_adapter()
             self.evaluate("after")
-
-    def _has_taken_up(self) -> bool:
-        """Whether training is over: the model then carries the adapter that it ended with."""
-        if not self.opening.trained:
-            return False
-        wrong = self.work.load(self.folder.adapter)
-        if wrong is not None:
-            self.remark(f"the adapter is made again from the last checkpoint: {wrong}")
-            self._summary = self._summary.updated(trained=False)
-        return wrong is None
-
-    def _keep(self) -> None:
-        """Write the adapter that training ended with; what was measured of one before it does not hold any more."""
-        for name in self.config.data.test:
-            self.folder.forget_evaluation(name, "after")
-        self.work.save(self.folder.adapter)
-        # So that the adapter can be used without this run's configuration.
-        if self.job.source.add_tokens or self.job.source.chat_template:
-            self.work.reader.save_pretrained(self.folder.adapter)
-        self._summary = self._summary.updated(trained=True)
-        self._summarised("interrupted").write_to(self.folder.summary)
-
-    def conclude(self) -> None:
-        """Finish the run."""
-        _conclude(self.folder, self._summarised("finished"))
-
-    def put_down(self) -> None:
-        """Leave an interrupted run; without its page where the user will not wait."""
-        if self.folder.is_run:
-            self._summarised("interrupted").write_to(self.folder.summary)
-            if not self.work.at_once:
-                from trimtab.reports.run.run_page import write_run_page
-
-                write_run_page(self.folder.path)
-
-    def _summarised(self, status: str) -> Summary:
-        adapter = (
-            sum(file.stat().st_size for file in self.folder.adapter.glob("*")) if self.folder.adapter.is_dir() else 0
-        )
-        total = self._earlier_seconds[1] + time.perf_counter() - self._began
-        return self._summary.updated(
-            status=status,
-            total_seconds=round(total, 2),
-            peak_memory_gib=round(peak_memory_gib(), 3),
-            **({} if (peak := peak_device_memory_gib(self.job.device)) is None else {"peak_device_memory_gib": peak}),
-            adapter_bytes=adapter,
-        )
-
-    def attached(self, report: AttachReport) -> None:
-        """Note what the plan did to the model."""
-        plan = PlanRecord.of(report)
-        plan.write_to(self.folder.plan)
-        self._summary = self._summary.updated(
-            total_parameters=report.total_parameters, trainable_parameters=report.trainable_parameters
-        )
-        told = [*plan.remarks(usual=False), *self.origin.remarks(self.config)]
-        for line in (plan.headline, *plan.remarks()):
-            if line not in told:
-                self.listener.note(line)
-        for line in told:
-            self.remark(line)
-
-    def remark(self, text: str) -> None:
-        """Tell the user, and keep it for the summary."""
-        self.listener.remark(text)
-        self._summary = self._summary.updated(notes=list(dict.fromkeys([*self._summary.notes, text])))
 
     def evaluate(self, stage: str, *, bare: bool = False) -> None:
         """Evaluate every test set, unless a resumed run has done so already; ``bare``: without the adapter."""
@@ -299,21 +225,32 @@ class _Run:
         """Let the trials of ``train.learning_rate: auto`` find the rate; the run then goes on with it."""
         before = self.opening.summary
         if before is not None and before.learning_rate and self.opening.trained and not self.folder.rate.is_file():
-            self._summary = self._summary.updated(learning_rate=before.learning_rate)
+            self._note(learning_rate=before.learning_rate)
             return
         self.config = self.work.find_rate(self.folder.rate)
-        self._summary = self._summary.updated(learning_rate=self.config.train.rate)
+        self._note(learning_rate=self.config.train.rate)
 
-    def _checkpoint(self) -> Path | None:
-        """The newest checkpoint that training can go on from."""
-        return newest_whole(
-            self.folder.checkpoints,
-            self.work.model,
-            self.config.train,
-            rows=len(self.inputs.rows),
-            validates=bool(self.inputs.validation),
-            tell=self.remark,
-        )
+    def attached(self, report: AttachReport) -> None:
+        """Note what the plan did to the model."""
+        plan = PlanRecord.of(report)
+        plan.write_to(self.folder.plan)
+        self._note(total_parameters=report.total_parameters, trainable_parameters=report.trainable_parameters)
+        told = [*plan.remarks(usual=False), *self.origin.remarks(self.config)]
+        for line in (plan.headline, *plan.remarks()):
+            if line not in told:
+                self.listener.note(line)
+        for line in told:
+            self.remark(line)
+
+    def _has_taken_up(self) -> bool:
+        """Whether training is over: the model then carries the adapter that it ended with."""
+        if not self.opening.trained:
+            return False
+        wrong = self.work.load(self.folder.adapter)
+        if wrong is not None:
+            self.remark(f"the adapter is made again from the last checkpoint: {wrong}")
+            self._note(trained=False)
+        return wrong is None
 
     def train(self, checkpoint: Path | None) -> None:
         """Train, and leave the model with the adapter that the run ends with."""
@@ -333,11 +270,81 @@ class _Run:
         try:
             step = self.work.train(train, checkpoint, earlier, self._earlier_seconds[0])
         finally:
-            self._summary = self._summary.updated(
+            self._note(
                 steps=self.work.steps,
                 epochs=self.work.epochs,
                 training_seconds=round(self._earlier_seconds[0] + time.perf_counter() - began, 2),
             )
         if self.inputs.validation and train.keep_best:
-            self._summary = self._summary.updated(best_step=step)
+            self._note(best_step=step)
             self.listener.note(f"kept the adapter of step {step}, the best in validation")
+
+    def _checkpoint(self) -> Path | None:
+        """The newest checkpoint that training can go on from."""
+        return newest_whole(
+            self.folder.checkpoints,
+            self.work.model,
+            self.config.train,
+            rows=len(self.inputs.rows),
+            validates=bool(self.inputs.validation),
+            tell=self.remark,
+        )
+
+    def _keep(self) -> None:
+        """Write the adapter that training ended with; what was measured of one before it does not hold any more."""
+        for name in self.config.data.test:
+            self.folder.forget_evaluation(name, "after")
+        self.work.save(self.folder.adapter)
+        # So that the adapter can be used without this run's configuration.
+        if self.job.source.add_tokens or self.job.source.chat_template:
+            self.work.reader.save_pretrained(self.folder.adapter)
+        self._note(trained=True)
+        self._write_summary()
+
+    def conclude(self) -> None:
+        """Finish the run."""
+        _conclude(self.folder, self._summarised("finished"))
+
+    def put_down(self) -> None:
+        """Leave an interrupted run; without its page where the user will not wait."""
+        if self.folder.is_run:
+            self._write_summary()
+            if not self.work.at_once:
+                from trimtab.reports.run.run_page import write_run_page
+
+                write_run_page(self.folder.path)
+
+    def remark(self, text: str) -> None:
+        """Tell the user, and keep it for the summary."""
+        self.listener.remark(text)
+        self._note(notes=list(dict.fromkeys([*self._summary.notes, text])))
+
+    def _note(self, **values: Any) -> None:
+        """Keep ``values`` for the summary."""
+        self._summary = self._summary.updated(**values)
+
+    def _write_summary(self) -> None:
+        """Write what is known by now, so that a run which is killed can be gone on with."""
+        self._summarised("interrupted").write_to(self.folder.summary)
+
+    def _summarised(self, status: str) -> Summary:
+        adapter = (
+            sum(file.stat().st_size for file in self.folder.adapter.glob("*")) if self.folder.adapter.is_dir() else 0
+        )
+        total = self._earlier_seconds[1] + time.perf_counter() - self._began
+        return self._summary.updated(
+            status=status,
+            total_seconds=round(total, 2),
+            peak_memory_gib=round(peak_memory_gib(), 3),
+            **({} if (peak := peak_device_memory_gib(self.job.device)) is None else {"peak_device_memory_gib": peak}),
+            adapter_bytes=adapter,
+        )
+
+    @property
+    def how_to_go_on(self) -> str:
+        """The end of a message about a full disk and the like."""
+        return f". Everything so far is kept; then go on with: {self.folder.resume_command}"
+
+    def checkpoint_bytes(self) -> int:
+        """About what a checkpoint takes: each trained number and its two moments in float32."""
+        return 12 * (self._summary.trainable_parameters or 0)

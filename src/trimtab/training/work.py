@@ -31,7 +31,6 @@ from trimtab.runs.records import MetricsLine
 from trimtab.signals import heard, listening
 from trimtab.surgery.attach_report import AttachReport, describe
 from trimtab.surgery.contexts import disable_adapter
-from trimtab.surgery.names import adapters
 from trimtab.tasks import Inputs, Measurement
 from trimtab.training.callbacks import Interrupting, LastLoss, Telling
 from trimtab.training.compiling import Compiling, choose
@@ -105,7 +104,7 @@ class Work:
     @together
     def test_set(self, name: str, *, bare: bool = False) -> Evaluation:
         """Evaluate the test set of that name; ``bare``: as if nothing was attached."""
-        with disable_adapter(self.model) if bare and adapters(self.model) else nullcontext():
+        with disable_adapter(self.model) if bare and self._attached.modules else nullcontext():
             evaluation: Evaluation = self._inside(lambda: self._tested(name))
         return evaluation
 

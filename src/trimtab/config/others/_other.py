@@ -101,6 +101,21 @@ class Carried:
         """A rule for each of these modules, which are trained whole."""
         self.rules += [{"match": [name, f"*.{name}"], "method": "full"} for name in names]
 
+    def full(self, key: str, value: Any) -> None:
+        """Train every linear layer itself, because ``key`` says so."""
+        self.rules.append({"match": "all-linear", "method": "full"})
+        self.tell(key, value, "full fine-tuning trains every linear layer here; add rules for other modules")
+
+    def split_off(self, key: str) -> None:
+        """Validate on the fraction of the training rows that ``key`` says; where it says none, on rows that are named
+        already, or on none."""
+        share = self.take(key)
+        if isinstance(share, float) and 0 < share < 1:
+            self.put("data.validation", share, key)
+        elif share:
+            self.tell(key, share, "a fraction below 1 is expected here")
+        self.settings.setdefault("data.validation", (None, key))
+
     def finish(self) -> None:
         """Put the rules into the settings, and say what nobody looked at."""
         if self.rules and "adapter" not in self.settings:  # which has a plan of its own

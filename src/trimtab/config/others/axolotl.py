@@ -102,13 +102,7 @@ class AxolotlConfig(OtherConfig):
             carried.put("data.validation", tests, "test_datasets")
             carried.forget(["val_set_size"])
             return
-        share = carried.take("val_set_size", 0.0)
-        if isinstance(share, float) and 0 < share < 1:
-            carried.put("data.validation", share, "val_set_size")
-        else:
-            if share:
-                carried.tell("val_set_size", share, "a fraction below 1 is expected here")
-            carried.put("data.validation", None, "val_set_size")
+        carried.split_off("val_set_size")
 
     def _named(self, carried: Carried, key: str) -> list[str]:
         names = []
@@ -154,10 +148,7 @@ class AxolotlConfig(OtherConfig):
         if adapter not in (None, "", "lora", "qlora"):
             raise ConfigError(f"{carried.file}: adapter: {adapter}: lora and qlora are known here, or none")
         if not adapter:
-            carried.rules.append({"match": "all-linear", "method": "full"})
-            carried.tell(
-                "adapter", None, "full fine-tuning trains every linear layer here; add rules for other modules"
-            )
+            carried.full("adapter", None)
             return
         targets = carried.take("lora_target_modules")
         linear = carried.take("lora_target_linear") or targets == "all-linear" or not targets

@@ -97,13 +97,7 @@ class LlamaFactoryConfig(OtherConfig):
             files = [self._file(carried, folder, key, name) for name in names]
             if known := [file for file in files if file]:
                 carried.put(ours, known, key)
-        share = carried.take("val_size")
-        if isinstance(share, float) and 0 < share < 1:
-            carried.put("data.validation", share, "val_size")
-        elif share:
-            carried.tell("val_size", share, "a fraction below 1 is expected here")
-        if "data.validation" not in carried.settings:
-            carried.put("data.validation", None, "val_size")
+        carried.split_off("val_size")
 
     def _file(self, carried: Carried, folder: Any, key: str, name: str) -> str | None:
         """The rows that their ``dataset_info.json`` knows by ``name``."""
@@ -138,8 +132,7 @@ class LlamaFactoryConfig(OtherConfig):
         carried.forget(["quantization_method"])
         kind = carried.take("finetuning_type", "lora")
         if kind == "full":
-            carried.rules.append({"match": "all-linear", "method": "full"})
-            carried.tell("finetuning_type", kind, "trains every linear layer here; add rules for other modules")
+            carried.full("finetuning_type", kind)
             return
         if kind != "lora":
             raise ConfigError(f"{carried.file}: finetuning_type: {kind}: lora and full are known here")
