@@ -54,12 +54,14 @@ def check_before(job: Job, inputs: Inputs | None, attached: AttachReport) -> lis
     notes = Notes()
     if inputs is not None:
         task = tasks.of(job)
-        looked = _Looked(job, inputs, job.reader)
-        texts = (_tokens, _template, _training_rows, _validation_rows, _room_to_write, _test_rows)
-        for sentence in () if task.checked_as_texts else task.held(job, inputs, looked.tokenizer):
-            notes.add(sentence)
-        for check in (*(texts if task.checked_as_texts else ()), _schedule):
-            check(looked, notes)
+        looked = _Looked(job, inputs)
+        if task.checked_as_texts:
+            for check in (_tokens, _template, _training_rows, _validation_rows, _room_to_write, _test_rows):
+                check(looked, notes)
+        else:
+            for sentence in task.held(job, inputs, job.reader):
+                notes.add(sentence)
+        _schedule(looked, notes)
     if job.config.train.epochs:
         caution(job.config.train, attached, notes)
         if inputs is not None and (choice := choose(job, inputs, attached)).pays:
@@ -90,7 +92,11 @@ class _Looked:
 
     job: Job
     inputs: Inputs
-    tokenizer: Any
+
+    @property
+    def tokenizer(self) -> Any:
+        """What encoded the rows."""
+        return self.job.reader
 
     @property
     def written(self) -> dict[str, list[Example]]:
@@ -123,7 +129,7 @@ def _template(looked: _Looked, notes: Notes) -> None:
 
 
 def _training_rows(looked: _Looked, notes: Notes) -> None:
-    """Rows are within what the model was made for, and the batch is not larger than the rows."""
+    """Rows are within what the model was made for."""
     trained = looked.job.positions.trained
     if trained is not None and (long := sum(length > trained for length in looked.inputs.rows.lengths)):
         notes.add(
