@@ -41,8 +41,10 @@ def run(record: Record, device: torch.device, *, tiny: bool, late: Callable[[], 
                     record.note("the checks ran out of time: layers of real sizes are not all checked")
                     return
                 _large(record, device, tiny=tiny, method=method, kind=kind, dtype=dtype)
+    _per_row(record, device)
+    for dtype in (torch.bfloat16,) if tiny else (torch.float32, torch.bfloat16, torch.float16):
+        _rows_of_a_layer(record, device, dtype, tiny=tiny)
     for method in ("lora", "dora"):
-        _per_row(record, device, method)
         _dropped(record, device, method, tiny=tiny)
 
 
@@ -231,31 +233,71 @@ def _dropped(record: Record, device: torch.device, method: str, *, tiny: bool) -
         record.add("checks", name=name, cases=1, failed=[_told(error)])
 
 
-def _per_row(record: Record, device: torch.device, method: str) -> None:
-    """Rows of one batch through adapters of their own, against each adapter by itself."""
+_ADAPTERS: dict[str, dict[str, Any]] = {
+    "one": {"method": "lora", "rank": 4},
+    "two": {"method": "dora", "rank": 20},
+    "three": {"method": "mora", "rank": 4},
+    "four": {"method": "dora", "rank": 8},
+}
+_NAMES = ["one", None, "two", "four", "one", "three", "two"]
+"""The adapter of each row."""
+
+
+def _per_row(record: Record, device: torch.device) -> None:
+    """Rows of one batch through adapters of their own, in a model, against each adapter by itself."""
     import trimtab
     from gpu_steps import TINY, llama_blocks
 
-    name = f"per_row: {method}"
+    name = "per_row: a model"
     try:
         model: Any = llama_blocks(TINY, "bf16", 2, device, torch.float32)
-        rule = trimtab.Rule(match="all-linear", method=method, rank=4)
-        for adapter in ("one", "two"):
-            trimtab.attach(model, rule, name=adapter)
-            trimtab.set_adapter(model, adapter)
+        for adapter, said in _ADAPTERS.items():
+            trimtab.attach(model, trimtab.Rule(match="all-linear", **said), name=adapter)
             with torch.no_grad():
                 for parameter in trimtab.trainable_parameters(model).values():
                     parameter.add_(0.05 * torch.randn_like(parameter))
-        x = torch.randn(5, 24, model.config.hidden_size, device=device)
-        names = ["one", None, "two", "one", "two"]
+        x = torch.randn(len(_NAMES), 24, model.config.hidden_size, device=device)
         with torch.no_grad():
-            with trimtab.per_row(model.eval(), names):
+            with trimtab.per_row(model.eval(), _NAMES):
                 mixed = model(inputs_embeds=x).last_hidden_state
             worst = 0.0
-            for row, adapter in enumerate(names):
+            for row, adapter in enumerate(_NAMES):
                 trimtab.set_adapter(model, adapter)
                 alone = model(inputs_embeds=x[row : row + 1]).last_hidden_state[0]
                 worst = max(worst, _error(mixed[row], alone, 64 * torch.finfo(torch.float32).eps))
-        record.add("checks", name=name, cases=len(names), worst=worst, failed=["rows differ"] if worst > 1 else [])
+        record.add("checks", name=name, cases=len(_NAMES), worst=worst, failed=["rows differ"] if worst > 1 else [])
+    except Exception as error:
+        record.add("checks", name=name, cases=1, failed=[_told(error)])
+
+
+def _rows_of_a_layer(record: Record, device: torch.device, dtype: torch.dtype, *, tiny: bool) -> None:
+    """The same in a layer of real size, for one token a row and for many, against the effective weights in float64."""
+    import trimtab
+    from trimtab.surgery.names import entries
+
+    out_features, in_features, many = LARGE["tiny" if tiny else "real"]
+    name = f"{out_features} x {in_features}, 1 and {many} tokens a row, {str(dtype)[6:]}: per_row"
+    torch.manual_seed(0)
+    try:
+        layer = nn.Linear(in_features, out_features, dtype=dtype, device=device)
+        holder, weights = nn.Sequential(layer), {None: layer.weight.double()}
+        for adapter, said in _ADAPTERS.items():
+            trimtab.attach(holder, trimtab.Rule(match="0", **said), name=adapter)
+            with torch.no_grad():
+                for parameter in trimtab.trainable_parameters(holder).values():
+                    parameter.add_(0.05 * torch.randn_like(parameter))
+            entry = entries(holder, adapter)["0"]
+            weights[adapter] = entry.adapter.effective_weight(entry.handle, torch.float64)
+        worst = 0.0
+        for tokens in (1, many):
+            x = torch.randn(len(_NAMES), tokens, in_features, dtype=dtype, device=device)
+            with torch.no_grad(), trimtab.per_row(holder, _NAMES):
+                mixed = holder(x)
+            for row, adapter in enumerate(_NAMES):
+                expected = x[row].double() @ weights[adapter].t() + layer.bias.double()
+                room = 2 if dtype in (torch.bfloat16, torch.float16) else 16
+                worst = max(worst, _error(mixed[row], expected, room * torch.finfo(dtype).eps))
+        failed = [f"a row is off by {worst:.2f} tolerances"] if worst > 1 else []
+        record.add("checks", name=name, cases=2 * len(_NAMES), worst=worst, failed=failed)
     except Exception as error:
         record.add("checks", name=name, cases=1, failed=[_told(error)])

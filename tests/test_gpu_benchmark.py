@@ -37,7 +37,15 @@ def test_the_checks_hold_on_a_processor(gpu: dict[str, Any], tmp_path: Path) -> 
     assert {row["name"]: row["failed"] for row in found if row["failed"]} == {}
     assert all(0 <= row["worst"] <= 1 for row in found)
     names = " ".join(row["name"] for row in found)
-    for part in ("dora on nf4", "mora on convolution", "serial on block", "per_row: dora", "bfloat16: mora on int8"):
+    for part in (
+        "dora on nf4",
+        "mora on convolution",
+        "serial on block",
+        "per_row: a model",
+        "bfloat16: per_row",
+        "dora with dropout",
+        "bfloat16: mora on int8",
+    ):
         assert part in names
 
 

@@ -76,6 +76,18 @@ def launches(dtype: torch.dtype, rank: int, tokens: int = 4096, size: int = 4096
         vector, a, b, side = empty(size), empty(rank, size), empty(size, rank), 4 * rank + 2
         tables = empty(math.ceil(size / side), side), empty(math.ceil(size / side), side)
         start(ours._forward_pass, product, None, inner, b, 2.0, vector, vector, False, False)
+        start(
+            ours._forward_pass,
+            product,
+            None,
+            empty(tokens, 3 * side, dtype=dtype),
+            None,
+            1.0,
+            vector,
+            None,
+            True,
+            False,
+        )
         start(ours._backward_pass, product, product, inner, b, 2.0, vector, True, True)
         start(ours._quotients, vector, vector, 2.0**-40)
         start(ours._squared_norms, weight, vector, a, b, 2.0)

@@ -24,7 +24,7 @@ from trimtab.ops.autocast import autocast_dtype, without_autocast
 from trimtab.ops.cost import Compute, counted, folds_gradient, folds_output, full_digits_for_few, may_fold_output
 from trimtab.ops.dropout import Drawn, drawn_again
 from trimtab.ops.expert_rows import StackMap
-from trimtab.ops.kernels import kernels_for, quotients_for
+from trimtab.ops.kernels import kernels_for, quotients_for, turning_for
 from trimtab.ops.kernels.contract import Passes
 from trimtab.ops.linear_map import MATRIX, LinearMap
 from trimtab.ops.ratio import HALF, Ratio, ratio_of
@@ -74,6 +74,11 @@ def factored(rows: Tensor, fed: Tensor, operands: Operands, in_place: bool) -> C
     if update is not None:
         work = full_digits_for_few(through.tokens(rows), product.dtype, product.device)
         thin = update.thin(fed, tensors, seen or through, work)
+        if thin is None and (spread := update.before_spread(fed, tensors, through)) is not None:
+            left = {"ratio": ratio, "bias": None if ratio is None else bias, "in_place": in_place}
+            output = turning_for(product).forward_of_spread(product, spread, **left)
+            if output is not None:
+                return Computed(output, product)
         if thin is None:
             update.add_product(product, fed, tensors, through)
     if thin is None and ratio is None:

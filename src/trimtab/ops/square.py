@@ -268,6 +268,11 @@ class Square(Update):
         if programs is None or not programs.add_expanded(target, inner, *self._tables(target), side=self.side):
             target.add_(self.expand(inner))
 
+    def before_spread(self, rows: Tensor, tensors: tuple[Tensor, ...], through: LinearMap) -> Tensor | None:
+        if isinstance(through, StackMap) or turning_for(rows) is None:
+            return None
+        return self.gathered(rows).matmul(tensors[0].to(rows.dtype).t()).flatten(1)
+
     def add_product(self, product: Tensor, rows: Tensor, tensors: tuple[Tensor, ...], through: LinearMap) -> None:
         (matrix,) = tensors
         if isinstance(through, StackMap):

@@ -55,6 +55,11 @@ class Update:
         None for an update that is not thin."""
         return None
 
+    def before_spread(self, rows: Tensor, tensors: tuple[Tensor, ...], through: LinearMap) -> Tensor | None:
+        """``[tokens, side]``, of which ``x dV^T`` is repeated until a row is full; None where it is added otherwise
+        (``add_product``)."""
+        return None
+
     def add_product(self, product: Tensor, rows: Tensor, tensors: tuple[Tensor, ...], through: LinearMap) -> None:
         """Add ``x dV^T`` to ``product [tokens, out]`` in place."""
         raise NotImplementedError

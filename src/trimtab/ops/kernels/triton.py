@@ -200,12 +200,12 @@ def _forward_pass(
     keeps: bool,
     by_rows: bool,
 ) -> None:
-    """``keeps``: the sum before the ratio goes to ``product``, and the output to a place of its own. ``by_rows``: the
-    ratio has a number for each row."""
+    """Without ``b``, ``inner`` itself is added, repeated until a row is full. ``keeps``: the sum before the ratio goes
+    to ``product``, and the output to a place of its own. ``by_rows``: the ratio has a number for each row."""
     tokens, out = product.shape
     if not product.numel():
         return
-    rank = 1 if b is None else b.shape[1]
+    rank = 1 if inner is None else inner.shape[1]
     sizes = forward_sizes(tokens)
     grid = (math.ceil(out / sizes.columns), math.ceil(tokens / sizes.rows))
     given = {"inner": inner, "b": b, "ratio": ratio, "bias": bias}
@@ -220,8 +220,9 @@ def _forward_pass(
         SCALE=scale,
         BM=sizes.rows,
         BN=sizes.columns,
-        BR=padded(rank),
-        THIN=inner is not None,
+        BR=16 if b is None else padded(rank),
+        THIN=b is not None,
+        SPREAD=inner is not None and b is None,
         RATIO=ratio is not None,
         BIAS=bias is not None,
         BY_ROWS=by_rows,

@@ -33,6 +33,7 @@ def forward_pass(
     BN: tl.constexpr,
     BR: tl.constexpr,
     THIN: tl.constexpr,
+    SPREAD: tl.constexpr,
     RATIO: tl.constexpr,
     BY_ROWS: tl.constexpr,
     BIAS: tl.constexpr,
@@ -42,7 +43,8 @@ def forward_pass(
     PRECISION: tl.constexpr,
 ):
     """``output = c (p + s h B^T) + bias``; with KEEP the sum before the ratio goes back to ``product``, with BY_ROWS
-    there is a ratio for each row. A program has BM rows and BN columns."""
+    there is a ratio for each row. With SPREAD ``inner`` is added itself, ``rank`` numbers a row, repeated until the row
+    is full. A program has BM rows and BN columns."""
     columns = tl.program_id(0) * BN + tl.arange(0, BN)
     rows = tl.program_id(1) * BM + tl.arange(0, BM)
     in_rows, in_columns = rows < tokens, columns < out
@@ -64,6 +66,9 @@ def forward_pass(
             other=0.0,
         )
         total += tl.dot(h.to(DOT), factor.to(DOT), input_precision=PRECISION, out_dtype=ACC) * SCALE
+    if SPREAD:
+        from_inner = inner + rows[:, None] * inner_row + (columns % rank)[None, :] * inner_column
+        total += tl.load(from_inner, mask=mask, other=0.0).to(ACC)
     if KEEP:
         tl.store(product + place, total.to(product.dtype.element_ty), mask=mask)
     if RATIO and BY_ROWS:

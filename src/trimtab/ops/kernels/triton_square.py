@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trimtab.ops.kernels.triton import accumulates, call, on_its_device, takes
+from trimtab.ops.kernels.triton import _forward_pass, accumulates, call, on_its_device, takes
+from trimtab.ops.ratio import Ratio
 
 _ROWS, _COLUMNS = 16, 128
 
@@ -164,6 +165,21 @@ def add_expanded(target: Tensor, inner: Tensor, cosine: Tensor | None, sine: Ten
         return False
     call(torch.ops.trimtab.add_expanded, _add_expanded, (target, inner, cosine, sine, side))
     return True
+
+
+def forward_of_spread(
+    product: Tensor, spread: Tensor, *, ratio: Ratio | None, bias: Tensor | None, in_place: bool
+) -> Tensor | None:
+    """``c (p + u) + bias`` for ``spread [tokens, side]``, of which u is repeated until a row is full; and what is left
+    in ``product``, as ``forward`` has it. None for what the program does not read."""
+    values = None if ratio is None else ratio.values
+    if not (product.is_contiguous() and takes(product, values, spread, bias)):
+        return None
+    in_place = in_place or (ratio is None and bias is None)
+    output = None if in_place else torch.empty_like(product)
+    given = (product, output, spread, None, 1.0, values, bias, True, False)
+    call(torch.ops.trimtab.forward_pass, _forward_pass, given)
+    return product if output is None else output
 
 
 def squared_norms(
