@@ -191,6 +191,8 @@ def _cannot(name: str, why: str) -> AdapterError:
 
 def _counts(model: nn.Module) -> Iterator[tuple[str, int]]:
     """How many batches each batch norm has counted itself."""
+    if not any(isinstance(module, _NormBase) for module in model.modules()):
+        return
     for name, module in ((name, bare(module)) for name, module in bare_modules(model)):
         count = module.num_batches_tracked if isinstance(module, _NormBase) else None
         if count is not None and not count.is_meta:

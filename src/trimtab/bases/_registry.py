@@ -91,6 +91,8 @@ def named(module: nn.Module) -> str:
 
 def held_weights(module: nn.Module) -> Iterator[HeldWeight]:
     """The weights that hang directly on ``module`` as parameters, each as a module that ``find`` takes."""
+    if not module._parameters:
+        return
     taken: set[str] = set()
     for base in _all().values():
         new = [attribute for attribute in base.holds(module) if attribute not in taken]

@@ -139,5 +139,7 @@ class ExpertsBase(_held.HeldBase):
 
 
 def _has_experts(module: nn.Module) -> bool:
-    name = type(module).__name__.lower()
-    return "expert" in name or any(isinstance(getattr(module, count, None), int) for count in _COUNTS)
+    kind = type(module)
+    # Asked of a module, what it does not have costs an error that is caught, and every module is asked.
+    counts = (getattr(module, count) for count in _COUNTS if count in vars(module) or hasattr(kind, count))
+    return "expert" in kind.__name__.lower() or any(isinstance(count, int) for count in counts)

@@ -165,12 +165,15 @@ def _unreached(model: nn.Module, sizes: dict[int, tuple[int, ...]], entries: Ite
     parts: dict[int, str] = {}  # the output projection of an attention is counted as the attention's
     found: dict[str, int] = defaultdict(int)
     for _, module in bare_modules(model):
-        kind = OUTPUT_HEAD if id(module) in heads else parts.get(id(module), bases.named(bare(module)))
-        parts |= {id(part): kind for part in bases.parts(bare(module))}
-        for parameter in bare(module)._parameters.values():
-            if parameter is not None and id(parameter) not in seen and _is_matrix(sizes[id(parameter)]):
-                seen.add(id(parameter))
-                found[kind] += math.prod(sizes[id(parameter)])
+        own, within = bare(module), bases.parts(bare(module))
+        left = {id(one): one for one in own._parameters.values() if one is not None and id(one) not in seen}
+        left = {key: one for key, one in left.items() if _is_matrix(sizes[key])}
+        if not left and not within:
+            continue
+        kind = OUTPUT_HEAD if id(module) in heads else parts.get(id(module)) or bases.named(own)
+        parts |= {id(part): kind for part in within}
+        seen.update(left)
+        found[kind] += sum(math.prod(sizes[key]) for key in left)
     return dict(sorted(found.items(), key=lambda pair: -pair[1]))
 
 

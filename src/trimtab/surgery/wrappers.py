@@ -18,10 +18,15 @@ _HELD_IN = {
 }
 
 
+_ATTRIBUTES: dict[type, str | None] = {}  # what was found so far: every module is asked, and there are few classes
+
+
 def _attribute(kind: type) -> str | None:
     """The attribute in which a wrapper of this class holds its module; None for a class that wraps nothing."""
-    places = ((parent.__module__, parent.__name__) for parent in kind.__mro__)
-    return next((_HELD_IN[place] for place in places if place in _HELD_IN), None)
+    if kind not in _ATTRIBUTES:
+        places = ((parent.__module__, parent.__name__) for parent in kind.__mro__)
+        _ATTRIBUTES[kind] = next((_HELD_IN[place] for place in places if place in _HELD_IN), None)
+    return _ATTRIBUTES[kind]
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
