@@ -54,12 +54,15 @@ lint: setup
 types: setup
 	$(TYPES)
 
-# Two processes of one thread each: two of two threads would stand in each other's way.
+# Two processes of one thread each: two of two threads would stand in each other's way. What Python compiled is kept,
+# also where the shell says not to: else each process compiles the library and rewrites every test, for seconds.
+PYTEST = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
+
 test: lint types
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
+	$(PYTEST)
 
 test-all: lint types
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal --all
+	$(PYTEST) --all
 
 gpu: setup
 	$(BIN)/python benchmarks/gpu.py
