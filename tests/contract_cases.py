@@ -339,6 +339,22 @@ def cases_with(
     return list(found)
 
 
+def each_once(found: Sequence[Case]) -> list[Case]:
+    """Those of ``found`` that bring their method a base or a value of an option that it has not met before: for what
+    two options do together no other way than each alone. With ``pytest --all``, all."""
+    seen: set[tuple[Any, ...]] = set()
+    kept = []
+    for case in found:
+        values = {name: case.said.get(name) for name in options_of(case.method)}
+        met = {
+            (case.method, name, value) for name, value in (*values.items(), ("base", case.base), ("bias", case.bias))
+        }
+        if sampling.everything or met - seen:
+            kept.append(case)
+            seen |= met
+    return kept
+
+
 def factors(
     method: str,
     dtypes: Sequence[torch.dtype] = DTYPES,

@@ -21,6 +21,13 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of one block: a quarter of a run's time less, where a second one would show nothing more."""
+    return write_model(tmp_path_factory.mktemp("model") / "tiny", num_hidden_layers=1)
+
+
+@pytest.fixture(scope="session")
+def two_blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Imported as ``model_folder`` where blocks differ."""
     return write_model(tmp_path_factory.mktemp("model") / "tiny")
 
 

@@ -14,7 +14,7 @@ from trimtab.drafting import Wish, draft
 from trimtab.tasks import job_of
 
 
-@pytest.mark.parametrize("task", ["sequence_classification", "seq2seq"])
+@pytest.mark.parametrize("task", ["sequence_classification", pytest.param("seq2seq", marks=pytest.mark.full)])
 def test_the_draft_names_the_task_and_reads_back(tmp_path: Path, task: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     if task == "seq2seq":

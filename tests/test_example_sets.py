@@ -76,6 +76,7 @@ def test_the_networks_of_the_digits_load_with_their_processor_and_know_the_other
         assert model.eval()(pixels).logits.shape == (1, 5)
 
 
+@pytest.mark.full
 def test_the_small_t5_loads_and_its_tokenizer_gives_texts_back(tmp_path: Path) -> None:
     program("dates")["make"](tmp_path, 2)
     model, tokenizer = (

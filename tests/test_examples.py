@@ -79,6 +79,7 @@ def test_the_quickstart_learns(cli: Callable[..., Result], tmp_path: Path) -> No
     assert after["accuracy"] < 1.0
 
 
+@pytest.mark.full
 def test_the_mlp_example_adapts_and_merges(capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(ROOT / "examples" / "mlp.py"), run_name="__main__")
     row = r"^(LoRA|DoRA|DoRA of the tutorials|full) +([\d,]+) +\d+ % +([\d.]+) % +([\d.]+) % +(\d)e[-+](\d+)$"

@@ -65,6 +65,7 @@ def test_a_check_that_fails_is_told_and_counted(
     assert found["bars"][0]["found"] > 0
 
 
+@pytest.mark.full
 def test_steps_of_every_arm(gpu: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import gpu_record
     import gpu_steps

@@ -63,14 +63,11 @@ def _is_name(node: ast.AST) -> bool:
 
 def test_every_private_name_in_use_has_its_test() -> None:
     used: dict[str, set[str]] = {}
-    defined = {
-        node.name
-        for path in SOURCE.rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text("utf-8")))
-        if isinstance(node, ast.FunctionDef | ast.ClassDef)
-    }
-    for path in SOURCE.rglob("*.py"):
-        for name in private(ast.parse(path.read_text("utf-8"))):
+    trees = {path: ast.parse(path.read_text("utf-8")) for path in SOURCE.rglob("*.py")}
+    nodes = (node for tree in trees.values() for node in ast.walk(tree))
+    defined = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    for path, tree in trees.items():
+        for name in private(tree):
             if name.startswith("_") and not name.endswith("__") and name not in defined - TESTED:
                 used.setdefault(name, set()).add(str(path.relative_to(SOURCE)))
     assert used.keys() - PROMISED <= TESTED, {name: used[name] for name in used.keys() - PROMISED - TESTED}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,23 +23,37 @@ LAYOUTS = {
 }
 
 
+@pytest.fixture
+def saved(
+    tiny_llama: Callable[..., nn.Module], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """The folder of an adapter for ``tiny_llama()`` in a layout: a copy of one that is made once."""
+
+    def copied(layout: str) -> Path:
+        made = tmp_path_factory.getbasetemp() / f"good {layout}"
+        if not made.exists():
+            trimtab.save_adapter(trained(tiny_llama(), *LAYOUTS[layout][1]), made)
+        return Path(shutil.copytree(made, tmp_path / layout))
+
+    return copied
+
+
 @pytest.fixture(params=LAYOUTS)
-def good(request: pytest.FixtureRequest, tiny_llama: Callable[..., nn.Module], tmp_path: Path) -> tuple[Path, Path]:
+def good(request: pytest.FixtureRequest, saved: Callable[[str], Path]) -> tuple[Path, Path]:
     """Configuration and tensors of an adapter for ``tiny_llama()``, in each layout."""
-    files, rules = LAYOUTS[request.param]
-    folder = trimtab.save_adapter(trained(tiny_llama(), *rules), tmp_path / "adapter")
-    return folder / files[0], folder / files[1]
+    folder, (configuration, tensors) = saved(request.param), LAYOUTS[request.param][0]
+    return folder / configuration, folder / tensors
 
 
 @pytest.fixture
-def theirs(tiny_llama: Callable[..., nn.Module], tmp_path: Path) -> Path:
+def theirs(saved: Callable[[str], Path]) -> Path:
     """The folder of an adapter as PEFT would have saved it: without our header."""
-    folder = trimtab.save_adapter(trained(tiny_llama(), *LAYOUTS["peft"][1]), tmp_path / "theirs")
+    folder = saved("peft")
     edit_tensors(folder / PEFT_FILES[1], header={"format": "pt"})
     return folder
 
 
 @pytest.fixture
-def ours(tiny_llama: Callable[..., nn.Module], tmp_path: Path) -> Path:
+def ours(saved: Callable[[str], Path]) -> Path:
     """The folder of an adapter in our own layout."""
-    return trimtab.save_adapter(trained(tiny_llama(), *LAYOUTS["ours"][1]), tmp_path / "ours")
+    return saved("ours")

@@ -347,6 +347,7 @@ def test_a_model_that_is_itself_the_layer(tmp_path: Path) -> None:
     refused(nn.Linear(4, 4), tmp_path)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("exists", [False, pytest.param(True, marks=pytest.mark.full)])
 def test_modules_by_the_thousand(exists: bool, tiny_llama: Make, tmp_path: Path) -> None:
     """Nothing grows with the square of their number: not the search for names, nor the patterns."""

@@ -14,6 +14,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+import pairwise
 import sampling
 import trimtab
 from adapter_tools import (
@@ -32,6 +33,14 @@ from trimtab.surgery.adapted import adapted_modules
 
 Make = Callable[..., Any]
 FILES = {"peft": PEFT_FILES, "ours": OUR_FILES}
+CUTS = (
+    list(itertools.product(FILES, FILES, ["before", "after"]))
+    if sampling.everything
+    else [
+        tuple(row.values())
+        for row in pairwise.cover({"old": list(FILES), "new": list(FILES), "cut": ["before", "after"]})
+    ]
+)
 
 
 def adapter(make: Make, layout: str, alpha: float, seed: int = 5) -> nn.Module:
@@ -81,10 +90,9 @@ def cut_at(monkeypatch: pytest.MonkeyPatch, step: int, *, done: bool) -> list[st
     return calls
 
 
-@pytest.mark.parametrize("done", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize(("old", "new"), list(itertools.product(FILES, FILES)))
+@pytest.mark.parametrize(("old", "new", "cut"), CUTS)
 def test_a_save_that_is_cut_off_anywhere(
-    old: str, new: str, done: bool, tiny_llama: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    old: str, new: str, cut: str, tiny_llama: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
     base = tiny_llama().state_dict()
@@ -101,7 +109,7 @@ def test_a_save_that_is_cut_off_anywhere(
         trimtab.save_adapter(before, folder)
         finished = False
         with monkeypatch.context() as patch:
-            calls = cut_at(patch, step, done=done)
+            calls = cut_at(patch, step, done=cut == "after")
             try:
                 trimtab.save_adapter(after, folder)
                 finished = True

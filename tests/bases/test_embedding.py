@@ -229,7 +229,7 @@ def test_under_autocast_a_look_up_keeps_its_dtype() -> None:
     assert torch.equal(got, exact)
 
 
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("training", [True, pytest.param(False, marks=pytest.mark.full)])
 def test_compiled_in_one_graph(training: bool) -> None:
     model: Any = nn.Sequential(nn.Embedding(11, 6, padding_idx=0)).train(training)
     trimtab.attach(model, trimtab.Rule(match="0", method="dora", rank=2))

@@ -13,11 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from run_fixtures import two_blocks as model_folder
 from tiny_runs import rows, write_config, write_rows
 from trimtab.config.read import load_config
 from trimtab.files import read_json, write_json
 from trimtab.training.run import finetune
 
+__all__ = ["model_folder"]
 pytestmark = pytest.mark.usefixtures("bare_runs")
 
 PLAN = [

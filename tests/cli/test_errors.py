@@ -163,7 +163,7 @@ CASES: dict[str, Case] = {
     ),
     "layers that are not there": (
         lambda w: w.run(plan=[{"match": "*", "method": "lora", "layers": "0-7"}]),
-        r"names block 7, and the model has blocks 0 to 1",
+        r"names block 7, and the model has blocks 0 to 0",
     ),
     "missing data file": (missing_data, r"There is no data file .*trian\.jsonl .*Did you mean train\.jsonl"),
     "bad JSON": (bad_json, r"train\.jsonl, line 2: expected one JSON object a line, but at column"),

@@ -52,6 +52,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return ran
 
 
+@pytest.mark.full
 def test_a_search_when_piped(cli: Callable[..., Any], search_file: Path, pretended: list[str]) -> None:
     result = cli("explore", search_file, "confirm=2", "prune=null")
     assert result.code == 0, result.err

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from sampling import sample
 from source_paths import paths
 from trimtab import drafting
 from trimtab.cli.app import app
@@ -54,7 +55,7 @@ def fits(monkeypatch: pytest.MonkeyPatch) -> None:
 SAID = ("--model", "tiny model", "--train", "rows.jsonl")
 
 
-@pytest.mark.parametrize("method", ["dora", "lora", "mora", "full"])
+@pytest.mark.parametrize("method", sample(["dora", "lora", "mora", "full"], 4))
 def test_the_file_reads_back_and_says_what_was_seen(here: Path, method: str) -> None:
     output = run("sub/one.yaml", *SAID, "--test", "test.jsonl", "--method", method)
     config = load_config(here / "sub" / "one.yaml")

@@ -27,7 +27,7 @@ IDS = torch.tensor([[5, 40, 60, 7, 80, 33]])
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished nf4 run; nothing changes it."""
     root = tmp_path_factory.mktemp("quantised")
-    model = write_model(root / "tiny", hidden_size=64, intermediate_size=128)
+    model = write_model(root / "tiny", num_hidden_layers=1, hidden_size=64, intermediate_size=128)
     train, test = write_rows(root / "train.jsonl", rows(16)), write_rows(root / "test.jsonl", rows(6))
     yaml = write_config(root / "run.yaml", model, train, quantisation="nf4", data={"test": str(test)})
     return finetune(load_config(yaml)).path

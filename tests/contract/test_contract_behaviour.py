@@ -11,6 +11,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from itertools import cycle
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from contract_cases import (
     assert_same,
     cases,
     cases_with,
+    each_once,
     frozen,
     gradients,
     stir,
@@ -34,9 +36,8 @@ from contract_cases import (
 from trimtab.ops.dropout import dropout
 
 EPS = torch.finfo(torch.float32).eps
-FULL = cases([torch.float32], SHAPES[2:])
-HALF = cases([torch.bfloat16], SHAPES[2:], dropout=0.0)
-HALVES = sampling.sample(HALF, 3)  # where a dtype is not what is tested
+FULL = each_once(cases([torch.float32], SHAPES[2:]))
+HALVES = sampling.sample(each_once(cases([torch.bfloat16], SHAPES[2:], dropout=0.0)), 2)
 DROPPED = [case for case in cases([torch.float32], SHAPES[:2], dropout=0.5) if case.sits_on == "weight"]
 
 
@@ -120,7 +121,7 @@ def test_dropout_acts_on_the_input_of_the_update_only(case: Case) -> None:
         assert_close(parameter.grad, want, 6 * EPS, f"gradient of {name}")
 
 
-@pytest.mark.parametrize("case", DROPPED, ids=str)
+@pytest.mark.parametrize("case", each_once(DROPPED), ids=str)
 def test_with_nearly_all_dropped_the_base_remains(case: Case) -> None:
     options = {**case.said, "dropout": 0.9999}
     case = Case(case.method, tuple(options.items()), case.base, case.bias, case.dtype, case.shape)
@@ -148,10 +149,12 @@ def _saved_whole(model: Holder) -> Holder:
     return torch.load(file, weights_only=False)
 
 
-COPIES = cases_with({"duplicate": [copy.deepcopy, _pickled, _saved_whole]}, [torch.float32], SHAPES[2:], biased=True)
+WAYS = [copy.deepcopy, _pickled, _saved_whole]
+COPIES = cases_with({"duplicate": WAYS}, [torch.float32], SHAPES[2:], biased=True)
+COPIED = COPIES if sampling.everything else list(zip((case for case in FULL if case.bias), cycle(WAYS)))
 
 
-@pytest.mark.parametrize(("case", "duplicate"), COPIES, ids=lambda value: getattr(value, "__name__", str(value)))
+@pytest.mark.parametrize(("case", "duplicate"), COPIED, ids=lambda value: getattr(value, "__name__", str(value)))
 def test_a_copy_is_whole_and_its_own(case: Case, duplicate: Callable[[Holder], Holder]) -> None:
     model = case.trained().eval()
     x = case.input()

@@ -12,16 +12,17 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import trimtab
-from contract_cases import SHAPES, Case, Reference, assert_close, assert_same, cases, gradients
+from contract_cases import SHAPES, Case, Reference, assert_close, assert_same, cases, each_once, gradients
 from trimtab import methods
 
 EPS = torch.finfo(torch.float32).eps
 FULL = cases([torch.float32], SHAPES[2:])
 # One kind of base is enough for what only autograd and Python can get wrong.
 ONE_BASE = cases([torch.float32], on=["linear", "block"], biased=True)
+ONE_EACH = each_once(ONE_BASE)
 
 
-@pytest.mark.parametrize("case", ONE_BASE, ids=str)
+@pytest.mark.parametrize("case", ONE_EACH, ids=str)
 def test_gradients_accumulate(case: Case) -> None:
     model = case.trained()
     first, second = case.input(), case.input()
@@ -36,7 +37,7 @@ def test_gradients_accumulate(case: Case) -> None:
         assert torch.equal(value, alone[0][name] + alone[1][name]), name
 
 
-@pytest.mark.parametrize("case", ONE_BASE, ids=str)
+@pytest.mark.parametrize("case", ONE_EACH, ids=str)
 def test_one_graph_walked_twice_gives_the_same_gradients(case: Case) -> None:
     model = case.trained()
     loss = model(case.input()).square().sum()
@@ -74,7 +75,7 @@ def test_a_second_derivative_is_right_or_refused(case: Case) -> None:
         assert_close(parameter.grad, want, 8 * EPS, name)
 
 
-@pytest.mark.parametrize("case", FULL, ids=str)
+@pytest.mark.parametrize("case", each_once(FULL), ids=str)
 def test_gradient_checkpointing_changes_nothing(case: Case) -> None:
     seen = []
     for again in (False, True):

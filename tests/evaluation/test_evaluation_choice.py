@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,6 +15,7 @@ from torch import Tensor
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from evaluation_cases import example, gpt2, llama, markov_chain
+from sampling import sample
 from trimtab.data.choices import check_choices, infer_choices
 from trimtab.data.rows import Example
 from trimtab.errors import DataError, ModelError
@@ -184,11 +186,12 @@ def test_near_ties_per_character_are_decided_alone(
     assert settled.best_by_length == exact.best_by_length
 
 
+# Each model and each size.
+MAKES_AND_BATCHES = sample(list(itertools.product([llama, gpt2, gemma2], [1, 5, 64])), 2)
 TAGS = [f"{who} {what}" for who in ("profit", "sales", "shop", "firm") for what in ("of a third", "rose", "fell")]
 
 
-@pytest.mark.parametrize("make", [llama, gpt2, gemma2])
-@pytest.mark.parametrize("batch_size", [1, 5, 64])
+@pytest.mark.parametrize(("make", "batch_size"), MAKES_AND_BATCHES)
 def test_many_choices_share_one_pass_of_the_prompt(make: Any, batch_size: int, tokenizer: Any, questions: Make) -> None:
     model, rows = make(), questions(TAGS, 5)
     found = score_choices(Head(model), tokenizer, rows, TAGS, batch_size=batch_size)
@@ -219,8 +222,7 @@ def instructed(rows: list[Example]) -> list[Example]:
     return [example(INSTRUCTION + row.prompt, str(row.answer)) for row in rows]
 
 
-@pytest.mark.parametrize("make", [llama, gpt2, gemma2])
-@pytest.mark.parametrize("batch_size", [1, 5, 64])
+@pytest.mark.parametrize(("make", "batch_size"), MAKES_AND_BATCHES)
 def test_rows_share_one_pass_of_the_instruction(make: Any, batch_size: int, tokenizer: Any, questions: Make) -> None:
     choices = ["good firm", "bad firm", "a shop is closed"]
     model, rows = make(), instructed(questions(choices))

@@ -94,7 +94,7 @@ def make(trainer: str, model: Any, tokenizer: Any, folder: Path, reference: Any 
     return trl.RewardTrainer(model, args=arguments, train_dataset=rows, processing_class=tokenizer)
 
 
-@pytest.mark.parametrize("trainer", sample(["sft", "grpo", "reward", "dpo"], 4, always=["dpo"]))
+@pytest.mark.parametrize("trainer", sample(["sft", "grpo", "reward", "dpo"], 4))
 def test_a_trainer_saves_what_it_trained(trainer: str, tokenizer: Any, tmp_path: Path) -> None:
     from peft import PeftModel
 

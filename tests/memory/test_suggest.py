@@ -149,6 +149,7 @@ def llama_8b(tmp_path: Path) -> Job:
     return Job.of(load_config(tmp_path / "run.yaml"))
 
 
+@pytest.mark.full
 def test_llama_3_1_8b_from_its_config_alone(llama_8b: Job) -> None:
     plain = estimate_run(llama_8b, RowSizes(1024, 1023)).hardest
     assert plain.weights == pytest.approx(16.06e9, rel=1e-3)  # 8,030,261,248 numbers of two bytes

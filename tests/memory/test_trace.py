@@ -93,7 +93,7 @@ def kept_as_traced(monkeypatch: pytest.MonkeyPatch, make: Any, rules: Any) -> in
             ([trimtab.Rule(match="all-linear", method="full")], torch.bfloat16, "sdpa"),
             (MIXED, torch.float32, "sdpa"),
         ],
-        2,
+        4,
     ),
 )
 def test_what_is_kept_is_what_autograd_keeps(
@@ -118,7 +118,7 @@ SETTINGS: list[dict[str, Any]] = [{}, {"gradient_checkpointing": True}, {"accumu
 WAYS = [(settings, rules) for settings in SETTINGS for rules in (MIXED, FULL)]
 
 
-@pytest.mark.parametrize(("settings", "rules"), sample(WAYS, 2, [(SETTINGS[-1], FULL)]))
+@pytest.mark.parametrize(("settings", "rules"), sample(WAYS, 4, [(SETTINGS[-1], FULL)]))
 def test_three_blocks_stand_for_all(monkeypatch: pytest.MonkeyPatch, rules: Any, settings: Any) -> None:
     evaluated = Batch(3, 32, 3)
     short = traced(lambda: llama(blocks=5), rules, evaluated=evaluated, generates=True, **settings)
@@ -163,6 +163,7 @@ def test_another_architecture() -> None:
     assert found["activations"] > 4 * BATCH.rows * BATCH.length * 32 * 12
 
 
+@pytest.mark.full
 def test_rows_one_behind_the_other_take_one_mask_of_all_their_tokens() -> None:
     """Eager attention has a number for every two tokens of what it takes for one row: [heads, 512, 512] in place of
     [8, heads, 64, 64], in each of the blocks."""

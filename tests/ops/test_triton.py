@@ -104,7 +104,7 @@ def assert_same(layers: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, t
 @pytest.mark.parametrize("method", METHODS)
 def test_layers_give_the_numbers_of_the_plain_path(method: str) -> None:
     others = [(torch.float32, 3e-6), (torch.bfloat16, 2e-2)]
-    place = list(METHODS).index(method) % 2
+    place = list(METHODS).index(method) % 4  # every fourth method in float32, every fourth in bfloat16
     for dtype, tolerance in ((torch.float64, 1e-12), *(others if sampling.everything else others[place : place + 1])):
         layers = trained(model(dtype), METHODS[method])
         assert_same(layers, (2, 21, 72), dtype, tolerance)

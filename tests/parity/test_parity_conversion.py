@@ -113,6 +113,7 @@ def put(model: Any, tensors: dict[str, Tensor]) -> Any:
     return model
 
 
+@pytest.mark.full
 @torch.no_grad()
 def test_no_adapter_is_nearer_by_pefts_own_conversion(llama: Any, tmp_path: Path) -> None:
     """Without rows by the change of the weights; with rows by that of the outputs, and by the KL divergence."""

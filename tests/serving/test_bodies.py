@@ -21,7 +21,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=300 if everything else 100, deadline=None)
+@settings(max_examples=300 if everything else 50, deadline=None)
 @given(st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=6), st.sampled_from(KINDS))
 def test_any_json_is_read_or_refused(body: dict[str, Any], kind: type[Any]) -> None:
     whole = {"model": "m", "messages": [], "prompt": "x", "name": "n", "path": "p"}

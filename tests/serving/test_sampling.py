@@ -28,7 +28,7 @@ def plain(logits: Tensor, temperature: float, top_p: float, top_k: int) -> Tenso
 def test_numbers_fall_on_tokens_by_their_shares(size: int, temperature: float, top_p: float, top_k: int) -> None:
     logits = 2 * torch.randn(size)
     shares = plain(logits, temperature, top_p, top_k)
-    count = 4000
+    count = 1000
     options = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
     drawn = torch.tensor([draw(logits, (at + 0.5) / count, **options) for at in range(count)])
     found = drawn.bincount(minlength=size) / count

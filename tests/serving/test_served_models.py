@@ -21,7 +21,7 @@ import pytest
 
 import trimtab
 from adapter_tools import trained
-from run_fixtures import model_folder
+from run_fixtures import two_blocks as model_folder
 from served import Running, running
 from tiny_runs import tiny_model, tiny_tokenizer
 from trimtab.asking import Asked, Drawing

@@ -273,6 +273,7 @@ def test_what_a_look_at_the_rows_is_worth_is_said(
     assert words.removeprefix("The ").split(" alone")[0].lower() in (folder / "scores.svg").read_text("utf-8")
 
 
+@pytest.mark.full
 def test_a_claim_is_made_where_the_test_holds_it_up_and_nowhere_else(
     make_study: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -324,6 +325,7 @@ def test_points_of_like_size_stay_near_their_place(make_study: Callable[..., Pat
     assert (lora / dora) == pytest.approx((high / low) ** 0.04, rel=0.01)
 
 
+@pytest.mark.full
 def test_arms_may_be_compared_in_pairs(make_study: Callable[..., Path], tmp_path: Path) -> None:
     arms = {
         "lora": {"plan": [LORA], "series": "lora"},

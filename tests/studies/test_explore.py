@@ -180,12 +180,14 @@ def test_a_search_and_its_best_plan(make_search: Make, in_process: list[str], tm
     assert len(in_process) == 11
 
 
+@pytest.mark.full
 def test_the_sampler_learns_what_scores(make_search: Make, pretend: Any) -> None:
     explore(make_search("trials=20", "prune=null", base=ACCURACY, methods=["lora", "mora"], budget="mora:8"))
     scores = [pretend.done[name].kept.figures["accuracy"] for name in pretend.ran]
     assert sum(scores[-6:]) / 6 > sum(scores[2:8]) / 6 + 0.2
 
 
+@pytest.mark.full
 def test_what_is_known_is_told_and_not_run(make_search: Make, pretend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan_search, "_IDLE", 12)
     groups = {"attention": {"match": "*attn.*"}, "mlp": {"match": "*.mlp.*"}}
@@ -209,7 +211,7 @@ def test_what_is_known_is_told_and_not_run(make_search: Make, pretend: Any, monk
     assert any("the last 12 proposals were known already" in text for text in kept)
 
 
-@pytest.mark.parametrize("pruner", ["median", "hyperband"])
+@pytest.mark.parametrize("pruner", ["median", pytest.param("hyperband", marks=pytest.mark.full)])
 def test_what_is_behind_is_left(make_search: Make, pretend: Any, pruner: str) -> None:
     pretend.score = lambda config: zlib.crc32(config.output.name.encode()) % 100 / 100
     # Nine uniform plans: more than it takes for the first pruning.
@@ -317,6 +319,7 @@ def test_a_first_run_that_fails_is_one(make_search: Make, pretend: Any) -> None:
     assert len(pretend.ran) == 1
 
 
+@pytest.mark.full
 def test_learning_rates_are_searched_and_uniform_plans_get_each(make_search: Make, pretend: Any) -> None:
     found = found_in(explore(make_search("trials=12", base=ACCURACY, learning_rates=[1e-3, 5e-3])))
     first = [(row["kind"], row["parts"][0]["method"], row["learning_rate"]) for row in found["trials"][:6]]
@@ -445,6 +448,7 @@ class Backwards:
             yield number, None
 
 
+@pytest.mark.full
 def test_what_is_proposed_together_does_not_depend_on_where_it_runs(
     make_search: Make, pretend: Any, tmp_path: Path
 ) -> None:

@@ -35,6 +35,7 @@ def attached(model: Any, space: Space, proposal: Any) -> int:
     return report.trainable_parameters
 
 
+@pytest.mark.full
 def test_hundreds_of_proposals_keep_the_budget(model: Any) -> None:
     space, draw = space_of(model), random.Random(5)
     fitted = 0

@@ -24,6 +24,7 @@ TRAIN: dict[str, Any] = {"max_steps": 4, "batch_size": 8, "learning_rate": 1e-2,
 BY_A_HEAD = {"task": "sequence_classification", "data": {"columns": {"text": "prompt", "label": "completion"}}}
 
 
+@pytest.mark.full
 def test_a_head_and_the_likelihood_of_answers_are_compared_by_accuracy(tmp_path: Path, model_folder: Path) -> None:
     for name, count in (("train", 24), ("test", 12)):
         write_rows(tmp_path / f"{name}.jsonl", rows(count))

@@ -281,6 +281,7 @@ def test_turned_off() -> None:
         assert torch.allclose(model(batch()), made()(batch()), atol=1e-12)
 
 
+@pytest.mark.full
 def test_compiled() -> None:
     model = attached("dora")
     compiled = torch.compile(model, backend="aot_eager")

@@ -310,7 +310,7 @@ class Reader(nn.Module):
         return F.linear(x, weight, torch.cat([self.one.bias, self.two.bias]))
 
 
-@pytest.mark.parametrize("method", sample(list(METHODS), 4, ["dora, exact gradient", "mora of magnitudes"]))
+@pytest.mark.parametrize("method", sample(list(METHODS), len(METHODS), ["dora, exact gradient", "mora of magnitudes"]))
 def test_compiled_in_one_piece_it_is_the_same(method: str) -> None:
     model = Reader()
     trimtab.attach(model, trimtab.Rule(match="*", **METHODS[method]))

@@ -85,7 +85,7 @@ def read(place: Path, **sections: Any) -> tuple[Any, Any, Any]:
     return job, reader, TASK.read(job, reader, Kept())
 
 
-@pytest.mark.parametrize("model", ["vit", "resnet"])
+@pytest.mark.parametrize("model", ["vit", pytest.param("resnet", marks=pytest.mark.full)])
 def test_a_folder_for_each_label_is_learnt(place: Path, model: str) -> None:
     write_resnet(place / "resnet")
     folder = finetune(config(place, model))

@@ -94,6 +94,7 @@ def test_blocks_are_compiled_once_for_batches_of_all_sizes(method: str, monkeypa
     assert counted(7) == 7
 
 
+@pytest.mark.full
 def test_what_cannot_be_compiled_runs_as_it_is(make_yaml: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(graph: Any, inputs: Any) -> Any:
         raise RuntimeError("no compiler on this machine")

@@ -87,7 +87,7 @@ def test_a_quantised_encoder_keeps_its_head_dense(make: Callable[..., RunConfig]
 @pytest.mark.parametrize(
     "train",
     [
-        {"learning_rate": "auto", "epochs": 6},
+        pytest.param({"learning_rate": "auto", "epochs": 6}, marks=pytest.mark.full),
         {"gradient_checkpointing": True},
         {"class_weights": "balanced", "gradient_accumulation": 2},
     ],

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from run_fixtures import make_bare
+from run_fixtures import two_blocks as model_folder
 from stopped_runs import adapter_of, interrupt, metrics_of, signals_are_heard
 from tiny_runs import Kept, rows, write_config, write_model, write_rows
 from trimtab.config.read import load_config
@@ -21,7 +22,7 @@ from trimtab.files import read_json
 from trimtab.memory.described import describe_run
 from trimtab.training.run import finetune
 
-__all__ = ["signals_are_heard"]
+__all__ = ["model_folder", "signals_are_heard"]
 pytestmark = pytest.mark.usefixtures("bare_runs")
 MIXED = [
     {"match": "*.q_proj", "method": "mora", "rank": 4},

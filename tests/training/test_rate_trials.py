@@ -225,6 +225,7 @@ def test_a_rate_that_was_found_is_kept_when_the_run_goes_on(make_yaml: Callable[
     assert read_json(folder.summary)["learning_rate"] == 7e-4
 
 
+@pytest.mark.usefixtures("bare_runs")
 def test_a_run_too_short_for_trials_takes_the_likely_rate_and_says_so(make_yaml: Callable[..., Path]) -> None:
     kept = Kept()
     folder = finetune(load_config(make_yaml(train={"learning_rate": "auto"})), listener=kept)

@@ -50,7 +50,7 @@ def cut_off(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunConfig]:
     train = write_rows(place / "rows.jsonl", rows(30))
     settings = {"epochs": 2, "save_every": 3, "validate_every": 3, "early_stopping": 5, "average": 0.7}
     plan = [{"match": ["*.q_proj", "*.down_proj"], "method": "dora", "rank": 3, "alpha": 5, "dropout": 0.1}]
-    model = write_model(place / "model")
+    model = write_model(place / "model", num_hidden_layers=1)
     config = load_config(
         write_config(place / "run.yaml", model, train, data={"validation": 0.2}, train=settings, plan=plan)
     )

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from run_fixtures import two_blocks as model_folder
 from tiny_runs import Kept, rows, tiny_tokenizer, write_rows
 from trimtab.assessing import measure
 from trimtab.config.read import load_config
@@ -20,6 +21,7 @@ from trimtab.runs.load import load_run
 from trimtab.tasks import Head, read_inputs
 from trimtab.training.run import finetune
 
+__all__ = ["model_folder"]
 ALL = {"match": "all-linear", "rank": 4}
 METHODS: dict[str, list[dict[str, Any]]] = {
     "lora": [{**ALL, "method": "lora", "alpha": 8}],

@@ -155,6 +155,7 @@ def test_no_template(make_tokenizer: Callable[..., Any]) -> None:
         find("chat").check(make_tokenizer(template=None), "rows.jsonl, line 1")
 
 
+@pytest.mark.full
 def test_smollm2_template(smollm2: Any) -> None:
     chat = follow(TALK, smollm2)
     assert chat.text.startswith("<|im_start|>system\nYou are a helpful AI assistant")

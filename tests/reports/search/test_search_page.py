@@ -150,6 +150,7 @@ def test_no_claim_beyond_the_interval(metric: str, said: Any, verdict: str) -> N
     assert confirmation_words(record(metric=metric, confirmation=confirmation(*said))).endswith(verdict)
 
 
+@pytest.mark.full
 def test_no_torch_is_needed(tmp_path: Path) -> None:
     write_json(tmp_path / "explore.json", searched())
     code = f"""

@@ -15,6 +15,7 @@ from trimtab.files import read_json
 STUDY = Path(__file__).resolve().parents[3] / "studies" / "conversion" / "study.yaml"
 
 
+@pytest.mark.full
 def test_the_study_compares_each_way_at_each_rank(
     program: Callable[[str], Callable[[Sequence[str]], int]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

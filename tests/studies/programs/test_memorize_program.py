@@ -47,6 +47,7 @@ def run(
     return go
 
 
+@pytest.mark.full
 def test_piped_and_again(run: Callable[..., Said], tmp_path: Path) -> None:
     result = run()
     assert result.code == 0, result.err

@@ -58,6 +58,7 @@ class Counted(MemoryListener):
 # --- one cell
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", sample(list(CONTENDERS), 3, ["mora-magnitude"]))
 def test_every_method_learns_by_heart(name: str) -> None:
     contender = CONTENDERS[name]

@@ -88,6 +88,7 @@ def test_picture(found: dict[str, Any]) -> None:
     assert len({(line.get_marker(), str(line.get_linestyle())) for line in drawn}) == 4, "told apart without colour"
 
 
+@pytest.mark.full
 def test_page(found: dict[str, Any], tmp_path: Path) -> None:
     write_json(tmp_path / "memorize.json", found)
     page = write_memory_page(tmp_path).read_text(encoding="utf-8")

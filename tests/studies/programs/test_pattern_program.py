@@ -287,6 +287,7 @@ def test_the_page_is_whole(study: Callable[..., Path], tmp_path: Path, seeds: in
     assert pattern_table(read_json(tmp_path / "out" / "pattern.json")).row_count == 3 * (3 + 2 + 1)
 
 
+@pytest.mark.full
 def test_the_program_runs_and_goes_on(
     study: Callable[..., Path], runs: list[Any], capsys: pytest.CaptureFixture[str], program: Any
 ) -> None:

@@ -106,6 +106,7 @@ def test_a_grid_grows_where_its_best_is_at_an_edge_and_claims_nothing_if_it_stil
     assert rows["orders", "LoRA r1", "LoRA r8"]["ratio"]["rate"] == pytest.approx(10 ** (-4 / 3), rel=0.02)
 
 
+@pytest.mark.full
 def test_what_is_not_done_is_no_result_and_the_page_shows_what_there_is(study: RatesStudy) -> None:
     for index in study.grid("orders", "LoRA r8"):
         finish(study, RateCell("orders", "LoRA r8", index, 1), -8.4)
