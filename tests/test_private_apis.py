@@ -40,12 +40,12 @@ def without(library: str, name: str) -> str:
     return f"{library} {importlib.metadata.version(library)} has no {name} as the library uses it"
 
 
-def private(tree: ast.Module) -> Iterator[str]:
+def private(nodes: list[ast.AST]) -> Iterator[str]:
     """The names with an underscore that one file reads from what it did not make itself."""
-    made = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
-    made |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and _own(node)}
-    made |= {node.target.id for node in ast.walk(tree) if isinstance(node, ast.AnnAssign) and _is_name(node.target)}
-    for node in ast.walk(tree):
+    made = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    made |= {node.attr for node in nodes if isinstance(node, ast.Attribute) and _own(node)}
+    made |= {node.target.id for node in nodes if isinstance(node, ast.AnnAssign) and _is_name(node.target)}
+    for node in nodes:
         if isinstance(node, ast.Attribute) and not _own(node):
             yield from {node.attr} - made
         elif isinstance(node, ast.ImportFrom) and not str(node.module).startswith("trimtab"):
@@ -63,11 +63,11 @@ def _is_name(node: ast.AST) -> bool:
 
 def test_every_private_name_in_use_has_its_test() -> None:
     used: dict[str, set[str]] = {}
-    trees = {path: ast.parse(path.read_text("utf-8")) for path in SOURCE.rglob("*.py")}
-    nodes = (node for tree in trees.values() for node in ast.walk(tree))
-    defined = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
-    for path, tree in trees.items():
-        for name in private(tree):
+    trees = {path: list(ast.walk(ast.parse(path.read_text("utf-8")))) for path in SOURCE.rglob("*.py")}
+    definitions = (ast.FunctionDef, ast.ClassDef)
+    defined = {node.name for nodes in trees.values() for node in nodes if isinstance(node, definitions)}
+    for path, nodes in trees.items():
+        for name in private(nodes):
             if name.startswith("_") and not name.endswith("__") and name not in defined - TESTED:
                 used.setdefault(name, set()).add(str(path.relative_to(SOURCE)))
     assert used.keys() - PROMISED <= TESTED, {name: used[name] for name in used.keys() - PROMISED - TESTED}

@@ -6,9 +6,11 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from transformers import AutoTokenizer
 
 from command_line import Result
+from run_fixtures import make_bare
 from tiny_runs import rows, tiny_model, tiny_tokenizer, write_rows
 
 TEMPLATE = "{% for m in messages %}{{ '<|im_start|>' + m.role + ': ' + m.content + '<|im_end|>' }}{% endfor %}"
@@ -16,8 +18,9 @@ ASK = "{% if add_generation_prompt %}{{ '<|im_start|>assistant: ' }}{% endif %}"
 
 
 def test_a_template_of_the_run_s_own(
-    make_yaml: Callable[..., Path], cli: Callable[..., Result], tmp_path: Path
+    make_yaml: Callable[..., Path], cli: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    make_bare(monkeypatch, page=True)
     base = tmp_path / "base"
     tokenizer = tiny_tokenizer(None)
     tiny_model(len(tokenizer)).save_pretrained(base)

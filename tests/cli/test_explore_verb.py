@@ -89,6 +89,7 @@ def test_ctrl_c_is_code_130(
             raise KeyboardInterrupt
         return cell(config, listener, **how)
 
+    monkeypatch.setattr("trimtab.studies.explore.write_explore_page", lambda folder: None)
     monkeypatch.setattr(plan_search, "run_cell", stop)
     result = cli("explore", search_file)
     assert result.code == 130

@@ -117,7 +117,7 @@ def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
         (["pairs=200", "digits=2"], "pairs: 200 keys of 2 hexadecimal digits would be more than half"),
         (["batch_size=5"], r"batch_size: 5 is more than there are pairs \(4\)"),
         (["precision=int8"], "precision: expected 'bfloat16' or 'float32', got"),
-        (["blocks=9"], "blocks: expected at most what the model has, got 9; it has 2 blocks"),
+        (["blocks=9"], "blocks: expected at most what the model has, got 9; it has 1 blocks"),
         (["budgets=[99]"], "rank 99 is larger than the matrix"),
     ],
 )

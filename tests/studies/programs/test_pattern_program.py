@@ -22,6 +22,7 @@ from pattern_page import pattern_table, verdict, write_pattern_page
 from pattern_pictures import PAPER, with_interval
 from pattern_results import VIEWS, mean_correlation, summarise, write_results
 from pattern_study import AS_SET, PatternCell, load_pattern_study, run_cells
+from run_fixtures import two_blocks as model_folder
 from source_paths import paths
 from tiny_runs import rows, write_rows
 from trimtab.errors import ConfigError, Interrupted, PlanError, RunError
@@ -31,6 +32,8 @@ from trimtab.runs.folder import RunFolder
 from trimtab.runs.lock import locked
 from trimtab.studies import cell as cell_module
 from trimtab.training.run import finetune
+
+__all__ = ["model_folder"]
 
 ROOT = Path(__file__).resolve().parents[3]
 

@@ -76,6 +76,7 @@ def test_the_first_seed_comes_first_and_its_coarse_grid_before_the_rest(study: R
     assert len(set(done)) == len(done) == 567
 
 
+@pytest.mark.full
 def test_other_seeds_are_followed_to_their_own_best_and_tell_it_before_the_rest_is_done(study: RatesStudy) -> None:
     """The first seed's best is at -9, the second's two places above, the third's in the same place."""
     arm = ("orders", "LoRA r8")
@@ -130,6 +131,7 @@ def test_a_cell_of_other_settings_is_refused(study: RatesStudy) -> None:
         study.done(cell)
 
 
+@pytest.mark.full
 def test_auto_is_held_against_the_best_of_whole_grids_alone(study: RatesStudy, monkeypatch: pytest.MonkeyPatch) -> None:
     """The rates that auto finds are 1e-3 here, and every training's loss is that of the bowl around the best place."""
 
