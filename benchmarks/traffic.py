@@ -22,7 +22,7 @@ import statistics
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -213,9 +213,10 @@ def _key(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def by_rows(methods: Sequence[str], rows: int, tokens: int, *, segments: bool) -> Counts:
+def by_rows(methods: Sequence[str], rows: int, tokens: int, *, segments: bool, trains: bool = False) -> Counts:
     """A layer 4,096 x 4,096 in bfloat16, whose batch of ``rows`` times ``tokens`` goes through eight adapters, of these
-    methods in turn; ``segments``: as it goes on a GPU, else adapter by adapter, as elsewhere."""
+    methods in turn; ``segments``: as it goes on a GPU, else adapter by adapter, as elsewhere; ``trains``: all of them,
+    so backward, too."""
     with pretended("triton") as counted:
         model = nn.Sequential(nn.Linear(4096, 4096, bias=False, device=DEVICE, dtype=torch.bfloat16))
         for number in range(ADAPTERS):
@@ -223,11 +224,21 @@ def by_rows(methods: Sequence[str], rows: int, tokens: int, *, segments: bool) -
             trimtab.attach(model, trimtab.Rule(match="all-linear", **said), name=f"adapter {number}")
         names = [f"adapter {row % ADAPTERS}" for row in range(rows)]
         x = torch.empty(rows, tokens, 4096, device=DEVICE, dtype=torch.bfloat16)
-        apart = nullcontext() if segments else patch("trimtab.ops.mixed_rows.segments_for", lambda rows: None)
-        with torch.no_grad(), apart, trimtab.per_row(model, names):
+        with ExitStack() as stack:
+            stack.enter_context(torch.set_grad_enabled(trains))
+            if not segments:
+                for place in ("ops.mixed_rows", "surgery.mixing"):
+                    stack.enter_context(patch(f"trimtab.{place}.segments_for", lambda rows: None))
+            for name in names:
+                trimtab.set_adapter(model, name)
+            for parameter in model.parameters():
+                parameter.requires_grad_(trains and parameter.dtype == torch.float32)
+            stack.enter_context(trimtab.per_row(model, names))
             model(x)
             counted.counts = True
-            model(x)
+            output = model(x.requires_grad_(trains))
+            if trains:
+                output.backward(output.detach())
             counted.counts = False
     return Counts(counted.by_operation.total(), 0, counted.bytes, counted.seconds)
 
@@ -336,10 +347,15 @@ def main() -> None:
 
     ALL_ATTENTION_FUNCTIONS.register("counted", _attention)
     if options.rows:
-        print("eight adapters on a layer 4,096 x 4,096, forward: launches, MiB moved, us by the rates of an H200")
-        for methods in (("lora",), ("dora",), ("mora",), ("lora", "dora", "mora")):
-            for rows, tokens in [(rows, tokens) for tokens in (1, 512) for rows in options.rows]:
-                each = [by_rows(methods, rows, tokens, segments=segments) for segments in (False, True)]
+        print("eight adapters on a layer 4,096 x 4,096: launches, MiB moved, us by the rates of an H200")
+        for methods, trains in [
+            *((methods, False) for methods in (("lora",), ("dora",), ("mora",), ("lora", "dora", "mora"))),
+            *((methods, True) for methods in (("lora",), ("dora",))),
+        ]:
+            print("forward and backward" if trains else "forward")
+            for rows, tokens in [(rows, tokens) for tokens in (1, 128 if trains else 512) for rows in options.rows]:
+                asked = {"trains": trains}
+                each = [by_rows(methods, rows, tokens, segments=segments, **asked) for segments in (False, True)]
                 figures = [f"{one.launches:4} {one.bytes / 2**20:8.1f} {1e6 * one.seconds:7.1f}" for one in each]
                 print(f"{', '.join(methods):18} {rows:3} x {tokens:3}  apart {figures[0]}   segments {figures[1]}")
         return

@@ -132,3 +132,85 @@ def test_a_broken_adapter_spoils_no_row_of_another() -> None:
             after = net(x)
     assert after[:2].isnan().all()
     assert torch.equal(after[2:], before[2:])
+
+
+def trained_layer(dtype: torch.dtype) -> tuple[nn.Module, list[str | None]]:
+    """A layer with adapters that train together: two ranks, a bare magnitude, a trained bias, rows without any."""
+    net = nn.Sequential(nn.Linear(72, 130)).to(dtype)
+    rules: dict[str, dict[str, object]] = {
+        "a": {"method": "dora", "rank": 3},
+        "b": {"method": "lora", "rank": 17, "alpha": 8, "bias": True},
+        "c": {"method": "dora", "rank": 5, "bias": True},
+        "d": {"method": "lora", "rank": 0, "magnitude": True},
+        "e": {"method": "lora", "rank": 3},
+    }
+    for name, said in rules.items():
+        trimtab.attach(net, trimtab.Rule(match="0", **said), name=name)  # type: ignore[arg-type]
+        changed(net)
+    names = ["c", "a", None, "b", "a", "d", "e", "b", "c"]
+    random.shuffle(names)
+    return net, names
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_gradients_of_rows_that_train_together(dtype: torch.dtype, tokens: int) -> None:
+    net, names = trained_layer(dtype)
+    for name in ("a", "b", "c", "d", "e"):
+        trimtab.set_adapter(net, name)
+    module = net[0]  # type: ignore[index]
+    for parameter in module.parameters():
+        parameter.requires_grad_(parameter is not module.base.weight and parameter is not module.base.bias)
+    entries(net, "e")["0"].adapter.requires_grad_(False)
+    x = torch.randn(len(names), tokens, 72).to(dtype)
+    upstream = torch.randn(len(names), tokens, 130).to(dtype)
+
+    weight, bias = module.base.weight.double(), module.base.bias.double()
+    x64, rows, leaves = x.double().clone().requires_grad_(), [], {}
+    for row, name in enumerate(names):
+        own = {} if name is None else dict(entries(net, name)["0"].adapter.named_parameters())
+        mine = {key: leaves.setdefault((name, key), one.detach().double().requires_grad_()) for key, one in own.items()}
+        total, scale = weight, 1.0
+        if "A" in mine:
+            scale = entries(net, name)["0"].adapter.factors()[0].scale  # type: ignore[arg-type]
+            total = weight + scale * mine["B"] @ mine["A"]
+        if "magnitude" in mine:
+            total = total * (mine["magnitude"] / total.detach().norm(dim=1)).unsqueeze(1)
+        rows.append(x64[row] @ total.t() + mine.get("bias", bias))
+    want = torch.stack(rows)
+    want.backward(upstream.double())
+
+    given = x.clone().requires_grad_()
+    calls = []
+    with kernels.using("triton"), trimtab.per_row(net, names), pytest.MonkeyPatch.context() as patch:
+        from trimtab.surgery import mixing
+
+        original = mixing.mixed_training
+        patch.setattr(mixing, "mixed_training", lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs))
+        got = net(given)
+        got.backward(upstream)
+    assert calls, "each adapter had a pass of its own"
+
+    def close(found: Tensor | None, expected: Tensor | None, what: object) -> None:
+        assert found is not None
+        assert expected is not None
+        off = float((found.double() - expected).abs().max() / expected.abs().max())
+        assert off <= 3 * TOLERANCE[dtype], (what, off)
+
+    close(got.detach(), want.detach(), "output")
+    close(given.grad, x64.grad, "x")
+    assert all(one.grad is None for one in entries(net, "e")["0"].adapter.parameters())
+    for (name, key), leaf in ((place, leaf) for place, leaf in leaves.items() if place[0] != "e"):
+        close(dict(entries(net, name)["0"].adapter.named_parameters())[key].grad, leaf.grad, (name, key))
+
+
+def test_a_change_before_the_backward_pass_is_an_error() -> None:
+    net, names = trained_layer(torch.float32)
+    x = torch.randn(len(names), 2, 72)
+    with kernels.using("triton"), trimtab.per_row(net, names):
+        output = net(x)
+        with torch.no_grad():
+            for parameter in trimtab.trainable_parameters(net).values():
+                parameter.add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            output.sum().backward()

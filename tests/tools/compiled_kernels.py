@@ -30,6 +30,7 @@ from triton.runtime.jit import JITFunction
 from trimtab.ops.kernels import triton as ours
 from trimtab.ops.kernels import triton_dropout as dropping
 from trimtab.ops.kernels import triton_programs as programs
+from trimtab.ops.kernels import triton_segment_gradients as segment_gradients
 from trimtab.ops.kernels import triton_segment_programs as segments
 from trimtab.ops.kernels import triton_square as square
 
@@ -58,7 +59,7 @@ def launches(dtype: torch.dtype, rank: int, tokens: int = 4096, size: int = 4096
     found: list[tuple[Any, dict[str, Any]]] = []
     kept = [
         (file, name, one)
-        for file in (programs, square, dropping, segments)
+        for file in (programs, square, dropping, segments, segment_gradients)
         for name, one in vars(file).items()
         if isinstance(one, JITFunction) and not name.startswith("_")
     ]
@@ -105,8 +106,12 @@ def launches(dtype: torch.dtype, rank: int, tokens: int = 4096, size: int = 4096
         matrices, turned = [empty(side, side)] * 2, empty(4 * tokens, side, dtype=dtype)
         start(segments.multiply, turned.new_empty(1, *turned.shape), turned, None, *tables, matrices, side, 32)
         inner_of_all = empty(2, tokens, rank)
-        start(segments.add, product, inner_of_all, spread, order, *tables, *each, 32)
+        start(segments.add, product, None, inner_of_all, spread, order, *tables, *each, 32, False)
         if rank <= dropping.RANKS:
+            given = product, product, inner_of_all, order, *tables
+            start(segment_gradients.backward, *given, [b, b], [vector, vector], True)
+            start(segment_gradients.outer, empty(tokens, rank), product, order, tables[1])
+            start(segment_gradients.add_up, empty(8, rank * size), empty(2, 2, dtype=torch.int64))
             start(dropping._product, product, empty(rank, size, dtype=dtype), *drawn)
             start(dropping._add, product, inner, empty(rank, size, dtype=dtype), *drawn)
             start(dropping._outer, inner, product, *drawn)

@@ -10,7 +10,9 @@ from torch import Tensor
 from trimtab.bases import WeightBase
 from trimtab.methods._weight import WeightMethod
 from trimtab.ops.frozen_linear import Operands
+from trimtab.ops.kernels import quotients_for
 from trimtab.ops.mixed_rows import takes
+from trimtab.ops.mixed_training import Trained
 from trimtab.ops.ratio import Ratio, ratio_of
 
 
@@ -18,6 +20,27 @@ def operands_of(adapter: Any, base: WeightBase, weight: Tensor) -> Operands | No
     """What rows of ``adapter`` are multiplied with on ``base``, whose W is ``weight``; None for the adapter: for rows
     without one. None where its rows need a pass of their own: a trained copy of the weight, scaled columns, dropout, a
     form that the user chose."""
+    mine = _without_ratio(adapter, base, weight)
+    return mine if mine is None or not _has_magnitude(adapter) else mine._replace(ratio=_ratio(adapter, base, weight))
+
+
+def trained_of(adapter: Any, base: WeightBase, weight: Tensor) -> Trained | None:
+    """The same with gradients. None also where the norm has one, and where the user wants the product to be kept."""
+    mine = _without_ratio(adapter, base, weight)
+    if mine is None or not _has_magnitude(adapter):
+        return mine and Trained(mine, None, None)
+    if adapter.options.keep_product or not adapter.options.detach_norm:
+        return None
+    norm = adapter.norm(weight, base)
+    ratio = ratio_of(adapter.magnitude, norm, weight.dtype, quotients_for(norm))
+    return Trained(mine._replace(ratio=ratio), adapter.magnitude, norm)
+
+
+def _has_magnitude(adapter: Any) -> bool:
+    return isinstance(adapter, WeightMethod) and adapter.changes_weight and adapter.magnitude is not None
+
+
+def _without_ratio(adapter: Any, base: WeightBase, weight: Tensor) -> Operands | None:
     bare = Operands(weight=weight, bias=base.bias, ratio=None, update=None, tensors=(), through=base.through)
     if adapter is None:
         return bare
@@ -32,9 +55,7 @@ def operands_of(adapter: Any, base: WeightBase, weight: Tensor) -> Operands | No
         return None
     update, tensors = adapter.factors()
     mine = bare._replace(bias=adapter.bias_of(base), update=update, tensors=tensors)
-    if not takes(mine):
-        return None
-    return mine if adapter.magnitude is None else mine._replace(ratio=_ratio(adapter, base, weight))
+    return mine if takes(mine) else None
 
 
 def share_norms(adapters: Iterable[Any]) -> None:

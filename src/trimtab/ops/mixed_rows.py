@@ -72,11 +72,11 @@ class MixedProduct:
         """The product ``[tokens, out]`` (or ``[batch, out, places]``) of ``rows`` as ``through`` gives them, in the
         dtype of ``weight``, with all that is to be added; in the order in which they came."""
         programs = segments_for(rows) if rows.is_floating_point() else None
-        if programs is not None and all(_fits(operands, programs, rows) for operands in self._parts):
+        if programs is not None and all(fits(operands, programs, rows) for operands in self._parts):
             product = through.product(rows, weight)
             if self._segments is None:
                 sized = zip(self._sizes, self._parts, strict=True)
-                segments = [_segment(size, operands, programs) for size, operands in sized]
+                segments = [segment(size, operands, programs) for size, operands in sized]
                 there = None if self._order is None else self._order.there
                 self._segments = programs.Segments(segments, there, rows)
             self._segments.add(product, rows)
@@ -104,7 +104,7 @@ class MixedProduct:
         return total if self._order is None else total.index_select(0, self._order.back)
 
 
-def _fits(operands: Operands, programs: Any, rows: Tensor) -> bool:
+def fits(operands: Operands, programs: Any, rows: Tensor) -> bool:
     """Whether the rows of a part can be a segment of a batch like ``rows``."""
     update, ratio = operands.update, operands.ratio
     known = isinstance(operands.through, MatrixMap) and (update is None or type(update) in (LowRank, Square))
@@ -112,7 +112,8 @@ def _fits(operands: Operands, programs: Any, rows: Tensor) -> bool:
     return found and programs.takes(*operands.tensors)
 
 
-def _segment(size: int, operands: Operands, programs: Any) -> Any:
+def segment(size: int, operands: Operands, programs: Any) -> Any:
+    """The rows of a part as a segment."""
     update, tensors = operands.update, operands.tensors
     return programs.Segment(
         size,

@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 from trimtab.bases import WeightBase
 from trimtab.errors import SurgeryError
-from trimtab.methods._mixed import operands_of, share_norms
+from trimtab.methods._mixed import operands_of, share_norms, trained_of
 from trimtab.methods._weight import WeightMethod
 from trimtab.ops.autocast import autocast_dtype
 from trimtab.ops.frozen_linear import frozen_linear
+from trimtab.ops.kernels import segments_for
 from trimtab.ops.linear_map import MATRIX
 from trimtab.ops.mixed_rows import MixedProduct, Order, Part
+from trimtab.ops.mixed_training import mixed_training, trains_together
 from trimtab.ops.stamp import address_of
 from trimtab.surgery.row_plan import Group, RowPlan
 
@@ -41,8 +43,9 @@ def mixed_layer(
 ) -> Tensor:
     """The output of a layer for the batch ``x``; ``adapters``: by name, None for the rows without one.
 
-    One product with the frozen weight serves all rows whose adapters can share it. With gradients, and for adapters
-    that cannot (a trained copy of the weight), each adapter has a pass of its own over its rows.
+    One product with the frozen weight serves all rows whose adapters can share it. For adapters that cannot (a trained
+    copy of the weight), and with gradients where there are no programs for them, each has a pass of its own over its
+    rows.
     """
     through = base.through
     plain = not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and autocast_dtype(x) is None
@@ -72,6 +75,11 @@ def mixed_layer(
                 plan.decided[id(base)] = _Decided(_Decided.reasons(plan, adapters, weight, x), product)
             return through.output(product(through.rows(padded), weight, through), padded.shape)
 
+    elif torch.is_grad_enabled() and not torch.compiler.is_compiling() and segments_for(through.rows(x)) is not None:
+        trained = _trained_together(plan, groups, adapters, base, x)
+        if trained is not None:
+            return trained
+
     def alone(group: Group, rows: Tensor) -> Tensor:
         adapter = adapters[group.name]
         if adapter is not None:
@@ -85,6 +93,25 @@ def mixed_layer(
     slices, order = plan.order(groups, entries, x.device)
     sorted_x = x if order is None else x.index_select(0, order.there)
     return _back([alone(group, sorted_x[rows]) for group, rows in zip(groups, slices, strict=True)], order)
+
+
+def _trained_together(
+    plan: RowPlan, groups: Sequence[Group], adapters: Mapping[str | None, Any], base: WeightBase, x: Tensor
+) -> Tensor | None:
+    """The output with gradients where one launch set serves all rows; None where each adapter needs its own pass."""
+    if autocast_dtype(x) is not None or base.through is not MATRIX or not x.is_floating_point():
+        return None
+    dtype = base.dtype_for(x)
+    weight, padded = base.weight(dtype), base.prepared(x)
+    rows = MATRIX.rows(padded)
+    found = [trained_of(adapters[group.name], base, weight) for group in groups]
+    trained = [one for one in found if one is not None]
+    if len(trained) < len(found) or rows.dtype != weight.dtype or not trains_together(rows, trained):
+        return None
+    slices, order = plan.order(groups, rows.shape[0] // len(plan.names), x.device)
+    parts = [Part(place, one.operands) for place, one in zip(slices, trained, strict=True)]
+    output = mixed_training(rows, weight, parts, trained, order=order, again=base.again(dtype))
+    return MATRIX.output(output, padded.shape)
 
 
 def mixed_call(

@@ -35,7 +35,8 @@ def per_row(model: nn.Module, names: Sequence[str | None]) -> Iterator[RowPlan]:
     (``nn.MultiheadAttention`` may have them on the second). ``generate`` and its cache go as ever; where it makes
     several rows of one (beams, ``num_return_sequences``), those go through the row's adapter.
 
-    Gradients go to the adapters that ask for some, at the price of a pass for each adapter. As in
+    Gradients go to the adapters that ask for some, at the price of a pass for each adapter; on a GPU, LoRA and DoRA up
+    to rank 32 share theirs. As in
     ``trimtab.for_inference``, norms are kept from one pass without gradients to the next; after a pass with gradients
     they are computed again. Contexts may be nested: the inner one rules. The context gives the plan of its rows, which
     a server can ``deal`` anew from one batch to the next.

@@ -87,6 +87,7 @@ def multiply_segments(
 @triton.jit(do_not_specialize=["tokens", "splits"])
 def add_segments(
     product,
+    output,
     inner,
     spread,
     order,
@@ -101,6 +102,8 @@ def add_segments(
     SQUARE: tl.constexpr,
     RATIO: tl.constexpr,
     BIAS: tl.constexpr,
+    KEEP: tl.constexpr,
+    TURNED: tl.constexpr,
     B_TYPE: tl.constexpr,
     RATIO_TYPE: tl.constexpr,
     BIAS_TYPE: tl.constexpr,
@@ -113,13 +116,14 @@ def add_segments(
     PRECISION: tl.constexpr,
 ):
     """``product = c (p + s h B^T + u) + bias``; ``h`` is the sum of ``inner [splits, tokens, width]``, ``u`` what a
-    square update has in ``spread``, repeated until a row is full."""
+    square update has in ``spread``, repeated until a row is full. With KEEP the sum before the ratio stays in
+    ``product`` and ``output`` gets the result. TURNED: B is ``[rank, out]``."""
     segment, places, in_rows, rows = _tile(tiles, order, BM, ORDERED)
     columns = tl.program_id(1) * BN + tl.arange(0, BN)
     in_columns = columns < out
     mask = in_rows[:, None] & in_columns[None, :]
-    target = product + rows.to(tl.int64)[:, None] * out + columns[None, :]
-    total = tl.load(target, mask=mask, other=0.0).to(ACC)
+    place = rows.to(tl.int64)[:, None] * out + columns[None, :]
+    total = tl.load(product + place, mask=mask, other=0.0).to(ACC)
     line = table + segment * FIELDS
     if THIN:
         rank, b = tl.load(line + 1), tl.load(line + 2).to(tl.pointer_type(B_TYPE))
@@ -132,16 +136,18 @@ def add_segments(
             for split in range(splits):
                 from_inner = inner + (split * tokens + places).to(tl.int64)[:, None] * width
                 h += tl.load(from_inner + ranks[None, :], mask=in_inner, other=0.0)
-            factor = tl.load(
-                b + columns.to(tl.int64)[None, :] * rank + ranks[:, None],
-                mask=in_columns[None, :] & in_ranks[:, None],
-                other=0.0,
-            )
+            if TURNED:
+                from_b = b + ranks.to(tl.int64)[:, None] * out + columns[None, :]
+            else:
+                from_b = b + columns.to(tl.int64)[None, :] * rank + ranks[:, None]
+            factor = tl.load(from_b, mask=in_columns[None, :] & in_ranks[:, None], other=0.0)
             total += tl.dot((h * scale).to(DOT), factor.to(DOT), input_precision=PRECISION, out_dtype=ACC)
     if SQUARE:
         around = tl.load(line + 7)
         from_spread = spread + tl.load(line + 6) + places.to(tl.int64)[:, None] * around
         total += tl.load(from_spread + (columns % tl.maximum(around, 1))[None, :], mask=mask & (around > 0), other=0.0)
+    if KEEP:
+        tl.store(product + place, total.to(product.dtype.element_ty), mask=mask)
     if RATIO:
         c = tl.load(line + 4)
         total *= tl.load(c.to(tl.pointer_type(RATIO_TYPE)) + columns, mask=in_columns & (c != 0), other=1.0).to(ACC)
@@ -150,7 +156,8 @@ def add_segments(
         total += tl.load(bias.to(tl.pointer_type(BIAS_TYPE)) + columns, mask=in_columns & (bias != 0), other=0.0).to(
             ACC
         )
-    tl.store(target, total.to(product.dtype.element_ty), mask=mask)
+    into = output if KEEP else product
+    tl.store(into + place, total.to(product.dtype.element_ty), mask=mask)
 
 
 # How they are started -------------------------------------------------------------------------------------------------
@@ -182,7 +189,7 @@ def multiply(
         width=width,
         per_split=math.ceil(features / splits / deep) * deep,
         ORDERED=order is not None,
-        TYPE=_type(factors),
+        TYPE=pointed_to(factors),
         BM=tall,
         BN=wide,
         BK=deep,
@@ -197,6 +204,7 @@ def multiply(
 @on_its_device
 def add(
     product: Tensor,
+    output: Tensor | None,
     inner: Tensor | None,
     spread: Tensor | None,
     order: Tensor | None,
@@ -206,11 +214,13 @@ def add(
     ratios: list[Tensor],
     biases: list[Tensor],
     tall: int,
+    turned: bool,
 ) -> None:
     out, wide = product.shape[1], 128 if product.itemsize == 2 else 64
     splits, tokens, width = (1, len(product), 1) if inner is None else inner.shape
     add_segments[(len(tiles), math.ceil(out / wide))](
         product=product,
+        output=product if output is None else output,
         inner=product if inner is None else inner,
         spread=product if spread is None else spread,
         order=tiles if order is None else order,
@@ -225,9 +235,11 @@ def add(
         SQUARE=spread is not None,
         RATIO=bool(ratios),
         BIAS=bool(biases),
-        B_TYPE=_type(bs),
-        RATIO_TYPE=_type(ratios),
-        BIAS_TYPE=_type(biases),
+        KEEP=output is not None,
+        TURNED=turned,
+        B_TYPE=pointed_to(bs),
+        RATIO_TYPE=pointed_to(ratios),
+        BIAS_TYPE=pointed_to(biases),
         BM=tall,
         BN=wide,
         BR=16,
@@ -239,12 +251,12 @@ def add(
     )
 
 
-def _type(tensors: Sequence[Tensor]) -> Any:
+def pointed_to(tensors: Sequence[Tensor]) -> Any:
     """What the addresses of ``tensors`` point to."""
     return getattr(tl, _NAMES[tensors[0].dtype]) if tensors else tl.float32
 
 
 _multiply_op = torch.library.custom_op("trimtab::multiply_segments", multiply, mutates_args=("into",))
 _multiply_op.register_fake(lambda *given: None)
-_add_op = torch.library.custom_op("trimtab::add_segments", add, mutates_args=("product",))
+_add_op = torch.library.custom_op("trimtab::add_segments", add, mutates_args=("product", "output"))
 _add_op.register_fake(lambda *given: None)

@@ -13,12 +13,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from trimtab.ops.kernels import triton_segment_gradients as gradients
 from trimtab.ops.kernels import triton_segment_programs as programs
 from trimtab.ops.kernels.triton import _full, call, padded
 from trimtab.ops.kernels.triton import takes as takes
 from trimtab.ops.stamp import address_of, is_fake
 
 _PROGRAMS_ENOUGH = 256
+_WALKED = 256
+"""Rows of a segment that one program walks through in the backward pass: fewer would leave more to add up."""
 
 
 class Segment(NamedTuple):
@@ -41,9 +44,10 @@ class Segments:
         segments: those of all rows, in the order in which the rows are sorted.
         order: the row of each place among the sorted ones; None where they are sorted as they come.
         rows: the batch ``[tokens, in]``, or one like it.
+        trains: there will be gradients (`TrainedSegments`).
     """
 
-    def __init__(self, segments: Sequence[Segment], order: Tensor | None, rows: Tensor) -> None:
+    def __init__(self, segments: Sequence[Segment], order: Tensor | None, rows: Tensor, trains: bool = False) -> None:
         self._order = order
         sizes = [segment.size for segment in segments]
         starts = [sum(sizes[:number]) for number in range(len(sizes))]
@@ -70,7 +74,10 @@ class Segments:
         lines = [[*line] for line in zip(*columns, strict=True)]
         self._table = torch.tensor(lines, dtype=torch.int64, device=rows.device)
         self._tall = 16 if max(sizes) <= 16 else 32
-        changed = tuple(number for number, one in enumerate(segments) if any(part is not None for part in one[1:]))
+        # In training every row gets an output of its own, also one that nothing is added to.
+        changed = tuple(
+            number for number, one in enumerate(segments) if trains or any(part is not None for part in one[1:])
+        )
         self._tiles = tiles_of(tuple(sizes), changed, self._tall, rows)
         thin_ones = tuple(number for number in changed if segments[number].thin is not None)
         self._thin_tiles = self._tiles if thin_ones == changed else tiles_of(tuple(sizes), thin_ones, self._tall, rows)
@@ -89,7 +96,7 @@ class Segments:
             for square in self._squares:
                 square.multiply(rows, spread)
         lists = self._b.tensors, self._ratio.tensors, self._bias.tensors
-        given = (product, inner, spread, self._order, self._table, self._tiles, *lists, self._tall)
+        given = (product, None, inner, spread, self._order, self._table, self._tiles, *lists, self._tall, False)
         call(torch.ops.trimtab.add_segments, programs.add, given)
 
     def _multiplied(self, rows: Tensor) -> Tensor:
@@ -101,6 +108,93 @@ class Segments:
         given = (into, rows, self._order, self._table, tiles, self._a.tensors, self._rank, self._tall)
         call(torch.ops.trimtab.multiply_segments, programs.multiply, given)
         return into
+
+
+class TrainedSegments(Segments):
+    """Segments without square updates, with their gradients."""
+
+    def __init__(self, segments: Sequence[Segment], order: Tensor | None, rows: Tensor) -> None:
+        super().__init__(segments, order, rows, trains=True)
+        self._ranks = [0 if one.thin is None else len(one.thin[0]) for one in segments]
+        self._sizes = tuple(one.size for one in segments)
+        turned = [
+            [0, rank, address, _bits(1.0), 0, 0, 0, 0]
+            for rank, address in zip(self._ranks, self._a.addresses, strict=True)
+        ]
+        self._turned = torch.tensor(turned, dtype=torch.int64, device=rows.device)
+
+    def forward(self, product: Tensor, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """``c (p + s h B^T) + bias`` for ``product = p``, in which ``p + s h B^T`` is left where there are ratios; and
+        h."""
+        inner = self._multiplied(rows) if self._rank else None
+        output = torch.empty_like(product) if self._ratio.tensors else None
+        lists = self._b.tensors, self._ratio.tensors, self._bias.tensors
+        given = (product, output, inner, None, self._order, self._table, self._tiles, *lists, self._tall, False)
+        call(torch.ops.trimtab.add_segments, programs.add, given)
+        return product if output is None else output, inner
+
+    def backward(self, grad: Tensor, product: Tensor | None, inner: Tensor | None, wants_bias: bool) -> Gradients:
+        """The pass over ``grad = dy [tokens, out]``, for what ``forward`` has left in ``product``."""
+        out, width = grad.shape[1], self._rank
+        tiles, spans = self._walked(grad)
+        given = (
+            grad,
+            product,
+            inner,
+            self._order,
+            self._table,
+            tiles,
+            self._b.tensors,
+            self._ratio.tensors,
+            wants_bias,
+        )
+        scaled, parts_inner, parts = call(torch.ops.trimtab.backward_segments, gradients.backward, given)
+        sums = call(torch.ops.trimtab.add_up_segments, gradients.add_up, (parts, spans))
+        of_b, of_product, of_bias = sums.split([out * width, out, out], 1)
+        each = zip(of_b.unflatten(1, (out, width)) if width else of_b, self._ranks, strict=True)
+        return Gradients(
+            grad if product is None else scaled,
+            parts_inner.sum(0) if width else None,
+            [one[:, :rank] if rank else None for one, rank in each],
+            of_product,
+            of_bias,
+        )
+
+    def add_input_gradient(self, target: Tensor, inner: Tensor) -> None:
+        """Add ``h A`` to ``target [tokens, in]``."""
+        lists: tuple[list[Tensor], ...] = self._a.tensors, [], []
+        tiles = self._thin_tiles
+        given = (target, None, inner.unsqueeze(0), None, self._order, self._turned, tiles, *lists, self._tall, True)
+        call(torch.ops.trimtab.add_segments, programs.add, given)
+
+    def weight_gradients(self, inner: Tensor, rows: Tensor) -> list[Tensor | None]:
+        """``h^T x [rank, in]`` of each segment."""
+        tiles, spans = self._walked(rows)
+        parts = call(torch.ops.trimtab.outer_segments, gradients.outer, (inner, rows, self._order, tiles))
+        sums = call(torch.ops.trimtab.add_up_segments, gradients.add_up, (parts, spans))
+        each = zip(sums.unflatten(1, (self._rank, rows.shape[1])), self._ranks, strict=True)
+        return [one[:rank] if rank else None for one, rank in each]
+
+    def _walked(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Tiles of many rows, each of which a program walks through; and which of them a segment has."""
+        of, tall = tuple(range(len(self._sizes))), _WALKED
+        made = _spans_of.__wrapped__ if is_fake(like) else _spans_of
+        return tiles_of(self._sizes, of, tall, like), made(self._sizes, tall, like.device)
+
+
+class Gradients(NamedTuple):
+    """What comes of a pass over ``dy``."""
+
+    scaled: Tensor
+    """``c dy``."""
+    inner: Tensor | None
+    """``s (c dy) B [tokens, rank]``, sorted, in full digits."""
+    b: list[Tensor | None]
+    """``s (c dy)^T h [out, rank]`` of each segment, and so on:"""
+    products: Tensor
+    """``sum dy p [segments, out]``"""
+    bias: Tensor
+    """``sum dy [segments, out]``"""
 
 
 def _bits(number: float) -> int:
@@ -166,3 +260,10 @@ def _tiles_of(sizes: tuple[int, ...], of: tuple[int, ...], tall: int, device: to
         found += [[number, first, stop] for first in range(start, stop, tall)]
     with torch.inference_mode(False):
         return torch.tensor(found, dtype=torch.int64, device=device).view(-1, 3)
+
+
+@lru_cache(maxsize=32)
+def _spans_of(sizes: tuple[int, ...], tall: int, device: torch.device) -> Tensor:
+    ends = [sum(math.ceil(size / tall) for size in sizes[: number + 1]) for number in range(len(sizes))]
+    with torch.inference_mode(False):
+        return torch.tensor([*zip([0, *ends], ends, strict=False)], dtype=torch.int64, device=device)
