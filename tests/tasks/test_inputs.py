@@ -13,7 +13,6 @@ from trimtab.config.read import build_config
 from trimtab.config.run import TrainConfig
 from trimtab.errors import DataError
 from trimtab.tasks import Inputs, read_inputs
-from trimtab.training.schedule import total_steps
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +69,7 @@ def test_a_repeated_row_is_the_row_itself_and_steps_count_it() -> None:
     inputs = read(train=[{"path": "chat.jsonl", "weight": 2}])
     once = read(train="chat.jsonl")
     assert [inputs.rows[2 * n] for n in range(12)] == [inputs.rows[2 * n + 1] for n in range(12)] == list(once.rows)
-    assert total_steps(TrainConfig(batch_size=8, epochs=2), len(inputs.rows)) == 6
+    assert TrainConfig(batch_size=8, epochs=2).total_steps(len(inputs.rows)) == 6
 
 
 def test_parts_of_one_file_may_have_weights_of_their_own() -> None:

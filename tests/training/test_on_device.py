@@ -278,7 +278,7 @@ def put_in(
 
 
 def test_of_liger_the_losses_are_not_taken(fit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, told = put_in(monkeypatch, fit, lambda model: None)
+    asked, told = put_in(monkeypatch, fit, lambda model: None, "plan.0.method=lora")
     assert told == ["on this device: norms, rotary embedding and gates by Liger's kernels"]
     assert asked[0]["rms_norm"] is asked[0]["rope"] is asked[0]["swiglu"] is True
     assert asked[0]["cross_entropy"] is asked[0]["fused_linear_cross_entropy"] is False
@@ -288,9 +288,7 @@ def test_of_liger_the_losses_are_not_taken(fit: Any, monkeypatch: pytest.MonkeyP
 def test_what_writes_over_outputs_is_not_taken_where_magnitudes_are_trained(
     fit: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = tiny_model()
-    trimtab.attach(model, trimtab.Rule(match="*q_proj", method="dora", rank=2))
-    asked, told = put_in(monkeypatch, fit, lambda model: None, model=model)
+    asked, told = put_in(monkeypatch, fit, lambda model: None, "plan.0.method=dora")
     assert told == ["on this device: norms by Liger's kernels"]
     assert asked[0]["rms_norm"] is True
     assert asked[0]["rope"] is asked[0]["swiglu"] is asked[0]["geglu"] is False

@@ -18,6 +18,7 @@ from trimtab.adapters.store import OthersThereError, load_adapter
 from trimtab.config.run import RunConfig
 from trimtab.errors import ConfigError, PlanError
 from trimtab.machine import best_precision, device
+from trimtab.methods import Method, Options
 from trimtab.models.heads import learn_in_units
 from trimtab.models.load import beside_the_plan, empty_model
 from trimtab.models.locate import ModelHead, Source, locate
@@ -162,13 +163,23 @@ class Job:
         last = module.rpartition(".")[2]
         return any(fnmatchcase(module, one) and last in one for rule in rules for one in rule.match)
 
+    @cached_property
+    def _methods(self) -> list[tuple[type[Method], Options]]:
+        """Each method that is trained, with its options: those of the plan, else those of the adapter that it begins
+        from."""
+        if self.plan is None and self.config.adapter is not None:
+            return [(entry.method_class, entry.options) for entry in read_adapter(self.config.adapter).values()]
+        return [(rule.method_class, rule.options) for rule in (self.plan.rules if self.plan is not None else ())]
+
     @property
     def trains_base(self) -> bool:
         """Whether tensors of the model itself are trained."""
-        if self.plan is None:
-            begun = read_adapter(self.config.adapter) if self.config.adapter is not None else {}
-            return any(entry.method_class.trains_base for entry in begun.values())
-        return any(rule.method_class.trains_base for rule in self.plan.rules)
+        return any(method.trains_base for method, _ in self._methods)
+
+    @property
+    def trains_magnitudes(self) -> bool:
+        """Whether the magnitude of some weight is trained."""
+        return any(getattr(options, "magnitude", False) for _, options in self._methods)
 
 
 def _begin_from(name: str, model: nn.Module, planned: AttachReport | None, more: Sequence[Rule]) -> AttachReport:

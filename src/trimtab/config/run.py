@@ -11,6 +11,7 @@ The smallest file names a model and some rows; everything else has a default:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -252,6 +253,21 @@ class TrainConfig(Section):
     log_every: int = Field(10, ge=1, description="Steps between lines of metrics.")
     tensorboard: bool = Field(False, description="Write TensorBoard events, too.")
     tune: TuneConfig = Field(default_factory=TuneConfig, description="How learning_rate: auto finds the rate.")
+
+    def epoch_steps(self, rows: int) -> int:
+        """Optimiser steps of one epoch of so many ``rows``."""
+        return math.ceil(math.ceil(rows / self.batch_size) / self.gradient_accumulation)
+
+    def total_steps(self, rows: int) -> int:
+        """Optimiser steps of the whole run."""
+        whole = math.ceil(self.epochs * self.epoch_steps(rows))
+        return max(1, whole if self.max_steps is None else min(whole, self.max_steps))
+
+    def steps_between(self, every: Literal["epoch"] | int | float, rows: int) -> int:
+        """Optimiser steps from one validation or checkpoint to the next, where they come ``every`` so often."""
+        if every == "epoch":
+            return self.epoch_steps(rows)
+        return every if isinstance(every, int) else max(1, round(every * self.total_steps(rows)))
 
     @property
     def rate(self) -> float:

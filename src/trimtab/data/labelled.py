@@ -170,7 +170,7 @@ LARGEST = 1e15
 """Larger numbers have squares that float32 cannot hold."""
 
 
-def number_of(value: object, place: str, key: str = "label") -> float:
+def number_of(value: object, place: str) -> float:
     """A label that is a number, or a text that is one. Raises DataError for anything else."""
     said = value.strip() if isinstance(value, str) else value
     if isinstance(said, str) and _NUMBER.fullmatch(said):
@@ -178,9 +178,9 @@ def number_of(value: object, place: str, key: str = "label") -> float:
     if isinstance(said, bool) or not isinstance(said, int | float):
         shown = "nothing" if said is None or said == "" else f"{value!r}"[:60]
         hint = " A decimal point is a point, and thousands have none." if isinstance(said, str) and "," in said else ""
-        raise DataError(f"{place}: expected a number under '{key}', got {shown}.{hint}")
+        raise DataError(f"{place}: expected a number under 'label', got {shown}.{hint}")
     if not abs(said) <= LARGEST:  # NaN, too
-        raise DataError(f"{place}: expected a number of at most {LARGEST:g} under '{key}', got {said!r:.60}.")
+        raise DataError(f"{place}: expected a number of at most {LARGEST:g} under 'label', got {said!r:.60}.")
     return float(said)
 
 

@@ -28,7 +28,6 @@ from trimtab.runs.events import Listener
 from trimtab.surgery.attach_report import AttachReport, usually_frozen
 from trimtab.tasks import Inputs
 from trimtab.training.compiling import choose
-from trimtab.training.schedule import epoch_steps, total_steps
 
 REGRET = "Schulman et al., LoRA Without Regret, thinkingmachines.ai 2025"
 LEARNS_LESS = "Biderman et al., arXiv 2405.09673"
@@ -193,7 +192,7 @@ def _schedule(looked: _Looked, notes: Notes) -> None:
     train, count = looked.job.config.train, len(looked.inputs.rows)
     if not train.epochs:
         return
-    steps = total_steps(train, count)
+    steps = train.total_steps(count)
     if isinstance(train.warmup, int) and train.warmup >= steps:
         rate = f"{train.learning_rate:g}" if isinstance(train.learning_rate, float) else "the rate"
         share = (steps - 1) / train.warmup
@@ -208,8 +207,7 @@ def _schedule(looked: _Looked, notes: Notes) -> None:
         )
     if not looked.inputs.validation:
         return
-    every = epoch_steps(train, count) if train.validate_every == "epoch" else train.validate_every
-    every = every if isinstance(every, int) else max(1, round(every * steps))
+    every = train.steps_between(train.validate_every, count)
     if every > steps:
         notes.add(
             f"train.validate_every: {every} steps, but the run has {steps}: it is validated once, at its end, and "

@@ -30,7 +30,6 @@ from trimtab.runs.events import Listener
 from trimtab.surgery.adapted import Adapted, block_lists
 from trimtab.surgery.attach_report import AttachReport, usually_frozen
 from trimtab.tasks import Inputs
-from trimtab.training.schedule import total_steps
 
 WORK = {"eager": 0.17e14, "other": 0.65e14}
 """Multiplications and additions a core, by the kind of attention, that save as much time as compiling takes, some 50 s
@@ -71,7 +70,7 @@ def choose(job: Job, inputs: Inputs, attached: AttachReport) -> CompileChoice:
     tokens = round(sum(lengths) / max(1, len(lengths)) * train.batch_size)
     if train.compile != "auto":
         return CompileChoice(train.compile, tokens, f"train.compile: {str(train.compile).lower()}, as you say", False)
-    steps = total_steps(train, len(lengths)) if train.epochs else 0
+    steps = train.total_steps(len(lengths)) if train.epochs else 0
     step = tokens * train.gradient_accumulation
     times = won_back(attached, step * steps, config.model.attention)
     counts = f"{steps:,} steps of {step:,} tokens win the compiler's minute back {times:.1f} times"

@@ -135,13 +135,12 @@ def _liger(job: Job, model: Any) -> str:
         if said is True:
             raise ModelError(f"model.liger: Liger has no kernels for a model of type {kind}; set it to false")
         return ""
-    reads_outputs = any("magnitude" in name.split(".") for name, _ in model.named_parameters())
     before = _both_ways(model)
     with quiet_transformers():
-        apply_liger_kernel(model, {**LIGER, **dict.fromkeys(WRITERS, not reads_outputs), **NO_LOSS})
+        apply_liger_kernel(model, {**LIGER, **dict.fromkeys(WRITERS, not job.trains_magnitudes), **NO_LOSS})
     if not all(_same(one, other) for one, other in zip(_both_ways(model), before, strict=True)):
         raise ModelError(f"model.liger: with Liger's kernels this {kind} computes something else; set it to false")
-    return "norms" if reads_outputs else "norms, rotary embedding and gates"
+    return "norms" if job.trains_magnitudes else "norms, rotary embedding and gates"
 
 
 def _packs(job: Job, model: Any) -> bool:

@@ -12,7 +12,6 @@ from trimtab.config.resolve import Job
 from trimtab.config.run import TrainConfig
 from trimtab.errors import TrimtabError
 from trimtab.runs.events import Listener
-from trimtab.training.schedule import total_steps
 
 SHORTEST = 5
 """Steps: what a shorter training ends with says little of the rate."""
@@ -62,7 +61,7 @@ def told_trials(job: Job) -> str | None:
         inputs = tasks.of(job).read(job, job.reader, Listener())
     except TrimtabError:
         return f"learning rate: found by trials, which cost at most {train.tune.budget:.0%} of the run's steps"
-    steps = total_steps(train, len(inputs.rows))
+    steps = train.total_steps(len(inputs.rows))
     plan = plan_trials(train, steps, len(inputs.validation))
     if not plan.rounds:
         return f"learning rate: the likely one, since {steps:,} steps are too few for trials"

@@ -38,7 +38,6 @@ from trimtab.surgery.attach import detach
 from trimtab.tasks import Inputs
 from trimtab.training.rate_plan import TrialPlan, plan_trials
 from trimtab.training.rate_prior import SPREAD, labels_of_step, likely_rate
-from trimtab.training.schedule import total_steps
 from trimtab.training.trainer import AdapterTrainer, Diverged
 
 APART = 1 / 3
@@ -70,7 +69,7 @@ def find_rate(
     """
     group = here()
     train = job.config.train
-    steps = total_steps(train, len(inputs.rows))
+    steps = train.total_steps(len(inputs.rows))
     plan = plan_trials(train, steps, len(inputs.validation))
     search = _Search(job, inputs, model, listener=listener, rows=plan.rows)
     likely = search.likely(steps)
@@ -172,7 +171,7 @@ class _Search:
         train = self._job.config.train
         changed: dict[str, Any] = {"learning_rate": rate, "max_steps": steps, "log_every": 1, "average": None}
         if isinstance(train.warmup, int):  # the same share of fewer steps
-            changed["warmup"] = min(0.9, train.warmup / total_steps(train, len(self._inputs.rows)))
+            changed["warmup"] = min(0.9, train.warmup / train.total_steps(len(self._inputs.rows)))
         set_seed(train.seed)
         self._job.attach_to(self._model)
         try:

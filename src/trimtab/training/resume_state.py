@@ -31,7 +31,6 @@ from trimtab.runs.checkpoints import STATE, best_folder, damage, numbered, prune
 from trimtab.surgery.attach import trainable_parameters
 from trimtab.training.callbacks import AVERAGE_FILE
 from trimtab.training.optimizer import make_optimizer
-from trimtab.training.schedule import total_steps
 
 _OPTIMIZER, _SCHEDULER, _GENERATORS = "optimizer.pt", "scheduler.pt", "rng_state.pth"
 _LARGEST_STATE = 16 * 1024**2  # bytes of trainer_state.json, which has a few hundred
@@ -57,7 +56,7 @@ def newest_whole(
         rows: how many training rows there are; ``validates``: whether there are validation rows.
         tell: is given a sentence for each checkpoint that is damaged.
     """
-    keep, steps = train.keep_checkpoints, total_steps(train, rows)
+    keep, steps = train.keep_checkpoints, train.total_steps(rows)
     optimizer, trained = make_optimizer(model, train), trainable_parameters(model)
     for step, place in reversed(numbered(folder)):
         averages = train.average is not None and step > round((1 - train.average) * steps)

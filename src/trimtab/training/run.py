@@ -30,7 +30,6 @@ from trimtab.runs.results import OWN_ADAPTER, Measured
 from trimtab.surgery.attach_report import AttachReport
 from trimtab.training.checks import checked_inputs
 from trimtab.training.resume_state import newest_whole
-from trimtab.training.schedule import total_steps
 from trimtab.training.several import require_fit, told_of
 from trimtab.training.tracking import trackers
 from trimtab.training.work import Work, follow
@@ -260,7 +259,7 @@ class _Run:
         if checkpoint is not None:
             self.listener.note(f"resuming at step {at}")
         if checkpoint is not None and self.opening.changes.longer:
-            steps = total_steps(train, len(self.inputs.rows))
+            steps = train.total_steps(len(self.inputs.rows))
             self.remark(
                 f"trained further, from step {at} to step {steps}: the learning rate goes on as in a run of {steps} "
                 "steps"

@@ -30,7 +30,6 @@ from trimtab.training.compiling import plainly
 from trimtab.training.metrics_log import Lap, LogsAtOnce, Throughput
 from trimtab.training.on_device import is_flash
 from trimtab.training.optimizer import make_optimizer
-from trimtab.training.schedule import epoch_steps, total_steps
 from trimtab.training.steady import Steady
 
 IDLE = "idle"
@@ -59,11 +58,10 @@ def training_arguments(train: TrainConfig, rows: int, folder: Path, best: Metric
         folder: where checkpoints go.
         best: the validation metric that decides which step was best; None: there is no validation.
     """
-    steps = total_steps(train, rows)
+    steps = train.total_steps(rows)
     # In steps even where it is at the end of an epoch: then transformers validates first and saves after that, so that
     # a checkpoint knows of the validation at its step.
-    every = epoch_steps(train, rows) if train.validate_every == "epoch" else train.validate_every
-    save = epoch_steps(train, rows) if train.save_every == "epoch" else train.save_every
+    every, save = (train.steps_between(every, rows) for every in (train.validate_every, train.save_every))
     return TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=train.batch_size,
@@ -84,7 +82,7 @@ def training_arguments(train: TrainConfig, rows: int, folder: Path, best: Metric
         logging_first_step=True,
         logging_nan_inf_filter=False,
         eval_strategy="steps" if best is not None else "no",
-        eval_steps=every if isinstance(every, int) else max(1, round(every * steps)),
+        eval_steps=every,
         save_strategy="steps",
         save_steps=save,
         metric_for_best_model=best.name if best is not None else None,

@@ -41,7 +41,6 @@ def command(
         from trimtab.tasks import job_of
         from trimtab.training.checks import planned
         from trimtab.training.rate_plan import told_trials
-        from trimtab.training.schedule import total_steps
         from trimtab.training.several import require_fit
 
     job = job_of(loaded)
@@ -76,7 +75,7 @@ def command(
         sources = [SourceRecord.read(source) for source in rows["sources"]]
         if len(sources) > 1 or sources[0].weight != 1:
             console.print(run_tables.sources_table(sources))
-        steps = total_steps(loaded.train, rows["an_epoch"]) if loaded.train.epochs else 0
+        steps = loaded.train.total_steps(rows["an_epoch"]) if loaded.train.epochs else 0
         measured = [f"{name}: {count:,}" for name, count in {"validation": rows["validation"], **rows["tests"]}.items()]
         console.print(
             f"rows: {rows['an_epoch']:,} to train on in an epoch, {steps:,} steps in all; {', '.join(measured)}",

@@ -89,10 +89,10 @@ class Carried:
                 except (TypeError, ValueError):
                     raise ConfigError(f"{self.file}: {key}: expected a number, got {show(value)}") from None
 
-    def low_rank(self, match: str | list[str], options: Mapping[str, str], dora: str, rank: int = 8) -> dict[str, Any]:
+    def low_rank(self, match: str | list[str], options: Mapping[str, str], dora: str) -> dict[str, Any]:
         """A rule for LoRA or DoRA on ``match``: ``options`` are our options by their keys, ``dora`` is the key that
-        switches DoRA on, ``rank`` the tool's default."""
-        rule = {"match": match, "method": "dora" if self.take(dora) else "lora", "rank": rank}
+        switches DoRA on; the rank of all these tools is 8 where none is said."""
+        rule = {"match": match, "method": "dora" if self.take(dora) else "lora", "rank": 8}
         rule.update({ours: value for key, ours in options.items() if (value := self.take(key))})
         self.rules.append(rule)
         return rule

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from trimtab.data.forms._reading import Reading
@@ -228,15 +227,13 @@ def require_encodable(value: str, what: str) -> None:
         ) from None
 
 
-def keys_of(row: Row, most: int = 12) -> str:
+_KEYS = 12  # that a message names
+
+
+def keys_of(row: Row) -> str:
     """The keys of ``row``, for a message."""
-    return listed(row.value, most)
-
-
-def listed(value: Mapping[str, Any], most: int = 12) -> str:
-    """The keys of ``value``, for a message."""
-    names = [f"{key} (null)" if held is None else str(key) for key, held in value.items()]
-    return (", ".join(names[:most]) + (", ..." if len(names) > most else "")) or "none at all"
+    names = [f"{key} (null)" if held is None else str(key) for key, held in row.value.items()]
+    return (", ".join(names[:_KEYS]) + (", ..." if len(names) > _KEYS else "")) or "none at all"
 
 
 def short(value: Any) -> str:
