@@ -158,7 +158,7 @@ class Job:
         return rules
 
     def _names(self, module: str) -> bool:
-        """Whether a rule of the plan is about ``module`` by its name, which the user then decides about."""
+        """Whether a rule of the plan names ``module``: what becomes of it is then as the user says."""
         rules = self.plan.rules if self.plan is not None else ()
         last = module.rpartition(".")[2]
         return any(fnmatchcase(module, one) and last in one for rule in rules for one in rule.match)
@@ -188,7 +188,7 @@ def _begin_from(name: str, model: nn.Module, planned: AttachReport | None, more:
 
     Args:
         planned: what the plan of the configuration has attached already; None: the adapter says it itself.
-        more: rules that the adapter has to obey besides.
+        more: rules besides, about modules that the adapter has to train, too.
 
     Raises:
         AdapterError: there is no such adapter, or it was made for another model.
@@ -207,7 +207,7 @@ def _begin_from(name: str, model: nn.Module, planned: AttachReport | None, more:
         return planned
     trained = [known for module in stored.modules for known in (module.name, *module.aliases)]
     for rule in more:
-        if not any(fnmatch(module, glob) for module in trained for glob in rule.match):
+        if not any(fnmatch(module, pattern) for module in trained for pattern in rule.match):
             raise PlanError(
                 f"adapter: {name} does not train {', '.join(rule.match)}, which this run needs it to: the rows of "
                 "model.add_tokens, or the head of its task. Begin from an adapter that was trained so, or without "
@@ -222,9 +222,9 @@ def _shortened(model: nn.Module, report: AttachReport) -> AttachReport:
     rules = []
     for number, rule in enumerate(report.rules, start=1):
         mine = {name for module in report.modules if module.rule == number for name in (module.name, *module.aliases)}
-        globs = sorted({f"*.{name.rpartition('.')[2]}" for name in mine})
-        meant = {name for name in known if any(fnmatch(name, glob) for glob in globs)}
-        rules.append(rule.model_copy(update={"match": tuple(globs)}) if meant == mine else rule)
+        patterns = sorted({f"*.{name.rpartition('.')[2]}" for name in mine})
+        meant = {name for name in known if any(fnmatch(name, pattern) for pattern in patterns)}
+        rules.append(rule.model_copy(update={"match": tuple(patterns)}) if meant == mine else rule)
     return replace(report, rules=tuple(rules))
 
 

@@ -169,14 +169,18 @@ def estimate_run(job: Job, sizes: RowSizes) -> RunMemory:
         scored = (evaluated if moment == "evaluating" and evaluated else batch).labels
         logits = 4 * task.logits_at_once(model, scored)
         passing = held.get("activations", 0) + held.get("gradients", 0)
-        holes = SHARE * passing
-        # Blocks of logits that come and go between the small ones leave more, unless the system takes them back.
-        if host is not None:
-            holes = 0.0
-        elif 0 < logits < RETURNED:
-            holes += min(HOLES, 4 * parameters) + PER_LOGITS * logits
-        moments.append(MemoryEstimate(**held, fragmentation=round(holes), process=process, moment=moment))
+        holes = _holes(passing, logits, parameters) if host is None else 0
+        moments.append(MemoryEstimate(**held, fragmentation=holes, process=process, moment=moment))
     return RunMemory(tuple(moments), attached, uncounted, host)
+
+
+def _holes(passing: int, logits: int, parameters: int) -> int:
+    """Bytes that the processor's allocator holds free where so many come and go, among them blocks of ``logits``, in a
+    model of so many ``parameters``."""
+    holes = SHARE * passing
+    if 0 < logits < RETURNED:  # else the system takes such a block back
+        holes += min(HOLES, 4 * parameters) + PER_LOGITS * logits
+    return round(holes)
 
 
 def _evaluated(config: RunConfig, sizes: RowSizes) -> Batch | None:

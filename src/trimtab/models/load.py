@@ -113,7 +113,7 @@ class Beside:
 
 
 def beside_the_plan(files: ModelFiles, model: Any, decided: Callable[[str], bool]) -> Beside:
-    """What is trained of ``model`` beside a plan; a module that is ``decided`` about, by its name, is left to that."""
+    """What is trained of ``model`` beside a plan, but for modules that the plan itself says (``decided``, by name)."""
     rules, tokens = [], files.source.add_tokens
     if tokens:
         rules.append(_rows_rule(model, files.tokenizer, tokens))
