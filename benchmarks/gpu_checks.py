@@ -44,6 +44,7 @@ def run(record: Record, device: torch.device, *, tiny: bool, late: Callable[[], 
     _per_row(record, device)
     for dtype in (torch.bfloat16,) if tiny else (torch.float32, torch.bfloat16, torch.float16):
         _rows_of_a_layer(record, device, dtype, tiny=tiny)
+        _rows_that_train(record, device, dtype, tiny=tiny)
     for method in ("lora", "dora"):
         _dropped(record, device, method, tiny=tiny)
 
@@ -299,5 +300,62 @@ def _rows_of_a_layer(record: Record, device: torch.device, dtype: torch.dtype, *
                 worst = max(worst, _error(mixed[row], expected, room * torch.finfo(dtype).eps))
         failed = [f"a row is off by {worst:.2f} tolerances"] if worst > 1 else []
         record.add("checks", name=name, cases=2 * len(_NAMES), worst=worst, failed=failed)
+    except Exception as error:
+        record.add("checks", name=name, cases=1, failed=[_told(error)])
+
+
+def _rows_that_train(record: Record, device: torch.device, dtype: torch.dtype, *, tiny: bool) -> None:
+    """Rows of one batch through adapters of their own that all train, against the formula in float64."""
+    import trimtab
+    from trimtab.surgery.names import entries
+
+    out_features, in_features, tokens = LARGE["tiny" if tiny else "real"]
+    name = f"{out_features} x {in_features}, {tokens} tokens a row, {str(dtype)[6:]}: per_row with gradients"
+    torch.manual_seed(0)
+    try:
+        layer = nn.Linear(in_features, out_features, dtype=dtype, device=device)
+        holder = nn.Sequential(layer)
+        rows = [None if one == "three" else one for one in _NAMES]
+        trained: dict[str, dict[str, Tensor]] = {}
+        for adapter in ("one", "two", "four"):
+            trimtab.attach(holder, trimtab.Rule(match="0", **_ADAPTERS[adapter]), name=adapter)
+            trained[adapter] = dict(entries(holder, adapter)["0"].adapter.named_parameters())
+            with torch.no_grad():
+                for parameter in trained[adapter].values():
+                    parameter.add_(0.05 * torch.randn_like(parameter))
+        for mine in trained.values():
+            for parameter in mine.values():
+                parameter.requires_grad_()
+        x = torch.randn(len(rows), tokens, in_features, dtype=dtype, device=device, requires_grad=True)
+        upstream = torch.randn(len(rows), tokens, out_features, dtype=dtype, device=device)
+        with trimtab.per_row(holder, rows):
+            output = holder(x)
+            output.backward(upstream)
+        x64 = x.detach().double().requires_grad_()
+        wide = {
+            adapter: {key: one.detach().double().requires_grad_() for key, one in mine.items()}
+            for adapter, mine in trained.items()
+        }
+        expected = []
+        for row, adapter in enumerate(rows):
+            total = layer.weight.double()
+            if adapter is not None:
+                leaves = wide[adapter]
+                scale = entries(holder, adapter)["0"].adapter.factors()[0].scale
+                total = total + scale * leaves["B"] @ leaves["A"]
+                if "magnitude" in leaves:
+                    total = total * (leaves["magnitude"] / total.detach().norm(dim=1)).unsqueeze(1)
+            expected.append(x64[row] @ total.t() + layer.bias.double())
+        torch.stack(expected).backward(upstream.double())
+        room = (4 if dtype in (torch.bfloat16, torch.float16) else 32) * torch.finfo(dtype).eps
+        errors = {
+            "output": _error(output, torch.stack(expected), room),
+            "gradient of x": _error(x.grad, x64.grad, room),
+        }
+        for adapter, mine in trained.items():
+            for key, one in mine.items():
+                errors[f"gradient of {key} of {adapter}"] = _error(one.grad, wide[adapter][key].grad, room)
+        failed = [f"{what} is off by {one:.2f} tolerances" for what, one in errors.items() if one > 1]
+        record.add("checks", name=name, cases=len(rows), worst=max(errors.values()), failed=failed)
     except Exception as error:
         record.add("checks", name=name, cases=1, failed=[_told(error)])
