@@ -32,11 +32,27 @@ def pytest_configure(config: pytest.Config) -> None:
     gc.disable()  # what is imported and collected stays: looking through it as it grows takes a quarter of the time
 
 
+_frozen = 0  # how many modules were loaded when the collector was last told to leave alone what is there
+
+
+def _freeze() -> None:
+    global _frozen
+    gc.freeze()
+    _frozen = len(sys.modules)
+
+
 def pytest_collection_finish() -> None:
     """From here on the collector looks through what the tests make, and no more through a million objects besides,
     which takes half a second: every training asks for it at its end."""
-    gc.freeze()
+    _freeze()
     gc.enable()
+
+
+def pytest_runtest_setup() -> None:
+    """What a test imported stays as well; a trainer and what it needs are a hundred thousand objects."""
+    if len(sys.modules) > _frozen + 50:
+        gc.collect()
+        _freeze()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

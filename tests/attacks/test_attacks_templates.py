@@ -139,7 +139,7 @@ def examples(path: Path, tokenizer: Any) -> Any:
 
 def test_a_template_s_end_of_a_turn_is_looked_for_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chat_template, "_SECONDS", 0.05)  # each of them is tried with several messages
-    for template in sample([*FAILING.values(), *ENDLESS.values()], 8):
+    for template in sample([*FAILING.values(), *ENDLESS.values()], 7):
         try:
             assert chat_template.turn_end(tiny_tokenizer(template)) is None
         except TrimtabError as error:

@@ -223,7 +223,7 @@ def test_another_change_in_place_keeps_torchs_word() -> None:
     assert "keep_product" not in str(caught.value)
 
 
-@pytest.mark.parametrize("update", list(UPDATES))
+@pytest.mark.parametrize("update", sampling.sample(list(UPDATES), 2))
 def test_torch_compile(update: str) -> None:
     """Traced by the compiler, the function gives the same output and gradients (to the order of sums)."""
     kind, shapes = UPDATES[update]
