@@ -119,8 +119,9 @@ def load_adapter(model: nn.Module, folder: Path | str, name: str = DEFAULT) -> A
     put_away(model)
     if name not in adapters(model):
         require_new_name(model, name, "load_adapter")
+    stored = read_adapter(place)
     known = dict(seen_by(model, name))
-    stored = fitted_to(model, known, place, read_adapter(place))
+    stored = fitted_to(model, known, place, stored)
     rules, number = _rules(stored)
     if carried := entries(model, name):
         with whole_tensors(model):

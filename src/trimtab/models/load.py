@@ -56,9 +56,9 @@ def load_model(
     """
     files = ModelFiles.of(source)
     source = files.source
-    files.check_weights()
     options = files.options | _attention(attention)
     with loading(source, "model"):
+        files.check_weights()
         if source.head.problem:
             options |= {"config": files.config_with_head, "ignore_mismatched_sizes": True}
         loaded: Any = getattr(transformers, source.head.model_class).from_pretrained(
