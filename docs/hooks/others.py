@@ -51,9 +51,9 @@ class Watched(Carried):
         self.left_out |= table
         super().leave(table)
 
-    def low_rank(self, match: str | list[str], options: Mapping[str, str], dora: str, rank: int = 8) -> dict[str, Any]:
+    def low_rank(self, match: str | list[str], options: Mapping[str, str], dora: str) -> dict[str, Any]:
         self.pairs |= {key: f"plan: {ours}" for key, ours in options.items()} | {dora: "plan: method: dora"}
-        return super().low_rank(match, options, dora, rank)
+        return super().low_rank(match, options, dora)
 
 
 def page(name: str) -> str:
