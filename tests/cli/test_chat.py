@@ -171,6 +171,7 @@ def terminal(model_folder: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Po
     os.close(ours)
 
 
+@pytest.mark.full
 def test_at_a_terminal(terminal: Any, tmp_path: Path) -> None:
     process, wait_for, keyboard = terminal
     wait_for("> ")

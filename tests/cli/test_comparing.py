@@ -42,6 +42,7 @@ def study(tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -
     return tmp_path / "study.yaml"
 
 
+@pytest.mark.full
 def test_a_study_from_plan_to_page(cli: Any, study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     planned = cli("compare", study, "--plan")
     assert planned.code == 0, planned.err

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.usefixtures("bare_runs")
 TRAIN = {"max_steps": 30, "epochs": 10, "tune": {"budget": 1.0}}
 
 
+@pytest.mark.full
 def test_tune_shows_its_trials_and_writes_a_yaml_that_trains_with_the_rate(
     cli: Any, make_yaml: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

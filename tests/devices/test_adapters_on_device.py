@@ -28,7 +28,7 @@ def changed_as(change: Callable[[nn.Module], object], model: nn.Module, *, batch
         return there(batch.to(DEVICE)).cpu(), wanted
 
 
-@pytest.mark.parametrize("quantised", ["", pytest.param("int8", marks=pytest.mark.full), "nf4"])
+@pytest.mark.parametrize("quantised", ["", *(pytest.param(kind, marks=pytest.mark.full) for kind in ("int8", "nf4"))])
 def test_adapters_by_name(quantised: str) -> None:
     torch.manual_seed(0)
     model = Every(quantised)

@@ -59,7 +59,7 @@ def gguf(folder: Path) -> tuple[Path, Path]:
     return folder / "tiny.gguf", write_rows(folder / "rows.jsonl", rows(12))
 
 
-@pytest.mark.parametrize("made", [classes, sequences, *([pictures, gguf, tags] if sampling.everything else [])])
+@pytest.mark.parametrize("made", [classes, *([sequences, pictures, gguf, tags] if sampling.everything else [])])
 def test_a_run_is_that_of_the_processor(
     made: Callable[[Path], tuple[Path, Path]],
     tmp_path: Path,

@@ -344,7 +344,7 @@ def test_replicas_use_their_own_tensors(options: dict[str, Any]) -> None:
     assert_right(model)
 
 
-@pytest.mark.parametrize("options", sampling.sample(list(METHODS.values()), every=7, always=[METHODS["dora"]]))
+@pytest.mark.parametrize("options", list(METHODS.values()) if sampling.everything else [METHODS["dora"]])
 def test_a_compiled_model_follows_its_tensors(options: dict[str, Any]) -> None:
     model = adapted(options)
     torch._dynamo.reset()
