@@ -20,6 +20,7 @@ from torch import Tensor
 
 from trimtab.ops.kernels import triton_programs as programs
 from trimtab.ops.kernels.triton import _dots, _full, _precision, accumulates, call, on_its_device, padded
+from trimtab.ops.kernels.triton_programs import _loaded
 
 RANKS = 32
 """Up to so many the programs do the products; with more of them cuBLAS does, on what dropout leaves."""
@@ -80,21 +81,16 @@ def dropped_product(
     """``into = d A^T [tokens, rank]``: one walk over x, BM rows a program."""
     rows, ranks = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, BR)
     in_rows, in_ranks = rows < tokens, ranks < rank
-    from_rows = x + rows.to(tl.int64)[:, None] * features
+    wide = rows.to(tl.int64)
     total = tl.zeros([BM, BR], ACC)
     for start in range(0, features, BN):
         columns = start + tl.arange(0, BN)
         in_columns = columns < features
         kept = _drawn(seed, rows, columns) >= threshold.to(tl.uint32)
-        values = tl.load(from_rows + columns[None, :], mask=in_rows[:, None] & in_columns[None, :], other=0.0)
-        values = tl.where(kept, values, 0.0)
-        factor = tl.load(
-            a + ranks[None, :] * a_row + columns[:, None] * a_column,
-            mask=in_ranks[None, :] & in_columns[:, None],
-            other=0.0,
-        )
+        values = tl.where(kept, _loaded(x + wide[:, None] * features + columns[None, :], in_rows, in_columns), 0.0)
+        factor = _loaded(a + columns[:, None] * a_column + ranks[None, :] * a_row, in_columns, in_ranks)
         total += tl.dot(values.to(DOT), factor.to(DOT), input_precision=PRECISION, out_dtype=ACC)
-    place = rows.to(tl.int64)[:, None] * rank + ranks[None, :]
+    place = wide[:, None] * rank + ranks[None, :]
     tl.store(into + place, total.to(into.dtype.element_ty), mask=in_rows[:, None] & in_ranks[None, :])
 
 
@@ -122,15 +118,11 @@ def add_dropped(
     rows, ranks = tl.program_id(1) * BM + tl.arange(0, BM), tl.arange(0, BR)
     in_rows, in_columns, in_ranks = rows < tokens, columns < features, ranks < rank
     kept = _drawn(seed, rows, columns) >= threshold.to(tl.uint32)
-    wide = rows.to(tl.int64)[:, None]
-    h = tl.load(inner + wide * rank + ranks[None, :], mask=in_rows[:, None] & in_ranks[None, :], other=0.0)
-    factor = tl.load(
-        a + ranks[:, None] * a_row + columns[None, :] * a_column,
-        mask=in_ranks[:, None] & in_columns[None, :],
-        other=0.0,
-    )
+    wide = rows.to(tl.int64)
+    h = _loaded(inner + wide[:, None] * rank + ranks[None, :], in_rows, in_ranks)
+    factor = _loaded(a + ranks[:, None] * a_row + columns[None, :] * a_column, in_ranks, in_columns)
     added = tl.dot(h.to(DOT), factor.to(DOT), input_precision=PRECISION, out_dtype=ACC)
-    place, mask = wide * features + columns[None, :], in_rows[:, None] & in_columns[None, :]
+    place, mask = wide[:, None] * features + columns[None, :], in_rows[:, None] & in_columns[None, :]
     total = tl.load(target + place, mask=mask, other=0.0).to(ACC) + tl.where(kept, added, 0.0)
     tl.store(target + place, total.to(target.dtype.element_ty), mask=mask)
 
@@ -163,9 +155,8 @@ def dropped_outer(
         in_rows = rows < tokens
         kept = _drawn(seed, rows, columns) >= threshold.to(tl.uint32)
         wide = rows.to(tl.int64)
-        mask = in_rows[:, None] & in_columns[None, :]
-        values = tl.where(kept, tl.load(x + wide[:, None] * features + columns[None, :], mask=mask, other=0.0), 0.0)
-        h = tl.load(inner + wide[None, :] * rank + ranks[:, None], mask=in_ranks[:, None] & in_rows[None, :], other=0.0)
+        values = tl.where(kept, _loaded(x + wide[:, None] * features + columns[None, :], in_rows, in_columns), 0.0)
+        h = _loaded(inner + ranks[:, None] + wide[None, :] * rank, in_ranks, in_rows)
         total += tl.dot(h.to(DOT), values.to(DOT), input_precision=PRECISION, out_dtype=ACC)
     place = (row_block.to(tl.int64) * rank + ranks[:, None]) * features + columns[None, :]
     tl.store(parts + place, total, mask=in_ranks[:, None] & in_columns[None, :])
@@ -261,8 +252,8 @@ def _add(target: Tensor, inner: Tensor, a: Tensor, seed: Tensor, threshold: int)
 @on_its_device
 def _outer(inner: Tensor, rows: Tensor, seed: Tensor, threshold: int) -> Tensor:
     rows, inner, into = rows.contiguous(), inner.contiguous(), _gradient(inner, rows)
-    (tokens, features), tall = rows.shape, 32
-    column_blocks, row_tiles = math.ceil(features / _COLUMNS), math.ceil(tokens / tall)
+    (tokens, features), tall, across = rows.shape, 32, _COLUMNS if rows.itemsize == 2 else _COLUMNS // 2
+    column_blocks, row_tiles = math.ceil(features / across), math.ceil(tokens / tall)
     steps = min(16, 1 << max(0, math.floor(math.log2(max(1, column_blocks * row_tiles / _PROGRAMS_ENOUGH)))))
     row_blocks = math.ceil(row_tiles / steps)
     parts = into.new_empty(row_blocks, into.numel())
@@ -273,7 +264,7 @@ def _outer(inner: Tensor, rows: Tensor, seed: Tensor, threshold: int) -> Tensor:
         parts=parts,
         STEPS=steps,
         BM=tall,
-        BN=_COLUMNS,
+        BN=across,
         **_sizes(rows, inner.shape[1], threshold),
         **_types(rows, inner.shape[1]),
     )

@@ -13,6 +13,12 @@ import triton
 import triton.language as tl
 
 
+@triton.jit
+def _loaded(block, in_rows, in_columns):
+    """What lies at a ``block`` of addresses, 0 where it is outside of the matrix."""
+    return tl.load(block, mask=in_rows[:, None] & in_columns[None, :], other=0.0)
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def forward_pass(
     product,
@@ -55,16 +61,8 @@ def forward_pass(
     if THIN:
         ranks = tl.arange(0, BR)
         in_ranks = ranks < rank
-        h = tl.load(
-            inner + rows[:, None] * inner_row + ranks[None, :] * inner_column,
-            mask=in_rows[:, None] & in_ranks[None, :],
-            other=0.0,
-        )
-        factor = tl.load(
-            b + columns[None, :] * b_row + ranks[:, None] * b_column,
-            mask=in_columns[None, :] & in_ranks[:, None],
-            other=0.0,
-        )
+        h = _loaded(inner + rows[:, None] * inner_row + ranks[None, :] * inner_column, in_rows, in_ranks)
+        factor = _loaded(b + ranks[:, None] * b_column + columns[None, :] * b_row, in_ranks, in_columns)
         total += tl.dot(h.to(DOT), factor.to(DOT), input_precision=PRECISION, out_dtype=ACC) * SCALE
     if SPREAD:
         from_inner = inner + rows[:, None] * inner_row + (columns % rank)[None, :] * inner_column
@@ -127,7 +125,7 @@ def backward_pass(
     if THIN:
         total_b = tl.zeros([BN, BR], ACC)
         in_b = in_columns[:, None] & in_ranks[None, :]
-        factor = tl.load(b + columns[:, None] * b_row + ranks[None, :] * b_column, mask=in_b, other=0.0).to(DOT)
+        factor = _loaded(b + columns[:, None] * b_row + ranks[None, :] * b_column, in_columns, in_ranks).to(DOT)
     for step in range(STEPS):
         rows = (row_block * STEPS + step) * BM + tl.arange(0, BM)
         in_rows = rows < tokens
@@ -146,7 +144,7 @@ def backward_pass(
             tl.store(scaled + place, dy, mask=mask)
         if THIN:
             in_h = in_rows[:, None] & in_ranks[None, :]
-            h = tl.load(inner + rows[:, None] * inner_row + ranks[None, :] * inner_column, mask=in_h, other=0.0).to(DOT)
+            h = _loaded(inner + rows[:, None] * inner_row + ranks[None, :] * inner_column, in_rows, in_ranks).to(DOT)
             dy = dy.to(DOT)
             total_b += tl.dot(tl.trans(dy), h, input_precision=PRECISION, out_dtype=ACC)
             dh = tl.dot(dy, factor, input_precision=PRECISION, out_dtype=ACC)
@@ -240,30 +238,18 @@ def squared_norms(
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     ranks, other_ranks = tl.arange(0, BR), tl.arange(0, BR)
     in_rows, in_ranks = rows < out, ranks < rank
-    from_rows = weight + rows.to(tl.int64)[:, None] * weight_row
+    wide = rows.to(tl.int64)
     product = tl.zeros([BM, BR], ACC)
     for start in range(0, features, BN):
         columns = start + tl.arange(0, BN)
         in_columns = columns < features
-        w = tl.load(
-            from_rows + columns.to(tl.int64)[None, :] * weight_column,
-            mask=in_rows[:, None] & in_columns[None, :],
-            other=0.0,
+        w = _loaded(
+            weight + wide[:, None] * weight_row + columns.to(tl.int64)[None, :] * weight_column, in_rows, in_columns
         )
-        factor = tl.load(
-            a + ranks[None, :] * a_row + columns[:, None] * a_column,
-            mask=in_ranks[None, :] & in_columns[:, None],
-            other=0.0,
-        )
+        factor = _loaded(a + columns[:, None] * a_column + ranks[None, :] * a_row, in_columns, in_ranks)
         product += tl.dot(w.to(DOT), factor.to(DOT), input_precision=PRECISION, out_dtype=ACC)
-    weights = tl.load(
-        b + rows[:, None] * b_row + ranks[None, :] * b_column, mask=in_rows[:, None] & in_ranks[None, :], other=0.0
-    ).to(ACC)
-    gram = tl.load(
-        crossed + ranks[:, None] * rank + other_ranks[None, :],
-        mask=in_ranks[:, None] & (other_ranks < rank)[None, :],
-        other=0.0,
-    ).to(ACC)
+    weights = _loaded(b + rows[:, None] * b_row + ranks[None, :] * b_column, in_rows, in_ranks).to(ACC)
+    gram = _loaded(crossed + ranks[:, None] * rank + other_ranks[None, :], in_ranks, other_ranks < rank).to(ACC)
     inner = 2 * SCALE * product + SCALE * SCALE * tl.dot(weights, gram, input_precision="ieee", out_dtype=ACC)
     total = tl.load(squares + rows, mask=in_rows, other=0.0).to(ACC) + tl.sum(weights * inner, 1)
     tl.store(into + rows, tl.maximum(total, 0.0).to(into.dtype.element_ty), mask=in_rows)

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trimtab.ops.kernels.triton import _dots, _full, _precision, accumulates, on_its_device, padded
+from trimtab.ops.kernels.triton_programs import _loaded
 from trimtab.ops.kernels.triton_segment_programs import FIELDS, pointed_to
 
 _ROWS, _ADDED = 32, 1024
@@ -71,8 +72,7 @@ def backward_segments(
         total_b = tl.zeros([BN, BR], ACC)
         scale = tl.load(line + 3).to(tl.float64, bitcast=True).to(ACC)
         b = tl.load(line + 2).to(tl.pointer_type(B_TYPE))
-        in_b = in_columns[:, None] & in_ranks[None, :]
-        factor = tl.load(b + columns.to(tl.int64)[:, None] * rank + ranks[None, :], mask=in_b, other=0.0).to(DOT)
+        factor = _loaded(b + columns.to(tl.int64)[:, None] * rank + ranks[None, :], in_columns, in_ranks).to(DOT)
     for first in range(start, stop, BM):
         places = first + tl.arange(0, BM)
         in_rows = places < stop
@@ -141,10 +141,8 @@ def outer_segments(
         rows = places
         if ORDERED:
             rows = tl.load(order + places, mask=in_rows, other=0)
-        mask = in_rows[:, None] & in_columns[None, :]
-        values = tl.load(x + rows.to(tl.int64)[:, None] * features + columns[None, :], mask=mask, other=0.0)
-        from_inner = inner + places.to(tl.int64)[None, :] * width + ranks[:, None]
-        h = tl.load(from_inner, mask=in_ranks[:, None] & in_rows[None, :], other=0.0)
+        values = _loaded(x + rows.to(tl.int64)[:, None] * features + columns[None, :], in_rows, in_columns)
+        h = _loaded(inner + ranks[:, None] + places.to(tl.int64)[None, :] * width, in_ranks, in_rows)
         total += tl.dot(h.to(DOT), values.to(DOT), input_precision=PRECISION, out_dtype=ACC)
     at = (tile.to(tl.int64) * width + ranks[:, None]) * features + columns[None, :]
     tl.store(parts + at, total, mask=in_ranks[:, None] & in_columns[None, :])

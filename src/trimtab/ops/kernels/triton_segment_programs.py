@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trimtab.ops.kernels.triton import _NAMES, _dots, _precision, accumulates, on_its_device, padded
+from trimtab.ops.kernels.triton_programs import _loaded
 
 FIELDS = 8
 """Of a segment's line: the address of F, its rows, the address of B, the bits of s, the addresses of c and of the bias;
@@ -72,13 +73,12 @@ def multiply_segments(
         columns = first + tl.arange(0, BN)
         in_columns = columns < count
         total = tl.zeros([BM, BN], ACC)
-        from_rows = x + rows.to(tl.int64)[:, None] * features
-        from_columns = factor + columns.to(tl.int64)[None, :] * features
+        wide, wide_columns = rows.to(tl.int64), columns.to(tl.int64)
         for start in range(split * per_split, tl.minimum((split + 1) * per_split, features), BK):
             inner = start + tl.arange(0, BK)
             in_inner = inner < features
-            values = tl.load(from_rows + inner[None, :], mask=in_rows[:, None] & in_inner[None, :], other=0.0)
-            others = tl.load(from_columns + inner[:, None], mask=in_inner[:, None] & in_columns[None, :], other=0.0)
+            values = _loaded(x + wide[:, None] * features + inner[None, :], in_rows, in_inner)
+            others = _loaded(factor + inner[:, None] + wide_columns[None, :] * features, in_inner, in_columns)
             total += tl.dot(values.to(DOT), others.to(DOT), input_precision=PRECISION, out_dtype=ACC)
         place = (split.to(tl.int64) * tokens + places)[:, None] * width + columns[None, :]
         tl.store(into + place, total.to(into.dtype.element_ty), mask=in_rows[:, None] & in_columns[None, :])
@@ -137,10 +137,9 @@ def add_segments(
                 from_inner = inner + (split * tokens + places).to(tl.int64)[:, None] * width
                 h += tl.load(from_inner + ranks[None, :], mask=in_inner, other=0.0)
             if TURNED:
-                from_b = b + ranks.to(tl.int64)[:, None] * out + columns[None, :]
+                factor = _loaded(b + ranks.to(tl.int64)[:, None] * out + columns[None, :], in_ranks, in_columns)
             else:
-                from_b = b + columns.to(tl.int64)[None, :] * rank + ranks[:, None]
-            factor = tl.load(from_b, mask=in_columns[None, :] & in_ranks[:, None], other=0.0)
+                factor = _loaded(b + ranks[:, None] + columns.to(tl.int64)[None, :] * rank, in_ranks, in_columns)
             total += tl.dot((h * scale).to(DOT), factor.to(DOT), input_precision=PRECISION, out_dtype=ACC)
     if SQUARE:
         around = tl.load(line + 7)
