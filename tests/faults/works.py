@@ -42,7 +42,7 @@ class Scene:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.model = write_model(folder / "model")
+        self.model = write_model(folder / "model", num_hidden_layers=1)
         train = write_rows(folder / "train.jsonl", rows(20))
         self.test = write_rows(folder / "test.jsonl", rows(6))
         settings = {
