@@ -172,8 +172,9 @@ def _unreached(model: nn.Module, sizes: dict[int, tuple[int, ...]], entries: Ite
             continue
         kind = OUTPUT_HEAD if id(module) in heads else parts.get(id(module)) or bases.named(own)
         parts |= {id(part): kind for part in within}
-        seen.update(left)
-        found[kind] += sum(math.prod(sizes[key]) for key in left)
+        for key in left:
+            seen.add(key)
+            found[kind] += math.prod(sizes[key])
     return dict(sorted(found.items(), key=lambda pair: -pair[1]))
 
 
