@@ -103,7 +103,7 @@ def run_ours(
         head=task.head(model),
         reader=tokenizer,
         folder=Path(folder),
-        record=lambda row: losses.append(row["loss"]),
+        record=lambda line: losses.append(line.loss),
     )
     if compiled:
         trainer.add_callback(Compiling(model, batch, Listener()))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -104,3 +106,12 @@ def test_using_the_core_imports_no_optional_package() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_type_checkers_are_told_that_the_names_are_for_others() -> None:
+    """A checker takes an import for the module's own use, unless it is written ``name as name``: a program that is
+    checked strictly could else use none of them. (``adapters`` is a package, and found by itself.)"""
+    tree = ast.parse(Path(trimtab.__file__).read_text(encoding="utf-8"))
+    imported = [name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for name in node.names]
+    told = {name.name for name in imported if name.asname == name.name}
+    assert told == set(trimtab.__all__) - {"__version__", "adapters"}

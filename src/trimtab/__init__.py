@@ -70,28 +70,48 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-if TYPE_CHECKING:  # what the lazy names are, for type checkers and editors
-    from trimtab.adapters.store import load_adapter, save_adapter
+if TYPE_CHECKING:  # what the lazy names are, for type checkers and editors; `as` says that they are for others
+    from trimtab.adapters.store import load_adapter as load_adapter, save_adapter as save_adapter
     from trimtab.errors import (
-        AdapterError,
-        ConfigError,
-        DataError,
-        Interrupted,
-        ModelError,
-        PlanError,
-        RunError,
-        SurgeryError,
-        TrimtabError,
+        AdapterError as AdapterError,
+        ConfigError as ConfigError,
+        DataError as DataError,
+        Interrupted as Interrupted,
+        ModelError as ModelError,
+        PlanError as PlanError,
+        RunError as RunError,
+        SurgeryError as SurgeryError,
+        TrimtabError as TrimtabError,
     )
-    from trimtab.integrations.speed_up import speed_up
-    from trimtab.ops.decomposition import WeightChange, decompose, weight_change
-    from trimtab.surgery.attach import attach, detach, effective_weight, trainable_parameters
-    from trimtab.surgery.attach_report import AttachReport
-    from trimtab.surgery.combine import combine
-    from trimtab.surgery.contexts import disable_adapter, for_inference, reference
-    from trimtab.surgery.conversion_report import CombinationReport, ConversionReport
-    from trimtab.surgery.convert import convert_to_lora
-    from trimtab.surgery.merge import MergeReport, merge
-    from trimtab.surgery.names import active_adapter, delete_adapter, set_adapter
-    from trimtab.surgery.per_row import per_row
-    from trimtab.surgery.plan import Plan, Rule
+    from trimtab.integrations.speed_up import speed_up as speed_up
+    from trimtab.ops.decomposition import (
+        WeightChange as WeightChange,
+        decompose as decompose,
+        weight_change as weight_change,
+    )
+    from trimtab.surgery.attach import (
+        attach as attach,
+        detach as detach,
+        effective_weight as effective_weight,
+        trainable_parameters as trainable_parameters,
+    )
+    from trimtab.surgery.attach_report import AttachReport as AttachReport
+    from trimtab.surgery.combine import combine as combine
+    from trimtab.surgery.contexts import (
+        disable_adapter as disable_adapter,
+        for_inference as for_inference,
+        reference as reference,
+    )
+    from trimtab.surgery.conversion_report import (
+        CombinationReport as CombinationReport,
+        ConversionReport as ConversionReport,
+    )
+    from trimtab.surgery.convert import convert_to_lora as convert_to_lora
+    from trimtab.surgery.merge import MergeReport as MergeReport, merge as merge
+    from trimtab.surgery.names import (
+        active_adapter as active_adapter,
+        delete_adapter as delete_adapter,
+        set_adapter as set_adapter,
+    )
+    from trimtab.surgery.per_row import per_row as per_row
+    from trimtab.surgery.plan import Plan as Plan, Rule as Rule

@@ -24,8 +24,7 @@ from trimtab.files import read_json
 from trimtab.models.locate import ModelHead
 from trimtab.models.model_files import require_rows
 from trimtab.models.positions import positions_of
-from trimtab.notes import Notes
-from trimtab.notes import rows as counted
+from trimtab.notes import Notes, rows as counted
 from trimtab.runs.events import Listener
 from trimtab.runs.named import Named
 from trimtab.runs.results import OWN_ADAPTER, Measured, Result, read_result

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from run_fixtures import bare_runs, make_yaml, own_cache
-from run_fixtures import two_blocks as model_folder
+from run_fixtures import bare_runs, make_yaml, own_cache, two_blocks as model_folder
 
 __all__ = ["bare_runs", "make_yaml", "model_folder", "own_cache"]

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from command_line import Result, cli
-from run_fixtures import bare_runs, make_bare, make_yaml, own_cache
-from run_fixtures import two_blocks as model_folder
+from run_fixtures import bare_runs, make_bare, make_yaml, own_cache, two_blocks as model_folder
 from tiny_gguf import write_gguf
 from tiny_runs import rows, write_config, write_rows
 from trimtab.config.read import load_config

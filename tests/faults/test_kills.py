@@ -14,8 +14,8 @@ import sampling
 from faults.trials import Place, Trials, Work
 from faults.works import Scene
 
-SAMPLE = {"run": 2, "study": 1, "merge": 1, "merge over another": 2, "save": 1, "save over another": 3, "init": 1}
-"""How many places of each kind are tried without ``--all``: 11."""
+SAMPLE = {"run": 5, "study": 3, "merge": 2, "merge over another": 3, "save": 2, "save over another": 4, "init": 1}
+"""How many places of each kind are tried without ``--all``: 20."""
 
 
 @pytest.mark.parametrize("kind", SAMPLE)

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from run_fixtures import make_yaml, own_cache
-from run_fixtures import two_blocks as model_folder
+from run_fixtures import make_yaml, own_cache, two_blocks as model_folder
 
 __all__ = ["make_config", "make_yaml", "model_folder", "own_cache"]
 

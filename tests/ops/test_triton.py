@@ -18,8 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import sampling
 import trimtab
 from trimtab import bases
-from trimtab.ops import kernels, reference
-from trimtab.ops import ratio as ops_ratio
+from trimtab.ops import kernels, ratio as ops_ratio, reference
 from trimtab.ops.frozen_linear import frozen_linear
 from trimtab.ops.kernels.contract import BackwardPass, Thin
 from trimtab.ops.linear_map import MATRIX

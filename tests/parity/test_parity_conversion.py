@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
-from peft import convert_to_lora as peft_conversion
+from peft import PeftModel, convert_to_lora as peft_conversion
 from torch import Tensor, nn
 
 import trimtab

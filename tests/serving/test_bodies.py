@@ -6,8 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from sampling import everything
 from trimtab.serving.bodies import IGNORED, AddAdapter, ChatAsking, CompletionAsking, FieldError, read_body

@@ -23,8 +23,7 @@ from trimtab.errors import ConfigError, Interrupted, PlanError, RunError
 from trimtab.files import read_json
 from trimtab.runs.folder import RunFolder
 from trimtab.runs.study_records import CellRecord
-from trimtab.studies import cell, plan_search
-from trimtab.studies import explore as whole
+from trimtab.studies import cell, explore as whole, plan_search
 from trimtab.studies.explore import explore
 from trimtab.studies.places import Errand, Outcome
 from trimtab.studies.plan_search import SearchListener

@@ -27,12 +27,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from trimtab.ops.kernels import triton as ours
-from trimtab.ops.kernels import triton_dropout as dropping
-from trimtab.ops.kernels import triton_programs as programs
-from trimtab.ops.kernels import triton_segment_gradients as segment_gradients
-from trimtab.ops.kernels import triton_segment_programs as segments
-from trimtab.ops.kernels import triton_square as square
+from trimtab.ops.kernels import (
+    triton as ours,
+    triton_dropout as dropping,
+    triton_programs as programs,
+    triton_segment_gradients as segment_gradients,
+    triton_segment_programs as segments,
+    triton_square as square,
+)
 
 TYPES = {
     torch.bfloat16: "*bf16",

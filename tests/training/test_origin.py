@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from run_fixtures import make_bare
-from run_fixtures import two_blocks as model_folder
+from run_fixtures import make_bare, two_blocks as model_folder
 from stopped_runs import adapter_of, interrupt, metrics_of, signals_are_heard
 from tiny_runs import Kept, rows, write_config, write_model, write_rows
 from trimtab.config.read import load_config

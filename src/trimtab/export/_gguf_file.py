@@ -16,8 +16,7 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType as Kind
-from gguf import GGUFReader, GGUFValueType, GGUFWriter
+from gguf import GGMLQuantizationType as Kind, GGUFReader, GGUFValueType, GGUFWriter
 from numpy.typing import NDArray
 from torch import Tensor, nn
 

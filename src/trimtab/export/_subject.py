@@ -18,8 +18,7 @@ from trimtab.data.sources import is_local, name_of
 from trimtab.errors import DataError, RunError
 from trimtab.evaluation.agreement import ROWS, Comparison, Passages
 from trimtab.models.locate import ModelHead, Source
-from trimtab.notes import Notes
-from trimtab.notes import rows as counted
+from trimtab.notes import Notes, rows as counted
 from trimtab.runs.folder import RunFolder
 from trimtab.runs.load import base_of_run, head_of, load_finite, load_fitting, load_run, load_run_model
 from trimtab.runs.records import Summary

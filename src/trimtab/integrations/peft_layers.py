@@ -11,8 +11,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-from peft.tuners.lora import dora, variants
-from peft.tuners.lora import layer as lora
+from peft.tuners.lora import dora, layer as lora, variants
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 

@@ -12,8 +12,7 @@ from trimtab.config.run import RunConfig
 from trimtab.data.rows import Answered, OneAnswered, Source, digest
 from trimtab.data.split import draw, split_off, times_an_epoch
 from trimtab.errors import DataError
-from trimtab.notes import Notes
-from trimtab.notes import rows as counted
+from trimtab.notes import Notes, rows as counted
 from trimtab.runs.events import Listener
 from trimtab.runs.records import RowsDigest, SourceRecord
 

@@ -32,8 +32,7 @@ from trimtab.models.causal_head import IGNORED
 from trimtab.models.head_loss import wide
 from trimtab.models.locate import ModelHead
 from trimtab.models.model_files import require_rows
-from trimtab.notes import Notes
-from trimtab.notes import rows as counted
+from trimtab.notes import Notes, rows as counted
 from trimtab.processes import divided
 from trimtab.runs.events import Listener
 from trimtab.runs.results import RESULTS

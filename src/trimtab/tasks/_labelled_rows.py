@@ -15,8 +15,7 @@ from trimtab.data.rows import Source
 from trimtab.errors import ConfigError, DataError
 from trimtab.metrics import Kind, choosing
 from trimtab.models.heads import in_the_order_of
-from trimtab.notes import Notes
-from trimtab.notes import rows as counted
+from trimtab.notes import Notes, rows as counted
 from trimtab.runs.events import Listener
 from trimtab.tasks._encoded import EncodedTensors
 from trimtab.tasks._inputs import Answers, Rows

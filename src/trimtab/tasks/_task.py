@@ -11,8 +11,7 @@ from torch import Tensor
 
 from trimtab.config.resolve import Job
 from trimtab.config.run import EvaluationConfig
-from trimtab.data.rows import Row
-from trimtab.data.rows import Source as RowSource
+from trimtab.data.rows import Row, Source as RowSource
 from trimtab.errors import ConfigError
 from trimtab.evaluation.evaluate import Evaluation, Progress
 from trimtab.metrics import Metric, best_by, of_validation

@@ -15,8 +15,7 @@ from trimtab.data.tokens import EncodedRows, encode_once
 from trimtab.errors import ConfigError
 from trimtab.metrics import choosing
 from trimtab.models.gguf import cache_folder
-from trimtab.notes import Notes
-from trimtab.notes import rows as counted
+from trimtab.notes import Notes, rows as counted
 from trimtab.runs.events import Listener
 from trimtab.tasks._inputs import Answers, Inputs, Rows, gather
 

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from trimtab.ops.autocast import cast
 from trimtab.ops.kernels.contract import BackwardPass, Thin
-from trimtab.ops.kernels.plain import fold as fold
-from trimtab.ops.kernels.plain import squared_norms as squared_norms
+from trimtab.ops.kernels.plain import fold as fold, squared_norms as squared_norms
 from trimtab.ops.ratio import Ratio
 
 

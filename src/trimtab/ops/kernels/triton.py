@@ -18,8 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trimtab.ops.autocast import cast
-from trimtab.ops.kernels import plain
-from trimtab.ops.kernels import triton_programs as programs
+from trimtab.ops.kernels import plain, triton_programs as programs
 from trimtab.ops.kernels.contract import BackwardPass, Thin
 from trimtab.ops.ratio import Ratio
 

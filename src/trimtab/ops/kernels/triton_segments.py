@@ -13,10 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from trimtab.ops.kernels import triton_segment_gradients as gradients
-from trimtab.ops.kernels import triton_segment_programs as programs
-from trimtab.ops.kernels.triton import _full, call, padded
-from trimtab.ops.kernels.triton import takes as takes
+from trimtab.ops.kernels import triton_segment_gradients as gradients, triton_segment_programs as programs
+from trimtab.ops.kernels.triton import _full, call, padded, takes as takes
 from trimtab.ops.stamp import address_of, is_fake
 
 _PROGRAMS_ENOUGH = 256
