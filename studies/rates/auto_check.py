@@ -1,11 +1,12 @@
 """Hold ``train.learning_rate: auto`` against the grid of the study, with a fixed 5e-4 beside it.
 
-    python studies/rates/auto_check.py studies/rates/study.yaml [budget=0.15] [tasks=orders] [key=value ...]
+    python studies/rates/auto_check.py studies/rates/study.yaml [budget=0.15] [tasks=orders] [seeds=1]
+        [key=value ...]
 
-For each setting (task, arm) whose grid is done for all seeds: the final validation loss at the rate that ``auto``
-finds, seed by seed, less that of the grid's best rate (the one whose mean over the seeds is lowest, a choice made in
-hindsight). ``auto`` is close on a setting where the mean is at most 0.02 nats. Trials are measured on the validation
-rows whose loss counts in the end, as the grid's best is chosen by them.
+For each setting (task, arm) whose grid is done for all seeds, or for those of ``seeds``: the final validation loss at
+the rate that ``auto`` finds, seed by seed, less that of the grid's best rate (the one whose mean over the seeds is
+lowest, a choice made in hindsight). ``auto`` is close on a setting where the mean is at most 0.02 nats. Trials are
+measured on the validation rows whose loss counts in the end, as the grid's best is chosen by them.
 
 What the likely rates are made from (``trimtab.training.rate_prior``) must not be what they are held against: they may
 be tuned on the task ``sentiment``, and ``orders`` (14 settings) is what counts. Finished trainings are kept in the
@@ -18,6 +19,7 @@ import math
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from trimtab.cli.exits import program
@@ -25,6 +27,8 @@ from trimtab.cli.exits import program
 if TYPE_CHECKING:
     from rates_study import RatesStudy
 
+OWN = ("budget=", "tasks=", "seeds=")
+"""What is said to this program and not to the study."""
 CLOSE = 0.02
 """Nats a token."""
 DIVERGED = 99.0
@@ -43,9 +47,12 @@ def run(file: str, *overrides: str) -> None:
     from trimtab.files import write_json
     from trimtab.runs.lock import locked
 
-    own = dict(text.split("=", 1) for text in overrides if text.startswith(("budget=", "tasks=")))
-    study = load_rates_study(file, [text for text in overrides if not text.startswith(("budget=", "tasks="))])
+    own = dict(text.split("=", 1) for text in overrides if text.startswith(OWN))
+    study = load_rates_study(file, [text for text in overrides if not text.startswith(OWN)])
     budget, tasks = float(own.get("budget", "0.15")), own.get("tasks", "orders").split(",")
+    if "seeds" in own:
+        seeds = [int(seed) for seed in own["seeds"].split(",")]
+        study = replace(study, said=study.said.model_copy(update={"seeds": seeds}))
     with locked(study.state / "auto" / ".lock"):
         rows = list(settings(study, budget, tasks))
     if not rows:

@@ -14,7 +14,7 @@ import sampling
 from faults.trials import Place, Trials, Work
 from faults.works import Scene
 
-SAMPLE = {"run": 5, "study": 3, "merge": 2, "merge over another": 3, "save": 2, "save over another": 4, "init": 1}
+SAMPLE = {"run": 3, "study": 2, "merge": 3, "merge over another": 4, "save": 3, "save over another": 4, "init": 1}
 """How many places of each kind are tried without ``--all``: 20."""
 
 

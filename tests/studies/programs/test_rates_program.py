@@ -161,6 +161,8 @@ def test_auto_is_held_against_the_best_of_whole_grids_alone(study: RatesStudy, m
     assert Known.made == made  # kept
     auto = json.loads((study.output / "auto.json").read_text(encoding="utf-8"))
     assert auto["close"] == {"auto": 13, "fixed": 0}
+    with pytest.raises(RunError, match="no setting's grid"):
+        auto_check.run(str(YAML), "seeds=4", f"state={study.state}", f"phrasebank={study.said.phrasebank}")
     page = write_rates_page(study.output, write_results(study), auto).read_text(encoding="utf-8")
     assert "<code>auto</code> in 13, 5e-4 in 0 of 14 settings" in page
     assert "diverged" in page
