@@ -73,7 +73,8 @@ def _line(row: Mapping[str, Any]) -> list[str]:
             verdict = "one seed: no interval"
         else:
             verdict = "not told from the same" if ratio["low"] <= 1 <= ratio["high"] else "another"
-    return [row["task"], row["arm"], row["against"], told(ratio), verdict]
+    known = f"{ratio['rate']:.2g}" if ratio is not None and ratio["low"] is None else told(ratio)
+    return [row["task"], row["arm"], row["against"], known, verdict]
 
 
 def _held(setting: Mapping[str, Any]) -> list[str]:
@@ -131,7 +132,6 @@ def _draw(arms: Mapping[tuple[str, str], Mapping[str, Any]], tasks: Sequence[str
         axes.set_title(task, fontsize=9)
         axes.set_xlabel("learning rate", fontsize=8)
         axes.set_ylabel("validation loss (nats a token)", fontsize=8)
-        if axes.lines:
-            axes.legend(fontsize=7, frameon=False)
-    figure.set_layout_engine("tight")
+    lines = {line.get_label(): line for axes in figure.axes for line in axes.lines}
+    figure.legend(lines.values(), lines.keys(), loc="outside right upper", fontsize=7, frameon=False)
     return figure
