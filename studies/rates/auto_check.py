@@ -27,8 +27,6 @@ from trimtab.cli.exits import program
 if TYPE_CHECKING:
     from rates_study import RatesStudy
 
-OWN = ("budget=", "tasks=", "seeds=")
-"""What is said to this program and not to the study."""
 CLOSE = 0.02
 """Nats a token."""
 DIVERGED = 99.0
@@ -42,13 +40,13 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def run(file: str, *overrides: str) -> None:
-    from rates_study import load_rates_study
+    from rates_study import apart, load_rates_study
     from trimtab.errors import RunError
     from trimtab.files import write_json
     from trimtab.runs.lock import locked
 
-    own = dict(text.split("=", 1) for text in overrides if text.startswith(OWN))
-    study = load_rates_study(file, [text for text in overrides if not text.startswith(OWN)])
+    own, others = apart(overrides, ("budget", "tasks", "seeds"))
+    study = load_rates_study(file, others)
     budget, tasks = float(own.get("budget", "0.15")), own.get("tasks", "orders").split(",")
     if "seeds" in own:
         seeds = [int(seed) for seed in own["seeds"].split(",")]

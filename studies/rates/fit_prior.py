@@ -31,11 +31,11 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def run(file: str, *overrides: str) -> None:
-    from rates_study import load_rates_study
+    from rates_study import apart, load_rates_study
     from trimtab.errors import RunError
 
-    task = next((text.partition("=")[2] for text in overrides if text.startswith("task=")), "sentiment")
-    study = load_rates_study(file, [text for text in overrides if not text.startswith("task=")])
+    own, others = apart(overrides, ("task",))
+    task, study = own.get("task", "sentiment"), load_rates_study(file, others)
     found = bests(study, task)
     if not found:
         raise RunError(f"no arm has three rates on {task} yet; go on with studies/rates/run.py first")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -194,15 +194,20 @@ class RatesStudy:
         return (cell for cell in cells if self.done(cell) is None)
 
 
+def apart(overrides: Sequence[str], own: Collection[str]) -> tuple[dict[str, str], list[str]]:
+    """The values of those ``key=value`` whose keys are among ``own``, by key; and the others as they are."""
+    mine = [text for text in overrides if text.partition("=")[0] in own]
+    return dict(text.split("=", 1) for text in mine), [text for text in overrides if text not in mine]
+
+
 def load_rates_study(path: Path | str, overrides: Sequence[str] = ()) -> RatesStudy:
     """Read the study's YAML with ``key=value`` in place of its settings, and write its rows where they are missing.
 
     Paths in the file are relative to its folder. Raises ConfigError and DataError.
     """
     file = Path(path)
-    own = {"state", "output", "phrasebank"}
-    mine: Mapping[str, str] = dict(text.split("=", 1) for text in overrides if text.split("=", 1)[0] in own)
-    said = read_study(RatesConfig, file, [text for text in overrides if text.split("=", 1)[0] not in own])
+    mine, others = apart(overrides, ("state", "output", "phrasebank"))
+    said = read_study(RatesConfig, file, others)
     said = said.model_copy(update={key: str(Path(value).absolute()) for key, value in mine.items()})
     study = RatesStudy(said, (file.parent / said.state).absolute(), (file.parent / said.output).absolute())
     write_rows(study.state / "rows", Path(said.phrasebank))
