@@ -62,7 +62,9 @@ def run(mutants: Sequence[Mutant], told: Told, *, jobs: int, seconds: float, tes
         if child == 0:
             os._exit(_in_functions(mutants, told, jobs=jobs, seconds=seconds, paths=tests, cache=cache, left=left))
         if os.waitpid(child, 0)[1]:
-            raise SystemExit("some test fails without any mutant: mend that first")
+            failed = Path(folder) / "killer"
+            name = failed.read_text("utf-8") if failed.is_file() else "some test"
+            raise SystemExit(f"{name} fails without any mutant: mend that first")
         of_file = json.loads(left.read_text("utf-8"))
     anew = [mutant for mutant in mutants if repr(mutant) in of_file]
     everything = 20 * SLACK + 20 * seconds
@@ -260,6 +262,7 @@ def _chosen(
 def _functions() -> dict[Function, list[FunctionType]]:
     """The loaded functions of the library. One name can have several, such as a property's."""
     functions: dict[Function, list[FunctionType]] = defaultdict(list)
+    gc.unfreeze()  # the tests freeze what they import, and what is frozen is not among the objects
     for one in gc.get_objects():
         if type(one) is FunctionType and one.__code__.co_filename.startswith(str(SOURCE)):
             functions[one.__code__.co_filename, one.__code__.co_qualname].append(one)

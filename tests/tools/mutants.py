@@ -161,4 +161,5 @@ if __name__ == "__main__":
     # The package of this working tree, and one thread, so that a fork is a whole process.
     sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before torch loads Triton, which asks for it but once
     main()
