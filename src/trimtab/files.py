@@ -89,17 +89,22 @@ def remove_leftovers(folder: Path, *, alone: bool = False) -> None:
     ``alone``: the caller holds a lock, so that nobody else can be writing here or in the folders inside. Otherwise a
     temporary folder stays while its process may be alive: on another machine, for a day.
     """
-    for left in leftovers(folder, alone=alone):
+    for left in _leftovers(folder, alone=alone):
         for old in left.glob(f"{_REPLACED}/*"):  # killed after this went and before the new one came
             if not (left.parent / old.name).exists():
                 old.rename(left.parent / old.name)
         shutil.rmtree(left, ignore_errors=True)
 
 
-def leftovers(folder: Path, *, alone: bool = False) -> list[Path]:
+def _leftovers(folder: Path, *, alone: bool = False) -> list[Path]:
     """What `remove_leftovers` would remove."""
     found = folder.rglob(".saving-*") if alone else folder.glob(".saving-*")
     return sorted(one for one in found if _is_left(one, alone))
+
+
+def unfinished(folder: Path) -> list[Path]:
+    """The folders `COMPLETE` that killed processes left in ``folder`` and had not moved to their place."""
+    return [complete for left in _leftovers(folder) if (complete := left / COMPLETE).is_dir()]
 
 
 def _is_left(folder: Path, alone: bool) -> bool:

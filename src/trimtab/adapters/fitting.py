@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab import bases
-from trimtab.adapters.record import StoredAdapter
+from trimtab.adapters.record import StoredAdapter, nearly_equal
 from trimtab.adapters.safe_read import shown
 from trimtab.bases import can_be_called
 from trimtab.errors import AdapterError, PlanError, nearest
@@ -307,20 +307,6 @@ def _joined(one: StoredAdapter | None, entry: StoredAdapter, prefix: str) -> Sto
 def _are_the_same(tensors: Mapping[str, Tensor], module: nn.Module) -> bool:
     own = module.state_dict()
     return all(name in own and nearly_equal(tensor, whole(own[name])) for name, tensor in tensors.items())
-
-
-def nearly_equal(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are one, as far as the coarser of their two dtypes can tell."""
-    one, other = one.detach().cpu(), other.detach().cpu()
-    if one.shape != other.shape or not (one.is_floating_point() and other.is_floating_point()):
-        return one.shape == other.shape and torch.equal(one, other)
-    if one.dtype == other.dtype:
-        return torch.equal(one, other)
-    limits = [torch.finfo(tensor.dtype) for tensor in (one, other)]
-    # Each of the two may have been rounded on its own, from a third: by half a unit of its last place at most, which
-    # among the smallest numbers of float16 is that of its smallest one.
-    tiny = max(limit.smallest_normal * limit.eps for limit in limits)
-    return torch.allclose(one.double(), other.double(), rtol=max(limit.eps for limit in limits), atol=tiny)
 
 
 def _check_rows(place: Path, model: Any, known: Mapping[str, nn.Module], stored: Mapping[str, StoredAdapter]) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 from trimtab.adapters.formats import AdapterFormat, all_formats
 from trimtab.adapters.record import StoredAdapter
 from trimtab.errors import AdapterError
-from trimtab.files import COMPLETE, leftovers, open_to_readers, read_json, temporary_folder
+from trimtab.files import COMPLETE, open_to_readers, read_json, temporary_folder, unfinished
 from trimtab.reading import open_file
 
 # A hub id has an owner: a single word that is no folder is a folder misspelt.
@@ -163,15 +163,14 @@ def _finish_save(target: Path) -> None:
 
     Raises AdapterError where nothing can be moved in ``target``.
     """
-    for left in leftovers(target):
-        if (complete := left / COMPLETE).is_dir():
-            try:
-                _move(complete, target)
-            except OSError as error:
-                raise AdapterError(
-                    f"{target}: a save was cut off here and cannot be finished now ({error.strerror}). The adapter is "
-                    f"whole in {complete}; copy that folder to a place of your own"
-                ) from error
+    for complete in unfinished(target):
+        try:
+            _move(complete, target)
+        except OSError as error:
+            raise AdapterError(
+                f"{target}: a save was cut off here and cannot be finished now ({error.strerror}). The adapter is "
+                f"whole in {complete}; copy that folder to a place of your own"
+            ) from error
 
 
 def _move(complete: Path, target: Path) -> None:

@@ -83,6 +83,24 @@ class StoredAdapter:
         if B_BIAS in self.tensors and not handle.is_called:
             raise PlanError("its update has a bias (PEFT's lora_bias), and the weight is read and adds none")
 
+    def was_made_for(self, handle: Base) -> bool:
+        """Whether its ``base``, if it is stored, is the weight of ``handle``, as far as the coarser of their two dtypes
+        can tell: a model is trained in bfloat16 and used in float32, or the other way round. Of a quantised weight the
+        shape alone is compared."""
+        if self.base is None:
+            return True
+        if not isinstance(handle, WeightBase):
+            return False
+        if not handle.stored_dense:
+            return tuple(self.base.shape) == handle.shape
+        return self.base.is_floating_point() and nearly_equal(self.base, handle.at_hand())
+
+    def shares(self, key: str, other: StoredAdapter, twin: str) -> bool:
+        """Whether its tensor ``key`` is the tensor ``twin`` of ``other``, and was trained with the same options."""
+        mine, theirs = self.tensors.get(key), other.tensors.get(twin)
+        known = mine is not None and theirs is not None and torch.equal(mine, theirs)
+        return known and (self.options == other.options or self.method == other.method == "full")
+
     def _has_rank(self, shape: tuple[int, int]) -> bool:
         """Whether the tensors ``A`` and ``B`` are of the options' rank on a weight, or a stack of weights, of ``shape``
         ``(out, in)``."""
@@ -98,3 +116,17 @@ class StoredAdapter:
 def _wide(bias: Tensor) -> Tensor:
     """``bias`` where files are read, in float32 at least."""
     return bias.detach().to("cpu", torch.promote_types(bias.dtype, torch.float32))
+
+
+def nearly_equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are one, as far as the coarser of their two dtypes can tell."""
+    one, other = one.detach().cpu(), other.detach().cpu()
+    if one.shape != other.shape or not (one.is_floating_point() and other.is_floating_point()):
+        return one.shape == other.shape and torch.equal(one, other)
+    if one.dtype == other.dtype:
+        return torch.equal(one, other)
+    limits = [torch.finfo(tensor.dtype) for tensor in (one, other)]
+    # Each of the two may have been rounded on its own, from a third: by half a unit of its last place at most, which
+    # among the smallest numbers of float16 is that of its smallest one.
+    tiny = max(limit.smallest_normal * limit.eps for limit in limits)
+    return torch.allclose(one.double(), other.double(), rtol=max(limit.eps for limit in limits), atol=tiny)

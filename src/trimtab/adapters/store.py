@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from trimtab import bases
-from trimtab.adapters.fitting import fitted_to, nearly_equal
+from trimtab.adapters.fitting import fitted_to
 from trimtab.adapters.formats import all_formats
 from trimtab.adapters.placing import local_folder, read_adapter, replacing
 from trimtab.adapters.record import StoredAdapter
@@ -240,7 +240,7 @@ def _with_their_own(targets: list[Target], stored: dict[str, StoredAdapter]) -> 
             mine, key = entry.on(target.base), id(target.base.identity)
             twin = first.setdefault(key, mine)
             if mine.tensors.keys() != twin.tensors.keys() or not all(
-                _equal(mine, one, twin, one) for one in twin.tensors
+                mine.shares(one, twin, one) for one in twin.tensors
             ):
                 differ.add(key)
     return [replace(target, apart=True) if id(target.base.identity) in differ else target for target in targets]
@@ -275,12 +275,12 @@ def _check_tensors(place: Path, present: dict[str, Adapted], stored: dict[str, S
         shape = (adapter.out_features, adapter.in_features)
         if entry.shape is not None and entry.shape != shape:
             problems.append(f"{name}: made for a {handle.kind} of {list(entry.shape)}, the model's is {list(shape)}")
-        if entry.base is not None and not _same_base(entry.base, handle):
+        if not entry.was_made_for(handle):
             problems.append(f"{name}: trained on another weight than the model's")
         # Modules that share a weight share its trained tensors, too.
         for key, tensor in adapter.stored_tensors().items():
             twin, other = first.setdefault(id(tensor), (name, key))
-            if twin != name and not _equal(entry, key, stored[twin], other):
+            if twin != name and not entry.shares(key, stored[twin], other):
                 problems.append(f"{name}: shares its weight with {twin}, and the two have different adapters")
                 break
     if problems:
@@ -290,25 +290,6 @@ def _check_tensors(place: Path, present: dict[str, Adapted], stored: dict[str, S
         )
 
 
-def _same_base(stored: Tensor, handle: bases.Base) -> bool:
-    """Whether ``stored`` is the weight of ``handle``, as far as the coarser of their two dtypes can tell: a model is
-    trained in bfloat16 and used in float32, or the other way round. A quantised weight is not compared."""
-    if not isinstance(handle, WeightBase):
-        return False
-    if not handle.stored_dense:
-        return tuple(stored.shape) == handle.shape
-    own = handle.at_hand().detach().cpu()
-    if stored.shape != own.shape or not stored.is_floating_point():
-        return False
-    return nearly_equal(stored, own)
-
-
 def _described(tensor: Tensor) -> str:
     """The shape of ``tensor``, and its dtype where that is none of the usual ones."""
     return f"{list(tensor.shape)}{'' if tensor.is_floating_point() else f' of {tensor.dtype}'}"
-
-
-def _equal(one: StoredAdapter, key: str, other: StoredAdapter, twin: str) -> bool:
-    mine, theirs = one.tensors.get(key), other.tensors.get(twin)
-    known = mine is not None and theirs is not None and torch.equal(mine, theirs)
-    return known and (one.options == other.options or one.method == other.method == "full")

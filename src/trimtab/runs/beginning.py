@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from trimtab.adapters.placing import adapter_digest, base_said_by
 from trimtab.config.read import load_config, to_yaml
@@ -113,6 +113,14 @@ def _differences(before: Any, now: Any, place: str = "") -> Iterator[tuple[str, 
         yield place, before, now
 
 
+class Rows(NamedTuple):
+    """What a run knows of its rows: the ``digests`` to keep, and the names of test sets that have other rows than when
+    it began."""
+
+    digests: RowsDigest
+    changed: list[str]
+
+
 @dataclass(frozen=True)
 class Opening:
     """A folder that a run may be begun in, or gone on with; nothing in it is changed before `begin`.
@@ -147,10 +155,9 @@ class Opening:
             for stage in stages
         )
 
-    def require_same_rows(self, now: RowsDigest, sources: Sequence[SourceRecord], *, trains: bool) -> list[str]:
-        """The names of test sets whose rows are others than when the run began.
-
-        Rows are known by their content and order, and may have moved. A run of an older version did not record them.
+    def require_same_rows(self, now: RowsDigest, sources: Sequence[SourceRecord], *, trains: bool) -> Rows:
+        """Hold the rows against those that the run began with, by their content and order: they may have moved. A run
+        of an older version did not record them.
 
         Args:
             now: of the rows as they were read now; ``sources``: of the training rows.
@@ -166,7 +173,7 @@ class Opening:
                     f"{folder}: the run began with an earlier version, which did not record its rows; resume it with "
                     f"the paths that it began with: {self.folder.resume_command}"
                 )
-            return []
+            return Rows(now, [])
         then = before.digests
         if trains and (then.train, then.validation) != (now.train, now.validation):
             which = "training" if then.train != now.train else "validation"
@@ -184,7 +191,9 @@ class Opening:
                 f"train on the new rows in a run of its own: "
                 f"{pasted('finetune', folder / 'config.yaml', 'output=NEW')}"
             )
-        return sorted(name for name, digest in now.test.items() if then.test.get(name, digest) != digest)
+        changed = sorted(name for name, digest in now.test.items() if then.test.get(name, digest) != digest)
+        # What was trained on is kept as it was, whatever the files hold now.
+        return Rows(then.updated(test=now.test) if self.trained else now, changed)
 
     def begin(self, config: RunConfig) -> None:
         """Write what the run is, in the folder that is cleared first if the run is a new one.

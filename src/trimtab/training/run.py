@@ -6,7 +6,6 @@ folder = finetune(load_config(Path("run.yaml")))
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
@@ -21,7 +20,7 @@ from trimtab.evaluation.evaluate import write
 from trimtab.launching import joined
 from trimtab.machine import describe_machine, peak_device_memory_gib, peak_memory_gib, versions
 from trimtab.processes import here
-from trimtab.runs.beginning import Opening, Origin, begun, opened
+from trimtab.runs.beginning import Opening, Origin, Rows, begun, opened
 from trimtab.runs.checkpoints import step_of
 from trimtab.runs.events import Listener
 from trimtab.runs.folder import RunFolder
@@ -52,18 +51,19 @@ def finetune(
         Interrupted: the user stopped the run; what was done is kept, and the message says how to go on.
     """
     with joined() as group:
-        if group.leads:
-            return _lead(config, listener or Listener(), resume=resume, overwrite=overwrite)
-        config = group.gathered(config)[0]  # the leading one knows its folder, too
+        began = time.perf_counter()
+        if not group.leads:
+            config = group.gathered(config)[0]  # the leading one knows its folder, too
+        job = tasks.job_of(config)
         require_fit(config)
-        follow(*tasks.inputs_of(tasks.job_of(config), Listener()))
-        return RunFolder(config.output)
+        if not group.leads:
+            follow(*tasks.inputs_of(job, Listener()))
+            return RunFolder(config.output)
+        return _lead(job, listener or Listener(), began, resume=resume, overwrite=overwrite)
 
 
-def _lead(config: RunConfig, listener: Listener, *, resume: bool, overwrite: bool) -> RunFolder:
-    began = time.perf_counter()
-    job = tasks.job_of(config)
-    require_fit(config)
+def _lead(job: Job, listener: Listener, began: float, *, resume: bool, overwrite: bool) -> RunFolder:
+    config = job.config
     with opened(config, resume=resume, overwrite=overwrite) as opening:
         folder = opening.folder
         if opening.summary is not None and opening.is_measured(config):  # killed right before its end
@@ -108,7 +108,7 @@ def _set_up(job: Job, opening: Opening, listener: Listener, began: float) -> _Ru
     listener.stage("Reading the rows")
     job, inputs = tasks.inputs_of(job, listener)
     trains = not opening.trained and config.train.epochs > 0
-    others = opening.require_same_rows(inputs.digests, inputs.sources, trains=trains)
+    rows = opening.require_same_rows(inputs.digests, inputs.sources, trains=trains)
     inputs = checked_inputs(job, inputs, listener)
 
     listener.show(task.preview(inputs, job.reader))
@@ -118,7 +118,7 @@ def _set_up(job: Job, opening: Opening, listener: Listener, began: float) -> _Ru
         listener.note(told_of(config))
     listener.counting(task.counted)
     listener.stage(f"Loading {config.model.name}")
-    return _Run(origin, opening, Work(job, inputs, listener, reports), others, began)
+    return _Run(origin, opening, Work(job, inputs, listener, reports), rows, began)
 
 
 def _conclude(folder: RunFolder, summary: Summary) -> None:
@@ -133,9 +133,7 @@ def _conclude(folder: RunFolder, summary: Summary) -> None:
 class _Run:
     """One run in progress, and what is known of it for its summary."""
 
-    def __init__(
-        self, origin: Origin, opening: Opening, work: Work, measured_anew: Sequence[str], began: float
-    ) -> None:
+    def __init__(self, origin: Origin, opening: Opening, work: Work, rows: Rows, began: float) -> None:
         job = self.job = work.job
         task = work.task
         inputs = self.inputs = work.inputs
@@ -145,7 +143,7 @@ class _Run:
         self.folder = opening.folder
         self.work = work
         self.listener = work.listener
-        self.measured_anew = measured_anew
+        self.changed_tests = rows.changed
         self._began = began
         before = opening.summary or Summary()
         self._earlier_seconds = before.training_seconds or 0.0, before.total_seconds or 0.0
@@ -173,16 +171,13 @@ class _Run:
             notes=list(dict.fromkeys([*inputs.notes, *work.told, *before.notes])),
             trained=opening.trained,
             sources=list(inputs.sources),
-            # What was trained on is kept as it was, whatever the files hold now.
-            digests=before.digests.updated(test=inputs.digests.test)
-            if before.digests is not None and opening.trained
-            else inputs.digests,
+            digests=rows.digests,
             began_from=origin.record,
         )
 
     def through(self) -> None:
         """Evaluate, attach, train and evaluate again; of a run that is resumed, what is not done yet."""
-        for name in self.measured_anew:
+        for name in self.changed_tests:
             self.folder.forget_evaluation(name, "before", "after")
             self.remark(f"the test rows of '{name}' are others than when the run began, so they are evaluated anew")
         self._write_summary()
