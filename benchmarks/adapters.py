@@ -27,6 +27,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -164,7 +165,7 @@ def switching(said: argparse.Namespace) -> dict[str, Any]:
             trimtab.set_adapter(model, name)
             model(input_ids=ids)
     used = held_bytes()
-    seconds = alternate({name: lambda name=name: trimtab.set_adapter(model, name) for name in names}, said.repeats)
+    seconds = alternate({name: partial(trimtab.set_adapter, model, name) for name in names}, said.repeats)
     took = [one for times in seconds.values() for one in times]
     return {
         "own_bytes": own,

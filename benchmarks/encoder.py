@@ -179,7 +179,7 @@ def run_peft(folder: Path, said: argparse.Namespace) -> dict[str, float]:
     began = time.perf_counter()
     trainer.train()
     found = {"seconds": time.perf_counter() - began, "peak_gib": peak_memory_gib()}
-    told = trainer.predict(rows["test"])
+    told: Any = trainer.predict(rows["test"])
     given = told.predictions.argmax(1)
     return {
         **found,

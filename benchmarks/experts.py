@@ -24,8 +24,19 @@ from common import alternate, child, peak_rise_gib, ratio, show, write_results
 from step import disturb, stepper
 
 ARMS = ("frozen", "lora", "dora", "peft lora")
-SIZES = {"hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64, "vocab_size": 128}
-EXPERTS = {"moe_intermediate_size": 384, "num_experts": 32, "num_experts_per_tok": 4, "intermediate_size": 1024}
+SIZES: dict[str, Any] = {
+    "hidden_size": 512,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "vocab_size": 128,
+}
+EXPERTS: dict[str, Any] = {
+    "moe_intermediate_size": 384,
+    "num_experts": 32,
+    "num_experts_per_tok": 4,
+    "intermediate_size": 1024,
+}
 
 
 def made(arm: str, said: argparse.Namespace, dtype: str, implementation: str) -> nn.Module:
@@ -47,7 +58,8 @@ def made(arm: str, said: argparse.Namespace, dtype: str, implementation: str) ->
         parameters = ["experts.gate_up_proj", "experts.down_proj"]
         config = LoraConfig(r=said.rank, lora_alpha=2 * said.rank, target_modules=[], target_parameters=parameters)
         model = inject_adapter_in_model(config, model)
-    return model
+    blocks: nn.Module = model
+    return blocks
 
 
 def memory(arm: str, said: argparse.Namespace) -> float:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import time
@@ -103,7 +104,7 @@ def run_ours(
         head=task.head(model),
         reader=tokenizer,
         folder=Path(folder),
-        record=lambda line: losses.append(line.loss),
+        record=lambda line: losses.append(line.figure("loss") or math.nan),
     )
     if compiled:
         trainer.add_callback(Compiling(model, batch, Listener()))
@@ -127,7 +128,7 @@ def run_peft(method: str, rank: int, steps: int, folder: str, compiled: bool) ->
     config = LoraConfig(
         r=rank, lora_alpha=2 * rank, use_dora=method == "dora", target_modules=TARGETS, task_type="CAUSAL_LM"
     )
-    trainer = Trainer(
+    trainer: Any = Trainer(
         get_peft_model(model, config),
         TrainingArguments(
             **arguments(steps, folder),

@@ -128,8 +128,8 @@ def _about(device: Any) -> dict[str, Any]:
             f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, {properties.multi_processor_count} SMs"
         )
         about["cuda"] = torch.version.cuda
-    set_of = kernels_for(torch.empty(1, 1, dtype=torch.bfloat16, device=device)).__name__
-    about["kernels"] = set_of.rpartition(".")[2]
+    kernels: Any = kernels_for(torch.empty(1, 1, dtype=torch.bfloat16, device=device))
+    about["kernels"] = kernels.__name__.rpartition(".")[2]
     about["versions"] = ", ".join(f"{name} {version}" for name, version in _versions(versions()).items())
     about["date"] = time.strftime("%Y-%m-%d %H:%M")
     return about
@@ -179,7 +179,7 @@ def _do(part: str, said: argparse.Namespace, device: Any) -> None:
     from gpu_record import Record
 
     record = Record(said.json)
-    until = said.until or time.time() + said.budget
+    until: float = said.until or time.time() + said.budget
 
     def late(needed: float = 0.0) -> bool:
         return time.time() + needed > until

@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -209,7 +209,12 @@ def _dropped(record: Record, device: torch.device, method: str, *, tiny: bool) -
                 parameter.add_(0.02 * torch.randn_like(parameter))
         x = torch.randn(tokens, in_features, dtype=torch.bfloat16, device=device, requires_grad=True)
         upstream = torch.randn(tokens, out_features, dtype=torch.bfloat16, device=device)
-        with patch("trimtab.methods._weight.draw_keep", lambda *given: drawn.append(draw_keep(*given)) or drawn[-1]):
+
+        def watched(*given: Any) -> Any:
+            drawn.append(draw_keep(*given))
+            return drawn[-1]
+
+        with patch("trimtab.methods._weight.draw_keep", watched):
             output = holder(x)
             output.backward(upstream)
         kept = drawn[0].of(torch.ones_like(x)).double() * drawn[0].scale
@@ -240,8 +245,19 @@ _ADAPTERS: dict[str, dict[str, Any]] = {
     "three": {"method": "mora", "rank": 4},
     "four": {"method": "dora", "rank": 8},
 }
-_NAMES = ["one", None, "two", "four", "one", "three", "two"]
+_NAMES: list[str | None] = ["one", None, "two", "four", "one", "three", "two"]
 """The adapter of each row."""
+
+
+def _attach(model: nn.Module, names: Iterable[str], match: str) -> None:
+    """Attach adapters of these names to ``model``, each away from where it starts."""
+    import trimtab
+
+    for name in names:
+        trimtab.attach(model, trimtab.Rule(match=match, **_ADAPTERS[name]), name=name)
+        with torch.no_grad():
+            for parameter in trimtab.trainable_parameters(model).values():
+                parameter.add_(0.05 * torch.randn_like(parameter))
 
 
 def _per_row(record: Record, device: torch.device) -> None:
@@ -252,11 +268,7 @@ def _per_row(record: Record, device: torch.device) -> None:
     name = "per_row: a model"
     try:
         model: Any = llama_blocks(TINY, "bf16", 2, device, torch.float32)
-        for adapter, said in _ADAPTERS.items():
-            trimtab.attach(model, trimtab.Rule(match="all-linear", **said), name=adapter)
-            with torch.no_grad():
-                for parameter in trimtab.trainable_parameters(model).values():
-                    parameter.add_(0.05 * torch.randn_like(parameter))
+        _attach(model, _ADAPTERS, "all-linear")
         x = torch.randn(len(_NAMES), 24, model.config.hidden_size, device=device)
         with torch.no_grad():
             with trimtab.per_row(model.eval(), _NAMES):
@@ -281,14 +293,12 @@ def _rows_of_a_layer(record: Record, device: torch.device, dtype: torch.dtype, *
     torch.manual_seed(0)
     try:
         layer = nn.Linear(in_features, out_features, dtype=dtype, device=device)
-        holder, weights = nn.Sequential(layer), {None: layer.weight.double()}
-        for adapter, said in _ADAPTERS.items():
-            trimtab.attach(holder, trimtab.Rule(match="0", **said), name=adapter)
-            with torch.no_grad():
-                for parameter in trimtab.trainable_parameters(holder).values():
-                    parameter.add_(0.05 * torch.randn_like(parameter))
-            entry = entries(holder, adapter)["0"]
-            weights[adapter] = entry.adapter.effective_weight(entry.handle, torch.float64)
+        holder = nn.Sequential(layer)
+        _attach(holder, _ADAPTERS, "0")
+        weights: dict[str | None, Tensor] = {None: layer.weight.double()}
+        for own in _ADAPTERS:
+            entry = entries(holder, own)["0"]
+            weights[own] = entry.adapter.effective_weight(entry.handle, torch.float64)
         worst = 0.0
         for tokens in (1, many):
             x = torch.randn(len(_NAMES), tokens, in_features, dtype=dtype, device=device)
@@ -316,13 +326,9 @@ def _rows_that_train(record: Record, device: torch.device, dtype: torch.dtype, *
         layer = nn.Linear(in_features, out_features, dtype=dtype, device=device)
         holder = nn.Sequential(layer)
         rows = [None if one == "three" else one for one in _NAMES]
-        trained: dict[str, dict[str, Tensor]] = {}
-        for adapter in ("one", "two", "four"):
-            trimtab.attach(holder, trimtab.Rule(match="0", **_ADAPTERS[adapter]), name=adapter)
-            trained[adapter] = dict(entries(holder, adapter)["0"].adapter.named_parameters())
-            with torch.no_grad():
-                for parameter in trained[adapter].values():
-                    parameter.add_(0.05 * torch.randn_like(parameter))
+        own = ("one", "two", "four")
+        _attach(holder, own, "0")
+        trained = {each: dict(entries(holder, each)["0"].adapter.named_parameters()) for each in own}
         for mine in trained.values():
             for parameter in mine.values():
                 parameter.requires_grad_()
@@ -341,8 +347,8 @@ def _rows_that_train(record: Record, device: torch.device, dtype: torch.dtype, *
             total = layer.weight.double()
             if adapter is not None:
                 leaves = wide[adapter]
-                scale = entries(holder, adapter)["0"].adapter.factors()[0].scale
-                total = total + scale * leaves["B"] @ leaves["A"]
+                lora: Any = entries(holder, adapter)["0"].adapter
+                total = total + lora.factors()[0].scale * leaves["B"] @ leaves["A"]
                 if "magnitude" in leaves:
                     total = total * (leaves["magnitude"] / total.detach().norm(dim=1)).unsqueeze(1)
             expected.append(x64[row] @ total.t() + layer.bias.double())

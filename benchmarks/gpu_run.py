@@ -112,7 +112,7 @@ def _found(folder: Path) -> dict[str, Any]:
     return found
 
 
-def _random_model(folder: Path, sizes: dict[str, int]) -> Path:
+def _random_model(folder: Path, sizes: dict[str, Any]) -> Path:
     """A model folder with random weights, and a tokenizer whose tokens are bytes."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -125,5 +125,6 @@ def _random_model(folder: Path, sizes: dict[str, int]) -> Path:
     torch.manual_seed(0)
     vocabulary = 49152 if sizes is SHAPE else 300
     config = LlamaConfig(vocab_size=vocabulary, tie_word_embeddings=True, eos_token_id=256, pad_token_id=256, **sizes)
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    model: Any = LlamaForCausalLM(config)
+    model.to(torch.bfloat16).save_pretrained(folder)
     return folder

@@ -157,7 +157,7 @@ def _told(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
-def llama_blocks(sizes: dict[str, int], kind: str, layers: int, device: torch.device, dtype: torch.dtype) -> Any:
+def llama_blocks(sizes: dict[str, Any], kind: str, layers: int, device: torch.device, dtype: torch.dtype) -> Any:
     """Random Llama blocks of these sizes on ``device``, their projections quantised as ``kind``."""
     from transformers import LlamaConfig, LlamaModel
 
@@ -166,7 +166,8 @@ def llama_blocks(sizes: dict[str, int], kind: str, layers: int, device: torch.de
     config = LlamaConfig(vocab_size=8, num_hidden_layers=layers, use_cache=False, pad_token_id=None, **sizes)
     config._attn_implementation = "sdpa"
     with torch.device(device):
-        model = LlamaModel(config).to(dtype)
+        model: Any = LlamaModel(config)
+        model = model.to(dtype)
     model.norm = nn.Identity()
     for module in list(model.modules()) if kind != "bf16" else ():
         for name, inner in list(module._modules.items()):
@@ -257,6 +258,7 @@ def _peak(step: Callable[[], None], device: torch.device) -> float:
 
 def _launches(step: Callable[[], None], device: torch.device) -> tuple[int, float | None]:
     """Kernels of one step and their milliseconds; on a processor torch's operations, and None."""
+    from torch._C._autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     on_device = device.type == "cuda"
@@ -265,9 +267,9 @@ def _launches(step: Callable[[], None], device: torch.device) -> tuple[int, floa
         step()
         if on_device:
             torch.cuda.synchronize()
-    events = watched.profiler.kineto_results.events()  # type: ignore[union-attr]
+    events = watched.profiler.kineto_results.events()
     if not on_device:
         return sum(event.name().startswith("aten::") for event in events), None
-    kernels = [event for event in events if event.device_type() == torch.autograd.DeviceType.CUDA]
+    kernels = [event for event in events if event.device_type() == DeviceType.CUDA]
     kernels = [event for event in kernels if not event.name().lower().startswith(("memcpy", "memset", "gpu_user"))]
     return len(kernels), sum(event.duration_ns() for event in kernels) / 1e6

@@ -44,7 +44,8 @@ class Depthwise(nn.Module):
         self.deep = nn.Conv2d(channels, channels, 7, padding=3, groups=channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.deep(x)
+        y: Tensor = self.deep(x)
+        return y
 
 
 WORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
@@ -113,7 +114,7 @@ def main() -> None:
             if (model := adapted(arm, make().to(dtype), said.rank, dtype)) is not None:
                 steps[arm] = partial(step, model, x)
         seconds[work] = alternate(steps, said.repeats)
-    found = {}
+    found: dict[str, Any] = {}
     for work, times in seconds.items():
         found |= show_over(f"{work}: a step at rank {said.rank}, {said.dtype}", {work: times}, "bare")
     write_results("kinds", vars(said), found)

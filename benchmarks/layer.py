@@ -40,10 +40,10 @@ def layer(arm: str, bare: nn.Linear, rank: int) -> nn.Module:
     """``bare`` as ``arm`` adapts it, its trained tensors away from their start."""
     import trimtab
 
-    holder: Any = nn.Sequential(bare)
+    holder: nn.Module = nn.Sequential(bare)
     options: dict[str, Any] = {"rank": rank}
     if arm == "dense":
-        holder[0] = DenseDora(bare, rank)
+        holder = nn.Sequential(DenseDora(bare, rank))
     elif arm.startswith("peft"):
         holder = with_peft(holder, arm, rank, ["0"], bare.weight.dtype)
     elif arm != "bare":
@@ -131,7 +131,8 @@ def main() -> None:
     arms = list(dict.fromkeys(["bare", "dense", "dora", *said.arms]))
     found, rows = [], []
     for dtype, text, rank, tokens in itertools.product(said.dtypes, said.shapes, said.ranks, said.tokens):
-        shape = tuple(int(side) for side in text.split("x"))
+        out_features, in_features = (int(side) for side in text.split("x"))
+        shape = out_features, in_features
         work = 2 * tokens * shape[0] * shape[1] * (1 if dtype == "bfloat16" else 5) + rank * shape[0] * shape[1]
         if rank > min(shape) // 2 or (work > MOST and not said.every):
             continue

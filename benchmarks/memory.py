@@ -227,13 +227,15 @@ def trimtab(*arguments: str) -> str:
 def planned(yaml: Path) -> dict[str, Any]:
     """The estimate."""
     out = trimtab("plan", str(yaml), "--json")
-    return json.loads(out[out.index("{") :])["memory"]
+    found: dict[str, Any] = json.loads(out[out.index("{") :])["memory"]
+    return found
 
 
 def measured(yaml: Path) -> float:
     """Peak memory of the run, GiB."""
     trimtab("finetune", str(yaml), "--overwrite")
-    return json.loads((yaml.parent / "run" / "summary.json").read_text(encoding="utf-8"))["peak_memory_gib"]
+    text = (yaml.parent / "run" / "summary.json").read_text(encoding="utf-8")
+    return float(json.loads(text)["peak_memory_gib"])
 
 
 def measure_process() -> None:

@@ -27,6 +27,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ from step import COMPILED, TARGETS, adapt, disturb, stepper
 
 KINDS = ("none", "int8", "nf4")
 ARMS = ("frozen", "bitsandbytes", "lora", "dora", "mora")
-SHAPES = {
+SHAPES: dict[str, dict[str, Any]] = {
     "smollm2-135m": {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3},
     "llama-3.2-1b": {
         "hidden_size": 2048,
@@ -64,7 +65,8 @@ def blocks(kind: str, shape: str, layers: int, dtype: torch.dtype) -> Any:
 
     config = LlamaConfig(vocab_size=8, num_hidden_layers=layers, use_cache=False, **SHAPES[shape])
     with torch.device("meta"):
-        model = LlamaModel(config).to(dtype)
+        model: Any = LlamaModel(config)
+        model = model.to(dtype)
     model.rotary_emb, model.norm = LlamaRotaryEmbedding(config), nn.Identity()
     for module in list(model.modules()):
         for name, inner in list(module._modules.items()):
@@ -125,15 +127,16 @@ def primitives(repeats: int) -> dict[str, list[float]]:
     dense = nn.Linear(576, 1536, bias=False, dtype=torch.bfloat16)
     base = bases.find(dense)
     assert base is not None
-    handles = {kind: bases.find(bases.quantise(base, kind)) for kind in ("int8", "nf4", "torchao_int8")}
+    handles: dict[str, Any] = {kind: bases.find(bases.quantise(base, kind)) for kind in ("int8", "nf4", "torchao_int8")}
     x = torch.randn(1024, 576, dtype=torch.bfloat16)
-    stored, scales = handles["int8"].module.weight.data, handles["int8"].module.weight.SCB / 127  # type: ignore[union-attr]
+    stored: Tensor
+    stored, scales = handles["int8"].module.weight.data, handles["int8"].module.weight.SCB / 127
     packed, state = functional.quantize_4bit(dense.weight.data, quant_type="nf4", compress_statistics=True)
 
     def in_one_go() -> Tensor:
         return stored.to(torch.bfloat16).mul_(scales.unsqueeze(1))
 
-    arms = {f"{kind}: ours": handle.weight for kind, handle in handles.items() if handle is not None}
+    arms: dict[str, Callable[[], Tensor]] = {f"{kind}: ours": handle.weight for kind, handle in handles.items()}
     arms["int8: as bitsandbytes does"] = in_one_go
     arms["nf4: bitsandbytes.functional"] = lambda: functional.dequantize_4bit(packed, state)
     arms["product with 1,024 tokens"] = lambda: dense(x)
@@ -160,7 +163,8 @@ def main() -> None:
     parser.add_argument("--child", nargs=2, metavar=("ARM", "KIND"), help=argparse.SUPPRESS)
     said = parser.parse_args()
     if said.child:
-        print(json.dumps(memory(*said.child, said)))
+        arm, kind = said.child
+        print(json.dumps(memory(arm, kind, said)))
         return
     if said.primitives:
         seconds = primitives(said.repeats)

@@ -18,7 +18,7 @@ def llama(name: str, tokenizer: Any) -> Any:
     """One of ``LLAMAS`` in bfloat16."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    shape = {"vocab_size": len(tokenizer), "intermediate_size": 704} | LLAMAS[name]
+    shape: dict[str, Any] = {"vocab_size": len(tokenizer), "intermediate_size": 704} | LLAMAS[name]
     return LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=True)).bfloat16()
 
 
@@ -34,8 +34,10 @@ def vit_small() -> Any:
     """ViT-S/16: 22 million numbers."""
     from transformers import ViTConfig, ViTForImageClassification
 
-    shape = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 12, "num_attention_heads": 6}
-    return ViTForImageClassification(ViTConfig(image_size=PIXELS, **shape))
+    config = ViTConfig(
+        image_size=PIXELS, hidden_size=384, intermediate_size=1536, num_hidden_layers=12, num_attention_heads=6
+    )
+    return ViTForImageClassification(config)
 
 
 def resnet_50() -> Any:

@@ -35,9 +35,15 @@ def frozen_model(said: argparse.Namespace) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    shape = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
+    shape: dict[str, Any] = {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+    }
     config = LlamaConfig(vocab_size=49152, num_hidden_layers=said.layers, tie_word_embeddings=True, **shape)
-    return LlamaForCausalLM(config).to(torch.bfloat16).requires_grad_(False).train()
+    model: Any = LlamaForCausalLM(config)
+    return model.to(torch.bfloat16).requires_grad_(False).train()
 
 
 def peft_model(method: str, adapter: str, said: argparse.Namespace) -> Any:

@@ -62,11 +62,17 @@ def surgery(folder: Path) -> dict[str, Callable[[], None]]:
 
         return run
 
+    def theirs(put: Callable[[], Any]) -> Callable[[], None]:
+        def run() -> None:
+            put().unload()
+
+        return run
+
     return {
         "attach, trimtab": ours(lambda: trimtab.attach(model, plan)),
-        "attach, PEFT": lambda: get_peft_model(model, config).unload() and None,
+        "attach, PEFT": theirs(lambda: get_peft_model(model, config)),
         "load, trimtab": ours(lambda: trimtab.load_adapter(model, folder)),
-        "load, PEFT": lambda: PeftModel.from_pretrained(model, str(folder)).unload() and None,
+        "load, PEFT": theirs(lambda: PeftModel.from_pretrained(model, str(folder))),
     }
 
 

@@ -69,7 +69,8 @@ def blocks(dtype: torch.dtype, attention: str, layers: int) -> nn.Module:
     del model.model.layers[layers:]
     model.model.norm = nn.Identity()
     model.model.config.use_cache = False
-    return model.model.requires_grad_(False).train()
+    body: nn.Module = model.model.requires_grad_(False).train()
+    return body
 
 
 def with_peft(model: nn.Module, arm: str, rank: int, targets: Sequence[str], dtype: torch.dtype) -> nn.Module:

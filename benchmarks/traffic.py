@@ -43,7 +43,12 @@ from trimtab.ops.kernels import using
 from trimtab.surgery.contexts import for_inference
 
 aten = torch.ops.aten
-LLAMA_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
+LLAMA_8B: dict[str, Any] = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+}
 ADAPTERS = 8
 LINEAR = [(4096, 4096), (4096, 1024), (4096, 1024), (4096, 4096), (4096, 14336), (4096, 14336), (14336, 4096)]
 """``(in, out)`` of q, k, v, o, gate, up and down."""
@@ -76,7 +81,7 @@ class Counted(TorchDispatchMode):
     """Counts what a device would be sent while ``counts`` is true, and the bytes and the time of it."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.by_operation: Counter[str] = Counter()
         self.bytes = self.seconds = 0.0
         self.counts = False
@@ -210,7 +215,8 @@ def _passes(
 
 
 def _key(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    address: int = tensor.untyped_storage()._cdata
+    return address
 
 
 def by_rows(methods: Sequence[str], rows: int, tokens: int, *, segments: bool, trains: bool = False) -> Counts:
@@ -274,9 +280,10 @@ def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, sums: Tensor) ->
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        y: Tensor
         y, sums = torch.ops.traffic.attend(q, k, v)
         ctx.save_for_backward(q, k, v, y, sums)
-        return y  # type: ignore[no-any-return]
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -373,8 +380,8 @@ def main() -> None:
                 layers = measure(said, tokens, kernels=kernels, held=True)
                 norms = measure(said, tokens, kernels=kernels).launches - layers.launches
                 whole = block(said, tokens, kernels=kernels)
-                each = {"layers": layers._asdict(), "block": whole._asdict(), "norms": norms}
-                found.append({"tokens": tokens, "method": method, "kernels": kernels, **each})
+                counts = {"layers": layers._asdict(), "block": whole._asdict(), "norms": norms}
+                found.append({"tokens": tokens, "method": method, "kernels": kernels, **counts})
                 figures = [
                     f"{one.seconds / floor.seconds:.2f}" for one, floor in zip((layers, whole), bare, strict=True)
                 ]
