@@ -9,6 +9,7 @@ yardstick. One seed: the table shows that the methods work, not which is best.
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 import trimtab
 
 PRETRAIN_STEPS, ADAPT_STEPS, ADAPT_ROWS = 400, 300, 300
-ARMS = {
+ARMS: dict[str, dict[str, Any]] = {
     "LoRA": {"method": "lora", "rank": 4},
     "DoRA": {"method": "dora", "rank": 4},
     # As tutorials write DoRA: the norm over dim 0, standard-normal A, scale 1, the gradient through the norm.

@@ -142,7 +142,8 @@ def _magnitudes(model: Any) -> dict[str, float]:
     moved = []
     for _, module in adapted_modules(model):
         if module.method == "dora":
-            norms = module.handle.weight().detach().double().norm(dim=1)
+            handle: Any = module.handle
+            norms = handle.weight().detach().double().norm(dim=1)
             moved.append((module.current_adapter.magnitude.detach().double() / norms - 1).abs())
     every = torch.cat(moved)
     return {"mean": float(every.mean()), "largest": float(every.max())}

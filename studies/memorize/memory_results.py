@@ -24,7 +24,7 @@ Results = Mapping[Arm, tuple[list[dict[str, Any]], list[dict[str, Any]]]]
 
 def area(curve: Sequence[Mapping[str, Any]]) -> float:
     """The mean accuracy over the points after the start: the area under the curve, as a share of its box."""
-    after = [point["accuracy"] for point in curve if point["step"] > 0]
+    after: list[float] = [point["accuracy"] for point in curve if point["step"] > 0]
     return sum(after) / len(after)
 
 

@@ -20,13 +20,13 @@ from pattern_pictures import (
     draw_views,
     kinds_of,
     lines_of,
-    signed,
     with_interval,
 )
 from trimtab.config.yaml_text import write_yaml
 from trimtab.files import read_json
 from trimtab.reports.shared.figures import write_picture
 from trimtab.reports.shared.shell import write_page
+from trimtab.reports.study.weight_changes import signed
 
 _SHORT = ("all", "layers", "time")
 """The views that the terminal has room for."""

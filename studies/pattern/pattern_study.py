@@ -135,7 +135,7 @@ def _cells(said: PatternConfig, file: Path, folder: Path) -> Iterator[PatternCel
 def measure(config: RunConfig, folder: RunFolder) -> dict[str, Any]:
     """What the study keeps of a run: the loss in its first line of metrics and over the last quarter of them, and the
     ``changes``, a `ChangePoint` for each weight and checkpoint."""
-    losses = [row.loss for row in folder.read_metrics() if row.kind == "train"]
+    losses = [row.loss for row in folder.read_metrics() if row.kind == "train" and row.loss is not None]
     last = losses[-max(1, len(losses) // 4) :]
     changes: dict[tuple[str, int | None], list[Any]] = {}
     for one in analyse(source_of(config), [folder.path], spectra=False):

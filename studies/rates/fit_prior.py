@@ -61,7 +61,9 @@ def bests(study: RatesStudy, task: str) -> dict[str, dict[str, tuple[float, floa
         if len(losses) < 3:
             continue
         settings = {**study.settings(task, arm), "data": {"train": "rows.jsonl"}, "output": "none"}
-        (rule,) = plan_of(build_config(settings, study.state, arm)).rules
+        plan = plan_of(build_config(settings, study.state, arm))
+        assert plan is not None, "an arm has a plan"
+        (rule,) = plan.rules
         found[rule.method][arm] = (size_of(rule.options), at_lattice(smooth_best(losses)))
     return dict(found)
 

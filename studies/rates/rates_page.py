@@ -132,6 +132,6 @@ def _draw(arms: Mapping[tuple[str, str], Mapping[str, Any]], tasks: Sequence[str
         axes.set_title(task, fontsize=9)
         axes.set_xlabel("learning rate", fontsize=8)
         axes.set_ylabel("validation loss (nats a token)", fontsize=8)
-    lines = {line.get_label(): line for axes in figure.axes for line in axes.lines}
-    figure.legend(lines.values(), lines.keys(), loc="outside right upper", fontsize=7, frameon=False)
+    lines = {str(line.get_label()): line for axes in figure.axes for line in axes.lines}
+    figure.legend([*lines.values()], [*lines], loc="outside right upper", fontsize=7, frameon=False)
     return figure

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from trimtab.errors import DataError
@@ -38,7 +38,11 @@ def write_rows(folder: Path, phrasebank: Path) -> None:
 
     Raises DataError if ``phrasebank``, the training rows of the PhraseBank, is not a file.
     """
-    for task, rows in (("sentiment", lambda: _sentiment(phrasebank)), ("orders", lambda: list(_orders()))):
+    makers: dict[str, Callable[[], list[dict[str, str]]]] = {
+        "sentiment": lambda: _sentiment(phrasebank),
+        "orders": lambda: list(_orders()),
+    }
+    for task, rows in makers.items():
         files = [folder / f"{task}-{part}.jsonl" for part in ("train", "validation")]
         if not all(file.is_file() for file in files):
             made = rows()

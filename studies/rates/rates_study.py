@@ -50,8 +50,8 @@ class RatesConfig(Section):
     phrasebank: str = Field(str(PHRASEBANK), description="Training rows of the Financial PhraseBank.")
 
 
-def at_lattice(index: int) -> float:
-    """The rate number ``index`` of the lattice that all grids lie on; 0 is 1."""
+def at_lattice(index: float) -> float:
+    """The rate at the place ``index`` of the lattice that all grids lie on; 0 is 1."""
     return float(f"{10 ** (index / PER_DECADE):.3g}")
 
 
