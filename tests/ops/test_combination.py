@@ -97,6 +97,14 @@ def test_ties_is_what_peft_calls_so() -> None:
     torch.testing.assert_close(combination.elected(trimmed, shares), theirs)
 
 
+def test_where_the_votes_are_even_ties_takes_the_positive_sign_as_peft_does() -> None:
+    deltas = [torch.tensor([1.0, -2.0, 0.0, 3.0]), torch.tensor([-1.0, 2.0, 0.0, -1.0])]
+    theirs = merge_utils.ties(deltas, torch.ones(2), 0.75)  # all but the zeros
+    found = combination.elected(deltas, [1.0, 1.0])
+    torch.testing.assert_close(found, theirs)
+    assert found.tolist() == [1.0, 2.0, 0.0, 3.0]
+
+
 def test_dare_keeps_its_share_and_the_mean() -> None:
     delta = 1 + randn(300, 400).abs()
     kept = combination.drawn(delta, 0.25, torch.Generator().manual_seed(5))

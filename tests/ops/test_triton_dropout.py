@@ -43,6 +43,18 @@ def test_elements_are_dropped_as_often_as_said_and_apart_from_each_other() -> No
     assert torch.equal(found, kept(1, (rows, columns), p))
 
 
+@pytest.mark.parametrize(("probability", "threshold"), [(0.25, 2**30), (0.3, 1288490189), (1 - 2**-40, 2**32 - 1)])
+def test_a_seed_is_drawn_with_its_threshold_and_its_scale(probability: float, threshold: int) -> None:
+    with kernels.using("triton"):
+        found = [draw_keep(torch.ones(3, 4), probability) for _ in range(400)]
+    assert all(isinstance(one, Seeded) and one.threshold == threshold for one in found)
+    assert found[0].scale == pytest.approx(2**32 / (2**32 - threshold))
+    # Of a uniform draw from -1 to 1 the mean has a standard deviation of 0.029 here, that of the square 0.015.
+    seeds = torch.cat([one.seed for one in found]).double() / 2**63
+    assert abs(float(seeds.mean())) < 0.15
+    assert float(seeds.square().mean()) == pytest.approx(1 / 3, abs=0.08)
+
+
 @pytest.mark.parametrize("dtype", list(EPS), ids=str)
 @pytest.mark.parametrize(("tokens", "features", "rank"), [(37, 150, 5), (1, 257, 16), (70, 128, 32)])
 def test_every_program_drops_the_same(dtype: torch.dtype, tokens: int, features: int, rank: int) -> None:

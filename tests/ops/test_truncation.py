@@ -108,3 +108,28 @@ def test_nothing_stays_nothing() -> None:
         assert found.errors.tolist() == [0.0]
     fed_nothing = spectrum(drawn(3, 4), Moments(torch.zeros(4, 4, dtype=torch.float64), 3))
     torch.testing.assert_close(fed_nothing.factors(3)[1] @ fed_nothing.factors(3)[0], drawn(3, 4))
+
+
+@pytest.mark.parametrize(("count", "shrinks"), [(12, 1.0), (40, None), (400, None), (10**8, 1e-6)])
+def test_few_inputs_are_shrunk_towards_equal_directions(count: int, shrinks: float | None) -> None:
+    """As in OAS (arXiv 0907.4698, equation 23): of the second moments of p features, estimated from n inputs, a share
+    rho is replaced by their mean. Added to what is left as it was, that is rho / (1 - rho), within 1e-6 and 1."""
+    delta, x = drawn(5, 9), inputs(9, 400) + 0.3 * drawn(400, 9, seed=3)
+    moments = moments_of(x)._replace(inputs=count)
+    h, p, n = moments.mean, 9, count
+    squares, trace = float((h @ h).trace()), float(h.trace())
+    rho = ((1 - 2 / p) * squares + trace**2) / ((n + 1 - 2 / p) * (squares - trace**2 / p))
+    ridge = shrinks if shrinks is not None else rho / (1 - rho)
+    assert (ridge == shrinks) == (rho >= 0.5 or rho < 1e-6)
+    root = torch.linalg.cholesky(h + ridge * trace / p * torch.eye(p, dtype=torch.float64))
+    best = torch.linalg.svdvals(delta @ root)
+    found = spectrum(delta, moments)
+    assert [found.bound(rank) for rank in range(5)] == pytest.approx(best.tolist(), rel=1e-9)
+
+
+def test_equal_directions_are_left_equal() -> None:
+    """Where all directions are alike the formula divides by zero; shrinking changes nothing then but the scale."""
+    delta = drawn(5, 9)
+    found = spectrum(delta, Moments(2.0 * torch.eye(9, dtype=torch.float64), 7))
+    best = torch.linalg.svdvals(delta) * math.sqrt(2.0 + 2.0)
+    assert [found.bound(rank) for rank in range(5)] == pytest.approx(best.tolist(), rel=1e-9)
