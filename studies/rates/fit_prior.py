@@ -4,8 +4,8 @@
 
 For each method a line through the best rates of its arms: ``log rate = log base - power * log size``, where the size is
 alpha / 16, or rank / 8 for a method without alpha. An arm's best rate is the bottom of a parabola through all rates
-whose loss, a mean over the seeds that have it, is within ``NEAR`` of the lowest, and through the two beside that: one
-rate by itself may be lucky. Prints both; what is printed is copied into the table there by hand.
+whose loss, a mean over the seeds, is within ``NEAR`` of the lowest, and through the two beside that: one rate by itself
+may be lucky. Prints both; what is printed is copied into the table there by hand.
 """
 
 from __future__ import annotations
@@ -69,9 +69,28 @@ def bests(study: RatesStudy, task: str) -> dict[str, dict[str, tuple[float, floa
 
 
 def mean_losses(seeds: Sequence[Mapping[int, float]]) -> dict[int, float]:
-    """Lattice index -> mean loss over the seeds that have it."""
+    """Lattice index -> mean loss over the seeds, of which some may lack some rates: a seed is taken to lie as far above
+    or below the others everywhere (least squares, with a term for each rate and one for each seed). Infinite where a
+    training diverged."""
+    import numpy as np
+
     places = sorted({index for losses in seeds for index in losses})
-    return {index: statistics.fmean(losses[index] for losses in seeds if index in losses) for index in places}
+    diverged = {index for losses in seeds for index, loss in losses.items() if not math.isfinite(loss)}
+    finite = [index for index in places if index not in diverged]
+    there = [losses for losses in seeds if any(index in losses for index in finite)]
+    known = [
+        (finite.index(index), number, losses[index])
+        for number, losses in enumerate(there)
+        for index in finite
+        if index in losses
+    ]
+    terms = np.zeros((len(known), len(finite) + len(there)))
+    for row, (place, number, _) in enumerate(known):
+        terms[row, place] = terms[row, len(finite) + number] = 1
+    found = np.linalg.lstsq(terms, np.array([loss for _, _, loss in known]), rcond=None)[0]
+    level = float(found[len(finite) :].mean()) if there else 0.0
+    means = {index: float(found[place]) + level for place, index in enumerate(finite)}
+    return {index: means.get(index, math.inf) for index in places}
 
 
 def smooth_best(losses: Mapping[int, float]) -> float:

@@ -66,9 +66,11 @@ def arm_results(study: RatesStudy, task: str, arm: str) -> dict[str, Any]:
     telling = {seed: losses for seed, losses in seeds.items() if _tells_its_best(losses, grid)}
     edge = any(min(losses, key=lambda at: losses[at]) in (grid[0], grid[-1]) for losses in telling.values())
     places = {seed: best_place(losses) for seed, losses in telling.items()}
+    # Of seeds that are done in part the curve would jump where they end.
+    whole = [losses for losses in seeds.values() if len(losses) == len(grid)]
     curve = []
     for index in grid:
-        values = [losses[index] for losses in telling.values() or seeds.values() if index in losses]
+        values = [losses[index] for losses in whole or telling.values() or seeds.values() if index in losses]
         finite = [value for value in values if math.isfinite(value)]
         mean = mean_interval(finite).plain() if finite and len(finite) == len(values) else None
         curve.append(

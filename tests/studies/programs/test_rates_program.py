@@ -13,7 +13,7 @@ import pytest
 
 import auto_check
 import rates_cell
-from fit_prior import bests, line, smooth_best
+from fit_prior import bests, line, mean_losses, smooth_best
 from rates_page import write_rates_page
 from rates_results import arm_results, best_place, compared, write_results
 from rates_rows import _orders
@@ -89,7 +89,7 @@ def test_other_seeds_are_followed_to_their_own_best_and_tell_it_before_the_rest_
             break
     assert {seed: len(study.losses(*arm, seed)) for seed in (1, 2, 3)} == {1: 7, 2: 5, 3: 3}
     assert known["places"] == pytest.approx({"1": -9, "2": -7, "3": -9})
-    assert [point["seeds"] for point in known["curve"]] == [1, 1, 3, 3, 3, 2, 2]
+    assert [point["seeds"] for point in known["curve"]] == [1] * 7, "of seeds that are whole"
 
 
 def test_a_grid_grows_where_its_best_is_at_an_edge_and_claims_nothing_if_it_still_is(study: RatesStudy) -> None:
@@ -169,6 +169,16 @@ def test_auto_is_held_against_the_best_of_whole_grids_alone(study: RatesStudy, m
     assert (study.output / "rates-auto.png").is_file()
 
 
+def test_a_best_rate_of_all_seeds_is_one_with_the_two_beside_it() -> None:
+    grid = range(-12, -5)
+    whole = {index: 0.4 + 0.02 * (index + 9) ** 2 for index in grid}
+    some = {index: whole[index] for index in (-10, -9, -8)}
+    assert auto_check._best(grid, [whole, some]) == -9
+    assert auto_check._best(grid, [whole, {**some, -8: 0.1}]) is None, "-7 may be lower still"
+    assert auto_check._best(grid, [some, some]) is None
+    assert auto_check._best(grid, [whole, {}]) is None
+
+
 def test_the_likely_rates_are_a_line_through_what_arms_of_all_sizes_say(study: RatesStudy) -> None:
     """Here the best rate of LoRA falls with the root of alpha, and another task and other steps play no part."""
     place = {"LoRA r1": -8 + 1.5 * math.log10(8), "LoRA r64": -8 - 1.5 * math.log10(8)}
@@ -183,6 +193,17 @@ def test_the_likely_rates_are_a_line_through_what_arms_of_all_sizes_say(study: R
     base, power = line(three)
     assert (base, power) == pytest.approx((at_lattice(-8), 0.5), rel=0.02)
     assert line([three[1]]) == pytest.approx((at_lattice(-8), 0.0), rel=0.02)
+
+
+def test_a_seed_that_is_lower_everywhere_draws_no_rate_down_that_it_alone_has() -> None:
+    bowl = {index: 0.4 + 0.02 * (index + 9) ** 2 for index in range(-12, -5)}
+    low = {index: bowl[index] - 0.2 for index in (-8, -7, -6)}
+    found = mean_losses([bowl, low])
+    assert found == pytest.approx({index: loss - 0.1 for index, loss in bowl.items()})
+    assert smooth_best(found) == pytest.approx(-9)
+    assert mean_losses([bowl, {**low, -6: math.inf}])[-6] == math.inf
+    assert mean_losses([bowl, {}]) == pytest.approx(bowl)
+    assert mean_losses([{-9: math.inf}]) == {-9: math.inf}
 
 
 def test_one_lucky_rate_moves_the_smooth_best_little() -> None:
