@@ -64,6 +64,17 @@ def test_rows_from_which_the_weight_goes_away_are_as_near_as_float32_shows() -> 
     assert alone.magnitude.tolist()[0] == 0, "where nothing is added, zero is exact"
 
 
+@pytest.mark.parametrize("left", [9e-7, -9e-7])
+def test_a_ratio_that_is_all_but_zero_keeps_its_sign(left: float) -> None:
+    """c' is held off zero by 1e-6, on the side on which it is: off by 1e-7 of the weight here, and not by 2e-6."""
+    torch.manual_seed(0)
+    weight, plain = randn(1, 5), LowRankAdapter(randn(2, 5), randn(1, 2), None)
+    nothing = LowRankAdapter(randn(0, 5), randn(1, 0), torch.zeros(1, dtype=torch.float64))
+    found = weighted_sum(weight, [(1 - left, nothing), (1.0, plain)])
+    wanted = left * weight + plain.b @ plain.a
+    assert float((acting(weight, found, "output") - wanted).norm()) == pytest.approx(1e-7 * float(weight.norm()))
+
+
 def test_a_row_of_zeros_stays_one() -> None:
     weight = torch.zeros(2, 3, dtype=torch.float64)
     one = LowRankAdapter(randn(1, 3), torch.zeros(2, 1, dtype=torch.float64), torch.ones(2, dtype=torch.float64))

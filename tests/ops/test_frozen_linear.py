@@ -244,6 +244,15 @@ def test_torch_compile(update: str) -> None:
         assert torch.allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
+def test_torch_compile_where_no_gradient_is_asked_for() -> None:
+    """Outside of training the compiler calls an autograd function of two trailing tensors without its context."""
+    x, weight = torch.randn(3, IN), torch.randn(OUT, IN)
+    tensors = tuple(torch.randn(*size, requires_grad=True) for size in ((2, IN), (OUT, 2)))
+    run = torch.compile(lambda x: frozen_linear(x, weight, update=LowRank(1.0), tensors=tensors), backend="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(run(x), x @ (weight + tensors[1] @ tensors[0]).t(), rtol=1e-5, atol=1e-5)
+
+
 @contextmanager
 def kept_for_backward() -> Iterator[list[Tensor]]:
     """The tensors that are saved for a backward pass while it is open."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from trimtab.ops import ratio as ops_ratio
 from trimtab.ops.ratio import ratio_of
 
 
@@ -47,3 +48,23 @@ def test_what_is_multiplied_stays_unless_it_is_given_up(dtype: torch.dtype, larg
     ratio.times_rows(weight)
     assert torch.equal(weight, before)
     assert ratio.times(weight, in_place=True) is weight
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_is_not_looked_at_is_divided_and_not_taken_to_be_near_one(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on an accelerator. In float16 the least magnitude would be rounded to zero, so nothing is read off there."""
+    monkeypatch.setattr(ops_ratio, "_may_be_read", lambda norm: False)
+    magnitude, norm = torch.tensor([3.0, 1.0, -2.0]), torch.tensor([2.0, 4.0, 0.5])
+    for quotients in (None, lambda *_: None):  # none there, or one that does not read these
+        found = ratio_of(magnitude, norm, dtype, quotients)
+        assert found.values.tolist() == [1.5, 0.25, -4.0]
+        assert found.near_one is False
+        assert found.excess is None
+        assert (found.divisor is None) == (dtype == torch.float16)
+        assert found.divisor is None or torch.equal(found.divisor, magnitude)
+    theirs = torch.ones(3), torch.zeros(3)
+    found = ratio_of(magnitude, norm, dtype, lambda *_: theirs)
+    if dtype != torch.float16:
+        assert (found.values, found.divisor) == theirs

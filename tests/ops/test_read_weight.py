@@ -35,6 +35,23 @@ def test_asking_for_no_gradient_gives_the_weight_back() -> None:
         weight.requires_grad_()
 
 
+def test_a_gradient_may_be_asked_for_twice_and_of_what_the_weight_does_not_need() -> None:
+    used, unused = torch.ones(2, 3, requires_grad=True), torch.ones(3, requires_grad=True)
+    weight = read_weight(lambda: 2 * used, (used, unused), of=(used.shape, used.dtype, used.device))
+    total = weight.sum()
+    for _ in range(2):
+        found = torch.autograd.grad(total, (used, unused), retain_graph=True, allow_unused=True)
+        assert found[1] is None
+        assert torch.equal(found[0], torch.full((2, 3), 2.0))
+
+
+def test_where_a_program_is_compiled_the_weight_itself_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    found = read(torch.ones(2, 3))
+    assert type(found) is Tensor
+    assert torch.equal(found, torch.full((2, 3), 2.0))
+
+
 def test_numbers_with_a_gradient_are_given_to_numpy_only_by_force() -> None:
     weight = read(torch.ones(2, 3, requires_grad=True))
     with pytest.raises(RuntimeError, match="requires grad"):

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import plain_formula
+from trimtab.ops import reference
 from trimtab.ops.cost import PROCESSOR
+from trimtab.ops.kernels.contract import BackwardPass
 from trimtab.ops.linear_map import MATRIX
 from trimtab.ops.square import Square
 
@@ -34,6 +36,26 @@ def test_delta_equals_the_plain_formula(square: Square) -> None:
         assert torch.allclose(product, x @ want.t(), rtol=1e-12, atol=1e-12)
 
 
+def test_where_the_rows_are_turned_and_no_programs_are_there_it_is_the_same_formula(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on an accelerator without Triton."""
+    monkeypatch.setattr(Square, "_turns_rows", lambda self, rows: True)
+    for square in squares():
+        shape = square.out_features, square.in_features
+        matrix = torch.randn(square.side, square.side, dtype=torch.float64)
+        delta = reference.square_delta(matrix, shape, turn=square.turn)
+        rows, grad = (torch.randn(9, features, dtype=torch.float64) for features in reversed(shape))
+        product, grad_rows = torch.zeros_like(grad), torch.ones_like(rows)
+        square.add_product(product, rows, (matrix,), MATRIX)
+        (found,) = square.add_gradient(grad_rows, BackwardPass(grad), rows, (matrix,), MATRIX)
+        torch.testing.assert_close(product, rows @ delta.t())
+        torch.testing.assert_close(grad_rows, 1 + grad @ delta)
+        torch.testing.assert_close(found, reference.square_gradient(grad.t() @ rows, square.side, turn=square.turn))
+        order = torch.tensor([3, 0, 8])
+        assert torch.equal(square.gathered(rows, order), square.compress(rows[order]))
+
+
 @pytest.mark.parametrize("square", squares(), ids=str)
 def test_few_tokens_in_half_precision_are_rounded_once_before_they_are_added(square: Square) -> None:
     matrix, dtype = torch.randn(square.side, square.side), torch.bfloat16
@@ -48,9 +70,9 @@ def test_few_tokens_in_half_precision_are_rounded_once_before_they_are_added(squ
 @pytest.mark.parametrize("square", squares(), ids=str)
 def test_each_map_and_its_transpose(square: Square) -> None:
     """``<compress(x), g> == <x, expand(g)>`` and ``<spread(g), y> == <g, gather(y)>``."""
-    x = torch.randn(3, square.in_features, dtype=torch.float64)
-    y = torch.randn(3, square.out_features, dtype=torch.float64)
-    groups = torch.randn(3, square.groups, square.side, dtype=torch.float64)
+    x = torch.randn(2, 3, square.in_features, dtype=torch.float64)
+    y = torch.randn(2, 3, square.out_features, dtype=torch.float64)
+    groups = torch.randn(2, 3, square.groups, square.side, dtype=torch.float64)
     assert square.compress(x).shape == groups.shape
     assert square.expand(groups).shape == x.shape
     assert square.spread(groups).shape == y.shape

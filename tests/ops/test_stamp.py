@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from trimtab.ops.stamp import Stamp
 
@@ -65,3 +66,45 @@ def test_one_number_alone_is_compared() -> None:
     stamp = Stamp([tensor])
     tensor.data[0] = 2.0
     assert not stamp.fits([tensor])
+
+
+@pytest.mark.parametrize("columns", [slice(0, 1), slice(0, 3), slice(0, 3, 2)], ids=str)
+def test_of_a_part_of_a_tensor_every_row_is_compared_and_nothing_beside_it(columns: slice) -> None:
+    """Also of one that is neither laid out row by row nor column by column."""
+    whole = torch.randn(20_000, 4)
+    part = whole[:, columns]
+    stamp = Stamp([part])
+    whole.data[:, 3] += 1
+    assert stamp.fits([part])
+    for row in (0, 1, 2, 19_998, 19_999):
+        stamp = Stamp([part])
+        whole.data[row, columns] += 1
+        assert not stamp.fits([part]), row
+        assert stamp.fits([part], quickly=True)
+
+
+@pytest.mark.parametrize("shape", [(20_000,), (20_000, 1), (1, 20_000)])
+def test_every_number_of_one_row_or_column_is_compared(shape: tuple[int, ...]) -> None:
+    tensor = torch.randn(shape)
+    for place in (0, 1, 2, 19_998, 19_999):
+        stamp = Stamp([tensor])
+        tensor.data.view(-1)[place] += 1
+        assert not stamp.fits([tensor]), place
+
+
+def test_every_second_number_of_a_row_can_be_stamped() -> None:
+    part = torch.randn(40_000)[::2]
+    stamp = Stamp([part])
+    assert stamp.fits([part])
+    part.data.add_(1)
+    assert not stamp.fits([part])
+
+
+def test_tensors_without_numbers_are_what_they_were_until_they_are_changed() -> None:
+    with FakeTensorMode():
+        fake = torch.empty(3, 4)
+    for tensor in (torch.empty(3, 4, device="meta"), fake):
+        stamp = Stamp([tensor])
+        assert stamp.fits([tensor])
+        tensor.add_(1)
+        assert not stamp.fits([tensor])

@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -19,14 +19,16 @@ import sampling
 import trimtab
 from trimtab import bases
 from trimtab.ops import kernels, ratio as ops_ratio, reference
+from trimtab.ops.dropout import Seeded
 from trimtab.ops.frozen_linear import frozen_linear
 from trimtab.ops.kernels.contract import BackwardPass, Thin
 from trimtab.ops.linear_map import MATRIX
-from trimtab.ops.low_rank import LowRank
+from trimtab.ops.low_rank import LowRank, squared_norms
 from trimtab.ops.ratio import ratio_of
 from trimtab.ops.square import Square
 
-triton = pytest.importorskip("trimtab.ops.kernels.triton", reason="triton is not installed", exc_type=ImportError)
+pytest.importorskip("trimtab.ops.kernels.triton", reason="triton is not installed", exc_type=ImportError)
+from trimtab.ops.kernels import triton, triton_dropout, triton_segments, triton_square
 
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora", "rank": 5},
@@ -186,6 +188,79 @@ def test_the_passes_are_single_operations_for_tensors_without_numbers() -> None:
         assert (one.grad.shape, one.grad.dtype) == (one.shape, one.dtype)
 
 
+def operations_of(run: Callable[[], Any]) -> dict[str, int]:
+    """How often each program is started by what is run on tensors without numbers, as they would be on a GPU."""
+    with kernels.using("triton"), CountedOperations() as counted:
+        run()
+    return {name.removeprefix("trimtab::"): n for name, n in counted.seen.items() if name.startswith("trimtab::")}
+
+
+@pytest.mark.parametrize("turn", [False, True])
+def test_a_square_update_is_gathered_and_spread_by_the_programs(turn: bool) -> None:
+    with FakeTensorMode():
+        x, weight, matrix = (torch.empty(*size, requires_grad=True) for size in ((5, 7), (9, 7), (4, 4)))
+        square, squares = Square(7, 9, 4, turn=turn), torch.empty(9)
+
+        def step() -> None:
+            frozen_linear(x, weight.detach(), update=square, tensors=(matrix,), compute="factored").sum().backward()
+
+        def norms(matrix: Tensor) -> Tensor:
+            return square.squared_norms(weight.detach(), squares, matrix)
+
+        assert operations_of(step) == {"compress": 2, "forward_pass": 1, "add_expanded": 1}
+        assert operations_of(lambda: norms(matrix.detach())) == {"square_norms": 1}
+        assert operations_of(torch.no_grad()(lambda: norms(matrix))) == {"square_norms": 1}
+        assert operations_of(lambda: norms(matrix)) == {}, "they have no gradient"
+
+
+def test_a_low_rank_update_is_added_folded_and_measured_by_the_programs() -> None:
+    with FakeTensorMode():
+        x, weight, a, b, m = (
+            torch.empty(*size, requires_grad=True) for size in ((5, 7), (40, 7), (2, 7), (40, 2), (40,))
+        )
+        update, norm, frozen = LowRank(0.5), torch.empty(40), weight.detach()
+
+        def step(keep: Seeded | None = None) -> None:
+            given: dict[str, Any] = {"update": update, "tensors": (a, b), "magnitude": m, "norm": norm}
+            frozen_linear(x, frozen, keep=keep, compute="factored", **given).sum().backward()
+
+        def norms(a: Tensor, b: Tensor) -> Tensor:
+            return squared_norms(frozen, norm, a, b, scale=0.5, axis="output")
+
+        passes = {"quotients": 1, "forward_pass": 1, "backward_pass": 1}
+        dropped = {"dropped_product": 1, "add_dropped": 1, "dropped_outer": 1}
+        assert operations_of(step) == passes
+        assert operations_of(lambda: step(Seeded(torch.empty(1, dtype=torch.int64), 5))) == passes | dropped
+        assert operations_of(lambda: update.fold(frozen, None, (a.detach(), b.detach()))) == {"forward_pass": 1}
+        assert operations_of(lambda: norms(a.detach(), b.detach())) == {"squared_norms": 1}
+        assert operations_of(torch.no_grad()(lambda: norms(a, b))) == {"squared_norms": 1}
+        for one, other in ((a, b.detach()), (a.detach(), b)):
+            assert operations_of(lambda one=one, other=other: norms(one, other)) == {}, "they have no gradient"
+
+
+@pytest.mark.parametrize("device", ["cuda", "xpu"])
+def test_an_accelerator_gets_the_programs(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def chosen(device: str) -> list[Any]:
+        with FakeTensorMode():
+            matrix, norm = torch.empty(4, 3, device=device), torch.empty(4, device=device)
+        return [kernels.turning_for(matrix), kernels.segments_for(matrix), kernels.dropping_for(matrix),
+                kernels.quotients_for(norm)]  # fmt: skip
+
+    every, none = [triton_square, triton_segments, triton_dropout, triton.quotients], [None] * 4
+    assert chosen(device) == every
+    assert chosen("cpu") == none
+    with kernels.using("triton"):
+        assert chosen("cpu") == every
+    with kernels.using("plain"):
+        assert chosen(device) == none
+    with FakeTensorMode():
+        matrix, channels = torch.empty(4, 3, device=device), torch.empty(2, 4, 3, device=device)
+    assert kernels.kernels_for(matrix) is triton
+    assert (kernels.turning_for(channels), kernels.segments_for(channels)) == (None, None)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert chosen(device)[3] is None, "a compiler makes one program of them itself"
+
+
 class CountedOperations(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
@@ -213,6 +288,12 @@ def assert_equal_steps(layers: nn.Module, compiled: Any) -> None:
 
 def test_a_set_that_is_not_there_is_named() -> None:
     with pytest.raises(ValueError, match="'plain' or 'triton'"), kernels.using("cuda"):
+        pass
+
+
+def test_a_set_that_does_not_work_here_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_works", {"triton": False})
+    with pytest.raises(RuntimeError, match="install a triton that fits this torch"), kernels.using("triton"):
         pass
 
 

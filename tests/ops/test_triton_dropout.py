@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import trimtab
 from trimtab.ops import kernels
-from trimtab.ops.dropout import Keep, Seeded, draw_keep
+from trimtab.ops.dropout import Keep, Seeded, draw_keep, dropout
 
 pytest.importorskip("trimtab.ops.kernels.triton", reason="triton is not installed", exc_type=ImportError)
 from trimtab.ops.kernels import triton_dropout as programs
@@ -77,28 +77,45 @@ def test_every_program_drops_the_same(dtype: torch.dtype, tokens: int, features:
     close(target, expected)
 
 
+def test_the_gradient_passes_where_the_value_did() -> None:
+    x = torch.randn(20, 30, requires_grad=True)
+    with kernels.using("triton"):
+        y = dropout(x, 0.25)
+    y.sum().backward()
+    assert x.grad is not None
+    assert 0 < float((y == 0).double().mean()) < 0.5
+    assert torch.equal(x.grad == 0, y == 0)
+    torch.testing.assert_close(y, x.detach() * x.grad)
+    torch.testing.assert_close(x.grad[y != 0], torch.full_like(x.grad[y != 0], 1 / 0.75))
+
+
 @pytest.mark.parametrize(
-    "rule",
+    ("kind", "rule"),
     [
-        {"method": "lora", "rank": 4},
-        {"method": "dora", "rank": 4},
-        {"method": "dora", "rank": 40},
-        {"method": "mora", "rank": 4, "magnitude": True},
-        {"method": "dora", "rank": 4, "magnitude_axis": "input"},
+        ("linear", {"method": "lora", "rank": 4}),
+        ("linear", {"method": "dora", "rank": 4}),
+        ("linear", {"method": "dora", "rank": 40}),
+        ("linear", {"method": "mora", "rank": 4, "magnitude": True}),
+        ("linear", {"method": "dora", "rank": 4, "magnitude_axis": "input"}),
+        ("convolution", {"method": "dora", "rank": 4}),
     ],
     ids=str,
 )
 def test_a_layer_computes_what_it_does_with_a_mask_written_down(
-    rule: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    kind: str, rule: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(72, 100, dtype=torch.float64))
+    convolves = kind == "convolution"
+    layer = nn.Conv1d(72, 100, 3, padding=1) if convolves else nn.Linear(72, 100)
+    model = nn.Sequential(layer.double())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trimtab.attach(model, trimtab.Rule(match="*", dropout=0.25, **rule))
     for parameter in trimtab.trainable_parameters(model).values():
         parameter.data.add_(0.3 * torch.randn_like(parameter))
-    x, upstream = torch.randn(2, 9, 72, dtype=torch.float64), torch.randn(2, 9, 100, dtype=torch.float64)
+    x, upstream = (torch.randn(2, 9, features, dtype=torch.float64) for features in (72, 100))
+    if convolves:
+        x, upstream = x.mT.contiguous(), upstream.mT.contiguous()
     drawn: list[Seeded] = []
 
     def draw(x: Tensor, probability: float) -> Seeded | Keep:

@@ -110,6 +110,20 @@ def test_nothing_stays_nothing() -> None:
     torch.testing.assert_close(fed_nothing.factors(3)[1] @ fed_nothing.factors(3)[0], drawn(3, 4))
 
 
+def test_one_output_has_one_direction() -> None:
+    delta = drawn(1, 6)
+    found = spectrum(delta, Moments(torch.ones(6, dtype=torch.float64), 5))
+    assert found.rank == 1
+    a, b = found.factors(1)
+    torch.testing.assert_close(b @ a, delta)
+
+
+def test_the_unit_of_the_inputs_decides_nothing() -> None:
+    delta, x = drawn(5, 9), inputs(9)
+    one, other = spectrum(delta, moments_of(x)), spectrum(delta, moments_of(1e-4 * x))
+    torch.testing.assert_close(other.values, 1e-4 * one.values)
+
+
 @pytest.mark.parametrize(("count", "shrinks"), [(12, 1.0), (40, None), (400, None), (10**8, 1e-6)])
 def test_few_inputs_are_shrunk_towards_equal_directions(count: int, shrinks: float | None) -> None:
     """As in OAS (arXiv 0907.4698, equation 23): of the second moments of p features, estimated from n inputs, a share
