@@ -341,14 +341,21 @@ def test_replicas_use_their_own_tensors(options: dict[str, Any]) -> None:
     found = torch.autograd.grad(replica(model)(x).square().sum(), list(trimtab.trainable_parameters(model).values()))
     want = torch.autograd.grad(doubled(x).square().sum(), list(trimtab.trainable_parameters(doubled).values()))
     assert all(torch.allclose(one, 2 * it, rtol=1e-3, atol=1e-3) for one, it in zip(found, want, strict=True))
+    found, want = (
+        torch.autograd.grad(read.weight.square().sum(), [one for name, one in of.named_parameters() if name != "bias"])
+        for read, of in ((replica(model)[0], model[0].adapter), (doubled[0], doubled[0].adapter))
+    )
+    assert all(torch.allclose(one, 2 * it, rtol=1e-3, atol=1e-3) for one, it in zip(found, want, strict=True))
     assert_right(model)
 
 
-@pytest.mark.parametrize("options", list(METHODS.values()) if sampling.everything else [METHODS["dora"]])
+@pytest.mark.parametrize(
+    "options", list(METHODS.values()) if sampling.everything else [METHODS["dora"], METHODS["dora of columns"]]
+)
 def test_a_compiled_model_follows_its_tensors(options: dict[str, Any]) -> None:
     model = adapted(options)
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend="aot_eager")
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     x = torch.randn(5, 12)
     for _ in range(2):
         for grad in (True, False):

@@ -108,7 +108,7 @@ class WeightMethod(_method.Method):
 
     def weight_tensors(self) -> tuple[Tensor, ...]:
         """The trained tensors that the weight is computed from, in a replica of ``nn.DataParallel`` as well."""
-        held = self._parameters or self.__dict__.get("_former_parameters", {})
+        held = self.__dict__.get("_former_parameters") or self._parameters
         return tuple(tensor for name, tensor in held.items() if tensor is not None and name != "bias")
 
     def factors(self) -> tuple[Update | None, tuple[Tensor, ...]]:
