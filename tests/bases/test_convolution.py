@@ -261,3 +261,46 @@ def test_gradients_of_a_depthwise_kernel_are_torchs_own(layer: Any, places: tupl
     through = handle.through
     got = through.weight_gradient(through.product_gradient(upstream), through.rows(x), handle.shape)
     torch.testing.assert_close(got, want.flatten(1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("magnitude", [False, True])
+def test_an_update_across_groups_reads_all_channels(magnitude: bool) -> None:
+    """PEFT's: A as a convolution without groups, B as one with them. Its norm takes both as if there were none."""
+    layer = nn.Conv2d(4, 6, 3, padding=1, groups=2).double()
+    model: Any = nn.Sequential(layer)
+    rule = trimtab.Rule(match="0", method="lora", rank=4, alpha=6, across_groups=True, magnitude=magnitude)
+    trimtab.attach(model, rule)
+    stir(model)
+    x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
+    tensors = [*trimtab.trainable_parameters(model).values()]
+    own = {name: value.detach().clone().requires_grad_() for name, value in model[0].adapter.named_parameters()}
+    inner = nn.functional.conv2d(x, own["A"].view(4, 4, 3, 3), padding=1)
+    wanted = nn.functional.conv2d(x, layer.weight, padding=1, groups=2)
+    wanted = wanted + 1.5 * nn.functional.conv2d(inner, own["B"].view(6, 2, 1, 1), groups=2)
+    if magnitude:
+        together = own["B"].reshape(3, 4) @ own["A"]
+        norm = (layer.weight + 1.5 * together.view(6, 2, 3, 3)).flatten(1).norm(dim=1).detach()
+        wanted = wanted * (own["magnitude"] / norm).view(6, 1, 1)
+    wanted = wanted + layer.bias.view(6, 1, 1)
+    torch.testing.assert_close(model(x), wanted, rtol=1e-10, atol=1e-10)
+    upstream = torch.randn_like(wanted)
+    found = torch.autograd.grad(model(x), tensors, upstream)
+    for one, want in zip(found, torch.autograd.grad(wanted, list(own.values()), upstream), strict=True):
+        torch.testing.assert_close(one, want, rtol=1e-9, atol=1e-9)
+    with pytest.raises(trimtab.SurgeryError, match=r"across the 2 groups of a convolution .* fits into no kernel"):
+        trimtab.effective_weight(model, "0")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"rank": 3}, "rank 3 cannot be divided among 2 groups"),
+        ({"compute": "folded"}, "no weight to be folded into"),
+        ({"magnitude": True, "magnitude_axis": "input"}, "nor columns for magnitudes"),
+    ],
+    ids=str,
+)
+def test_what_an_update_across_groups_cannot_do_is_refused(options: dict[str, Any], words: str) -> None:
+    model = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2))
+    with pytest.raises(trimtab.PlanError, match=words):
+        trimtab.attach(model, trimtab.Rule(match="0", method="lora", across_groups=True, **{"rank": 2, **options}))

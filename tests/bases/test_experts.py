@@ -157,6 +157,15 @@ def test_experts_are_named_by_what_holds_them_or_by_themselves(match: str | list
     assert isinstance(model.model.layers[0].mlp.experts, type(made("qwen3_moe").model.layers[0].mlp.experts))
 
 
+def test_each_expert_has_factors_drawn_as_those_of_a_layer() -> None:
+    """Uniform between -1/sqrt(in) and 1/sqrt(in): of 48 numbers the largest comes within a fifth of the bound."""
+    model = expert_models.OwnModel()
+    attached(model, "lora", rank=4)
+    drawn = dict(trained(model))["experts.inner.A"]
+    assert drawn.shape == (3, 4, 4)
+    assert 0.4 < float(drawn.detach().abs().max()) <= 0.5
+
+
 def test_all_linear_takes_no_experts_and_says_how_many_numbers_they_have() -> None:
     model = made("qwen3_moe")
     report = trimtab.attach(model, trimtab.Rule(match="all-linear", method="lora", rank=2))
@@ -300,21 +309,90 @@ def test_products_of_groups_as_on_an_accelerator_are_those_in_turn(rank: int) ->
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
 
 
+LOOKS: dict[str, Callable[[Tensor], Tensor]] = {
+    "all": lambda stack: stack,
+    "one": lambda stack: stack[1],
+    "one, turned": lambda stack: stack[-1].t(),
+    "one of those turned": lambda stack: stack.mT[1],
+    "a row of one": lambda stack: stack[1][2],
+    "a part": lambda stack: stack[1:],
+    "a table": lambda stack: stack[torch.tensor([[0, 2], [1, 1]])],
+    "chosen": lambda stack: stack[torch.tensor([2, 0])],
+    "one of the chosen": lambda stack: stack[torch.tensor([2, 0])][0],
+    "all turned": lambda stack: stack.mT,
+    "in another order": lambda stack: stack.transpose(0, 1),
+    "split in another order": lambda stack: stack.unbind(1)[2],
+    "of another dtype": lambda stack: stack.to(torch.float32),
+    "several rows for each of the chosen": lambda stack: torch.bmm(stack[torch.tensor([2, 0])], stack[:2].mT + 0),
+    "the same from the left": lambda stack: torch.bmm(stack[1:] + 0, stack[torch.tensor([2, 0])].mT),
+    "a product with all": lambda stack: nn.functional.linear(torch.eye(stack.shape[2], dtype=stack.dtype), stack[1]),
+}
+
+
 def test_what_no_model_was_known_to_do_with_its_experts_meets_the_effective_weights() -> None:
-    """One expert, some of them by a table of numbers, all of them turned: each in a sum, which has no fast way."""
+    """Each in a sum, which has no fast way."""
     model = expert_models.OwnModel().double()
     attached(model, "lora")
     stir(model)
-    own = model.experts
     for name, whole in effective_weights(model, {key: one.detach() for key, one in trained(model).items()}).items():
-        stack = getattr(own, name.rpartition(".")[2])
-        table = torch.tensor([[0, 2], [1, 1]])
+        for said, look in LOOKS.items():
+            found, wanted = look(getattr(model.experts, name.rpartition(".")[2])), look(whole)
+            assert (found.shape, found.dtype) == (wanted.shape, wanted.dtype), said
+            room = 1e-12 if wanted.dtype == torch.float64 else 1e-5
+            torch.testing.assert_close(found + 0, wanted + 0, rtol=0, atol=room, msg=said)
+
+
+def test_a_grouped_product_of_as_many_rows_for_each_expert_meets_the_effective_weights() -> None:
+    model = expert_models.OwnModel()
+    attached(model, "lora")
+    stir(model)
+    whole = effective_weights(model, {key: one.detach().double() for key, one in trained(model).items()})
+    rows = torch.randn(3, 5, 4)
+    found = torch.nn.functional.grouped_mm(rows, model.experts.inner.mT)
+    torch.testing.assert_close(found.double(), rows.double() @ whole["experts.inner"].mT, rtol=0, atol=1e-5)
+
+
+def test_experts_that_stand_one_below_the_other_are_read_as_they_are_stored() -> None:
+    model = made("dbrx", torch.float64)
+    attached(model, "lora")
+    stir(model)
+    for name, whole in effective_weights(model, {key: one.detach() for key, one in trained(model).items()}).items():
+        holder, _, own = name.rpartition(".")
+        stack = getattr(model.get_submodule(holder), own)
         for found, wanted in (
-            (stack[1] + 0, whole[1]),
-            (stack[-1].t() + 0, whole[2].t()),
-            (stack[table] + 0, whole[table]),
-            (stack.mT + 0, whole.mT),
             (stack + 0, whole),
-            (torch.nn.functional.linear(torch.eye(whole.shape[2], dtype=whole.dtype), stack[1]), whole[1].t()),
+            (stack[5] + 0, whole[5]),
+            (stack.view(3, -1, whole.shape[1])[1] + 0, whole.view(3, -1, whole.shape[1])[1]),
+            (stack.view(-1) + 0, whole.view(-1)),
         ):
             torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("method", ["dora", "mora"])
+def test_whatever_way_rows_are_multiplied_with_experts_no_effective_weight_is_formed(
+    dtype: torch.dtype, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that dropout, which drops inputs of the update, has inputs to drop; here, against the effective weights."""
+    model = expert_models.OwnModel().to(dtype)
+    attached(model, method, rank=1, magnitude=True, detach_norm=False)
+    stir(model)
+    monkeypatch.setattr(_stack.StackPass, "read", lambda self: pytest.fail("effective weights were formed"))
+    chosen, linear = torch.tensor([2, 0, 0, 1]), torch.nn.functional.linear
+    leaves = {key: one.detach().double() for key, one in trained(model).items()}
+    for name, whole in effective_weights(model, leaves).items():
+        stack = getattr(model.experts, name.rpartition(".")[2])
+        x, bias, rows = (torch.randn(*size) for size in ((4, whole.shape[2]), whole.shape[1:2], (3, 4, whole.shape[2])))
+        x, bias, rows = x.to(dtype), bias.to(dtype), rows.to(dtype)
+        for found, wanted in (
+            (linear(x, stack[1], bias), linear(x.double(), whole[1], bias.double())),
+            (linear(rows, stack[2]), linear(rows.double(), whole[2])),
+            (x @ stack.to(dtype)[2].mT, x.double() @ whole[2].mT),
+            (torch.stack([x @ one.mT for one in stack]), x.double() @ whole.mT),
+            (rows @ stack.mT, rows.double() @ whole.mT),
+            (torch.bmm(rows, stack.transpose(1, 2)), rows.double() @ whole.mT),
+            (torch.bmm(stack[chosen], x.unsqueeze(2)), whole[chosen] @ x.double().unsqueeze(2)),
+            (torch.bmm(x.unsqueeze(1), stack[chosen].mT), x.double().unsqueeze(1) @ whole[chosen].mT),
+        ):
+            room = 1e-12 if dtype == torch.float64 else 0.03 * float(wanted.abs().max())
+            torch.testing.assert_close(found.double(), wanted, rtol=0, atol=room)

@@ -6,6 +6,8 @@ Tolerances as in ``test_contract``, in units of the dtype in which the product r
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -87,6 +89,23 @@ def test_zero_rows_stay_zero_and_untrained(case: Case) -> None:
         assert not x.grad[:, holes].any(), "an input column of zeros passes no gradient on"
     weight = trimtab.effective_weight(model, "layer")
     assert not (weight[holes] if case.axis == "output" else weight[:, holes]).any()
+
+
+@pytest.mark.parametrize("method", ["lora", "mora"])
+@pytest.mark.parametrize("detach_norm", [True, False])
+def test_a_zero_row_takes_no_part_whatever_its_magnitude(method: str, detach_norm: bool) -> None:
+    model: Any = nn.Sequential(nn.Linear(6, 4))
+    with torch.no_grad():
+        model[0].weight[2] = 0
+    rule = trimtab.Rule(match="0", method=method, rank=1, magnitude=True, detach_norm=detach_norm)
+    trimtab.attach(model, rule)
+    with torch.no_grad():
+        model[0].adapter.magnitude[2] = 3.0
+    x = torch.randn(5, 6, requires_grad=True)
+    model(x)[:, 2].sum().backward()
+    for tensor in (x, *trimtab.trainable_parameters(model).values()):
+        assert tensor.grad is not None
+        assert not tensor.grad.any()
 
 
 @pytest.mark.parametrize("case", each_once(DECOMPOSED), ids=str)

@@ -85,6 +85,18 @@ def test_a_new_token_starts_as_in_the_bare_model(tiny_llama: Make) -> None:
     assert torch.equal(model.lm_head.weight[40:], bare.lm_head.weight[40:])
 
 
+@pytest.mark.parametrize("place", ["on the head", "a magnitude on the embedding", "the whole head"])
+def test_before_it_trains_an_adapter_changes_no_token_of_a_resized_model(tiny_llama: Make, place: str) -> None:
+    bare = tiny_llama()
+    model = copy.deepcopy(bare)
+    trimtab.attach(model, trimtab.Rule(**RULES[place][0]))
+    for one in (bare, model):
+        torch.manual_seed(5)
+        one.resize_token_embeddings(44)
+    new = torch.tensor([[1, 41, 42, 43]])
+    torch.testing.assert_close(model(new).logits, bare(new).logits, rtol=0, atol=1e-5)
+
+
 def test_a_smaller_vocabulary_keeps_the_first_tokens(tiny_llama: Make) -> None:
     model = moved(tiny_llama(), RULES["on both"])
     want = model.get_input_embeddings()(torch.arange(30)).detach()

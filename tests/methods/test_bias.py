@@ -75,3 +75,14 @@ def test_tied_layers_with_one_bias_between_them() -> None:
     apart[1].weight = apart[0].weight
     with pytest.raises(PlanError, match="each has a bias of its own"):
         trimtab.attach(apart, Rule(match="*", method="lora", rank=1, bias=True))
+
+
+def test_a_layer_without_a_bias_gets_one_where_it_is_asked_for() -> None:
+    model = nn.Sequential(nn.Linear(4, 3, bias=False).bfloat16())
+    trimtab.attach(model, Rule(match="0", method="lora", rank=1, bias=True, added_bias=True))
+    assert model[0].adapter.bias.tolist() == [0.0] * 3
+    with torch.no_grad():
+        model[0].adapter.bias.fill_(2.0)
+    output = model(torch.zeros(1, 4).bfloat16())
+    assert output.dtype == torch.bfloat16
+    assert output.tolist() == [[2.0] * 3]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import trimtab
 from adapter_tools import forge
 from contract_cases import stir
+from trimtab.surgery.attach import trained_tensors
 
 
 def test_small_steps_on_a_bfloat16_base_add_up() -> None:
@@ -184,3 +185,65 @@ def test_a_tied_weight(match: Any, tiny_llama: Callable[..., nn.Module], tmp_pat
     torch.testing.assert_close(model(ids).logits, wanted)
     model.save_pretrained(tmp_path / "merged")
     torch.testing.assert_close(type(model).from_pretrained(tmp_path / "merged")(ids).logits, wanted)
+
+
+def test_a_magnitude_and_the_tensors_that_it_goes_with() -> None:
+    """By itself a magnitude decomposes nothing, and a tensor that the layer has not is named."""
+    layer = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 3, bias=False))
+    trimtab.attach(layer, trimtab.Rule(match="0", method="full", magnitude=True, tensors=["weight", "bias"]))
+    assert {name for name, _ in layer[0].adapter.named_parameters()} == {"weight", "bias", "magnitude"}
+    with pytest.raises(trimtab.PlanError, match=r"no tensor 'bias'; a Linear has weight$"):
+        trimtab.attach(
+            nn.Sequential(nn.Linear(3, 3, bias=False)),
+            trimtab.Rule(match="0", method="full", magnitude=True, tensors=["weight", "bias"]),
+        )
+    with pytest.raises(trimtab.PlanError, match="no tensor 'scale'; a LayerNorm has weight, bias"):
+        trimtab.attach(nn.Sequential(nn.LayerNorm(4)), trimtab.Rule(match="0", method="full", tensors=["scale"]))
+    with pytest.raises(trimtab.PlanError, match="trains the weight, too, which 'tensors' leaves out"):
+        trimtab.Rule(match="0", method="full", magnitude=True, tensors=["bias"])
+
+
+def test_what_is_trained_of_a_module_is_its_effective_weight_and_vectors_do_not_decay() -> None:
+    model: Any = nn.Sequential(nn.Embedding(5, 4), nn.LayerNorm(4), nn.Linear(4, 3), nn.Linear(3, 3))
+    rules = [trimtab.Rule(match="?", method="full"), trimtab.Rule(match="3", method="full", tensors=["bias"])]
+    trimtab.attach(model, trimtab.Plan(rules))
+    stir(model)
+    for place in range(3):
+        effective, adapter = trimtab.effective_weight(model, str(place)), model[place].adapter
+        assert torch.equal(effective, adapter.weight)
+        assert torch.equal(model[place].weight + 0, adapter.weight)
+        assert effective.data_ptr() != adapter.weight.data_ptr(), "a copy, which may be changed"
+        assert not torch.equal(adapter.weight, model[place].base.weight)
+        assert adapter.double() is adapter
+        adapter.float()
+    assert torch.equal(trimtab.effective_weight(model, "3"), model[3].base.weight)
+    x = torch.randn(2, 3)
+    assert torch.allclose(model[3](x), x @ model[3].base.weight.t() + model[3].adapter.bias)
+    assert {name.replace("adapter.", ""): one.group for name, one in trained_tensors(model).items()} == {
+        "0.weight": "weight",
+        "1.weight": "bias",
+        "1.bias": "bias",
+        "2.weight": "weight",
+        "2.bias": "bias",
+        "3.bias": "bias",
+    }
+
+
+def test_counts_of_a_module_built_without_memory_start_at_zero() -> None:
+    with torch.device("meta"):
+        model: Any = nn.Sequential(nn.BatchNorm1d(4))
+        trimtab.attach(model, trimtab.Rule(match="0", method="full"))
+    torch.use_deterministic_algorithms(True)  # which fills new memory with the largest number
+    try:
+        model.to_empty(device="cpu")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert int(model[0].adapter.num_batches_tracked) == 0
+
+
+def test_layers_with_one_bias_between_them_train_one_copy_of_it() -> None:
+    model: Any = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].bias = model[0].bias
+    trimtab.attach(model, trimtab.Rule(match="*", method="full", magnitude=True))
+    assert model[0].adapter.bias is model[1].adapter.bias
+    assert model[0].adapter.weight is not model[1].adapter.weight

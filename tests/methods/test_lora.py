@@ -69,6 +69,10 @@ def test_how_a_is_drawn(options: dict[str, object], bound: float | None, deviati
     assert not adapter.B.any()
 
 
+def test_defaults() -> None:
+    assert (methods.options_class("lora")().rank, methods.options_class("mora")().rank) == (8, 8)  # type: ignore[attr-defined]
+
+
 def test_sizes() -> None:
     assert sizes(make("lora", 6, 10, rank=3)) == {"A": [3, 10], "B": [6, 3]}
     assert sizes(make("dora", 6, 10, rank=3)) == {"magnitude": [6], "A": [3, 10], "B": [6, 3]}
@@ -123,3 +127,21 @@ def test_a_rank_larger_than_the_matrix(method: str) -> None:
 def test_norms_are_not_stored() -> None:
     """They follow from the base, which is there wherever the adapter is."""
     assert set(make("dora", 6, 10, rank=2).state_dict()) == {"A", "B", "magnitude"}
+
+
+def test_a_layer_with_more_inputs_and_outputs_keeps_what_was_learned_and_nothing_is_learned_of_the_new() -> None:
+    adapter = make("lora", 6, 10, rank=3)
+    with torch.no_grad():
+        adapter.B.normal_()
+    before = adapter.delta(torch.float32)
+    adapter.refit(bases.find(nn.Linear(14, 9)), None)
+    after = adapter.delta(torch.float32)
+    assert isinstance(before, Tensor)
+    assert isinstance(after, Tensor)
+    assert torch.equal(after, nn.functional.pad(before, (0, 4, 0, 3)))
+
+
+def test_an_adapter_is_moved_as_any_module_is() -> None:
+    adapter = make("dora", 6, 10, rank=3)
+    assert adapter.double() is adapter
+    assert {parameter.dtype for parameter in adapter.parameters()} == {torch.float64}

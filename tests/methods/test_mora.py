@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import trimtab
-from trimtab import methods
+from trimtab import bases, methods
 from trimtab.methods import mora
 
 
@@ -88,6 +88,11 @@ def test_squares_that_do_not_fit(shape: tuple[int, int], options: dict[str, int]
         trimtab.attach(model, trimtab.Rule(match="0", method="mora", form=form, **options))
     assert words in str(caught.value)
     assert type(model[0]) is nn.Linear
+    base = bases.find(model[0])
+    assert base is not None
+    with pytest.raises(trimtab.PlanError) as caught:
+        methods.method_class("mora")(base, methods.options_class("mora")(form=form, **options))
+    assert words in str(caught.value), "and where the adapter is made by hand"
 
 
 def test_there_is_no_scale() -> None:
@@ -96,3 +101,8 @@ def test_there_is_no_scale() -> None:
     with torch.no_grad():
         model[0].adapter.M.fill_(0.5)
     assert torch.allclose(trimtab.effective_weight(model, "0"), model[0].base.weight + 0.5)
+
+
+def test_its_matrix_follows_no_layer_to_another_size() -> None:
+    assert methods.method_class("lora").can_refit
+    assert not methods.method_class("mora").can_refit, "places of M follow from the sizes"

@@ -122,6 +122,19 @@ def test_a_bfloat16_table_keeps_float32_rows() -> None:
     output = model(torch.tensor([8, 1]))
     assert output.dtype == torch.bfloat16
     assert {one.dtype for one in trimtab.trainable_parameters(model).values()} == {torch.float32}
+    table, trained = model[0].base.weight.detach(), model[0].adapter.weight.detach()
+    for dtype in (None, torch.float64):
+        effective = model[0].adapter.effective_weight(model[0].handle, dtype)
+        assert effective.dtype == (dtype or torch.float32)
+        assert torch.equal(effective[:8], table[:8].to(effective.dtype))
+        assert torch.equal(effective[8:], trained.to(effective.dtype))
+
+
+def test_a_table_that_shortens_its_own_rows_is_refused_at_once() -> None:
+    model = nn.Sequential(nn.Embedding(9, 4, max_norm=1.0))
+    with pytest.raises(PlanError, match=r"max_norm=1\.0: each pass shortens rows of the frozen table"):
+        trimtab.attach(model, Rule(match="0", method="full", rows=[3]))
+    assert type(model[0]) is nn.Embedding
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,7 @@ def test_random_segments_get_what_the_formula_says(seed: int, dtype: torch.dtype
     with torch.no_grad(), kernels.using("triton"):
         product = MixedProduct(parts, order)
         got, again = product(x, weight, MATRIX), product(x, weight, MATRIX)
+    assert product._segments is not None, "each update was added by itself"
     assert got.dtype == dtype
     assert torch.equal(got, again)
     assert float((got.double() - want).abs().max()) <= TOLERANCE[dtype] * float(want.abs().max())
@@ -217,3 +218,44 @@ def test_a_change_before_the_backward_pass_is_an_error() -> None:
                 parameter.add_(1)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             output.sum().backward()
+
+
+@pytest.mark.parametrize("trained", [["bias"], ["A"], ["magnitude", "B"]], ids=str)
+def test_parts_of_adapters_train_together_as_they_would_alone(trained: list[str]) -> None:
+    """And the magnitude of a row of zeros not at all; an adapter whose norm has a gradient needs its own pass."""
+    layer = nn.Linear(16, 24).double()
+    with torch.no_grad():
+        layer.weight[5] = 0
+    net = nn.Sequential(layer)
+    for name, detach in (("a", True), ("b", True), ("c", False)):
+        rule = trimtab.Rule(match="0", method="dora", rank=2, bias=True, detach_norm=detach)
+        trimtab.attach(net, rule, name=name)
+        changed(net)
+    adapters = {name: entries(net, name)["0"].adapter for name in "abc"}
+    with torch.no_grad():
+        for adapter in adapters.values():
+            adapter.B[5] = 0
+    x, upstream = torch.randn(3, 2, 16).double(), torch.randn(3, 2, 24).double()
+    for names in (["b", "a", "b"], ["a", "c", "a"]):
+        found = []
+        for together in (True, False):
+            for name, adapter in adapters.items():
+                trimtab.set_adapter(net, name)
+                for key, parameter in adapter.named_parameters():
+                    parameter.requires_grad_(key in trained)
+                    parameter.grad = None
+            for adapter in adapters.values():
+                for key, parameter in adapter.named_parameters():
+                    parameter.requires_grad_(key in trained)
+            if together:
+                with kernels.using("triton"), trimtab.per_row(net, names):
+                    (net(x) * upstream).sum().backward()
+            else:
+                for row, name in enumerate(names):
+                    (adapters[name](x[row], net[0].handle) * upstream[row]).sum().backward()  # type: ignore[union-attr]
+            found.append([parameter.grad for adapter in adapters.values() for parameter in adapter.parameters()])
+        for one, other in zip(*found, strict=True):
+            assert (one is None) == (other is None)
+            assert one is None or torch.allclose(one, other, rtol=1e-10, atol=1e-12)
+        gradient = adapters["a"].magnitude.grad  # type: ignore[union-attr]
+        assert gradient is None or gradient[5] == 0

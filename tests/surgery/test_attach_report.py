@@ -171,3 +171,10 @@ def test_loading_tells_it_too_and_what_is_trained_by_hand_is_reached(tiny_llama:
     fresh.lm_head.weight.requires_grad_(True)
     trimtab.save_adapter(fresh, tmp_path / "with the head")
     assert trimtab.load_adapter(tiny_llama(), tmp_path / "with the head").unreached == {"Embedding": 640}
+
+
+def test_a_layer_without_memory_is_not_told_to_have_rows_of_zeros() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(4, 3))
+        report = trimtab.attach(model, trimtab.Rule(match="0", method="dora", rank=1))
+    assert report.zero_rows == {}

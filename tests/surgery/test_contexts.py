@@ -187,6 +187,16 @@ def test_what_served_makes_way(model: nn.Module) -> None:
         assert not torch.equal(model(x), model(x))
 
 
+def test_a_weight_that_is_rounded_in_the_middle_of_it_has_another_norm() -> None:
+    model = layer(LAYERS["dora"], torch.float32, True)
+    x = torch.randn(3, 20)
+    with trimtab.for_inference(model), torch.no_grad():
+        model(x)
+        model.bfloat16().float()
+        exact = x @ trimtab.effective_weight(model, "0").t() + model[0].bias
+        torch.testing.assert_close(model(x), exact, rtol=1e-5, atol=1e-5)
+
+
 def test_without_its_adapters_a_model_is_the_bare_one() -> None:
     block = nn.Sequential(nn.Linear(12, 12), nn.GELU())
     base = nn.Sequential(block, nn.Linear(12, 7, bias=False))

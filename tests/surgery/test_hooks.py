@@ -270,3 +270,15 @@ def test_a_copy_of_a_model_with_hooks_calls_its_own_layers() -> None:
     move(other)
     assert not torch.allclose(other(x), want)
     assert torch.equal(model(x), want)
+
+
+def test_a_whole_module_that_is_kept_elsewhere_trains_its_own_tensors(tmp_path: Path) -> None:
+    plain, model = nn.Sequential(nn.LayerNorm(6)), nn.Sequential(nn.LayerNorm(6))
+    to_memory(model, tmp_path)
+    for one in (plain, model):
+        attach(one, {"method": "full"})
+        move(one)
+    assert not any(parameter.is_meta for parameter in trimtab.trainable_parameters(model).values())
+    x = torch.randn(5, 6)
+    assert torch.equal(model(x), plain(x))
+    assert torch.equal(trimtab.effective_weight(model, "0"), trimtab.effective_weight(plain, "0"))

@@ -174,6 +174,7 @@ def test_one_product_with_the_weight_serves_all_rows(monkeypatch: pytest.MonkeyP
     net = nn.Sequential(nn.Linear(24, 32))
     for name, method in (("a", "dora"), ("b", "mora"), ("c", "lora")):
         trimtab.attach(net, rule("0", method, rank=2), name=name)
+    trimtab.attach(net, rule("0", "full", tensors=["bias"]), name="d")
     products = []
     original = torch.nn.functional.linear
 
@@ -183,9 +184,9 @@ def test_one_product_with_the_weight_serves_all_rows(monkeypatch: pytest.MonkeyP
         return original(x, weight, bias)
 
     monkeypatch.setattr(torch.nn.functional, "linear", counted)
-    with torch.no_grad(), trimtab.per_row(net, ["a", "b", None, "c", "a"]):
-        net(torch.randn(5, 3, 24))
-    assert products == [15]
+    with torch.no_grad(), trimtab.per_row(net, ["a", "b", None, "c", "a", "d"]):
+        net(torch.randn(6, 3, 24))
+    assert products == [18]
 
 
 def llama(**settings: Any) -> Any:
@@ -461,3 +462,41 @@ def test_rows_are_dealt_anew_and_adapters_come_back_as_they_were(shared: nn.Modu
         with trimtab.per_row(shared, ["legal", None, "default", None]):
             shared(ids())
         assert legal.kept_since == kept, "what a caller holds outlives the rows"
+
+
+def test_convolutions_and_columns_go_row_by_row() -> None:
+    """Updates that can share a product with the weight, and such as need a pass of their own."""
+    torch.manual_seed(0)
+    net: Any = nn.Sequential(
+        nn.Conv1d(4, 8, 3, padding=1, groups=2), nn.Conv1d(8, 6, 3), nn.Flatten(), nn.Linear(24, 9)
+    )
+    plans = {
+        "a": [rule("0", "lora", rank=2, across_groups=True), rule(["1", "3"], "dora", rank=2)],
+        "b": [rule(["0", "1", "3"], "mora", rank=1)],
+        "c": [rule(["1", "3"], "dora", rank=2, magnitude_axis="input")],
+        "d": [rule("3", "full", tensors=["bias"])],
+    }
+    for name, plan in plans.items():
+        trimtab.attach(net, trimtab.Plan(plan), name=name)
+        change(net)
+    x = torch.randn(4, 4, 6)
+    for names in (["c", "b", "d", None], ["b", None, "d", "b"], ["a", "d", None, "a"]):
+        with torch.no_grad():
+            want = alone(net, names, x)
+            with trimtab.per_row(net, names):
+                assert torch.allclose(net(x), want, **CLOSE), names
+
+
+def test_adapters_of_one_weight_have_one_copy_of_its_norms() -> None:
+    net: Any = nn.Sequential(nn.Linear(8, 8))
+    for name in ("a", "b", "c"):
+        trimtab.attach(net, rule("0", "dora", rank=1), name=name)
+    a, b, c = (entries(net, name)["0"].adapter for name in ("a", "b", "c"))
+    shared = c.squares
+    trimtab.set_adapter(net, "a")
+    assert a.squares is shared, "who rests gives them to the next"
+    assert b.squares is None
+    assert c.squares is None
+    with torch.no_grad(), trimtab.per_row(net, ["a", "b", "c"]):
+        net(torch.randn(3, 1, 8))
+        assert a.squares is b.squares is c.squares is shared
