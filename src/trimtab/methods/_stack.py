@@ -86,8 +86,10 @@ class StackPass:
         # Thin products of half precision are a matter of their own there, which a stack knows; this is one of one.
         rows = x.reshape(-1, x.shape[-1])
         ends = torch.tensor([len(rows)], dtype=torch.int32)
-        through = SortedRows(weight[None], lambda rows: F.linear(rows, weight), ends)
-        product = self._multiply(rows, weight[None], through, parts.as_stack())
+        stack = weight[None]  # one tensor: by it the product of the frozen weight is known, which is the model's own
+        product = self._multiply(
+            rows, stack, SortedRows(stack, lambda rows: F.linear(rows, weight), ends), parts.as_stack()
+        )
         return product.reshape(*x.shape[:-1], product.shape[-1])
 
     def with_each(self, through: StackMap, x: Tensor) -> Tensor:
