@@ -89,6 +89,12 @@ def test_a_stack_is_combined_weight_by_weight() -> None:
     weight = randn(3, 4, 5)
     adapters = [LowRankAdapter(randn(3, 2, 5), randn(3, 4, 2), 1 + randn(3, 4).abs()) for _ in range(2)]
     found = weighted_sum(weight, [(0.4, adapters[0]), (0.9, adapters[1])])
+    plain = weighted_sum(
+        weight, [(0.4, adapters[0]._replace(magnitude=None)), (0.9, adapters[1]._replace(magnitude=None))]
+    )
+    torch.testing.assert_close(
+        plain.b @ plain.a, 0.4 * adapters[0].b @ adapters[0].a + 0.9 * adapters[1].b @ adapters[1].a
+    )
     for number in range(3):
         each = [LowRankAdapter(*(part[number] for part in one if part is not None)) for one in adapters]
         alone = weighted_sum(weight[number], [(0.4, each[0]), (0.9, each[1])])

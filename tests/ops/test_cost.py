@@ -142,6 +142,11 @@ def test_a_device_has_passes_of_its_own(passes: cost.Passes, turning: int, monke
         assert cost.full_digits_for_few(1, HALF, "cpu") == HALF, (
             "a product of few tokens is no slower in half precision"
         )
+    # Of 10 x 20, in float32: a ratio is in the passes that are fused, else it takes one more over what it scales.
+    for tokens, folds in ((20, False), (30, passes is cost.SEPARATE)):
+        work = Work(product=100, gradient=100, fold=100)
+        assert folds_output("auto", work, tokens, (10, 20), scaled=True, like=LIKE_FULL) is folds
+        assert not folds_output("auto", work, tokens, (10, 20), scaled=False, like=LIKE_FULL)
     assert turns == sorted(turns), "where a weight is formed for some tokens, it is for more"
     assert turns[-1]
     assert SIZES[turns.index(True)] == turning
@@ -151,3 +156,11 @@ def test_devices_are_told_apart_by_their_kind() -> None:
     assert cost.passes_on("cpu") is cost.passes_on(torch.device("cpu")) is cost.PROCESSOR
     assert cost.passes_on("cuda:1") is cost.passes_on(torch.device("cuda", 0)) is cost.FUSED
     assert cost.passes_on("mps") is cost.SEPARATE
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
+def test_few_tokens_get_other_digits_in_half_precision_alone(device: str) -> None:
+    for dtype in (FULL, torch.float64):
+        assert cost.full_digits_for_few(1, dtype, device) == dtype
+    assert cost.full_digits_for_few(1, HALF, device) == (FULL if device == "cpu" else HALF)
+    assert cost.full_digits_for_few(1000, HALF, device) == HALF

@@ -75,6 +75,9 @@ def test_the_gradients_are_those_of_autograd(decomposed: bool, axis: Axis, detac
     y = plain_formula.product(x, effective, bias)
     assert_equal(reference.output(x, effective, bias), y.detach())
     got = reference.gradients(grad, x.detach(), total.detach(), magnitude=magnitude, axis=axis, detach_norm=detach)
+    if detach:
+        unsaid = reference.gradients(grad, x.detach(), total.detach(), magnitude=magnitude, axis=axis)
+        assert_equal(unsaid.total.detach(), got.total.detach())
     leaves = [x, bias, total] + ([] if magnitude is None else [magnitude])
     wanted = torch.autograd.grad(y, leaves, grad)
     for one, want in zip((got.x, got.bias, got.total), wanted, strict=False):

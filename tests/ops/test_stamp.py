@@ -108,3 +108,15 @@ def test_tensors_without_numbers_are_what_they_were_until_they_are_changed() -> 
         assert stamp.fits([tensor])
         tensor.add_(1)
         assert not stamp.fits([tensor])
+
+
+def test_what_has_no_version_is_known_by_its_numbers_or_not_at_all() -> None:
+    """Tensors of inference mode count no changes, and on an accelerator nobody compares the numbers."""
+    with torch.inference_mode():
+        tensor, elsewhere = torch.ones(3), torch.ones(3, device="meta")
+    stamp = Stamp([tensor])
+    assert stamp.fits([tensor])
+    with torch.inference_mode():
+        tensor.add_(1)
+    assert not stamp.fits([tensor])
+    assert not Stamp([elsewhere]).fits([elsewhere])
