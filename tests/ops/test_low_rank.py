@@ -83,3 +83,13 @@ def test_few_tokens_in_half_precision_are_rounded_once(dtype: torch.dtype) -> No
     thin = LowRank(0.7).thin(x, (a, b), MATRIX, full_digits_for_few(len(x), dtype, "cpu"))
     kernels_for(x).forward(product, thin=thin, ratio=None, bias=None, in_place=True)
     assert bool(((product.double() - want).abs() <= 0.51 * torch.finfo(dtype).eps * want.abs() + 1e-5).all())
+
+
+@pytest.mark.parametrize("axis", AXES)
+@torch.no_grad()
+def test_a_stack_is_measured_weight_by_weight(axis: decomposition.Axis) -> None:
+    each = [draw(torch.float64) for _ in range(3)]
+    weight, a, b = (torch.stack(parts) for parts in zip(*each, strict=True))
+    squares = torch.stack([squares_of(one, axis, torch.float64) for one in weight])
+    want = torch.stack([dense(*one, 0.5, axis) for one in each])
+    torch.testing.assert_close(squared_norms(weight, squares, a, b, scale=0.5, axis=axis), want)

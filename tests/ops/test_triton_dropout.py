@@ -49,6 +49,7 @@ def test_a_seed_is_drawn_with_its_threshold_and_its_scale(probability: float, th
         found = [draw_keep(torch.ones(3, 4), probability) for _ in range(400)]
     assert all(isinstance(one, Seeded) and one.threshold == threshold for one in found)
     assert found[0].scale == pytest.approx(2**32 / (2**32 - threshold))
+    assert found[0].seed.shape == (1,)
     # Of a uniform draw from -1 to 1 the mean has a standard deviation of 0.029 here, that of the square 0.015.
     seeds = torch.cat([one.seed for one in found]).double() / 2**63
     assert abs(float(seeds.mean())) < 0.15
