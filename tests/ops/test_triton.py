@@ -238,6 +238,17 @@ def test_a_low_rank_update_is_added_folded_and_measured_by_the_programs() -> Non
             assert operations_of(lambda one=one, other=other: norms(one, other)) == {}, "they have no gradient"
 
 
+@pytest.mark.parametrize("turn", [False, True])
+def test_norms_of_squares_that_the_programs_refuse_are_torchs(turn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_square, "takes", lambda *_: False)
+    square, weight, matrix = Square(7, 9, 4, turn=turn), torch.randn(9, 7).double(), torch.randn(4, 4).double()
+    want = (weight + reference.square_delta(matrix, (9, 7), turn=turn)).square().sum(1)
+    with kernels.using("triton"):
+        torch.testing.assert_close(square.squared_norms(weight, weight.square().sum(1), matrix), want)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # when no angles are kept
+    torch.testing.assert_close(square.squared_norms(weight, weight.square().sum(1), matrix), want)
+
+
 @pytest.mark.parametrize("device", ["cuda", "xpu"])
 def test_an_accelerator_gets_the_programs(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def chosen(device: str) -> list[Any]:
