@@ -3,7 +3,7 @@
     python tests/tools/mutants.py                          every mutant of both folders (make mutants)
     python tests/tools/mutants.py --only ops/ratio.py      of one file
     python tests/tools/mutants.py --resume                 go on where it was cut off, or where the library changed
-    python tests/tools/mutants.py --again --seconds 60     those that lived the last time, with more tests
+    python tests/tools/mutants.py --again --seconds 60     those that lived and have no reason yet, with more tests
     python tests/tools/mutants.py --again --tests tests/ops/test_stamp.py      those, with tests that are new
     python tests/tools/mutants.py --page                   write the page again, with new reasons
 
@@ -105,7 +105,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=[], help="files below src/trimtab, such as ops/ratio.py")
     parser.add_argument("--resume", action="store_true", help="keep the results of functions that are as they were")
-    parser.add_argument("--again", action="store_true", help="only those that lived the last time")
+    parser.add_argument("--again", action="store_true", help="only those that lived the last time and have no reason yet")
     parser.add_argument(
         "--seconds", type=float, default=10.0, help="of tests for each: of ops and methods, and of others"
     )
@@ -132,7 +132,8 @@ def main() -> None:
     if said.page:
         chosen = []
     elif said.again:
-        chosen = [mutant for mutant in chosen if results.get(repr(mutant), {}).get("lives")]
+        known = reasons()
+        chosen = [one for one in chosen if results.get(repr(one), {}).get("lives") and name_of(one) not in known]
     elif said.resume:
         chosen = [mutant for mutant in chosen if repr(mutant) not in results]
     else:
