@@ -105,7 +105,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=[], help="files below src/trimtab, such as ops/ratio.py")
     parser.add_argument("--resume", action="store_true", help="keep the results of functions that are as they were")
-    parser.add_argument("--again", action="store_true", help="only those that lived the last time and have no reason yet")
+    parser.add_argument(
+        "--again", action="store_true", help="only those that lived the last time and have no reason yet"
+    )
     parser.add_argument(
         "--seconds", type=float, default=10.0, help="of tests for each: of ops and methods, and of others"
     )
