@@ -160,3 +160,12 @@ def test_an_unknown_method_names_the_nearest() -> None:
             ask("dorra")
     with pytest.raises(trimtab.PlanError, match="unknown method '_method'"):
         methods.options_class("_method")
+
+
+@pytest.mark.parametrize(
+    ("method", "sizes"),
+    [("mora", {"rank": 8}), ("parallel", {"bottleneck": 64}), ("serial", {"bottleneck": 64})],
+)
+def test_the_size_of_a_rule_that_says_none(method: str, sizes: dict[str, int]) -> None:
+    options = trimtab.Rule(match="*", method=method).options
+    assert {name: getattr(options, name) for name in sizes} == sizes

@@ -58,3 +58,7 @@ def test_numbers_with_a_gradient_are_given_to_numpy_only_by_force() -> None:
         weight.numpy()
     assert np.array_equal(weight.numpy(force=True), np.full((2, 3), 2.0, np.float32))
     assert np.array_equal(weight.detach().numpy(), np.full((2, 3), 2.0, np.float32))
+    for dtype in (np.float32, np.float64):
+        array = np.asarray(read(torch.ones(2, 3)), dtype=dtype)
+        assert array.dtype == dtype
+        assert np.array_equal(array, np.full((2, 3), 2.0))
