@@ -145,3 +145,10 @@ def test_an_adapter_is_moved_as_any_module_is() -> None:
     adapter = make("dora", 6, 10, rank=3)
     assert adapter.double() is adapter
     assert {parameter.dtype for parameter in adapter.parameters()} == {torch.float64}
+
+
+@pytest.mark.parametrize(("layer", "second"), [(nn.Linear(4, 5), "B"), (nn.Embedding(5, 4), "A")])
+def test_the_factor_that_starts_at_zero_has_the_rate_of_the_second(layer: nn.Module, second: str) -> None:
+    adapter = make("lora", 5, 4, layer, rank=2)
+    assert [name for name, group in adapter.rate_groups.items() if group == "second factor"] == [second]
+    assert not getattr(adapter, second).any()
