@@ -174,12 +174,3 @@ def test_the_excess_of_a_ratio_is_used_in_its_own_dtype_alone() -> None:
     assert full.excess is None
     assert isinstance(half, Ratio)
     assert torch.equal(full.values, ratio.values[experts()])
-
-
-def test_a_sum_over_many_rows_is_gathered_in_float32() -> None:
-    """In bfloat16 itself it would stand still at 256."""
-    ones = torch.ones(2000, 3, dtype=torch.bfloat16)
-    through = ChosenRows(
-        torch.zeros(2, 3, 3, dtype=torch.bfloat16), lambda rows: rows, torch.zeros(2000, dtype=torch.int64)
-    )
-    assert torch.equal(through.outer(ones, ones)[0], torch.full((3, 3), 2000.0, dtype=torch.bfloat16))
