@@ -37,10 +37,10 @@ class Likely(NamedTuple):
 
 
 TABLE = {
-    "lora": Likely(1.6e-3, 0.81),
-    "dora": Likely(2.0e-3, 0.73),
-    "mora": Likely(8.6e-4, 0.46),
-    "full": Likely(8e-5, 0.0),
+    "lora": Likely(1.5e-3, 0.37),
+    "dora": Likely(1.4e-3, 0.48),
+    "mora": Likely(8.1e-4, 0.57),
+    "full": Likely(1.1e-4, 0.0),
 }
 """Others are taken as LoRA, or as full fine-tuning where they train the base."""
 
