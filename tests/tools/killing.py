@@ -312,7 +312,7 @@ def _with_change(mutant: Mutant, name: Function, functions: Sequence[FunctionTyp
             line = function.__code__.co_firstlineno
             function.__code__ = new[line]
             _set_defaults(function, nodes[line].args)
-            if any(ast.unparse(one) == "triton.jit" for one in nodes[line].decorator_list):
+            if any(ast.unparse(one).startswith("triton.jit") for one in nodes[line].decorator_list):
                 _set_program(function, nodes[line])
     except LookupError:
         return MOVED
