@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 import sys
 import time
@@ -85,6 +84,7 @@ def run_ours(
     from trimtab.config.run import TrainConfig
     from trimtab.machine import peak_memory_gib
     from trimtab.runs.events import Listener
+    from trimtab.runs.records import MetricsLine
     from trimtab.training.compiling import ENOUGH, Compiling, won_back
     from trimtab.training.trainer import AdapterTrainer
 
@@ -94,7 +94,7 @@ def run_ours(
     batch = round(16 * statistics.mean(rows.lengths))
     if compiled is None:
         compiled = won_back(attached, batch * steps, "eager") >= ENOUGH
-    losses: list[float] = []
+    lines: list[MetricsLine] = []
     task = tasks.find("causal_lm")
     trainer = AdapterTrainer(
         model,
@@ -104,13 +104,15 @@ def run_ours(
         head=task.head(model),
         reader=tokenizer,
         folder=Path(folder),
-        record=lambda line: losses.append(line.figure("loss") or math.nan),
+        record=lines.append,
     )
     if compiled:
         trainer.add_callback(Compiling(model, batch, Listener()))
     began = time.perf_counter()
     trainer.train()
-    figures = {"seconds": time.perf_counter() - began, "loss": losses[-1], "peak_gib": peak_memory_gib()}
+    seconds, loss = time.perf_counter() - began, lines[-1].loss
+    assert loss is not None, "each line of a run without validation rows has a loss"
+    figures = {"seconds": seconds, "loss": loss, "peak_gib": peak_memory_gib()}
     figures["compiled"] = float(compiled)
     trimtab.merge(model)
     return tokenizer, model, figures

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from common import alternate, ratio, show, write_results
+from quantised import SHAPES
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -35,13 +36,9 @@ def frozen_model(said: argparse.Namespace) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    shape: dict[str, Any] = {
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-    }
-    config = LlamaConfig(vocab_size=49152, num_hidden_layers=said.layers, tie_word_embeddings=True, **shape)
+    config = LlamaConfig(
+        vocab_size=49152, num_hidden_layers=said.layers, tie_word_embeddings=True, **SHAPES["smollm2-135m"]
+    )
     model: Any = LlamaForCausalLM(config)
     return model.to(torch.bfloat16).requires_grad_(False).train()
 

@@ -37,18 +37,14 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 import trimtab
 from accelerator import DEVICE, NAME, accelerator
 from common import alternate, show, write_results
+from quantised import SHAPES
 from trimtab.bases import _base
 from trimtab.ops import cost
 from trimtab.ops.kernels import using
 from trimtab.surgery.contexts import for_inference
 
 aten = torch.ops.aten
-LLAMA_8B: dict[str, Any] = {
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-}
+LLAMA_8B = SHAPES["llama-3.1-8b"]
 ADAPTERS = 8
 LINEAR = [(4096, 4096), (4096, 1024), (4096, 1024), (4096, 4096), (4096, 14336), (4096, 14336), (14336, 4096)]
 """``(in, out)`` of q, k, v, o, gate, up and down."""

@@ -69,10 +69,6 @@ def test_how_a_is_drawn(options: dict[str, object], bound: float | None, deviati
     assert not adapter.B.any()
 
 
-def test_defaults() -> None:
-    assert (methods.options_class("lora")().rank, methods.options_class("mora")().rank) == (8, 8)  # type: ignore[attr-defined]
-
-
 def test_sizes() -> None:
     assert sizes(make("lora", 6, 10, rank=3)) == {"A": [3, 10], "B": [6, 3]}
     assert sizes(make("dora", 6, 10, rank=3)) == {"magnitude": [6], "A": [3, 10], "B": [6, 3]}

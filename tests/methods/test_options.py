@@ -164,7 +164,7 @@ def test_an_unknown_method_names_the_nearest() -> None:
 
 @pytest.mark.parametrize(
     ("method", "sizes"),
-    [("mora", {"rank": 8}), ("parallel", {"bottleneck": 64}), ("serial", {"bottleneck": 64})],
+    [("lora", {"rank": 8}), ("mora", {"rank": 8}), ("parallel", {"bottleneck": 64}), ("serial", {"bottleneck": 64})],
 )
 def test_the_size_of_a_rule_that_says_none(method: str, sizes: dict[str, int]) -> None:
     options = trimtab.Rule(match="*", method=method).options

@@ -328,8 +328,7 @@ def _set_program(function: FunctionType, node: ast.FunctionDef) -> None:
     tree = ast.Module([ast.copy_location(ast.FunctionDef(node.name, node.args, node.body, []), node)], [])
     tree = ast.fix_missing_locations(interpreter.ASTTransformer().visit(tree))
     known: dict[str, Any] = {}
-    names = vars(interpreter) | function.__globals__
-    exec(compile(tree, function.__code__.co_filename, "exec"), function.__globals__ | names, known)
+    exec(compile(tree, function.__code__.co_filename, "exec"), vars(interpreter) | function.__globals__, known)
     interpreter.InterpretedFunction.rewritten_fn[function] = known[node.name]
 
 

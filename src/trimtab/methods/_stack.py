@@ -87,9 +87,8 @@ class StackPass:
         rows = x.reshape(-1, x.shape[-1])
         ends = torch.tensor([len(rows)], dtype=torch.int32)
         stack = weight[None]  # one tensor: by it the product of the frozen weight is known, which is the model's own
-        product = self._multiply(
-            rows, stack, SortedRows(stack, lambda rows: F.linear(rows, weight), ends), parts.as_stack()
-        )
+        through = SortedRows(stack, lambda rows: F.linear(rows, weight), ends)
+        product = self._multiply(rows, stack, through, parts.as_stack())
         return product.reshape(*x.shape[:-1], product.shape[-1])
 
     def with_each(self, through: StackMap, x: Tensor) -> Tensor:
