@@ -81,25 +81,23 @@ def settings(study: RatesStudy, budget: float, tasks: Sequence[str]) -> Iterator
         if task not in tasks or best is None:
             continue
         over: dict[str, list[float]] = {"auto": [], "fixed": []}
-        rates: list[float] = []
-        costs: list[float] = []
+        trained: list[dict[str, Any]] = []
         for seed in study.said.seeds:
             cell = RateCell(task, arm, best, seed)
             for name in over:
                 trainings = trainings or Trainings(study)
                 found = _trained(study, trainings, cell, name, budget)
                 over[name].append(_loss(found) - losses[seed][best])
-                if name == "auto":
-                    rates.append(found["rate"])
-                    costs.append(found["cost"])
+                trained.append({"by": name, "seed": seed, **{key: found[key] for key in ("rate", "loss", "cost")}})
         yield {
             "task": task,
             "arm": arm,
             "best_rate": at_lattice(best),
             "best_loss": round(statistics.fmean(each[best] for each in losses.values()), 5),
-            "auto_rates": rates,
-            "auto_cost": max(costs),
+            "auto_rates": [each["rate"] for each in trained if each["by"] == "auto"],
+            "auto_cost": max(each["cost"] for each in trained),
             **{f"{name}_over": min(DIVERGED, round(statistics.fmean(values), 5)) for name, values in over.items()},
+            "trained": trained,
         }
 
 
@@ -117,9 +115,7 @@ def _trained(study: RatesStudy, trainings: Any, cell: Any, name: str, budget: fl
     """The training of a setting with one seed at the rate of ``auto`` or the fixed one; kept once it is done."""
     from trimtab.files import read_json, write_json
 
-    file = study.file(cell)
-    folder = f"auto-{budget:g}" if name == "auto" else name
-    kept = study.state / "auto" / folder / file.parent.relative_to(study.state / "cells") / f"seed{cell.seed}.json"
+    kept = study.beside(cell, name, budget)
     known = read_json(kept) if kept.is_file() else {}
     chosen = trainings.find_rate(cell, budget) if name == "auto" else None
     rate, likely = (FIXED, None) if chosen is None else (chosen.rate, chosen.likely)

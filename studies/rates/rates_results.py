@@ -8,11 +8,14 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from rates_study import RateCell, RatesStudy, at_lattice
-from trimtab.files import write_json, write_text
+from rates_study import RateCell, RatesConfig, RatesStudy, at_lattice, lattice_index
+from trimtab.errors import RunError
+from trimtab.files import read_json, write_json, write_text
 from trimtab.studies.statistics import mean_interval
 
 _COLUMNS = ("task", "arm", "rate", "seed", "loss", "exact", "trained", "seconds", "processor_seconds")
@@ -134,6 +137,7 @@ def write_results(study: RatesStudy) -> dict[str, Any]:
         "processor_hours": round(sum(cell["processor_seconds"] for cell in cells) / 3600, 2),
         "arms": list(arms.values()),
         "compared": compared(arms, study.said.tasks),
+        "rows": study.digests,
         "versions": cells[-1]["versions"] if cells else {},
     }
     write_json(study.output / "rates.json", results)
@@ -143,3 +147,51 @@ def write_results(study: RatesStudy) -> dict[str, Any]:
     writer.writerows(cells)
     write_text(study.output / "rates.csv", text.getvalue())
     return results
+
+
+def restore(study: RatesStudy) -> int:
+    """Write what is published in the study's output folder into its state, where the state lacks it, as if it had been
+    trained there; returns how many trainings that were. So a study goes on on another machine.
+
+    Of a cell the losses of its steps are not published, and nothing reads them. Raises RunError where the published
+    results are of other settings or rows than the study.
+    """
+    file = study.output / "rates.json"
+    if not file.is_file():
+        raise RunError(f"{file}: no published results to go on from; leave --restore away to begin anew")
+    published = read_json(file)
+    before = replace(study, said=RatesConfig.model_validate(published["said"]))
+    restored = 0
+    for cell, at, found in [*_published_cells(study), *_published_beside(study)]:
+        if at.is_file() or (cell.task, cell.arm) not in study.pairs:
+            continue
+        theirs = {"settings": before.settings(cell.task, cell.arm), "rows": published["rows"][cell.task]}
+        if theirs != study.identity(cell):
+            raise RunError(
+                f"{file}: {cell} was trained with other settings or rows than those of the study; choose another "
+                "output=, or leave --restore away to begin anew"
+            )
+        known = {"task": cell.task, "arm": cell.arm, "seed": cell.seed, **theirs, "versions": published["versions"]}
+        write_json(at, {**known, **found})
+        restored += 1
+    return restored
+
+
+def _published_cells(study: RatesStudy) -> Iterator[tuple[RateCell, Path, dict[str, Any]]]:
+    """Each cell of ``rates.csv``, its file, and what it gave."""
+    with (study.output / "rates.csv").open(encoding="utf-8", newline="") as lines:
+        for line in csv.DictReader(lines):
+            cell = RateCell(line["task"], line["arm"], lattice_index(float(line["rate"])), int(line["seed"]))
+            numbers = {name: float(line[name]) for name in ("exact", "seconds", "processor_seconds")}
+            loss = float(line["loss"]) if line["loss"] else None
+            yield cell, study.file(cell), {"rate": cell.rate, "loss": loss, "trained": int(line["trained"]), **numbers}
+
+
+def _published_beside(study: RatesStudy) -> Iterator[tuple[RateCell, Path, dict[str, Any]]]:
+    """Each training of ``auto.json`` at a rate that is not the grid's, its file, and what it gave."""
+    file = study.output / "auto.json"
+    auto = read_json(file) if file.is_file() else {"settings": []}
+    for setting in auto["settings"]:
+        for found in setting["trained"]:
+            cell = RateCell(setting["task"], setting["arm"], lattice_index(setting["best_rate"]), found["seed"])
+            yield cell, study.beside(cell, found["by"], auto["budget"]), {k: found[k] for k in ("rate", "loss", "cost")}

@@ -100,7 +100,8 @@ class RatesStudy:
         return self.state / "rows" / f"{task}-{part}.jsonl"
 
     @cached_property
-    def _digests(self) -> dict[str, str]:
+    def digests(self) -> dict[str, str]:
+        """Of every task's rows."""
         return {
             task: hashlib.sha256(self.rows(task, "train").read_bytes() + self.rows(task, "validation").read_bytes())
             .hexdigest()[:16]
@@ -114,12 +115,19 @@ class RatesStudy:
 
     def identity(self, cell: RateCell) -> dict[str, Any]:
         """What a finished cell must agree with."""
-        return {"settings": self.settings(cell.task, cell.arm), "rows": self._digests[cell.task]}
+        return {"settings": self.settings(cell.task, cell.arm), "rows": self.digests[cell.task]}
 
     def file(self, cell: RateCell) -> Path:
         """Where the results of a cell lie."""
         arm = cell.arm.replace(",", "").replace(" ", "-")
         return self.state / "cells" / cell.task / arm / f"{cell.rate:g}-seed{cell.seed}.json"
+
+    def beside(self, cell: RateCell, by: str, budget: float) -> Path:
+        """Where a training of a cell's arm and seed lies whose rate is not the grid's: one that ``auto`` found for that
+        ``budget``, or the ``fixed`` one."""
+        task, arm = self.file(cell).parts[-3:-1]
+        chosen = f"auto-{budget:g}" if by == "auto" else by
+        return self.state / "auto" / chosen / task / arm / f"seed{cell.seed}.json"
 
     def done(self, cell: RateCell) -> dict[str, Any] | None:
         """What a finished cell gave; None for one that is not done. Raises RunError for one of other settings."""

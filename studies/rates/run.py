@@ -1,12 +1,13 @@
 """Run the study of learning rates: each method at each of its ranks over a grid of rates, from the same starts.
 
-    python studies/rates/run.py studies/rates/study.yaml [key=value ...]
-    python studies/rates/run.py studies/rates/study.yaml --results [key=value ...]
+    python studies/rates/run.py studies/rates/study.yaml [--restore] [key=value ...]
+    python studies/rates/run.py studies/rates/study.yaml --results [--restore] [key=value ...]
 
 The first form runs whatever is missing, cell after cell on one loaded model, and goes on where it stopped; the second
 runs nothing. Both write ``rates.json``, ``rates.csv``, pictures and ``rates.html`` of what there is into the output
-folder. ``state=FOLDER`` says where rows and cells lie (by default ``state`` beside the YAML), ``output=FOLDER`` where
-the results go.
+folder. With --restore the cells that are published there, such as those in the repository, count as done.
+``state=FOLDER`` says where rows and cells lie (by default ``state`` beside the YAML), ``output=FOLDER`` where the
+results go.
 """
 
 from __future__ import annotations
@@ -20,17 +21,22 @@ from trimtab.cli.exits import program
 
 
 def main(arguments: Sequence[str]) -> int:
-    rest = [argument for argument in arguments if argument != "--results"]
-    return program(rest, __doc__, partial(run, only_results=len(rest) < len(arguments)))
+    rest = [argument for argument in arguments if argument not in {"--results", "--restore"}]
+    work = partial(run, only_results="--results" in arguments, restored="--restore" in arguments)
+    return program(rest, __doc__, work)
 
 
-def run(file: str, *overrides: str, only_results: bool = False) -> None:
+def run(file: str, *overrides: str, only_results: bool = False, restored: bool = False) -> None:
     from rates_study import load_rates_study
     from trimtab.errors import Interrupted
     from trimtab.files import write_json
     from trimtab.runs.lock import locked
 
     study = load_rates_study(file, overrides)
+    if restored:
+        from rates_results import restore
+
+        print(f"{restore(study)} trainings taken from {study.output}", flush=True)
     if not only_results:
         from rates_cell import Trainings
 

@@ -15,7 +15,7 @@ import auto_check
 import rates_cell
 from fit_prior import bests, line, mean_losses, smooth_best
 from rates_page import write_rates_page
-from rates_results import arm_results, best_place, compared, write_results
+from rates_results import arm_results, best_place, compared, restore, write_results
 from rates_rows import _orders
 from rates_study import RateCell, RatesStudy, at_lattice, lattice_index, load_rates_study
 from trimtab.config.read import build_config
@@ -226,3 +226,46 @@ def test_rates_and_places_lead_to_each_other_and_orders_are_right() -> None:
     rows: list[Any] = list(_orders())
     assert len({row["prompt"] for row in rows}) == len(rows)
     assert all(row["completion"].count(";") == 3 for row in rows)
+
+
+def elsewhere(study: RatesStudy, folder: Path) -> RatesStudy:
+    """The study with the same rows and published results, and a state in which nothing is done."""
+    own = [f"state={folder}", f"output={study.output}", f"phrasebank={study.said.phrasebank}"]
+    return load_rates_study(YAML, own)
+
+
+def test_what_is_published_is_gone_on_from_on_another_machine(study: RatesStudy, tmp_path: Path) -> None:
+    for index in study.grid("orders", "LoRA r8"):
+        finish(study, RateCell("orders", "LoRA r8", index, 1), -8.4)
+    diverged = study.file(RateCell("orders", "LoRA r8", -6, 1))
+    write_json(diverged, {**json.loads(diverged.read_text(encoding="utf-8")), "loss": None})
+    before = write_results(study)
+    trained = [{"by": "auto", "seed": 1, "rate": 0.002, "loss": 0.4, "cost": 0.0}]
+    setting = {"task": "orders", "arm": "LoRA r8", "best_rate": at_lattice(-8), "trained": trained}
+    write_json(study.output / "auto.json", {"budget": 0.15, "settings": [setting]})
+
+    other = elsewhere(study, tmp_path / "other")
+    assert restore(other) == 8
+    assert restore(other) == 0
+    assert write_results(other) == before
+    assert other.losses("orders", "LoRA r8", 1)[-6] == math.inf
+    cell = RateCell("orders", "LoRA r8", -8, 1)
+    kept = json.loads(other.beside(cell, "auto", 0.15).read_text(encoding="utf-8"))
+    assert (kept["rate"], kept["loss"], kept["settings"]) == (0.002, 0.4, study.identity(cell)["settings"])
+    assert other.done(cell) is not None
+
+
+def test_published_results_of_other_settings_or_rows_are_not_gone_on_from(study: RatesStudy, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="no published results"):
+        restore(study)
+    finish(study, RateCell("orders", "full", -12, 1), -12)
+    published = write_results(study)
+    file = study.output / "rates.json"
+    write_json(file, {**published, "rows": {**published["rows"], "orders": "others"}})
+    with pytest.raises(RunError, match=r"full on orders at 0\.0001, seed 1 was trained with other settings or rows"):
+        restore(elsewhere(study, tmp_path / "rows"))
+    said = published["said"]
+    base = {**said["base"], "train": {**said["base"]["train"], "max_steps": 31}}
+    write_json(file, {**published, "said": {**said, "base": base}})
+    with pytest.raises(RunError, match="other settings or rows"):
+        restore(elsewhere(study, tmp_path / "settings"))
