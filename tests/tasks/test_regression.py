@@ -22,9 +22,11 @@ from trimtab.config.read import build_config
 from trimtab.data.labelled import Labelled
 from trimtab.data.rows import Row
 from trimtab.errors import DataError
+from trimtab.files import write_json
 from trimtab.models.load import load_model
 from trimtab.reports.run.run_page import write_run_page
 from trimtab.reports.run.run_tables import answers_table, evaluation_table, results_table
+from trimtab.reports.shared.words import number
 from trimtab.runs.load import load_run_model
 from trimtab.runs.read import read_run, read_sets
 from trimtab.surgery.attach import trained_tensors
@@ -125,6 +127,16 @@ def test_the_tables_and_the_page_of_a_run_show_numbers(said: Callable[..., dict[
     page = (folder.path / "report.html").read_text()
     assert "mean absolute error" in page.lower()
     assert ">✗<" not in page
+    after = known.sets[0].after
+    assert (after.figures["rmse"] >= after.spread) == ("No better than" in page)
+    told = f"always answering the mean would give {number(after.spread)}"
+    assert told in page
+    assert f"{number(after.spread)} (the mean)" in shown
+    file = next((folder.path / "evaluation").glob("*.after.json"))
+    for rmse, worse in ((after.spread / 2, False), (after.spread, True)):
+        write_json(file, {**json.loads(file.read_text(encoding="utf-8")), "rmse": rmse})
+        write_run_page(folder.path)
+        assert ("No better than" in (folder.path / "report.html").read_text(encoding="utf-8")) == worse
 
 
 def test_a_new_head_begins_around_the_mean(said: Callable[..., dict[str, Any]]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import io
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -127,6 +129,9 @@ def test_tags_of_no_scheme_are_measured_word_by_word(said: Callable[..., dict[st
     assert after.figures["accuracy"] == pytest.approx(sum(a == b for a, b in pairs) / len(pairs))
     assert sum(map(sum, after.confusion)) == after.words == len(pairs)
     write_run_page(folder.path)
+    commonest, count = Counter(truth for truth, _ in pairs).most_common(1)[0]
+    told = f"always answering '{commonest}' would give {100 * count / len(pairs):.1f} %"
+    assert told in html.unescape((folder.path / "report.html").read_text(encoding="utf-8"))
 
 
 def test_what_is_measured_does_not_depend_on_the_size_of_batches(said: Callable[..., dict[str, Any]]) -> None:

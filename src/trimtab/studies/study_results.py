@@ -13,7 +13,7 @@ from typing import Any
 
 from trimtab.files import write_text
 from trimtab.metrics import KINDS, compared, counts_rows, main_metric
-from trimtab.runs.results import ChoiceResult, MultipleChoiceResult, Result
+from trimtab.runs.results import ChoiceResult, MultipleChoiceResult, Result, TagsResult
 from trimtab.runs.study_records import (
     CellRecord,
     CorrectedDifference,
@@ -147,7 +147,7 @@ def _line(mine: Sequence[StudyRun], test: str, against: str | None) -> SummaryLi
     results = [run.tests[test] for run in mine]
     first = results[0]
     measure = main_metric(first.kind).name
-    majority = first.majority if isinstance(first, ChoiceResult) else None
+    majority = first.majority if isinstance(first, ChoiceResult | TagsResult) else None
     return SummaryLine(
         task=mine[0].task,
         test=test,

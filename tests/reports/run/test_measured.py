@@ -9,6 +9,7 @@ from scipy.stats import binomtest
 
 from trimtab.reports.run.run_tables import baseline, headline, interval, measured
 from trimtab.runs.read import TestSet, read_sets
+from trimtab.runs.results import read_result
 
 
 def _set(run: Path, name: str) -> TestSet:
@@ -38,6 +39,21 @@ def test_the_headline_says_what_answers_without_a_look_would_give(run: Path, ope
     ):
         assert headline(_set(folder, name)).beside == beside
     assert baseline(_set(open_run, "test").result) is None
+
+
+def test_numbers_are_held_against_their_mean_and_tags_against_the_commonest() -> None:
+    shared = {"dataset": "test", "rows": 4, "seconds": 1.0}
+    numbers = read_result({**shared, "kind": "number", "rmse": 2.0, "spread": 2.5})
+    mean = baseline(numbers)
+    assert mean is not None
+    assert (mean.how, mean.told) == ("always answering the mean", "2.500")
+    assert [mean.reaches(value) for value in (2.0, 2.5, 3.0, None)] == [False, True, True, False]
+    most = {"answer": "O", "accuracy": 0.8}
+    tags = {"kind": "tags", "words": 9, "accuracy": 0.7, "choices": ["O"], "confusion": [[9]], "majority": most}
+    always = baseline(read_result({**shared, **tags}))
+    assert always is not None
+    assert (always.how, always.told) == ("always answering 'O'", "80.0 %")
+    assert [always.reaches(value) for value in (0.7, 0.8, 0.9)] == [True, True, False]
 
 
 @pytest.mark.parametrize(("right", "rows"), [(0, 5), (5, 5), (17, 40), (1030, 1212)])

@@ -148,6 +148,5 @@ def describe(data: Curves) -> str:
     if (metric := data.metric) is not None and data.scores:
         step, best = min(data.scores, key=lambda point: metric.cost(point[1]))
         side = "highest" if metric.higher_is_better else "lowest"
-        told = words.percent(best) if metric.share else words.number(best)
-        parts.append(f"The {side} validation {metric.label} is {told}, at step {step}.")
+        parts.append(f"The {side} validation {metric.label} is {words.figure(metric, best)}, at step {step}.")
     return " ".join(parts)

@@ -56,6 +56,7 @@ def write_run_page(run: Path, summary: Summary | None = None) -> Path:
         "tiles": key_figures,
         "measured": measured,
         "baseline": baseline,
+        "figure": words.figure,
         "bars": bars,
         "counts_rows": counts_rows,
         "numbers": numbers,
@@ -186,8 +187,8 @@ def bars(tests: TestSet, name: str) -> Markup | None:
     label = f"{main.metric.label[:1].upper()}{main.metric.label[1:]}: {told}"
     guess = baseline(tests.result)
     if guess is not None:
-        label += f"; {guess.name} {words.percent(guess.share)}"
-    return share_bars(name, sides, guess and (guess.name, guess.share), label)
+        label += f"; {guess.name} {guess.told}"
+    return share_bars(name, sides, guess and (guess.name, guess.value), label)
 
 
 SIDE = 72

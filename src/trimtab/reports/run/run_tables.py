@@ -18,7 +18,7 @@ from trimtab.reports.run.pairs import answered
 from trimtab.reports.shared import words
 from trimtab.runs.read import Run, TestSet
 from trimtab.runs.records import PlanRecord, SourceRecord
-from trimtab.runs.results import ChoiceResult, MultipleChoiceResult, NumberResult, Prediction, Result
+from trimtab.runs.results import ChoiceResult, MultipleChoiceResult, NumberResult, Prediction, Result, TagsResult
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,7 @@ class Measured:
     after: float | None
 
     def words(self, value: float | None) -> str:
-        """``value`` as this metric is given: a share in percent, any other as a number."""
-        return words.percent(value) if self.metric.share else words.number(value)
+        return words.figure(self.metric, value)
 
     @property
     def change(self) -> str:
@@ -69,23 +68,37 @@ def measured(tests: TestSet) -> list[Measured]:
 
 
 class Baseline(NamedTuple):
-    """What answers without a look at the rows reach: what it is called, the share that is right, how such answers come
-    about, and that in two words at most."""
+    """What answers without a look at the rows reach in the main metric: what it is called, how such answers come about,
+    and that in two words at most."""
 
     name: str
-    share: float
+    metric: Metric
+    value: float
     how: str
     brief: str
+
+    @property
+    def told(self) -> str:
+        return words.figure(self.metric, self.value)
+
+    def reaches(self, value: float | None) -> bool:
+        """Whether ``value`` is no better."""
+        return value is not None and self.metric.cost(self.value) <= self.metric.cost(value)
 
 
 def baseline(result: Result | None) -> Baseline | None:
     """What ``result`` is to be held against; None where nothing can be guessed."""
+    if result is None:
+        return None
+    main = main_metric(result.kind)
     if isinstance(result, MultipleChoiceResult):
-        return Baseline("guessing", result.chance, "guessing", "chance")
-    if isinstance(result, ChoiceResult) and result.majority:
+        return Baseline("guessing", main, result.chance, "guessing", "chance")
+    if isinstance(result, ChoiceResult | TagsResult) and result.majority:
         answer = words.shorten(result.majority.answer, 40)
         how = f"always answering '{answer}'"
-        return Baseline("commonest answer", result.majority.accuracy, how, f"always {answer}")
+        return Baseline("commonest answer", main, result.majority.accuracy, how, f"always {answer}")
+    if isinstance(result, NumberResult):
+        return Baseline("mean", main, result.spread, "always answering the mean", "the mean")
     return None
 
 
@@ -106,9 +119,7 @@ def headline(tests: TestSet) -> Headline:
     name = "" if main.metric.name == "accuracy" else f"{main.metric.label} "
     beside = ""
     if guess := baseline(result):
-        beside = f"{guess.how} would give {words.percent(guess.share)}"
-    elif isinstance(result, NumberResult):
-        beside = f"always answering the mean would give {words.number(result.spread)}"
+        beside = f"{guess.how} would give {guess.told}"
     elif result is not None and (unusable := result.figures.get("unusable")):
         beside = f"{words.percent(unusable)} of the answers cannot be used"
     return Headline(tests.name, f"{name}{main.course}", beside)
@@ -146,7 +157,7 @@ def results_table(run: Run) -> Table:
             if place:
                 table.add_row("", row.metric.label, "", *figures)
                 continue
-            beside = f"{words.percent(guess.share)} ({guess.brief})" if guess else ""
+            beside = f"{guess.told} ({guess.brief})" if guess else ""
             rows = words.count(tests.result.rows)
             table.add_row(_text(tests.name), row.metric.label, rows, *figures, _text(beside))
         table.add_section()
@@ -204,17 +215,13 @@ def evaluation_table(result: Result) -> Table:
         lines.append(("rows cut to what the model reads", words.count(result.cut)))
     if result.left_out:
         lines.append(("rows left out of the perplexity", words.count(result.left_out)))
-    numbers = []
+    numbers: list[tuple[str, str]] = []
     for metric in of_kind(result.kind):
         value = result.figures.get(metric.name)
-        if not metric.share:
-            numbers.append((metric.described, words.number(value)))
-        elif value is not None:
-            lines.append((metric.described, words.percent(value)))
-    if isinstance(result, MultipleChoiceResult):
-        lines.append(("chance", words.percent(result.chance)))
-    if isinstance(result, ChoiceResult) and result.majority:
-        lines.append((f"commonest answer ({result.majority.answer})", words.percent(result.majority.accuracy)))
+        if value is not None or not metric.share:
+            (lines if metric.share else numbers).append((metric.described, words.figure(metric, value)))
+    if guess := baseline(result):
+        (lines if guess.metric.share else numbers).append((guess.how, guess.told))
     for name, text in [*lines, *numbers, ("seconds", words.number(result.seconds))]:
         table.add_row(_text(name), text)
     return table

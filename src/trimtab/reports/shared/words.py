@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
+from trimtab.metrics import Metric
+
 DASH = "–"
 
 
@@ -47,6 +49,11 @@ def parameters(value: float) -> str:
         if value >= 0.9995 * size:
             return f"{value / size:.3g} {unit}"
     return f"{value:.0f}"
+
+
+def figure(metric: Metric, value: float | None) -> str:
+    """``value`` as that metric is given: a share in percent, any other as a number."""
+    return percent(value) if metric.share else number(value)
 
 
 def number(value: float | None) -> str:

@@ -32,7 +32,7 @@ def baseline(line: SummaryLine) -> tuple[str, float] | None:
 
 def score_of(line: SummaryLine, value: float) -> str:
     """A score as it is named beside its mark."""
-    return words.percent(value) if line.metric.share else words.number(value)
+    return words.figure(line.metric, value)
 
 
 def reference_of(results: StudyResults) -> str:
