@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -30,11 +31,11 @@ from trimtab.models.positions import positions_of
 from trimtab.runs.events import Listener
 from trimtab.tasks import job_of
 
-RATES = {"full": 5e-5}
-"""Peak learning rates of methods for which the default, made for adapters, is too high."""
-
 FEW, MANY = 1_000, 10_000
 """Rows: below the first, steps of fewer rows and no validation; from the second on, one pass over them."""
+
+BEGUN = 30
+"""Steps: a shorter run has hardly begun to learn, so a handful of rows is passed over more often."""
 
 SHORT = 256
 """Tokens: up to here, eager attention is faster on a processor than the fused kernel (``benchmarks/``)."""
@@ -221,11 +222,11 @@ def _settings(wish: Wish, seen: _Seen, job: Job, place: Path) -> Settings:
     if wish.method != "full":
         rule["rank"] = 16
     said["plan"] = [rule], "every linear layer but the output head; a higher rank learns more and costs more"
-    epochs = 1 if seen.count >= MANY else 3
+    batch = 8 if few else 16
+    epochs = 1 if seen.count >= MANY else min(10, max(3, math.ceil(BEGUN / math.ceil(seen.count / batch))))
     said["train.epochs"] = epochs, f"passes over the rows: {seen.count * epochs:,} rows are seen"
-    said["train.batch_size"] = 8 if few else 16, "rows in one step"
-    rate = RATES.get(wish.method, 5e-4 if writes else 1e-3)
-    said["train.learning_rate"] = rate, "too high: the loss jumps; too low: it hardly falls"
+    said["train.batch_size"] = batch, "rows in one step"
+    said["train.learning_rate"] = "auto", "what such a run wants, refined by a few short trials; or a number"
     if seen.answer:
         said["evaluation.max_new_tokens"] = max(16, -(-seen.answer * 5 // 32) * 8), "the longest answer, and a quarter"
     said["output"] = f"runs/{place.stem}", "adapter, figures and report.html"

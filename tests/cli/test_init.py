@@ -63,6 +63,8 @@ def test_the_file_reads_back_and_says_what_was_seen(here: Path, method: str) -> 
     assert [Path(name).resolve() for name in paths(config.data.train)] == [here / "rows.jsonl"]
     assert config.plan[0]["method"] == method
     assert config.data.validation is None
+    assert config.train.learning_rate == "auto"
+    assert config.train.epochs == 8, "4 steps a pass, and fewer than 30 are hardly a beginning"
     assert "30 rows of the form 'completion'" in output
     assert "a closed set of 2" in output
     assert "trimtab finetune sub/one.yaml" in output

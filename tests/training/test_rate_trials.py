@@ -133,6 +133,16 @@ def test_the_likely_rate_falls_with_the_steps_and_rises_with_the_labels_of_a_ste
     assert of(80, 1e4) == of(80, 1e5) > of(80, 64)
 
 
+def test_where_b_learns_faster_its_rate_and_that_of_a_lie_evenly_around_one_rate_for_both() -> None:
+    def of(ratio: float, *methods: str) -> float:
+        rules = [Rule(match="*", method=method) for method in methods]
+        return likely_rate(rules, 576, steps=100, labels=50, b_ratio=ratio)
+
+    assert of(16, "dora") * of(16, "dora") * 16 == pytest.approx(of(1, "dora") ** 2)
+    assert of(16, "mora") == of(1, "mora")
+    assert of(1e-6, "lora", "full") == of(1, "full"), "the lowest of all rules"
+
+
 @pytest.mark.parametrize(
     ("row", "labels"),
     [

@@ -31,9 +31,9 @@ class TrialPlan:
 
     @property
     def told(self) -> str:
-        """In words."""
+        """The trials in words, where there are any."""
         rounds = ", then ".join(f"{rates} of {steps} steps" for rates, steps in self.rounds)
-        return f"{rounds}, as much as {self.cost:.0f} steps of the run" if rounds else "none"
+        return f"{rounds}, as much as {self.cost:.0f} steps of the run"
 
 
 def plan_trials(train: TrainConfig, steps: int, validation_rows: int) -> TrialPlan:

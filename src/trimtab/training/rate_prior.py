@@ -17,6 +17,7 @@ to other runs:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -57,7 +58,7 @@ _ROWS = 64
 """So many rows tell how many labels a row has."""
 
 
-def likely_rate(rules: Iterable[Rule], width: int | None, *, steps: int, labels: float) -> float:
+def likely_rate(rules: Iterable[Rule], width: int | None, *, steps: int, labels: float, b_ratio: float = 1.0) -> float:
     """The rate for a plan; of rules that want different ones the lowest, since too high is worse than too low. An
     adapter whose rules are not known is taken as LoRA.
 
@@ -66,9 +67,11 @@ def likely_rate(rules: Iterable[Rule], width: int | None, *, steps: int, labels:
         width: the model's hidden size; None where it says none.
         steps: of the run.
         labels: of a step (`labels_of_step`).
+        b_ratio: how many times the rate B learns at (LoRA+). The rates of A and B then lie evenly around what one rate
+            for both would be.
     """
     known = list(rules) or [Rule(match="*", method="lora", rank=8)]
-    rate = min(map(_of_rule, known)) * (WIDTH / (width or _UNKNOWN_WIDTH)) ** WIDTH_POWER
+    rate = min(_of_rule(rule, b_ratio) for rule in known) * (WIDTH / (width or _UNKNOWN_WIDTH)) ** WIDTH_POWER
     return float(rate * (STEPS / steps) ** STEPS_POWER * (min(labels, MOST_LABELS) / LABELS) ** LABELS_POWER)
 
 
@@ -88,9 +91,11 @@ def _labels(row: Mapping[str, Any], prompt_weight: float) -> float:
     return labelled + prompt_weight * (len(labels) - labelled)
 
 
-def _of_rule(rule: Rule) -> float:
-    known = TABLE.get(rule.method) or TABLE["full" if methods.method_class(rule.method).trains_base else "lora"]
-    return float(known.base / size_of(rule.options) ** known.power)
+def _of_rule(rule: Rule, b_ratio: float) -> float:
+    method = methods.method_class(rule.method)
+    known = TABLE.get(rule.method) or TABLE["full" if method.trains_base else "lora"]
+    rate = known.base / size_of(rule.options) ** known.power
+    return float(rate / math.sqrt(b_ratio) if "second factor" in method.rate_groups.values() else rate)
 
 
 def size_of(options: Any) -> float:

@@ -48,12 +48,11 @@ FLAT = 0.02
 
 
 def with_rate(job: Job, inputs: Inputs, model: nn.Module, *, listener: Listener, file: Path | None = None) -> RunConfig:
-    """The run's configuration with a number as its rate: its own, or the one that ``find_rate`` finds and shows."""
+    """The run's configuration with a number as its rate: its own, or the one that ``find_rate`` finds."""
     if job.config.train.learning_rate != "auto":
         return job.config
     listener.stage("Finding the learning rate")
     found = find_rate(job, inputs, model, listener=listener, file=file)
-    listener.show(rate_table(found))
     train = job.config.train.model_copy(update={"learning_rate": found.rate})
     return job.config.model_copy(update={"train": train})
 
@@ -61,8 +60,8 @@ def with_rate(job: Job, inputs: Inputs, model: nn.Module, *, listener: Listener,
 def find_rate(
     job: Job, inputs: Inputs, model: nn.Module, *, listener: Listener, file: Path | None = None
 ) -> ChosenRate:
-    """Find the rate for a run; ``model`` carries no adapter before and after, and is as it was. Where several processes
-    train, all make the same trials together.
+    """Find the rate for a run and show how; ``model`` carries no adapter before and after, and is as it was. Where
+    several processes train, all make the same trials together.
 
     ``file`` keeps each trial once it is done: what stands there already is not done again. The leading process alone
     reads and writes it.
@@ -78,7 +77,8 @@ def find_rate(
     if known is not None and known.rate is not None:
         listener.note(f"learning rate {known.rate:g}, as it was found")
         return known
-    listener.note(f"trials: {plan.told}")
+    if plan.rounds:
+        listener.note(f"trials: {plan.told}")
     found = ChosenRate(rate=None, likely=likely, run_steps=steps, rows=plan.rows, cost=round(plan.cost, 1), trials=[])
     earlier = {(trial.round, trial.rate): trial for trial in known.trials} if known is not None else {}
 
@@ -101,6 +101,8 @@ def find_rate(
     found = found.updated(rate=float(f"{rate:.3g}"), why=why)
     if file is not None:
         found.write_to(file)
+    if found.trials:
+        listener.show(rate_table(found))
     listener.note(f"learning rate {found.rate:g}: {why}")
     return found
 
@@ -163,7 +165,8 @@ class _Search:
         """The likely rate of a training of so many steps."""
         text = getattr(self._model.config, "get_text_config", lambda: None)()
         width = getattr(text, "hidden_size", None)
-        return likely_rate(self._rules, width, steps=steps, labels=self._labels)
+        ratio = self._job.config.train.b_learning_rate_ratio
+        return likely_rate(self._rules, width, steps=steps, labels=self._labels, b_ratio=ratio)
 
     def trial(self, rate: float, turn: int, steps: int) -> RateTrial:
         """Train for ``steps`` steps at ``rate``."""

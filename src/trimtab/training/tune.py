@@ -14,8 +14,6 @@ from trimtab.training.work import Work
 
 def tune(config: RunConfig, listener: Listener) -> ChosenRate:
     """Make the trials of a run and give the rate that they speak for. Nothing is written. Raises as `finetune` does."""
-    from trimtab.reports.run.rate_table import rate_table
-
     job = tasks.job_of(config)
     require_fit(config)
     listener.stage("Reading the rows")
@@ -24,6 +22,4 @@ def tune(config: RunConfig, listener: Listener) -> ChosenRate:
     listener.stage(f"Loading {config.model.name}")
     work = Work(job, inputs, listener)
     listener.stage("Finding the learning rate")
-    found = find_rate(work.job, inputs, work.model, listener=listener)
-    listener.show(rate_table(found))
-    return found
+    return find_rate(work.job, inputs, work.model, listener=listener)

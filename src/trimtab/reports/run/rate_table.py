@@ -14,8 +14,8 @@ _WIDTH = 24
 
 def rate_table(chosen: ChosenRate) -> Table:
     """A line a trial: its rate, its steps, its loss, and a bar that is longer the further the loss is above the best
-    of its round. The rate that was chosen stands in the caption."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold", caption_justify="left")
+    of its round."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
     for title, justify in (("rate", "right"), ("steps", "right"), ("loss", "right"), ("above the best", "left")):
         table.add_column(title, justify=justify)  # type: ignore[arg-type]
     for turn in sorted({trial.round for trial in chosen.trials}):
@@ -31,5 +31,4 @@ def rate_table(chosen: ChosenRate) -> Table:
             mark = Text("best", style="bold") if best else Text("▪" * max(1, length))
             table.add_row(f"{trial.rate:g}", str(trial.steps), Text(f"{trial.loss:.4f}", "bold" if best else ""), mark)
         table.add_section()
-    table.caption = f"learning rate {chosen.rate:g}: {chosen.why}" if chosen.rate is not None else None
     return table
