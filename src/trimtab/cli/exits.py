@@ -17,8 +17,9 @@ from trimtab.launching import speaks
 from trimtab.machine import keep_few_products
 
 _CONTROL = re.compile("[\x7f-\x9f]")
-# transformers imports these where they are installed, needed or not, and they tell what kernels they have not.
-_CHATTY = ("torchao", "bitsandbytes", "torch.utils._pytree")
+# transformers imports the first three where they are installed, needed or not, and they tell what kernels they have
+# not. The last tells each of its many tries to reach the hub; the error in the end says it once.
+_CHATTY = ("torchao", "bitsandbytes", "torch.utils._pytree", "huggingface_hub.utils._http")
 
 
 def say(text: str = "", *, error: bool = False, end: str = "\n") -> None:

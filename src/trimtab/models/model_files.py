@@ -57,7 +57,7 @@ class ModelFiles:
         with loading(source, "configuration"):
             if source.kind == "gguf":
                 return gguf_config(Path(source.location))
-            if folder := self._fetched("config.json"):
+            if folder := self._fetched("config.json", required=True):
                 check_config(folder)
             config: PretrainedConfig = AutoConfig.from_pretrained(source.location, **self.options)
             return config
@@ -165,16 +165,26 @@ class ModelFiles:
         if folder := self._fetched("model.safetensors.index.json") or self._fetched("config.json"):
             check_weights(folder, all_are_here=self.source.kind == "folder")
 
-    def _fetched(self, name: str) -> Path | None:
+    def _fetched(self, name: str, *, required: bool = False) -> Path | None:
         """The folder with the file ``name`` of the model, which is fetched for it. None where there is none to be
-        looked at: transformers says why."""
+        looked at: transformers says why. Raises ModelError for a ``required`` one where the hub cannot be reached:
+        transformers would try as long again."""
         if self.source.kind == "folder":
             return Path(self.source.location)
         if self.source.kind == "hub":
             from huggingface_hub import hf_hub_download
+            from huggingface_hub.errors import LocalEntryNotFoundError
 
-            with contextlib.suppress(Exception):
+            try:
                 return Path(hf_hub_download(self.source.location, name, revision=self.source.revision)).parent
+            except LocalEntryNotFoundError as error:
+                if required:
+                    raise ModelError(
+                        f"{self.source.name}: the hub cannot be reached, and {self.source.location} has not been "
+                        f"fetched before. {self.source.advice}".rstrip()
+                    ) from error
+            except Exception:
+                return None
         return None
 
 
