@@ -7,19 +7,20 @@ import math
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trimtab import tasks
 from trimtab.config.others import Carried
-from trimtab.config.read import build_config
+from trimtab.config.read import build_config, override, set_dotted
 from trimtab.config.resolve import Job
 from trimtab.config.run import RunConfig
 from trimtab.config.yaml_text import parse_yaml
 from trimtab.data.choices import closed_set
 from trimtab.data.forms import read_examples
-from trimtab.data.rows import Example
+from trimtab.data.rows import Example, Source as RowSource
 from trimtab.data.sources import is_local
 from trimtab.data.tokens import encode_all, encode_pair
 from trimtab.errors import ConfigError
@@ -53,12 +54,14 @@ class Wish:
         train: files or hub ids of rows to train on; paths are relative to the working directory.
         test: rows to evaluate on, before and after; None for none.
         method: a method on weights, such as ``dora``.
+        said: ``key.sub=value``, to be looked at the rows with and to stand in the file.
     """
 
     model: str
     train: Sequence[str]
     test: str | None
     method: str
+    said: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -97,9 +100,10 @@ def draft(wish: Wish, place: Path) -> Draft:
     data: dict[str, Any] = {"train": list(wish.train), "validation": None}
     if wish.test is not None:
         data["test"] = wish.test
-    first = job_of(build_config({"model": wish.model, "data": data, "output": "runs/draft"}, Path.cwd(), str(place)))
+    raw = {"model": wish.model, "data": data, "output": "runs/draft"}
+    first = job_of(build_config(raw, Path.cwd(), str(place), wish.said))
     seen, notes = (_look if first.task == "causal_lm" else _look_at_labels)(wish, first)
-    settings = _settings(wish, seen, first, place)
+    settings = _with_said(_settings(wish, seen, first, place), wish.said)
     text = _write(settings)
     job = job_of(build_config(parse_yaml(text, str(place)), place.parent, str(place)))
     memory = describe_run(job)["memory"]
@@ -114,9 +118,9 @@ def draft(wish: Wish, place: Path) -> Draft:
     return Draft(_write(settings), notes)
 
 
-def draft_carried(carried: Carried, said: Mapping[str, Any], place: Path) -> Draft:
+def draft_carried(carried: Carried, said: Mapping[str, Any], place: Path, more: Sequence[str] = ()) -> Draft:
     """A YAML for ``place`` from another tool's file, with what the user ``said`` in place of what stands there
-    (``dotted.key -> value``).
+    (``dotted.key -> value``), and ``more`` (``key.sub=value``).
 
     What is not carried over is among the notes. Raises ConfigError if a value is not what it should be here.
     """
@@ -129,7 +133,7 @@ def draft_carried(carried: Carried, said: Mapping[str, Any], place: Path) -> Dra
             settings[key] = _moved(value, carried.file.parent, place), comment
         elif isinstance(value, list):
             settings[key] = [_moved(one, carried.file.parent, place) for one in value], comment
-    text = _write(settings)
+    text = _write(settings := _with_said(settings, more))
     build_config(parse_yaml(text, str(place)), place.parent, str(place))
     return Draft(text, [f"not carried over: {key}: {why}" for key, why in carried.untold.items()])
 
@@ -162,7 +166,13 @@ class _Told(Listener):
 
 def _look(wish: Wish, job: Job) -> tuple[_Seen, list[str]]:
     """What the rows say, and a sentence each on them."""
-    examples = read_examples(list(wish.train), tokenizer := job.reader, root=Path.cwd())
+
+    def read(names: Sequence[str]) -> list[Example]:
+        sources = job.config.data.settled([RowSource(path=name) for name in names])
+        return read_examples(sources, tokenizer, root=Path.cwd())
+
+    tokenizer = job.reader
+    examples = read(wish.train)
     seen = _measure(examples, tokenizer)
     forms = " and ".join(f"'{form}'" for form in dict.fromkeys(row.form for row in examples))
     notes = [f"{seen.count:,} rows of the form {forms}, the longest of {seen.longest:,} tokens"]
@@ -172,8 +182,7 @@ def _look(wish: Wish, job: Job) -> tuple[_Seen, list[str]]:
     if seen.choices:
         notes.append(f"answers are a closed set of {len(seen.choices)}, so they are scored, not written")
     if wish.test is not None:
-        tested = read_examples(wish.test, tokenizer, root=Path.cwd())
-        notes.append(f"{len(tested):,} rows to test on")
+        notes.append(f"{len(read([wish.test])):,} rows to test on")
     return seen, notes
 
 
@@ -258,6 +267,22 @@ def _apply(settings: Settings, change: str, comment: str) -> None:
         settings[key] = parse_yaml(value, key), comment
 
 
+def _with_said(settings: Settings, said: Sequence[str]) -> Settings:
+    """``settings`` with what the user ``said`` (``key.sub=value``) in them."""
+    nested: dict[str, Any] = {}
+    for key, (value, _) in settings.items():
+        set_dotted(nested, tuple(key.split(".")), deepcopy(value))
+    for text in said:
+        override(nested, text)
+    found: Settings = {}
+    for section, inside in nested.items():
+        parts = {f"{section}.{key}": value for key, value in inside.items()} if isinstance(inside, dict) else None
+        for key, value in (parts or {section: inside}).items():
+            known, comment = settings.get(key, (None, ""))
+            found[key] = value, comment if known == value and comment else "as said"
+    return found
+
+
 def _write(settings: Settings) -> str:
     """The settings as YAML, one to a line with its comment. Raises ConfigError should it not read back equal."""
     lines: list[str] = []
@@ -270,9 +295,7 @@ def _write(settings: Settings) -> str:
             section = head
         if isinstance(value, list) and isinstance(value[0], dict):
             lines += [f"{rest}: # {comment}"]
-            lines += [
-                "  - { " + ", ".join(f"{name}: {_value(one)}" for name, one in rule.items()) + " }" for rule in value
-            ]
+            lines += [f"  - {_value(rule)}" for rule in value]
         else:
             lines.append(f"{'  ' if head else ''}{rest}: {_value(value)} # {comment}")
     text = "\n".join(lines).strip("\n") + "\n"
@@ -290,6 +313,8 @@ def _value(value: Any) -> str:
     """A value as YAML on one line."""
     if isinstance(value, list):
         return "[" + ", ".join(map(_value, value)) + "]"
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{_value(key)}: {_value(one)}" for key, one in value.items()) + " }"
     if isinstance(value, float):
         return f"{value:g}".replace("e-0", "e-")
     if isinstance(value, str) and not _needs_quotes(value):

@@ -128,6 +128,30 @@ def test_what_does_not_fit_is_made_to_fit(here: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.usefixtures("fits")
+def test_settings_that_are_said_are_looked_at_the_rows_with_and_stand_in_the_file(here: Path) -> None:
+    write(here / "reviews.jsonl", [{"review": f"{number} goes", "sentiment": "ab"[number % 2]} for number in range(30)])
+    rows = ("--model", "tiny model", "--train", "reviews.jsonl", "--test", "reviews.jsonl[:3]")
+    with pytest.raises(DataError, match=r"data\.columns=\{prompt: its name"):
+        run(*rows, "--method", "lora")
+    columns = "data.columns={prompt: review, completion: sentiment}"
+    said = ("plan.0.rank=3", "train.tune.budget=0.3", "train.epochs=2")
+    output = run(columns, *said, *rows, "--method", "lora")
+    config = load_config(here / "run.yaml")
+    assert (config.plan[0]["method"], config.plan[0]["rank"]) == ("lora", 3)
+    assert (config.train.epochs, config.train.tune.budget) == (2, 0.3)
+    assert config.data.columns == {"prompt": "review", "completion": "sentiment"}
+    assert "  columns: { prompt: review, completion: sentiment } # as said" in (here / "run.yaml").read_text()
+    assert "a closed set of 2" in output
+    assert "3 rows to test on" in output
+    run("other.yaml", columns, *rows, "--method", "lora")
+    assert load_config(here / "other.yaml").data.columns == config.data.columns
+    carried = here / "adapter_config.json"
+    carried.write_text(json.dumps({"peft_type": "LORA", "r": 4, "target_modules": "all-linear"}))
+    run("carried.yaml", "train.epochs=5", *rows[:4], "--from", str(carried))
+    assert load_config(here / "carried.yaml").train.epochs == 5
+
+
+@pytest.mark.usefixtures("fits")
 def test_a_file_that_is_there_stays(here: Path) -> None:
     (here / "run.yaml").write_text("mine")
     with pytest.raises(ConfigError, match="already there"):
@@ -142,6 +166,8 @@ def test_a_file_that_is_there_stays(here: Path) -> None:
     [
         (("--model", "tiny model"), ConfigError, "--train: needed, since there is no terminal"),
         ((*SAID, "--method", "dorra"), ConfigError, "Did you mean 'dora'"),
+        (("data.train=rows.jsonl", *SAID), ConfigError, "data.train: say it with --train"),
+        (("train.epoch=3", *SAID), ConfigError, "Did you mean 'epochs'"),
         (("--model", "tiny model", "--train", "rowz.jsonl"), DataError, "Did you mean rows.jsonl"),
     ],
 )

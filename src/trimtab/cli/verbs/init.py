@@ -23,8 +23,20 @@ _METHODS = {
 }
 
 
+_OPTIONS = {"model": "--model", "model.name": "--model", "data.train": "--train", "data.test": "--test"}
+"""Settings that the rows and the machine are looked at by."""
+
+
 def command(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="The YAML to write.")] = Path("run.yaml"),
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[FILE] [KEY=VALUE]...",
+            help="The YAML to write (run.yaml), and settings that it shall have, such as train.epochs=1 or "
+            "'data.columns={prompt: question, completion: answer}'.",
+            show_default=False,
+        ),
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option(help="A model folder, a .gguf file, a hub id, smollm2-135m or minilm.", show_default=False),
@@ -51,12 +63,19 @@ def command(
 ) -> None:
     """Write a short commented YAML for your rows, fitted to them and to this machine.
 
-    What no option says is asked. Nothing is trained. With --from, the settings are those of another tool's file, and
-    what has no like here is said.
+    What no option says is asked. The rows may have any columns: data.columns says which is which. Nothing is trained.
+    With --from, the settings are those of another tool's file, and what has no like here is said.
     """
     from trimtab.errors import ConfigError
     from trimtab.files import write_atomically
 
+    said = list(words or ())
+    named = [word for word in said[:1] if "=" not in word or Path(word).suffix in (".yaml", ".yml")]
+    file, said = Path(*named or ["run.yaml"]), said[len(named) :]
+    for text in said:
+        key = text.partition("=")[0].strip()
+        if option := _OPTIONS.get(key):
+            raise ConfigError(f"{key}: say it with {option}")
     if file.exists() and not overwrite:
         raise ConfigError(f"{file}: already there; name another file, or pass --overwrite")
     if method is not None and other is not None:
@@ -67,15 +86,15 @@ def command(
         from trimtab.config.others import carry_over
 
         carried = carry_over(other)
-        said: dict[str, object] = {"model.name": model, "data.train": train or None, "data.test": test}
-        said = {key: value for key, value in said.items() if value is not None}
-        if not said.keys() | carried.settings.keys() >= {"model.name"}:
-            said["model.name"] = _model()
-        if not said.keys() | carried.settings.keys() >= {"data.train"}:
-            said["data.train"] = [_rows()]
+        options: dict[str, object] = {"model.name": model, "data.train": train or None, "data.test": test}
+        options = {key: value for key, value in options.items() if value is not None}
+        if not options.keys() | carried.settings.keys() >= {"model.name"}:
+            options["model.name"] = _model()
+        if not options.keys() | carried.settings.keys() >= {"data.train"}:
+            options["data.train"] = [_rows()]
         from trimtab.drafting import draft_carried
 
-        made = draft_carried(carried, said, file)
+        made = draft_carried(carried, options, file, said)
     else:
         model, train = model or _model(), train or [_rows()]
         if test is None:
@@ -89,7 +108,7 @@ def command(
         with importing():
             from trimtab.drafting import Wish, draft
 
-        made = draft(Wish(model, train, None if test == "none" else test, method), file)
+        made = draft(Wish(model, train, None if test == "none" else test, method, said), file)
     write_atomically(file, lambda path: path.write_text(made.text, encoding="utf-8"))
     for note in made.notes:
         say(f"  {note}")
