@@ -20,6 +20,7 @@ from trimtab import tasks
 from trimtab.data.batches import Collator
 from trimtab.data.forms import read_examples
 from trimtab.data.tokens import EncodedRows, encode_all
+from trimtab.processes import Processes, being
 from trimtab.training import trainer
 from trimtab.training.callbacks import Averaging
 from trimtab.training.optimizer import make_optimizer, parameter_groups
@@ -124,6 +125,17 @@ def test_a_run_trains_on_its_prompts_as_far_as_they_count(make_config: Callable[
     assert losses[1.0] > losses[0.0] * 1.5  # the prompts are longer than the answers
     assert losses[0.5] - losses[0.0] == pytest.approx((losses[1.0] - losses[0.0]) / 2, rel=1e-3)
     assert validated[0.5] == pytest.approx(validated[0.0], rel=1e-5)
+
+
+def test_each_process_drops_out_other_numbers(
+    adapted: Any, encoded: EncodedRows, make_config: Callable[..., Any], tmp_path: Path
+) -> None:
+    drawn = []
+    for rank in (0, 1, 0):
+        with being(Processes(rank, 2)):
+            make_trainer(make_config(), adapted, encoded, tmp_path / "t")
+        drawn.append(torch.rand(4).tolist())
+    assert drawn[0] == drawn[2] != drawn[1]
 
 
 def test_accumulated_gradients_are_those_of_one_large_batch(

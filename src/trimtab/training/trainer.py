@@ -182,6 +182,8 @@ class AdapterTrainer(LogsAtOnce, Trainer):
             callbacks=[self._averaging, *callbacks],
         )
         self.remove_callback(PrinterCallback)
+        if here().rank:  # transformers has just set one seed in all processes, and what is dropped out differs in them
+            torch.manual_seed(train.seed + here().rank)
         self._folder = folder
         self._validate_rows = validate
         self._record = record

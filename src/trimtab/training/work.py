@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
@@ -146,8 +145,6 @@ class Work:
         ]
         if train.early_stopping is not None:
             callbacks.append(EarlyStoppingCallback(train.early_stopping))
-        if group.rank:  # the initial values are the same in all, and what is dropped out is not
-            torch.manual_seed(train.seed + group.rank)
         events = folder.tensorboard if train.tensorboard else None
         device = self.job.device
         recording = Recorder(folder.metrics, self.listener, events, seconds, device) if group.leads else nullcontext()
