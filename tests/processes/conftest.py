@@ -14,13 +14,14 @@ from run_fixtures import bare_runs, make_bare, own_cache
 from stopped_runs import interrupt
 from trimtab.config.read import load_config
 from two_processes import both, library, train
-from two_runs import RUNS, write_models, yaml_of
 
 __all__ = ["bare_runs", "own_cache"]
 
 
 @pytest.fixture(scope="session")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from two_runs import write_models  # it depends on --all, which is not known yet when this file is read
+
     folder = tmp_path_factory.mktemp("two")
     write_models(folder)
     return folder
@@ -29,6 +30,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def told(root: Path) -> dict[str, list[Any]]:
     """What two processes say that have done all pieces of work."""
+    from two_runs import RUNS, yaml_of
 
     def run(name: str, place: str, how: Mapping[str, Any] = {}, **said: Any) -> Callable[[int], Any]:
         return partial(train, yaml=str(yaml_of(root, name, place, **said)), **how)
@@ -49,6 +51,8 @@ def told(root: Path) -> dict[str, list[Any]]:
 
 def _interrupted_alone(root: Path) -> None:
     """Leave a run in the folder ``resumed`` that one process has begun."""
+    from two_runs import yaml_of
+
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.MonkeyPatch.context() as patch:

@@ -51,9 +51,9 @@ def test_a_launch_trains_one_run(launcher: str, root: Path) -> None:
         torch.testing.assert_close(tensor, two[name], rtol=1e-4, atol=2e-6)
 
 
-@pytest.mark.parametrize("verb", ["merge", "evaluate", "serve"])
-def test_a_launch_of_what_is_for_one_process_is_refused_once(verb: str, root: Path) -> None:
-    done = launched("torchrun", verb, root / "nowhere")
+@pytest.mark.parametrize(("verb", "more"), [("merge", ["out"]), ("evaluate", []), ("serve", [])])
+def test_a_launch_of_what_is_for_one_process_is_refused_once(verb: str, more: list[str], root: Path) -> None:
+    done = launched("torchrun", verb, root / "nowhere", *more)
     said = done.stdout + done.stderr
     assert done.returncode == 1
     assert said.count(f"trimtab {verb} is for one process, and 2 were started") == 1, said

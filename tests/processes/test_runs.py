@@ -32,7 +32,11 @@ def alone(root: Path) -> dict[str, RunConfig]:
 
 
 def _near(one: RunConfig, two: Path, steps_apart: float = 1e-6) -> None:
-    """Both runs have the same lines of metrics, figures and adapter, but for rounding."""
+    """Both runs have the same lines of metrics, figures and adapter, but for rounding.
+
+    Adam divides a gradient by its own size, so where one has all but vanished its rounding shows in the adapter: half a
+    percent of a step at the usual rate is let pass there, and nothing in the losses.
+    """
     other = one.model_copy(update={"output": two})
     mine, theirs = metrics_of(one), metrics_of(other)
     assert len(mine) == len(theirs)
@@ -44,7 +48,7 @@ def _near(one: RunConfig, two: Path, steps_apart: float = 1e-6) -> None:
     adapter, twin_adapter = adapter_of(one), adapter_of(other)
     assert adapter.keys() == twin_adapter.keys()
     for name, tensor in adapter.items():
-        torch.testing.assert_close(tensor, twin_adapter[name], rtol=1e-4, atol=2e-6)
+        torch.testing.assert_close(tensor, twin_adapter[name], rtol=1e-4, atol=5e-5)
     for file in sorted((one.output / "evaluation").glob("*.json")):
         figures, twins = read_json(file), read_json(two / "evaluation" / file.name)
         for key, value in figures.items():
