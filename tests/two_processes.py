@@ -71,13 +71,20 @@ def _process(root: str, works: Mapping[str, Work]) -> None:
 
 
 def train(
-    rank: int, *, yaml: str, resume: bool = False, told_to_end: int | None = None, fails: int | None = None
+    rank: int,
+    *,
+    yaml: str,
+    resume: bool = False,
+    told_to_end: int | None = None,
+    fails: int | None = None,
+    launcher: Mapping[str, str] = {},
 ) -> Any:
     """Train the run of ``yaml``; gives what the user is told.
 
     Args:
         told_to_end: the step after which the second process gets a SIGTERM.
         fails: the process that finds no memory for the model.
+        launcher: what the launcher puts into the environment besides.
     """
     from trimtab.config.read import load_config
     from trimtab.errors import ModelError
@@ -94,10 +101,13 @@ def train(
             raise ModelError("no room for the model")
 
         work.load_model = refuse
+    os.environ.update(launcher)
     try:
         run.finetune(load_config(Path(yaml)), resume=resume, listener=listener)
     finally:
         work.load_model, work.Listener = before  # type: ignore[misc]
+        for name in launcher:
+            del os.environ[name]
     return [*listener.notes, *listener.remarks]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import os
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -66,6 +67,7 @@ def require_one(what: str) -> None:
     if (count := launched()) > 1:
         said = f"{what} is for one process, and {count} were started, each of which would do all of it"
         if not speaks():
+            time.sleep(GRACE)  # a launcher ends all when one has ended, and the first has still to tell
             raise EndedElsewhere(said)
         raise RunError(f"{said}; start it without torchrun or accelerate launch")
 
@@ -89,25 +91,28 @@ def joined() -> Iterator[Processes]:
 
     rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", str(size)))
-    sharded = _asks_for_shards()
-    device = _own_device(local_rank, local)
-    if dist.is_initialized():
-        group, own = Processes(dist.get_rank(), dist.get_world_size(), local, sharded), False
-    else:
+    own = not dist.is_initialized()
+    if own:
         number = next(_RUNS)
         store, rank, size = next(rendezvous("env://", rank, size, timeout=LONGEST_WAIT))
-        dist.init_process_group(
-            f"cpu:gloo,{device}" if device else "gloo",
-            store=PrefixStore(f"group {number}", store),
-            rank=rank,
-            world_size=size,
-            timeout=LONGEST_WAIT,
-        )
-        group, own = Processes(rank, size, local, sharded, PrefixStore(f"run {number}", store)), True
+        group = Processes(rank, size, local, store=PrefixStore(f"run {number}", store))
+    else:
+        group = Processes(dist.get_rank(), dist.get_world_size(), local)
     over = threading.Event()
     threading.Thread(target=_watch, args=(group, over), daemon=True).start()
-    kept = {name: os.environ.pop(name) for name in [*os.environ] if name in _TOLD or _is_accelerates(name)}
+    kept: dict[str, str] = {}
     try:
+        group.sharded = _asks_for_shards()
+        device = _own_device(local_rank, local)
+        if own:
+            dist.init_process_group(
+                f"cpu:gloo,{device}" if device else "gloo",
+                store=PrefixStore(f"group {number}", store),
+                rank=rank,
+                world_size=size,
+                timeout=LONGEST_WAIT,
+            )
+        kept |= {name: os.environ.pop(name) for name in [*os.environ] if name in _TOLD or _is_accelerates(name)}
         with being(group):
             yield group
             group.call(None)
@@ -119,7 +124,7 @@ def joined() -> Iterator[Processes]:
     finally:
         over.set()
         os.environ.update(kept)
-        if own:
+        if own and dist.is_initialized():
             with suppress(RuntimeError):
                 dist.destroy_process_group()
 

@@ -113,8 +113,14 @@ class Processes:
         and whose launcher ends the rest."""
         if self.size == 1:
             return error
-        lost, stopped = _is_lost(error), isinstance(error, STOPS)
-        ending = self.ending(wait=3.0 if lost else 0.5 if stopped else 0.0)
+        stopped = isinstance(error, STOPS)
+        lost = _is_lost(error.__context__ if stopped else error)
+        try:
+            ending = self.ending(wait=3.0 if lost else 0.5 if stopped else 0.0)
+        except STOPS:  # by the launcher, which ends all that are left when one is lost
+            if not lost:
+                raise
+            ending = self.ending()
         if ending is not None and ending["rank"] != self.rank:
             if not ending["stopped"]:
                 return EndedElsewhere(
@@ -125,7 +131,7 @@ class Processes:
         if lost and ending is None:
             return RunError(
                 f"another of the {self.size} processes has ended without a word, as one does that is killed (often for "
-                "lack of memory)"
+                "lack of memory); if training had begun, --resume goes on from its last checkpoint"
             )
         return error
 
@@ -250,7 +256,7 @@ def sum_gradients(parameters: Sequence[nn.Parameter], total: Callable[[Tensor], 
             one.copy_(value.view_as(one))
 
 
-def _is_lost(error: BaseException) -> bool:
+def _is_lost(error: BaseException | None) -> bool:
     """Whether ``error`` is of a connection to another process."""
     if not isinstance(error, RuntimeError):
         return False

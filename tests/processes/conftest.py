@@ -45,6 +45,7 @@ def told(root: Path) -> dict[str, list[Any]]:
         "resumed": run("chosen", "resumed", {"resume": True}),
         "refused": run("chosen", "chosen-none"),
         "fails": run("chosen", "fails", {"fails": 1}),
+        "deepspeed": run("chosen", "deepspeed", {"launcher": {"ACCELERATE_USE_DEEPSPEED": "true"}}),
     }
     return both(works, root)
 

@@ -100,6 +100,7 @@ def test_two_processes_go_on_with_what_one_began(
         ("auto", "train.learning_rate: auto makes trials with the whole model.*trimtab tune"),
         ("refused", "this folder holds a run already"),
         ("fails", "no room for the model"),
+        ("deepspeed", "accelerate's configuration asks for DeepSpeed"),
     ],
 )
 def test_an_error_is_told_once_and_ends_both(name: str, words: str, told: dict[str, list[Any]]) -> None:
