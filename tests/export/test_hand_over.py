@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from run_fixtures import make_bare
 from tiny_encoders import write_encoder
-from tiny_runs import write_config, write_rows
+from tiny_runs import rows, write_config, write_model, write_rows
 from trimtab.config.read import load_config
 from trimtab.export import names
 from trimtab.runs.load import load_run
@@ -181,3 +181,26 @@ def test_rows_that_are_gone_are_told(cli: Any, make_yaml: Callable[..., Path], t
     result = cli("export", run, "out", "--to", "lora")
     assert "on 64 random tokens" in result.out, result
     assert "the run's rows cannot be read" in result.out
+
+
+def test_what_the_run_is_made_of_is_not_replaced(cli: Any, tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model")
+    file = write_config(tmp_path / "run.yaml", model, write_rows(tmp_path / "rows.jsonl", rows(8)), plan=DORA)
+    run = finetune(load_config(file)).path
+    later = finetune(
+        load_config(write_config(tmp_path / "later.yaml", model, tmp_path / "rows.jsonl", plan=None, adapter=str(run)))
+    ).path
+    (tmp_path / "link").symlink_to(model)
+    weights = {place: place.read_bytes() for place in tmp_path.glob("**/*.safetensors")}
+    checkpoint = next((run / "checkpoints").glob("checkpoint-*"))
+    for words, said in [
+        (("merge", run, model), "holds the model that the run was trained on"),
+        (("merge", run, tmp_path / "link"), "holds the model that the run was trained on"),
+        (("convert", run, run / "adapter", "--to", "lora"), "holds the adapter of the run"),
+        (("export", run, checkpoint, "--to", "lora"), "holds a checkpoint of the run"),
+        (("convert", later, run / "adapter", "--to", "lora"), "holds the adapter that the run began from"),
+    ]:
+        result = cli(*words, "--overwrite")
+        assert result.code == 1, result
+        assert said in result.err
+    assert weights == {place: place.read_bytes() for place in tmp_path.glob("**/*.safetensors")}

@@ -60,6 +60,7 @@ def hand_over(
     target = form.check_target(out, overwrite=overwrite)
     subject = Subject.load(run, wishes)
     subject.progress = progress
+    _require_apart(target, subject)
     form.check(subject)
     notes = Notes()
     comparison = subject.comparison(notes)
@@ -86,6 +87,16 @@ def hand_over(
 
     write_whole(target, fill, lambda: sum(tensor.nbytes for tensor in subject.model.state_dict().values()))
     return Handed(target, written[0].done, next(iter(found), None), [*written[0].notes, *notes])
+
+
+def _require_apart(target: Path, subject: Subject) -> None:
+    """Raise ModelError if writing ``target`` would replace what the run is made of."""
+    for place, what in subject.made_of():
+        if place.exists() and place.resolve().is_relative_to(target.resolve()):
+            raise ModelError(
+                f"{target}: holds {what}, which would be gone, and the run could not be used any more. Name another "
+                "folder"
+            )
 
 
 def write_whole(target: Path, fill: Callable[[Path], None], needed: Callable[[], int]) -> None:

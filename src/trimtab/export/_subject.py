@@ -19,8 +19,9 @@ from trimtab.errors import DataError, RunError
 from trimtab.evaluation.agreement import ROWS, Comparison, Passages
 from trimtab.models.locate import ModelHead, Source
 from trimtab.notes import Notes, rows as counted
+from trimtab.runs.checkpoints import numbered
 from trimtab.runs.folder import RunFolder
-from trimtab.runs.load import base_of_run, head_of, load_finite, load_fitting, load_run, load_run_model
+from trimtab.runs.load import base_of_run, head_of, is_run, load_finite, load_fitting, load_run, load_run_model
 from trimtab.runs.records import Summary
 
 _FEW = 64
@@ -81,6 +82,17 @@ class Subject:
     def source(self) -> Source:
         """Where the run's base comes from."""
         return base_of_run(self.folder, self.config)
+
+    def made_of(self) -> Iterator[tuple[Path, str]]:
+        """What the run cannot do without, and where it lies."""
+        if self.source.kind != "hub":
+            yield Path(self.source.location), "the model that the run was trained on"
+        if self.config.adapter is not None:
+            first = Path(self.config.adapter)
+            yield RunFolder(first).adapter if is_run(first) else first, "the adapter that the run began from"
+        yield self.folder.adapter, "the adapter of the run"
+        for _, checkpoint in numbered(self.folder.checkpoints):
+            yield checkpoint, "a checkpoint of the run"
 
     @property
     def chat(self) -> bool:
