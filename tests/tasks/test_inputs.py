@@ -107,3 +107,30 @@ def test_the_digest_follows_rows_and_not_their_place(tmp_path: Path) -> None:
         assert now.test == first.test
     write_rows(tmp_path / "chat.jsonl", rows(12, "chat"))
     assert read(train={"path": "chat.jsonl", "weight": 2}, test="alpaca.jsonl").digests.train != first.train
+
+
+def test_measured_rows_that_are_trained_on_are_told() -> None:
+    told = Kept()
+    write_rows(Path("mixed.jsonl"), [*rows(4, "chat"), *rows(15, "chat")[13:]])
+    read(told, train="chat.jsonl", validation="mixed.jsonl", test={"same": "chat.jsonl", "other": "alpaca.jsonl"})
+    here = Path.cwd()
+    assert [remark.partition(", so figures")[0] for remark in told.remarks] == [
+        f"4 of the 6 validation rows are among the training rows, too (the first is {here / 'mixed.jsonl'}, row 1)",
+        f"12 of the 12 rows of the test set same are among the training rows, too (the first is "
+        f"{here / 'chat.jsonl'}, row 1)",
+    ]
+
+
+def test_rows_that_stand_twice_are_told_where_one_is_split_off() -> None:
+    told = Kept()
+    write_rows(Path("twice.jsonl"), rows(12, "chat") * 2)
+    read(told, train="twice.jsonl", validation=0.5)
+    assert any("validation rows are among the training rows" in remark for remark in told.remarks)
+
+
+def test_rows_with_another_answer_are_others() -> None:
+    told = Kept()
+    write_rows(Path("train.jsonl"), [{"prompt": "fog? ", "completion": word} for word in ("calm", "storm")])
+    write_rows(Path("test.jsonl"), [{"prompt": "fog? ", "completion": "watch out"}])
+    read(told, train="train.jsonl", test="test.jsonl")
+    assert told.remarks == []

@@ -129,13 +129,25 @@ OneAnswered = TypeVar("OneAnswered", bound=Answered)
 def digest(examples: Sequence[Answered], times: Sequence[int] | None = None) -> str:
     """By which the same rows are known again, in their order and each so many ``times``, wherever they lie."""
     found = hashlib.sha256()
-    kept = ("source", "number", "entry", "image")
-    content = [part.name for part in fields(examples[0]) if part.name not in kept] if examples else []  # type: ignore[arg-type]
     for index, example in enumerate(examples):
-        said = [getattr(example, name) for name in content]
-        told = [said, times[index] if times is not None else 1]
-        found.update(json.dumps(told, default=lambda content: hashlib.sha256(content).hexdigest()).encode())
+        found.update(_told([_said(example, "image"), times[index] if times is not None else 1]))
     return found.hexdigest()
+
+
+def among(examples: Sequence[OneAnswered], others: Sequence[Answered]) -> list[OneAnswered]:
+    """Those of ``examples`` that say the same as one of ``others`` does, wherever either lies."""
+    known = {hashlib.sha256(_told(_said(other))).digest() for other in others}
+    return [example for example in examples if hashlib.sha256(_told(_said(example))).digest() in known]
+
+
+def _said(example: Answered, *besides: str) -> list[Any]:
+    """What a row says, without where it stands."""
+    left_out = ("source", "number", "entry", *besides)
+    return [getattr(example, part.name) for part in fields(example) if part.name not in left_out]  # type: ignore[arg-type]
+
+
+def _told(values: list[Any]) -> bytes:
+    return json.dumps(values, default=lambda content: hashlib.sha256(content).hexdigest()).encode()
 
 
 class EncodedRow(TypedDict):

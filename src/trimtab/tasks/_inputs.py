@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Generic
 
 from trimtab.config.run import RunConfig
-from trimtab.data.rows import Answered, OneAnswered, Source, digest
+from trimtab.data.rows import Answered, OneAnswered, Source, among, digest
 from trimtab.data.split import draw, split_off, times_an_epoch
 from trimtab.errors import DataError
 from trimtab.notes import Notes, rows as counted
@@ -130,6 +130,14 @@ def _gather(rows: Rows[Any], notes: Notes) -> Inputs:
         rows.check_metric(answers)
     for name, tested in tests.items():
         listener.note(f"{len(tested)} test rows in '{name}'")
+
+    sets = {"validation rows": validation, **{f"rows of the test set {name}": tested for name, tested in tests.items()}}
+    for what, measured in sets.items():
+        if known := among(measured, training):
+            notes.add(
+                f"{len(known):,} of the {len(measured):,} {what} are among the training rows, too (the first is "
+                f"{known[0].place}), so figures of them do not tell how the model does on rows that it has not seen"
+            )
 
     encoded = rows.encode(training, answers, notes)
     for source, number, reason in encoded.dropped:
