@@ -118,3 +118,11 @@ def test_what_has_no_meaning_is_refused(place: Path, sections: Any, error: type[
     write_rows(place / "plain.jsonl", [{"text": "one"}, {"text": "two"}])
     with pytest.raises(error, match=told):
         read(place, **sections)
+
+
+def test_text_without_a_token_is_told(place: Path) -> None:
+    reader = load_tokenizer(tasks.job_of(seq2seq_config(place)).source)
+    reader.unk_token = " report"  # as if this word had no token
+    told = Kept()
+    TASK.read(tasks.job_of(seq2seq_config(place)), reader, told)
+    assert [remark for remark in told.remarks if "no token for" in remark], told.remarks

@@ -12,6 +12,7 @@ from trimtab.config.resolve import Job
 from trimtab.data.choices import check_choices
 from trimtab.data.labelled import Labelled, called, is_whole
 from trimtab.data.rows import Source
+from trimtab.data.unknown import tell_unknown
 from trimtab.errors import ConfigError, DataError
 from trimtab.metrics import Kind, choosing
 from trimtab.models.heads import in_the_order_of
@@ -126,6 +127,11 @@ class LabelledRows(Rows[Labelled]):
             notes.add(f"{words:,} word{'s' * (words != 1)} of which the tokenizer leaves nothing, the first in {first}")
         if empty := [example for example in training if not example.prompt.strip()]:
             notes.add(f"{counted(len(empty))} to train on without any text, the first in {empty[0].place}")
+        told = (
+            (example.place, [example.prompt], row.get("input_ids", ()))
+            for example, row in zip(training, rows, strict=True)
+        )
+        tell_unknown(told, self.reader, notes, written=False)
         return EncodedTensors(rows, training, cut, self.task.tokens)
 
     def _weights(self, training: list[Labelled], answers: Answers) -> dict[str, float]:

@@ -12,6 +12,7 @@ from trimtab.data.choices import check_choices, infer_choices
 from trimtab.data.forms import read_examples
 from trimtab.data.rows import Example, Source
 from trimtab.data.tokens import EncodedRows, encode_once
+from trimtab.data.unknown import tell_unknown
 from trimtab.errors import ConfigError
 from trimtab.metrics import choosing
 from trimtab.models.gguf import cache_folder
@@ -82,6 +83,11 @@ class TextRows(Rows[Example]):
             is_all = self.config.data.max_length == "auto" and self.max_length < LONGEST_ROW
             why = ", as many as the model has positions" if is_all else ""
             notes.add(f"{counted(encoded.cut)} cut to data.max_length = {self.max_length} tokens{why}")
+        if getattr(self.tokenizer, "unk_token_id", None) in encoded.vocabulary():
+            texts = {(row.source, row.number): row for row in training}
+            rows = ((texts[origin], row["input_ids"]) for origin, row in zip(encoded.origins, encoded, strict=True))
+            told = ((row.place, [row.text], tokens) for row, tokens in rows)
+            tell_unknown(told, self.tokenizer, notes, written=True)
         return encoded
 
 

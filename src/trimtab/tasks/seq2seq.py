@@ -26,6 +26,7 @@ from trimtab.data.batches import by_length
 from trimtab.data.forms import read_examples
 from trimtab.data.preview import Preview
 from trimtab.data.rows import Example, Row, Source
+from trimtab.data.unknown import tell_unknown
 from trimtab.errors import ConfigError, DataError
 from trimtab.evaluation.answers import Judged, written_texts
 from trimtab.evaluation.evaluate import Evaluation, Progress, checked
@@ -277,6 +278,11 @@ class _PairRows(Rows[Example]):
         cut = sum(row.pop("cut") for row in rows)
         if cut:
             notes.add(f"{counted(cut)} cut to data.max_length = {self.max_length} tokens of source or target")
+        told = (
+            (example.place, [example.prompt, str(example.answer)], [*row["input_ids"], *row["labels"]])
+            for example, row in zip(training, rows, strict=True)
+        )
+        tell_unknown(told, self.reader, notes, written=True)
         return EncodedTensors(rows, training, cut, lambda row: len(row["input_ids"]))
 
 
