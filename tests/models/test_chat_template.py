@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 
 from tiny_runs import CHATML, tiny_tokenizer
-from trimtab.models.chat_template import TurnEnd, turn_end, unknown_marks
+from trimtab.models.chat_template import TurnEnd, as_of, render, turn_end, unknown_marks
 
 PHI = "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endfor %}{{ '<|eos|>' }}"
 HARMONY = (
@@ -55,3 +56,22 @@ def test_a_template_that_writes_nothing_there_or_fails_has_no_end(template: str 
 def test_marks_that_the_tokenizer_takes_to_pieces_are_named() -> None:
     assert unknown_marks(tokenizer(PHI)) == ["<|end|>"]
     assert unknown_marks(tokenizer(CHATML)) == []
+
+
+DATED = (
+    "{{ 'Today: ' + strftime_now('%d %b %Y') + strftime_now( \"%Y\" ) }}"
+    "{% for m in messages %}{{ m.content }}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("template", [DATED, {"default": DATED, "tool_use": "{{ tools[0].name }}"}])
+def test_a_template_that_writes_the_date_writes_that_of_the_day_asked_for(template: Any) -> None:
+    made, said = tokenizer(template), [{"role": "user", "content": "fog"}]
+    with as_of(datetime(2021, 3, 4, tzinfo=UTC)):
+        assert render(made, said, tools=None) == "Today: 04 Mar 20212021fog"
+        with as_of(datetime(2022, 3, 4, tzinfo=UTC)):
+            assert "2022" in render(made, said, tools=None)
+        assert "2021" in render(made, said, tools=None)
+        if isinstance(template, dict):
+            assert render(made, said, tools=[{"name": "tide"}]) == "tide"
+    assert "2021" not in render(made, said, tools=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tiny_runs import Kept, rows, write_rows
+from tiny_runs import CHATML, Kept, rows, write_rows
 from trimtab.config.read import load_config
 from trimtab.config.run import RunConfig
 from trimtab.errors import Interrupted, RunError
@@ -89,3 +90,21 @@ def test_rows_that_moved_and_other_test_rows(interrupted: tuple[Path, RunConfig]
     summary = read_json(config.output / "summary.json")
     assert any("the test rows of 'test' are others" in note for note in summary["notes"])
     assert summary["sources"][0]["path"] == str(tmp_path / "moved.jsonl")
+
+
+def test_a_template_that_writes_the_date_goes_on_on_another_day(
+    make_yaml: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dated = "{{ 'Today is ' + strftime_now('%d %b %Y') + '\n' }}" + CHATML
+    made = make_yaml(form="chat", model={"chat_template": dated}, train={"epochs": 3, "save_every": 2})
+    config = load_config(made)
+    with pytest.raises(Interrupted):
+        finetune(config, listener=StopAt(6))
+
+    class Tomorrow(datetime.datetime):
+        @classmethod
+        def now(cls, tz: datetime.tzinfo | None = None) -> Any:
+            return datetime.datetime.now(tz) + datetime.timedelta(days=1)
+
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Tomorrow)
+    assert finetune(config, resume=True).read_summary().status == "finished"

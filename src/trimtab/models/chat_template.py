@@ -6,9 +6,13 @@ A base model often ends its texts with one token (``<|endoftext|>``) and its cha
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
+from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -29,6 +33,9 @@ LARGEST = 2**20
 _SECONDS, _MEMORY = 20.0, 1024 * MIB
 _LETTERS, _PER_LETTER = MIB, 20
 """Most letters of a rendered text: so many, and so many more for each letter of the messages."""
+
+_NOW = re.compile(r"""strftime_now\(\s*(?P<quote>['"])(?P<format>[^'"\\]*)(?P=quote)\s*\)""")
+_DAY: ContextVar[datetime | None] = ContextVar("_DAY", default=None)
 
 _ANSWER = "Zyx"  # a word that no template changes or writes itself
 
@@ -119,6 +126,27 @@ def unknown_marks(tokenizer: Any) -> list[str]:
     return [mark for mark in marks if len(tokenizer(mark, add_special_tokens=False).input_ids) > 1]
 
 
+@contextmanager
+def as_of(day: datetime) -> Iterator[None]:
+    """While open, templates that write today's date (Llama 3's, gpt-oss's) write that of ``day``: the rows of a run are
+    then the same ones on every day on which it is gone on with."""
+    before = _DAY.set(day)
+    try:
+        yield
+    finally:
+        _DAY.reset(before)
+
+
+def _dated(tokenizer: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """``options`` with the template of ``as_of``'s day in place of one that asks for the date."""
+    day = _DAY.get()
+    templates = options.get("chat_template") or getattr(tokenizer, "chat_template", None)
+    if day is None or not any(_NOW.search(text) for text in _texts(templates)):
+        return options
+    text = tokenizer.get_chat_template(options.get("chat_template"), tools=options.get("tools"))
+    return {**options, "chat_template": _NOW.sub(lambda said: json.dumps(day.strftime(said["format"])), text)}
+
+
 def render(
     tokenizer: Any, messages: Sequence[Any], *, tokenize: bool = False, limit_memory: bool = True, **options: Any
 ) -> Any:
@@ -134,7 +162,7 @@ def render(
             _check_powers(template)
         # The tokenizer's own memory is not bounded: it ends the process where there is none.
         with within("it", seconds=_SECONDS, memory=_MEMORY if limit_memory and not tokenize else None):
-            out = tokenizer.apply_chat_template(messages, tokenize=tokenize, **options)
+            out = tokenizer.apply_chat_template(messages, tokenize=tokenize, **_dated(tokenizer, options))
             if isinstance(out, str):
                 most = _LETTERS + _PER_LETTER * sum(len(str(message)) for message in messages)
                 if len(out) > most:

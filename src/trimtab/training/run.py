@@ -19,6 +19,7 @@ from trimtab.errors import STOPS, Interrupted, TrimtabError, machine_errors
 from trimtab.evaluation.evaluate import write
 from trimtab.launching import joined
 from trimtab.machine import describe_machine, peak_device_memory_gib, peak_memory_gib, versions
+from trimtab.models.chat_template import as_of
 from trimtab.processes import here
 from trimtab.runs.beginning import Opening, Origin, Rows, begun, opened
 from trimtab.runs.checkpoints import step_of
@@ -52,12 +53,15 @@ def finetune(
     """
     with joined() as group:
         began = time.perf_counter()
+        created = datetime.now(UTC)
         if not group.leads:
-            config = group.gathered(config)[0]  # the leading one knows its folder, too
+            config, created = group.gathered((config, created))[0]  # the leading one knows its folder, too
         job = tasks.job_of(config)
         require_fit(config)
         if not group.leads:
-            follow(*tasks.inputs_of(job, Listener()))
+            with as_of(created):
+                job, inputs = tasks.inputs_of(job, Listener())
+            follow(job, inputs)
             return RunFolder(config.output)
         return _lead(job, listener or Listener(), began, resume=resume, overwrite=overwrite)
 
@@ -104,9 +108,11 @@ def _set_up(job: Job, opening: Opening, listener: Listener, began: float) -> _Ru
     reports = trackers(job.config, listener.remark)
     job, origin = begun(job, opening)
     config, group, task = job.config, here(), tasks.of(job)
-    group.gathered(config)
+    created = (opening.summary or Summary()).created or datetime.now(UTC)
+    group.gathered((config, created))
     listener.stage("Reading the rows")
-    job, inputs = tasks.inputs_of(job, listener)
+    with as_of(created):
+        job, inputs = tasks.inputs_of(job, listener)
     trains = not opening.trained and config.train.epochs > 0
     rows = opening.require_same_rows(inputs.digests, inputs.sources, trains=trains)
     inputs = checked_inputs(job, inputs, listener)
@@ -118,7 +124,7 @@ def _set_up(job: Job, opening: Opening, listener: Listener, began: float) -> _Ru
         listener.note(told_of(config))
     listener.counting(task.counted)
     listener.stage(f"Loading {config.model.name}")
-    return _Run(origin, opening, Work(job, inputs, listener, reports), rows, began)
+    return _Run(origin, opening, Work(job, inputs, listener, reports), rows, began, created)
 
 
 def _conclude(folder: RunFolder, summary: Summary) -> None:
@@ -133,7 +139,9 @@ def _conclude(folder: RunFolder, summary: Summary) -> None:
 class _Run:
     """One run in progress, and what is known of it for its summary."""
 
-    def __init__(self, origin: Origin, opening: Opening, work: Work, rows: Rows, began: float) -> None:
+    def __init__(
+        self, origin: Origin, opening: Opening, work: Work, rows: Rows, began: float, created: datetime
+    ) -> None:
         job = self.job = work.job
         task = work.task
         inputs = self.inputs = work.inputs
@@ -149,7 +157,7 @@ class _Run:
         self._earlier_seconds = before.training_seconds or 0.0, before.total_seconds or 0.0
         self._summary = Summary(
             model=job.config.model.name,
-            created=before.created or datetime.now(UTC),
+            created=created,
             steps=before.steps or 0,
             epochs=before.epochs or 0.0,
             training_seconds=self._earlier_seconds[0],
