@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import trimtab
 from command_line import forked
-from tiny_runs import rows, write_rows
+from tiny_runs import rows, write_model, write_rows
 from trimtab.config.read import load_config
 from trimtab.files import read_json, read_jsonl
 from trimtab.machine import memory_gib
@@ -293,6 +293,18 @@ def test_generate(cli: Any, run: Path) -> None:
         for seed in "112"
     ]
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_an_adapter_of_another_model_is_told(cli: Any, run: Path, tmp_path: Path) -> None:
+    other = write_model(tmp_path / "other", initializer_range=0.3)
+    data = write_rows(tmp_path / "few.jsonl", rows(4))
+    own = load_config(run / "config.yaml").model.name
+    for words in (["generate", "fog"], ["evaluate", "--data", str(data), "--out", str(tmp_path / "figures")]):
+        for model, told in ((other, True), (own, False)):
+            result = cli(words[0], model, *words[1:], "--adapter", run / "adapter")
+            assert result.code == 0, result
+            said = f"the adapter says that it was made for {Path(own).name}, and the model is {other}"
+            assert (said in " ".join((result.out + result.err).split())) == told, result
 
 
 def test_generate_streams(run: Path, cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,6 +28,12 @@ def say(text: str = "", *, error: bool = False, end: str = "\n") -> None:
     print(printable(text), file=sys.stderr if error else sys.stdout, end=end, flush=True)
 
 
+def say_note(sentence: str | None) -> None:
+    """Print what the user should know, if there is anything, to standard error."""
+    if sentence is not None:
+        say(f"note: {sentence}", error=True)
+
+
 def say_json(value: object) -> None:
     """Print ``value`` as a line of JSON. What JSON may hold as it is and a terminal may not is escaped."""
     say(_CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(value, ensure_ascii=False, default=str)))

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from trimtab.adapters.placing import adapter_digest, base_said_by
+from trimtab.adapters.placing import adapter_digest
 from trimtab.config.read import load_config, to_yaml
-from trimtab.config.resolve import Job
+from trimtab.config.resolve import Job, source_of
 from trimtab.config.run import RunConfig
 from trimtab.config.yaml_text import show
 from trimtab.errors import AdapterError, RunError
@@ -23,6 +23,7 @@ from trimtab.files import remove_leftovers, write_text
 from trimtab.hints import pasted
 from trimtab.runs.checkpoints import numbered
 from trimtab.runs.folder import RECORD, RunFolder
+from trimtab.runs.load import doubt_of
 from trimtab.runs.lock import locked
 from trimtab.runs.records import BeganFrom, RowsDigest, SourceRecord, Summary
 
@@ -282,11 +283,11 @@ class Origin:
         """What the user should know of it in a run of ``config``, a sentence each."""
         if self.record is None:
             return []
-        name, said = self.record.adapter, config.model.name
+        name = self.record.adapter
         measured = ": what is measured before training is measured with it" if config.data.test else ""
         lines = [f"begun from the adapter {name}{measured}"]
-        if (base := base_said_by(name)) is not None and base != said.rstrip("/").rpartition("/")[2]:
-            lines.append(f"the adapter says that it was made for {base}, and this run's model is {said}")
+        if (doubt := doubt_of(name, source_of(config))) is not None:
+            lines.append(doubt)
         return lines
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from trimtab.adapters.placing import base_said_by
 from trimtab.adapters.store import load_adapter
 from trimtab.config.read import load_config
 from trimtab.config.resolve import precision_of, source_of
@@ -15,7 +16,7 @@ from trimtab.config.run import RunConfig
 from trimtab.errors import AdapterError, ModelError, RunError
 from trimtab.machine import check_fits, device
 from trimtab.models.load import empty_model, load_model
-from trimtab.models.locate import ModelHead, Source
+from trimtab.models.locate import ModelHead, Source, hub_id
 from trimtab.models.model_files import ModelFiles, load_tokenizer
 from trimtab.models.quantise import weight_bytes
 from trimtab.runs.folder import RunFolder
@@ -117,6 +118,17 @@ def load_finite(model: Any, folder: Path, name: str = DEFAULT) -> None:
                     f"{folder}: {place}.{key} holds NaN or infinity, so the model computes nothing else. Its training "
                     "diverged: lower the learning rate, or take an earlier checkpoint"
                 )
+
+
+def doubt_of(adapter: Path | str, source: Source) -> str | None:
+    """What the user should know of ``adapter`` where it says that it was made for another model than that of
+    ``source``: the shapes may be the same, and the answers no good. None where it says none, or this one."""
+    said = base_said_by(str(adapter))
+    known = {Path(name).name.lower() for name in (source.name, source.location, hub_id(source)) if name}
+    stem = Path(source.location).stem.lower()
+    if said is None or said.lower() in known or (source.kind == "gguf" and said.lower().startswith(stem)):
+        return None
+    return f"the adapter says that it was made for {said}, and the model is {source.name}"
 
 
 def with_tokens_of(adapter: Path | None, source: Source) -> Source:

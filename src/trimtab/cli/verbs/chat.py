@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trimtab.cli.exits import say
+from trimtab.cli.exits import say, say_note
 from trimtab.cli.importing import importing
 from trimtab.cli.verbs._arguments import Adapter, Bare, MaxNewTokens, Seed, System, Target, Temperature, TopP
 
@@ -37,6 +37,7 @@ def command(
     if interactive:
         say(f"Loading {target}", error=True)
     named = Named.find(target, adapter=adapter, base=base)
+    say_note(named.doubt)
     named.require_writer()
     tokenizer = named.reader()
     require_template(tokenizer)

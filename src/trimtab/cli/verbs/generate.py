@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from trimtab.cli.exits import say, say_json
+from trimtab.cli.exits import say, say_json, say_note
 from trimtab.cli.importing import importing
 from trimtab.cli.terminal import nobody_reads
 from trimtab.cli.verbs._arguments import Adapter, Bare, MaxNewTokens, Seed, System, Target, Temperature, TopP
@@ -69,6 +69,7 @@ def command(
 
     questions = [Question(text) for text in texts] if file is None else questions_in(file)
     named = Named.find(target, adapter=adapter, base=base)
+    say_note(named.doubt)
     named.require_writer()
     form = named.form if chat is None else "chat" if chat else None
     tokenizer = named.reader()

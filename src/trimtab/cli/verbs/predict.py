@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from trimtab.cli.exits import say, say_json
+from trimtab.cli.exits import say, say_json, say_note
 from trimtab.cli.importing import importing
 from trimtab.cli.terminal import nobody_reads
 from trimtab.cli.verbs._arguments import Adapter, Bare, BatchSize, Target
@@ -61,6 +61,7 @@ def command(
         from trimtab.runs.named import Named
 
     named = Named.find(target, adapter=adapter, base=base)
+    say_note(named.doubt)
     predictor = Predictor(named, batch_size=batch_size, max_new_tokens=max_new_tokens)
     single = len(said) == 1
     rows = predictor.rows_in(file) if file is not None else [predictor.row(text, at) for at, text in enumerate(said, 1)]
@@ -76,6 +77,6 @@ def command(
         if nobody_reads():
             break
     if cut:
-        say(f"note: {counted(cut)} longer than the model reads, and cut to that", error=True)
+        say_note(f"{counted(cut)} longer than the model reads, and cut to that")
     if not number:
         raise DataError(f"{file}: there is nothing to answer in it")
