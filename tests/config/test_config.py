@@ -55,6 +55,20 @@ def test_numbers_with_an_exponent_are_numbers(tmp_path: Path, text: str, value: 
     assert load(tmp_path, SMALLEST, f"train.learning_rate={text}").train.learning_rate == value
 
 
+@pytest.mark.parametrize("text", ["2026-11-30", "2026-11-30 12:00:00", "010", "12:30", "1:30:00"])
+def test_dates_times_and_leading_zeros_are_texts(tmp_path: Path, text: str) -> None:
+    config = load(tmp_path, f"model: m\ndata: {{train: x, choices: [{text!r}, b]}}\noutput: {text}")
+    assert config.output.name == text
+    assert load(tmp_path, to_yaml(config)).data.choices == (text, "b")
+    [line] = refused(tmp_path, f"model: m\ndata: {{train: x}}\ntrain: {{max_steps: {text}}}")
+    assert line == f'run.yaml: train.max_steps: expected a whole number, got "{text}".'
+
+
+@pytest.mark.parametrize(("text", "value"), [("0", 0), ("1_000", 1000), ("0x10", 16), ("+7", 7), ("0b11", 3)])
+def test_whole_numbers_are_numbers(tmp_path: Path, text: str, value: int) -> None:
+    assert load(tmp_path, SMALLEST + f"train: {{seed: {text}}}").train.seed == value
+
+
 def test_one_path_or_several(tmp_path: Path) -> None:
     config = load(tmp_path, "model: m\ndata: {train: [a.jsonl, b.csv], validation: v.jsonl, test: t/fpb_test.jsonl}")
     assert paths(config.data.train) == (str(tmp_path / "a.jsonl"), str(tmp_path / "b.csv"))
@@ -300,7 +314,7 @@ def test_stopping_early_needs_validation(tmp_path: Path) -> None:
         ),
         ("", "run.yaml: expected keys such as 'model:' and 'data:', got null"),
         ("- model: a", "run.yaml: expected keys such as 'model:' and 'data:', got [{\"model\": \"a\"}]"),
-        ("model: 2024-13-45", "run.yaml:1: month must be in 1..12."),
+        ("model: !!timestamp 2024-13-45", "run.yaml:1: month must be in 1..12."),
         ("model: !!python/name:os.system x", "run.yaml:1: could not determine a constructor for the tag"),
     ],
 )

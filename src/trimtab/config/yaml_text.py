@@ -1,7 +1,8 @@
 """YAML text, read strictly and written so that it reads back equal.
 
-PyYAML follows YAML 1.1, in which ``1e-5`` is text, and it lets the second of two equal keys win in silence. Both have
-spoiled training runs, so here ``1e-5`` is a number and a repeated key is an error with its line. A text that would take
+PyYAML follows YAML 1.1, in which ``1e-5`` is text, ``010`` is eight, ``1:30`` is ninety and ``2026-11-30`` a date, and
+it lets the second of two equal keys win in silence. Such things have spoiled training runs, so here ``1e-5`` is a
+number, the other three are texts, and a repeated key is an error with its line. A text that would take
 hours or all memory (nested aliases, depth, long numbers) is an error, too.
 """
 
@@ -26,6 +27,9 @@ _LARGEST = 2**64
 _UNUSABLE = re.compile("[\0\ud800-\udfff]")  # in no name of a file, and in no text that is written
 _MERGE = "tag:yaml.org,2002:merge"
 _FLOAT = "tag:yaml.org,2002:float"
+_INTEGER = "tag:yaml.org,2002:int"
+_DATE = "tag:yaml.org,2002:timestamp"
+_WHOLE = re.compile(r"[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F_]+|0b[01_]+)\Z")
 _EXPONENT = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+\Z")
 
 
@@ -122,6 +126,11 @@ class _Dumper(yaml.SafeDumper):
     """Knows the same numbers as the loader, so that the text ``"1e-5"`` is written with its quotes."""
 
 
+_Loader.yaml_implicit_resolvers = {
+    letter: [(tag, pattern) for tag, pattern in known if tag not in (_INTEGER, _DATE)]
+    for letter, known in _Loader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_INTEGER, _WHOLE, list("-+0123456789"))
 _Loader.add_implicit_resolver(_FLOAT, _EXPONENT, list("-+.0123456789"))
 _Dumper.add_implicit_resolver(_FLOAT, _EXPONENT, list("-+.0123456789"))
 
