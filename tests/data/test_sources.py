@@ -56,6 +56,19 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, name: str) -> No
     assert [(row.source, row.number) for row in rows] == [(name, 1), (name, 2)]
 
 
+@pytest.mark.parametrize(
+    ("name", "separator", "said"),
+    [
+        ("a.csv", ";", "separated by a semicolon (prompt;completion), and not as its ending says; save it with commas"),
+        ("a.csv", "\t", "separated by a tab (prompt\tcompletion), and not as its ending says; name the file .tsv"),
+        ("a.tsv", ",", "separated by a comma (prompt,completion), and not as its ending says; name the file .csv"),
+    ],
+)
+def test_another_separator_is_named(tmp_path: Path, name: str, separator: str, said: str) -> None:
+    write_csv(tmp_path / name, separator)
+    assert said in error_of(name, tmp_path)
+
+
 def test_relative_paths_start_from_root_and_absolute_ones_do_not(tmp_path: Path, monkeypatch: Any) -> None:
     (tmp_path / "configs" / "data").mkdir(parents=True)
     elsewhere = tmp_path / "elsewhere"

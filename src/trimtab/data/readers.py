@@ -171,6 +171,7 @@ def _csv(source: str, path: Path) -> Iterator[Row]:
             twice = sorted(name for name, count in Counter(header).items() if count > 1)
             if twice:
                 raise DataError(f"{source}: the header names a column twice: {_some(twice)}.")
+            _require_separated(source, path, header)
             continue
         number += 1
         place = f"{source}, row {number} (line {line})"
@@ -180,6 +181,19 @@ def _csv(source: str, path: Path) -> Iterator[Row]:
                 f"{len(fields)}; put fields that contain the separator into double quotes."
             )
         yield Row(source, number, place, dict(zip(header, fields, strict=True)))
+
+
+def _require_separated(source: str, path: Path, header: list[str]) -> None:
+    """Raise DataError if the one column of ``header`` looks like several, by the separator of another kind of file."""
+    wanted = {".tsv": (("a comma", ",", ".csv"),)}.get(
+        endings(path)[0], (("a tab", "\t", ".tsv"), ("a semicolon", ";", ""))
+    )
+    for name, separator, ending in wanted:
+        if len(header) == 1 and separator in header[0]:
+            cure = f"name the file {ending}" if ending else "save it with commas"
+            raise DataError(
+                f"{source}: its columns are separated by {name} ({header[0][:60]}), and not as its ending says; {cure}."
+            )
 
 
 def _some(names: list[str], most: int = 12) -> str:

@@ -116,7 +116,10 @@ class ModelFiles:
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
         if tokenizer.pad_token is None:
-            raise ModelError(f"{source.name}: the tokenizer has no pad, eos or unk token, so rows cannot be padded.")
+            raise ModelError(
+                f"{source.name}: the tokenizer has no pad, eos or unk token, so rows cannot be padded, and "
+                'an answer has no end. Name one of its tokens in tokenizer_config.json, such as "eos_token": "</s>"'
+            )
         return tokenizer
 
     @property

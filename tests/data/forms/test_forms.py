@@ -253,7 +253,7 @@ def test_unknown_form_and_no_files(jsonl: Writer, tmp_path: Path) -> None:
         ([MESSAGES[0]], ["no message has the role 'assistant'", "(roles: user)"]),
         (["hello"], ["message 1", "must be an object", "str"]),
         ([{"speaker": "human", "value": "x"}], ["message 1", "'role' must be a string, but is missing", "speaker"]),
-        ([{"role": "user", "content": None}], ["message 1", "'content' must be a string, but is missing"]),
+        ([{"role": "user", "content": None}], ["message 1", "'content' must be a string, but is null"]),
         ([{"role": "user", "content": [{"type": "image_url"}]}], ["message 1", "type 'image_url'; only text"]),
         ([{"role": "user", "content": [{"type": "text"}]}], ["message 1", "each part of 'content' must be"]),
         ([MESSAGES[0], {"role": "assistant", "content": " "}], ["message 2", "content is empty"]),

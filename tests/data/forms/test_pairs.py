@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from trimtab.data import forms
@@ -95,7 +98,10 @@ def test_history_is_put_as_the_question_is_and_its_answers_are_trained(
             read({**row, "history": wrong})
 
 
-@pytest.mark.parametrize(("value", "text"), [(7, "7"), (-0.5, "-0.5"), (1e-05, "1e-05"), (True, "true"), (0, "0")])
+NUMBERS = [(7, "7"), (-0.5, "-0.5"), (1e-05, "1e-05"), (True, "true"), (0, "0")]
+
+
+@pytest.mark.parametrize(("value", "text"), NUMBERS)
 def test_numbers_and_truth_values_are_answers(read: Callable[..., Any], value: Any, text: str) -> None:
     example, notes = read({"prompt": "How many?", "completion": value})
     assert example.answer == text
@@ -103,6 +109,12 @@ def test_numbers_and_truth_values_are_answers(read: Callable[..., Any], value: A
     assert read({"text": "It rose.", "label": value})[0].answer == text
     messages = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": value}]
     assert read({"messages": messages})[0].answer == text
+
+
+def test_decimal_numbers_of_parquet_are_answers(tokenizer: Any, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"prompt": ["How much?"], "completion": [Decimal("1.50")]}), tmp_path / "rows.parquet")
+    (example,) = read_examples("rows.parquet", tokenizer, root=tmp_path)
+    assert example.answer == "1.50"
 
 
 @pytest.mark.parametrize("end", ["<|eos|>", " <|eos|>\n", "<|eos|><|eos|>"])

@@ -144,6 +144,23 @@ def test_a_call_alone_is_trained(
         assert "keys that the chat template does not show: 'tools' (1 row)" in notes[0]
 
 
+@pytest.mark.parametrize("template", [THINKING, HEADERS])
+def test_functions_are_tools_in_another_spelling(read: Callable[..., Any], template: str) -> None:
+    made = {"role": "assistant", "content": None, "function_call": {"name": "tide_at", "arguments": JSON_ARGUMENTS}}
+    messages = [QUESTION, made, *calling()[2:]]
+    row = {"messages": messages, "functions": [TOOL["function"]]}
+    assert read(row, template) == read({"messages": messages, "tools": [TOOL]}, template)
+    with pytest.raises(DataError, match="'tools' and 'functions' are two lists of the same"):
+        read({"messages": messages, "functions": [TOOL["function"]], "tools": [TOOL]}, template)
+    with pytest.raises(DataError, match="'functions' must be a list of objects"):
+        read({"messages": messages, "functions": ["tide_at"]}, template)
+
+
+def test_a_content_of_null_is_called_null(read: Callable[..., Any]) -> None:
+    with pytest.raises(DataError, match="'content' must be a string, but is null; keys found: role, content, refusal"):
+        read({"messages": [QUESTION, {"role": "assistant", "content": None, "refusal": "I will not."}]})
+
+
 def test_the_last_turn_may_be_a_call(read: Callable[..., Any]) -> None:
     example, _ = read({"messages": calling()[:2], "tools": json.dumps([TOOL])}, HEADERS)
     assert example.answer == f'{{"name": "tide_at", "parameters": {JSON_ARGUMENTS}}}'

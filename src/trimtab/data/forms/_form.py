@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from abc import ABC, abstractmethod
+from decimal import Decimal
 from typing import Any, ClassVar
 
 from trimtab.data.forms._reading import Reading
@@ -205,11 +206,14 @@ def _joined(prompt: str, completion: str) -> tuple[str, str]:
 
 
 def as_text(value: Any) -> str | None:
-    """A number or a truth value as JSON writes it; None for anything else, and for what is not a number."""
+    """A number, also a decimal one of parquet, or a truth value as JSON writes it; None for anything else, and for what
+    is not a number."""
     if isinstance(value, bool | int):
         return json.dumps(value)
     if isinstance(value, float):
         return repr(value) if math.isfinite(value) else None
+    if isinstance(value, Decimal):
+        return str(value) if value.is_finite() else None
     return None
 
 

@@ -101,7 +101,8 @@ def _message(place: str, message: Any, row: Row, reading: Reading) -> tuple[int,
 
 
 def _state(kept: dict[str, Any], key: str, message: dict[str, Any]) -> str:
-    state = f"{type(kept[key]).__name__} {_form.short(kept[key])}" if key in kept else "missing"
+    missing = "null" if key in message else "missing"
+    state = f"{type(kept[key]).__name__} {_form.short(kept[key])}" if key in kept else missing
     return f"{state}; keys found: {', '.join(map(str, message)) or 'none'}"
 
 
@@ -192,21 +193,29 @@ def name_of(call: dict[str, Any]) -> Any:
 
 
 def _tools(row: Row) -> list[dict[str, Any]] | None:
-    """The row's tools; a list that is stored as JSON text, as columnar files need it, is read."""
-    tools = row.value.get("tools")
-    if isinstance(tools, str) and tools.strip():
+    """The row's tools, or the ``functions`` that it has in their place, in OpenAI's first spelling."""
+    tools, functions = _schemas(row, "tools"), _schemas(row, "functions")
+    if tools and functions:
+        raise DataError(f"{row.place}: 'tools' and 'functions' are two lists of the same; keep one of them.")
+    return tools or [{"type": "function", "function": function} for function in functions] or None
+
+
+def _schemas(row: Row, key: str) -> list[dict[str, Any]]:
+    """The schemas under ``key``; a list that is stored as JSON text, as columnar files need it, is read."""
+    schemas = row.value.get(key)
+    if isinstance(schemas, str) and schemas.strip():
         try:
-            tools = json.loads(tools)
+            schemas = json.loads(schemas)
         except ValueError:
-            raise DataError(f"{row.place}: 'tools' must be a list, but is {_form.short(tools)}.") from None
-    if not tools:
-        return None
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+            raise DataError(f"{row.place}: '{key}' must be a list, but is {_form.short(schemas)}.") from None
+    if not schemas:
+        return []
+    if not isinstance(schemas, list) or not all(isinstance(schema, dict) for schema in schemas):
         raise DataError(
-            f"{row.place}: 'tools' must be a list of objects, each the schema of a function, but is "
-            f"{type(tools).__name__} {_form.short(tools)}."
+            f"{row.place}: '{key}' must be a list of objects, each the schema of a function, but is "
+            f"{type(schemas).__name__} {_form.short(schemas)}."
         )
-    return tools
+    return schemas
 
 
 def _options(row: Row) -> dict[str, Any] | None:

@@ -23,7 +23,7 @@ class Chat(_form.Form):
     """Messages; the assistant's turns carry loss."""
 
     keys: ClassVar[tuple[str, ...]] = ("messages",)
-    optional = ("system", "tools", "chat_template_kwargs")
+    optional = ("system", "tools", "functions", "chat_template_kwargs")
     precedence = 6
     has_template = True
 
