@@ -118,6 +118,8 @@ def matthews(rows: Outcomes) -> float | None:
     """Matthews' correlation, also of more than two classes."""
     if rows.probabilities is None:
         return None
+    if len({*rows.truth, *rows.predicted}) == 1:
+        return 0.0  # scikit-learn says the same, and warns
     from sklearn.metrics import matthews_corrcoef
 
     return float(matthews_corrcoef(rows.truth, rows.predicted))

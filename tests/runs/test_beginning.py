@@ -193,6 +193,7 @@ def test_a_copy_is_a_run_of_its_own(config: RunConfig, tmp_path: Path) -> None:
     assert run_at(mine) is None
     with pytest.raises(RunError, match="not empty and holds no run"):
         begun(config.model_copy(update={"output": mine}), overwrite=True)
+    assert [file.name for file in mine.iterdir()] == ["config.yaml"], "no lock is left in a folder of something else"
 
 
 def test_a_second_process_is_refused_and_nothing_is_left_of_what_was_not_begun(config: RunConfig) -> None:

@@ -211,6 +211,7 @@ def test_wrong_selectors(layers: Any) -> None:
     [
         ({"match": "*", "method": "lora", "rnk": 8}, "unknown option 'rnk' for method lora. Did you mean 'rank'?"),
         ({"match": "*", "method": "mora", "alpha": 8}, "unknown option 'alpha' for method mora"),
+        ({"match": "*", "method": "lora", "r": 8}, "unknown option 'r' for method lora. Known here: dropout, "),
         ({"match": "*", "method": "lora", "options": {"rank": 8}}, "unknown option 'options' for method lora"),
         ({"match": "*", "method": "dorra"}, "unknown method 'dorra'"),
         ({"match": "*"}, "'method' is missing: expected one of dora, full, lora, mora"),

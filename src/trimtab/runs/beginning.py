@@ -234,9 +234,15 @@ def opened(config: RunConfig, *, resume: bool, overwrite: bool) -> Iterator[Open
         raise RunError(f"{folder.path}: a file is in the way; choose another output")
     if resume and not (folder.is_run or folder.is_cleared_away):
         raise RunError(f"{folder.path}: there is no run to resume; start it without --resume")
+    if not (folder.lock.exists() or folder.is_run or folder.is_cleared_away or folder.is_empty):
+        raise _holds_something_else(folder)  # no lock of ours is left in it
     with locked(folder.lock, "run folder"):
         remove_leftovers(folder.path, alone=True)
         yield _look(config, folder, resume=resume, overwrite=overwrite)
+
+
+def _holds_something_else(folder: RunFolder) -> RunError:
+    return RunError(f"{folder.path}: a folder that is not empty and holds no run; choose another output")
 
 
 def _look(config: RunConfig, folder: RunFolder, *, resume: bool, overwrite: bool) -> Opening:
@@ -245,7 +251,7 @@ def _look(config: RunConfig, folder: RunFolder, *, resume: bool, overwrite: bool
     summary = folder.read_summary()
     if not folder.is_run:
         if not folder.is_empty:
-            raise RunError(f"{folder.path}: a folder that is not empty and holds no run; choose another output")
+            raise _holds_something_else(folder)
         return Opening(folder)
     finished = summary is not None and summary.status == "finished"
     if resume:

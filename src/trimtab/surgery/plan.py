@@ -62,7 +62,8 @@ class Rule(BaseModel):
         for key in given:
             if key not in kind.model_fields:
                 known = [*kind.model_fields, "match", "layers", "method"]
-                raise ValueError(f"unknown option '{key}' for method {own['method']}.{did_you_mean(key, known)}")
+                hint = did_you_mean(key, known) or f" Known here: {', '.join(known)}."
+                raise ValueError(f"unknown option '{key}' for method {own['method']}.{hint}")
         return {**own, "options": kind(**given)}
 
     @field_validator("match", mode="before")
