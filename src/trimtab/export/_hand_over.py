@@ -16,6 +16,7 @@ from trimtab.export._subject import Subject, Wishes
 from trimtab.files import write_folder, write_text
 from trimtab.models.model_files import quiet_transformers
 from trimtab.notes import Notes
+from trimtab.runs.load import changed_base
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ def hand_over(
     _require_apart(target, subject)
     form.check(subject)
     notes = Notes()
+    if (changed := changed_base(subject.folder, subject.source)) is not None:
+        notes.add(changed)
     comparison = subject.comparison(notes)
     before = comparison.of(subject.model) if comparison is not None else None
     form.prepare(subject)

@@ -21,9 +21,10 @@ from trimtab.config.yaml_text import show
 from trimtab.errors import AdapterError, RunError
 from trimtab.files import remove_leftovers, write_text
 from trimtab.hints import pasted
+from trimtab.models.locate import Source
 from trimtab.runs.checkpoints import numbered
 from trimtab.runs.folder import RECORD, RunFolder
-from trimtab.runs.load import doubt_of
+from trimtab.runs.load import changed_base, doubt_of
 from trimtab.runs.lock import locked
 from trimtab.runs.records import BeganFrom, RowsDigest, SourceRecord, Summary
 
@@ -195,6 +196,14 @@ class Opening:
         changed = sorted(name for name, digest in now.test.items() if then.test.get(name, digest) != digest)
         # What was trained on is kept as it was, whatever the files hold now.
         return Rows(then.updated(test=now.test) if self.trained else now, changed)
+
+    def require_same_model(self, source: Source) -> None:
+        """Raise RunError if there is training left to do, and the model at ``source`` is another than the run's."""
+        if self.resumes and not self.trained and (changed := changed_base(self.folder, source)) is not None:
+            raise RunError(
+                f"{changed}. Put the model back and resume, or begin a run of its own on this one: "
+                f"{pasted('finetune', self.folder.path / 'config.yaml', 'output=NEW')}"
+            )
 
     def begin(self, config: RunConfig) -> None:
         """Write what the run is, in the folder that is cleared first if the run is a new one.

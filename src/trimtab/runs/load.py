@@ -15,6 +15,7 @@ from trimtab.config.resolve import precision_of, source_of
 from trimtab.config.run import RunConfig
 from trimtab.errors import AdapterError, ModelError, RunError
 from trimtab.machine import check_fits, device
+from trimtab.models.known_again import model_digest
 from trimtab.models.load import empty_model, load_model
 from trimtab.models.locate import ModelHead, Source, hub_id
 from trimtab.models.model_files import ModelFiles, load_tokenizer
@@ -118,6 +119,19 @@ def load_finite(model: Any, folder: Path, name: str = DEFAULT) -> None:
                     f"{folder}: {place}.{key} holds NaN or infinity, so the model computes nothing else. Its training "
                     "diverged: lower the learning rate, or take an earlier checkpoint"
                 )
+
+
+def changed_base(folder: RunFolder, source: Source) -> str | None:
+    """What the user should know of the run in ``folder`` where its model, at ``source``, is another than it was when
+    the run began."""
+    summary = folder.read_summary()
+    then = summary.model_digest if summary is not None else None
+    if then is None or model_digest(source) in (None, then):
+        return None
+    return (
+        f"{source.name} holds another model than the one that {folder.path} was trained on: its weights or its "
+        "tokenizer have changed, so what the run has learnt does not belong to it"
+    )
 
 
 def doubt_of(adapter: Path | str, source: Source) -> str | None:

@@ -20,7 +20,16 @@ from trimtab.models.load import drawn_modules, empty_model
 from trimtab.models.locate import ModelHead, Source, locate
 from trimtab.models.model_files import ModelFiles, load_config_only
 from trimtab.runs.folder import RunFolder
-from trimtab.runs.load import base_of_run, doubt_of, is_run, load_finite, load_fitting, load_run_model, with_tokens_of
+from trimtab.runs.load import (
+    base_of_run,
+    changed_base,
+    doubt_of,
+    is_run,
+    load_finite,
+    load_fitting,
+    load_run_model,
+    with_tokens_of,
+)
 from trimtab.runs.records import Summary
 from trimtab.surgery.adapted import adapted_modules
 
@@ -83,8 +92,10 @@ class Named:
 
     @property
     def doubt(self) -> str | None:
-        """What the user should know of the adapter that was named with a model, as ``doubt_of`` has it."""
-        return doubt_of(self.adapter, self.source) if self.adapter is not None and self.run is None else None
+        """What the user should know of the adapter, where it was made for another model than this one is."""
+        if self.adapter is None:
+            return None
+        return doubt_of(self.adapter, self.source) if self.run is None else changed_base(self.run, self.source)
 
     def require_writer(self) -> None:
         """Raise ConfigError, which names the right verb, unless the model goes on from a text."""

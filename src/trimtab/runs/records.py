@@ -287,7 +287,8 @@ class Summary(Record):
         peak_memory_gib: of the process; ``peak_device_memory_gib``: of an accelerator.
         notes: what the user should know of the rows, the settings and the model, a sentence each.
         began_from: the adapter that training began with; None: a fresh one.
-        sources: what was taken of each source of training rows; ``digests``: by which the rows are known again.
+        sources: what was taken of each source of training rows; ``digests``: by which the rows are known again;
+            ``model_digest``: by which the model is.
     """
 
     status: str = "interrupted"
@@ -323,6 +324,7 @@ class Summary(Record):
     began_from: BeganFrom | None = None
     sources: list[SourceRecord] = []
     digests: RowsDigest | None = None
+    model_digest: str | None = None
 
     @property
     def peaks(self) -> str:

@@ -20,6 +20,7 @@ from trimtab.evaluation.evaluate import write
 from trimtab.launching import joined
 from trimtab.machine import describe_machine, peak_device_memory_gib, peak_memory_gib, versions
 from trimtab.models.chat_template import as_of
+from trimtab.models.known_again import model_digest
 from trimtab.processes import here
 from trimtab.runs.beginning import Opening, Origin, Rows, begun, opened
 from trimtab.runs.checkpoints import step_of
@@ -109,6 +110,7 @@ def _set_up(job: Job, opening: Opening, listener: Listener, began: float) -> _Ru
     job, origin = begun(job, opening)
     config, group, task = job.config, here(), tasks.of(job)
     created = (opening.summary or Summary()).created or datetime.now(UTC)
+    opening.require_same_model(job.source)
     group.gathered((config, created))
     listener.stage("Reading the rows")
     with as_of(created):
@@ -181,6 +183,7 @@ class _Run:
             sources=list(inputs.sources),
             digests=rows.digests,
             began_from=origin.record,
+            model_digest=before.model_digest or model_digest(job.source),
         )
 
     def through(self) -> None:
