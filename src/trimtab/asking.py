@@ -258,7 +258,7 @@ class Conversation:
         room = positions - min(self._drawing.max_new_tokens, positions // 4)
         last = len(messages) - 1
         for start in range(self.left_out, last + 1, 2):
-            prompt = rendered([*system_message(self.system), *messages[start:]], tokenizer)
+            prompt = rendered(messages[start:], tokenizer, self.system)
             tokens = len(encode_prompt(prompt, tokenizer))
             # What is left has to be computed anew; a quarter is made free at once, so that it is not so at every turn.
             if tokens <= (room if start == self.left_out else room * 3 // 4) or (start == last and tokens < positions):

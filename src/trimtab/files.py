@@ -33,10 +33,13 @@ def write_atomically(path: Path | str, write: Callable[[Path], object]) -> None:
         fresh.replace(target)
 
 
-def write_folder(target: Path, fill: Callable[[Path], None], *, replace: bool) -> None:
+def write_folder(
+    target: Path, fill: Callable[[Path], None], *, replace: bool, stays: Callable[[str], bool] = lambda name: False
+) -> None:
     """Let ``fill`` write into a new folder beside ``target``, then give it that name in one step.
 
-    If ``target`` exists by then, ``replace`` decides whether it is replaced or kept; an empty folder is replaced.
+    If ``target`` exists by then, ``replace`` decides whether it is replaced or kept; an empty folder is replaced. What
+    ``stays`` in a folder that is replaced, by its name, is taken along, unless ``fill`` writes one of that name.
     """
     with temporary_folder(target.parent) as folder:
         fresh, old = folder / "new", folder / _REPLACED / target.name
@@ -44,6 +47,10 @@ def write_folder(target: Path, fill: Callable[[Path], None], *, replace: bool) -
         fill(fresh)
         open_to_readers(fresh)
         if replace and target.exists():
+            for entry in target.iterdir():
+                if stays(entry.name) and not (fresh / entry.name).exists():
+                    copy = shutil.copytree if entry.is_dir() else shutil.copy2
+                    copy(entry, fresh / entry.name)
             old.parent.mkdir()
             target.rename(old)
         try:

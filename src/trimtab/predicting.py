@@ -60,7 +60,7 @@ class Predictor:
             return
         for number, line in enumerate(lines_of(file), start=1):
             if line.strip():
-                yield Row(file, number, f"{file}, line {number}", self.task.as_row(line.rstrip("\r")))
+                yield Row(file, number, f"{file}, line {number}", self.task.as_row(line))
 
     def answers(self, rows: Iterable[Row]) -> Iterator[tuple[Mapping[str, Any], Answer]]:
         """What is asked, without an answer that it has, and what the model answers, in the order of ``rows``.

@@ -8,7 +8,7 @@ questions_in("rows.jsonl")          # what each row asks; its answer, where it h
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ class Question:
                 return trained
             return prompt_of(form, self.text, tokenizer, self.system or system)
         own = self.messages[0].get("role") == "system"
-        return rendered([*([] if own else system_message(system)), *self.messages], tokenizer)
+        return rendered(self.messages, tokenizer, None if own else system)
 
 
 def prompt_of(form: str | None, text: str, tokenizer: Any, system: str | None = None) -> str:
@@ -67,7 +67,7 @@ def prompt_of(form: str | None, text: str, tokenizer: Any, system: str | None = 
             )
         return text
     if form == "chat":
-        require_template(tokenizer)
+        return rendered([{"role": "user", "content": text}], tokenizer, system)
     return forms.find(form).prompt(text, tokenizer, system=system or "")
 
 
@@ -88,12 +88,21 @@ def system_message(text: str | None) -> list[Message]:
     return [{"role": "system", "content": text}] if text else []
 
 
-def rendered(messages: list[Message], tokenizer: Any) -> str:
-    """A conversation as its template writes it, up to where the assistant speaks. Raises DataError without one."""
+def rendered(messages: Sequence[Message], tokenizer: Any, system: str | None = None) -> str:
+    """A conversation after a ``system`` message as its template writes it, up to where the assistant speaks.
+
+    Raises DataError without a template, or where that leaves the system message out.
+    """
     require_template(tokenizer)
     chat = forms.find("chat")
     assert isinstance(chat, Chat)
-    return chat.render(messages, tokenizer)
+    prompt = chat.render([*system_message(system), *messages], tokenizer)
+    if system and prompt == chat.render([*messages], tokenizer):
+        raise DataError(
+            "the chat template leaves the system message out, so the model would not read it; put it at the beginning "
+            "of the question"
+        )
+    return prompt
 
 
 def require_template(tokenizer: Any) -> None:
@@ -140,10 +149,10 @@ def _of_row(said: Row) -> Question:
 
 
 def lines_of(source: str) -> Iterator[str]:
-    """The lines of a file; ``-`` is standard input. Raises DataError if it cannot be read."""
+    """The lines of a file, without their ends; ``-`` is standard input. Raises DataError if it cannot be read."""
     try:
         said = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
-        yield from said.decode("utf-8-sig").split("\n")
+        yield from (line.removesuffix("\r") for line in said.decode("utf-8-sig").split("\n"))
     except UnicodeDecodeError as error:
         raise DataError(f"{source}: expected text in UTF-8 ({error})") from None
     except OSError as error:

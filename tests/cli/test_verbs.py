@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import trimtab
 from command_line import forked
-from tiny_runs import rows, write_model, write_rows
+from tiny_runs import CHATML, rows, tiny_model, tiny_tokenizer, write_model, write_rows
 from trimtab.config.read import load_config
 from trimtab.files import read_json, read_jsonl
 from trimtab.machine import memory_gib
@@ -295,6 +295,28 @@ def test_generate(cli: Any, run: Path) -> None:
     assert drawn[0] == drawn[1] != drawn[2]
 
 
+def test_a_system_message_that_the_template_leaves_out_is_refused(cli: Any, tmp_path: Path) -> None:
+    silent = CHATML.replace("for message in messages %}", "for message in messages if message['role'] != 'system' %}")
+    deaf, model = tmp_path / "deaf", tiny_model()
+    model.save_pretrained(deaf)
+    tiny_tokenizer(silent).save_pretrained(deaf)
+    talk = [{"role": "user", "content": "fog"}]
+    write_rows(tmp_path / "talks.jsonl", [{"messages": talk}])
+    for words in (["fog", "--chat"], ["--chat", "--file", str(tmp_path / "talks.jsonl")]):
+        result = cli("generate", deaf, *words, "--system", "Be brief.")
+        assert result.code == 1, result
+        assert "the chat template leaves the system message out" in result.err
+        assert cli("generate", deaf, *words, "--max-new-tokens", "2").code == 0
+    said = cli("chat", deaf, "--system", "Be brief.", stdin="fog\n")
+    assert "the chat template leaves the system message out" in said.err
+
+
+def test_lines_of_windows_are_asked_without_their_ends(cli: Any, run: Path, tmp_path: Path) -> None:
+    (tmp_path / "questions.txt").write_bytes(b"\xef\xbb\xbffog?\r\n\r\nwind?\r\n")
+    result = cli("generate", run, "--file", tmp_path / "questions.txt", "--jsonl", "--max-new-tokens", "2")
+    assert [json.loads(line)["prompt"] for line in result.out.splitlines()] == ["fog?", "wind?"]
+
+
 def test_an_adapter_of_another_model_is_told(cli: Any, run: Path, tmp_path: Path) -> None:
     other = write_model(tmp_path / "other", initializer_range=0.3)
     data = write_rows(tmp_path / "few.jsonl", rows(4))
@@ -406,6 +428,12 @@ def test_merge(cli: Any, run: Path, tmp_path: Path) -> None:
     assert result.code == 0, result.err
     assert re.search(r"to bfloat16: \d\.\de-0\d of its norm", result.out)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").dtype == torch.bfloat16
+    (tmp_path / "merged" / "plans").mkdir()
+    (tmp_path / "merged" / "plans" / "notes.txt").write_text("mine")
+    (tmp_path / "merged" / "model-00002-of-00002.safetensors").write_text("of another one")
+    assert cli("merge", run, "merged", "--overwrite").code == 0
+    assert (tmp_path / "merged" / "plans" / "notes.txt").read_text() == "mine"
+    assert not (tmp_path / "merged" / "model-00002-of-00002.safetensors").exists()
     assert cli("merge", run, run, "--overwrite").code == 1  # no model, so never replaced
     assert (run / "adapter").is_dir()
 

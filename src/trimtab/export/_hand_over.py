@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -48,7 +49,8 @@ def hand_over(
     """Write the run at ``run`` to ``out`` in ``form``, with a model card (README.md).
 
     The folder appears whole or not at all. With ``overwrite`` it replaces a folder of the same format, and nothing
-    else. ``progress`` is called where a format works on modules one by one, with the number done and of all.
+    else; files of others in it stay. ``progress`` is called where a format works on modules one by one, with the number
+    done and of all.
 
     Raises:
         ConfigError: something is wished for that the format does not know.
@@ -102,6 +104,20 @@ def _require_apart(target: Path, subject: Subject) -> None:
             )
 
 
+_OURS = (
+    *("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "README.md", "Modelfile", "*.jinja"),
+    *("config.json", "generation_config.json", "adapter_config.json", "trimtab.json", "conversion.json"),
+    *("combination.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template.json"),
+    *("vocab.*", "merges.txt", "*.model", "preprocessor_config.json", "processor_config.json", "modules.json"),
+    *("*sentence*.json", "additional_chat_templates", "[0-9]_*"),
+)
+"""What a folder of a model or an adapter consists of; everything else in it was put there by others."""
+
+
+def _is_others(name: str) -> bool:
+    return not any(fnmatch(name, pattern) for pattern in _OURS)
+
+
 def write_whole(target: Path, fill: Callable[[Path], None], needed: Callable[[], int]) -> None:
     """Let ``fill`` write the folder ``target``, which appears whole or not at all.
 
@@ -109,7 +125,7 @@ def write_whole(target: Path, fill: Callable[[Path], None], needed: Callable[[],
     """
     try:
         with quiet_transformers():
-            write_folder(target, fill, replace=True)
+            write_folder(target, fill, replace=True, stays=_is_others)
     except (OSError, SafetensorError) as error:
         refusal = machine_refusal(error, target, needed=needed()) or f"{target}: {error}"
         raise ModelError(f"the model cannot be written: {refusal}. Nothing was left behind") from error
