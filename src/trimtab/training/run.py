@@ -126,7 +126,7 @@ def _set_up(job: Job, opening: Opening, listener: Listener, began: float) -> _Ru
         listener.note(told_of(config))
     listener.counting(task.counted)
     listener.stage(f"Loading {config.model.name}")
-    return _Run(origin, opening, Work(job, inputs, listener, reports), rows, began, created)
+    return _Run(origin, opening, Work(job, inputs, listener, reports), rows, began=began, created=created)
 
 
 def _conclude(folder: RunFolder, summary: Summary) -> None:
