@@ -150,6 +150,24 @@ def test_a_folder_of_peft(begun: Callable[..., RunConfig], tmp_path: Path, model
     assert measured(base, "before")["perplexity"] == measured(run, "before")["perplexity"]
 
 
+def test_a_folder_of_peft_with_the_embedding_beside(begun: Callable[..., RunConfig], tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = write_model(tmp_path / "untied", tie_word_embeddings=False)
+    said = LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"], task_type="CAUSAL_LM")
+    peft: Any = get_peft_model(AutoModelForCausalLM.from_pretrained(model), said)
+    peft.save_pretrained(tmp_path / "peft", save_embedding_layers=True)  # the frozen embedding, too
+    sections = {"model": {"name": str(model)}, "train": {"max_steps": 1}}
+    run = finetune(begun("after_peft", adapter="peft", **sections))
+    assert run.read_summary().trainable_parameters == 2 * (peft.config.vocab_size + 32) + 2 * 2 * (32 + 32)
+    with torch.no_grad():
+        peft.get_input_embeddings().base_layer.weight.add_(1)
+    peft.save_pretrained(tmp_path / "other", save_embedding_layers=True)
+    with pytest.raises(AdapterError, match=r"model\.embed_tokens: trained on another weight than the model's"):
+        finetune(begun("after_other", adapter="other", **sections))
+
+
 @pytest.mark.full
 def test_a_resumed_run_ends_as_it_would_have(begun: Callable[..., RunConfig], first: RunConfig) -> None:
     whole, parts, early = (begun(name, adapter=str(first.output)) for name in ("whole", "parts", "early"))

@@ -119,7 +119,10 @@ def _wide(bias: Tensor) -> Tensor:
 
 
 def nearly_equal(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are one, as far as the coarser of their two dtypes can tell."""
+    """Whether two tensors are one, as far as the coarser of their two dtypes can tell; of a model without weights, on
+    the meta device, as far as their shapes can."""
+    if one.is_meta or other.is_meta:
+        return one.shape == other.shape
     one, other = one.detach().cpu(), other.detach().cpu()
     if one.shape != other.shape or not (one.is_floating_point() and other.is_floating_point()):
         return one.shape == other.shape and torch.equal(one, other)
