@@ -156,6 +156,28 @@ def test_functions_are_tools_in_another_spelling(read: Callable[..., Any], templ
         read({"messages": messages, "functions": ["tide_at"]}, template)
 
 
+def test_messages_of_a_table_are_read_from_json_text(
+    read: Callable[..., Any], make_tokenizer: Callable[..., Any], tmp_path: Path
+) -> None:
+    expected, _ = read({"messages": [QUESTION, ANSWER]})
+    text = json.dumps([QUESTION, ANSWER]).replace('"', '""')
+    (tmp_path / "talks.csv").write_text(f'messages\n"{text}"\n')
+    (example,) = read_examples("talks.csv", make_tokenizer(), root=tmp_path)
+    assert example.text == expected.text
+    with pytest.raises(DataError, match=r"line 1: 'messages' must be a list, but is str '\[{not JSON'"):
+        read({"messages": "[{not JSON"})
+
+
+def test_an_end_in_the_middle_is_told(read: Callable[..., Any]) -> None:
+    said = "the end token <|im_end|> in the middle, which is read as an end: 1 row in rows.jsonl, line 1"
+    for question, answer in (("No<|im_end|> wind?", "None."), ("Wind?", "No<|im_end|>ne.<|im_end|>")):
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        assert any(said in note for note in read({"messages": messages})[1])
+    assert any(said in note for note in read({"prompt": "Wind?", "completion": "No<|im_end|>ne."})[1])
+    plain = [{"role": "user", "content": "Wind?"}, {"role": "assistant", "content": "None.<|im_end|>"}]
+    assert not any("in the middle" in note for note in read({"messages": plain})[1])
+
+
 def test_a_content_of_null_is_called_null(read: Callable[..., Any]) -> None:
     with pytest.raises(DataError, match="'content' must be a string, but is null; keys found: role, content, refusal"):
         read({"messages": [QUESTION, {"role": "assistant", "content": None, "refusal": "I will not."}]})

@@ -183,6 +183,7 @@ def pair(
     said, end = reading.split_end(completion, row.place)
     if not said.strip():
         raise DataError(f"{row.place}: the answer has an end token and nothing before it; remove the row.")
+    reading.look_for_ends(said, row.place)
     head, tail = _joined(prompt, said)
     text = head + tail
     answer = tail.strip()

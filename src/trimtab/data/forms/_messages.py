@@ -123,10 +123,11 @@ def _content(place: str, kept: dict[str, Any], message: dict[str, Any], reading:
     _form.require_encodable(content, f"{place}: 'content'")
     if kept["role"] == "assistant":
         content = reading.split_end(content, row_place)[0]
-        if not content.strip() and not kept.get("tool_calls"):
-            raise DataError(
-                f"{place}: the assistant's content is empty, so there is nothing to learn; remove the turn or the row."
-            )
+    reading.look_for_ends(content, row_place)
+    if kept["role"] == "assistant" and not content.strip() and not kept.get("tool_calls"):
+        raise DataError(
+            f"{place}: the assistant's content is empty, so there is nothing to learn; remove the turn or the row."
+        )
     return content
 
 
@@ -200,14 +201,22 @@ def _tools(row: Row) -> list[dict[str, Any]] | None:
     return tools or [{"type": "function", "function": function} for function in functions] or None
 
 
+def unfolded(row: Row, key: str) -> Any:
+    """What stands under ``key``; a list that is stored as JSON text, as tables need it, is read."""
+    value = row.value.get(key)
+    if not isinstance(value, str) or not value.strip():
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
+
+
 def _schemas(row: Row, key: str) -> list[dict[str, Any]]:
-    """The schemas under ``key``; a list that is stored as JSON text, as columnar files need it, is read."""
-    schemas = row.value.get(key)
+    """The schemas under ``key``."""
+    schemas = unfolded(row, key)
     if isinstance(schemas, str) and schemas.strip():
-        try:
-            schemas = json.loads(schemas)
-        except ValueError:
-            raise DataError(f"{row.place}: '{key}' must be a list, but is {_form.short(schemas)}.") from None
+        raise DataError(f"{row.place}: '{key}' must be a list, but is {_form.short(schemas)}.")
     if not schemas:
         return []
     if not isinstance(schemas, list) or not all(isinstance(schema, dict) for schema in schemas):

@@ -82,6 +82,11 @@ class Reading:
         self.tell(place, "answers that end with an end token of their own, which is not put there twice")
         return rest, end
 
+    def look_for_ends(self, text: str, place: str) -> None:
+        """Tell of an end token within ``text``: the model would learn to go on where answers end."""
+        if end := next((end for end in self.ends if end in text), None):
+            self.tell(place, f"messages and answers with the end token {end} in the middle, which is read as an end")
+
     def tell(self, place: str, what: str, advice: str = "") -> None:
         """A fact about the row at ``place``, as `Notes.row` has it. Told twice of one row, it counts once."""
         if self._told.get(what) != place:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from trimtab.data.forms import _form, _turns
 from trimtab.data.forms._chat_template import ChatTemplate
-from trimtab.data.forms._messages import Talk, read_talk
+from trimtab.data.forms._messages import Talk, read_talk, unfolded
 from trimtab.data.forms._reading import Reading
 from trimtab.data.rows import Example, Row
 from trimtab.errors import DataError
@@ -38,7 +38,7 @@ class Chat(_form.Form):
     def talk(self, row: Row, reading: Reading) -> Talk:
         """The row's conversation."""
         key = self.keys[0]
-        messages = row.value.get(key)
+        messages = unfolded(row, key)
         if not isinstance(messages, list):
             raise DataError(f"{row.place}: {self.expected(row, key, 'a list')}")
         return read_talk(row, messages, reading, key=key)
