@@ -12,13 +12,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tiny_runs import Kept
-from trimtab.config.read import load_config
+from tiny_encoders import write_encoder
+from tiny_runs import Kept, labelled, rows, write_model, write_rows
+from trimtab.config.read import build_config, load_config
 from trimtab.config.run import TrainConfig
 from trimtab.errors import ConfigError, Interrupted, RunError
 from trimtab.files import read_json, write_json
+from trimtab.models.load import empty_model
+from trimtab.runs.events import Listener
 from trimtab.runs.rate_record import RateTrial, read_rate
 from trimtab.surgery.plan import Rule
+from trimtab.tasks import inputs_of, job_of
 from trimtab.training import rate_plan, rate_trials
 from trimtab.training.rate_plan import SHORTEST, plan_trials
 from trimtab.training.rate_prior import labels_of_step, likely_rate
@@ -141,6 +145,34 @@ def test_where_b_learns_faster_its_rate_and_that_of_a_lie_evenly_around_one_rate
     assert of(16, "dora") * of(16, "dora") * 16 == pytest.approx(of(1, "dora") ** 2)
     assert of(16, "mora") == of(1, "mora")
     assert of(1e-6, "lora", "full") == of(1, "full"), "the lowest of all rules"
+
+
+LORA = {"match": "*.q_proj", "method": "lora", "rank": 2}
+
+
+def test_the_rate_is_not_that_of_what_begins_anew(tmp_path: Path) -> None:
+    """A new head and added rows are trained whole, but full fine-tuning, which wants a far lower rate, is of pretrained
+    weights."""
+    write_encoder(tmp_path / "encoder")
+    write_rows(tmp_path / "labelled.jsonl", labelled(6))
+    write_model(tmp_path / "causal")
+    write_rows(tmp_path / "rows.jsonl", rows(6))
+
+    def methods_of(model: dict[str, Any], data: str, *plan: dict[str, Any]) -> list[str]:
+        said = {"model": model, "data": {"train": data, "validation": None}, "plan": list(plan)}
+        job = job_of(build_config({**said, "output": "none"}, tmp_path, "the test"))
+        job, _ = inputs_of(job, Listener())
+        return [rule.method for rule in rate_trials._rules_of_rate(job, empty_model(job.files))]
+
+    query = {**LORA, "match": "*.query"}
+    encoder, causal = {"name": str(tmp_path / "encoder")}, {"name": str(tmp_path / "causal")}
+    assert methods_of(encoder, "labelled.jsonl", query) == ["lora"]
+    head = {"match": ["*classifier*", "*score*"], "method": "full"}
+    assert methods_of(encoder, "labelled.jsonl", query, head) == ["lora"]
+    below = {"match": "*.output.dense", "method": "full"}
+    assert methods_of(encoder, "labelled.jsonl", query, below) == ["lora", "full"]
+    assert methods_of({**causal, "add_tokens": ["<buoy>"]}, "rows.jsonl", LORA) == ["lora"]
+    assert methods_of(causal, "rows.jsonl", {"match": "*.q_proj", "method": "full"}) == ["full"]
 
 
 @pytest.mark.parametrize(

@@ -117,13 +117,13 @@ def beside_the_plan(files: ModelFiles, model: Any, decided: Callable[[str], bool
     rules, tokens = [], files.source.add_tokens
     if tokens:
         rules.append(_rows_rule(model, files.tokenizer, tokens))
-    whole = tuple(name for name in _whole_modules(files, model) if not decided(name))
+    whole = tuple(name for name in whole_modules(files, model) if not decided(name))
     if whole:
         rules.append(Rule(match=[glob.escape(name) for name in whole], method="full"))
     return Beside(whole, tuple(rules))
 
 
-def _whole_modules(files: ModelFiles, model: Any) -> list[str]:
+def whole_modules(files: ModelFiles, model: Any) -> list[str]:
     """The head of ``model``, if it is one for a run's labels, and the modules below it that the files lack."""
     if not files.source.head.problem:
         return []

@@ -29,12 +29,14 @@ from trimtab import tasks
 from trimtab.config.resolve import Job
 from trimtab.config.run import RunConfig, TrainConfig
 from trimtab.errors import ModelError
+from trimtab.models.load import whole_modules
 from trimtab.processes import here
 from trimtab.reports.run.rate_table import rate_table
 from trimtab.runs.events import Listener
 from trimtab.runs.rate_record import ChosenRate, RateTrial, read_rate
 from trimtab.runs.records import MetricsLine
 from trimtab.surgery.attach import detach
+from trimtab.surgery.plan import Rule
 from trimtab.tasks import Inputs
 from trimtab.training.rate_plan import TrialPlan, plan_trials
 from trimtab.training.rate_prior import SPREAD, labels_of_step, likely_rate
@@ -148,6 +150,20 @@ def _rounded(rate: float, place: int) -> float:
     return float(f"{rate * 10 ** (place * APART):.3g}")
 
 
+def _rules_of_rate(job: Job, model: nn.Module) -> list[Rule]:
+    """The rules that the likely rate is that of: not those of what begins anew, a head of the task and added rows,
+    which by themselves would be taken as full fine-tuning of a pretrained weight."""
+    whole = set(whole_modules(job.files, model))
+    report = job.attach_to(model)
+    detach(model)
+    pretrained = {module.rule for module in report.modules if module.name not in whole}
+    return [
+        rule
+        for number, rule in enumerate(report.rules, 1)
+        if number in pretrained and getattr(rule.options, "rows", None) is None
+    ]
+
+
 class _Search:
     """Makes trials of one run."""
 
@@ -155,8 +171,7 @@ class _Search:
         self._job, self._inputs, self._model = job, inputs, model
         self._task, self._reader, self._listener = tasks.of(job), job.reader, listener
         self._head = self._task.head(model)
-        self._rules = job.attach_to(model).rules
-        detach(model)
+        self._rules = _rules_of_rate(job, model)
         self._labels = labels_of_step(inputs.rows, job.config.train)
         # Evenly over the validation rows, which may be sorted.
         self._measured = [inputs.validation[at * len(inputs.validation) // rows] for at in range(rows)]
