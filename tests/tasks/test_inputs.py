@@ -128,6 +128,14 @@ def test_rows_that_stand_twice_are_told_where_one_is_split_off() -> None:
     assert any("validation rows are among the training rows" in remark for remark in told.remarks)
 
 
+def test_answers_that_differ_in_case_alone_are_told() -> None:
+    told = Kept()
+    said = [{"prompt": f"fog {at}? ", "completion": ("yes", "no", "Yes")[at % 3]} for at in range(30)]
+    write_rows(Path("case.jsonl"), said)
+    assert read(told, train="case.jsonl").choices == ["Yes", "no", "yes"]
+    assert told.remarks == ["the answers Yes, yes differ in upper and lower case alone, and are answers apart"]
+
+
 def test_rows_with_another_answer_are_others() -> None:
     told = Kept()
     write_rows(Path("train.jsonl"), [{"prompt": "fog? ", "completion": word} for word in ("calm", "storm")])

@@ -54,6 +54,13 @@ class Answers:
     own: bool = False
 
 
+def note_alike(names: Sequence[str], what: str, notes: Notes) -> None:
+    """Tell of ``names`` (``what``: labels, answers) that differ in upper and lower case alone."""
+    folded = Counter(name.casefold() for name in names)
+    if alike := [name for name in names if folded[name.casefold()] > 1]:
+        notes.add(f"the {what} {', '.join(alike[:10])} differ in upper and lower case alone, and are {what} apart")
+
+
 class Rows(ABC, Generic[OneAnswered]):
     """How a task reads rows."""
 

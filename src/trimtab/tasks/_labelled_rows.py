@@ -19,7 +19,7 @@ from trimtab.models.heads import in_the_order_of
 from trimtab.notes import Notes, rows as counted
 from trimtab.runs.events import Listener
 from trimtab.tasks._encoded import EncodedTensors
-from trimtab.tasks._inputs import Answers, Rows
+from trimtab.tasks._inputs import Answers, Rows, note_alike
 
 COUNTED = 5
 """More labels than these that are all whole numbers may be amounts, and no names."""
@@ -68,9 +68,7 @@ class LabelledRows(Rows[Labelled]):
                 f"the labels are {len(labels)} whole numbers, and each is taken for a class of its own; if a near "
                 "label is better than one that is far, say task: regression"
             )
-        folded = Counter(label.casefold() for label in found)
-        if alike := [label for label in found if folded[label.casefold()] > 1]:
-            notes.add(f"the labels {', '.join(alike[:10])} differ in upper and lower case alone, and are labels apart")
+        note_alike(found, "labels", notes)
         if unseen := [label for label in labels if label not in found]:
             notes.add(f"no training row has the label {', '.join(unseen)}, which cannot be learned then")
         return answers

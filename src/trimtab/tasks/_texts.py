@@ -18,7 +18,7 @@ from trimtab.metrics import choosing
 from trimtab.models.gguf import cache_folder
 from trimtab.notes import Notes, rows as counted
 from trimtab.runs.events import Listener
-from trimtab.tasks._inputs import Answers, Inputs, Rows, gather
+from trimtab.tasks._inputs import Answers, Inputs, Rows, gather, note_alike
 
 
 def read_inputs(config: RunConfig, tokenizer: Any, listener: Listener, max_length: int = LONGEST_ROW) -> Inputs:
@@ -53,6 +53,7 @@ class TextRows(Rows[Example]):
             )
         else:
             listener.note(f"answers are a closed set of {len(choices)}: {', '.join(choices)}")
+            note_alike(choices, "answers", notes)
             if unseen := sorted(set(choices) - {str(row.answer) for row in training}):
                 notes.add(f"no training row has the answer {', '.join(unseen)}, which cannot be learned then")
         return Answers(choices, choices is not None or own, own)

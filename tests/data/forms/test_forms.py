@@ -189,6 +189,7 @@ GOOD = {"context": "Q: ", "target": "a"}
     [
         ({"query": "Q", "reply": "a"}, ["query, reply", "context/target (finlora)", "text (text)", "data.columns"]),
         ({"prompt": "Q", "chosen": "a", "rejected": "b"}, ["preference training", "completion: chosen"]),
+        ({"prompt": "Q", "completion": "a", "label": False}, ["preference training (KTO)", "data.form: completion"]),
         ({"context": "Q"}, ["keys: context", "context/target"]),
         ({"context": "Q", "target": None}, ["context, target (null)"]),
         ({"context": "Q", "target": {"a": 3}}, ["'target' must be a string", "dict {'a': 3}", "context, target"]),

@@ -116,6 +116,12 @@ def _recognise(row: Row, columns: Mapping[str, str]) -> Form:
     # The keys that the user mapped decide, whatever else the table holds.
     mapped = replace(row, value={key: row.value[key] for key in columns})
     form = (_form_of(mapped) if columns else None) or _form_of(row)
+    if form is not None and "completion" in form.keys and isinstance(row.value.get("label"), bool):
+        raise DataError(
+            f"{row.place}: a completion with a label of true or false is for preference training (KTO), which trimtab "
+            "leaves to TRL. To learn the good answers alone, keep the rows whose label is true; to learn all of them, "
+            f"say data.form: {form.name}."
+        )
     if form is not None:
         return form
     if all(row.value.get(key) is not None for key in ("chosen", "rejected")):
