@@ -8,6 +8,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from run_fixtures import bare_runs, model_folder, own_cache
 from sampling import sample
@@ -112,3 +113,13 @@ def test_adapters_that_peft_wrote_answer_as_in_peft(tied: bool, tmp_path: Path) 
             got = torch.tensor([one.logprob for one in sorted(chosen.top, key=lambda one: one.token)])
             torch.testing.assert_close(got, logits[name], rtol=1e-4, atol=1e-4)
         assert engine.stats().notes == ()
+
+
+def test_an_adapter_of_another_model_is_told(tmp_path: Path) -> None:
+    own, other = write_model(tmp_path / "own"), write_model(tmp_path / "other", initializer_range=0.3)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"])
+    peft.get_peft_model(AutoModelForCausalLM.from_pretrained(own), config).save_pretrained(tmp_path / "legal")
+    with Engine.open(str(own), {"legal": tmp_path / "legal"}) as engine:
+        assert engine.stats().notes == ()
+    with Engine.open(str(other), {"legal": tmp_path / "legal"}) as engine:
+        assert engine.stats().notes == (f"the adapter says that it was made for own, and the model is {other}",)

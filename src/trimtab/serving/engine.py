@@ -16,7 +16,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
@@ -26,7 +26,7 @@ import torch
 from trimtab.errors import ConfigError, TrimtabError, did_you_mean
 from trimtab.models.locate import Source
 from trimtab.models.positions import positions_of
-from trimtab.runs.load import load_run_model
+from trimtab.runs.load import doubt_of, load_run_model
 from trimtab.runs.named import Named
 from trimtab.serving.admission import encoded, most_tokens, new_tokens_allowed
 from trimtab.serving.counters import Counters
@@ -61,6 +61,7 @@ class Engine:
         source: where the model came from.
         form: the form of its rows, where it is a run's.
         limits: what it takes on.
+        doubts: what the user should know of the adapters that it opens with, a sentence each.
     """
 
     def __init__(
@@ -72,7 +73,9 @@ class Engine:
         source: Source,
         form: str | None = None,
         limits: Limits = _USUAL,
+        doubts: Iterable[str] = (),
     ) -> None:
+        self._doubts = tuple(doubts)
         self.name, self.limits = name, limits
         self._model, self._base = model, Reads.of(model, tokenizer, form)
         self._positions = positions_of(model).limit()
@@ -119,7 +122,9 @@ class Engine:
         if base in wanted or own.keys() & (adapters or {}).keys():
             twice = base if base in wanted else next(iter(own))
             raise ConfigError(f"two models are called {twice!r}: give the adapter, or the served model, another name")
-        engine = cls(model, tokenizer, name=base, source=named.source, form=named.form, limits=limits)
+        said = (named.doubt, *(doubt_of(folder, named.source) for folder in (adapters or {}).values()))
+        doubts = filter(None, said)
+        engine = cls(model, tokenizer, name=base, source=named.source, form=named.form, limits=limits, doubts=doubts)
         try:
             for one, folder in wanted.items():
                 engine.add_adapter(one, folder)
@@ -213,7 +218,8 @@ class Engine:
 
     def _notes(self) -> tuple[str, ...]:
         alone, apart = self._passes.why_alone, self._passes.adapters.why_apart
-        said = [f"requests are answered one after the other: {alone}"] if alone is not None else []
+        said = [*self._doubts]
+        said += [f"requests are answered one after the other: {alone}"] if alone is not None else []
         said += [f"requests for different adapters do not share batches: {apart}"] if apart is not None else []
         return (*said, self._broken_by) if self._broken_by else tuple(said)
 
