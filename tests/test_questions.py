@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 from typing import Any
 
@@ -94,3 +95,9 @@ def test_questions_that_there_are_none(tmp_path: Path) -> None:
         questions_in(str(tmp_path / "latin.txt"))
     with pytest.raises(DataError, match="UTF-8"):
         prompt_of(None, "n\udce9", None)
+
+
+def test_rows_of_a_compressed_file_are_rows(tmp_path: Path) -> None:
+    packed = tmp_path / "rows.jsonl.gz"
+    packed.write_bytes(gzip.compress(write_rows(tmp_path / "rows.jsonl", rows(3)).read_bytes()))
+    assert [one.text for one in questions_in(str(packed))] == [row["prompt"] for row in rows(3)]
