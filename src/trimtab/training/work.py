@@ -26,7 +26,7 @@ from trimtab.models.model_files import quiet_libraries
 from trimtab.processes import here, together
 from trimtab.runs.events import Listener
 from trimtab.runs.folder import RunFolder
-from trimtab.runs.records import MetricsLine
+from trimtab.runs.records import MetricsLine, RowsDigest
 from trimtab.signals import heard, listening
 from trimtab.surgery.attach_report import AttachReport, describe
 from trimtab.surgery.contexts import disable_adapter
@@ -51,7 +51,7 @@ class Work:
 
     def __init__(self, job: Job, inputs: Inputs, listener: Listener, trackers: Sequence[TrainerCallback] = ()) -> None:
         quiet_libraries()
-        here().wait()  # until the leading process has found that the run may begin
+        require_same_rows(inputs.digests)  # waits until the leading process has found that the run may begin
         self.task, self.inputs, self.reader, self.listener = tasks.of(job), inputs, job.reader, listener
         self._trackers = trackers
         config = job.config
@@ -188,6 +188,21 @@ def follow(job: Job, inputs: Inputs) -> None:
         )
     work = Work(job, inputs, Listener())
     here().follow(work)
+
+
+def require_same_rows(mine: RowsDigest) -> None:
+    """Wait for all processes. Raises RunError where one of them reads other rows than the first does, as from a disk of
+    its own."""
+    first, *others = here().gathered(mine)
+    for rank, found in enumerate(others, 1):
+        if found != first:
+            which = next(
+                name for name in ("train", "validation", "test") if getattr(found, name) != getattr(first, name)
+            )
+            raise RunError(
+                f"data.{which}: process {rank} reads other rows there than the first one; put the same files on all "
+                "machines, or name a place that they have in common"
+            )
 
 
 def _require_divisible(model: nn.Module) -> None:
