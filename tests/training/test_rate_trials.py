@@ -26,12 +26,12 @@ from trimtab.tasks import inputs_of, job_of
 from trimtab.training import rate_plan, rate_trials
 from trimtab.training.rate_plan import SHORTEST, plan_trials
 from trimtab.training.rate_prior import labels_of_step, likely_rate
-from trimtab.training.rate_trials import APART, _narrow, choose
+from trimtab.training.rate_trials import APART, FLAT, _narrow, choose
 from trimtab.training.run import finetune
 
 
-def trial(rate: float, loss: float | None, turn: int = 1) -> RateTrial:
-    return RateTrial(round=turn, rate=rate, steps=5, loss=loss, seconds=0.0)
+def trial(rate: float, loss: float | None, turn: int = 1, steps: int = 32) -> RateTrial:
+    return RateTrial(round=turn, rate=rate, steps=steps, loss=loss, seconds=0.0)
 
 
 def bowl(best: float) -> Callable[[float], float | None]:
@@ -110,6 +110,16 @@ def test_trials_as_good_as_equal_leave_the_likely_rate() -> None:
     assert choose(flat, 1e-3) == pytest.approx(1e-3, rel=0.2)
     steep = [trial(rate, loss) for rate, loss in ((5e-4, 1.5), (1e-3, 1.2), (2e-3, 1.0))]
     assert choose(steep, 1e-3) > 1.8e-3
+
+
+def test_the_fewer_the_steps_of_trials_the_nearer_to_the_likely_rate() -> None:
+    """A difference of as much as long trials tell from none."""
+
+    def chosen(steps: int) -> float:
+        return choose([trial(rate, 1.0 + at * FLAT, steps=steps) for at, rate in enumerate((5e-4, 1e-3, 2e-3))], 1e-3)
+
+    assert chosen(4) > chosen(16) > chosen(32) == chosen(320)
+    assert chosen(4) == pytest.approx(1e-3, rel=0.15)
 
 
 def test_the_likely_rate_of_full_fine_tuning_is_the_lowest_and_falls_with_alpha_and_width() -> None:
