@@ -81,23 +81,26 @@ def settings(study: RatesStudy, budget: float, tasks: Sequence[str]) -> Iterator
         if task not in tasks or best is None:
             continue
         over: dict[str, list[float]] = {"auto": [], "fixed": []}
-        trained: list[dict[str, Any]] = []
+        rates: list[float] = []
+        costs: list[float] = []
         for seed in study.said.seeds:
             cell = RateCell(task, arm, best, seed)
             for name in over:
                 trainings = trainings or Trainings(study)
                 found = _trained(study, trainings, cell, name, budget)
                 over[name].append(_loss(found) - losses[seed][best])
-                trained.append({"by": name, "seed": seed, **{key: found[key] for key in ("rate", "loss", "cost")}})
+                if name == "auto":
+                    rates.append(found["rate"])
+                    costs.append(found["cost"])
         yield {
             "task": task,
             "arm": arm,
             "best_rate": at_lattice(best),
             "best_loss": round(statistics.fmean(each[best] for each in losses.values()), 5),
-            "auto_rates": [each["rate"] for each in trained if each["by"] == "auto"],
-            "auto_cost": max(each["cost"] for each in trained),
+            "auto_rates": rates,
+            "auto_cost": max(costs),
             **{f"{name}_over": min(DIVERGED, round(statistics.fmean(values), 5)) for name, values in over.items()},
-            "trained": trained,
+            "trained": list(_kept(study, cell, budget)),
         }
 
 
@@ -125,6 +128,16 @@ def _trained(study: RatesStudy, trainings: Any, cell: Any, name: str, budget: fl
         print(f"  {cell.arm} on {cell.task}, seed {cell.seed}, {name}: {rate:g}", file=sys.stderr, flush=True)
     found: dict[str, Any] = known
     return found
+
+
+def _kept(study: RatesStudy, cell: Any, budget: float) -> Iterator[dict[str, Any]]:
+    """Every training that is kept of a setting, also with seeds that are not asked for yet."""
+    from trimtab.files import read_json
+
+    for name in ("auto", "fixed"):
+        for file in sorted(study.beside(cell, name, budget).parent.glob("seed*.json")):
+            found = read_json(file)
+            yield {"by": name, **{key: found[key] for key in ("seed", "rate", "loss", "cost")}}
 
 
 def _loss(cell: dict[str, Any]) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -146,7 +147,8 @@ def test_auto_is_held_against_the_best_of_whole_grids_alone(study: RatesStudy, m
         def run(self, cell: RateCell, rate: float) -> dict[str, Any]:
             Known.made += 1
             loss = 0.3 + 0.05 * (lattice_index(rate) + 9) ** 2 + 0.001 * cell.seed
-            return {"rate": rate, "loss": None if cell.arm == "full" else loss, **study.identity(cell)}
+            loss_of = None if cell.arm == "full" else loss
+            return {"seed": cell.seed, "rate": rate, "loss": loss_of, **study.identity(cell)}
 
     monkeypatch.setattr(rates_cell, "Trainings", Known)
     assert list(auto_check.settings(study, 0.15, ["orders"])) == []
@@ -156,6 +158,11 @@ def test_auto_is_held_against_the_best_of_whole_grids_alone(study: RatesStudy, m
     assert rows["LoRA r8"]["auto_over"] == pytest.approx(0)
     assert rows["LoRA r8"]["fixed_over"] == pytest.approx(0.05)  # 5e-4 is one place below
     assert rows["full"]["auto_over"] == 99.0  # diverged
+    assert len(rows["LoRA r8"]["trained"]) == 6
+    first = replace(study, said=study.said.model_copy(update={"seeds": [1]}))
+    (one, *_) = auto_check.settings(first, 0.15, ["orders"])
+    assert len(one["auto_rates"]) == 1
+    assert one["trained"] == rows["LoRA r8"]["trained"], "of the other seeds, too, to go on from"
     made = Known.made
     auto_check.run(str(YAML), f"state={study.state}", f"output={study.output}", f"phrasebank={study.said.phrasebank}")
     assert Known.made == made  # kept
