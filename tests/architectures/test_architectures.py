@@ -7,6 +7,7 @@ the table is written again: ``python tests/architectures/sweep.py``.
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import architecture_checks
@@ -36,6 +37,13 @@ KINDS = [
 ]
 
 
+def is_fine(check: str, result: str) -> bool:
+    """Whether all is well; a weight that a module reads by itself may give products that a processor rounds otherwise
+    (seen on one with AVX2 alone)."""
+    apart = re.fullmatch(r"step 0: outputs are (\S+) apart", result)
+    return result == "yes" or (check == "LoRA: step 0" and apart is not None and float(apart[1]) < 1e-6)
+
+
 @pytest.mark.parametrize("name", list(RECORDS) if sampling.everything else KINDS)
 def test_an_architecture_does_what_the_table_says(name: str) -> None:
     found, written = architecture_checks.examine(name).plain(), RECORDS[name]
@@ -43,7 +51,8 @@ def test_an_architecture_does_what_the_table_says(name: str) -> None:
         return  # a matter of the machine
     assert bool(found["reason"]) == bool(written["reason"]), found["reason"] or "it can be made now"
     found_wrong, written_wrong = (
-        {check: result for check, result in record["checks"].items() if result != "yes"} for record in (found, written)
+        {check: result for check, result in record["checks"].items() if not is_fine(check, result)}
+        for record in (found, written)
     )
     assert found_wrong.keys() == written_wrong.keys(), found_wrong
 

@@ -82,7 +82,7 @@ def test_a_run_that_is_told_to_end(
     monkeypatch.setattr(RunDisplay, "stage", stage)
     said = [cli("finetune", file, *(["--resume"] if file.with_suffix("").exists() else [])) for _ in range(6)]
     assert [result.code for result in said] == [143] * 5 + [0]
-    assert said[0].err == said[1].err == "\ninterrupted; nothing was begun\n"
+    assert [result.err.endswith("\ninterrupted; nothing was begun\n") for result in said[:2]] == [True, True]
     command = r"\ninterrupted; everything so far is in .*\nGo on with: trimtab finetune .*config\.yaml --resume\n"
     assert all(result.matches(command) for result in said[2:5])
     assert stages.count("Training") == 2

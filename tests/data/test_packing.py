@@ -60,11 +60,12 @@ def test_the_loss_and_its_gradients_are_those_of_padded_rows(make: Any, attentio
         loss = task.loss(head, batch, count=count, prompt_weight=prompt_weight)
         found.append((loss, torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)))
     (padded, wanted), (packed, got) = found
-    torch.testing.assert_close(packed, padded, rtol=1e-12, atol=0)
+    exact = 1e-12 if attention == "sdpa" else 1e-6  # eager attention has its softmax in float32
+    torch.testing.assert_close(packed, padded, rtol=exact, atol=0)
     for one, other in zip(got, wanted, strict=True):
         assert (one is None) == (other is None)
         if one is not None and other is not None:
-            torch.testing.assert_close(one, other, rtol=0, atol=1e-12 * float(other.abs().max() + 1))
+            torch.testing.assert_close(one, other, rtol=0, atol=exact * float(other.abs().max() + 1))
 
 
 def test_other_tasks_have_their_rows_apart() -> None:

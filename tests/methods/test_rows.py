@@ -54,7 +54,8 @@ def test_rows_train_as_they_would_by_themselves(kind: str, tiny_llama: Make, tmp
     report = trimtab.attach(model, Rule(match=both(bare), method="full", rows=ROWS))
     tables = 2 if kind == "untied" else 1
     assert report.trainable_parameters == tables * len(ROWS) * 16
-    assert torch.equal(logits(model), logits(bare))
+    # The head's products with these rows are made apart, and other shapes may be rounded otherwise.
+    torch.testing.assert_close(logits(model), logits(bare), rtol=1e-13, atol=1e-13)
     reference.requires_grad_(False)
     held = {id(module.weight): module.weight for module in map(reference.get_submodule, both(bare))}
     assert len(held) == tables

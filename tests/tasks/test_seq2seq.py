@@ -122,7 +122,12 @@ def test_what_has_no_meaning_is_refused(place: Path, sections: Any, error: type[
 
 def test_text_without_a_token_is_told(place: Path) -> None:
     reader = load_tokenizer(tasks.job_of(seq2seq_config(place)).source)
-    reader.unk_token = " report"  # as if this word had no token
-    told = Kept()
-    TASK.read(tasks.job_of(seq2seq_config(place)), reader, told)
-    assert [remark for remark in told.remarks if "no token for" in remark], told.remarks
+    job = tasks.job_of(seq2seq_config(place))
+
+    def told_with(unknown: str) -> list[str]:
+        reader.unk_token, told = unknown, Kept()
+        TASK.read(job, reader, told)
+        return [remark for remark in told.remarks if "no token for" in remark]
+
+    assert told_with(reader.tokenize(pair_rows(1)[0]["source"])[0]), "as if this word had no token"
+    assert not told_with("none of its tokens")

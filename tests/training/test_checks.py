@@ -90,7 +90,7 @@ def test_a_model_without_a_table_reads_rows_longer_than_it_was_made_for(check: C
 
 
 def test_new_tokens_without_room_for_a_prompt_are_an_error(check: Callable[..., list[str]], tmp_path: Path) -> None:
-    test = {"t": file(tmp_path, "t", OPEN)}
+    test = {"t": file(tmp_path, "t", [{**row, "prompt": f"{row['prompt']}?"} for row in OPEN])}
     with pytest.raises(ConfigError, match=r"evaluation\.max_new_tokens: 1024 leaves no room .* 1024 positions"):
         check(OPEN, data={"test": test}, evaluation={"max_new_tokens": 1024})
     assert check(OPEN, data={"test": test}, evaluation={"max_new_tokens": 64}) == []

@@ -17,7 +17,8 @@ def tell_unknown(
         rows: of each its place, its texts and its tokens.
         written: whether the model learns to write some of these texts.
     """
-    unknown = getattr(tokenizer, "unk_token_id", None)
+    # A token that is not in the vocabulary has no number, and asking for it ends in a recursion.
+    unknown = tokenizer.get_vocab().get(getattr(tokenizer, "unk_token", None))
     ends = (getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "cls", "sep"))
     if unknown is None or unknown in ends:  # GPT-2 has one token for all of these
         return

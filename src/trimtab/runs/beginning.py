@@ -243,7 +243,8 @@ def opened(config: RunConfig, *, resume: bool, overwrite: bool) -> Iterator[Open
         raise RunError(f"{folder.path}: a file is in the way; choose another output")
     if resume and not (folder.is_run or folder.is_cleared_away):
         raise RunError(f"{folder.path}: there is no run to resume; start it without --resume")
-    if not (folder.lock.exists() or folder.is_run or folder.is_cleared_away or folder.is_empty):
+    ours = folder.is_run or folder.summary.is_file() or folder.is_cleared_away or folder.is_empty
+    if not (ours or folder.lock.exists()):
         raise _holds_something_else(folder)  # no lock of ours is left in it
     with locked(folder.lock, "run folder"):
         remove_leftovers(folder.path, alone=True)
