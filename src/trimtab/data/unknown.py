@@ -17,8 +17,11 @@ def tell_unknown(
         rows: of each its place, its texts and its tokens.
         written: whether the model learns to write some of these texts.
     """
+    name = getattr(tokenizer, "unk_token", None)
+    if name is None:  # a reader of pictures, too, has none
+        return
     # A token that is not in the vocabulary has no number, and asking for it ends in a recursion.
-    unknown = tokenizer.get_vocab().get(getattr(tokenizer, "unk_token", None))
+    unknown = tokenizer.get_vocab().get(name)
     ends = (getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "cls", "sep"))
     if unknown is None or unknown in ends:  # GPT-2 has one token for all of these
         return
