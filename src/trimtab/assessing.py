@@ -71,8 +71,8 @@ def measure(
     """
     listener = listener or Listener()
     named = Named.find(target, adapter=adapter, base=base)
-    if named.doubt is not None:
-        listener.remark(named.doubt)
+    if (doubt := named.doubt) is not None:
+        listener.remark(doubt)
     run, config = named.run, named.config
     task = of_head(named.head)
     own = {name: config.data.settled(test) for name, test in config.data.test.items()} if config is not None else {}

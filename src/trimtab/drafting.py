@@ -113,7 +113,8 @@ def draft(wish: Wish, place: Path) -> Draft:
             notes.append("no change of settings makes it fit: take a smaller model")
         else:
             change = memory["suggestions"][0]
-            _apply(settings, change["change"], f"so that it fits: {change['needed']:.1f} GiB")
+            fits = f"so that it fits: {change['needed']:.1f} GiB"
+            settings = _with_said(settings, change["change"].split(), fits)
             notes.append(f"so the file says {change['change']}: {change['needed']:.1f} GiB")
     return Draft(_write(settings), notes)
 
@@ -261,14 +262,8 @@ def _relative(place: Path, name: str) -> str:
     return os.path.relpath(path, place.parent)  # Path.relative_to walks upwards from Python 3.12 on only
 
 
-def _apply(settings: Settings, change: str, comment: str) -> None:
-    for part in change.split():
-        key, value = part.split("=", 1)
-        settings[key] = parse_yaml(value, key), comment
-
-
-def _with_said(settings: Settings, said: Sequence[str]) -> Settings:
-    """``settings`` with what the user ``said`` (``key.sub=value``) in them."""
+def _with_said(settings: Settings, said: Sequence[str], why: str = "as said") -> Settings:
+    """``settings`` with what is ``said`` (``key.sub=value``) in them; ``why``: the comment of what is another then."""
     nested: dict[str, Any] = {}
     for key, (value, _) in settings.items():
         set_dotted(nested, tuple(key.split(".")), deepcopy(value))
@@ -279,7 +274,7 @@ def _with_said(settings: Settings, said: Sequence[str]) -> Settings:
         parts = {f"{section}.{key}": value for key, value in inside.items()} if isinstance(inside, dict) else None
         for key, value in (parts or {section: inside}).items():
             known, comment = settings.get(key, (None, ""))
-            found[key] = value, comment if known == value and comment else "as said"
+            found[key] = value, comment if known == value and comment else why
     return found
 
 

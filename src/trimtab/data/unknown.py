@@ -22,7 +22,7 @@ def tell_unknown(
         return
     # A token that is not in the vocabulary has no number, and asking for it ends in a recursion.
     unknown = tokenizer.get_vocab().get(name)
-    ends = (getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "cls", "sep"))
+    ends = (getattr(tokenizer, f"{end}_token_id", None) for end in ("bos", "eos", "cls", "sep"))
     if unknown is None or unknown in ends:  # GPT-2 has one token for all of these
         return
     first: Sequence[str] | None = None
@@ -36,7 +36,7 @@ def tell_unknown(
     sample = next(filter(None, (_without_token(text, tokenizer, unknown) for text in first)), "")
     example = f", such as {sample!r}," if sample else ""
     cannot = " and cannot write" if written else ""
-    what = f"text that the tokenizer has no token for{example} which the model reads as {tokenizer.unk_token}{cannot}"
+    what = f"text that the tokenizer has no token for{example} which the model reads as {name}{cannot}"
     advice = "Change the rows, or give such texts tokens of their own (model.add_tokens)"
     for place in found:
         notes.row(place, what, advice)

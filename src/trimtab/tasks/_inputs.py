@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Generic
 
 from trimtab.config.run import RunConfig
-from trimtab.data.rows import Answered, OneAnswered, Source, among, digest
+from trimtab.data.rows import Answered, OneAnswered, Source, digest, fingerprint
 from trimtab.data.split import draw, split_off, times_an_epoch
 from trimtab.errors import DataError
 from trimtab.notes import Notes, rows as counted
@@ -139,11 +139,12 @@ def _gather(rows: Rows[Any], notes: Notes) -> Inputs:
         listener.note(f"{len(tested)} test rows in '{name}'")
 
     sets = {"validation rows": validation, **{f"rows of the test set {name}": tested for name, tested in tests.items()}}
+    known = {fingerprint(row) for row in training} if any(sets.values()) else set()
     for what, measured in sets.items():
-        if known := among(measured, training):
+        if again := [row for row in measured if fingerprint(row) in known]:
             notes.add(
-                f"{len(known):,} of the {len(measured):,} {what} are among the training rows, too (the first is "
-                f"{known[0].place}), so figures of them do not tell how the model does on rows that it has not seen"
+                f"{len(again):,} of the {len(measured):,} {what} are among the training rows, too (the first is "
+                f"{again[0].place}), so figures of them do not tell how the model does on rows that it has not seen"
             )
 
     encoded = rows.encode(training, answers, notes)
