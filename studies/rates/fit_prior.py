@@ -3,9 +3,10 @@
     python studies/rates/fit_prior.py studies/rates/study.yaml [task=sentiment] [key=value ...]
 
 For each method a line through the best rates of its arms: ``log rate = log base - power * log size``, where the size is
-alpha / 16, or rank / 8 for a method without alpha. An arm's best rate is the bottom of a parabola through all rates
-whose loss, a mean over the seeds, is within ``NEAR`` of the lowest, and through the two beside that: one rate by itself
-may be lucky. Prints both; what is printed is copied into the table there by hand.
+alpha / 16, or rank / 8 for a method without alpha. All methods share one power, for their own do not differ by more
+than they are uncertain. An arm's best rate is the bottom of a parabola through all rates whose loss, a mean over the
+seeds, is within ``NEAR`` of the lowest, and through the two beside that: one rate by itself may be lucky. Prints the
+bases and the power; what is printed is copied into that module by hand.
 """
 
 from __future__ import annotations
@@ -41,9 +42,9 @@ def run(file: str, *overrides: str) -> None:
         raise RunError(f"no arm has three rates on {task} yet; go on with studies/rates/run.py first")
     for method, arms in found.items():
         for arm, (size, rate) in arms.items():
-            print(f"{arm:18} size {size:<7g} best {rate:.2e}")
-        base, power = line(list(arms.values()))
-        print(f"{method}: base {base:.2g}, power {power:.2f}\n")
+            print(f"{method}: {arm:18} size {size:<7g} best {rate:.2e}")
+    bases, power = lines({method: list(arms.values()) for method, arms in found.items()})
+    print(", ".join(f"{method} {base:.2g}" for method, base in bases.items()) + f"; power {power:.2f}")
 
 
 def bests(study: RatesStudy, task: str) -> dict[str, dict[str, tuple[float, float]]]:
@@ -109,13 +110,16 @@ def smooth_best(losses: Mapping[int, float]) -> float:
     return float(np.clip(-slope / (2 * curve), drawn[0], drawn[-1])) if curve > 0 else float(best)
 
 
-def line(arms: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Base and power of the line through sizes and rates; a power of 0 where all sizes are one."""
-    logs = [(math.log(size), math.log(rate)) for size, rate in arms]
-    if len({size for size, _ in logs}) < 2:
-        return math.exp(statistics.fmean(rate for _, rate in logs)), 0.0
-    slope, start = statistics.linear_regression(*zip(*logs, strict=True))
-    return math.exp(start), -slope
+def lines(methods: Mapping[str, Sequence[tuple[float, float]]]) -> tuple[dict[str, float], float]:
+    """A base for each method and the power they share, of the lines through their sizes and rates (least squares)."""
+    logs = {method: [(math.log(size), math.log(rate)) for size, rate in arms] for method, arms in methods.items()}
+    middles = {method: tuple(map(statistics.fmean, zip(*arms, strict=True))) for method, arms in logs.items()}
+    beside = [
+        (size - middles[method][0], rate - middles[method][1]) for method, arms in logs.items() for size, rate in arms
+    ]
+    spread = sum(size**2 for size, _ in beside)
+    power = -sum(size * rate for size, rate in beside) / spread if spread else 0.0
+    return {method: math.exp(rate + power * size) for method, (size, rate) in middles.items()}, power
 
 
 if __name__ == "__main__":

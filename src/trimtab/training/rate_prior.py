@@ -1,11 +1,11 @@
 """Which learning rate is likely the best one, before anything was tried: where the trials of ``auto`` begin.
 
-    rate = base / size^power * (576 / width)^0.775 * (32 / steps)^0.32 * (labels / 16)^0.5
+    rate = base / size^0.61 * (576 / width)^0.775 * (32 / steps)^0.32 * (labels / 16)^0.5
 
 ``base`` is the best rate of a method in ``studies/rates`` on answers of one word: SmolLM2-135M, whose hidden size is
 576, rank 8 with alpha 16, and 32 steps of 16 labels. ``size`` is how many times larger alpha is, or the rank where a
-method has no alpha; its power is from the same task (``studies/rates/fit_prior.py`` prints both). The other powers lead
-to other runs:
+method has no alpha; its power is from the same task, one for all methods (``studies/rates/fit_prior.py`` prints both).
+The other powers lead to other runs:
 
 - ``width``, the model's hidden size: found for Llama models over many sizes (Thinking Machines, "LoRA Without Regret",
   2025).
@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -29,22 +29,11 @@ from trimtab.config.run import TrainConfig
 from trimtab.models.causal_head import IGNORED
 from trimtab.surgery.plan import Rule
 
+BASE = {"lora": 1.5e-3, "dora": 1.4e-3, "mora": 8.7e-4, "full": 1.1e-4}
+"""The best rate of a method at rank 8 and alpha 16. Others are taken as LoRA, or as full fine-tuning where they train
+the base."""
 
-class Likely(NamedTuple):
-    """The best rate of one method at rank 8 and alpha 16, and by which power it falls with its size."""
-
-    base: float
-    power: float
-
-
-TABLE = {
-    "lora": Likely(1.5e-3, 0.37),
-    "dora": Likely(1.4e-3, 0.48),
-    "mora": Likely(8.1e-4, 0.57),
-    "full": Likely(1.1e-4, 0.0),
-}
-"""Others are taken as LoRA, or as full fine-tuning where they train the base."""
-
+SIZE_POWER = 0.61
 RANK, ALPHA = 8, 16.0
 WIDTH, WIDTH_POWER = 576, 0.775
 STEPS, STEPS_POWER = 32, 0.32
@@ -93,8 +82,8 @@ def _labels(row: Mapping[str, Any], prompt_weight: float) -> float:
 
 def _of_rule(rule: Rule, b_ratio: float) -> float:
     method = methods.method_class(rule.method)
-    known = TABLE.get(rule.method) or TABLE["full" if method.trains_base else "lora"]
-    rate = known.base / size_of(rule.options) ** known.power
+    base = BASE.get(rule.method) or BASE["full" if method.trains_base else "lora"]
+    rate = base / size_of(rule.options) ** SIZE_POWER
     return float(rate / math.sqrt(b_ratio) if "second factor" in method.rate_groups.values() else rate)
 
 

@@ -14,7 +14,7 @@ import pytest
 
 import auto_check
 import rates_cell
-from fit_prior import bests, line, mean_losses, smooth_best
+from fit_prior import bests, lines, mean_losses, smooth_best
 from rates_page import write_rates_page
 from rates_results import arm_results, best_place, compared, restore, write_results
 from rates_rows import _orders
@@ -197,9 +197,19 @@ def test_the_likely_rates_are_a_line_through_what_arms_of_all_sizes_say(study: R
     assert set(found) == {"lora", "dora", "mora", "full"}
     three = [found["lora"][arm] for arm in ("LoRA r1", "LoRA r8", "LoRA r64")]
     assert [size for size, _ in three] == [1 / 8, 1, 8]
-    base, power = line(three)
-    assert (base, power) == pytest.approx((at_lattice(-8), 0.5), rel=0.02)
-    assert line([three[1]]) == pytest.approx((at_lattice(-8), 0.0), rel=0.02)
+    base, power = lines({"lora": three})
+    assert (base["lora"], power) == pytest.approx((at_lattice(-8), 0.5), rel=0.02)
+    assert lines({"lora": three[1:2]}) == ({"lora": pytest.approx(at_lattice(-8), rel=0.02)}, 0.0)
+
+
+def test_methods_share_the_power_and_have_bases_of_their_own() -> None:
+    """Arms of one size alone say nothing about the power, and those of more sizes say more."""
+    steep = [(size, 2e-3 / size**0.8) for size in (1 / 8, 1.0, 8.0)]
+    flat = [(size, 1e-3 / size**0.2) for size in (1 / 8, 1.0, 8.0)]
+    bases, power = lines({"lora": steep, "mora": flat, "full": [(1.0, 1e-4), (1.0, 4e-4)]})
+    assert power == pytest.approx(0.5)
+    assert bases == pytest.approx({"lora": 2e-3, "mora": 1e-3, "full": 2e-4})
+    assert lines({"lora": steep, "mora": flat[:2]})[1] > 0.6
 
 
 def test_a_seed_that_is_lower_everywhere_draws_no_rate_down_that_it_alone_has() -> None:
