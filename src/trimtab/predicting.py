@@ -14,14 +14,14 @@ from typing import Any
 
 from trimtab.config.resolve import Job
 from trimtab.config.run import EvaluationConfig
-from trimtab.data.opening import endings
+from trimtab.data.opening import is_table
 from trimtab.data.rows import Row
 from trimtab.data.sources import rows_of
 from trimtab.errors import ConfigError, DataError
 from trimtab.hints import pasted
 from trimtab.models.locate import ModelHead
 from trimtab.models.positions import positions_of
-from trimtab.questions import TABLES, lines_of
+from trimtab.questions import lines_of
 from trimtab.runs.named import Named
 from trimtab.surgery.contexts import for_inference
 from trimtab.tasks import Answer, of_head
@@ -56,7 +56,7 @@ class Predictor:
 
     def rows_in(self, file: str) -> Iterator[Row]:
         """The rows of ``file``; of a file that is no table, each line asks by itself, and ``-`` is standard input."""
-        if endings(file)[0] in TABLES or Path(file).is_dir():
+        if is_table(file, ".json") or Path(file).is_dir():
             yield from rows_of(self.named.source_of_rows(file), root=Path.cwd())
             return
         for number, line in enumerate(lines_of(file), start=1):

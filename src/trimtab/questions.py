@@ -16,14 +16,13 @@ from typing import Any
 from trimtab.data import forms
 from trimtab.data.forms._reading import Reading
 from trimtab.data.forms.chat import Chat
-from trimtab.data.opening import endings
+from trimtab.data.opening import is_table
 from trimtab.data.rows import Row
 from trimtab.data.sources import read_rows
 from trimtab.errors import DataError
 
 Message = dict[str, Any]
 
-TABLES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 _ASKING = ("prompt", "question", "instruction", "context", "input", "text")
 
 
@@ -120,7 +119,7 @@ def questions_in(source: str) -> list[Question]:
 
     Raises DataError if there is none, or a row that asks nothing.
     """
-    if endings(source)[0] in TABLES:
+    if is_table(source, ".json"):
         found = [_of_row(row) for row in read_rows(source, root=Path.cwd())]
     else:
         found = [Question(line) for line in lines_of(source) if line.strip()]

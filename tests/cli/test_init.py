@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 from pathlib import Path
@@ -92,6 +93,15 @@ def test_questions_are_asked_with_what_lies_here_as_answers(here: Path, monkeypa
         "test.jsonl",
     ]
     assert config.plan[0]["method"] == "lora"
+
+
+@pytest.mark.usefixtures("fits")
+def test_a_compressed_table_is_offered_as_an_answer_too(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (here / "rows.jsonl.gz").write_bytes(gzip.compress((here / "rows.jsonl").read_bytes()))
+    (here / "rows.jsonl").unlink()
+    monkeypatch.setattr(init, "_can_ask", lambda: True)
+    run(typed="tiny model\n\n\n\n")
+    assert paths(load_config(here / "run.yaml").data.train) == (str(here / "rows.jsonl.gz"),)
 
 
 @pytest.mark.usefixtures("fits")

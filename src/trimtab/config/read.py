@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 from trimtab.config.errors import explain
 from trimtab.config.run import DEFAULT_PLAN, RunConfig
 from trimtab.config.yaml_text import LONGEST, parse_yaml, show, write_yaml
-from trimtab.data.opening import endings
+from trimtab.data.opening import is_table
 from trimtab.data.sources import is_local
 from trimtab.errors import ConfigError, did_you_mean
 from trimtab.hints import pasted
@@ -80,7 +80,7 @@ def spell_out(raw: dict[str, Any]) -> None:
 def read_mapping(file: Path, keys: str = "'model:' and 'data:'") -> dict[str, Any]:
     """What a YAML file says. Raises ConfigError if it is missing, not YAML, something other than ``keys``, or what
     another verb takes."""
-    if file.is_file() and endings(file)[0] in _TABLES:
+    if file.is_file() and is_table(file):
         raise ConfigError(
             f"{file}: rows, in place of the YAML that names them; {pasted('init', '--train', file)} writes one"
         )
@@ -100,8 +100,6 @@ _KINDS = (
     ("model", "a run", "finetune"),
 )
 """By which key a YAML is known, what it is, and the verb that takes it."""
-
-_TABLES = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 
 
 def config_text(file: Path, kin: str = "*") -> str:

@@ -48,6 +48,12 @@ def endings(path: Path | str) -> tuple[str, str]:
     return suffixes[-1] if suffixes else "", packed
 
 
+def is_table(path: Path | str, *others: str) -> bool:
+    """Whether a file's name says that rows are all it can hold. JSON may be anything, and text, too: these count only
+    where they are among the ``others``."""
+    return endings(path)[0] in (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", *others)
+
+
 def require_file(source: str, path: Path) -> None:
     """Raise DataError if ``path`` is a fifo, a device or a socket, from which a read may never return."""
     mode = path.stat().st_mode

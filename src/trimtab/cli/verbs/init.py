@@ -152,6 +152,7 @@ def _can_ask() -> bool:
 
 def _data_files() -> list[str]:
     """Files here, or one folder below, that look like rows."""
-    endings = {".jsonl", ".ndjson", ".csv", ".tsv", ".parquet"}
+    from trimtab.data.opening import is_table
+
     places = [path for pattern in ("*", "*/*") for path in sorted(Path().glob(pattern))]
-    return [str(path) for path in places if path.suffix in endings and path.is_file()]
+    return [str(path) for path in places if is_table(path) and path.is_file()]
