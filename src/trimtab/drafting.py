@@ -148,8 +148,11 @@ def _look_at_labels(wish: Wish, job: Job) -> tuple[_Seen, list[str]]:
     """What the rows of another task than causal language modelling say, and a sentence each on them."""
     task, told = tasks.of(job), _Told()
     inputs = task.read(job, job.reader, told)
-    longest = max(inputs.rows.lengths) if task.counted == "tokens" else 0
-    return _Seen(len(inputs.rows), inputs.form, inputs.choices, longest, 0), [f"task: {task.name}", *told.notes]
+    longest = answer = 0
+    if task.counted == "tokens":
+        sizes = task.sizes(job, inputs)
+        longest, answer = max(sizes.length, sizes.labels), sizes.labels if task.writes else 0
+    return _Seen(len(inputs.rows), inputs.form, inputs.choices, longest, answer), [f"task: {task.name}", *told.notes]
 
 
 class _Told(Listener):

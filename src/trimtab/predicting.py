@@ -8,12 +8,14 @@ for row, answer in predictor.answers([predictor.row("is berth seven free?")]):
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from trimtab.config.resolve import Job
 from trimtab.config.run import EvaluationConfig
+from trimtab.data import forms
 from trimtab.data.opening import is_table
 from trimtab.data.rows import Row
 from trimtab.data.sources import rows_of
@@ -21,7 +23,7 @@ from trimtab.errors import ConfigError, DataError
 from trimtab.hints import pasted
 from trimtab.models.locate import ModelHead
 from trimtab.models.positions import positions_of
-from trimtab.questions import lines_of
+from trimtab.questions import lines_of, question_of
 from trimtab.runs.named import Named
 from trimtab.surgery.contexts import for_inference
 from trimtab.tasks import Answer, of_head
@@ -90,7 +92,15 @@ class Predictor:
         asked: list[Any] = []
         for row in rows:
             try:
-                asked.append(self.task.asked(row, self.named.head))
+                asked.append(self.task.asked(self._as_trained(row), self.named.head))
             except DataError as error:
                 return asked, error
         return asked, None
+
+    def _as_trained(self, row: Row) -> Row:
+        """``row``; of a model that writes, with the source that a row of the form of its run's has."""
+        form = self.named.form
+        if form not in forms.names():
+            return row
+        source = question_of(row).prompt(form, self._reader, None)
+        return replace(row, value={self.task.input_key: source})

@@ -23,7 +23,7 @@ from trimtab.errors import DataError
 
 Message = dict[str, Any]
 
-_ASKING = ("prompt", "question", "instruction", "context", "input", "text")
+_ASKING = ("prompt", "question", "instruction", "source", "context", "input", "text")
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def questions_in(source: str) -> list[Question]:
     Raises DataError if there is none, or a row that asks nothing.
     """
     if is_table(source, ".json"):
-        found = [_of_row(row) for row in read_rows(source, root=Path.cwd())]
+        found = [question_of(row) for row in read_rows(source, root=Path.cwd())]
     else:
         found = [Question(line) for line in lines_of(source) if line.strip()]
     if not found:
@@ -128,7 +128,8 @@ def questions_in(source: str) -> list[Question]:
     return found
 
 
-def _of_row(said: Row) -> Question:
+def question_of(said: Row) -> Question:
+    """What a row asks. Raises DataError, which names the row, for one that asks nothing."""
     row = said.value
     messages = row.get("messages", row.get("prompt"))
     if isinstance(messages, list) and all(isinstance(each, dict) for each in messages):

@@ -24,6 +24,7 @@ from trimtab.training.run import finetune
 LORA = [{"match": "all-linear", "method": "lora", "rank": 4}]
 DORA = [{"match": "all-linear", "method": "dora", "rank": 4}]
 MORA = [{"match": "all-linear", "method": "mora", "rank": 4}]
+DENSE = [{"match": ["*.query", "*.dense"], "method": "lora", "rank": 4}]
 TEXT = labelled(1)[0]["text"]
 
 
@@ -40,7 +41,7 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     made: dict[str, Path] = {}
 
     def run(model: str, plan: list[dict[str, Any]], **sections: Any) -> Path:
-        name = f"{model}-{plan[0]['method']}-{'-'.join(sections)}"
+        name = f"{model}-{plan[0]['method']}-{len(plan[0]['match'])}-{'-'.join(sections)}"
         if name not in made:
             base = root / model if (root / model).is_dir() else models[model]()
             if model == "bert":
@@ -104,7 +105,16 @@ def test_a_merged_run_is_a_pipeline_whose_labels_have_names(
 
 
 @pytest.mark.parametrize(
-    ("model", "plan"), [("masked", LORA), ("masked", DORA), ("roberta", DORA), ("llama", DORA), ("bert", LORA)]
+    ("model", "plan"),
+    [
+        ("masked", LORA),
+        ("masked", DORA),
+        ("masked", DENSE),  # which names the pooler, too, that its files lack
+        ("roberta", DORA),
+        ("roberta", DENSE),  # which names a layer of the head, too
+        ("llama", DORA),
+        ("bert", LORA),
+    ],
 )
 def test_the_adapter_of_a_run_is_one_that_peft_reads(
     train: Callable[..., Path], model: str, plan: list[dict[str, Any]]
@@ -159,3 +169,12 @@ def test_a_list_of_modules_that_are_not_there_is_left_out(cli: Any, train: Calla
         sentence_transformers(base)
     assert "so the files for sentence-transformers are not carried along" in result.out
     assert not (tmp_path / "out" / "modules.json").exists()
+
+
+def test_heads_of_other_labels_are_not_combined(cli: Any, train: Callable[..., Path], tmp_path: Path) -> None:
+    one = train("masked", LORA)
+    other = train("masked", LORA, data={"choices": ["watch", "storm", "calm"]})
+    refused = cli("combine", f"{one}:0.5", f"{other}:0.5", "--out", tmp_path / "both")
+    assert refused.code == 1
+    assert "the heads of the adapters have different labels" in " ".join(refused.err.split())
+    assert not (tmp_path / "both").exists()

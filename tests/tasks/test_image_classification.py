@@ -16,8 +16,9 @@ from PIL import Image
 from run_fixtures import make_bare
 from tiny_runs import Kept
 from trimtab import tasks
+from trimtab.adapters.placing import read_adapter
 from trimtab.config.read import build_config
-from trimtab.errors import DataError
+from trimtab.errors import DataError, ModelError
 from trimtab.memory.estimate import estimate_run
 from trimtab.runs.read import read_run
 from trimtab.training.run import finetune
@@ -181,6 +182,40 @@ def test_a_head_for_the_same_labels_is_kept_and_another_is_drawn_by_the_seed(pla
         heads.append(model.classifier.weight)
     assert torch.equal(heads[0], heads[1])
     assert not torch.equal(heads[0], heads[2])
+
+
+@pytest.mark.parametrize("kind", ["CLIP", "Siglip"])
+def test_of_a_model_of_pictures_and_texts_only_the_classifier_is_drawn(place: Path, kind: str) -> None:
+    import transformers
+
+    from trimtab.models.load import load_model
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    pictures = {**sizes, "image_size": 16, "patch_size": 8}
+    texts = {**sizes, "vocab_size": 40, "max_position_embeddings": 8}
+    torch.manual_seed(0)
+    whole = getattr(transformers, f"{kind}Config")(vision_config=pictures, text_config=texts)
+    both = getattr(transformers, f"{kind}Model")(whole)
+    both.save_pretrained(place / kind)
+    transformers.ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(place / kind)
+
+    job, _, inputs = read(place, model=str(place / kind))
+    model: Any = load_model(job.read_for(TASK.head_for(job, inputs)).source)
+    theirs = both.vision_model.state_dict()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in model.vision_model.state_dict().items())
+    folder = finetune(config(place, kind, train={"max_steps": 1, "batch_size": 4, "precision": "float32"}))
+    trained = read_adapter(folder.adapter)
+    assert {name for name, one in trained.items() if one.method == "full"} == {"classifier"}
+
+
+def test_a_processor_that_cuts_pictures_into_pieces_is_refused_in_words(place: Path) -> None:
+    from trimtab.tasks.image_classification import _processed
+
+    def cutting(**_: Any) -> dict[str, torch.Tensor]:
+        return {"pixel_values": torch.zeros(1, 16, 48)}
+
+    with pytest.raises(ModelError, match=r"cuts a picture into pieces of the shape \[16, 48\]"):
+        _processed([], cutting)
 
 
 def test_memory_is_counted_for_pictures(place: Path) -> None:

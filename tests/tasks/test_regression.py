@@ -24,12 +24,14 @@ from trimtab.data.rows import Row
 from trimtab.errors import DataError
 from trimtab.files import write_json
 from trimtab.models.load import load_model
+from trimtab.models.locate import ModelHead
 from trimtab.reports.run.run_page import write_run_page
 from trimtab.reports.run.run_tables import answers_table, evaluation_table, results_table
 from trimtab.reports.shared.words import number
 from trimtab.runs.load import load_run_model
 from trimtab.runs.read import read_run, read_sets
 from trimtab.surgery.attach import trained_tensors
+from trimtab.tasks._answer import of_logits
 from trimtab.tasks.regression import Regression
 from trimtab.training.optimizer import make_optimizer
 from trimtab.training.run import finetune
@@ -296,3 +298,9 @@ def test_memory_is_counted(said: Callable[..., dict[str, Any]]) -> None:
     memory = counted_memory(build_config(said(numbered(8)), Path.cwd(), "run.yaml"))
     assert memory.uncounted is None
     assert {estimate.moment for estimate in memory.moments} == {"loading", "evaluating", "training"}
+
+
+@pytest.mark.parametrize("said", [3.25e-9, 0.125, 136.68, 1234567.0])
+def test_a_number_of_any_size_is_answered_with_all_its_digits(said: float) -> None:
+    answer = of_logits(torch.tensor([said]), ModelHead(Regression.model_class, "regression"))
+    assert answer.fields["label"] == float(answer.text) == pytest.approx(said, rel=1e-6)

@@ -15,9 +15,14 @@ from tiny_runs import Kept, write_rows
 from tiny_seq2seq import pair_rows, seq2seq_config, write_t5
 from trimtab import tasks
 from trimtab.config.run import EvaluationConfig
+from trimtab.data import forms
+from trimtab.data.rows import Source
 from trimtab.errors import ConfigError, DataError
 from trimtab.memory.estimate import estimate_run
 from trimtab.models.model_files import load_tokenizer
+from trimtab.notes import Notes
+from trimtab.predicting import Predictor
+from trimtab.runs.named import Named
 from trimtab.runs.read import read_run
 from trimtab.training.run import finetune
 
@@ -97,6 +102,15 @@ def test_long_sources_and_targets_are_cut_and_told(place: Path) -> None:
     assert any("cut to data.max_length = 5 tokens" in note for note in inputs.notes)
 
 
+def test_targets_that_cannot_be_written_to_their_end_are_told(place: Path) -> None:
+    job, reader, inputs = read(place)
+    told = " ".join(TASK.held(job, inputs, reader))
+    lengths = [len(reader(text_target=str(row.answer))["input_ids"]) for row in inputs.tests["train"]]
+    assert (longer := sum(length > 6 for length in lengths)) > 0
+    assert f"{longer} row" in told
+    assert "evaluation.max_new_tokens = 6 tokens" in told
+
+
 def test_memory_is_counted_over_both_stacks(place: Path) -> None:
     job, _, inputs = read(place)
     memory = estimate_run(job, TASK.sizes(job, inputs))
@@ -131,3 +145,24 @@ def test_text_without_a_token_is_told(place: Path) -> None:
 
     assert told_with(reader.tokenize(pair_rows(1)[0]["source"])[0]), "as if this word had no token"
     assert not told_with("none of its tokens")
+
+
+def test_a_row_of_any_form_is_asked_as_in_training(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"instruction": f"Shorten {at}.", "input": "the late ferry", "output": "late"} for at in range(8)]
+    write_rows(place / "train.jsonl", rows)
+    folder = finetune(seq2seq_config(place, data={"validation": None, "test": "train.jsonl[:3]"}))
+    _, reader, _ = read(place)
+    trained = [example.prompt.strip() for example in TASK.rows([Source(path="train.jsonl")], reader, Notes())]
+    predictor = Predictor(Named.find(str(folder.path)))
+    sources: list[str] = []
+
+    def seen(texts: list[str], *_: Any) -> list[Any]:
+        sources.extend(texts)
+        return []
+
+    monkeypatch.setattr("trimtab.tasks.seq2seq._sources", seen)
+    list(predictor.answers(predictor.rows_in("train.jsonl")))
+    assert sources == trained
+    sources.clear()
+    list(predictor.answers([predictor.row("Shorten it.")]))
+    assert sources == [forms.find("alpaca").prompt("Shorten it.", reader).strip()]

@@ -325,6 +325,24 @@ def test_a_head_is_drawn_by_the_seed(said: Callable[..., dict[str, Any]]) -> Non
     assert not torch.equal(one, other)
 
 
+def test_a_model_whose_head_reads_the_last_position_answers_alike_in_any_batch(
+    said: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    from transformers import XLNetConfig, XLNetLMHeadModel
+
+    configuration = said(labelled(12))
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48, "vocab_size": 200, "initializer_range": 0.2}
+    XLNetLMHeadModel(XLNetConfig(**sizes)).save_pretrained(tmp_path / "xlnet")
+    AutoTokenizer.from_pretrained(tmp_path / "encoder").save_pretrained(tmp_path / "xlnet")
+    configuration["model"]["name"] = str(tmp_path / "xlnet")
+    inputs, model, reader = read(configuration)
+    task = SequenceClassification()
+    together = task.logits(model, task.collator(reader)(list(inputs.rows)))
+    alone = torch.cat([model(torch.tensor([row["input_ids"]])).logits for row in inputs.rows])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)  # float32, sums of other lengths
+
+
 @pytest.mark.parametrize("pad", [None, 7])
 def test_a_causal_model_without_a_padding_token_answers_alike_in_any_batch(
     said: Callable[..., dict[str, Any]], pad: int | None

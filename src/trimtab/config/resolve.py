@@ -157,11 +157,13 @@ class Job:
             rules += [Rule(**{**said, **options.said(), "match": names}) for options, names in by_options.items()]
         return rules
 
-    def _names(self, module: str) -> bool:
-        """Whether a rule of the plan names ``module``: what becomes of it is then as the user says."""
+    def _names(self, module: str, others: Collection[str]) -> bool:
+        """Whether a rule of the plan names ``module``, and none of the ``others`` by the same pattern: what becomes of
+        it is then as the user says. ``*.dense`` means the layers of an encoder, and not a head that is drawn."""
         rules = self.plan.rules if self.plan is not None else ()
         last = module.rpartition(".")[2]
-        return any(fnmatchcase(module, one) and last in one for rule in rules for one in rule.match)
+        mine = [one for rule in rules for one in rule.match if last in one and fnmatchcase(module, one)]
+        return any(not any(fnmatchcase(other, one) for other in others) for one in mine)
 
     @cached_property
     def _methods(self) -> list[tuple[type[Method], Options]]:

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from trimtab.adapters.formats import all_formats
-from trimtab.adapters.placing import format_of, local_folder
+from trimtab.adapters.placing import adapter_files, format_of, local_folder
 from trimtab.adapters.store import load_adapter, save_adapter
+from trimtab.adapters.stored_head import read_head
 from trimtab.errors import ConfigError, ModelError, RunError
 from trimtab.export._card import base_of
 from trimtab.export._hand_over import write_whole
@@ -78,7 +79,7 @@ def combine_folders(
     ``model``: the model that all of them were trained on; None: the first run's, or what the folders say.
 
     Raises:
-        ConfigError: one is named twice, or they say different models.
+        ConfigError: one is named twice, they say different models, or their heads have different labels.
         ModelError: ``out`` holds something that may not be replaced, or the machine does not take it.
         SurgeryError, AdapterError, RunError: as combining and loading raise them.
     """
@@ -89,6 +90,7 @@ def combine_folders(
     folders = [part.adapter for part in parts]
     for folder in folders:
         format_of(folder)  # says what is wrong before a model is loaded
+    _require_labels(parts, folders)
     named = _base(parts, folders, model)
     for folder in folders:
         with_tokens_of(folder, named.source)  # that all mean one word by one number
@@ -127,6 +129,19 @@ def _checked(out: Path, *, overwrite: bool) -> Path:
         if not (target / REPORT).is_file():
             raise ModelError(f"{target}: holds something other than a combined adapter, so it is not overwritten")
     return target
+
+
+def _require_labels(parts: Sequence[Ingredient], folders: Sequence[Path]) -> None:
+    """Raise ConfigError unless the rows of all heads mean the same labels."""
+    heads = [read_head(*adapter_files(folder)) for folder in folders]
+    told = {part.place: head.labels for part, head in zip(parts, heads, strict=True) if head and head.labels}
+    if len(set(told.values())) > 1:
+        raise ConfigError(
+            "the heads of the adapters have different labels ("
+            + "; ".join(f"{place}: {', '.join(labels[:20])}" for place, labels in told.items())
+            + "), so a sum of them would mean none of these; combine runs of the same labels in the same order "
+            "(data.choices)"
+        )
 
 
 def _base(parts: Sequence[Ingredient], folders: Sequence[Path], model: str | None) -> Named:

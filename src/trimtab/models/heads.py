@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
@@ -22,6 +23,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
+from trimtab.errors import ModelError
 from trimtab.models.locate import ModelHead
 from trimtab.surgery.adapted import Adapted, bare_modules
 
@@ -91,10 +93,28 @@ def _labels_of(config: Any) -> list[str]:
 
 
 def head_modules(model: Any) -> list[str]:
-    """The names of the modules on top of the base of ``model`` that have weights of their own."""
-    base = getattr(model, model.base_model_prefix, None)
-    below = {id(module) for module in base.modules()} if isinstance(base, nn.Module) and base is not model else set()
-    return [name for name, module in _with_weights(model) if id(module) not in below]
+    """The names of the modules on top of the base of ``model`` that have weights of their own.
+
+    Raises ModelError for a model in which nothing tells its head from its base.
+    """
+    if (base := _base_of(model)) is not None:
+        below = {id(module) for module in base.modules()}
+        return [name for name, module in _with_weights(model) if id(module) not in below]
+    rows = model.config.num_labels
+    if found := [name for name, module in model.named_children() if getattr(module, "out_features", None) == rows]:
+        return found
+    raise ModelError(
+        f"a {type(model).__name__} does not say which of its layers are its head, so none can be trained for other "
+        "labels; take another model"
+    )
+
+
+def _base_of(model: Any) -> nn.Module | None:
+    """The part of ``model`` below its head; None where it is not held in one piece. Of a model of pictures and texts
+    (CLIP, SigLIP) it is the model of pictures alone."""
+    named = getattr(model, model.base_model_prefix, None)
+    parts = [named, *(part for part in model.children() if isinstance(part, PreTrainedModel))]
+    return next((part for part in parts if isinstance(part, nn.Module) and part is not model), None)
 
 
 def poolers(model: Any) -> list[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,12 +112,15 @@ class Beside:
     rules: tuple[Rule, ...]
 
 
-def beside_the_plan(files: ModelFiles, model: Any, decided: Callable[[str], bool]) -> Beside:
-    """What is trained of ``model`` beside a plan, but for modules that the plan itself says (``decided``, by name)."""
+def beside_the_plan(files: ModelFiles, model: Any, decided: Callable[[str, Collection[str]], bool]) -> Beside:
+    """What is trained of ``model`` beside a plan, but for modules that the plan itself says (``decided``, by their name
+    and the names of all modules that would not be trained whole)."""
     rules, tokens = [], files.source.add_tokens
     if tokens:
         rules.append(_rows_rule(model, files.tokenizer, tokens))
-    whole = tuple(name for name in whole_modules(files, model) if not decided(name))
+    found = whole_modules(files, model)
+    others = [name for name, _ in bare_modules(model) if name not in found] if found else []
+    whole = tuple(name for name in found if not decided(name, others))
     if whole:
         rules.append(Rule(match=[glob.escape(name) for name in whole], method="full"))
     return Beside(whole, tuple(rules))

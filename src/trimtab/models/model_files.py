@@ -28,6 +28,8 @@ from trimtab.models.untrusted import check_config, check_tokenizer, check_weight
 from trimtab.reading import check_safetensors, panics
 
 _AT_ONCE = 1000  # texts
+# The heads of these read the last position of a batch, whatever stands there: padding comes before a text.
+_READ_AT_THE_END = ("xlnet",)
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
@@ -125,7 +127,12 @@ class ModelFiles:
     @property
     def reader(self) -> Any:
         """What makes tensors of rows: the tokenizer, or the image processor of a model that sees."""
-        return self._image_processor if "ImageClassification" in self.source.head.model_class else self.tokenizer
+        kind = self.source.head.model_class
+        if "ImageClassification" in kind:
+            return self._image_processor
+        if "SequenceClassification" in kind and self.config.model_type in _READ_AT_THE_END:
+            self.tokenizer.padding_side = "left"
+        return self.tokenizer
 
     @cached_property
     def _image_processor(self) -> Any:

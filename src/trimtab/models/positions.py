@@ -7,6 +7,7 @@ were trained on.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +49,7 @@ def positions_of(model: Any) -> Positions:
     if trained is None:
         return Positions()
     limits = [trained] if config.model_type in _MADE_IN_PASSING else []
-    words = bare(model.get_input_embeddings())
+    words = _words_of(model)
     for module in model.modules():
         is_table = isinstance(module, nn.Embedding) and module is not words
         if is_table and 0 <= module.num_embeddings - trained <= _SPARE:
@@ -60,3 +61,10 @@ def positions_of(model: Any) -> Positions:
             if buffer is not None and buffer.dim() > 1 and trained in buffer.shape and "cache" not in name:
                 limits.append(trained)
     return Positions(trained, min(limits, default=None))
+
+
+def _words_of(model: Any) -> nn.Module | None:
+    """The embedding of the tokens of ``model``; None for one of pictures, which may not say what its inputs meet."""
+    with suppress(NotImplementedError):
+        return bare(model.get_input_embeddings())
+    return None

@@ -32,8 +32,8 @@ class Answer:
 def of_logits(logits: Tensor, head: ModelHead) -> Answer:
     """The answer of a head with these ``logits``, ``[labels]``: a label, several, or a number."""
     if head.problem == "regression":
-        values = [round(value, 6) for value in logits.tolist()]
-        return Answer({"label": values[0]}, f"{values[0]:g}")
+        told = f"{float(logits[0]):.7g}"  # as many digits as float32 has
+        return Answer({"label": float(told)}, told)
     if head.problem == "multi_label_classification":
         shares = _shares(head.labels, logits.double().sigmoid())
         given = [label for label, share in shares.items() if share >= 0.5]

@@ -36,17 +36,22 @@ def tokenised(examples: Sequence[Labelled], tokenizer: Any, max_length: int | No
     return rows
 
 
-def padded(rows: Sequence[dict[str, Any]], tokenizer: Any) -> dict[str, Tensor]:
-    """A batch of tokenised rows, padded on the right to the longest, with its ``attention_mask``."""
+def padded(rows: Sequence[dict[str, Any]], tokenizer: Any, *, left: bool = False) -> dict[str, Tensor]:
+    """A batch of tokenised rows, padded on the right (or ``left``) to the longest, with its ``attention_mask``."""
     width = max(len(row["input_ids"]) for row in rows)
-    fill = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
-    batch = {
-        name: torch.tensor([[*row[name], *[fill[name]] * (width - len(row[name]))] for row in rows])
-        for name in KEPT
-        if name in rows[0]
+    fill = {
+        "input_ids": tokenizer.pad_token_id,
+        "token_type_ids": tokenizer.pad_token_type_id,
+        "attention_mask": 0,
     }
-    lengths = torch.tensor([len(row["input_ids"]) for row in rows])
-    batch["attention_mask"] = (torch.arange(width) < lengths[:, None]).long()
+
+    def stretched(name: str, values: Sequence[int]) -> list[int]:
+        more = [fill[name]] * (width - len(values))
+        return [*more, *values] if left else [*values, *more]
+
+    batch = {name: torch.tensor([stretched(name, row[name]) for row in rows]) for name in KEPT if name in rows[0]}
+    ones = [[1] * len(row["input_ids"]) for row in rows]
+    batch["attention_mask"] = torch.tensor([stretched("attention_mask", one) for one in ones])
     return batch
 
 

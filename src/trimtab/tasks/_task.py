@@ -62,6 +62,8 @@ class Task(ABC):
     """What the speed of training is counted in."""
     loss_unit: ClassVar[str] = "nats per token"
     """What the loss of training is counted in."""
+    writes: ClassVar[bool] = False
+    """Whether the model writes its answers."""
     checked_as_texts: ClassVar[bool] = False
     """Whether rows are texts with parts that are learnt, as those that a decoder writes; else the task has ``held``."""
 

@@ -37,6 +37,7 @@ class CausalLM(_task.Task):
     model_class = "AutoModelForCausalLM"
     metrics = tuple(metrics.choosing())
     precedence = 90
+    writes = True
     checked_as_texts = True
 
     def suits(self, family: Family, classes: Sequence[str], row: Mapping[str, Any] | None) -> bool:

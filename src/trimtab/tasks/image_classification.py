@@ -19,6 +19,7 @@ from trimtab.config.resolve import Job
 from trimtab.data.labelled import Labelled, name_of_label
 from trimtab.data.pictures import left_out, opened, picture_of
 from trimtab.data.rows import Row, Source
+from trimtab.errors import ModelError
 from trimtab.evaluation.answers import Judged
 from trimtab.models.heads import Family
 from trimtab.notes import Notes
@@ -112,6 +113,13 @@ def _pixels(examples: Sequence[Labelled], processor: Any) -> Tensor:
 
 
 def _processed(images: Sequence[Any], processor: Any) -> Tensor:
-    """``[pictures, channels, height, width]``, as the model takes them."""
+    """``[pictures, channels, height, width]``, as the model takes them. Raises ModelError for a processor that makes
+    something else of a picture."""
     pixels: Tensor = processor(images=list(images), return_tensors="pt")["pixel_values"]
+    if pixels.dim() != 4:
+        raise ModelError(
+            f"this model's {type(processor).__name__} cuts a picture into pieces of the shape "
+            f"{list(pixels.shape[1:])}, and sorting pictures takes models that read [channels, height, width]; take a "
+            "model of one size of pictures"
+        )
     return pixels

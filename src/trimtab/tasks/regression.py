@@ -119,7 +119,7 @@ class Regression(_labelled.LabelledTask):
         return rows
 
     def pad(self, rows: Sequence[Tensors], reader: Any) -> dict[str, Tensor]:
-        return _read_text.padded(rows, reader)
+        return _read_text.padded(rows, reader, left=reader.padding_side == "left")
 
     def costs(self, logits: Tensor, labels: Tensor) -> Tensor:
         return (logits.squeeze(-1) - labels.to(logits.dtype)).square()

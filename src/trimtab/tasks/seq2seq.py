@@ -56,6 +56,7 @@ class Seq2Seq(_task.Task):
     precedence = 20
     answer_keys = ("target",)
     input_key = "source"
+    writes = True
 
     def suits(self, family: Family, classes: Sequence[str], row: Mapping[str, Any] | None) -> bool:
         return family == "encoder-decoder" and not any("Classification" in name for name in classes)
@@ -167,6 +168,11 @@ class Seq2Seq(_task.Task):
             used |= token_ids(encoded)
             if name and (cut := sum(row["cut"] for row in encoded)):
                 found.append(f"{counted(cut)} of the test set {name} cut to {job.reading_length} tokens")
+            if name and (longer := sum(len(row["labels"]) > wanted for row in encoded)):
+                found.append(
+                    f"{counted(longer)} of the test set {name} with a target of more than evaluation.max_new_tokens = "
+                    f"{wanted} tokens, which cannot be written to its end"
+                )
         require_rows(job.config.model.name, reader, (), job.embedding_rows, used)
         return found
 

@@ -121,7 +121,7 @@ class SequenceClassification(_labelled.LabelledTask):
         return rows
 
     def pad(self, rows: Sequence[Tensors], reader: Any) -> dict[str, Tensor]:
-        return _read_text.padded(rows, reader)
+        return _read_text.padded(rows, reader, left=reader.padding_side == "left")
 
     def costs(self, logits: Tensor, labels: Tensor) -> Tensor:
         if labels.is_floating_point():
