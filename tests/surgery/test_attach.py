@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoConfig
 
 import trimtab
+from tiny_encoders import write_encoder
 from trimtab.runs.records import PlanRecord
 from trimtab.surgery.adapted import Adapted
 
@@ -300,3 +304,31 @@ def test_seeded_attachments_are_equal() -> None:
         trimtab.attach(model, lora())
         seen.append(model.state_dict())
     assert all(torch.equal(value, seen[1][name]) for name, value in seen[0].items())
+
+
+@pytest.mark.parametrize(
+    ("plan", "told"),
+    [
+        ([lora("*.query")], ["bert.pooler.dense", "classifier"]),
+        ([lora("*.dense")], ["bert.pooler.dense", "classifier"]),
+        ([lora("*.query"), trimtab.Rule(match="classifier", method="full")], ["bert.pooler.dense"]),
+        ([lora("*.query"), trimtab.Rule(match=["classifier", "*.pooler.dense"], method="full")], []),
+    ],
+)
+def test_layers_that_were_drawn_and_stay_frozen_are_warned_of(tmp_path: Path, plan: Any, told: list[str]) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    folder = write_encoder(tmp_path / "bert", kind="BertForMaskedLM")
+    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trimtab.attach(model, plan)
+    assert [f"Rule(match={told}" in str(one.message) for one in caught] == [True] * bool(told)
+
+
+def test_a_classifier_whose_files_have_its_head_is_attached_without_a_word(tmp_path: Path) -> None:
+    from transformers import AutoModelForSequenceClassification, BertForSequenceClassification
+
+    folder = write_encoder(tmp_path / "bert", kind="BertForSequenceClassification")
+    trimtab.attach(AutoModelForSequenceClassification.from_pretrained(folder), lora("*.query"))  # warnings are errors
+    trimtab.attach(BertForSequenceClassification(AutoConfig.from_pretrained(folder)), lora("*.query"))

@@ -102,6 +102,19 @@ def test_long_sources_and_targets_are_cut_and_told(place: Path) -> None:
     assert any("cut to data.max_length = 5 tokens" in note for note in inputs.notes)
 
 
+def test_a_model_that_does_not_say_how_targets_begin_writes_them_as_it_learns_them(place: Path) -> None:
+    from transformers import MBartConfig, MBartForConditionalGeneration
+
+    sides = {f"{side}_{name}": 2 for side in ("encoder", "decoder") for name in ("layers", "attention_heads")}
+    sizes = {"vocab_size": 400, "d_model": 32, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, **sides}
+    config = MBartConfig(**sizes, eos_token_id=0, pad_token_id=1, bos_token_id=None, max_position_embeddings=64)
+    model: Any = MBartForConditionalGeneration(config).eval()
+    assert model.generation_config.decoder_start_token_id is None
+    job, reader, inputs = read(place)
+    how = tasks.Measurement("test", None, job.config.evaluation, None)
+    assert len(TASK.evaluate(model, reader, inputs.tests["train"], how).rows) == 5
+
+
 def test_targets_that_cannot_be_written_to_their_end_are_told(place: Path) -> None:
     job, reader, inputs = read(place)
     told = " ".join(TASK.held(job, inputs, reader))

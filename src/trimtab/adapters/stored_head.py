@@ -97,6 +97,7 @@ def read_head(description: Path, tensors: Path) -> StoredHead | None:
 
 def _task_of(model: Any) -> tuple[str | None, str | None]:
     name = type(model).__name__
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and "ForConditionalGeneration" in name:
+    writes = "ForConditionalGeneration" in name or name.endswith("MTModel")  # Marian's is called so
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and writes:
         return _WRITES_ANEW
     return next((task for end, task in _TASKS.items() if name.endswith(end)), (None, None))

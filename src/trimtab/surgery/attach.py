@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import re
+import warnings
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from trimtab import bases, methods
 from trimtab.errors import PlanError, SurgeryError, nearest
-from trimtab.surgery.adapted import Adapted, AdaptedBlock, adapted_modules, bare_modules, require_adapted
+from trimtab.surgery.adapted import Adapted, AdaptedBlock, adapted_modules, bare, bare_modules, require_adapted
 from trimtab.surgery.attach_report import AttachReport, describe
 from trimtab.surgery.carrier import DEFAULT
 from trimtab.surgery.install import install, remove_adapters
@@ -57,7 +59,34 @@ def attach(model: nn.Module, plan: Plan | Rule | list[Rule], name: str = DEFAULT
         )
     targets = find_targets(model, plan)
     install(model, targets, name)
+    if drawn := _drawn_and_frozen(model):
+        warnings.warn(
+            f"attach: the files of this {type(model).__name__} had no weights for {' and '.join(drawn)}, which no rule "
+            "trains whole: what was drawn for them stays, and no adapter holds it. Let the last rule train them, "
+            f'Rule(match={drawn}, method="full"), or unfreeze them',
+            stacklevel=2,
+        )
     return describe(model, plan.rules, name)
+
+
+def _drawn_and_frozen(model: Any) -> list[str]:
+    """The layers of a classifier of transformers that were drawn, since its files lack them, and are not trained whole:
+    those of its head, and a pooler below it."""
+    if not re.search(r"For\w*(Classification|QuestionAnswering|MultipleChoice)$", type(model).__name__):
+        return []
+    base = getattr(model, model.base_model_prefix, None)
+    below = {id(module) for module in base.modules()} if isinstance(base, nn.Module) else set()
+    trained = {name for name, module in adapted_modules(model) if module.current_adapter.trains_base}
+    layers = {name: unwrapped(bare(module)) for name, module in bare_modules(model)}
+    drawn = {
+        name: not any(getattr(parameter, "_is_hf_initialized", False) for parameter in module.parameters(recurse=False))
+        for name, module in layers.items()
+        if any(True for _ in module.parameters(recurse=False))
+    }
+    if all(drawn.values()):  # made of a configuration, and not of files
+        return []
+    mine = {name for name, module in layers.items() if id(module) not in below or "pooler" in name.split(".")}
+    return [name for name, none in drawn.items() if none and name in mine and name not in trained]
 
 
 def detach(model: nn.Module) -> int:

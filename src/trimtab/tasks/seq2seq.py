@@ -190,7 +190,7 @@ class Seq2Seq(_task.Task):
             )
             return output[:, 1:].tolist()
 
-        with evaluating(head), _greedy(head, evaluation.max_new_tokens, sorted(ends), reader.pad_token_id):
+        with evaluating(head), _greedy(head, reader, evaluation.max_new_tokens, sorted(ends)):
             batches = by_length([len(row["input_ids"]) for row in rows], evaluation.batch_size)
             for indices, written in divided(batches, write):
                 for at, new in zip(indices, written, strict=True):
@@ -320,7 +320,7 @@ def _collate(rows: Sequence[Tensors], reader: Any) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _greedy(model: Any, max_new_tokens: int, ends: list[int], pad: int) -> Iterator[None]:
+def _greedy(model: Any, reader: Any, max_new_tokens: int, ends: list[int]) -> Iterator[None]:
     """While open, ``model`` writes the likeliest token, whatever settings came with it."""
     kept = model.generation_config
     model.generation_config = GenerationConfig(
@@ -329,13 +329,20 @@ def _greedy(model: Any, max_new_tokens: int, ends: list[int], pad: int) -> Itera
         num_beams=1,
         use_cache=True,
         eos_token_id=ends or None,
-        pad_token_id=pad,
-        decoder_start_token_id=kept.decoder_start_token_id
-        if kept.decoder_start_token_id is not None
-        else model.config.decoder_start_token_id,
+        pad_token_id=reader.pad_token_id,
+        decoder_start_token_id=_start(model, reader),
         forced_bos_token_id=kept.forced_bos_token_id,
     )
     try:
         yield
     finally:
         model.generation_config = kept
+
+
+def _start(model: Any, reader: Any) -> int:
+    """What a target begins with: as the model's settings say it, else as it begins in training (mBART, T5Gemma)."""
+    for said in (model.generation_config, model.config):
+        if (start := getattr(said, "decoder_start_token_id", None)) is not None:
+            return int(start)
+    labels = torch.tensor([reader(text_target="a")["input_ids"]], device=model.device)
+    return int(model.prepare_decoder_input_ids_from_labels(labels=labels)[0, 0])
