@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,11 +16,11 @@ from typing import Any
 
 import pytest
 
-from tiny_runs import Kept, rows, write_rows
+from tiny_runs import Kept, cell_of, rows, write_rows
 from trimtab.errors import Interrupted, RunError
-from trimtab.files import read_json, read_jsonl
+from trimtab.files import read_json, read_jsonl, write_json
 from trimtab.machine import memory_gib
-from trimtab.studies.cell import digest, finished_cell, run_cell
+from trimtab.studies.cell import digest, finished_cell, identity, run_cell
 from trimtab.studies.process import run_here
 from trimtab.training.run import finetune
 
@@ -95,6 +98,80 @@ def test_a_damaged_cell_is_told(make_config: Callable[..., Any], text: str, reas
     (config.output / "cell.json").write_text(text)
     with pytest.raises(RunError, match=rf"cell\.json: a damaged file \({reason}.*\); remove it to run this cell again"):
         finished_cell(config)
+
+
+@pytest.mark.usefixtures("here")
+def test_results_of_a_model_or_an_adapter_that_has_changed_since_are_refused(
+    make_config: Callable[..., Any], test_rows: str, model_folder: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(model_folder, tmp_path / "model")
+    settings: Any = {"model": {"name": str(model)}, "data": {"test": test_rows}, "train": {"max_steps": 1}}
+    first = finetune(make_config("first", **settings))
+    adapter = tmp_path / "kept"
+    shutil.copytree(first.path / "adapter", adapter)
+    config = make_config("cell", **settings, adapter=str(adapter), plan=None)
+    found = run_cell(config)
+    assert finished_cell(config) == found
+
+    for file, what in (
+        (adapter / "adapter_model.safetensors", f"the adapter {adapter} that the run began from has changed"),
+        (model / "model.safetensors", f"the model {model} has changed, its weights or its tokenizer,"),
+    ):
+        kept = file.read_bytes()
+        file.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
+        with pytest.raises(RunError, match=rf"cell\.json: {re.escape(what)} since .* remove the folder"):
+            finished_cell(config)
+        file.write_bytes(kept)
+        assert finished_cell(config) == found
+    shutil.rmtree(model)  # results can be looked at where the model is not
+    assert finished_cell(config) == found
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"tests": {}}, "'tests': the test sets should be test"),
+        ({"correct": "01"}, r"'tests\.test\.correct': should be a 0 or a 1 for each of 9 rows"),
+        ({"correct": "2" * 9}, r"'tests\.test\.correct': should be a 0 or a 1 for each of 9 rows"),
+        (None, "maximum recursion depth"),
+    ],
+)
+def test_results_that_are_not_whole_are_told(
+    make_config: Callable[..., Any], test_rows: str, changes: dict[str, Any] | None, reason: str
+) -> None:
+    config = make_config(data={"test": test_rows})
+    config.output.mkdir()
+    said = cell_of([{"kind": "validation", "step": 1, "loss": 1.0}]).plain()
+    result = {"kind": "generation", "rows": 9, "exact_match": 1.0, "correct": "1" * 9}
+    said |= {"identity": identity(config), "tests": {"test": result}}
+    file = config.output / "cell.json"
+    write_json(file, said)
+    assert finished_cell(config) is not None
+    for key, value in (changes or {}).items():
+        (said if key in said else result)[key] = value
+    file.write_text("[" * 100_000 if changes is None else json.dumps(said), encoding="utf-8")
+    with pytest.raises(RunError, match=rf"cell\.json: a damaged file \({reason}.*\); remove it"):
+        finished_cell(config)
+
+
+@pytest.mark.usefixtures("here")
+def test_rows_may_be_several_files_or_a_part_of_one(make_config: Callable[..., Any], tmp_path: Path) -> None:
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    for name, part in (("a", rows(24)[:12]), ("b", rows(24)[12:])):
+        write_rows(folder / f"{name}.jsonl", part)
+    pattern = make_config(data={"train": f"{folder}/*.jsonl"}, train={"max_steps": 1})
+    before = digest(pattern)
+    assert run_cell(pattern).train_rows == 24
+    assert digest(make_config(data={"train": f"{folder}/a.jsonl[:4]"})) != digest(
+        make_config(data={"train": f"{folder}/a.jsonl"})
+    )
+    write_rows(folder / "b.jsonl", rows(12))
+    assert digest(pattern) != before
+    (folder / "b.jsonl").rename(folder / "c.jsonl")
+    assert digest(pattern) != before
+    with pytest.raises(RunError, match=r"nosuch\*: the rows cannot be read"):
+        digest(make_config(data={"train": f"{folder}/nosuch*"}))
 
 
 @pytest.mark.usefixtures("here")

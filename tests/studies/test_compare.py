@@ -247,7 +247,7 @@ def made_up(
                 "train_tokens": 100,
                 "precision": "float32",
                 "machine": {"processor": "an <abacus>", "cores": 2, "memory_gib": 8},
-                "versions": {"torch": "2", "trimtab": "0"},
+                "versions": {"torch": "2"},  # written by an earlier version
                 "tests": {"harbour": tests},
                 "validation": [],
                 "kept": None,

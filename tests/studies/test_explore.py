@@ -246,6 +246,43 @@ class _Impatient:
         return True
 
 
+def test_trials_of_other_rows_are_not_compared_with_new_ones(
+    make_search: Make, in_process: list[str], tmp_path: Path
+) -> None:
+    folder = explore(make_search("trials=1", methods=["lora"]))
+    config = load_explore(tmp_path / "explore.yaml", ["trials=2"])
+    write_rows(tmp_path / "validation.jsonl", rows(12))
+    with pytest.raises(
+        RunError, match="the rows have changed since the search began, so its trials cannot be compared"
+    ):
+        explore(config)
+    (folder / "trials" / in_process[0] / "cell.json").unlink()  # whoever clears the runs away goes on with the scores
+    assert found_in(explore(config))["runs"] == 2
+
+
+def test_a_database_that_is_damaged_or_full_is_told(make_search: Make, pretend: Any) -> None:
+    config = make_search("trials=1", base=ACCURACY)
+    file = explore(config) / "study.db"
+    whole_one = file.read_bytes()
+    for damage in (b"no database" * 100, whole_one[: len(whole_one) // 2]):
+        file.write_bytes(damage)
+        with pytest.raises(RunError, match=r"study\.db: .* damaged\. Remove it and go on: .* nothing is run again"):
+            explore(config)
+    file.unlink()
+    assert found_in(explore(config))["runs"] == 1
+    assert len(pretend.ran) == 1
+
+    def limit(connection: Any, _: Any) -> None:
+        connection.execute("PRAGMA max_page_count = 1")
+
+    event.listen(Engine, "connect", limit)
+    try:
+        with pytest.raises(RunError, match=r"study\.db: .*\(database or disk is full\); see that there is room"):
+            explore(make_search("trials=30", base=ACCURACY))
+    finally:
+        event.remove(Engine, "connect", limit)
+
+
 def test_it_goes_on_where_it_stopped(make_search: Make, pretend: Any, tmp_path: Path) -> None:
     uncut = found_in(explore(make_search("trials=10", f"output={tmp_path / 'uncut'}", base=ACCURACY)))
     pretend.ran.clear()

@@ -7,6 +7,7 @@ those of a merged model that was written anew into the same folder.
 from __future__ import annotations
 
 import hashlib
+from functools import lru_cache
 from pathlib import Path
 
 from trimtab.models.locate import Source
@@ -29,15 +30,16 @@ def model_digest(source: Source) -> str | None:
             files = [place]
         else:
             files = sorted(file for file in place.iterdir() if file.suffix in _KINDS or file.name == "tokenizer.json")
-        digests = [_digest(file) for file in files]
+        digests = [_digest(file, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     except OSError:
         return None
     return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
-def _digest(file: Path) -> bytes:
+@lru_cache(maxsize=1000)
+def _digest(file: Path, size: int, modified: int) -> bytes:
+    """Of one file, which is another once it is written anew (``modified``)."""
     found = hashlib.sha256()
-    size = file.stat().st_size
     found.update(str(size).encode())
     with file.open("rb") as content:
         if size <= WHOLE:

@@ -11,6 +11,7 @@ folder is ``config.output``:
 A cell is known by its ``identity``: the whole configuration but ``output``, each local data file by its content. What
 is done is never run again, what was cut off goes on from its last checkpoint, and a folder that holds another
 configuration's cell is refused: nothing is overwritten. A study that names its folders by `digest` never meets that.
+Results of a model, or of a first adapter, whose files have changed since are refused, too.
 """
 
 from __future__ import annotations
@@ -19,14 +20,18 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import ValidationError
 
 from trimtab.config.run import RunConfig
-from trimtab.errors import RunError
+from trimtab.data.sources import local_files
+from trimtab.errors import AdapterError, ModelError, RunError
 from trimtab.files import read_json, remove_leftovers
+from trimtab.models.known_again import model_digest
+from trimtab.models.locate import locate
 from trimtab.runs.events import Listener
 from trimtab.runs.folder import RunFolder
 from trimtab.runs.read import first_complaint, read_sets
@@ -95,12 +100,50 @@ def finished_cell(config: RunConfig) -> CellRecord | None:
         return None
     try:
         cell = CellRecord.read(read_json(file))
-    except ValueError as error:
+        if cell.identity == identity(config):
+            _require_whole(cell, config)
+    except (ValueError, RecursionError) as error:
         reason = first_complaint(error) if isinstance(error, ValidationError) else error
         raise RunError(f"{file}: a damaged file ({reason}); remove it to run this cell again") from None
     if cell.identity != identity(config):
         raise RunError(f"{file}: the results of another configuration; choose another output, or remove the folder")
+    if (changed := changed_since(cell, config)) is not None:
+        raise RunError(
+            f"{file}: {changed} since these results were written, so they do not go with new ones; put it back, choose "
+            "another output, or remove the folder to run this cell again"
+        )
     return cell
+
+
+def _require_whole(cell: CellRecord, config: RunConfig) -> None:
+    """Raise ValueError unless ``cell`` has every test set, and says of each row whether it is right, where it says so
+    of any."""
+    if cell.tests.keys() != config.data.test.keys():
+        names = " and ".join(config.data.test) or "none"
+        raise ValueError(f"'tests': the test sets should be {names}")
+    for name, result in cell.tests.items():
+        right = result.correct
+        if right is not None and (len(right) != result.rows or not set(right) <= {"0", "1"}):
+            raise ValueError(f"'tests.{name}.correct': should be a 0 or a 1 for each of {result.rows} rows")
+
+
+def changed_since(cell: CellRecord, config: RunConfig) -> str | None:
+    """Which of the files that the run of ``cell`` read are others now, in words; None where none are, or where they
+    are not there to look at."""
+    then, now = cell.identity.get("data", {}), identity(config)["data"]
+    if any(then.get(key) != now[key] for key in ("train", "validation")):
+        return "the rows have changed"
+    with suppress(ModelError):
+        source = locate(config.model.name, revision=config.model.revision)
+        if cell.model_digest is not None and model_digest(source) not in (None, cell.model_digest):
+            return f"the model {config.model.name} has changed, its weights or its tokenizer,"
+    if cell.began_from is not None and Path(name := config.adapter or "").is_absolute():
+        from trimtab.adapters.placing import adapter_digest  # torch
+
+        with suppress(AdapterError):
+            if adapter_digest(name) != cell.began_from.sha256:
+                return f"the adapter {name} that the run began from has changed"
+    return None
 
 
 def identity(config: RunConfig) -> dict[str, Any]:
@@ -119,13 +162,28 @@ def identity(config: RunConfig) -> dict[str, Any]:
         if path is None or not path.is_absolute():  # a fraction, none, or a hub id
             return value
         try:
-            return {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+            return {"file": path.name, "sha256": _content(path)}
         except OSError as error:
             raise RunError(f"{path}: the rows cannot be read ({error.strerror})") from None
 
     for key in ("train", "validation", "test"):
         said["data"][key] = by_content(said["data"][key])
     return said
+
+
+def _content(path: Path) -> str:
+    """The SHA-256 of what a file of rows holds; of several files, which a pattern or a folder names, of their names and
+    contents."""
+    files = local_files(str(path), Path(path.anchor)) or [path]
+    if len(files) == 1 and not files[0].is_dir():
+        return hashlib.sha256(files[0].read_bytes()).hexdigest()
+    found = hashlib.sha256()
+    for place in files:
+        inside = sorted(file for file in place.rglob("*") if file.is_file()) if place.is_dir() else [place]
+        for file in inside:
+            name = file.relative_to(place) if place.is_dir() else file.name
+            found.update(f"{name}\0{hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+    return found.hexdigest()
 
 
 def digest(config: RunConfig) -> str:

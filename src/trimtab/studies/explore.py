@@ -56,8 +56,9 @@ def explore(config: ExploreConfig, listener: SearchListener | None = None, *, on
     groups = find_groups(model, said or default_groups(model, config.outer))
     space = Space(groups, config.methods, config.budget, config.at_least)
     _introduce(space, listener)
-    with _alone(config):
+    with _alone(config), _database_told(config.output / "study.db"):
         search = Search(config, space, listener, on)
+        search.require_same_files()
         try:
             search.run()
             search.write(search.confirm() if config.confirm else None)
@@ -80,6 +81,24 @@ def _introduce(space: Space, listener: SearchListener) -> None:
     for method in space.trained:
         if (plan := space.uniform(method)) is not None:
             listener.note(f"uniform {method} of rank {plan[0].rank}: {space.parameters(plan):,} parameters")
+
+
+@contextmanager
+def _database_told(file: Path) -> Iterator[None]:
+    """Turn what SQLite raises of the database ``file`` into a RunError that says what to do."""
+    from optuna.exceptions import StorageInternalError
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (StorageInternalError, SQLAlchemyError) as error:
+        cause = error.__cause__ if isinstance(error, StorageInternalError) else error
+        said = str(getattr(cause, "orig", None) or cause or error)
+        if "malformed" in said or "not a database" in said:
+            helps = "it is damaged. Remove it and go on: of what is done, nothing is run again"
+        else:
+            helps = "see that there is room and that it can be written, and go on with the same command"
+        raise RunError(f"{file}: the search's database refuses ({said}); {helps}") from error
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,13 +19,13 @@ from trimtab.config.run import RunConfig
 from trimtab.config.search import ExploreConfig
 from trimtab.config.values import Rate
 from trimtab.errors import Interrupted, RunError, TrimtabError
-from trimtab.files import write_text
+from trimtab.files import read_json, write_text
 from trimtab.metrics import METRICS
 from trimtab.runs.events import Listener, Steps
 from trimtab.runs.folder import RunFolder
 from trimtab.runs.records import MetricsLine
 from trimtab.runs.study_records import CellRecord, Confirmation, Trial
-from trimtab.studies.cell import run_cell
+from trimtab.studies.cell import changed_since, run_cell
 from trimtab.studies.confirm import confirm, validation_score
 from trimtab.studies.places import HERE, Errand, Place
 from trimtab.studies.search_results import best_of, is_over, ran, search_results, trial_record
@@ -73,6 +74,19 @@ class Search:
             load_if_exists=True,
         )
         self._take_up()
+
+    def require_same_files(self) -> None:
+        """Raise RunError if the rows or the model have changed since a trial was run: its score is not to be compared
+        with those of new ones."""
+        for trial in self.ran():
+            config = self._run_config(trial_record(trial, self.space), tests=False)
+            with suppress(OSError, ValueError, RecursionError):  # what a trial gave is known without its cell
+                cell = CellRecord.read(read_json(config.output / "cell.json"))
+                if (changed := changed_since(cell, config)) is not None:
+                    raise RunError(
+                        f"{self.config.output}: {changed} since the search began, so its trials cannot be compared "
+                        "with new ones; put it back, or choose another output (output=NEW)"
+                    )
 
     def ran(self) -> list[Any]:
         """optuna's trials that took a run of their own."""
