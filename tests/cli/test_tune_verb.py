@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -51,3 +52,46 @@ def test_in_place_a_short_run_gets_the_likely_rate(cli: Any, make_yaml: Callable
     result = cli("tune", yaml, "--in-place")
     assert result.code == 0, result.err
     assert 1e-4 < load_config(yaml).train.rate < 1e-1
+
+
+@pytest.fixture
+def found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trials are over at once."""
+    monkeypatch.setattr("trimtab.training.tune.tune", lambda *_: SimpleNamespace(rate=0.00123))
+
+
+@pytest.mark.usefixtures("found")
+def test_a_link_stays_a_link_and_nobody_else_may_read_what_was_private(
+    cli: Any, make_yaml: Callable[..., Path]
+) -> None:
+    yaml = make_yaml()
+    yaml.write_text(f"# mine\n{yaml.read_text()}")
+    yaml.chmod(0o600)
+    link = yaml.with_name("link.yaml")
+    link.symlink_to(yaml.name)
+    assert cli("tune", link, "--in-place").code == 0
+    assert link.is_symlink()
+    assert yaml.read_text().startswith("# mine\n")
+    assert load_config(yaml).train.rate == 0.00123
+    assert yaml.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.usefixtures("found")
+def test_comments_are_not_lost_where_a_setting_has_no_place(cli: Any, make_yaml: Callable[..., Path]) -> None:
+    yaml = make_yaml()
+    text = f"# mine\n{yaml.read_text()}"
+    yaml.write_text(text)
+    for name in ("run-tuned.yaml", "run-tuned-2.yaml"):
+        result = cli("tune", yaml, "--in-place", "data.validation=0.25")
+        assert (result.code, yaml.read_text()) == (0, text)
+        assert f"{name} says all of them" in result.err
+        assert load_config(yaml.with_name(name)).data.validation == 0.25
+
+
+@pytest.mark.usefixtures("found")
+def test_a_rate_that_cannot_be_written_is_said(cli: Any, make_yaml: Callable[..., Path]) -> None:
+    yaml = make_yaml()
+    result = cli("tune", yaml, "--out", yaml / "below" / "a.yaml")
+    assert result.code == 1
+    assert "a file is in the way of a folder" in result.err
+    assert "The rate that was found is 0.00123" in result.err

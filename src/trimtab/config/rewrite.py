@@ -2,57 +2,88 @@
 
 from __future__ import annotations
 
-import re
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from trimtab.config.read import config_text, load_config, parse_override, to_yaml
+import yaml
+
+from trimtab.config.read import config_text, load_config, parse_override, set_dotted, to_yaml
 from trimtab.config.yaml_text import parse_yaml, write_yaml
 from trimtab.errors import ConfigError
+from trimtab.reading import read_bytes
+
+_WITH_PATHS = ("model", "data", "adapter", "output")
+"""Sections in which a path of the command line is not one of the file: they start from different folders."""
 
 
 def with_settings(file: Path, settings: Sequence[str], *, beside: Path) -> str:
     """The text of ``file`` with each ``key.sub=value``, for a file ``beside``, which may lie in another folder.
 
-    Where a setting stands on a line of its own, or its section does, that line alone is changed. Where it cannot be
-    found so, or paths could change with the folder, the whole configuration is written anew, without comments.
+    Where `edited` gives none, or paths could change with the folder, the whole configuration is written anew, without
+    comments.
     """
     wanted = load_config(file, settings)
+    same = file.resolve().parent == beside.resolve().parent
+    text = edited(file, settings) if same else None
+    return to_yaml(wanted, beside.resolve().parent) if text is None else text
+
+
+def edited(file: Path, settings: Sequence[str]) -> str | None:
+    """The text of ``file`` in which each ``key.sub=value`` is put in its place, and nothing else is another. None where
+    there is no such place, as where a value is an alias."""
     said = [parse_override(setting) for setting in settings]
-    if file.resolve().parent == beside.resolve().parent and all(keys[0] == "train" for keys, _ in said):
-        text = config_text(file)
+    if any(keys[0] in _WITH_PATHS for keys, _ in said):
+        return None
+    text = config_text(file)
+    wanted = parse_yaml(text, str(file))
+    with suppress(ConfigError, yaml.YAMLError):
         for keys, value in said:
-            text = _set_line(text, keys, value)
-        with suppress(ConfigError):
-            found = parse_yaml(text, str(file))
-            if all(_at(found, keys) == value for keys, value in said):
-                return text
-    return to_yaml(wanted, beside.resolve().parent)
+            text = _put(text, keys, value)
+            set_dotted(wanted, keys, value)
+        if parse_yaml(text, str(file)) == wanted:
+            windows = os.linesep == "\n" and b"\r\n" in read_bytes(file)
+            return text.replace("\n", "\r\n") if windows else text
+    return None
 
 
-def _set_line(text: str, keys: Sequence[str], value: Any) -> str:
-    """``text`` with the value of a setting in a block section replaced, or put in as the section's first line."""
-    if len(keys) != 2:
-        return text
-    section, key = map(re.escape, keys)
-    shown = write_yaml({"value": value}).split(":", 1)[1].strip()
-    found = re.search(rf"(?m)^{section}:[ \t]*(#.*)?\n((?:[ \t]+.*\n|[ \t]*\n|[ \t]*#.*\n)*)", f"{text}\n")
-    if found is None:
-        if re.search(rf"(?m)^{section}:", text):  # in one line, or a text of its own
-            return re.sub(rf"(?m)^({section}:.*?\b{key}:[ \t]*)[^,}}\s]+", rf"\g<1>{shown}", text, count=1)
-        return f"{text.rstrip()}\n{keys[0]}:\n  {keys[1]}: {shown}\n"
-    block, start = found[2], found.start(2)
-    line = re.search(rf"(?m)^([ \t]+){key}:[ \t]*([^#\n]*?)([ \t]*#.*)?$", block)
-    if line is None:
-        first = re.search(r"(?m)^([ \t]+)\S", block)
-        indent = first[1] if first else "  "
-        return f"{text[:start]}{indent}{keys[1]}: {shown}\n{text[start:]}"
-    return text[: start + line.start(2)] + shown + text[start + line.end(2) :]
+def _put(text: str, keys: Sequence[str], value: Any) -> str:
+    """``text`` with ``value`` in place of what ``keys`` lead to, or put in where it was not said."""
+    node: Any = yaml.compose(text, Loader=yaml.SafeLoader)
+    line = 0
+    for depth, key in enumerate(keys):
+        entries = node.value if isinstance(node, yaml.MappingNode) else []
+        entry = next(((name, held) for name, held in entries if name.value == key), None)
+        if entry is None:
+            return _put_in(text, node, line, keys[depth:], value)
+        line, node = entry[0].end_mark.line + 1, entry[1]
+    start, end = node.start_mark.index, node.end_mark.index
+    return text[:start] + " " * (text[start - 1] == ":") + _shown(value) + text[end:]
 
 
-def _at(said: Any, keys: Sequence[str]) -> Any:
-    for key in keys:
-        said = said.get(key) if isinstance(said, dict) else None
-    return said
+def _put_in(text: str, node: Any, line: int, keys: Sequence[str], value: Any) -> str:
+    """``text`` with a new entry in the mapping ``node``, whose own key stands on the line before ``line``."""
+    start, end = node.start_mark.index, node.end_mark.index
+    for key in reversed(keys[1:]):
+        value = {key: value}
+    entry = f"{keys[0]}: {_shown(value)}"
+    if not isinstance(node, yaml.MappingNode):  # an empty section
+        return f"{text[:start].rstrip(' ')}\n  {entry}{text[end:]}"
+    if node.flow_style:
+        start = text.index("{", start) + 1
+        return f"{text[:start]}{entry}{', ' if node.value else ''}{text[start:]}"
+    if line == 0:  # the file's own mapping: a section at its end
+        entry = entry if len(keys) == 1 else f"{keys[0]}:\n  {keys[1]}: {_shown(value[keys[1]])}"
+        return f"{text[:end].rstrip()}\n{entry}\n{text[end:]}"
+    first = node.value[0][0].start_mark
+    lines = text.splitlines(keepends=True)
+    return "".join([*lines[:line], f"{' ' * first.column}{entry}\n", *lines[line:]])
+
+
+def _shown(value: Any) -> str:
+    """``value`` as it stands on a line of YAML."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_shown(held)}" for key, held in value.items()) + "}"
+    return write_yaml({"value": value}).split(":", 1)[1].strip()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from trimtab.cli.exits import say
+from trimtab.cli.exits import say, say_note
 from trimtab.cli.importing import importing
 from trimtab.cli.verbs._arguments import ConfigPath, Overrides
 from trimtab.hints import pasted
@@ -32,8 +34,8 @@ def command(
     nothing but the rate (and the settings given here) is another, and comments stay.
     """
     from trimtab.config.read import load_config
-    from trimtab.config.rewrite import with_settings
-    from trimtab.errors import ConfigError
+    from trimtab.config.rewrite import edited, with_settings
+    from trimtab.errors import ConfigError, MachineError, machine_refusal
     from trimtab.files import write_text
 
     if in_place and out is not None:
@@ -41,7 +43,7 @@ def command(
     loaded = load_config(config, [*(overrides or []), "train.learning_rate=auto"])
     if not loaded.train.epochs:
         raise ConfigError("train.epochs is 0: nothing is trained, so there is no learning rate to find")
-    target = config if in_place else out or config.with_name(f"{config.stem}-tuned.yaml")
+    target = config if in_place else out or next(_beside(config))
     if target.exists() and not in_place:
         raise ConfigError(f"{target}: this file is there already; name another with --out, or remove it")
 
@@ -53,8 +55,27 @@ def command(
             from trimtab.training.tune import tune
         found = tune(loaded, display)
     assert found.rate is not None, "a search that ended has a rate"
-    write_text(
-        target, with_settings(config, [*(overrides or []), f"train.learning_rate={found.rate:g}"], beside=target)
-    )
+    settings = [*(overrides or []), f"train.learning_rate={found.rate:g}"]
+    if in_place and edited(config, settings) is None:
+        target = next(file for file in _beside(config) if not file.exists())
+        say_note(f"these settings have no place of their own in {config}, so it stays, and {target} says all of them")
+    try:
+        place = target.resolve()  # a link stays a link
+        mode = place.stat().st_mode if place.exists() else None
+        write_text(place, with_settings(config, settings, beside=place))
+        if mode is not None:
+            place.chmod(mode & 0o777)
+    except OSError as error:
+        raise MachineError(
+            f"{machine_refusal(error, target) or f'{target}: cannot be written ({error.strerror})'}. The rate that was "
+            f"found is {found.rate:g}: write it there by hand (train.learning_rate)"
+        ) from error
     say(f"written: {target}")
     say(f"train with it: {pasted('finetune', target)}")
+
+
+def _beside(config: Path) -> Iterator[Path]:
+    """Names for a tuned YAML beside ``config``, the usual one first."""
+    yield config.with_name(f"{config.stem}-tuned.yaml")
+    for number in count(2):
+        yield config.with_name(f"{config.stem}-tuned-{number}.yaml")
