@@ -15,7 +15,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from trimtab.errors import AdapterError, MachineError, machine_errors, machine_refusal
+from trimtab.config.read import build_config
+from trimtab.errors import AdapterError, ConfigError, MachineError, machine_errors, machine_refusal
+from trimtab.files import write_json
 
 
 @contextmanager
@@ -81,6 +83,27 @@ def test_a_character_that_an_encoding_does_not_have() -> None:
         assert machine_refusal(raised(lambda text=text, encoding=encoding: text.encode(encoding))) == (
             f"the character U+{ord(text):04X} cannot be written in the encoding {encoding}; {helps}"
         )
+
+
+def test_a_working_directory_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    said = "the working directory is gone; change to one that is there"
+    assert str(machine_refusal(raised(Path.cwd))).startswith(said)
+    with pytest.raises(ConfigError, match=rf"run\.yaml: a path cannot be looked up \({said}"):
+        build_config({"model": "a/b", "data": {"train": "rows.jsonl"}, "output": "out"}, tmp_path, "run.yaml")
+
+
+def test_what_cannot_be_written_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    with limited(resource.RLIMIT_FSIZE, 5000):
+        error = raised(lambda: write_json(file, "x" * 9000))
+    assert str(machine_refusal(error)).startswith(f"{file}: a file grew larger than is allowed here")
+    (tmp_path / "folder").write_text("")
+    error = raised(lambda: write_json(tmp_path / "folder" / "results.json", 1))
+    assert str(machine_refusal(error)).startswith(f"{tmp_path / 'folder'}: ")
 
 
 @pytest.mark.parametrize("error", [KeyError("a"), ValueError("b"), RuntimeError("shapes differ"), FileNotFoundError()])

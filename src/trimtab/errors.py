@@ -67,7 +67,7 @@ class MachineError(TrimtabError):
 class Interrupted(TrimtabError):  # noqa: N818 -- not a mistake of anybody's
     """The user stopped a run; the message says how to go on.
 
-    ``code``: what the command line exits with, 130 after Ctrl-C and 143 after SIGTERM.
+    ``code``: what the command line exits with, 130 after Ctrl-C, 143 after SIGTERM and 129 after SIGHUP.
     """
 
     def __init__(self, message: str, code: int = 130) -> None:
@@ -89,12 +89,13 @@ class EndedElsewhere(TrimtabError):  # noqa: N818 -- not a mistake of this proce
 
 
 class Terminated(SystemExit):
-    """What SIGTERM raises, as Ctrl-C raises KeyboardInterrupt. Where nothing catches it, the process ends with 143."""
+    """What SIGTERM raises, and SIGHUP of a terminal that is closed, as Ctrl-C raises KeyboardInterrupt. Where nothing
+    catches it, the process ends with ``code``, 143 or 129."""
 
     code: int
 
-    def __init__(self) -> None:
-        super().__init__(143)
+    def __init__(self, code: int = 143) -> None:
+        super().__init__(code)
 
 
 STOPS = (KeyboardInterrupt, Terminated)
@@ -158,6 +159,8 @@ def machine_refusal(error: BaseException, place: Path | str | None = None, *, ne
             helps = "mend the text that it is in" if one.encoding.startswith("utf") else "set PYTHONUTF8=1"
             sign = f"U+{ord(one.object[one.start]):04X}"
             return f"the character {sign} cannot be written in the encoding {one.encoding}; {helps}"
+        if isinstance(one, FileNotFoundError) and one.filename is None and _nowhere():
+            return "the working directory is gone; change to one that is there (cd)"
         found = _refusal(one)
         if found is None:
             continue
@@ -168,6 +171,15 @@ def machine_refusal(error: BaseException, place: Path | str | None = None, *, ne
             what += _room(place or where, needed)
         return f"{where}: {what}; {helps}" if where is not None else f"{what}; {helps}"
     return None
+
+
+def _nowhere() -> bool:
+    """Whether the working directory was removed."""
+    try:
+        os.getcwd()  # noqa: PTH109 -- Path.cwd() is the same
+    except FileNotFoundError:
+        return True
+    return False
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

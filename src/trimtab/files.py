@@ -26,11 +26,22 @@ def write_atomically(path: Path | str, write: Callable[[Path], object]) -> None:
     """Let ``write`` make a file of the name of ``path`` in a temporary folder beside it, then move that into place in
     one step."""
     target = Path(path)
-    with temporary_folder(target.parent) as folder:
+    with _named(target), temporary_folder(target.parent) as folder:
         fresh = folder / target.name
         write(fresh)
         open_to_readers(folder)
         fresh.replace(target)
+
+
+@contextmanager
+def _named(target: Path) -> Iterator[None]:
+    """Let an error of the system that names no file, as where a disk is full, or a temporary one, name ``target``."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None or ".saving-" in str(error.filename):
+            error.filename = str(target)
+        raise
 
 
 def write_folder(

@@ -127,7 +127,7 @@ class Processes:
                     f"process {ending['rank']} of {self.size} has ended the run: {ending['said']}", ending["code"]
                 )
             if lost or not self.leads:
-                return Terminated() if ending["code"] == 143 else KeyboardInterrupt()
+                return KeyboardInterrupt() if ending["code"] == 130 else Terminated(ending["code"])
         if lost and ending is None:
             return RunError(
                 f"another of the {self.size} processes has ended without a word, as one does that is killed (often for "

@@ -1,4 +1,5 @@
-"""Ctrl-C and SIGTERM: the first one ends what is done in good order, the second one ends the process at once.
+"""Ctrl-C, SIGTERM and a terminal that is closed: the first one ends what is done in good order, a second Ctrl-C or
+SIGTERM ends the process at once.
 
 Hardly anything is imported here, so that both are heard from the very beginning.
 """
@@ -19,6 +20,9 @@ from trimtab.errors import Terminated
 PASSED_ON = 5.0
 """Seconds in which torchrun passes a signal on to processes that the terminal may have told already."""
 
+_HANGUP = getattr(signal, "SIGHUP", None)
+"""Sent when the terminal is closed, or the connection to it is lost; Windows has none."""
+
 _heard: list[float] = []
 """When signals were raised that are not yet dealt with."""
 
@@ -35,11 +39,11 @@ def heard() -> bool:
 
 @contextmanager
 def listening(ask: Callable[[KeyboardInterrupt | Terminated], None] | None = None) -> Iterator[None]:
-    """While open, the first SIGINT raises KeyboardInterrupt and the first SIGTERM `Terminated`; another one after that
-    ends the process.
+    """While open, the first SIGINT raises KeyboardInterrupt and the first SIGTERM or SIGHUP `Terminated`; another
+    SIGINT or SIGTERM after that ends the process. (The system and the shell send SIGHUP, so it may come twice.)
 
     SIGINT is heard where it was ignored, too: a shell's script has it so for what it starts in the background, and
-    whoever sends it there by hand means it.
+    whoever sends it there by hand means it. SIGHUP is not: nohup has it so.
 
     Args:
         ask: is given what would be raised, in place of that, when the first signal comes; the next one is raised.
@@ -51,7 +55,9 @@ def listening(ask: Callable[[KeyboardInterrupt | Terminated], None] | None = Non
     asked: list[float] = []
 
     def hear(number: int, frame: FrameType | None) -> None:
-        stop = Terminated() if number == signal.SIGTERM else KeyboardInterrupt()
+        if number == _HANGUP and (asked or _heard):
+            return
+        stop = KeyboardInterrupt() if number == signal.SIGINT else Terminated(128 + number)
         if ask is not None and not asked:
             asked.append(time.monotonic())
             ask(stop)
@@ -61,7 +67,10 @@ def listening(ask: Callable[[KeyboardInterrupt | Terminated], None] | None = Non
             _heard.append(time.monotonic())
             raise stop
 
-    before = {number: signal.signal(number, hear) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if _HANGUP is not None and signal.getsignal(_HANGUP) is not signal.SIG_IGN:
+        numbers.append(_HANGUP)
+    before = {number: signal.signal(number, hear) for number in numbers}
     try:
         yield
     finally:

@@ -51,8 +51,8 @@ def study(file: str, *overrides: str, ranks: Sequence[int] = RANKS) -> None:
 
     config = load_config(Path(file), list(overrides))
     folder = RunFolder(config.output)
-    if folder.read_summary() is None:
-        folder = finetune(config, resume=folder.config.is_file())
+    if folder.status != "finished":
+        folder = finetune(config, resume=folder.is_run)
     lines, magnitudes = _compared(folder.path, ranks)
     for line in lines:
         said = "" if line.rank is None else f" {line.rank}"

@@ -27,7 +27,7 @@ from budgets import matched_plan
 from memory_cell import CurvePoint, train_cell
 from memory_results import area, write_results
 from memory_study import CONTENDERS, Arm, MemoryCell, MemoryStudy
-from trimtab.errors import ConfigError, Interrupted, RunError
+from trimtab.errors import STOPS, ConfigError, Interrupted, RunError
 from trimtab.files import read_json, write_json
 from trimtab.machine import device
 from trimtab.models.locate import locate
@@ -75,10 +75,11 @@ def memorize(study: MemoryStudy, out: Path, listener: MemoryListener | None = No
             for cells in zip(*(study.curves(arm, chosen[arm]) for arm in study.arms), strict=True):
                 for cell in cells:
                     bench.result(cell)
-        except KeyboardInterrupt:
-            raise Interrupted(
+        except STOPS as stop:
+            raise Interrupted.by(
+                stop,
                 f"interrupted: {folder.done()} finished cells of {study.size} are kept in {out}; the same command goes "
-                "on with the others"
+                "on with the others",
             ) from None
         return write_results(out, study, {arm: folder.results(arm, chosen[arm]) for arm in study.arms})
 

@@ -30,7 +30,7 @@ def run(file: str, *overrides: str) -> None:
     from pattern_study import load_pattern_study, run_cells
     from trimtab.cli.displays.console import Terminal
     from trimtab.cli.displays.run import RunDisplay
-    from trimtab.errors import Interrupted, RunError
+    from trimtab.errors import STOPS, Interrupted, RunError
     from trimtab.files import read_json
     from trimtab.runs.lock import locked
 
@@ -40,22 +40,22 @@ def run(file: str, *overrides: str) -> None:
     study = load_pattern_study(file, overrides)
     results: list[tuple[PatternCell, dict[str, Any]]] = []
     failed: list[tuple[PatternCell, str]] = []
-    stopped = False
+    stopped: BaseException | None = None
     try:
         with locked(study.folder / "cells" / ".lock"), RunDisplay(console) as display:
             for result in run_cells(study.cells, display, failed):
                 results.append(result)
                 write_results(study, results)
-    except (KeyboardInterrupt, Interrupted):
-        stopped = True
+    except (*STOPS, Interrupted) as stop:
+        stopped = stop
     if results:
         page = write_pattern_page(study.folder)
         console.print()
         console.print(pattern_table(read_json(study.folder / "pattern.json")))
         console.print(f"\npage: {page}", soft_wrap=True)
     reasons = "".join(f"\n  {cell}: {reason}" for cell, reason in failed)
-    if stopped:
-        raise Interrupted(f"stopped; every finished run is kept. Go on with the same command.{reasons}")
+    if stopped is not None:
+        raise Interrupted.by(stopped, f"stopped; every finished run is kept. Go on with the same command.{reasons}")
     if failed:
         raise RunError(f"{len(failed)} of the study's runs failed; the same command tries them again:{reasons}")
 

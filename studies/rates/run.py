@@ -28,7 +28,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def run(file: str, *overrides: str, only_results: bool = False, restored: bool = False) -> None:
     from rates_study import load_rates_study
-    from trimtab.errors import Interrupted
+    from trimtab.errors import STOPS, Interrupted
     from trimtab.files import write_json
     from trimtab.runs.lock import locked
 
@@ -52,8 +52,10 @@ def run(file: str, *overrides: str, only_results: bool = False, restored: bool =
                     print(
                         f"{time.strftime('%H:%M')}  {cell}: {told}, {found['exact']:.0%} exact, {seconds}", flush=True
                     )
-            except KeyboardInterrupt:
-                raise Interrupted("stopped; every finished cell is kept. Go on with the same command.") from None
+            except STOPS as stop:
+                raise Interrupted.by(
+                    stop, "stopped; every finished cell is kept. Go on with the same command."
+                ) from None
     from rates_page import write_rates_page
     from rates_results import write_results
     from trimtab.files import read_json

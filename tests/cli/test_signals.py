@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: one line that says what is kept, the exit code of the signal, and no traceback."""
+"""Ctrl-C, SIGTERM and SIGHUP: one line that says what is kept, the exit code of the signal, and no traceback."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import typer
 
 from command_line import Result, signals_are_heard
 from tiny_runs import rows, write_rows
-from trimtab.cli.exits import exit_code
-from trimtab.errors import Interrupted, Terminated
+from trimtab.cli.exits import exit_code, program
+from trimtab.errors import STOPS, Interrupted, Terminated
 from trimtab.signals import listening
 
 __all__ = ["signals_are_heard"]
@@ -116,6 +116,12 @@ def test_before_there_is_a_verb_nothing_was_begun(number: int, code: int, capsys
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # as before
 
 
+@pytest.mark.parametrize(("number", "code"), SIGNALS)
+def test_a_study_of_its_own_says_how_to_go_on(number: int, code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert program(["study.yaml"], "help", raising(number)) == code
+    assert capsys.readouterr().err == "\ninterrupted; what is done is kept. Go on with the same command.\n"
+
+
 def test_what_a_script_runs_in_the_background_can_be_interrupted() -> None:
     """A shell without job control lets it ignore SIGINT."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -125,6 +131,48 @@ def test_what_a_script_runs_in_the_background_can_be_interrupted() -> None:
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="there is none on Windows")
+def test_a_terminal_that_is_closed_ends_a_run_in_good_order(capsys: pytest.CaptureFixture[str]) -> None:
+    def putting_down() -> int:
+        try:
+            signal.raise_signal(signal.SIGHUP)
+        except STOPS as stop:
+            signal.raise_signal(signal.SIGHUP)  # the shell sends one, and the system another
+            raise Interrupted.by(stop, "interrupted; all is kept") from None
+        return 0
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    asked: list[Any] = []
+    try:
+        with listening():
+            assert exit_code(putting_down) == 129
+        assert capsys.readouterr().err == "\ninterrupted; all is kept\n"
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+        with listening(asked.append):
+            signal.raise_signal(signal.SIGHUP)
+            signal.raise_signal(signal.SIGHUP)
+        assert [stop.code for stop in asked] == [129]
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with listening():
+            signal.raise_signal(signal.SIGHUP)  # under nohup nothing ends
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+AT_THE_END = """
+import atexit, signal, sys
+atexit.register(signal.raise_signal, signal.SIGINT)  # what was registered first is done last
+sys.argv = ["trimtab", "--version"]
+from trimtab.cli import main
+main()
+"""
+
+
+def test_a_second_one_while_python_ends_leaves_no_traceback() -> None:
+    done = subprocess.run([sys.executable, "-c", AT_THE_END], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
 
 
 TWICE = """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import signal
 import sys
 
 from trimtab.signals import listening
@@ -17,6 +19,9 @@ def main() -> None:
     except KeyboardInterrupt:  # before there was anything to say it in good order
         print("\ninterrupted; nothing was begun", file=sys.stderr)
         code = 130
+    finally:
+        # Python's own end takes a moment where torch was imported; a Ctrl-C in it ends the process without a traceback.
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)
     sys.exit(code)
 
 

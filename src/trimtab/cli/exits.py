@@ -1,6 +1,7 @@
 """What a mistake looks like from outside: a sentence on stderr and an exit code, never a traceback of ours.
 
-Exit codes: 0 done, 1 an error of ours, 2 wrong usage, 130 interrupted, 143 told to end (SIGTERM).
+Exit codes: 0 done, 1 an error of ours, 2 wrong usage, 130 interrupted, 143 told to end (SIGTERM), 129 the terminal was
+closed (SIGHUP).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from trimtab.cli.terminal import make_safe
 from trimtab.errors import STOPS, EndedElsewhere, Interrupted, TrimtabError, machine_refusal, printable
 from trimtab.launching import speaks
 from trimtab.machine import keep_few_products
+from trimtab.signals import listening
 
 _CONTROL = re.compile("[\x7f-\x9f]")
 # transformers imports the first three where they are installed, needed or not, and they tell what kernels they have
@@ -40,12 +42,20 @@ def say_json(value: object) -> None:
 
 
 def program(arguments: Sequence[str], told: str | None, work: Callable[..., int | None]) -> int:
-    """The exit code of a program of its own, such as a study's: ``work(*arguments)``. Asked for help, or given nothing,
-    it prints ``told`` in place of that."""
+    """The exit code of a program of its own, such as a study's, which goes on where it stopped: ``work(*arguments)``.
+    Asked for help, or given nothing, it prints ``told`` in place of that."""
     if not arguments or "--help" in arguments:
         say(told or "")
         return 0 if arguments else 2
-    return exit_code(lambda: work(*arguments))
+
+    def stoppable() -> int | None:
+        try:
+            return work(*arguments)
+        except STOPS as stop:
+            raise Interrupted.by(stop, "interrupted; what is done is kept. Go on with the same command.") from None
+
+    with listening():
+        return exit_code(stoppable)
 
 
 def exit_code(work: Callable[[], int | None]) -> int:

@@ -21,7 +21,7 @@ from trimtab.config.run import DEFAULT_PLAN, RunConfig
 from trimtab.config.yaml_text import LONGEST, parse_yaml, show, write_yaml
 from trimtab.data.opening import is_table
 from trimtab.data.sources import is_local
-from trimtab.errors import ConfigError, did_you_mean
+from trimtab.errors import ConfigError, did_you_mean, machine_refusal
 from trimtab.hints import pasted
 from trimtab.models.chat_template import template_text
 from trimtab.reading import read_text
@@ -254,7 +254,8 @@ def _resolve_paths(raw: dict[str, Any], root: Path, place: str) -> None:
             # "." is where the file lies: so a run's own config.yaml says it, wherever the run is moved or copied to.
             raw["output"] = str(root.absolute() if output == "." else Path(output).expanduser().absolute())
     except (OSError, ValueError, RuntimeError) as error:  # too long, a loop of links, the home of an unknown user
-        raise ConfigError(f"{place}: a path cannot be looked up ({' '.join(str(error).split())[:200]})") from error
+        said = machine_refusal(error) or " ".join(str(error).split())[:200]
+        raise ConfigError(f"{place}: a path cannot be looked up ({said})") from error
 
 
 _Change = Callable[[str], str]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import yaml
 from tiny_encoders import write_encoder
 from tiny_runs import labelled, write_rows
 from trimtab.files import read_json
+from trimtab.runs.folder import RunFolder
 
 STUDY = Path(__file__).resolve().parents[3] / "studies" / "conversion" / "study.yaml"
 
@@ -29,6 +31,10 @@ def test_the_study_compares_each_way_at_each_rank(
     said["train"] |= {"epochs": 1, "batch_size": 8}
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(said))
     main = program("conversion")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunFolder, "link_adapter", lambda _: signal.raise_signal(signal.SIGTERM))  # once it is trained
+        assert main([str(tmp_path / "study.yaml")]) == 143
+    assert "Go on with" in capsys.readouterr().err
     assert main([str(tmp_path / "study.yaml")]) == 0, capsys.readouterr()
     found = read_json(tmp_path / "results" / "conversion.json")
     first = (tmp_path / "run" / "metrics.jsonl").read_bytes()
