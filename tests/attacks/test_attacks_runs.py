@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 
 from known_runs import run as known_run
+from trimtab.config.read import build_config
 from trimtab.errors import RunError
 from trimtab.reports.run.run_page import write_run_page
 from trimtab.runs.folder import RunFolder
+from trimtab.runs.load import load_run_model
 from trimtab.runs.read import read_metrics, read_run
 
 pytestmark = pytest.mark.timeout(60)
@@ -80,8 +82,19 @@ def test_spoiled_records(kind: str, name: str, run: Path) -> None:
     with pytest.raises(RunError, match=rf"{Path(name).name} is damaged"):
         read_run(run)
     if name == "summary.json":
-        with pytest.raises(RunError, match=r"summary\.json: a damaged file"):
+        with pytest.raises(
+            RunError, match=r"summary\.json: a damaged file \([^\n]+\); .* remove it and go on with the run: "
+        ):
             RunFolder(run).read_summary()
+
+
+def test_a_precision_that_there_is_not(run: Path) -> None:
+    config = build_config(
+        {"model": "owner/name", "data": {"train": "rows.jsonl"}, "output": str(run)}, run, "config.yaml"
+    )
+    (run / "summary.json").write_text('{"status": "finished", "precision": "float7"}', "utf-8")
+    with pytest.raises(RunError, match=r"summary\.json: 'precision' should be .* such as float32, and is 'float7'"):
+        load_run_model(RunFolder(run), config, adapter=False)
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "summary.json", "metrics.jsonl", "evaluation/kind.after.json"])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import io
 import os
+import shlex
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -93,6 +95,40 @@ def test_nobody_reading_ends_nothing(stdout_in: Streams, reason: int) -> None:
     print("not read", file=sys.stderr, flush=True)
     typer.echo("not read")
     assert Path(str(raw.name)).read_text() == "read\n"
+
+
+@pytest.mark.parametrize(("reason", "code"), [(errno.EPIPE, 0), (errno.ENOSPC, 1), (errno.EIO, 1)])
+def test_answers_that_a_full_disk_did_not_take_are_no_success(
+    stdout_in: Streams, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, reason: int, code: int
+) -> None:
+    from trimtab.cli import main
+
+    raw = stdout_in("utf-8")
+    raw.failing = reason
+    monkeypatch.setattr(sys, "stderr", said := io.StringIO())
+    monkeypatch.setattr("sys.argv", ["trimtab", "doctor"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == code
+    assert said.getvalue().startswith("trimtab: standard output: " if code else "")
+    assert said.getvalue().endswith("; not all was printed\n" if code else "")
+
+
+CLOSED = """
+import os, sys
+from trimtab.cli.terminal import make_safe
+make_safe()
+print("nobody reads this", flush=True)
+file = os.open("file", os.O_CREAT | os.O_WRONLY)
+os.write(2, f"{file} {sys.stdin.read()!r} {sys.stdin.isatty()}".encode())
+"""
+
+
+def test_a_stream_that_was_closed_leads_nowhere(tmp_path: Path) -> None:
+    """As after `trimtab ... <&- >&-`: no file takes the place of stdin or stdout."""
+    shell = f"exec {shlex.quote(sys.executable)} -c {shlex.quote(CLOSED)} <&- >&-"
+    done = subprocess.run(["sh", "-c", shell], cwd=tmp_path, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "3 '' False")
 
 
 def test_streams_of_a_test_or_a_notebook_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ from trimtab.errors import ModelError
 from trimtab.models.heads import head_for
 from trimtab.models.load import empty_model, load_model
 from trimtab.models.locate import Source, locate
-from trimtab.models.model_files import ModelFiles, load_config_only, load_tokenizer
+from trimtab.models.model_files import ModelFiles, load_config_only, load_tokenizer, loading
 
 SIZES: dict[str, Any] = {
     "hidden_size": 16,
@@ -257,3 +257,18 @@ def test_a_hub_that_is_out_of_reach(load: Callable[[Source], object], told: str)
     source = Source("smollm2-135m", "hub", "HuggingFaceTB/no-such-model", advice="Do: pip install x")
     with pytest.raises(ModelError, match=rf"smollm2-135m: .*{told} Do: pip install x"):
         load(source)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError(), "there is not enough memory; close other programs"),
+        (RuntimeError("unable to open file <a>: Too many open files (24)"), "raise the limit"),
+    ],
+)
+def test_what_the_machine_refuses_is_said_with_what_helps(error: Exception, said: str) -> None:
+    with (
+        pytest.raises(ModelError, match=rf"here: the model cannot be loaded\. .*{said}"),
+        loading(Source("here", "folder", "here"), "model"),
+    ):
+        raise error

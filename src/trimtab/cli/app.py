@@ -1,8 +1,8 @@
 """The program ``trimtab``: each file in `trimtab.cli.verbs` is a verb of its name, found by listing the folder.
 
 A verb's file has a ``command``, whose parameters are its arguments, and a ``SHORT_HELP`` for ``trimtab --help``; it may
-have an ``INTERRUPTED``, which says what is left where it is stopped, and ``SEVERAL``, where several processes may do it
-together. It imports what it works with inside ``command``,
+have an ``INTERRUPTED``, which says what is left where it is stopped, ``SEVERAL``, where several processes may do it
+together, and ``PRINTS``, where what it prints is all that it gives. It imports what it works with inside ``command``,
 so that help answers at once, without torch.
 """
 
@@ -19,7 +19,8 @@ import typer
 from trimtab import __version__, listing
 from trimtab.cli import verbs
 from trimtab.cli.exits import say
-from trimtab.errors import STOPS, Interrupted, TrimtabError
+from trimtab.cli.terminal import lost_output
+from trimtab.errors import STOPS, Interrupted, MachineError, TrimtabError, machine_refusal
 from trimtab.launching import require_one
 
 _FIRST = (
@@ -70,6 +71,8 @@ def _stoppable(verb: ModuleType) -> Callable[..., None]:
             require_one(f"trimtab {verb.__name__.rpartition('.')[2]}")
         try:
             verb.command(*arguments, **options)
+            if getattr(verb, "PRINTS", False) and (lost := lost_output()) is not None:
+                raise MachineError(f"{machine_refusal(lost, 'standard output') or lost}; not all was printed") from lost
         except STOPS as stop:
             raise Interrupted.by(stop, f"interrupted; {left}") from None
         except typer.Abort as stop:  # at a question; where stdin ended, there was no answer

@@ -300,6 +300,8 @@ def loading(source: Source, what: str) -> Iterator[None]:
         text = " ".join(str(error).split())
         if "trust_remote_code" in text and not source.trust_remote_code:
             text = "It needs its own Python code to run. If you have read and trust it: model.trust_remote_code=true"
+        elif (refused := machine_refusal(error)) is not None:
+            text = refused
         elif source.kind == "hub" and isinstance(error, OSError):
             text = f"{str(error).splitlines()[0]} {source.advice}"
         else:

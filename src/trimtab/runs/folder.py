@@ -9,11 +9,13 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from trimtab.errors import RunError
 from trimtab.files import read_json, read_jsonl, write_jsonl
 from trimtab.hints import pasted
 from trimtab.reading import read_text
-from trimtab.runs.read import read_metrics
+from trimtab.runs.read import first_complaint, read_metrics
 from trimtab.runs.records import MetricsLine, Summary
 from trimtab.runs.results import read_result
 
@@ -168,7 +170,11 @@ class RunFolder:
         try:
             return Summary.read(read_json(self.summary))
         except (OSError, ValueError, RecursionError) as error:
-            raise RunError(f"{self.summary}: a damaged file ({error})") from None
+            reason = first_complaint(error) if isinstance(error, ValidationError) else error
+            raise RunError(
+                f"{self.summary}: a damaged file ({reason}); put it back, or remove it and go on with the run: "
+                f"{self.resume_command}"
+            ) from None
 
     @property
     def status(self) -> str | None:

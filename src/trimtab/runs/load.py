@@ -82,6 +82,8 @@ def load_run_model(
     # What the run computed in is on record: this machine may prefer another precision.
     summary = folder.read_summary()
     said = (summary and summary.precision) or precision_of(config)
+    if not isinstance(getattr(torch, said, None), torch.dtype):
+        raise RunError(f"{folder.summary}: 'precision' should be that of the run, such as float32, and is '{said}'")
     trained = said if config.model.dtype == "auto" else config.model.dtype
     quantisation = config.quantisation if quantised else "none"
     model = load_fitting(base_of_run(folder, config), trained, config.model.attention, quantisation)

@@ -12,6 +12,8 @@ from trimtab.cli.verbs._arguments import AsJson
 
 SHORT_HELP = "Say what this machine has, and what would help."
 
+PRINTS = True
+
 
 def command(as_json: AsJson = False) -> None:
     """Say what this machine and its installation have for fine-tuning, and what would help.
@@ -37,4 +39,5 @@ def command(as_json: AsJson = False) -> None:
                 say(f"{title}: {sentence}")
         if not found.broken and not found.advice:
             say("nothing is amiss")
-    raise typer.Exit(1 if found.broken else 0)
+    if found.broken:
+        raise typer.Exit(1)

@@ -13,6 +13,8 @@ from trimtab.cli.verbs._arguments import Adapter, Bare, MaxNewTokens, Seed, Syst
 
 SHORT_HELP = "Ask the model of a run, or any model."
 
+PRINTS = True
+
 
 def command(
     target: Target,

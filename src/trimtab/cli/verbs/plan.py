@@ -13,6 +13,8 @@ from trimtab.cli.verbs._arguments import AsJson, ConfigPath, Overrides
 
 SHORT_HELP = "Show which modules get what, and the memory that takes; loads no weights."
 
+PRINTS = True
+
 
 def command(
     config: ConfigPath,

@@ -15,6 +15,8 @@ SHORT_HELP = "Label texts, pictures or words with a model that was trained to."
 
 INTERRUPTED = "what was answered is printed; nothing was written"
 
+PRINTS = True
+
 
 def command(
     target: Target,
