@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from tiny_gguf import write_gguf
 from tiny_runs import tiny_model, tiny_tokenizer
 from trimtab.errors import ModelError, SurgeryError
 from trimtab.export import Wishes, export_format, hand_over
-from trimtab.export._gguf_file import GgufFile, Order, kind_for, orders
+from trimtab.export._gguf_file import GgufFile, Order, kind_for, orders, write_copy
 from trimtab.export._modelfile import modelfile, pieces_of
 from trimtab.export._subject import Subject
 
@@ -227,6 +228,20 @@ def test_a_damaged_file_is_an_error_of_ours(tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(b"GGUF" + b"\xff" * 40)
     with pytest.raises(ModelError, match="cannot be read as a GGUF file"):
         GgufFile(tmp_path / "m.gguf")
+
+
+def test_a_file_that_the_disk_did_not_take_whole_is_told(tmp_path: Path) -> None:
+    """numpy leaves the last bytes of a small tensor to the C library, whose failure it does not look at."""
+    write_gguf(tmp_path / "a.gguf")
+    file, whole = GgufFile(tmp_path / "a.gguf"), (tmp_path / "a.gguf").stat().st_size
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (whole - 200, before[1]))
+    try:
+        with pytest.raises(OSError, match="No space left"):
+            write_copy(file, tmp_path / "b.gguf", {}, {}, None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert 0 < (tmp_path / "b.gguf").stat().st_size < whole
 
 
 def test_values_that_do_not_fit_are_an_error() -> None:

@@ -8,6 +8,8 @@ the converters use (github.com/ggml-org/llama.cpp, ``conversion/``); the right o
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -285,3 +287,12 @@ def write_copy(
     for data, _ in everything.values():
         writer.write_tensor_data(data)
     writer.close()
+    require_whole(out)
+
+
+def require_whole(file: Path) -> None:
+    """Raise OSError where not all of ``file`` is there: a disk that is full makes numpy write less without a word."""
+    try:
+        GGUFReader(file)
+    except ValueError:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file)) from None

@@ -177,6 +177,7 @@ def _write(path: Path, architecture: str, factors: list[Factors], places: dict[s
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    files.require_whole(path)
 
 
 @torch.no_grad()
