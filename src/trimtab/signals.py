@@ -20,7 +20,7 @@ from trimtab.errors import Terminated
 PASSED_ON = 5.0
 """Seconds in which torchrun passes a signal on to processes that the terminal may have told already."""
 
-_HANGUP = getattr(signal, "SIGHUP", None)
+HANGUP = getattr(signal, "SIGHUP", None)
 """Sent when the terminal is closed, or the connection to it is lost; Windows has none."""
 
 _heard: list[float] = []
@@ -55,7 +55,7 @@ def listening(ask: Callable[[KeyboardInterrupt | Terminated], None] | None = Non
     asked: list[float] = []
 
     def hear(number: int, frame: FrameType | None) -> None:
-        if number == _HANGUP and (asked or _heard):
+        if number == HANGUP and (asked or _heard):
             return
         stop = KeyboardInterrupt() if number == signal.SIGINT else Terminated(128 + number)
         if ask is not None and not asked:
@@ -68,8 +68,8 @@ def listening(ask: Callable[[KeyboardInterrupt | Terminated], None] | None = Non
             raise stop
 
     numbers = [signal.SIGINT, signal.SIGTERM]
-    if _HANGUP is not None and signal.getsignal(_HANGUP) is not signal.SIG_IGN:
-        numbers.append(_HANGUP)
+    if HANGUP is not None and signal.getsignal(HANGUP) is not signal.SIG_IGN:
+        numbers.append(HANGUP)
     before = {number: signal.signal(number, hear) for number in numbers}
     try:
         yield

@@ -9,7 +9,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from http.client import HTTPConnection
 from pathlib import Path
@@ -85,7 +85,16 @@ def while_it_serves(port: int, number: int, work: Callable[[], None] = lambda: N
     return thread
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.fixture
+def hangups_are_heard() -> Iterator[None]:
+    """Whatever began the tests may have them ignored, as nohup does."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("hangups_are_heard")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_it_says_where_it_is_and_ends_in_good_order(
     number: int, code: int, cli: Callable[..., Result], engine: Opened, port: int
 ) -> None:

@@ -6,8 +6,11 @@ import asyncio
 import errno
 import logging
 import os
+import signal
 import socket
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -17,6 +20,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from trimtab.errors import ConfigError
 from trimtab.serving.routes import Service
+from trimtab.signals import HANGUP
 
 if TYPE_CHECKING:
     from trimtab.serving.engine import Engine
@@ -126,9 +130,25 @@ class Serving(uvicorn.Server):
         self._grace = grace
         self._told = told
 
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """SIGHUP, too, unless it is ignored as under nohup."""
+        with super().capture_signals():
+            heard = HANGUP if threading.current_thread() is threading.main_thread() else None
+            if heard is None or (before := signal.getsignal(heard)) is signal.SIG_IGN:
+                yield
+                return
+            signal.signal(heard, self.handle_exit)
+            try:
+                yield
+            finally:
+                signal.signal(heard, before)
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal begins the end, the second one is the end."""
+        """The first signal begins the end, the second one is the end; SIGHUP alone may come twice."""
         if self.should_exit:
+            if sig == HANGUP:
+                return
             os._exit(128 + sig)
         super().handle_exit(sig, frame)
 
