@@ -20,7 +20,9 @@ from run_fixtures import make_bare
 from tiny_encoders import write_encoder
 from tiny_runs import rows, write_config, write_model, write_rows
 from trimtab.config.read import load_config
+from trimtab.errors import ModelError
 from trimtab.export import names
+from trimtab.export._hand_over import write_whole
 from trimtab.runs.load import load_run
 from trimtab.training.run import finetune
 
@@ -173,6 +175,22 @@ def test_a_folder_that_holds_something_stays(form: str, cli: Any, trained: Calla
     assert "not empty" in cli("export", run, out, "--to", form).err
     assert "something other than" in cli("export", run, out, "--to", form, "--overwrite").err
     assert [file.name for file in tmp_path.iterdir()] == ["out"] or (out / "thesis.tex").is_file()
+
+
+def test_what_another_process_wrote_meanwhile_stays(tmp_path: Path) -> None:
+    target = tmp_path / "merged"
+
+    def fill(folder: Path) -> None:
+        (folder / "config.json").write_text("ours")
+        target.mkdir(exist_ok=True)
+        (target / "config.json").write_text("theirs")
+
+    with pytest.raises(ModelError, match="merged: another process wrote here meanwhile, and that stays"):
+        write_whole(target, fill, lambda: 0, overwrite=False)
+    assert (target / "config.json").read_text() == "theirs"
+    assert [one.name for one in tmp_path.iterdir()] == ["merged"]
+    write_whole(target, fill, lambda: 0, overwrite=True)
+    assert (target / "config.json").read_text() == "ours"
 
 
 def test_rows_that_are_gone_are_told(cli: Any, make_yaml: Callable[..., Path], tmp_path: Path) -> None:

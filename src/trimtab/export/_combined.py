@@ -114,7 +114,8 @@ def combine_folders(
         write_json(folder / REPORT, {"of": of, **report.plain()})
         write_text(folder / "README.md", _card(target.name, parts, named, report))
 
-    write_whole(target, fill, lambda: sum(one.nbytes for one in loaded.state_dict().values() if one.requires_grad))
+    needed = sum(one.nbytes for one in loaded.state_dict().values() if one.requires_grad)
+    write_whole(target, fill, lambda: needed, overwrite=overwrite)
     return report, label[0]
 
 

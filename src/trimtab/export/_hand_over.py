@@ -90,7 +90,8 @@ def hand_over(
         text = card(form, subject, written[0], next(iter(found), None), name=target.name)
         write_text(folder / "README.md", text)
 
-    write_whole(target, fill, lambda: sum(tensor.nbytes for tensor in subject.model.state_dict().values()))
+    needed = sum(tensor.nbytes for tensor in subject.model.state_dict().values())
+    write_whole(target, fill, lambda: needed, overwrite=overwrite)
     return Handed(target, written[0].done, next(iter(found), None), [*written[0].notes, *notes])
 
 
@@ -118,14 +119,21 @@ def _is_others(name: str) -> bool:
     return not any(fnmatch(name, pattern) for pattern in _OURS)
 
 
-def write_whole(target: Path, fill: Callable[[Path], None], needed: Callable[[], int]) -> None:
+def write_whole(target: Path, fill: Callable[[Path], None], needed: Callable[[], int], *, overwrite: bool) -> None:
     """Let ``fill`` write the folder ``target``, which appears whole or not at all.
 
-    Raises ModelError if the machine does not take it; ``needed``: about how many bytes that is.
+    Raises ModelError if the machine does not take it (``needed``: about how many bytes that is), or if another process
+    wrote there meanwhile, and ``overwrite`` is off.
     """
+
+    def filled(folder: Path) -> None:
+        fill(folder)
+        if not overwrite and target.is_dir() and any(target.iterdir()):
+            raise ModelError(f"{target}: another process wrote here meanwhile, and that stays. Name another folder")
+
     try:
         with quiet_transformers():
-            write_folder(target, fill, replace=True, stays=_is_others)
+            write_folder(target, filled, replace=True, stays=_is_others)
     except (OSError, SafetensorError) as error:
         refusal = machine_refusal(error, target, needed=needed()) or f"{target}: {error}"
         raise ModelError(f"the model cannot be written: {refusal}. Nothing was left behind") from error
