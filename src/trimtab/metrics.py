@@ -170,6 +170,7 @@ _TABLE = (
         in_terminal=("choice", "labels", "tags"),
         chooses=True,
         compared=True,
+        full_label="F1, the mean over all labels (0 of one that no row has)",
     ),
     Metric("weighted_f1", "weighted F1", outcomes.weighted_f1, kinds=("choice",)),
     Metric(

@@ -237,7 +237,7 @@ def test_configurations_that_cannot_be_read(tmp_path: Path, text: str, word: str
 
 def test_a_model_that_is_not_a_causal_language_model(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
-    with pytest.raises(ModelError, match="ViTConfig"):
+    with pytest.raises(ModelError, match="no AutoModelForCausalLM of the kind ViT"):
         empty_model(source_of(tmp_path))
 
 

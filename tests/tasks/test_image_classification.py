@@ -206,6 +206,11 @@ def test_of_a_model_of_pictures_and_texts_only_the_classifier_is_drawn(place: Pa
     folder = finetune(config(place, kind, train={"max_steps": 1, "batch_size": 4, "precision": "float32"}))
     trained = read_adapter(folder.adapter)
     assert {name for name, one in trained.items() if one.method == "full"} == {"classifier"}
+    notes = " ".join(folder.read_summary().notes)
+    # SigLIP sums a picture up by a head of its own, of which its classifier makes no use.
+    reached = "no step reached" not in notes
+    assert reached == (kind == "CLIP")
+    assert reached or "of the adapted modules, the first of them vision_model.head." in notes
 
 
 def test_a_processor_that_cuts_pictures_into_pieces_is_refused_in_words(place: Path) -> None:
@@ -216,6 +221,16 @@ def test_a_processor_that_cuts_pictures_into_pieces_is_refused_in_words(place: P
 
     with pytest.raises(ModelError, match=r"cuts a picture into pieces of the shape \[16, 48\]"):
         _processed([], cutting)
+
+
+def test_a_processor_of_grey_pictures_is_refused_in_words() -> None:
+    from transformers import ViTImageProcessor
+
+    from trimtab.tasks.image_classification import _processed
+
+    grey = ViTImageProcessor(size={"height": 16, "width": 16}, image_mean=[0.5], image_std=[0.5])
+    with pytest.raises(ModelError, match="does not take pictures of three channels"):
+        _processed([picture("red", 0)], grey)
 
 
 def test_memory_is_counted_for_pictures(place: Path) -> None:

@@ -17,7 +17,7 @@ from trimtab import tasks
 from trimtab.config.run import EvaluationConfig
 from trimtab.data import forms
 from trimtab.data.rows import Source
-from trimtab.errors import ConfigError, DataError
+from trimtab.errors import ConfigError, DataError, ModelError
 from trimtab.memory.estimate import estimate_run
 from trimtab.models.model_files import load_tokenizer
 from trimtab.notes import Notes
@@ -113,6 +113,17 @@ def test_a_model_that_does_not_say_how_targets_begin_writes_them_as_it_learns_th
     job, reader, inputs = read(place)
     how = tasks.Measurement("test", None, job.config.evaluation, None)
     assert len(TASK.evaluate(model, reader, inputs.tests["train"], how).rows) == 5
+
+
+def test_a_model_that_hears_is_refused_in_words(place: Path) -> None:
+    from transformers import Qwen2VLConfig, WhisperConfig
+
+    for config, told in ((WhisperConfig(), "a whisper writes what it hears"), (Qwen2VLConfig(), "of the kind Qwen2VL")):
+        config.save_pretrained(place / "other")
+        (place / "other" / "tokenizer.json").write_bytes((place / "t5" / "tokenizer.json").read_bytes())
+        (place / "other" / "tokenizer_config.json").write_bytes((place / "t5" / "tokenizer_config.json").read_bytes())
+        with pytest.raises((ConfigError, ModelError), match=told):
+            _ = tasks.job_of(seq2seq_config(place, model=str(place / "other"))).positions
 
 
 def test_targets_that_cannot_be_written_to_their_end_are_told(place: Path) -> None:

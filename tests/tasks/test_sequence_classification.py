@@ -343,6 +343,36 @@ def test_a_model_whose_head_reads_the_last_position_answers_alike_in_any_batch(
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)  # float32, sums of other lengths
 
 
+def test_texts_of_which_an_encoder_with_a_decoder_finds_no_single_end_are_refused(
+    said: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    rows = labelled(8)
+    configuration = said([*rows[:5], {**rows[5], "text": "tug [SEP] fog"}, *rows[6:]])
+    reader = AutoTokenizer.from_pretrained(tmp_path / "encoder")
+    sides = {f"{side}_{name}": 2 for side in ("encoder", "decoder") for name in ("layers", "attention_heads")}
+    sizes = {"d_model": 32, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "vocab_size": len(reader), **sides}
+    ends = {"eos_token_id": reader.sep_token_id, "pad_token_id": 0, "decoder_start_token_id": 2, "bos_token_id": 2}
+    BartForConditionalGeneration(BartConfig(**sizes, **ends)).save_pretrained(tmp_path / "bart")
+    reader.save_pretrained(tmp_path / "bart")
+    configuration["model"]["name"] = str(tmp_path / "bart")
+    with pytest.raises(DataError, match=r"row 6: the text has 2 end tokens and that of .*row 1 has 1"):
+        check(configuration)
+
+
+def test_numbers_that_mark_rows_without_a_label_are_refused_or_told(said: Callable[..., dict[str, Any]]) -> None:
+    _, told = run(said(labelled(8, (-1, 0, 1))))
+    assert any("-1 is learned as a label like any other" in remark for remark in told.remarks)
+    with pytest.raises(DataError, match=r"row 3: -100 under 'label' marks what has no label"):
+        example({"text": "a", "label": -100})
+
+
+def test_the_columns_of_a_pair_are_named(said: Callable[..., dict[str, Any]]) -> None:
+    with pytest.raises(DataError, match=r"\{text: question, text_pair: sentence\}"):
+        example({"question": "a", "sentence": "b", "label": 1})
+
+
 @pytest.mark.parametrize("pad", [None, 7])
 def test_a_causal_model_without_a_padding_token_answers_alike_in_any_batch(
     said: Callable[..., dict[str, Any]], pad: int | None

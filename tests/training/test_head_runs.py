@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForSequenceClassification
 
 from stopped_runs import adapter_of, interrupt, metrics_of, signals_are_heard
 from tiny_encoders import write_encoder
@@ -72,6 +73,22 @@ def test_a_head_keeps_the_order_of_its_labels_and_takes_no_others(make: Callable
     other = [{**row, "label": row["label"].replace("calm", "mild")} for row in labelled(24)]
     with pytest.raises(TrimtabError, match=r"its head has the labels watch, calm, storm"):
         finetune(make("other", said=other, adapter=str(first.adapter), plan=None))
+
+
+def test_a_head_that_does_not_name_its_labels_is_told_which_it_is_taken_to_have(
+    make: Callable[..., RunConfig], encoder: Path, tmp_path: Path
+) -> None:
+    peft = pytest.importorskip("peft")
+    base = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=3)
+    whole = {"modules_to_save": ["pooler", "classifier"], "target_modules": ["query"]}
+    peft.get_peft_model(base, peft.LoraConfig(task_type="SEQ_CLS", r=2, **whole)).save_pretrained(tmp_path / "peft")
+    begun = {"adapter": str(tmp_path / "peft"), "plan": None, "train": STILL}
+    told, silent = Kept(), Kept()
+    finetune(make("told", **begun), listener=told)
+    finetune(make("silent", data={"choices": ["watch", "calm", "storm"]}, **begun), listener=silent)
+    said = [[line for line in kept.remarks if "does not say what its rows mean" in line] for kept in (told, silent)]
+    assert [len(lines) for lines in said] == [1, 0]
+    assert "calm, storm, watch, in this order" in said[0][0]
 
 
 @pytest.mark.parametrize("quantisation", ["int8", "nf4"])

@@ -95,7 +95,10 @@ class Job:
     @property
     def embedding_rows(self) -> int:
         """How many tokens the model knows, added ones included."""
-        return len(self._empty.get_input_embeddings().weight)
+        weight = getattr(self._empty.get_input_embeddings(), "weight", None)
+        if weight is None:  # Perceiver gives something else
+            return int(self._empty.config.get_text_config().vocab_size)
+        return len(weight)
 
     @cached_property
     def _empty(self) -> Any:

@@ -157,9 +157,10 @@ def text_of(row: Row, key: str = "text") -> str:
     if value is None:
         texts = [str(name) for name, held in row.value.items() if isinstance(held, str) and name not in _ANSWERS]
         meant = texts[0] if len(texts) == 1 else "its name"
+        pair = f"; for a pair of texts {{text: {texts[0]}, text_pair: {texts[1]}}}" if len(texts) == 2 else ""
         raise DataError(
             f"{row.place}: expected a text under '{key}', but its keys are {keys_of(row)}. If the column has another "
-            f"name, say so: data.columns={{{key}: {meant}}}."
+            f"name, say so: data.columns={{{key}: {meant}}}{pair}."
         )
     raise DataError(f"{row.place}: expected a text under '{key}', got {type(value).__name__}.")
 
@@ -197,10 +198,19 @@ def is_broken(value: object) -> bool:
         return False
 
 
+_NO_LABEL = -100
+"""What stands in place of a label in rows that transformers' own examples have tokenised."""
+
+
 def name_of_label(value: object, place: str, key: str = "label") -> str:
     """A label as it is called: a word, or a number as it is written. Raises DataError for anything else."""
     if isinstance(value, bool):
         return "true" if value else "false"
+    if value in (_NO_LABEL, str(_NO_LABEL)):
+        raise DataError(
+            f"{place}: {_NO_LABEL} under '{key}' marks what has no label in rows that are tokenised already; give the "
+            "words or the text as they were, with the labels of those"
+        )
     if isinstance(value, int):
         return str(value)
     if isinstance(value, float) and value.is_integer():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 from collections.abc import Collection, Iterator, Sequence
 from copy import copy, deepcopy
 from dataclasses import replace
@@ -30,6 +31,7 @@ from trimtab.reading import check_safetensors, panics
 _AT_ONCE = 1000  # texts
 # The heads of these read the last position of a batch, whatever stands there: padding comes before a text.
 _READ_AT_THE_END = ("xlnet",)
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
@@ -70,6 +72,11 @@ class ModelFiles:
         return family(self.config)
 
     @property
+    def reads_no_text(self) -> bool:
+        """Whether the model writes, and its encoder reads something else than texts (Whisper)."""
+        return bool(getattr(self.config, "is_encoder_decoder", False)) and self.family == "decoder"
+
+    @property
     def config_with_head(self) -> PretrainedConfig:
         """The configuration for a model with the labels that it is read for."""
         config, head = deepcopy(self.config), self.source.head
@@ -105,7 +112,13 @@ class ModelFiles:
         source = self.source
         if source.kind == "folder" and not any((Path(source.location) / name).is_file() for name in _TOKENIZER_FILES):
             expected = ", ".join(_TOKENIZER_FILES)
-            raise ModelError(f"{source.location}: no tokenizer: expected one of {expected} beside config.json.")
+            other = ""
+            if any((Path(source.location) / name).is_file() for name in _PROCESSOR_FILES):
+                other = (
+                    f" A {self.config.model_type} reads pictures or sounds, and of such models a run takes those that "
+                    "transformers has a classifier of pictures of."
+                )
+            raise ModelError(f"{source.location}: no tokenizer: expected one of {expected} beside config.json.{other}")
         with loading(source, "tokenizer"):
             if folder := self._fetched("tokenizer.json"):
                 check_tokenizer(folder)
@@ -305,6 +318,12 @@ def loading(source: Source, what: str) -> Iterator[None]:
         elif source.kind == "hub" and isinstance(error, OSError):
             text = f"{str(error).splitlines()[0]} {source.advice}"
         else:
+            unknown = re.search(r"Unrecognized configuration class .*?(\w+)'> for this kind of AutoModel: (\w+)", text)
             text = f"{type(error).__name__}: {text[:600]}"
+            if unknown:
+                text = (
+                    f"transformers has no {unknown[2]} of the kind {unknown[1].removesuffix('Config')}, so it "
+                    "cannot have this task. Adapt it in Python (trimtab.attach), with transformers' Trainer"
+                )
         origin = "" if source.location == source.name else f" from {source.location}"
         raise ModelError(f"{source.name}: the {what} cannot be loaded{origin}. {text}".rstrip()) from error

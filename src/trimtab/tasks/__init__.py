@@ -92,6 +92,11 @@ def job_of(config: RunConfig) -> Job:
             f"task: {name}: {job.source.name} reads a text in both directions, so it would see the very tokens that it "
             "is to write. Take a model that writes, or a task for this one: leave out task"
         )
+    if writes and job.source.kind != "gguf" and job.files.reads_no_text:
+        raise ConfigError(
+            f"{job.source.name}: a {job.files.config.model_type} writes what it hears or sees, and a run trains on "
+            "texts, or on pictures that are sorted. Adapt it in Python (trimtab.attach), with transformers' Trainer"
+        )
     job = job if task.precision is None else job.computing_in(task.precision)
     return replace(job, task=name).read_for(ModelHead(task.model_class))
 

@@ -160,6 +160,7 @@ class LabelledTask(Task):
     ) -> tuple[list[Tensor], set[int]]:
         """The logits of each row, and which rows were cut."""
         encoded = self.encode(rows, reader, head.labels or None, max_length)
+        self.require_readable(model.config, encoded, [row.place for row in rows])
         cut = {at for at, row in enumerate(encoded) if row.pop("cut", False)}
         return self._logits_of_all(self.head(model), reader, encoded, batch_size, None)[0], cut
 
@@ -204,6 +205,7 @@ class LabelledTask(Task):
             raise DataError(f"{how.name}: there are no rows to evaluate.")
         started = time.perf_counter()
         rows = self.encode(examples, reader, how.choices, how.max_length)
+        self.require_readable(head.config, rows, [example.place for example in examples])
         cut = sum(row.pop("cut", False) for row in rows)
         logits, total, count = self._logits_of_all(head, reader, rows, how.evaluation.batch_size, how.progress)
         judged = self.judge(logits, examples, how.choices)
@@ -243,8 +245,11 @@ class LabelledTask(Task):
 
     def held(self, job: Job, inputs: Inputs, reader: Any) -> list[str]:
         found, used = [], token_ids(inputs.rows)
+        places = [f"{source}, row {number}" for source, number in inputs.rows.origins]
+        self.require_readable(job.files.config, list(inputs.rows), places)
         for name, rows in (("", inputs.validation), *inputs.tests.items()):
             encoded = self.encode(rows, reader, inputs.choices, job.reading_length)
+            self.require_readable(job.files.config, encoded, [row.place for row in rows])
             used |= token_ids(encoded)
             if name and (cut := sum(row.get("cut", False) for row in encoded)):
                 found.append(f"{counted(cut)} of the test set {name} cut to {job.reading_length} tokens")
@@ -258,6 +263,9 @@ class LabelledTask(Task):
             (source, number), row = inputs.rows.origins[at], inputs.rows[at]
             shown.append((f"{source}, row {number}: {self.described(row)}", self.shown(row, reader, inputs.choices)))
         return Preview(tuple(shown))
+
+    def require_readable(self, config: Any, rows: Sequence[Tensors], places: Sequence[str]) -> None:
+        """Raise DataError, which names the row, for ``rows`` at ``places`` that a model of ``config`` does not read."""
 
     def described(self, row: Tensors) -> str:
         """The size of a row, in words."""

@@ -55,7 +55,7 @@ class LabelledRows(Rows[Labelled]):
             labels = [label.strip() for label in said]
         else:
             labels = in_the_order_of(self.job.files.config, found)
-        labels = self._as_begun(labels, found, said)
+        labels = self._as_begun(labels, found, said, notes)
         if len(labels) < (1 if isinstance(training[0].label, tuple) else 2):
             only = f"'{labels[0]}' is the only label" if labels else "no row has a label"
             raise DataError(f"{training[0].source}: {only}, so there is nothing to tell apart.")
@@ -68,17 +68,27 @@ class LabelledRows(Rows[Labelled]):
                 f"the labels are {len(labels)} whole numbers, and each is taken for a class of its own; if a near "
                 "label is better than one that is far, say task: regression"
             )
+        if "-1" in labels and all(map(is_whole, labels)) and min(map(int, labels)) == -1:
+            notes.add(
+                "-1 is learned as a label like any other; where it marks rows without a label, as in data sets on the "
+                "hub, leave these rows out"
+            )
         note_alike(found, "labels", notes)
         if unseen := [label for label in labels if label not in found]:
             notes.add(f"no training row has the label {', '.join(unseen)}, which cannot be learned then")
         return answers
 
-    def _as_begun(self, labels: list[str], found: list[str], said: object) -> list[str]:
+    def _as_begun(self, labels: list[str], found: list[str], said: object, notes: Notes) -> list[str]:
         """``labels`` in the order of the head that the run begins from: a head whose labels are others, or stand in
         another order, has learnt something else."""
         adapter = self.config.adapter
         head = read_head(*adapter_files(adapter)) if adapter is not None else None
         known = head.labels if head is not None else ()
+        if head is not None and not known and not isinstance(said, tuple):
+            notes.add(
+                f"the head of {adapter} does not say what its rows mean: they are taken for {', '.join(labels[:20])}, "
+                "in this order; data.choices says another"
+            )
         if not known or (set(found) <= set(known) and not isinstance(said, tuple)):
             return list(known) or labels
         if list(known) != labels:

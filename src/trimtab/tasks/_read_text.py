@@ -36,6 +36,23 @@ def tokenised(examples: Sequence[Labelled], tokenizer: Any, max_length: int | No
     return rows
 
 
+def require_ends(config: Any, rows: Sequence[dict[str, Any]], places: Sequence[str]) -> None:
+    """Raise DataError unless each of ``rows``, which stand at ``places``, has as many end tokens as the first: at the
+    last of them a classifier reads that is an encoder with a decoder (BART, T5), and transformers asks for that.
+    ``config``: of the model."""
+    if not getattr(config, "is_encoder_decoder", False) or config.model_type.startswith("t5gemma"):
+        return
+    counts = [row["input_ids"].count(config.eos_token_id) for row in rows]
+    for place, count in zip(places, counts, strict=True):
+        if not count:
+            raise DataError(f"{place}: no end token stands behind the text, and there such a model reads its label.")
+        if count != counts[0]:
+            raise DataError(
+                f"{place}: the text has {count} end tokens and that of {places[0]} has {counts[0]}, and this kind of "
+                "model takes rows of one number: give all a text_pair or none, and take the token out of the texts."
+            )
+
+
 def padded(rows: Sequence[dict[str, Any]], tokenizer: Any, *, left: bool = False) -> dict[str, Tensor]:
     """A batch of tokenised rows, padded on the right (or ``left``) to the longest, with its ``attention_mask``."""
     width = max(len(row["input_ids"]) for row in rows)

@@ -115,7 +115,13 @@ def _pixels(examples: Sequence[Labelled], processor: Any) -> Tensor:
 def _processed(images: Sequence[Any], processor: Any) -> Tensor:
     """``[pictures, channels, height, width]``, as the model takes them. Raises ModelError for a processor that makes
     something else of a picture."""
-    pixels: Tensor = processor(images=list(images), return_tensors="pt")["pixel_values"]
+    try:
+        pixels: Tensor = processor(images=list(images), return_tensors="pt")["pixel_values"]
+    except ValueError as error:
+        raise ModelError(
+            f"this model's {type(processor).__name__} does not take pictures of three channels ({error}); take a model "
+            "of coloured pictures"
+        ) from None
     if pixels.dim() != 4:
         raise ModelError(
             f"this model's {type(processor).__name__} cuts a picture into pieces of the shape "

@@ -118,6 +118,9 @@ class Regression(_labelled.LabelledTask):
             row["labels"] = example.label if example.label != IGNORED else IGNORED * (1 + 2.0**-23)
         return rows
 
+    def require_readable(self, config: Any, rows: Sequence[Tensors], places: Sequence[str]) -> None:
+        _read_text.require_ends(config, rows, places)
+
     def pad(self, rows: Sequence[Tensors], reader: Any) -> dict[str, Tensor]:
         return _read_text.padded(rows, reader, left=reader.padding_side == "left")
 

@@ -120,6 +120,9 @@ class SequenceClassification(_labelled.LabelledTask):
                 row["labels"] = places[example.answer]
         return rows
 
+    def require_readable(self, config: Any, rows: Sequence[Tensors], places: Sequence[str]) -> None:
+        _read_text.require_ends(config, rows, places)
+
     def pad(self, rows: Sequence[Tensors], reader: Any) -> dict[str, Tensor]:
         return _read_text.padded(rows, reader, left=reader.padding_side == "left")
 

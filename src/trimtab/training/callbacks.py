@@ -17,6 +17,7 @@ from trimtab.files import write_atomically, write_tensors
 from trimtab.processes import here
 from trimtab.runs.checkpoints import step_of
 from trimtab.runs.events import Listener
+from trimtab.surgery.adapted import adapted_modules
 from trimtab.surgery.attach import trainable_parameters
 
 AVERAGE_FILE = "average.safetensors"
@@ -33,6 +34,29 @@ class Telling(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._listener.step(state.global_step, state.max_steps)
+
+
+class Idle(TrainerCallback):
+    """Watches which adapted modules no step has reached: what they compute is no part of any loss."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._left = dict(adapted_modules(model))
+        self._steps = 0
+
+    @property
+    def names(self) -> list[str]:
+        """The names of these modules; none before the first step."""
+        return list(self._left) if self._steps else []
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self._steps += 1
+        self._left = {
+            name: module
+            for name, module in self._left.items()
+            if all(parameter.grad is None for parameter in module.current_adapter.parameters())
+        }
 
 
 class LastLoss(TrainerCallback):

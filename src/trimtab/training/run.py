@@ -280,6 +280,11 @@ class _Run:
                 epochs=self.work.epochs,
                 training_seconds=round(self._earlier_seconds[0] + time.perf_counter() - began, 2),
             )
+        if idle := self.work.idle:
+            self.remark(
+                f"no step reached {len(idle):,} of the adapted modules, the first of them {idle[0]}: these rows make "
+                "no use of them, and they are as they were. A narrower match leaves them out"
+            )
         if self.inputs.validation and train.keep_best:
             self._note(best_step=step)
             self.listener.note(f"kept the adapter of step {step}, the best in validation")

@@ -31,7 +31,7 @@ from trimtab.signals import heard, listening
 from trimtab.surgery.attach_report import AttachReport, describe
 from trimtab.surgery.contexts import disable_adapter
 from trimtab.tasks import Inputs, Measurement
-from trimtab.training.callbacks import Interrupting, LastLoss, Telling
+from trimtab.training.callbacks import Idle, Interrupting, LastLoss, Telling
 from trimtab.training.compiling import Compiling, choose
 from trimtab.training.metrics_log import Recorder
 from trimtab.training.on_device import fitted
@@ -46,6 +46,7 @@ class Work:
     Attributes:
         steps, epochs: how far training has come.
         job: the run's, with nothing left open that its device decides; ``told``: what that was, a sentence each.
+        idle: the adapted modules that no step has reached.
         at_once: whether the user would not wait for a good end.
     """
 
@@ -65,6 +66,7 @@ class Work:
         self.head = self.task.head(self.model)
         self._inside: Callable[[Callable[[], Any]], Any] = lambda work: work()
         self.steps, self.epochs, self.at_once = 0, 0.0, False
+        self.idle: list[str] = []
         if here().size > 1:
             _require_divisible(self.model)
 
@@ -137,9 +139,10 @@ class Work:
             seconds: that the run was trained for before.
         """
         group, folder = here(), RunFolder(self.job.config.output)
-        interrupting = Interrupting(self.listener)
+        interrupting, idle = Interrupting(self.listener), Idle(self.model)
         callbacks: list[TrainerCallback] = [
             Telling(self.listener),
+            idle,
             LastLoss(stops_early=train.early_stopping is not None),
             interrupting,
         ]
@@ -173,6 +176,7 @@ class Work:
             finally:
                 self.at_once = heard()
                 self.listener.training_ended()
+                self.idle = idle.names
                 self.steps, self.epochs = trainer.state.global_step, round(trainer.state.epoch or 0.0, 4)
         if interrupting.stop is not None:
             raise interrupting.stop
