@@ -126,6 +126,13 @@ def test_a_model_that_hears_is_refused_in_words(place: Path) -> None:
             _ = tasks.job_of(seq2seq_config(place, model=str(place / "other"))).positions
 
 
+def test_the_languages_that_a_tokenizer_marks_texts_with_are_told(place: Path) -> None:
+    job, reader, inputs = read(place)
+    assert not any("marks" in line for line in TASK.held(job, inputs, reader))
+    reader.src_lang, reader.tgt_lang = "eng_Latn", None  # as NLLB's has them
+    assert any("sources as eng_Latn and targets as eng_Latn" in line for line in TASK.held(job, inputs, reader))
+
+
 def test_targets_that_cannot_be_written_to_their_end_are_told(place: Path) -> None:
     job, reader, inputs = read(place)
     told = " ".join(TASK.held(job, inputs, reader))

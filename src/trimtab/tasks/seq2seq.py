@@ -174,6 +174,12 @@ class Seq2Seq(_task.Task):
                     f"{wanted} tokens, which cannot be written to its end"
                 )
         require_rows(job.config.model.name, reader, (), job.embedding_rows, used)
+        if source := getattr(reader, "src_lang", None):
+            target = getattr(reader, "tgt_lang", None) or source
+            found.append(
+                f"the tokenizer marks sources as {source} and targets as {target}; where they are in other languages, "
+                "the model's tokenizer_config.json says it (src_lang, tgt_lang)"
+            )
         return found
 
     def _write(

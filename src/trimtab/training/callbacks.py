@@ -40,7 +40,8 @@ class Idle(TrainerCallback):
     """Watches which adapted modules no step has reached: what they compute is no part of any loss."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._left = dict(adapted_modules(model))
+        modules = dict(adapted_modules(model))
+        self._left = {name: one for name, one in modules.items() if any(True for _ in one.current_adapter.parameters())}
         self._steps = 0
 
     @property
