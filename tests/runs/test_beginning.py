@@ -15,7 +15,7 @@ from trimtab.config.read import build_config, load_config
 from trimtab.config.run import RunConfig
 from trimtab.errors import RunError
 from trimtab.files import read_json, write_json, write_jsonl
-from trimtab.runs.beginning import Opening, opened
+from trimtab.runs.beginning import Opening, deciding, opened
 from trimtab.runs.folder import RECORD, RunFolder, run_at
 from trimtab.runs.records import Summary
 
@@ -50,6 +50,24 @@ def finish(folder: RunFolder) -> None:
 def state(config: RunConfig, **how: bool) -> Opening:
     with opened(config, **{"resume": False, "overwrite": False, **how}) as opening:
         return opening
+
+
+def test_settings_that_were_edited_in_the_folder_are_told(config: RunConfig) -> None:
+    folder = begun(config)
+    Summary(settings=deciding(config)).write_to(folder.summary)
+    text = folder.config.read_text()
+    for free in ("log_every: 10", "name: an/model"):  # what a user may say anew there
+        assert free in text
+        folder.config.write_text(text.replace(free, f"{free}0"))
+        assert state(load_config(folder.config), resume=True).resumes
+    for key, value in (("batch_size", config.train.batch_size), ("seed", config.train.seed)):
+        folder.config.write_text(text.replace(f"  {key}: {value}\n", f"  {key}: 3\n"))
+        with pytest.raises(
+            RunError, match=rf"changed since the run began: train\.{key} was {value}, now 3\. Put it back"
+        ):
+            state(load_config(folder.config), resume=True)
+    Summary().write_to(folder.summary)  # of an earlier version
+    assert state(load_config(folder.config), resume=True).resumes
 
 
 class Killed(BaseException):

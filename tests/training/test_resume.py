@@ -11,6 +11,7 @@ import torch
 
 from stopped_runs import StopAt, adapter_of, interrupt, metrics_of, signals_are_heard
 from tiny_runs import rows, write_rows
+from trimtab.config.read import load_config
 from trimtab.config.run import RunConfig
 from trimtab.errors import Interrupted, RunError
 from trimtab.files import read_json, read_jsonl, write_json
@@ -153,6 +154,23 @@ def test_resuming_is_refused(make_config: Callable[..., Any]) -> None:
         finetune(config, resume=True)
     with pytest.raises(RunError, match=r"holds a run already \(finished\)\. To keep both, choose another output; to r"):
         finetune(config)
+
+
+def test_settings_edited_in_its_folder_do_not_spoil_a_run(make_config: Callable[..., Any]) -> None:
+    """Its checkpoints would not fit, be put aside as damaged, and the run begin again."""
+    config = make_config(train={"epochs": 2})
+    interrupt(config, step=3)
+    file = config.output / "config.yaml"
+    text = file.read_text()
+    for before, now in (("learning_rate: 0.01", "learning_rate: 0.02"), ("rank: 4", "rank: 2")):
+        assert before in text
+        file.write_text(text.replace(before, now))
+        with pytest.raises(RunError, match=r"config\.yaml: changed since the run began: .* Put it back and resume"):
+            finetune(load_config(file), resume=True)
+    assert checkpoints_of(config) == [3]
+    file.write_text(text)
+    finetune(load_config(file), resume=True)
+    assert read_json(config.output / "summary.json")["status"] == "finished"
 
 
 def test_a_run_goes_on_in_a_folder_that_was_moved(make_config: Callable[..., Any]) -> None:

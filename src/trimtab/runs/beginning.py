@@ -37,6 +37,7 @@ _FREE = (
 _ALL_SETS = ("evaluation.limit", "evaluation.max_new_tokens")
 _LONGER = ("train.epochs", "train.max_steps")
 _ROWS = ("data.train", "data.validation")
+_KNOWN_AGAIN = (*_ROWS, "model.name", "adapter")  # by what they hold, wherever they lie
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,9 @@ def changes(place: str, before: RunConfig, now: RunConfig, resume_command: str) 
     for key in moved:
         del found[key]
     refused = {
-        key: values for key, values in found.items() if not _is_free(key) and not (key in _LONGER and _is_more(*values))
+        key: values
+        for key, values in found.items()
+        if not _is_below(key, _FREE) and not (key in _LONGER and _is_more(*values))
     }
     if refused:
         said = "; ".join(f"{key} was {show(old)}, now {show(new)}" for key, (old, new) in sorted(refused.items()))
@@ -84,8 +87,9 @@ def _plain(config: RunConfig) -> dict[str, Any]:
     return config.model_dump(mode="json")
 
 
-def _is_free(key: str) -> bool:
-    return any(key == free or key.startswith(f"{free}.") for free in _FREE)
+def _is_below(key: str, names: Sequence[str]) -> bool:
+    """Whether ``key`` is one of ``names``, or of what is below them."""
+    return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
 def _is_more(old: Any, new: Any) -> bool:
@@ -100,6 +104,33 @@ def _same_but_paths(before: Any, now: Any) -> bool:
 
 def _rest(source: Any) -> dict[str, Any]:
     return {key: value for key, value in source.items() if key != "path"} if isinstance(source, dict) else {}
+
+
+def deciding(config: RunConfig) -> dict[str, Any]:
+    """The settings that decide what is trained, by their dotted keys, but for what is read."""
+    apart = (*_FREE, *_LONGER, *_KNOWN_AGAIN)
+    return {key: value for key, value in _leaves(_plain(config)) if not _is_below(key, apart)}
+
+
+def _leaves(said: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(said, dict) and said:
+        for key, value in said.items():
+            yield from _leaves(value, f"{place}.{key}" if place else str(key))
+    else:
+        yield place, said
+
+
+def _require_untouched(folder: RunFolder, config: RunConfig, summary: Summary | None) -> None:
+    """Raise RunError where ``config``, what the run's own file says, is no longer what the run began with: its
+    checkpoints would not fit, or go on as another run."""
+    now, then = deciding(config), summary.settings if summary is not None else {}
+    edited = {key: (old, now[key]) for key, old in then.items() if key in now and now[key] != old}
+    if edited:
+        said = "; ".join(f"{key} was {show(old)}, now {show(new)}" for key, (old, new) in sorted(edited.items()))
+        raise RunError(
+            f"{folder.config}: changed since the run began: {said}. Put it back and resume, or begin a run of its own "
+            f"with it: {pasted('finetune', folder.config, 'output=NEW')}"
+        )
 
 
 def differences(before: Any, now: Any) -> list[str]:
@@ -265,7 +296,9 @@ def _look(config: RunConfig, folder: RunFolder, *, resume: bool, overwrite: bool
         return Opening(folder)
     finished = summary is not None and summary.status == "finished"
     if resume:
-        changed = changes(str(folder.path), load_config(folder.config), config, folder.resume_command)
+        began = load_config(folder.config)
+        _require_untouched(folder, began, summary)
+        changed = changes(str(folder.path), began, config, folder.resume_command)
         opening = Opening(folder, resumes=True, summary=summary, changes=changed)
         whole = opening.is_measured(config) and folder.is_linked and folder.report.is_file()
         if finished and whole:

@@ -289,6 +289,7 @@ class Summary(Record):
         began_from: the adapter that training began with; None: a fresh one.
         sources: what was taken of each source of training rows; ``digests``: by which the rows are known again;
             ``model_digest``: by which the model is.
+        settings: those that decide what is trained, by their dotted keys.
     """
 
     status: str = "interrupted"
@@ -325,6 +326,7 @@ class Summary(Record):
     sources: list[SourceRecord] = []
     digests: RowsDigest | None = None
     model_digest: str | None = None
+    settings: dict[str, Any] = {}
 
     @property
     def peaks(self) -> str:

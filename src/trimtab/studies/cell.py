@@ -205,7 +205,11 @@ def _record(folder: RunFolder, config: RunConfig) -> CellRecord:
     return CellRecord(
         identity=identity(config),
         # Of an accelerator, where there is one: that is the memory which costs.
-        **{**summary.plain(), "peak_memory_gib": summary.peak_device_memory_gib or summary.peak_memory_gib},
+        **{
+            **summary.plain(),
+            "peak_memory_gib": summary.peak_device_memory_gib or summary.peak_memory_gib,
+            "settings": {},  # they are in the identity
+        },
         tests=after if config.train.epochs else before,
         before=before,
         validation=validation,

@@ -22,7 +22,7 @@ from trimtab.machine import describe_machine, peak_device_memory_gib, peak_memor
 from trimtab.models.chat_template import as_of
 from trimtab.models.known_again import model_digest
 from trimtab.processes import here
-from trimtab.runs.beginning import Opening, Origin, Rows, begun, opened
+from trimtab.runs.beginning import Opening, Origin, Rows, begun, deciding, opened
 from trimtab.runs.checkpoints import step_of
 from trimtab.runs.events import Listener
 from trimtab.runs.folder import RunFolder
@@ -107,6 +107,7 @@ def _lead(job: Job, listener: Listener, began: float, *, resume: bool, overwrite
 def _set_up(job: Job, opening: Opening, listener: Listener, began: float) -> _Run:
     """Read the rows and load the model; nothing is written yet."""
     reports = trackers(job.config, listener.remark)
+    settings = deciding(job.config)
     job, origin = begun(job, opening)
     config, group, task = job.config, here(), tasks.of(job)
     created = (opening.summary or Summary()).created or datetime.now(UTC)
@@ -126,7 +127,8 @@ def _set_up(job: Job, opening: Opening, listener: Listener, began: float) -> _Ru
         listener.note(told_of(config))
     listener.counting(task.counted)
     listener.stage(f"Loading {config.model.name}")
-    return _Run(origin, opening, Work(job, inputs, listener, reports), rows, began=began, created=created)
+    work = Work(job, inputs, listener, reports)
+    return _Run(origin, opening, work, rows, settings, began=began, created=created)
 
 
 def _conclude(folder: RunFolder, summary: Summary) -> None:
@@ -142,7 +144,15 @@ class _Run:
     """One run in progress, and what is known of it for its summary."""
 
     def __init__(
-        self, origin: Origin, opening: Opening, work: Work, rows: Rows, began: float, created: datetime
+        self,
+        origin: Origin,
+        opening: Opening,
+        work: Work,
+        rows: Rows,
+        settings: dict[str, Any],
+        *,
+        began: float,
+        created: datetime,
     ) -> None:
         job = self.job = work.job
         task = work.task
@@ -184,6 +194,7 @@ class _Run:
             digests=rows.digests,
             began_from=origin.record,
             model_digest=before.model_digest or model_digest(job.source),
+            settings=settings,
         )
 
     def through(self) -> None:
