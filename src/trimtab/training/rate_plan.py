@@ -13,8 +13,10 @@ from trimtab.config.run import TrainConfig
 from trimtab.errors import TrimtabError
 from trimtab.runs.events import Listener
 
-SHORTEST = 5
-"""Steps: what a shorter training ends with says little of the rate."""
+SHORTEST = 16
+"""Steps: what a shorter training ends with says nothing of the rate. In `studies/commonsense` (LoRA of rank 32, 138
+steps, one seed) trials of 5 steps chose a rate with which the run ended 0.12 nats a token above the best of five rates,
+and those of 20 steps one among the best."""
 
 _FORWARD = 1 / 3
 """What measuring a row costs beside training on it: one pass of three."""
