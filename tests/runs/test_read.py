@@ -101,6 +101,13 @@ def test_a_confusion_table_that_does_not_fit_its_choices(run: Path, change) -> N
         read_run(run)
 
 
+@pytest.mark.parametrize("share", [7, -0.2])
+def test_a_share_that_is_none(run: Path, change, share: float) -> None:  # type: ignore[no-untyped-def]
+    change("evaluation/kind.after.json", accuracy=share)
+    with pytest.raises(RunError, match=f"'accuracy' should be a share from 0 to 1, and is {share}"):
+        read_run(run)
+
+
 def test_two_kinds_of_result_for_one_test_set(run: Path) -> None:
     other = {"kind": "perplexity", "dataset": "kind", "rows": 6, "perplexity": 2.0}
     (run / "evaluation" / "kind.after.json").write_text(json.dumps(other))

@@ -72,7 +72,7 @@ def _stoppable(verb: ModuleType) -> Callable[..., None]:
         try:
             verb.command(*arguments, **options)
             if getattr(verb, "PRINTS", False) and (lost := lost_output()) is not None:
-                raise MachineError(f"{machine_refusal(lost, 'standard output') or lost}; not all was printed") from lost
+                raise MachineError(f"standard output: {machine_refusal(lost) or lost}; not all was printed") from lost
         except STOPS as stop:
             raise Interrupted.by(stop, f"interrupted; {left}") from None
         except typer.Abort as stop:  # at a question; where stdin ended, there was no answer

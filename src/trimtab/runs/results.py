@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, get_args
 from pydantic import Field, TypeAdapter, model_validator
 from pydantic_core import PydanticCustomError
 
-from trimtab.metrics import main_metric
+from trimtab.metrics import METRICS, main_metric
 from trimtab.outcomes import ClassFigures
 from trimtab.runs.records import FiguresRecord, Record
 
@@ -50,6 +50,8 @@ class QuestionScore(FiguresRecord):
     question: str
     rows: int
 
+
+_ROUNDING = 1e-6
 
 OWN_ADAPTER = "adapter"
 """What a result in a run's folder calls the run's own adapter, wherever the folder is moved."""
@@ -106,6 +108,9 @@ class _Result(FiguresRecord):
         # A perplexity too large for a number may be null.
         if name not in self.figures or (self.figures[name] is None and name != "perplexity"):
             raise PydanticCustomError("missing", "'{name}' should be a number", {"name": name})
+        for key, value in self.figures.items():
+            if value is not None and METRICS[key].share and not -_ROUNDING <= value <= 1 + _ROUNDING:
+                raise ValueError(f"'{key}' should be a share from 0 to 1, and is {value:g}")
         return self
 
     def unnamed(self) -> Self:
