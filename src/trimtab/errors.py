@@ -169,8 +169,13 @@ def machine_refusal(error: BaseException, place: Path | str | None = None, *, ne
         where = os.fsdecode(file) if isinstance(file, (str, bytes)) else place
         if number in _OF_ROOM:
             what += _room(place or where, needed)
-        return f"{where}: {what}; {helps}" if where is not None else f"{what}; {helps}"
+        return f"{_shortened(str(where))}: {what}; {helps}" if where is not None else f"{what}; {helps}"
     return None
+
+
+def _shortened(place: str) -> str:
+    """``place``, of which the middle is left out where it is too long for a message."""
+    return place if len(place) <= 300 else f"{place[:140]}[...]{place[-140:]}"
 
 
 def _nowhere() -> bool:

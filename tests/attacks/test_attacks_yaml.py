@@ -73,10 +73,10 @@ HOSTILE = {
 
 
 def refused(text: str) -> str:
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(ConfigError) as caught:
         parse_yaml(text, "run.yaml")
-    assert time.monotonic() - start < 20
+    assert time.process_time() - start < 20
     said = str(caught.value)
     assert said.startswith("run.yaml")
     assert len(said) < 500

@@ -29,7 +29,11 @@ def write(
     """A model without adapters as the format ``merged`` writes it."""
     told: list[str] = []
     target = MERGED.check_target(out, overwrite=overwrite)
-    write_whole(target, lambda folder: told.extend(save(model, tokenizer, folder, base=base, chat=chat)), lambda: 1000)
+
+    def fill(folder: Path) -> None:
+        told.extend(save(model, tokenizer, folder, base=base, chat=chat))
+
+    write_whole(target, fill, lambda: 1000, overwrite=overwrite)
     return told
 
 
