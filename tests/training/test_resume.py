@@ -97,6 +97,18 @@ def test_interrupted_before_and_after_training(make_config: Callable[..., Any], 
     assert read_json(config.output / "summary.json")["steps"] == 6
 
 
+@pytest.mark.parametrize("lost", ["adapter_model.safetensors", "adapter_config.json"])
+def test_a_finished_run_that_lost_its_adapter_makes_it_again(make_config: Callable[..., Any], lost: str) -> None:
+    config = make_config(train={"save_every": 2})
+    finetune(config)
+    trained = adapter_of(config)
+    (config.output / "adapter" / lost).unlink()
+    finetune(config, resume=True)
+    assert all(torch.equal(value, trained[name]) for name, value in adapter_of(config).items())
+    with pytest.raises(RunError, match="nothing to resume"):
+        finetune(config, resume=True)
+
+
 def test_ties_and_patience_are_remembered(make_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     found = iter([(0.5, 0.8), (0.9, 0.8), (0.8, 0.7), (0.1, 0.9)])
     monkeypatch.setattr(Work, "validation", lambda *_: dict(zip(("loss", "accuracy"), next(found), strict=True)))

@@ -115,8 +115,11 @@ class RunFolder:
 
     @property
     def has_adapter(self) -> bool:
-        """Whether training is over: the adapter is written then, its JSON file last."""
-        return any(self.adapter.glob("*.json"))
+        """Whether training is over: the adapter is written then, its JSON file last, and linked to afterwards. None of
+        these files is gone."""
+        links = [link for name in _adapter_files() if (link := self.path / name).is_symlink()]
+        kinds = (self.adapter.glob("*.safetensors"), self.adapter.glob("*.json"))
+        return all(map(any, kinds)) and all(link.exists() for link in links)
 
     def link_adapter(self) -> None:
         """Make the run folder an adapter folder, too, for PEFT and all who look for the files there: links, or copies
