@@ -114,8 +114,10 @@ def combine_folders(
         write_json(folder / REPORT, {"of": of, **report.plain()})
         write_text(folder / "README.md", _card(target.name, parts, named, report))
 
-    needed = sum(one.nbytes for one in loaded.state_dict().values() if one.requires_grad)
-    write_whole(target, fill, lambda: needed, overwrite=overwrite)
+    def needed() -> int:
+        return sum(one.nbytes for one in loaded.state_dict().values() if one.requires_grad)
+
+    write_whole(target, fill, needed, overwrite=overwrite)
     return report, label[0]
 
 

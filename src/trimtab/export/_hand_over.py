@@ -90,8 +90,10 @@ def hand_over(
         text = card(form, subject, written[0], next(iter(found), None), name=target.name)
         write_text(folder / "README.md", text)
 
-    needed = sum(tensor.nbytes for tensor in subject.model.state_dict().values())
-    write_whole(target, fill, lambda: needed, overwrite=overwrite)
+    def needed() -> int:
+        return sum(tensor.nbytes for tensor in subject.model.state_dict().values())
+
+    write_whole(target, fill, needed, overwrite=overwrite)
     return Handed(target, written[0].done, next(iter(found), None), [*written[0].notes, *notes])
 
 

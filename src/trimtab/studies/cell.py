@@ -98,16 +98,17 @@ def finished_cell(config: RunConfig) -> CellRecord | None:
     file = config.output / "cell.json"
     if not file.is_file():
         return None
+    mine = identity(config)
     try:
         cell = CellRecord.read(read_json(file))
-        if cell.identity == identity(config):
+        if cell.identity == mine:
             _require_whole(cell, config)
     except (ValueError, RecursionError) as error:
         reason = first_complaint(error) if isinstance(error, ValidationError) else error
         raise RunError(f"{file}: a damaged file ({reason}); remove it to run this cell again") from None
-    if cell.identity != identity(config):
+    if cell.identity != mine:
         raise RunError(f"{file}: the results of another configuration; choose another output, or remove the folder")
-    if (changed := changed_since(cell, config)) is not None:
+    if (changed := _model_changed_since(cell, config)) is not None:
         raise RunError(
             f"{file}: {changed} since these results were written, so they do not go with new ones; put it back, choose "
             "another output, or remove the folder to run this cell again"
@@ -133,6 +134,11 @@ def changed_since(cell: CellRecord, config: RunConfig) -> str | None:
     then, now = cell.identity.get("data", {}), identity(config)["data"]
     if any(then.get(key) != now[key] for key in ("train", "validation")):
         return "the rows have changed"
+    return _model_changed_since(cell, config)
+
+
+def _model_changed_since(cell: CellRecord, config: RunConfig) -> str | None:
+    """`changed_since` of what the run began from alone: the model and an adapter."""
     with suppress(ModelError):
         source = locate(config.model.name, revision=config.model.revision)
         if cell.model_digest is not None and model_digest(source) not in (None, cell.model_digest):

@@ -53,8 +53,8 @@ def require_ends(config: Any, rows: Sequence[dict[str, Any]], places: Sequence[s
             )
 
 
-def padded(rows: Sequence[dict[str, Any]], tokenizer: Any, *, left: bool = False) -> dict[str, Tensor]:
-    """A batch of tokenised rows, padded on the right (or ``left``) to the longest, with its ``attention_mask``."""
+def padded(rows: Sequence[dict[str, Any]], tokenizer: Any) -> dict[str, Tensor]:
+    """A batch of tokenised rows, padded to the longest on the side of ``tokenizer``, with its ``attention_mask``."""
     width = max(len(row["input_ids"]) for row in rows)
     fill = {
         "input_ids": tokenizer.pad_token_id,
@@ -64,7 +64,7 @@ def padded(rows: Sequence[dict[str, Any]], tokenizer: Any, *, left: bool = False
 
     def stretched(name: str, values: Sequence[int]) -> list[int]:
         more = [fill[name]] * (width - len(values))
-        return [*more, *values] if left else [*values, *more]
+        return [*more, *values] if tokenizer.padding_side == "left" else [*values, *more]
 
     batch = {name: torch.tensor([stretched(name, row[name]) for row in rows]) for name in KEPT if name in rows[0]}
     ones = [[1] * len(row["input_ids"]) for row in rows]

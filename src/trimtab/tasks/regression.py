@@ -122,7 +122,7 @@ class Regression(_labelled.LabelledTask):
         _read_text.require_ends(config, rows, places)
 
     def pad(self, rows: Sequence[Tensors], reader: Any) -> dict[str, Tensor]:
-        return _read_text.padded(rows, reader, left=reader.padding_side == "left")
+        return _read_text.padded(rows, reader)
 
     def costs(self, logits: Tensor, labels: Tensor) -> Tensor:
         return (logits.squeeze(-1) - labels.to(logits.dtype)).square()
