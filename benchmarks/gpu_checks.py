@@ -317,6 +317,7 @@ def _rows_of_a_layer(record: Record, device: torch.device, dtype: torch.dtype, *
 def _rows_that_train(record: Record, device: torch.device, dtype: torch.dtype, *, tiny: bool) -> None:
     """Rows of one batch through adapters of their own that all train, against the formula in float64."""
     import trimtab
+    from trimtab.ops.reference import square_delta
     from trimtab.surgery.names import entries
 
     out_features, in_features, tokens = LARGE["tiny" if tiny else "real"]
@@ -325,10 +326,9 @@ def _rows_that_train(record: Record, device: torch.device, dtype: torch.dtype, *
     try:
         layer = nn.Linear(in_features, out_features, dtype=dtype, device=device)
         holder = nn.Sequential(layer)
-        rows = [None if one == "three" else one for one in _NAMES]
-        own = ("one", "two", "four")
-        _attach(holder, own, "0")
-        trained = {each: dict(entries(holder, each)["0"].adapter.named_parameters()) for each in own}
+        rows = _NAMES
+        _attach(holder, _ADAPTERS, "0")
+        trained = {each: dict(entries(holder, each)["0"].adapter.named_parameters()) for each in _ADAPTERS}
         for mine in trained.values():
             for parameter in mine.values():
                 parameter.requires_grad_()
@@ -347,8 +347,12 @@ def _rows_that_train(record: Record, device: torch.device, dtype: torch.dtype, *
             total = layer.weight.double()
             if adapter is not None:
                 leaves = wide[adapter]
-                lora: Any = entries(holder, adapter)["0"].adapter
-                total = total + lora.factors()[0].scale * leaves["B"] @ leaves["A"]
+                found: Any = entries(holder, adapter)["0"].adapter
+                update = found.factors()[0]
+                if "M" in leaves:
+                    total = total + square_delta(leaves["M"], (out_features, in_features), turn=update.turn)
+                else:
+                    total = total + update.scale * leaves["B"] @ leaves["A"]
                 if "magnitude" in leaves:
                     total = total * (leaves["magnitude"] / total.detach().norm(dim=1)).unsqueeze(1)
             expected.append(x64[row] @ total.t() + layer.bias.double())

@@ -17,6 +17,7 @@ beyond the parameters; of the layers alone, beyond each layer's input and output
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import statistics
 import sys
@@ -351,12 +352,10 @@ def main() -> None:
     ALL_ATTENTION_FUNCTIONS.register("counted", _attention)
     if options.rows:
         print("eight adapters on a layer 4,096 x 4,096: launches, MiB moved, us by the rates of an H200")
-        for methods, trains in [
-            *((methods, False) for methods in (("lora",), ("dora",), ("mora",), ("lora", "dora", "mora"))),
-            *((methods, True) for methods in (("lora",), ("dora",))),
-        ]:
+        mixed = ("lora",), ("dora",), ("mora",), ("lora", "dora", "mora")
+        for trains, methods in itertools.product((False, True), mixed):
             print("forward and backward" if trains else "forward")
-            for rows, tokens in [(rows, tokens) for tokens in (1, 128 if trains else 512) for rows in options.rows]:
+            for tokens, rows in itertools.product((1, 512), options.rows):
                 asked = {"trains": trains}
                 each = [by_rows(methods, rows, tokens, segments=segments, **asked) for segments in (False, True)]
                 figures = [f"{one.launches:4} {one.bytes / 2**20:8.1f} {1e6 * one.seconds:7.1f}" for one in each]

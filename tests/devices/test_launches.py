@@ -57,7 +57,10 @@ def test_fused_passes_are_one_launch_each(method: str, most: int) -> None:
 
 @pytest.mark.parametrize(
     ("methods", "trains", "most"),
-    [(["dora"], False, 3), (["lora", "dora", "mora"], False, 5), (["lora"], True, 10), (["dora"], True, 48)],
+    [
+        *((["dora"], False, 3), (["lora", "dora", "mora"], False, 5)),
+        *((["lora"], True, 10), (["dora"], True, 48), (["mora"], True, 13)),
+    ],
     ids=str,
 )
 def test_eight_adapters_in_one_batch_share_their_launches(methods: list[str], trains: bool, most: int) -> None:

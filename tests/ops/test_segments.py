@@ -140,7 +140,8 @@ def test_a_broken_adapter_spoils_no_row_of_another() -> None:
 
 
 def trained_layer(dtype: torch.dtype) -> tuple[nn.Module, list[str | None]]:
-    """A layer with adapters that train together: two ranks, a bare magnitude, a trained bias, rows without any."""
+    """A layer with adapters that train together: two ranks, a bare magnitude, a trained bias, MoRA of both kinds and
+    with a magnitude, rows without any."""
     net = nn.Sequential(nn.Linear(72, 130)).to(dtype)
     rules: dict[str, dict[str, object]] = {
         "a": {"method": "dora", "rank": 3},
@@ -148,11 +149,14 @@ def trained_layer(dtype: torch.dtype) -> tuple[nn.Module, list[str | None]]:
         "c": {"method": "dora", "rank": 5, "bias": True},
         "d": {"method": "lora", "rank": 0, "magnitude": True},
         "e": {"method": "lora", "rank": 3},
+        "f": {"method": "mora", "rank": 2, "bias": True},
+        "g": {"method": "mora", "rank": 2, "magnitude": True},
+        "h": {"method": "mora", "rank": 1, "form": "sharing"},
     }
     for name, said in rules.items():
         trimtab.attach(net, trimtab.Rule(match="0", **said), name=name)  # type: ignore[arg-type]
         changed(net)
-    names = ["c", "a", None, "b", "a", "d", "e", "b", "c"]
+    names = ["c", "a", None, "f", "b", "a", "d", "h", "e", "b", "g", "c", "f"]
     random.shuffle(names)
     return net, names
 
@@ -160,8 +164,6 @@ def trained_layer(dtype: torch.dtype) -> tuple[nn.Module, list[str | None]]:
 @pytest.mark.parametrize(("tokens", "dtype"), TRAINED, ids=str)
 def test_gradients_of_rows_that_train_together(tokens: int, dtype: torch.dtype) -> None:
     net, names = trained_layer(dtype)
-    for name in ("a", "b", "c", "d", "e"):
-        trimtab.set_adapter(net, name)
     module = net[0]  # type: ignore[index]
     for parameter in module.parameters():
         parameter.requires_grad_(parameter is not module.base.weight and parameter is not module.base.bias)
@@ -178,6 +180,9 @@ def test_gradients_of_rows_that_train_together(tokens: int, dtype: torch.dtype) 
         if "A" in mine:
             scale = entries(net, name)["0"].adapter.factors()[0].scale  # type: ignore[arg-type]
             total = weight + scale * mine["B"] @ mine["A"]
+        if "M" in mine:
+            turn = entries(net, name)["0"].adapter.factors()[0].turn  # type: ignore[arg-type]
+            total = weight + reference.square_delta(mine["M"], (130, 72), turn=turn)
         if "magnitude" in mine:
             total = total * (mine["magnitude"] / total.detach().norm(dim=1)).unsqueeze(1)
         rows.append(x64[row] @ total.t() + mine.get("bias", bias))

@@ -1,7 +1,7 @@
 """A batch whose rows go through different updates of one frozen weight, with gradients: one product with the weight
 forward, one backward, and one launch set for all updates (``trimtab.ops.kernels.triton_segments``).
 
-    y_i = c_a (x_i W^T + s_a x_i A_a^T B_a^T) + bias_a        for row i, which is one of those of update a
+    y_i = c_a (x_i W^T + x_i dV_a^T) + bias_a        for row i, which is one of those of update a
 """
 
 from __future__ import annotations
@@ -37,9 +37,8 @@ def trains_together(rows: Tensor, parts: Sequence[Trained]) -> bool:
     if programs is None or not rows.numel():
         return False
     each = [part.operands for part in parts]
-    thin = all(one.through is MATRIX and (one.update is None or type(one.update) is LowRank) for one in each)
-    few = thin and all(len(one.tensors[0]) <= RANKS for one in each if one.update is not None)
-    return few and all(fits(one, programs, rows) for one in each)
+    many = any(type(one.update) is LowRank and len(one.tensors[0]) > RANKS for one in each)
+    return not many and all(one.through is MATRIX and fits(one, programs, rows) for one in each)
 
 
 def mixed_training(
@@ -62,13 +61,13 @@ def mixed_training(
     made = segments_for(rows).TrainedSegments(segments, None if order is None else order.there, rows)
     flat: list[Tensor | None] = []
     for magnitude, norm, operands in ((one.magnitude, one.norm, one.operands) for one in trained):
-        a, b = operands.tensors or (None, None)
-        flat += [magnitude, norm, operands.bias, a, b]
+        first, second = (*operands.tensors, None, None)[:2]
+        flat += [magnitude, norm, operands.bias, first, second]
     output: Tensor = _MixedLinear.apply(rows, weight, made, again, *flat)  # type: ignore[no-untyped-call]
     return output
 
 
-_EACH = 5  # tensors of an update: magnitude, norm, bias, A, B
+_EACH = 5  # tensors of an update: magnitude, norm, bias, A, B (or M and none)
 
 
 class _MixedLinear(torch.autograd.Function):
@@ -93,12 +92,8 @@ class _MixedLinear(torch.autograd.Function):
         grad_rows = None
         if ctx.needs_input_grad[0]:
             grad_rows = MATRIX.input_gradient(found.scaled, weight if ctx.again is None else ctx.again(), rows.shape)
-        grads_a: list[Tensor | None] = []
-        if found.inner is not None:
-            if grad_rows is not None:
-                segments.add_input_gradient(grad_rows, found.inner)
-            if any(wants[3::_EACH]):
-                grads_a = segments.weight_gradients(found.inner, rows)
+        wanted = {number for number, wants_first in enumerate(wants[3::_EACH]) if wants_first}
+        of_first = segments.through_updates(found, rows, grad_rows, wanted)
         grads, norms = list[Tensor | None](), flat[1::_EACH]
         grads_m: dict[int, Tensor] = {}
         if numbers := [number for number, wanted in enumerate(wants[::_EACH]) if wanted]:
@@ -106,14 +101,13 @@ class _MixedLinear(torch.autograd.Function):
             every = torch.where(norm > 0, products / norm, 0.0)
             grads_m = dict(zip(numbers, every, strict=True))
         for number in range(len(flat) // _EACH):
-            magnitude, _, bias, a, b = flat[number * _EACH : (number + 1) * _EACH]
-            _, _, wants_bias, wants_a, wants_b = wants[number * _EACH : (number + 1) * _EACH]
-            of_a, of_b = grads_a[number] if wants_a else None, found.b[number] if wants_b else None
+            magnitude, _, bias, first, second = flat[number * _EACH : (number + 1) * _EACH]
+            _, _, wants_bias, wants_first, wants_second = wants[number * _EACH : (number + 1) * _EACH]
             grads += [
                 grads_m[number].to(magnitude.dtype) if number in grads_m else None,
                 None,
                 found.bias[number].to(bias.dtype) if wants_bias else None,
-                None if of_a is None else of_a.to(a.dtype),
-                None if of_b is None else of_b.to(b.dtype),
+                of_first[number].to(first.dtype) if wants_first else None,
+                found.b[number].to(second.dtype) if wants_second else None,
             ]
         return grad_rows, None, None, None, *grads

@@ -262,11 +262,23 @@ class Square(Update):
         gathered: Tensor = found
         return gathered
 
-    def _add_expanded(self, target: Tensor, inner: Tensor) -> None:
-        """Add the transpose of ``gathered`` to ``target [tokens, in]``."""
-        programs = turning_for(target)
-        if programs is None or not programs.add_expanded(target, inner, *self._tables(target), side=self.side):
+    def collected(self, grad: Tensor, order: Tensor | None = None) -> Tensor:
+        """``gather`` of the rows of ``grad``, or of those that ``order`` names: ``[tokens, groups, k]``."""
+        programs, found = turning_for(grad), None
+        if programs is not None and (order is not None or self.times > 1):  # (else it is a view)
+            found = programs.compress(grad, None, None, side=self.side, groups=self.groups, order=order)
+        collected: Tensor = self.gather(grad if order is None else grad[order]) if found is None else found
+        return collected
+
+    def add_expanded(self, target: Tensor, inner: Tensor, order: Tensor | None = None) -> None:
+        """Add the transpose of ``gathered`` to ``target [tokens, in]``, or to those rows of it that ``order`` names."""
+        programs, given = turning_for(target), {"side": self.side, "order": order}
+        if programs is not None and programs.add_expanded(target, inner, *self._tables(target), **given):
+            return
+        if order is None:
             target.add_(self.expand(inner))
+        else:
+            target.index_add_(0, order, self.expand(inner))
 
     def before_spread(self, rows: Tensor, tensors: tuple[Tensor, ...], through: LinearMap) -> Tensor | None:
         if isinstance(through, StackMap) or turning_for(rows) is None:
@@ -314,9 +326,9 @@ class Square(Update):
                 grad_rows.add_(self.expand(multiplied.unflatten(0, (-1, self.groups))))
             return (each.outer(gathered, self._groups_of(rows)).to(matrix.dtype),)
         if self._turns_rows(rows):
-            gathered = self.gather(grad)
+            gathered = self.collected(grad)
             if grad_rows is not None:
-                self._add_expanded(grad_rows, gathered.matmul(matrix.to(grad.dtype)))
+                self.add_expanded(grad_rows, gathered.matmul(matrix.to(grad.dtype)))
             return (gathered.flatten(0, 1).t().mm(self.gathered(rows).flatten(0, 1)).to(matrix.dtype),)
         if not self.turn:
             gathered = self.gather(grad)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, nn
 
 from trimtab.ops.autocast import cast
 from trimtab.ops.kernels import plain, triton_programs as programs
@@ -138,18 +138,17 @@ def squared_norms(weight: Tensor, squares: Tensor, a: Tensor, b: Tensor, *, scal
 def fold(weight: Tensor, ratio: Tensor | None, a: Tensor, b: Tensor, *, scale: float) -> Tensor:
     """``c (W + s B A) [out, in]``: the forward pass over W, with a ratio for each row."""
     fits = len(a) * 4 <= FORWARD_BYTES and a.numel() and weight.is_contiguous() and takes(weight, ratio, a, b)
-    if not fits or torch.compiler.is_compiling():  # a compiler would copy W, which the operation might change
+    if not fits:
         return plain.fold(weight, ratio, a, b, scale=scale)
-    total = torch.empty_like(weight)
-    given = (weight, total, cast(b, _full(weight.dtype)), a.t(), scale, ratio, None, False, True)
-    call(torch.ops.trimtab.forward_pass, _forward_pass, given)
-    return total
+    folded: Tensor = call(torch.ops.trimtab.fold, _fold, (weight, ratio, a, cast(b, _full(weight.dtype)), scale))
+    return folded
 
 
 def call(op: Any, program: Any, given: tuple[Any, ...]) -> Any:
     """What ``program`` gives. By way of ``op``, which ``torch.compile`` and tensors without numbers know, only for
     those: the way through the dispatcher takes longer than starting a program."""
-    return program(*given) if type(given[0]) is Tensor and not torch.compiler.is_compiling() else op(*given)
+    plainly = type(given[0]) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling()
+    return program(*given) if plainly else op(*given)
 
 
 def on_its_device(program: Callable[..., Any]) -> Callable[..., Any]:
@@ -231,6 +230,12 @@ def _forward_pass(
         PRECISION=_precision(),
         num_warps=sizes.warps,
     )
+
+
+def _fold(weight: Tensor, ratio: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    total = torch.empty_like(weight)
+    _forward_pass(weight, total, b, a.t(), scale, ratio, None, False, True)
+    return total
 
 
 def padded(rank: int) -> int:
@@ -390,4 +395,6 @@ _quotients_op = torch.library.custom_op("trimtab::quotients", _quotients, mutate
 _quotients_op.register_fake(lambda magnitude, norm, smallest: (torch.empty_like(norm), torch.empty_like(norm)))
 _norms_op.register_fake(lambda weight, squares, *given: torch.empty_like(squares))
 _forward_op.register_fake(lambda *given: None)
+_fold_op = torch.library.custom_op("trimtab::fold", _fold, mutates_args=())
+_fold_op.register_fake(lambda weight, *given: torch.empty_like(weight))
 _backward_op.register_fake(_backward_results)

@@ -1,8 +1,9 @@
 """The gradients of a batch whose rows belong to different updates, as Triton's programs: what
-``triton_segment_programs`` does for the forward pass, for the backward pass of thin updates.
+``triton_segment_programs`` does for the forward pass, for the backward pass.
 
     backward_segments    over ``dy`` and ``p``: ``c dy``, ``s (c dy)^T h``, ``s (c dy) B``, ``sum dy p`` and ``sum dy``
-    outer_segments       ``h^T x`` of each segment, the gradient of its A
+    outer_segments       ``h^T x`` of each segment, the gradient of its A; of its M with ``u`` and x as MoRA's maps
+                         give them
     add_up_segments      adds up what the tiles of each segment left, in a fixed order
 """
 
@@ -132,7 +133,7 @@ def outer_segments(
     """What a tile's rows add to ``h^T x [width, in]``, in ``parts [tiles, width, in]``."""
     tile = tl.program_id(0)
     start, stop = tl.load(tiles + 3 * tile + 1), tl.load(tiles + 3 * tile + 2)
-    columns, ranks = tl.program_id(1) * BN + tl.arange(0, BN), tl.arange(0, BR)
+    columns, ranks = tl.program_id(1) * BN + tl.arange(0, BN), tl.program_id(2) * BR + tl.arange(0, BR)
     in_columns, in_ranks = columns < features, ranks < width
     total = tl.zeros([BR, BN], ACC)
     for first in range(start, stop, BM):
@@ -231,8 +232,8 @@ def results(grad: Tensor, product: Tensor | None, inner: Tensor | None, tiles: T
 def outer(inner: Tensor, rows: Tensor, order: Tensor | None, tiles: Tensor) -> Tensor:
     """What the tiles add to ``h^T x``, for ``inner = h [tokens, width]``, sorted."""
     (tokens, width), features = inner.shape, rows.shape[1]
-    parts = inner.new_empty(len(tiles), width * features)
-    outer_segments[(len(tiles), math.ceil(features / 128))](
+    parts, wide = _outer_parts(inner, rows, tiles), min(64, padded(width))
+    outer_segments[(len(tiles), math.ceil(features / 128), math.ceil(width / wide))](
         x=rows,
         inner=inner,
         parts=parts,
@@ -244,13 +245,17 @@ def outer(inner: Tensor, rows: Tensor, order: Tensor | None, tiles: Tensor) -> T
         ORDERED=order is not None,
         BM=_ROWS,
         BN=128,
-        BR=padded(width),
+        BR=wide,
         DOT=_dots(rows.dtype),
         ACC=accumulates(rows.dtype),
         PRECISION=_precision(),
         num_warps=4,
     )
     return parts
+
+
+def _outer_parts(inner: Tensor, rows: Tensor, tiles: Tensor) -> Tensor:
+    return inner.new_empty(len(tiles), inner.shape[1] * rows.shape[1], dtype=_full(inner.dtype))
 
 
 @on_its_device
@@ -266,6 +271,6 @@ def add_up(parts: Tensor, spans: Tensor) -> Tensor:
 _backward_op = torch.library.custom_op("trimtab::backward_segments", backward, mutates_args=())
 _backward_op.register_fake(lambda grad, product, inner, order, table, tiles, *_: results(grad, product, inner, tiles))
 _outer_op = torch.library.custom_op("trimtab::outer_segments", outer, mutates_args=())
-_outer_op.register_fake(lambda inner, rows, order, tiles: inner.new_empty(len(tiles), inner.shape[1] * rows.shape[1]))
+_outer_op.register_fake(lambda inner, rows, order, tiles: _outer_parts(inner, rows, tiles))
 _add_up_op = torch.library.custom_op("trimtab::add_up_segments", add_up, mutates_args=())
 _add_up_op.register_fake(lambda parts, spans: parts.new_empty(len(spans), parts.shape[1]))

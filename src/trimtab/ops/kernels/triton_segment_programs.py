@@ -1,7 +1,8 @@
 """A batch whose rows belong to different updates, as Triton's programs: each update has a segment of the rows, and one
 launch goes through all segments.
 
-    multiply_segments    ``x F^T`` for the rows of each segment, F its own: A of a thin update, M of a square one
+    multiply_segments    ``x F^T`` for the rows of each segment, F its own: A of a thin update, M of a square one;
+                         or ``x F``
     add_segments         ``c (p + s h B^T + u) + bias`` in place of p, each segment with its own c, s, B and bias
 
 What a segment has is a line of a table on the device, in which tensors are addresses: so nothing is copied together,
@@ -59,12 +60,14 @@ def multiply_segments(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    TURNED: tl.constexpr,
     FIELDS: tl.constexpr,
     DOT: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``x F^T`` over ``per_split`` of the features, in ``into [splits, tokens, width]``, sorted by segments."""
+    """``x F^T`` over ``per_split`` of the features, in ``into [splits, tokens, width]``, sorted by segments. TURNED:
+    F is ``[features, rows]``."""
     segment, places, in_rows, rows = _tile(tiles, order, BM, ORDERED)
     count = tl.load(table + segment * FIELDS + 1)
     split, first = tl.program_id(1), tl.program_id(2) * BN
@@ -78,7 +81,10 @@ def multiply_segments(
             inner = start + tl.arange(0, BK)
             in_inner = inner < features
             values = _loaded(x + wide[:, None] * features + inner[None, :], in_rows, in_inner)
-            others = _loaded(factor + inner[:, None] + wide_columns[None, :] * features, in_inner, in_columns)
+            if TURNED:
+                others = _loaded(factor + inner[:, None] * count + wide_columns[None, :], in_inner, in_columns)
+            else:
+                others = _loaded(factor + inner[:, None] + wide_columns[None, :] * features, in_inner, in_columns)
             total += tl.dot(values.to(DOT), others.to(DOT), input_precision=PRECISION, out_dtype=ACC)
         place = (split.to(tl.int64) * tokens + places)[:, None] * width + columns[None, :]
         tl.store(into + place, total.to(into.dtype.element_ty), mask=in_rows[:, None] & in_columns[None, :])
@@ -172,8 +178,9 @@ def multiply(
     factors: list[Tensor],
     most: int,
     tall: int,
+    turned: bool,
 ) -> None:
-    """``most``: the rows of the largest factor."""
+    """``most``: the rows of the largest factor, or its columns where they are ``turned``."""
     (splits, tokens, width), features = into.shape, rows.shape[1]
     wide = min(64, padded(most))
     deep = 64 if wide == 16 else 32
@@ -192,6 +199,7 @@ def multiply(
         BM=tall,
         BN=wide,
         BK=deep,
+        TURNED=turned,
         FIELDS=FIELDS,
         DOT=_dots(rows.dtype),
         ACC=accumulates(rows.dtype),

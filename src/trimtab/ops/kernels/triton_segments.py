@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -64,7 +64,7 @@ class Segments:
                 local += sizes[number]
             parts = [slice(starts[number], starts[number] + sizes[number]) for number in mine]
             matrices = [segments[number].square[1] for number in mine]  # type: ignore[index]
-            self._squares.append(_Squares(update, parts, matrices, order=order, at=self._spread, rows=rows))
+            self._squares.append(_Squares(update, mine, parts, matrices, order=order, at=self._spread, rows=rows))
             self._spread += local * around
         columns: list[Iterable[int]] = [self._a.addresses, (0 if a is None else len(a) for a, _, _ in thin)]
         columns += [self._b.addresses, (_bits(scale) for _, _, scale in thin)]
@@ -85,17 +85,20 @@ class Segments:
         and ``product = p [tokens, out]``."""
         if not len(self._tiles):
             return
-        rows = rows.contiguous()
-        inner = spread = None
-        if self._rank:
-            inner = self._multiplied(rows)
+        self._add(product, None, rows.contiguous())
+
+    def _add(self, product: Tensor, output: Tensor | None, rows: Tensor) -> Tensor | None:
+        """``add``, with the result in ``output`` where there is one; and h, if there are thin updates."""
+        inner = self._multiplied(rows) if self._rank else None
+        spread = None
         if self._spread:
             spread = rows.new_empty(self._spread)
             for square in self._squares:
                 square.multiply(rows, spread)
         lists = self._b.tensors, self._ratio.tensors, self._bias.tensors
-        given = (product, None, inner, spread, self._order, self._table, self._tiles, *lists, self._tall, False)
+        given = (product, output, inner, spread, self._order, self._table, self._tiles, *lists, self._tall, False)
         call(torch.ops.trimtab.add_segments, programs.add, given)
+        return inner
 
     def _multiplied(self, rows: Tensor) -> Tensor:
         """``x A^T [splits, tokens, rank]`` in full digits, sorted: to be added up by whoever reads it."""
@@ -103,13 +106,13 @@ class Segments:
         started = max(1, len(tiles) * math.ceil(self._rank / min(64, padded(self._rank))))
         splits = max(1, min(_PROGRAMS_ENOUGH // started, features // 512, 16))
         into = rows.new_empty(splits, tokens, self._rank, dtype=_full(rows.dtype))
-        given = (into, rows, self._order, self._table, tiles, self._a.tensors, self._rank, self._tall)
+        given = (into, rows, self._order, self._table, tiles, self._a.tensors, self._rank, self._tall, False)
         call(torch.ops.trimtab.multiply_segments, programs.multiply, given)
         return into
 
 
 class TrainedSegments(Segments):
-    """Segments without square updates, with their gradients."""
+    """Segments with their gradients."""
 
     def __init__(self, segments: Sequence[Segment], order: Tensor | None, rows: Tensor) -> None:
         super().__init__(segments, order, rows, trains=True)
@@ -122,13 +125,10 @@ class TrainedSegments(Segments):
         self._turned = torch.tensor(turned, dtype=torch.int64, device=rows.device)
 
     def forward(self, product: Tensor, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        """``c (p + s h B^T) + bias`` for ``product = p``, in which ``p + s h B^T`` is left where there are ratios; and
+        """``c (p + x dV^T) + bias`` for ``product = p``, in which ``p + x dV^T`` is left where there are ratios; and
         h."""
-        inner = self._multiplied(rows) if self._rank else None
         output = torch.empty_like(product) if self._ratio.tensors else None
-        lists = self._b.tensors, self._ratio.tensors, self._bias.tensors
-        given = (product, output, inner, None, self._order, self._table, self._tiles, *lists, self._tall, False)
-        call(torch.ops.trimtab.add_segments, programs.add, given)
+        inner = self._add(product, output, rows)
         return product if output is None else output, inner
 
     def backward(self, grad: Tensor, product: Tensor | None, inner: Tensor | None, wants_bias: bool) -> Gradients:
@@ -158,26 +158,44 @@ class TrainedSegments(Segments):
             of_bias,
         )
 
-    def add_input_gradient(self, target: Tensor, inner: Tensor) -> None:
+    def through_updates(
+        self, found: Gradients, rows: Tensor, grad_rows: Tensor | None, wanted: Container[int]
+    ) -> dict[int, Tensor]:
+        """The gradients of A and of M of the segments ``wanted``, by number. What comes back through the updates is
+        added to ``grad_rows [tokens, in]``."""
+        gradients_of: dict[int, Tensor] = {}
+        if found.inner is not None:
+            if grad_rows is not None:
+                self._add_input_gradient(grad_rows, found.inner)
+            thin = [number for number, rank in enumerate(self._ranks) if rank]
+            if any(number in wanted for number in thin):
+                each = self._weight_gradients(found.inner, rows)
+                gradients_of |= {number: each[number][: self._ranks[number]] for number in thin}
+        for square in self._squares:
+            collected = square.collected(found.scaled)
+            if grad_rows is not None:
+                square.add_input_gradient(grad_rows, collected)
+            if any(number in wanted for number in square.numbers):
+                gradients_of |= zip(square.numbers, square.weight_gradients(collected, rows), strict=True)
+        return gradients_of
+
+    def _add_input_gradient(self, target: Tensor, inner: Tensor) -> None:
         """Add ``h A`` to ``target [tokens, in]``."""
         lists: tuple[list[Tensor], ...] = self._a.tensors, [], []
         tiles = self._thin_tiles
         given = (target, None, inner.unsqueeze(0), None, self._order, self._turned, tiles, *lists, self._tall, True)
         call(torch.ops.trimtab.add_segments, programs.add, given)
 
-    def weight_gradients(self, inner: Tensor, rows: Tensor) -> list[Tensor | None]:
-        """``h^T x [rank, in]`` of each segment."""
+    def _weight_gradients(self, inner: Tensor, rows: Tensor) -> Tensor:
+        """``h^T x [segments, largest rank, in]``."""
         tiles, spans = self._walked(rows)
         parts = call(torch.ops.trimtab.outer_segments, gradients.outer, (inner, rows, self._order, tiles))
-        sums = call(torch.ops.trimtab.add_up_segments, gradients.add_up, (parts, spans))
-        each = zip(sums.unflatten(1, (self._rank, rows.shape[1])), self._ranks, strict=True)
-        return [one[:rank] if rank else None for one, rank in each]
+        sums: Tensor = call(torch.ops.trimtab.add_up_segments, gradients.add_up, (parts, spans))
+        factors: Tensor = sums.unflatten(1, (self._rank, rows.shape[1]))
+        return factors
 
     def _walked(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Tiles of many rows, each of which a program walks through; and which of them a segment has."""
-        of, tall = tuple(range(len(self._sizes))), _WALKED
-        made = _spans_of.__wrapped__ if is_fake(like) else _spans_of
-        return tiles_of(self._sizes, of, tall, like), made(self._sizes, tall, like.device)
+        return walked(self._sizes, _WALKED, like)
 
 
 class Gradients(NamedTuple):
@@ -201,11 +219,20 @@ def _bits(number: float) -> int:
 
 
 class _Squares:
-    """The segments whose square updates are alike but for M."""
+    """The segments whose square updates are alike but for M; ``numbers`` says which."""
 
     def __init__(
-        self, update: Any, parts: list[slice], matrices: list[Tensor], *, order: Tensor | None, at: int, rows: Tensor
+        self,
+        update: Any,
+        numbers: Sequence[int],
+        parts: list[slice],
+        matrices: list[Tensor],
+        *,
+        order: Tensor | None,
+        at: int,
+        rows: Tensor,
     ) -> None:
+        self.numbers = numbers
         self._update, self._at = update, at
         self._part, self._order = slice(parts[0].start, parts[-1].stop), None
         together = all(one.stop == other.start for one, other in pairwise(parts))
@@ -215,16 +242,40 @@ class _Squares:
         self._m = _Held(matrices)
         lines = [[address, update.side] + [0] * (programs.FIELDS - 2) for address in self._m.addresses]
         self._table = torch.tensor(lines, dtype=torch.int64, device=rows.device)
-        sizes = tuple((part.stop - part.start) * update.groups for part in parts)
-        self._tiles = tiles_of(sizes, tuple(range(len(parts))), 32, rows)
+        self._sizes = tuple((part.stop - part.start) * update.groups for part in parts)
+        self._tiles = tiles_of(self._sizes, tuple(range(len(parts))), 32, rows)
 
     def multiply(self, rows: Tensor, spread: Tensor) -> None:
         """Leave the product with M, not repeated yet, in its part of ``spread``."""
-        update = self._update
-        mine = rows if self._order is not None else rows[self._part]
-        gathered = update.gathered(mine, self._order).flatten(0, 1)
-        into = spread[self._at : self._at + gathered.numel()].view(1, -1, update.side)
-        given = (into, gathered, None, self._table, self._tiles, self._m.tensors, update.side, 32)
+        gathered = self._update.gathered(self._mine(rows), self._order)
+        self._multiplied(gathered, spread[self._at : self._at + gathered.numel()], turned=False)
+
+    def collected(self, grad: Tensor) -> Tensor:
+        """What comes back to the product with M, ``[tokens of these segments, groups, side]``."""
+        found: Tensor = self._update.collected(self._mine(grad), self._order)
+        return found
+
+    def add_input_gradient(self, grad_rows: Tensor, collected: Tensor) -> None:
+        inner = torch.empty_like(collected, memory_format=torch.contiguous_format)
+        self._multiplied(collected, inner.flatten(), turned=True)
+        self._update.add_expanded(self._mine(grad_rows), inner, self._order)
+
+    def weight_gradients(self, collected: Tensor, rows: Tensor) -> Tensor:
+        """``[segments, side, side]``."""
+        gathered = self._update.gathered(self._mine(rows), self._order).flatten(0, 1)
+        tiles, spans = walked(self._sizes, _WALKED * self._update.groups, rows)
+        given = (collected.contiguous().flatten(0, 1), gathered, None, tiles)
+        parts = call(torch.ops.trimtab.outer_segments, gradients.outer, given)
+        sums: Tensor = call(torch.ops.trimtab.add_up_segments, gradients.add_up, (parts, spans))
+        matrices: Tensor = sums.unflatten(1, (self._update.side, self._update.side))
+        return matrices
+
+    def _mine(self, rows: Tensor) -> Tensor:
+        return rows if self._order is not None else rows[self._part]
+
+    def _multiplied(self, gathered: Tensor, into: Tensor, turned: bool) -> None:
+        side, flat = self._update.side, gathered.contiguous().flatten(0, 1)
+        given = (into.view(1, -1, side), flat, None, self._table, self._tiles, self._m.tensors, side, 32, turned)
         call(torch.ops.trimtab.multiply_segments, programs.multiply, given)
 
 
@@ -248,6 +299,12 @@ def tiles_of(sizes: tuple[int, ...], of: tuple[int, ...], tall: int, like: Tenso
     that have so many rows. Kept for the next layers of the same batch."""
     made = _tiles_of.__wrapped__ if is_fake(like) else _tiles_of
     return made(sizes, of, tall, like.device)
+
+
+def walked(sizes: tuple[int, ...], tall: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Tiles of many rows, each of which a program walks through; and which of them a segment has."""
+    made = _spans_of.__wrapped__ if is_fake(like) else _spans_of
+    return tiles_of(sizes, tuple(range(len(sizes))), tall, like), made(sizes, tall, like.device)
 
 
 @lru_cache(maxsize=32)

@@ -68,6 +68,7 @@ def compress_rows(
 def add_expanded_rows(
     target,
     inner,
+    order,
     cosine,
     sine,
     tokens,
@@ -77,9 +78,11 @@ def add_expanded_rows(
     BM: tl.constexpr,
     BN: tl.constexpr,
     TURN: tl.constexpr,
+    ORDERED: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """The transpose of ``compress_rows``, added to ``target [tokens, features]``."""
+    """The transpose of ``compress_rows``, added to ``target [tokens, features]``; ORDERED: to those of its rows that
+    ``order`` names."""
     columns = tl.program_id(0) * BN + tl.arange(0, BN)
     rows = tl.program_id(1) * BM + tl.arange(0, BM)
     in_columns = columns < features
@@ -91,6 +94,8 @@ def add_expanded_rows(
         others = tl.load(from_inner + (start + (place + side // 2) % side)[None, :], mask=mask, other=0.0).to(ACC)
         added *= tl.load(cosine + columns, mask=in_columns, other=0.0).to(ACC)[None, :]
         added += others * tl.load(sine + columns, mask=in_columns, other=0.0).to(ACC)[None, :]
+    if ORDERED:
+        rows = tl.load(order + rows, mask=rows < tokens, other=0)
     into = target + rows.to(tl.int64)[:, None] * features + columns[None, :]
     total = tl.load(into, mask=mask, other=0.0).to(ACC) + added
     tl.store(into, total.to(target.dtype.element_ty), mask=mask)
@@ -158,12 +163,20 @@ def compress(
     return compressed
 
 
-def add_expanded(target: Tensor, inner: Tensor, cosine: Tensor | None, sine: Tensor | None, *, side: int) -> bool:
-    """Add the transpose of ``compress`` of ``inner [tokens, groups, side]`` to ``target [tokens, in]``; False for what
-    the programs do not read."""
+def add_expanded(
+    target: Tensor,
+    inner: Tensor,
+    cosine: Tensor | None,
+    sine: Tensor | None,
+    *,
+    side: int,
+    order: Tensor | None = None,
+) -> bool:
+    """Add the transpose of ``compress`` of ``inner [tokens, groups, side]`` to ``target [tokens, in]``, or to those
+    rows of it that ``order`` names; False for what the programs do not read."""
     if not (takes(target, inner, cosine, sine) and target.is_contiguous() and target.numel()):
         return False
-    call(torch.ops.trimtab.add_expanded, _add_expanded, (target, inner, cosine, sine, side))
+    call(torch.ops.trimtab.add_expanded, _add_expanded, (target, inner, cosine, sine, side, order))
     return True
 
 
@@ -260,11 +273,14 @@ def _compressed(rows: Tensor, *, side: int, groups: int, order: Tensor | None) -
 
 
 @on_its_device
-def _add_expanded(target: Tensor, inner: Tensor, cosine: Tensor | None, sine: Tensor | None, side: int) -> None:
-    tokens, features = target.shape
+def _add_expanded(
+    target: Tensor, inner: Tensor, cosine: Tensor | None, sine: Tensor | None, side: int, order: Tensor | None
+) -> None:
+    tokens, features = len(inner), target.shape[1]
     add_expanded_rows[(math.ceil(features / _COLUMNS), math.ceil(tokens / _ROWS))](
         target=target,
         inner=inner.contiguous(),
+        order=inner if order is None else order,
         cosine=target if cosine is None else cosine,
         sine=target if sine is None else sine,
         tokens=tokens,
@@ -274,6 +290,7 @@ def _add_expanded(target: Tensor, inner: Tensor, cosine: Tensor | None, sine: Te
         BM=_ROWS,
         BN=_COLUMNS,
         TURN=cosine is not None,
+        ORDERED=order is not None,
         ACC=accumulates(target.dtype),
         num_warps=4,
     )
