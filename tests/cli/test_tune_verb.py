@@ -95,3 +95,34 @@ def test_a_rate_that_cannot_be_written_is_said(cli: Any, make_yaml: Callable[...
     assert result.code == 1
     assert "a file is in the way of a folder" in result.err
     assert "The rate that was found is 0.00123" in result.err
+
+
+@pytest.mark.usefixtures("found")
+def test_the_folder_of_a_run_is_tuned_beside_it_for_a_run_of_its_own(
+    cli: Any, make_yaml: Callable[..., Path], tmp_path: Path
+) -> None:
+    run = tmp_path / "v1.5"
+    assert cli("finetune", make_yaml(train={"max_steps": 1}), f"output={run}").code == 0
+    record = (run / "config.yaml").read_text()
+    assert cli("tune", run, "--in-place").matches("what the run in its folder began with")
+    assert cli("tune", run / "config.yaml", "--in-place").code == 1
+    assert cli("tune", run).code == 0
+    assert (run / "config.yaml").read_text() == record
+    tuned = load_config(tmp_path / "v1.5-tuned.yaml")
+    assert (tuned.train.rate, tuned.output) == (0.00123, tmp_path / "v1.5-tuned")
+    assert tuned.data == load_config(run).data
+
+
+@pytest.mark.usefixtures("found")
+def test_a_setting_within_a_list_has_its_place_and_lost_comments_are_told(
+    cli: Any, make_yaml: Callable[..., Path]
+) -> None:
+    yaml = make_yaml()
+    yaml.write_text(f"# mine\n{yaml.read_text()}")
+    result = cli("tune", yaml, "plan.0.rank=3", "plan.0.alpha=6")
+    assert result.err == ""
+    tuned = yaml.with_name("run-tuned.yaml")
+    assert tuned.read_text().startswith("# mine\n")
+    assert load_config(tuned).plan[0] == {**load_config(yaml).plan[0], "rank": 3, "alpha": 6}
+    result = cli("tune", yaml, "data.validation=0.25", "--out", "other.yaml")
+    assert "without its comments" in result.err

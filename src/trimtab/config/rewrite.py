@@ -54,6 +54,10 @@ def _put(text: str, keys: Sequence[str], value: Any) -> str:
     node: Any = yaml.compose(text, Loader=yaml.SafeLoader)
     line = 0
     for depth, key in enumerate(keys):
+        if isinstance(node, yaml.SequenceNode) and key.isdecimal() and int(key) < len(node.value):
+            node = node.value[int(key)]
+            line = node.start_mark.line + 1
+            continue
         entries = node.value if isinstance(node, yaml.MappingNode) else []
         entry = next(((name, held) for name, held in entries if name.value == key), None)
         if entry is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
@@ -12,7 +13,7 @@ import typer
 from trimtab.cli.exits import say, say_note
 from trimtab.cli.importing import importing
 from trimtab.cli.verbs._arguments import ConfigPath, Overrides
-from trimtab.hints import pasted
+from trimtab.hints import pasted, seen_from_here
 
 SHORT_HELP = "Find a run's learning rate by a few short trials, and write it into a YAML."
 
@@ -37,13 +38,22 @@ def command(
     from trimtab.config.rewrite import edited, with_settings
     from trimtab.errors import ConfigError, MachineError, machine_refusal
     from trimtab.files import write_text
+    from trimtab.runs.folder import run_at
 
     if in_place and out is not None:
         raise typer.BadParameter("--in-place writes CONFIG itself; leave --out away")
-    loaded = load_config(config, [*(overrides or []), "train.learning_rate=auto"])
+    settings, beside = list(overrides or []), config
+    if (run := run_at(config)) is not None:
+        if in_place:
+            raise ConfigError(
+                f"{run.config}: says what the run in its folder began with, and stays so; leave --in-place away"
+            )
+        config, beside = run.config, seen_from_here(run.path.resolve())
+        settings.insert(0, f"output={json.dumps(str(beside.with_name(f'{beside.name}-tuned')), ensure_ascii=False)}")
+    loaded = load_config(config, [*settings, "train.learning_rate=auto"])
     if not loaded.train.epochs:
         raise ConfigError("train.epochs is 0: nothing is trained, so there is no learning rate to find")
-    target = config if in_place else out or next(_beside(config))
+    target = config if in_place else out or next(_beside(beside))
     if target.exists() and not in_place:
         raise ConfigError(f"{target}: this file is there already; name another with --out, or remove it")
 
@@ -55,12 +65,14 @@ def command(
             from trimtab.training.tune import tune
         found = tune(loaded, display)
     assert found.rate is not None, "a search that ended has a rate"
-    settings = [*(overrides or []), f"train.learning_rate={found.rate:g}"]
+    settings.append(f"train.learning_rate={found.rate:g}")
     if in_place and edited(config, settings) is None:
         target = next(file for file in _beside(config) if not file.exists())
         say_note(f"these settings have no place of their own in {config}, so it stays, and {target} says all of them")
+    place = target.resolve()  # a link stays a link
+    if run is None and not in_place and (place.parent != config.resolve().parent or edited(config, settings) is None):
+        say_note(f"{target} says every setting of {config} in full, without its comments")
     try:
-        place = target.resolve()  # a link stays a link
         mode = place.stat().st_mode if place.exists() else None
         write_text(place, with_settings(config, settings, beside=place))
         if mode is not None:
@@ -75,7 +87,8 @@ def command(
 
 
 def _beside(config: Path) -> Iterator[Path]:
-    """Names for a tuned YAML beside ``config``, the usual one first."""
-    yield config.with_name(f"{config.stem}-tuned.yaml")
+    """Names for a tuned YAML beside ``config``, a file or the folder of a run, the usual one first."""
+    name = config.name if config.is_dir() else config.stem
+    yield config.with_name(f"{name}-tuned.yaml")
     for number in count(2):
-        yield config.with_name(f"{config.stem}-tuned-{number}.yaml")
+        yield config.with_name(f"{name}-tuned-{number}.yaml")
