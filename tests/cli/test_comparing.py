@@ -93,6 +93,7 @@ def test_a_failed_run_is_told_at_the_end(cli: Any, study: Path, monkeypatch: pyt
     assert result.code == 1
     assert result.matches(r"1 of the study's runs failed; .*\n  lora, seed 0: the run's process was killed\n")
     assert "[2/2] dora, seed 0: harbour accuracy" in result.out
+    assert "not done: 1 of the runs, of lora" in result.out
     assert "Traceback" not in result.err
 
 

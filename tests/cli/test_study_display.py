@@ -41,5 +41,12 @@ def test_time_left_is_told_by_the_cells_of_a_kind_that_came_to_their_end(monkeyp
     ]
 
 
+def test_what_several_runs_remark_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    display = study.StudyDisplay(Console(file=io.StringIO(), width=100))
+    for text in ("rows are short", "rows are short", "the rate is low", "rows are short"):
+        display.remark(text)
+    assert capsys.readouterr().err.split("note: ")[1:] == ["rows are short\n  ", "the rate is low\n"]
+
+
 def cell_named(name: str, searching: bool = False) -> Any:
     return SimpleNamespace(name=name, searching=searching)

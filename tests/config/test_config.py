@@ -184,6 +184,8 @@ def test_a_wrong_override_is_told_as_one(tmp_path: Path, override: str, message:
     [
         ("train: {learning_rte: 1e-5}", "train.learning_rte: unknown key. Did you mean 'learning_rate'?"),
         ("trian: {epochs: 1}", "trian: unknown key. Did you mean 'train'?"),
+        ("train: {tune: {budgte: 0.3}}", "train.tune.budgte: unknown key. Did you mean 'budget'?"),
+        ("train: {budget: 0.3}", "train.budget: unknown key. Did you mean 'train.tune.budget'?"),
         ("learning_rate: 1e-5", "learning_rate: unknown key. Did you mean 'train.learning_rate'?"),
         (
             "evaluation: {zzz: 1}",

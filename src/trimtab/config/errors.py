@@ -70,12 +70,12 @@ def _model(annotation: Any) -> type[BaseModel] | None:
     return next((kind for kind in models if issubclass(kind, BaseModel)), None)
 
 
-def _sections(schema: type[BaseModel]) -> dict[str, list[str]]:
+def _sections(schema: type[BaseModel], place: str = "") -> dict[str, list[str]]:
     """Dotted name of each section ("" for the whole) -> its keys."""
-    sections = {"": list(schema.model_fields)}
+    sections = {place: list(schema.model_fields)}
     for name, field in schema.model_fields.items():
         if (model := _model(field.annotation)) is not None:
-            sections[name] = list(model.model_fields)
+            sections |= _sections(model, f"{place}.{name}".lstrip("."))
     return sections
 
 

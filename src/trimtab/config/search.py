@@ -59,8 +59,8 @@ def _globs(value: object) -> tuple[str, ...]:
 
 
 def _rates(value: object) -> tuple[float, ...]:
-    if isinstance(value, list | tuple) and all(isinstance(item, float) and item > 0 for item in value):
-        return tuple(dict.fromkeys(value))
+    if isinstance(value, list | tuple) and all(type(item) in (int, float) and item > 0 for item in value):
+        return tuple(dict.fromkeys(map(float, value)))
     raise ValueError("expected a list of learning rates, such as [5e-4, 2e-3]")
 
 

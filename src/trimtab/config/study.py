@@ -66,7 +66,9 @@ def _mapping(value: object) -> object:
 
 
 def _listed(value: object) -> object:
-    return tuple(value) if isinstance(value, list) else value
+    if not isinstance(value, list | tuple):
+        raise ValueError("expected a list")
+    return tuple(value)
 
 
 def _different(value: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -76,12 +78,14 @@ def _different(value: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 _Overrides = Annotated[Settings, BeforeValidator(_mapping)]
+_Factor = Annotated[float, Field(gt=0)]
+_Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 class RateSearchConfig(Section):
     """How every arm's learning rate is found, on validation rows and by runs of their own."""
 
-    factors: Annotated[tuple[float, ...], BeforeValidator(_listed), AfterValidator(_different)] = Field(
+    factors: Annotated[tuple[_Factor, ...], BeforeValidator(_listed), AfterValidator(_different)] = Field(
         description="Learning rates tried, as multiples of the arm's own; so every arm gets the same effort."
     )
     seed: int = Field(1000, ge=0, lt=2**32, description="train.seed of these runs; none of the study's seeds.")
@@ -105,7 +109,7 @@ class StudyConfig(Section):
         "'against', the arm that it is compared with in place of the reference, or null for none."
     )
     reference: str = Field(description="The arm that every other is compared with.")
-    seeds: Annotated[tuple[int, ...], BeforeValidator(_listed), AfterValidator(_different)] = Field(
+    seeds: Annotated[tuple[_Seed, ...], BeforeValidator(_listed), AfterValidator(_different)] = Field(
         (0, 1, 2), description="train.seed of the runs of an arm."
     )
     search: RateSearchConfig | None = Field(None, description="The search for learning rates; null: as the arms say.")

@@ -100,7 +100,17 @@ class RunDisplay(Listener):
 
 
 class OneOfManyDisplay(RunDisplay):
-    """Draws a run among many: of its training only the bar, since a line for each step would be too many."""
+    """Draws a run among many: of its training only the bar, since a line for each step would be too many; and what
+    several of them remark, once."""
+
+    def __init__(self, console: Terminal) -> None:
+        super().__init__(console)
+        self._remarked: set[str] = set()
+
+    def remark(self, text: str) -> None:
+        if text not in self._remarked:
+            self._remarked.add(text)
+            super().remark(text)
 
     def metrics(self, row: dict[str, Any]) -> None:
         if row["kind"] == "train":

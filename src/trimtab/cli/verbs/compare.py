@@ -83,6 +83,9 @@ def command(
         console.print(table)
     for sentence in findings(results):
         console.print(sentence)
+    if results.missing:
+        arms = ", ".join(dict.fromkeys(run.arm for run in results.missing))
+        console.print(f"\nnot done: {len(results.missing)} of the runs, of {arms}", soft_wrap=True)
     console.print(f"\ntables: {loaded.folder / 'results.csv'}, {loaded.folder / 'results.json'}", soft_wrap=True)
     console.print(f"page: {page}", soft_wrap=True)
     if stopped is not None:
