@@ -199,6 +199,7 @@ def test_a_setting_that_is_known_to_hurt_is_told_with_its_source(
     ("plan", "train"),
     [
         ({"match": "all-linear", "method": "full"}, {"learning_rate": 2e-5, "batch_size": 256}),
+        ({"match": "all-linear", "method": "lora"}, {"learning_rate": 5e-5, "b_learning_rate_ratio": 16.0}),
         ({"match": ["*_proj"], "method": "lora", "rank": 16, "alpha": 16, "rank_stabilised": True}, {}),
         ({"match": "all-linear", "method": "mora", "rank": 4}, {"gradient_accumulation": 32, "batch_size": 4}),
     ],

@@ -287,7 +287,8 @@ def _rates(train: TrainConfig, attached: AttachReport, notes: Notes) -> None:
             f"train.learning_rate: {rate:g} is low for mora, whose update has no alpha to scale it: its best rates "
             f"were one to ten times LoRA's ({MEMORIZE})"
         )
-    elif rate <= ADAPTER_RATE and methods - {"full"}:
+    # Where B learns faster (LoRA+), the rates of A and B lie around one for both.
+    elif rate * math.sqrt(train.b_learning_rate_ratio) <= ADAPTER_RATE and methods - {"full"}:
         notes.add(
             f"train.learning_rate: {rate:g} is a rate of full fine-tuning; the best of adapters is about ten times as "
             f"high ({REGRET}; {LEARNS_LESS}), often 1e-4 to 1e-3"
