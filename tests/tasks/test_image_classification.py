@@ -20,8 +20,11 @@ from trimtab.adapters.placing import read_adapter
 from trimtab.config.read import build_config
 from trimtab.errors import DataError, ModelError
 from trimtab.memory.estimate import estimate_run
+from trimtab.runs.events import Listener
 from trimtab.runs.read import read_run
+from trimtab.training.rate_trials import _Search
 from trimtab.training.run import finetune
+from trimtab.training.work import Work
 
 TASK = tasks.find("image_classification")
 COLOURS = {"red": (220, 30, 30), "blue": (20, 40, 230)}
@@ -304,3 +307,17 @@ def test_a_picture_too_large_is_refused(place: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("trimtab.data.pictures.MOST_PIXELS", 100)
     with pytest.raises(DataError, match=r"has 20 x 24 pixels; 100 at most are read"):
         read(place)
+
+
+def test_trials_of_learning_rates_leave_batch_norms_as_they_were(place: Path) -> None:
+    """Else each trial would begin where the one before it ended, and the run after all of them."""
+    write_resnet(place / "resnet")
+    plan = [{"match": "*convolution", "method": "lora", "rank": 2}]
+    said = config(place, "resnet", plan=plan, train={"learning_rate": "auto"}, data={"validation": None, "test": None})
+    job, inputs = tasks.inputs_of(tasks.job_of(said), Listener())
+    model = Work(job, inputs, Listener()).model
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    search = _Search(job, inputs, model, listener=Listener(), rows=0)
+    losses = [search.trial(1e-3, 1, 2).loss for _ in range(2)]
+    assert losses[0] == losses[1]
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -23,11 +24,14 @@ from trimtab.runs.events import Listener
 from trimtab.runs.rate_record import RateTrial, read_rate
 from trimtab.surgery.plan import Rule
 from trimtab.tasks import inputs_of, job_of
+from trimtab.tasks.regression import Regression
 from trimtab.training import rate_plan, rate_trials
 from trimtab.training.rate_plan import SHORTEST, plan_trials
-from trimtab.training.rate_prior import labels_of_step, likely_rate
+from trimtab.training.rate_prior import BASE, labels_of_step, likely_rate
 from trimtab.training.rate_trials import APART, FLAT, _narrow, choose
 from trimtab.training.run import finetune
+from trimtab.training.tune import tune
+from trimtab.training.work import Work
 
 
 def trial(rate: float, loss: float | None, turn: int = 1, steps: int = 32) -> RateTrial:
@@ -52,7 +56,7 @@ def searched(loss: Callable[[float], float | None], likely: float = 1e-3) -> tup
         rounds.append([trial(rate, loss(rate), turn) for rate in rates])
         return rounds[-1]
 
-    plan = plan_trials(TrainConfig(), 2000, 64)
+    plan = plan_trials(TrainConfig(epochs=1000, max_steps=2000), 320, 64)
     rate, why = _narrow(plan, [likely, likely], tried)
     assert rate is not None
     return rate, why, rounds
@@ -62,11 +66,11 @@ def searched(loss: Callable[[float], float | None], likely: float = 1e-3) -> tup
 @pytest.mark.parametrize("rows", [0, 7, 1000])
 @pytest.mark.parametrize("batch", [1, 8, 64])
 def test_trials_cost_no_more_than_their_budget(budget: float, rows: int, batch: int) -> None:
-    for steps in (1, 10, 100, 347, 1000, 2000, 20_000):
-        train = TrainConfig.model_validate({"batch_size": batch, "tune": {"budget": budget, "rows": 100}})
-        plan = plan_trials(train, steps, rows)
+    for steps, trained_on in itertools.product((1, 10, 100, 347, 1000, 2000, 20_000), {batch, max(1, batch // 8)}):
+        said = {"batch_size": batch, "epochs": steps, "tune": {"budget": budget, "rows": 100}}
+        plan = plan_trials(TrainConfig.model_validate(said), trained_on, rows)
         trained = sum(count * length for count, length in plan.rounds)
-        measured = sum(count for count, _ in plan.rounds) * plan.rows / batch / 3
+        measured = sum(count for count, _ in plan.rounds) * plan.rows / trained_on / 3
         assert trained + measured == pytest.approx(plan.cost)
         assert plan.cost <= budget * steps
         assert plan.rows <= min(rows, 100)
@@ -74,7 +78,8 @@ def test_trials_cost_no_more_than_their_budget(budget: float, rows: int, batch: 
 
 
 def test_a_long_run_has_two_rounds_a_shorter_one_has_one_and_a_short_one_none() -> None:
-    rounds = [[count for count, _ in plan_trials(TrainConfig(), steps, 64).rounds] for steps in (2000, 500, 200)]
+    trains = [TrainConfig(epochs=1000, max_steps=steps) for steps in (2000, 500, 200)]
+    rounds = [[count for count, _ in plan_trials(train, 320, 64).rounds] for train in trains]
     assert rounds == [[5, 3], [3], []]
 
 
@@ -103,6 +108,19 @@ def test_where_everything_diverges_the_rate_is_far_below_all_that_was_tried() ->
     rate, why, rounds = searched(lambda _: None)
     assert rate < min(one.rate for one in rounds[1]) / 5
     assert "diverged" in why
+
+
+def test_in_whatever_unit_the_numbers_of_a_regression_are_their_trials_choose_the_same_rate() -> None:
+    """The loss is the squared error: of numbers around 1000 every difference is large, of those around 1e-4 none."""
+
+    def chosen(unit: float) -> float:
+        trials = [trial(rate, loss * unit**2) for rate, loss in ((5e-4, 1.1), (1e-3, 1.0), (2e-3, 0.9), (4e-3, 1.2))]
+        return choose(trials, 1e-3, Regression().nats)
+
+    assert chosen(1e-4) == chosen(1) == chosen(1e3)
+    assert rate_trials._noted(3.456e-9) == 3.456e-9
+    assert trial(1e-3, 3.456e-9).told == "3.456e-09"
+    assert math.isfinite(Regression().nats(0.0))
 
 
 def test_trials_as_good_as_equal_leave_the_likely_rate() -> None:
@@ -183,6 +201,7 @@ def test_the_rate_is_not_that_of_what_begins_anew(tmp_path: Path) -> None:
     assert methods_of(encoder, "labelled.jsonl", query, below) == ["lora", "full"]
     assert methods_of({**causal, "add_tokens": ["<buoy>"]}, "rows.jsonl", LORA) == ["lora"]
     assert methods_of(causal, "rows.jsonl", {"match": "*.q_proj", "method": "full"}) == ["full"]
+    assert methods_of(causal, "rows.jsonl", LORA, {"match": "*norm*", "method": "full"}) == ["lora"]
 
 
 @pytest.mark.parametrize(
@@ -226,6 +245,67 @@ def test_a_run_finds_its_rate_and_is_then_the_run_that_is_told_it(make_yaml: Cal
     tensors, others = (load_file(folder.adapter / "adapter_model.safetensors") for folder in (found, same))
     assert all(torch.equal(tensors[name], others[name]) for name in tensors.keys() | others.keys())
     assert not same.rate.exists()
+
+
+@pytest.mark.parametrize("kind", ["label", "labels"])
+def test_a_trial_that_diverges_is_one_in_any_task_and_a_run_whose_every_trial_did_is_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: None, kind: str
+) -> None:
+    monkeypatch.setattr("trimtab.training.rate_prior.BASE", dict.fromkeys(BASE, 1e30))
+    write_encoder(tmp_path / "encoder")
+    write_rows(tmp_path / "rows.jsonl", labelled(20, several=kind == "labels"))
+    data = {"train": "rows.jsonl", "validation": 0.25}
+    train = {**AUTO, "batch_size": 4, "precision": "float32"}
+    plan = [{**LORA, "match": "all-linear"}]
+    said = {"model": str(tmp_path / "encoder"), "data": data, "plan": plan, "train": train}
+    kept = Kept()
+    found = tune(build_config({**said, "output": str(tmp_path / "run")}, tmp_path, "the test"), kept)
+    assert [one.loss for one in found.trials] == [None] * 8
+    assert any("every trial of 4 steps diverged" in remark for remark in kept.remarks)
+
+
+def test_validation_rows_without_room_for_their_answer_are_not_measured(make_yaml: Callable[..., Path]) -> None:
+    long = [{"prompt": "tide? ", "completion": "low " * 40}]
+    yaml = make_yaml(data={"validation": None, "max_length": 24, "choices": None}, train=AUTO)
+    write_rows(yaml.parent / "long.jsonl", [*long * 3, *rows(1)])
+    config = load_config(yaml, [f"data.validation={yaml.parent / 'long.jsonl'}"])
+    job, inputs = inputs_of(job_of(config), Listener())
+    model = Work(job, inputs, Listener()).model
+    searches = [rate_trials._Search(job, inputs, model, listener=Listener(), rows=count) for count in (2, 4)]
+    assert [search.rows for search in searches] == [0, 4]
+
+
+def test_trials_are_not_thrown_away_by_a_run_that_begins_again(
+    make_yaml: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, quick: None
+) -> None:
+    config = load_config(make_yaml("stopped", train=AUTO))
+    whole = rate_trials._Search.trial
+
+    def stopped(self: Any, rate: float, turn: int, steps: int) -> RateTrial:
+        if turn == 2:
+            raise KeyboardInterrupt
+        return whole(self, rate, turn, steps)
+
+    monkeypatch.setattr(rate_trials._Search, "trial", stopped)
+    with pytest.raises(Interrupted):
+        finetune(config)
+    with pytest.raises(RunError, match="--resume"):
+        finetune(config)
+    assert len(read_json(config.output / "rate.json")["trials"]) == 5
+
+
+def test_a_run_that_lost_its_trials_goes_on_at_the_rate_that_its_summary_names(
+    make_yaml: Callable[..., Path], quick: None
+) -> None:
+    config = load_config(make_yaml("kept", train={**AUTO, "save_every": 20}))
+    folder = finetune(config)
+    folder.rate.unlink()
+    summary = read_json(folder.summary)
+    write_json(folder.summary, {**summary, "status": "interrupted", "trained": False, "learning_rate": 7e-4})
+    kept = Kept()
+    finetune(config, resume=True, listener=kept)
+    assert not any("trial" in note for note in kept.notes)
+    assert read_json(folder.summary)["learning_rate"] == 7e-4
 
 
 @pytest.mark.full

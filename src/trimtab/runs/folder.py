@@ -15,6 +15,7 @@ from trimtab.errors import RunError
 from trimtab.files import read_json, read_jsonl, write_jsonl
 from trimtab.hints import pasted
 from trimtab.reading import read_text
+from trimtab.runs.rate_record import read_rate
 from trimtab.runs.read import first_complaint, read_metrics
 from trimtab.runs.records import MetricsLine, Summary
 from trimtab.runs.results import read_result
@@ -94,7 +95,10 @@ class RunFolder:
         """Whether the run has not yet made anything that would have to be made again."""
         made = (self.path / "adapter", self.checkpoints, self.path / "evaluation")
         has_metrics = self.metrics.is_file() and self.metrics.stat().st_size > 0
-        return not has_metrics and not any(folder.is_dir() and any(folder.iterdir()) for folder in made)
+        if has_metrics or any(folder.is_dir() and any(folder.iterdir()) for folder in made):
+            return False
+        rate = read_rate(self.rate)
+        return rate is None or not rate.trials
 
     @property
     def is_linked(self) -> bool:

@@ -13,13 +13,20 @@ from trimtab.runs.records import Record
 
 
 class RateTrial(Record):
-    """One short training. ``loss`` is in nats a token at its end; None: it diverged."""
+    """One short training. ``loss`` is that at its end, in the unit of the task; None: it diverged."""
 
     round: int
     rate: float
     steps: int
     loss: float | None
     seconds: float
+
+    @property
+    def told(self) -> str:
+        """The loss in words."""
+        if self.loss is None:
+            return "diverged"
+        return f"{self.loss:.4f}" if 0.1 <= self.loss < 1e4 else f"{self.loss:.4g}"
 
 
 class ChosenRate(Record):
@@ -47,6 +54,11 @@ class ChosenRate(Record):
         """The trials that decided, by rate."""
         last = max((trial.round for trial in self.trials), default=0)
         return sorted((trial for trial in self.trials if trial.round == last), key=lambda trial: trial.rate)
+
+    @property
+    def decided(self) -> bool:
+        """Whether some trial of the last round did not diverge."""
+        return any(trial.loss is not None for trial in self.last_round)
 
 
 def read_rate(file: Path) -> ChosenRate | None:

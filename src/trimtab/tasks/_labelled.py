@@ -208,8 +208,9 @@ class LabelledTask(Task):
         self.require_readable(head.config, rows, [example.place for example in examples])
         cut = sum(row.pop("cut", False) for row in rows)
         logits, total, count = self._logits_of_all(head, reader, rows, how.evaluation.batch_size, how.progress)
+        loss = checked(total, count)  # before the logits are judged: they would be no numbers either
         judged = self.judge(logits, examples, how.choices)
-        figures = measure(judged.kind, judged.with_loss(checked(total, count), count))
+        figures = measure(judged.kind, judged.with_loss(loss, count))
         record = RESULTS[judged.kind](
             kind=judged.kind,
             dataset=how.name,

@@ -175,6 +175,10 @@ class Task(ABC):
         """The loss of validation rows by itself."""
         return self.validation(head, reader, examples, inputs=inputs, job=job, progress=_unseen)["loss"]
 
+    def nats(self, loss: float) -> float:
+        """``loss`` in nats, up to a constant: the one unit for all tasks in which two trainings differ."""
+        return loss
+
     def best(self, said: str, inputs: Inputs) -> Metric:
         """What ``train.metric`` means."""
         return best_by(said, scored=inputs.scored)

@@ -11,7 +11,9 @@ nothing is said of the precision a run computes in float32: bfloat16 tells numbe
 
 from __future__ import annotations
 
+import math
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -137,6 +139,10 @@ class Regression(_labelled.LabelledTask):
             return value
         share = value * batch["weight"][0].to(value.dtype)
         return share + (value - share).detach()
+
+    def nats(self, loss: float) -> float:
+        """Those of a normal distribution as wide as the errors. In whatever unit the numbers are, it is the same."""
+        return math.log(max(loss, sys.float_info.min)) / 2
 
     def judge(self, logits: Sequence[Tensor], examples: Sequence[Labelled], labels: Sequence[str] | None) -> Judged:
         given = [float(logit) for logit in logits]

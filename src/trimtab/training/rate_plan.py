@@ -38,9 +38,10 @@ class TrialPlan:
         return f"{rounds}, as much as {self.cost:.0f} steps of the run"
 
 
-def plan_trials(train: TrainConfig, steps: int, validation_rows: int) -> TrialPlan:
-    """Which trials a run of ``steps`` steps affords."""
-    budget, batch = train.tune.budget * steps, train.batch_size * train.gradient_accumulation
+def plan_trials(train: TrainConfig, train_rows: int, validation_rows: int) -> TrialPlan:
+    """Which trials a run over ``train_rows`` rows affords."""
+    budget = train.tune.budget * train.total_steps(train_rows)
+    batch = train_rows / train.epoch_steps(train_rows)  # on average: the last of an epoch may be a small one
     for rates in ((5, 3), (3,)):
         lengths = [2**turn for turn in range(len(rates))]
         trials, units = sum(rates), sum(count * length for count, length in zip(rates, lengths, strict=True))
@@ -64,7 +65,7 @@ def told_trials(job: Job) -> str | None:
     except TrimtabError:
         return f"learning rate: found by trials, which cost at most {train.tune.budget:.0%} of the run's steps"
     steps = train.total_steps(len(inputs.rows))
-    plan = plan_trials(train, steps, len(inputs.validation))
+    plan = plan_trials(train, len(inputs.rows), len(inputs.validation))
     if not plan.rounds:
         return f"learning rate: the likely one, since {steps:,} steps are too few for trials"
     return f"learning rate: found by trials, {plan.told} ({plan.cost / steps:.0%} of {steps:,})"

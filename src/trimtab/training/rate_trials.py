@@ -16,19 +16,21 @@ import gc
 import math
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy.interpolate import PchipInterpolator
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 from transformers import set_seed
 
 from trimtab import tasks
 from trimtab.config.resolve import Job
 from trimtab.config.run import RunConfig, TrainConfig
-from trimtab.errors import ModelError
+from trimtab.errors import DataError, ModelError
+from trimtab.evaluation.shortened import shortened
 from trimtab.models.load import whole_modules
 from trimtab.processes import here
 from trimtab.reports.run.rate_table import rate_table
@@ -63,8 +65,13 @@ def with_rate(job: Job, inputs: Inputs, model: nn.Module, *, listener: Listener,
         return job.config
     listener.stage("Finding the learning rate")
     found = find_rate(job, inputs, model, listener=listener, file=file)
-    train = job.config.train.model_copy(update={"learning_rate": found.rate})
-    return job.config.model_copy(update={"train": train})
+    assert found.rate is not None, "a search that ended has a rate"
+    return at_rate(job.config, found.rate)
+
+
+def at_rate(config: RunConfig, rate: float) -> RunConfig:
+    """``config`` with ``rate`` as its learning rate."""
+    return config.model_copy(update={"train": config.train.model_copy(update={"learning_rate": rate})})
 
 
 def find_rate(
@@ -79,7 +86,7 @@ def find_rate(
     group = here()
     train = job.config.train
     steps = train.total_steps(len(inputs.rows))
-    plan = plan_trials(train, steps, len(inputs.validation))
+    plan = plan_trials(train, len(inputs.rows), len(inputs.validation))
     search = _Search(job, inputs, model, listener=listener, rows=plan.rows)
     likely = search.likely(steps)
     file = file if group.leads else None
@@ -89,39 +96,47 @@ def find_rate(
         return known
     if plan.rounds:
         listener.note(f"trials: {plan.told}")
-    found = ChosenRate(rate=None, likely=likely, run_steps=steps, rows=plan.rows, cost=round(plan.cost, 1), trials=[])
-    earlier = {(trial.round, trial.rate): trial for trial in known.trials} if known is not None else {}
+    found = ChosenRate(rate=None, likely=likely, run_steps=steps, rows=search.rows, cost=round(plan.cost, 1), trials=[])
+    earlier = {(one.round, one.rate, one.steps): one for one in known.trials} if known is not None else {}
 
     def tried(rates: list[float], turn: int, length: int) -> list[RateTrial]:
         nonlocal found
         trials = []
         for rate in rates:
-            trial = earlier.get((turn, rate)) or search.trial(rate, turn, length)
+            trial = earlier.get((turn, rate, length)) or search.trial(rate, turn, length)
             trials.append(trial)
             found = found.updated(trials=[*found.trials, trial])
             if file is not None:
                 found.write_to(file)
         return trials
 
-    rate, why = _narrow(plan, [search.likely(length) for _, length in plan.rounds], tried)
+    likely_ones = [search.likely(length) for _, length in plan.rounds]
+    rate, why = _narrow(plan, likely_ones, tried, tasks.of(job).nats)
     if rate is None:
         rate = likely
-    elif plan.rounds:  # from the length of the last trials to that of the run
-        rate *= likely / search.likely(plan.rounds[-1][1])
+    else:  # from the length of the last trials to that of the run
+        length = plan.rounds[-1][1]
+        rate *= likely / likely_ones[-1]
+        why += f"; a run of {steps:,} steps wants less than one of {length:,}" if length < steps else ""
     found = found.updated(rate=float(f"{rate:.3g}"), why=why)
     if file is not None:
         found.write_to(file)
     if found.trials:
         listener.show(rate_table(found))
-    listener.note(f"learning rate {found.rate:g}: {why}")
+    tell = listener.remark if found.trials and not found.decided else listener.note
+    tell(f"learning rate {found.rate:g}: {why}")
     return found
 
 
 def _narrow(
-    plan: TrialPlan, likely: list[float], tried: Callable[[list[float], int, int], list[RateTrial]]
+    plan: TrialPlan,
+    likely: list[float],
+    tried: Callable[[list[float], int, int], list[RateTrial]],
+    nats: Callable[[float], float] = float,
 ) -> tuple[float | None, str]:
     """The rate that the rounds of ``plan`` end with, for trainings as long as the last ones, and how it was chosen.
-    ``likely``: the likely rate of each round; ``tried(rates, round, steps)`` makes trials. None: no trial was made."""
+    ``likely``: the likely rate of each round; ``tried(rates, round, steps)`` makes trials; ``nats``: of a loss. None:
+    no trial was made."""
     centre, trials = 0, []
     for turn, ((count, steps), around) in enumerate(zip(plan.rounds, likely, strict=True), 1):
         places = range(centre - count // 2, centre + count // 2 + 1)
@@ -132,15 +147,18 @@ def _narrow(
     if not trials:
         return None, "the likely one; the run is too short for trials"
     if not any(math.isfinite(_cost(trial)) for trial in trials):
-        return trials[0].rate / 10, "a tenth of the lowest that was tried, since every trial diverged"
-    rate = choose(trials, likely[-1])
+        lowest = trials[0]
+        return lowest.rate / 10, f"far below {lowest.rate:g}, since every trial of {lowest.steps:,} steps diverged"
+    rate = choose(trials, likely[-1], nats)
     edge = {trials[0].rate: "lowest", trials[-1].rate: "highest"}.get(_rounded(rate, 0))
-    return rate, f"the {edge} that was tried was the best" if edge else "where the trials' losses are lowest"
+    if edge:
+        return rate, f"the {edge} rate of the last trials, {rate:g}, was the best of them"
+    return rate, f"the losses of the last trials are lowest at {rate:g}"
 
 
-def choose(trials: list[RateTrial], likely: float) -> float:
+def choose(trials: list[RateTrial], likely: float, nats: Callable[[float], float] = float) -> float:
     """The rate that the trials of one length speak for; ``likely``: that for trainings of this length."""
-    finite = [(math.log10(trial.rate), trial.loss) for trial in trials if trial.loss is not None]
+    finite = [(math.log10(trial.rate), nats(trial.loss)) for trial in trials if trial.loss is not None]
     if len(finite) == 1:
         return _rounded(10 ** finite[0][0], 0)
     places, losses = map(np.array, zip(*sorted(finite), strict=True))
@@ -158,13 +176,19 @@ def _rounded(rate: float, place: int) -> float:
     return float(f"{rate * 10 ** (place * APART):.3g}")
 
 
+def _noted(loss: float) -> float:
+    """``loss`` as it is written down: that of a regression may be of any size."""
+    return float(f"{loss:.7g}")
+
+
 def _rules_of_rate(job: Job, model: nn.Module) -> list[Rule]:
-    """The rules that the likely rate is that of: not those of what begins anew, a head of the task and added rows,
-    which by themselves would be taken as full fine-tuning of a pretrained weight."""
+    """The rules that the likely rate is that of: not those of what begins anew, a head of the task and added rows, nor
+    of norms and biases, which are trained at any rate. By themselves they would be taken as full fine-tuning of a
+    pretrained matrix."""
     whole = set(whole_modules(job.files, model))
     report = job.attach_to(model)
     detach(model)
-    pretrained = {module.rule for module in report.modules if module.name not in whole}
+    pretrained = {module.rule for module in report.modules if module.name not in whole and module.in_features > 1}
     return [
         rule
         for number, rule in enumerate(report.rules, 1)
@@ -181,8 +205,25 @@ class _Search:
         self._head = self._task.head(model)
         self._rules = _rules_of_rate(job, model)
         self._labels = labels_of_step(inputs.rows, job.config.train)
-        # Evenly over the validation rows, which may be sorted.
-        self._measured = [inputs.validation[at * len(inputs.validation) // rows] for at in range(rows)]
+        self._measured = self._some_of(inputs.validation, rows)
+        # Training counts these along, in frozen batch norms too.
+        norms = [module for module in model.modules() if isinstance(module, _NormBase)]
+        self._counted = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
+
+    def _some_of(self, validation: Sequence[Any], rows: int) -> list[Any]:
+        """So many rows, evenly over all, which may be sorted; none where no answer of theirs can be read whole."""
+        some = [validation[at * len(validation) // rows] for at in range(rows)]
+        if self._task.checked_as_texts:
+            try:
+                shortened(some, self._reader, self._job.max_length)
+            except DataError:
+                return []
+        return some
+
+    @property
+    def rows(self) -> int:
+        """How many validation rows each trial is measured on."""
+        return len(self._measured)
 
     def likely(self, steps: int) -> float:
         """The likely rate of a training of so many steps."""
@@ -206,11 +247,14 @@ class _Search:
             loss = None
         finally:
             detach(self._model)
+            for buffer, value in self._counted:
+                buffer.copy_(value)
             gc.collect()
-        told = f"loss {loss:.4f}" if loss is not None else "diverged"
-        self._listener.note(f"trial at {rate:g}, {steps} steps: {told}")
         seconds = round(time.perf_counter() - began, 2)
-        return RateTrial(round=turn, rate=rate, steps=steps, loss=loss, seconds=seconds)
+        trial = RateTrial(round=turn, rate=rate, steps=steps, loss=loss, seconds=seconds)
+        told = trial.told if loss is None else f"loss {trial.told}"
+        self._listener.note(f"trial at {rate:g}, {steps} steps: {told}")
+        return trial
 
     def _trained(self, train: TrainConfig) -> float:
         """Train the adapter that the model carries; gives the loss at the end."""
@@ -230,6 +274,6 @@ class _Search:
             trainer.train()
         if not self._measured:  # the later half, in which the rate has fallen
             losses = [line.loss for line in lines if line.loss is not None]
-            return round(float(np.mean(losses[len(losses) // 2 :])), 6)
+            return _noted(float(np.mean(losses[len(losses) // 2 :])))
         loss = self._task.validation_loss(self._head, self._reader, self._measured, inputs=self._inputs, job=self._job)
-        return round(loss, 6)
+        return _noted(loss)

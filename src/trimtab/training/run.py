@@ -30,6 +30,7 @@ from trimtab.runs.records import HeadRecord, Machine, PlanRecord, Summary
 from trimtab.runs.results import OWN_ADAPTER, Measured
 from trimtab.surgery.attach_report import AttachReport
 from trimtab.training.checks import checked_inputs
+from trimtab.training.rate_trials import at_rate
 from trimtab.training.resume_state import newest_whole
 from trimtab.training.several import require_fit, told_of
 from trimtab.training.tracking import trackers
@@ -240,7 +241,8 @@ class _Run:
     def find_rate(self) -> None:
         """Let the trials of ``train.learning_rate: auto`` find the rate; the run then goes on with it."""
         before = self.opening.summary
-        if before is not None and before.learning_rate and self.opening.trained and not self.folder.rate.is_file():
+        if before is not None and before.learning_rate and not self.folder.rate.is_file():
+            self.config = at_rate(self.config, before.learning_rate)
             self._note(learning_rate=before.learning_rate)
             return
         self.config = self.work.find_rate(self.folder.rate)

@@ -315,7 +315,8 @@ class AdapterTrainer(LogsAtOnce, Trainer):
     def _diverged(self) -> RunError:
         return Diverged(
             f"training has diverged: by step {self.state.global_step} the loss or the adapter is not a number any "
-            "more. Lower train.learning_rate or lengthen train.warmup, and start again with --overwrite"
+            f"more. Lower train.learning_rate, which was {self._train_config.rate:g}, or lengthen train.warmup, and "
+            "start again with --overwrite"
         )
 
     def _get_output_dir(self, trial: Any) -> str:

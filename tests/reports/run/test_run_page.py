@@ -288,6 +288,15 @@ def test_a_rate_that_was_found_is_shown_with_its_trials(run: Path) -> None:
     text = page(run).text
     assert "The learning rate 0.0012: the best. The trials cost as much as 7 of the run's 48 steps" in text
     assert "it would have been 0.002" in text
+    assert 'id="trials-' in (run / "report.html").read_text()
+
+
+def test_trials_that_all_diverged_are_listed_without_a_picture_of_nothing(run: Path) -> None:
+    trials = [RateTrial(round=1, rate=rate, steps=5, loss=None, seconds=0.1) for rate in (1e-3, 2e-3)]
+    chosen = ChosenRate(rate=1e-4, likely=2e-3, run_steps=48, rows=8, cost=7.0, trials=trials, why="far below")
+    chosen.write_to(run / "rate.json")
+    assert "1 0.002 5 diverged" in page(run).text
+    assert 'id="trials-' not in (run / "report.html").read_text()
 
 
 def test_a_run_with_hardly_anything(tmp_path: Path) -> None:

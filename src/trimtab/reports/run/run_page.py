@@ -73,7 +73,7 @@ def write_run_page(run: Path, summary: Summary | None = None) -> Path:
             for kind, width in (("wide", _WIDE), ("narrow", _NARROW))
             if data.any
         ],
-        "trials": draw_trials("trials", known.rate, told.loss_unit) if known.rate and known.rate.last_round else None,
+        "trials": draw_trials("trials", known.rate, told.loss_unit) if known.rate and known.rate.decided else None,
         "answered": answered(known.sets),
         "shown": shown,
         "commands": {

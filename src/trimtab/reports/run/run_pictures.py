@@ -80,7 +80,8 @@ def draw_trials(name: str, chosen: ChosenRate, unit: str) -> Markup:
     _quiet(axes)
     axes.yaxis.grid(True, color=LINE, linewidth=1)
     axes.set_xscale("log")
-    points = [(trial.rate, trial.loss) for trial in chosen.last_round if trial.loss is not None]
+    finite = [trial for trial in chosen.last_round if trial.loss is not None]
+    points = [(trial.rate, trial.loss) for trial in finite]
     axes.plot(*zip(*points, strict=True), color=ACCENT, linewidth=2.2, marker="o", zorder=3)
     ticks = [trial.rate for trial in chosen.last_round]
     axes.set_xticks(ticks, [f"{rate:g}" for rate in ticks])
@@ -88,7 +89,7 @@ def draw_trials(name: str, chosen: ChosenRate, unit: str) -> Markup:
     if chosen.rate is not None and ticks[0] / 2 < chosen.rate < 2 * ticks[-1]:
         axes.axvline(chosen.rate, color=INK, linewidth=1.5, linestyle=(0, (4, 3)), zorder=2)
     _title(axes, f"loss ({unit})")
-    told = ", ".join(f"{loss:.4f} at {rate:g}" for rate, loss in points)
+    told = ", ".join(f"{trial.told} at {trial.rate:g}" for trial in finite)
     return svg(figure, name, f"Losses of the trials: {told}")
 
 
