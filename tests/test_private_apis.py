@@ -186,6 +186,7 @@ def test_what_a_tensor_of_our_own_is_made_of() -> None:
     assert argument.alias_info.is_write, without("torch", "OpOverload._schema, which says what is written to,")
     assert callable(torch._C._disabled_torch_function_impl), without("torch", "_disabled_torch_function_impl")
     assert torch._C._get_tracing_state() is None, without("torch", "_get_tracing_state")
+    assert torch._C._functorch.maybe_current_level() is None, without("torch", "_functorch")
 
 
 def test_what_convolutions_and_tied_models_say_of_themselves() -> None:

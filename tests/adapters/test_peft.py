@@ -197,7 +197,8 @@ def test_settings_of_the_wrong_kind(changes: dict[str, Any], saved: tuple[nn.Mod
         {"bias": None},
         {"modules_to_save": []},
         {"loftq_config": {}, "corda_config": None, "qalora_group_size": 16, "megatron_core": "megatron.core"},
-        {"peft_version": "0.99.0", "auto_mapping": None, "revision": None, "something_of_tomorrow": {"a": 1}},
+        {"peft_version": "0.99.0", "auto_mapping": None, "revision": None, "something_of_tomorrow": None},
+        {"modules_to_save": ["classifier", "score"], "task_type": "SEQ_CLS"},
         {"inference_mode": False, "task_type": "SEQ_CLS", "fan_in_fan_out": True, "ensure_weight_tying": False},
         {"runtime_config": {"ephemeral_gpu_offload": False}},
     ],
@@ -210,6 +211,24 @@ def test_settings_that_do_not_matter_here(
     edit_json(folder / PEFT_FILES[0], **changes)
     fresh = tiny_llama()
     trimtab.load_adapter(fresh, folder)
+    assert same_tensors(adapter_tensors(fresh), adapter_tensors(model))
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"something_of_tomorrow": {"a": 1}}, "not known here.*something_of_tomorrow: {'a': 1}"),
+        ({"modules_to_save": ["norm", "lm_head"]}, "nothing is stored of norm, lm_head.*modules_to_save"),
+    ],
+)
+def test_what_is_passed_over_is_told(
+    changes: dict[str, Any], told: str, saved: tuple[nn.Module, Path], tiny_llama: Make
+) -> None:
+    model, folder = saved
+    edit_json(folder / PEFT_FILES[0], **changes)
+    fresh = tiny_llama()
+    with pytest.warns(UserWarning, match=told):
+        trimtab.load_adapter(fresh, folder)
     assert same_tensors(adapter_tensors(fresh), adapter_tensors(model))
 
 

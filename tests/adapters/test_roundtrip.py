@@ -213,6 +213,26 @@ def test_names_are_names_and_not_globs(tmp_path: Path) -> None:
         assert same_tensors(adapter_tensors(fresh), adapter_tensors(model))
 
 
+PEFTS_WORDS = ["base_layer", "lora_A", "modules_to_save", "original_module", "token_adapter", "_orig_mod"]
+
+
+@pytest.mark.parametrize("word", PEFTS_WORDS)
+def test_names_with_a_word_of_pefts_are_kept_from_peft(word: str, tmp_path: Path) -> None:
+    """PEFT's tensors are read by such words, so that a folder in its layout could be read by nobody."""
+
+    def make() -> nn.Module:
+        return nn.ModuleDict(
+            {word: nn.Linear(6, 6), "inside": nn.ModuleDict({word: nn.ModuleDict({"last": nn.Linear(6, 6)})})}
+        )
+
+    rules = [Rule(match="*", method="dora", rank=2), Rule(match="inside", method="full")]
+    for number, plan in enumerate((rules[:1], rules)):
+        model, fresh = trained(make(), *plan), make()
+        trimtab.save_adapter(model, tmp_path / str(number))
+        trimtab.load_adapter(fresh, tmp_path / str(number))
+        assert same_tensors(adapter_tensors(fresh), adapter_tensors(model))
+
+
 def test_rows_of_zeros_are_kept_from_peft(tiny_llama: Make, tmp_path: Path) -> None:
     """PEFT divides by their norm, and would answer NaN."""
     base = tiny_llama()

@@ -332,3 +332,28 @@ def test_a_classifier_whose_files_have_its_head_is_attached_without_a_word(tmp_p
     folder = write_encoder(tmp_path / "bert", kind="BertForSequenceClassification")
     trimtab.attach(AutoModelForSequenceClassification.from_pretrained(folder), lora("*.query"))  # warnings are errors
     trimtab.attach(BertForSequenceClassification(AutoConfig.from_pretrained(folder)), lora("*.query"))
+
+
+def test_a_lazy_layer_is_told_of_before_anything_changes() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(6))
+    with pytest.raises(trimtab.SurgeryError, match=r"1\.weight has no shape before its lazy layer has seen a batch"):
+        trimtab.attach(model, lora())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert not trimtab.adapters(model)
+    model(torch.randn(2, 4))
+    trimtab.attach(model, lora())
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "full"])
+def test_what_comes_in_inference_mode_can_be_trained(method: str, tmp_path: Path) -> None:
+    options = {} if method == "full" else {"rank": 2}
+    model, other = (nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 3)) for _ in range(2))
+    with torch.inference_mode():
+        trimtab.attach(model, trimtab.Rule(match="*", method=method, **options))
+        trimtab.save_adapter(model, tmp_path)
+        trimtab.load_adapter(other, tmp_path)
+        if method != "full":
+            trimtab.convert_to_lora(other, rank=2)
+    for one in (model, other):
+        one(torch.randn(5, 4)).square().sum().backward()
+        assert all(parameter.grad is not None for parameter in trimtab.trainable_parameters(one).values())

@@ -284,12 +284,42 @@ def _load_base(model: nn.Module, bare: nn.Module) -> None:
     model.load_state_dict(state, strict=False)
 
 
-def test_an_adapter_without_memory_says_so() -> None:
-    model = on_meta(METHODS["dora"])
+NOWHERE = "on the meta device"
+
+
+@every_method
+def test_an_adapter_without_memory_says_so(options: dict[str, Any], tmp_path: Path) -> None:
+    """A product with tensors that have no memory would give whatever lies in the memory of the product."""
+    model = on_meta(options)
+    with pytest.raises(trimtab.AdapterError, match=NOWHERE):
+        trimtab.save_adapter(model, tmp_path)
     state = {f"{name[0]}.base{name[1:]}": tensor for name, tensor in fresh(5).state_dict().items()}
     model.load_state_dict(state, strict=False, assign=True)
-    with pytest.raises(trimtab.SurgeryError, match=r"the adapter \(dora\) is on the meta device.*to_empty"):
-        model(torch.randn(5, 12))
+    x = torch.randn(5, 12)
+    with pytest.raises(trimtab.SurgeryError, match=rf"the adapter \({options['method']}\) is {NOWHERE}.*to_empty"):
+        model(x)
+    with torch.no_grad(), trimtab.for_inference(model), pytest.raises(trimtab.SurgeryError, match=NOWHERE):
+        model(x[:1])
+    with pytest.raises(trimtab.SurgeryError, match=NOWHERE):
+        trimtab.merge(model)
+
+
+def test_a_whole_module_without_memory_says_so() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Conv1d(4, 6, 3))
+    trimtab.attach(model, trimtab.Rule(match="*", method="full"))
+    state = {f"0.base.{name}": tensor for name, tensor in nn.Conv1d(4, 6, 3).state_dict().items()}
+    model.load_state_dict(state, strict=False, assign=True)
+    with pytest.raises(trimtab.SurgeryError, match=NOWHERE):
+        model(torch.randn(2, 4, 7))
+
+
+def test_an_adapter_that_is_loaded_where_no_memory_is_says_so(tmp_path: Path) -> None:
+    trimtab.save_adapter(adapted(METHODS["lora"], scale=3.0), tmp_path)
+    with torch.device("meta"):
+        model = fresh(5)
+    with pytest.warns(UserWarning, match=f"{NOWHERE}.*not its numbers"):
+        trimtab.load_adapter(model, tmp_path)
 
 
 @every_method

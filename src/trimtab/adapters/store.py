@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
@@ -86,6 +87,11 @@ def save_adapter(
     adapted = entries(model, name)
     for module in adapted.values():
         module.adapter.settle(module.handle)
+        if any(tensor.is_meta for tensor in module.adapter.stored_tensors().values()):
+            raise AdapterError(
+                f"{folder}: the adapter is on the meta device, without numbers that could be saved. Load the model's "
+                "weights and the adapter first"
+            )
     target = Path(folder)
     put_away(model)
     with written_by_one(model, given=state_dict is not None) as writes, whole_tensors(model, state_dict, kept=writes):
@@ -108,7 +114,7 @@ def load_adapter(model: nn.Module, folder: Path | str, name: str = DEFAULT) -> A
 
     If ``model`` has an adapter ``name`` already, it takes over the stored values, and so do tensors that were unfrozen
     by hand. It must sit on the same modules, and compute the same from the same tensors. Adapters of other names stay
-    beside it.
+    beside it. On a model without memory (the meta device) there is room for the shapes alone, and a warning says so.
 
     Raises AdapterError if there is no adapter, or one that is damaged, not supported, or made for another model, and
     SurgeryError as ``attach`` does. The model is then unchanged.
@@ -165,6 +171,13 @@ def _fill(
             present[name].adapter.forget()
             for key, tensor in present[name].adapter.stored_tensors().items():
                 write(tensor, entry.tensors[key])
+    if nowhere := [name for name in stored if any(one.is_meta for one in seen[name].adapter.stored_tensors().values())]:
+        warnings.warn(
+            f"load_adapter: {len(nowhere)} modules of the model, such as {nowhere[0]}, are on the meta device, without "
+            f"memory, so that they have the shapes of {place} and not its numbers. Load it again once the model has "
+            "its weights",
+            stacklevel=3,
+        )
 
 
 def _rules(stored: dict[str, StoredAdapter]) -> tuple[tuple[Rule, ...], dict[str, int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import warnings
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
@@ -200,7 +201,9 @@ def _begin_from(name: str, model: nn.Module, planned: AttachReport | None, more:
         PlanError: the adapter is not what the plan, or a rule besides, says.
     """
     try:
-        stored = load_adapter(model, name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a model without weights
+            stored = load_adapter(model, name)
     except OthersThereError as error:
         if planned is None:
             raise

@@ -12,9 +12,9 @@ from functools import cache
 from trimtab import listing
 from trimtab.bases import Kind
 from trimtab.errors import PlanError, did_you_mean
-from trimtab.methods._method import Method, Options, RateGroup
+from trimtab.methods._method import NO_MEMORY, Method, Options, RateGroup
 
-__all__ = ["Method", "Options", "RateGroup", "method_class", "names", "options_class"]
+__all__ = ["NO_MEMORY", "Method", "Options", "RateGroup", "method_class", "names", "options_class"]
 
 
 @cache

@@ -15,6 +15,10 @@ from trimtab.errors import PlanError, SurgeryError
 
 TRAINING_ONLY: Final = "training only"
 """Marks an option that changes how training goes on, and not what the trained tensors compute."""
+NO_MEMORY: Final = (
+    "the adapter ({method}) is on the meta device, without numbers, and the weight that it sits on is not. Give it "
+    "memory (adapter.to_empty(device=...)), or load a state that holds its tensors, too"
+)
 RateGroup = Literal["weight", "bias", "second factor", "magnitude"]
 """What an optimiser may treat differently. A bias and a magnitude never decay. A second factor is the one that a
 low-rank update starts at zero; LoRA+ trains it faster. A magnitude can have a learning rate of its own."""

@@ -89,6 +89,8 @@ class ModuleMethod(_method.Method):
         """What the module gives for these arguments with the trained tensors."""
         own = base.tensors()
         mine = {name: getattr(self, attribute).to(own[name].dtype) for name, attribute in self._attributes.items()}
+        if any(tensor.is_meta and not own[name].is_meta for name, tensor in mine.items()):
+            raise SurgeryError(_method.NO_MEMORY.format(method="full"))
         return base.call(mine, args, kwargs)
 
     @torch.no_grad()

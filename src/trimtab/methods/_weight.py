@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from trimtab.bases import TurnedBase, WeightBase
-from trimtab.errors import PlanError
+from trimtab.errors import PlanError, SurgeryError
 from trimtab.methods import _effective_stack, _method, _stack
 from trimtab.methods._norms import KeptNorm, SquaredNorms, marks_of, same_values, squares_of
 from trimtab.ops.autocast import without_autocast
@@ -28,6 +28,7 @@ from trimtab.ops.frozen_linear import Operands, frozen_linear
 from trimtab.ops.linear_map import multiply
 from trimtab.ops.ratio import ratio_of
 from trimtab.ops.reference import effective_weight
+from trimtab.ops.traced import seen_through
 from trimtab.ops.update import TurnedUpdate, Update
 
 
@@ -232,9 +233,11 @@ class WeightMethod(_method.Method):
         if not (base.stored_dense and base.through.reads_features):
             return None
         weight, ratio = base.weight(), None
+        update, tensors = self.factors()
+        if any(tensor.is_meta for tensor in tensors):
+            return None
         if self.magnitude is not None:
             ratio = ratio_of(self.magnitude, self.norm(weight, base), weight.dtype)
-        update, tensors = self.factors()
         own = Operands(
             weight=weight, bias=self.bias_of(base), ratio=ratio, update=None, tensors=(), through=base.through
         )
@@ -269,6 +272,8 @@ class WeightMethod(_method.Method):
 
     def forward(self, x: Tensor, base: WeightBase) -> Tensor:
         """The output ``[..., out]`` for ``x [..., in]`` on the frozen weight of ``base``."""
+        if seen_through():
+            return self._plainly(x, base)
         seen, axis = self._seen(base), self.options.magnitude_axis
         if turned := seen is not base:
             axis = "input" if axis == "output" else "output"
@@ -311,6 +316,18 @@ class WeightMethod(_method.Method):
             again=base.again(dtype),
             ratios=ratios,
         )
+
+    def _plainly(self, x: Tensor, base: WeightBase) -> Tensor:
+        """The output by the plain formula and torch's own operations, which can be differentiated again, batched and
+        traced."""
+        if self.drops(x):
+            raise SurgeryError(
+                "the dropout of an adapter cannot be drawn inside of a transform of torch.func, nor traced: call "
+                "model.eval() before, or give the rule dropout: 0"
+            )
+        weight = self._formula(base, _method.full_dtype(base), detach_norm=self.options.detach_norm)
+        weight = self.held(weight).to(base.dtype_for(x))
+        return multiply(base.through, base.prepared(x), weight, self.bias_of(base))
 
     @property
     def changes_weight(self) -> bool:

@@ -323,8 +323,11 @@ def frozen_linear(
         ratios: where ``m / n`` is looked for, and left if it is not there, by the dtype of the computation; the caller
             empties it when ``magnitude`` or ``norm`` change.
 
-    Differentiable once: a second derivative is refused by autograd, and ``torch.func`` transforms are not supported.
+    Differentiable once: a second derivative is refused by autograd. Transforms of ``torch.func`` do not come here.
     """
+    if tensors and tensors[-1].is_meta and not weight.is_meta:
+        # A product with a tensor that has no memory gives whatever lies in the memory of the product.
+        raise RuntimeError("the tensors of the update are on the meta device, and the weight is not")
     dtype = autocast_dtype(weight) if through.follows_autocast else None
     if dtype is not None and weight.dtype != torch.float64:  # which it leaves alone, for a plain linear layer too
         x, weight = x.to(dtype) if x.is_floating_point() else x, weight.to(dtype)

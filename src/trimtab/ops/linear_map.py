@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trimtab.ops.traced import seen_through
+
 
 class LinearMap(Protocol):
     """How a batch goes through a weight ``[out, in]``, and how gradients come back. Nothing here is differentiated by
@@ -90,6 +92,8 @@ class MatrixMap:
     def output(self, product: Tensor, shape: Sequence[int]) -> Tensor:
         if len(shape) == 2:
             return product
+        if seen_through():
+            return product.reshape(*shape[:-1], product.shape[-1])  # of whatever sizes there will be
         # Not a view: autograd refuses to change a view that a custom function returned in place, and models do.
         shaped: Tensor = torch.ops.aten._unsafe_view(product, [*shape[:-1], product.shape[-1]])
         return shaped

@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from torch.overrides import enable_reentrant_dispatch
 
 from trimtab.errors import SurgeryError
+from trimtab.ops.traced import seen_through
 
 _REFUSED = (
     "the weight of an adapted layer is computed each time it is read, so {what} would have no effect. Change the "
@@ -81,7 +82,7 @@ def read_weight(
 ) -> Tensor:
     """What is read as a weight: a stand-in for ``compute()``; where a program is traced, ``compute()`` itself. The
     arguments are those of ``Look``."""
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+    if torch.compiler.is_compiling() or seen_through():
         return compute()
     look = Look(compute, tensors, of=of, assign=assign)
     if look.trains and torch.is_grad_enabled():

@@ -28,6 +28,7 @@ from trimtab.ops.expert_rows import StackMap
 from trimtab.ops.kernels import turning_for
 from trimtab.ops.kernels.contract import BackwardPass
 from trimtab.ops.linear_map import LinearMap
+from trimtab.ops.traced import seen_through
 from trimtab.ops.update import Update
 
 # Passes over one element, in the units of trimtab.ops.cost: turning M for a chunk, repeating it, and adding a product
@@ -80,9 +81,9 @@ class Square(Update):
         return torch.addcmul(pieces * cosine, self._swapped(pieces), sine, value=-sign)
 
     def _turns(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosine and sine ``[chunks, k]`` of the rotary angles, those of the second half of the sines negative; outside
-        of a compiled graph kept. ``row * cosine + swapped(row) * sine`` turns back."""
-        if torch.compiler.is_compiling():
+        """Cosine and sine ``[chunks, k]`` of the rotary angles, those of the second half of the sines negative; kept,
+        where nobody looks on who would not let go of them. ``row * cosine + swapped(row) * sine`` turns back."""
+        if torch.compiler.is_compiling() or seen_through():
             return self._cosine_and_sine(like)
         key = (like.dtype, like.device, torch.is_inference_mode_enabled())  # that mode's are no good for training
         if key not in self._known:
@@ -161,7 +162,7 @@ class Square(Update):
         feeds = group_of_chunk == torch.arange(self.groups, device=matrix.device).unsqueeze(1)  # [groups, chunks]
         placed = pieces.unsqueeze(0) * feeds[:, None, :, None].to(matrix.dtype)  # [groups, k, chunks, k]
         rows = placed.flatten(2).flatten(0, 1)[:, : self.in_features]
-        return rows.repeat(math.ceil(self.out_features / rows.shape[0]), 1)[: self.out_features]
+        return rows.repeat(math.ceil(self.out_features / (self.groups * self.side)), 1)[: self.out_features]
 
     def delta_gradient(self, grad: Tensor, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The transpose of ``delta``."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from trimtab import bases
 from trimtab.bases import Base, BlockBase, HeldBase, HeldWeight, ModuleBase, WeightBase
 from trimtab.errors import SurgeryError
-from trimtab.methods import Method
+from trimtab.methods import NO_MEMORY, Method
 from trimtab.ops.read_weight import read_weight
 from trimtab.surgery.carrier import DEFAULT, Carrier, Slot, place_of
 from trimtab.surgery.holding import own_class
@@ -145,10 +145,7 @@ class AdaptedLayer(Adapted):
 
     def _require_memory(self) -> None:
         if not self.handle.parameter.is_meta and any(tensor.is_meta for tensor in self.current_adapter.parameters()):
-            raise SurgeryError(
-                f"the adapter ({self.method}) is on the meta device, without numbers, and the weight that it sits on "
-                "is not. Give it memory (adapter.to_empty(device=...)), or load a state that holds its tensors, too"
-            )
+            raise SurgeryError(NO_MEMORY.format(method=self.method))
 
     @property
     def weight(self) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from trimtab.bases import WeightBase
@@ -23,7 +24,8 @@ def build_adapters(targets: list[Target]) -> list[Method]:
     for key, group in groups.items():
         target = _with_the_bias(group)
         try:
-            made[key] = target.adapter_class(target.base, target.options)
+            with torch.inference_mode(False):  # tensors of that mode could never be trained
+                made[key] = target.adapter_class(target.base, target.options)
         except PlanError as error:
             raise PlanError(f"{target.name} (rule {target.rule}): {error}") from None
     adapters = [made[_key(target)] for target in targets]

@@ -298,7 +298,8 @@ def _converted(changes: Sequence[ChangedWeight], products: Sequence[_Product]) -
             bias=beside,
             added_bias=beside and change.handle.stored_bias is None,
         )
-        adapter: Any = kind(change.handle, options)
+        with torch.inference_mode(False):  # tensors of that mode could never be trained
+            adapter: Any = kind(change.handle, options)
         with torch.no_grad():
             adapter.A.copy_(product.a)
             adapter.B.copy_(product.b)

@@ -26,6 +26,7 @@ def install(model: nn.Module, targets: list[Target], name: str) -> None:
     The model is not changed before all adapters are built."""
     require_no_rows(model)
     adapters = build_adapters(targets)
+    require_shapes(model)
     there = {id(bare(module)): module for module in carriers(model)}
     if not there:
         # A shared parameter is noted under all its names: if a merge unties it, both are trainable where the one was.
@@ -94,6 +95,16 @@ def remove_adapter(model: nn.Module, name: str) -> None:
     for module in carriers(model):
         if name in module.adapter_slots:
             module.drop_adapter(name)
+
+
+def require_shapes(model: nn.Module) -> None:
+    """Raise SurgeryError for a model with lazy layers that have seen no batch yet."""
+    waiting = [name for name, one in model.named_parameters() if isinstance(one, nn.parameter.UninitializedParameter)]
+    if waiting:
+        raise SurgeryError(
+            f"{waiting[0]} has no shape before its lazy layer has seen a batch ({len(waiting)} such parameters): call "
+            "the model once, and attach then. The model is unchanged"
+        )
 
 
 def require_no_rows(model: nn.Module) -> None:

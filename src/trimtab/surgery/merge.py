@@ -119,6 +119,11 @@ def _require_mergeable(model: nn.Module) -> list[tuple[str, Adapted]]:
             f"({', '.join(methods.names('weight'))})"
         )
     for name, module in adapted:
+        if any(parameter.is_meta for parameter in module.parameters()):
+            raise SurgeryError(
+                f"merge: {name} is on the meta device, without numbers. Nothing was changed; load the model's weights "
+                "and its adapter first"
+            )
         if not all(torch.isfinite(whole(parameter)).all() for parameter in module.current_adapter.parameters()):
             raise SurgeryError(
                 f"merge: the adapter of {name} holds NaN or infinity, and would destroy the weight it is folded into. "

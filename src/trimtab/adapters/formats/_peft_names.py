@@ -30,6 +30,7 @@ _TOKENS = "token_adapter"
 TRAINED_ROWS = "trainable_tokens_delta"
 _INSIDE = f".{_BASE_LAYER}."
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_OF_PEFT = {_BASE_LAYER, _TOKENS, "modules_to_save", "original_module"} | _WRAPPERS
 
 
 class _Key(NamedTuple):
@@ -127,6 +128,11 @@ def _parsed(key: str, ours: dict[str, str]) -> _Key | None:
     if own is None and tail and stem != _BASE_LAYER:
         own, adapter = ours.get(".".join([stem, *tail[1:]])), tail[0]
     return None if own is None else _Key(".".join(parts[:at]), own, adapter)
+
+
+def can_be_read(name: str) -> bool:
+    """Whether no part of a module's ``name`` is a word by which names of PEFT's tensors are read."""
+    return not any(part in _OF_PEFT or part.startswith("lora_") for part in name.split("."))
 
 
 def target_of(place: str) -> str:

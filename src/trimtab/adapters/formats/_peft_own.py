@@ -16,6 +16,8 @@ from trimtab.methods import Options
 from trimtab.surgery.adapted import Adapted, bare, bare_modules
 
 METHOD = "full"
+# Heads that PEFT puts under modules_to_save by the task, whatever the model's is called.
+_HEADS = ("classifier", "score", "qa_outputs")
 ROWS = "trainable_tokens_delta"
 
 
@@ -48,9 +50,22 @@ def _rows_of(config: Mapping[str, Any], module: str) -> list[int]:
 def is_declared(config: Mapping[str, Any], module: str, name: str) -> bool:
     """Whether the configuration says that the tensor ``name`` of ``module`` is trained. Else PEFT stored it because the
     embedding was resized, and it may be no other than the base's."""
-    saved = [str(one) for one in config.get("modules_to_save") or ()]
-    around = [module[:end] for end, letter in enumerate(f"{module}.") if letter == "."]
-    return "bias" in name or any(one.endswith(saved_name) for one in around for saved_name in saved)
+    return "bias" in name or any(_is_saved(module, saved) for saved in _saved(config))
+
+
+def missing(config: Mapping[str, Any], own: Mapping[str, dict[str, Tensor]]) -> list[str]:
+    """The modules of which the configuration says that they were trained as a whole, and of which nothing is stored."""
+    return [name for name in _saved(config) if name not in _HEADS and not any(_is_saved(one, name) for one in own)]
+
+
+def _saved(config: Mapping[str, Any]) -> list[str]:
+    said = config.get("modules_to_save") or ()
+    return [said] if isinstance(said, str) else [str(one) for one in said]
+
+
+def _is_saved(module: str, saved: str) -> bool:
+    """Whether ``module``, or one around it, is meant by the name ``saved``, of which PEFT compares the end."""
+    return any(module[:end].endswith(saved) for end, letter in enumerate(f"{module}.") if letter == ".")
 
 
 def stored_own(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,15 @@ _REFUSED = {
     "velora_config": "VeLoRA",
     "monteclora_config": "MonteCLoRA",
     "megatron_config": "Megatron's parallel layers",
+}
+# All other settings of PEFT's releases up to 0.21, those that are read and those that outputs do not depend on.
+_KNOWN = {
+    *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+    *("inference_mode", "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out"),
+    *("bias", "use_rslora", "modules_to_save", "init_lora_weights", "layers_to_transform", "layers_pattern"),
+    *("rank_pattern", "alpha_pattern", "megatron_core", "trainable_token_indices", "loftq_config", "eva_config"),
+    *("corda_config", "lora_ga_config", "use_dora", "qalora_group_size", "runtime_config", "lora_bias"),
+    *("target_parameters", "ensure_weight_tying", "enable_lora", "merge_weights"),
 }
 # Initialisations that also change the base weights, so that the adapter is useless on the original ones.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -53,6 +63,14 @@ def refuse(path: Path, config: dict[str, Any]) -> None:
     for key, meaning in _REFUSED.items():
         if config.get(key):
             raise AdapterError(f"{path}: '{key}' is set ({meaning}), which is not supported")
+    if unknown := [
+        f"{shown(key)}: {shown(config[key])}" for key in config.keys() - _KNOWN - _REFUSED.keys() if config[key]
+    ]:
+        warnings.warn(
+            f"{path}: settings that are not known here are passed over ({', '.join(sorted(unknown))}). If a newer PEFT "
+            "computes something else by them, this adapter does not",
+            stacklevel=2,
+        )
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
         raise AdapterError(

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,7 @@ class PeftFormat(AdapterFormat):
         return (
             len(options) > 0
             and {module.method for module in adapted.values()} <= {"lora", "dora", _peft_own.METHOD}
+            and all(map(_peft_names.can_be_read, adapted))
             and _peft_own.said_of(model, adapted) is not None
             and all(one.rank > 0 for one in options)
             and len({one.magnitude for one in options}) == 1
@@ -110,6 +112,12 @@ class PeftFormat(AdapterFormat):
             )
         tensors, header = read_tensors(weights)
         modules, whole = _peft_names.by_module(weights, tensors, config)
+        if gone := _peft_own.missing(config, whole):
+            warnings.warn(
+                f"{weights}: nothing is stored of {shown(', '.join(gone))}, which {self.files[0]} says was trained as "
+                "a whole (modules_to_save). What the model has of it stays as it is",
+                stacklevel=2,
+            )
         with damage_in(path, "configuration"):
             for own in modules.values():
                 bias = own.pop(_peft_names.BASE_BIAS, None)
