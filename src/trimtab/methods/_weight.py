@@ -16,8 +16,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from trimtab.bases import TurnedBase, WeightBase
-from trimtab.errors import PlanError, SurgeryError
-from trimtab.methods import _effective_stack, _method, _stack
+from trimtab.errors import PlanError
+from trimtab.methods import _effective_stack, _method, _plain, _stack
 from trimtab.methods._norms import KeptNorm, SquaredNorms, marks_of, same_values, squares_of
 from trimtab.ops.autocast import without_autocast
 from trimtab.ops.cost import Compute
@@ -25,7 +25,6 @@ from trimtab.ops.decomposition import Axis, magnitude_over_norm
 from trimtab.ops.dropout import Drawn, Keep, draw_keep
 from trimtab.ops.few_tokens import FewTokensLinear
 from trimtab.ops.frozen_linear import Operands, frozen_linear
-from trimtab.ops.linear_map import multiply
 from trimtab.ops.ratio import ratio_of
 from trimtab.ops.reference import effective_weight
 from trimtab.ops.traced import seen_through
@@ -256,7 +255,7 @@ class WeightMethod(_method.Method):
         update, tensors = self.factors()
         return None if update is None else TurnedUpdate(update), tensors
 
-    def _seen(self, base: WeightBase) -> WeightBase:
+    def seen(self, base: WeightBase) -> WeightBase:
         """``base``; or, where another layer is tied to the one that the adapter was made for and multiplies with
         ``W^T``, that layer as one with the weight W."""
         return base if base.stored_transposed == self.stored_transposed else TurnedBase(base)
@@ -273,8 +272,8 @@ class WeightMethod(_method.Method):
     def forward(self, x: Tensor, base: WeightBase) -> Tensor:
         """The output ``[..., out]`` for ``x [..., in]`` on the frozen weight of ``base``."""
         if seen_through():
-            return self._plainly(x, base)
-        seen, axis = self._seen(base), self.options.magnitude_axis
+            return _plain.plainly(self, x, base)
+        seen, axis = self.seen(base), self.options.magnitude_axis
         if turned := seen is not base:
             axis = "input" if axis == "output" else "output"
         drops = self.drops(x)
@@ -298,7 +297,7 @@ class WeightMethod(_method.Method):
                 ratios = self._kept.ratios
             if axis == "input":
                 if not base.through.reads_features:
-                    return self._columns_scaled(x, base, weight, norm, keep)
+                    return _plain.columns_scaled(self, x, base, ratio=self._over(norm), weight=weight, keep=keep)
                 # Columns of the weight scaled are inputs scaled; in half precision the product is taken in full digits.
                 x, magnitude, norm, ratios = (x * self._over(norm)).to(x.dtype), None, None, None
         return frozen_linear(
@@ -317,18 +316,6 @@ class WeightMethod(_method.Method):
             ratios=ratios,
         )
 
-    def _plainly(self, x: Tensor, base: WeightBase) -> Tensor:
-        """The output by the plain formula and torch's own operations, which can be differentiated again, batched and
-        traced."""
-        if self.drops(x):
-            raise SurgeryError(
-                "the dropout of an adapter cannot be drawn inside of a transform of torch.func, nor traced: call "
-                "model.eval() before, or give the rule dropout: 0"
-            )
-        weight = self._formula(base, _method.full_dtype(base), detach_norm=self.options.detach_norm)
-        weight = self.held(weight).to(base.dtype_for(x))
-        return multiply(base.through, base.prepared(x), weight, self.bias_of(base))
-
     @property
     def changes_weight(self) -> bool:
         """Whether the layer acts with another weight than its own; else its bias alone is trained."""
@@ -345,32 +332,22 @@ class WeightMethod(_method.Method):
         own = base.stored_bias
         return {"bias": own} if self.bias is not None and isinstance(own, nn.Parameter) else {}
 
-    def _columns_scaled(self, x: Tensor, base: WeightBase, weight: Tensor, norm: Tensor, keep: Drawn | None) -> Tensor:
-        """The output with a magnitude for each column, where the input has no features that could be scaled instead."""
-        ratio, whole = self._over(norm), weight.to(norm.dtype)
-        total = self.total(whole) if self._seen(base) is base else self.total(whole.t()).t()
-        if keep is None:
-            return multiply(base.through, x, (total * ratio).to(weight.dtype), self.bias_of(base))
-        fed = x * (keep.of(torch.ones_like(x)) * keep.scale)
-        update = (total - whole) * ratio
-        y = multiply(base.through, x, (whole * ratio).to(weight.dtype), self.bias_of(base))
-        return y + multiply(base.through, fed, update.to(weight.dtype))
-
     @torch.no_grad()
     def effective_weight(self, base: WeightBase, dtype: torch.dtype | None = None) -> Tensor:
         """``W' [out, in]`` by the plain formula, in ``dtype`` (default: the dtype of the norms, float32 or float64)."""
-        return self._formula(base, dtype or _method.full_dtype(base))
+        return self.formula(base, dtype or _method.full_dtype(base))
 
     def acting_weight(self, base: WeightBase) -> Tensor:
         """``W'`` in the dtype and the layout in which the module stores its weight, differentiable in the trained
         tensors as the output is (``detach_norm``)."""
-        return base.as_stored(self._formula(base, _method.full_dtype(base), detach_norm=self.options.detach_norm)).to(
+        return base.as_stored(self.formula(base, _method.full_dtype(base), detach_norm=self.options.detach_norm)).to(
             base.dtype
         )
 
-    def _formula(self, base: WeightBase, dtype: torch.dtype, detach_norm: bool = False) -> Tensor:
-        if (seen := self._seen(base)) is not base:
-            return self._formula(seen, dtype, detach_norm).t()
+    def formula(self, base: WeightBase, dtype: torch.dtype, detach_norm: bool = False) -> Tensor:
+        """``W'`` by the plain formula in ``dtype``, differentiable."""
+        if (seen := self.seen(base)) is not base:
+            return self.formula(seen, dtype, detach_norm).t()
         magnitude = None if self.magnitude is None else self.magnitude.to(dtype)
         with without_autocast(base.parameter):
             total = self.total(base.weight().to(dtype))
@@ -390,17 +367,17 @@ class WeightMethod(_method.Method):
 
     def of_base(self, name: str, base: WeightBase) -> Tensor:
         if name == "magnitude":
-            return self.square_norms(self._seen(base)).sqrt()
+            return self.square_norms(self.seen(base)).sqrt()
         return torch.zeros(self.out_features, device=base.device) if base.bias is None else base.bias
 
     @torch.no_grad()
     def ratio_on(self, base: WeightBase) -> Tensor | None:
-        seen = self._seen(base)
+        seen = self.seen(base)
         return self.ratio(seen.weight(), seen)
 
     @torch.no_grad()
     def refit(self, base: WeightBase, ratio: Tensor | None) -> None:
-        seen = self._seen(base)
+        seen = self.seen(base)
         if seen.shape != (self.out_features, self.in_features):
             super().refit(seen, ratio)
             if self.magnitude is not None and ratio is not None and ratio.shape == self.magnitude.shape:
