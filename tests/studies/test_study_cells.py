@@ -141,6 +141,13 @@ def test_overrides_go_into_base(write: Callable[..., Path], tmp_path: Path, monk
         ({"search": {"seed": 9}}, r"search\.factors: missing\. Learning rates tried"),
         ({"search": {"factors": [2.0]}}, r"arm 'lora', search: data\.validation: missing"),
         ({"base": {"model": "m", "data": {"train": "t.jsonl"}}}, r"arm 'lora': data\.test: missing"),
+        ({"means": {"m": ["tset"]}}, r"study\.yaml: means: 'm': 'tset' is no test set\. Did you mean 'test'\?"),
+        ({"means": {"m": []}}, r"means\.m: expected one or more, all different"),
+        ({"means": {"test": ["test"]}}, r"means: 'test' is the name of a test set; give the mean another"),
+        (
+            {"means": {"m": ["test", "u"]}, "tasks": {"t": {}, "u": {"data": {"test": {"u": "data/test.jsonl"}}}}},
+            r"means: 'm': no task has all of test, u among its test sets",
+        ),
     ],
 )
 def test_what_is_refused(write: Callable[..., Path], said: dict[str, Any], words: str) -> None:

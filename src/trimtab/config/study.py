@@ -11,6 +11,7 @@
       untrained: {train: {epochs: 0}}
     reference: lora                     # what every other arm is compared with
     seeds: [0, 1, 2]
+    means: {both: [fpb, fiqa]}          # a name -> test sets whose mean is told, too
     search:                             # as many learning rates tried for every arm
       factors: [0.4, 1, 2.5]            # times the arm's own
       settings: {data: {validation: 0.25}}
@@ -111,6 +112,11 @@ class StudyConfig(Section):
     reference: str = Field(description="The arm that every other is compared with.")
     seeds: Annotated[tuple[_Seed, ...], BeforeValidator(_listed), AfterValidator(_different)] = Field(
         (0, 1, 2), description="train.seed of the runs of an arm."
+    )
+    means: dict[str, Annotated[tuple[str, ...], BeforeValidator(_listed), AfterValidator(_different)]] = Field(
+        default_factory=dict,
+        description="Name of a mean -> the test sets that it is of, each of which counts as one however many rows it "
+        "has; told like a test set.",
     )
     search: RateSearchConfig | None = Field(None, description="The search for learning rates; null: as the arms say.")
     keep: Literal["results", "adapters"] = Field("results", description="What is kept of a run that is done.")

@@ -22,8 +22,9 @@ def mean_interval(values: Sequence[float]) -> MeanInterval:
     return MeanInterval(mean=mean, low=mean - half, high=mean + half, n=n)
 
 
-def paired_difference(arm: Sequence[str], reference: Sequence[str]) -> Difference:
-    """Compare two arms on the same test rows; each is a list of runs by seed, each run a ``1`` or a ``0`` per row.
+def paired_difference(arm: Sequence[Sequence[str | float]], reference: Sequence[Sequence[str | float]]) -> Difference:
+    """Compare two arms on the same test rows; each is a list of runs by seed, each run a 1 or a 0 per row, or a weight
+    in place of the 1.
 
     With several seeds the differences ``d[seed, row]`` are crossed: seeds are a sample of runs, rows one of the task,
     and both are paired. The variance of their mean is estimated by the sum of two, that of the means by row over
@@ -76,7 +77,7 @@ def difference_of_seeds(arm: Sequence[float], reference: Sequence[float]) -> Dif
     return Difference(mean=found.mean, low=found.low, high=found.high, p=p, seeds=len(d), rows=0)
 
 
-def _matrix(runs: Sequence[str]) -> np.ndarray:
+def _matrix(runs: Sequence[Sequence[str | float]]) -> np.ndarray:
     return np.array([[float(right) for right in run] for run in runs])
 
 

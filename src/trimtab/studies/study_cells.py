@@ -5,7 +5,7 @@ study = load_study(Path("study.yaml"), ["train.epochs=1"])
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from trimtab.config.read import build_config
 from trimtab.config.run import RunConfig
 from trimtab.config.study import ONE_TASK, Settings, StudyConfig, merge_settings, read_study
 from trimtab.config.values import Rate
-from trimtab.errors import ConfigError
+from trimtab.errors import ConfigError, did_you_mean
 from trimtab.studies.cell import digest
 
 
@@ -125,8 +125,21 @@ def load_study(path: Path | str, overrides: Sequence[str] = (), *, out: Path | N
             search_configs[task, arm] = build_config(search, file.parent, place)
             if search_configs[task, arm].data.validation is None:
                 raise ConfigError(f"{place}: data.validation: missing. The learning rate is chosen on such rows.")
+    _check_means(said, file, [config.data.test for config in configs.values()])
     folder = out or file.parent / (said.output or file.stem)
     return Study(file, folder.absolute(), said, configs, search_configs)
+
+
+def _check_means(said: StudyConfig, file: Path, tested: Sequence[Collection[str]]) -> None:
+    known = {test for tests in tested for test in tests}
+    for name, sets in said.means.items():
+        for test in sets:
+            if test not in known:
+                raise ConfigError(f"{file}: means: '{name}': '{test}' is no test set.{did_you_mean(test, known)}")
+        if name in known:
+            raise ConfigError(f"{file}: means: '{name}' is the name of a test set; give the mean another")
+        if not any({*sets} <= {*tests} for tests in tested):
+            raise ConfigError(f"{file}: means: '{name}': no task has all of {', '.join(sets)} among its test sets")
 
 
 def _merged(said: StudyConfig, file: Path) -> Iterator[tuple[str, str, str, Settings]]:

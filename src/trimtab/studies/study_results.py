@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from statistics import fmean
 from typing import Any
 
+from trimtab.errors import ConfigError
 from trimtab.files import write_text
-from trimtab.metrics import KINDS, compared, counts_rows, main_metric
+from trimtab.metrics import KINDS, METRICS, compared, counts_rows, main_metric
 from trimtab.runs.results import ChoiceResult, MultipleChoiceResult, Result, TagsResult
 from trimtab.runs.study_records import (
     CellRecord,
@@ -121,18 +123,20 @@ def _machine(cell: CellRecord) -> StudyMachine:
 
 
 def _summary(study: Study, runs: Sequence[StudyRun]) -> list[SummaryLine]:
-    """A line for each arm on each test set of each task: means over seeds, and the comparison with the reference."""
+    """A line for each arm on each test set of each task, and on each mean of test sets: means over seeds, and the
+    comparison with the reference."""
     lines: list[SummaryLine] = []
     differences: list[Difference | None] = []
     for task in study.said.tasks:
         by_arm = {arm: [run for run in runs if (run.task, run.arm) == (task, arm)] for arm in study.said.arms}
         tests = dict.fromkeys(name for of_arm in by_arm.values() for run in of_arm for name in run.tests)
-        for test in tests:
+        means = {name: sets for name, sets in study.said.means.items() if tests.keys() >= {*sets}}
+        for name, sets in ({test: (test,) for test in tests} | means).items():
             for arm, mine in by_arm.items():
                 if mine:
                     against = study.against(arm)
-                    lines.append(_line(mine, test, against))
-                    differences.append(_difference(mine, by_arm[against], test) if against is not None else None)
+                    lines.append(_line(mine, name, sets, against))
+                    differences.append(_difference(mine, by_arm[against], sets) if against is not None else None)
     corrected = iter(holm([difference.p for difference in differences if difference is not None]))
     return [
         line
@@ -142,27 +146,30 @@ def _summary(study: Study, runs: Sequence[StudyRun]) -> list[SummaryLine]:
     ]
 
 
-def _line(mine: Sequence[StudyRun], test: str, against: str | None) -> SummaryLine:
-    """What the runs of an arm on a task came to on one test set, without the comparison."""
-    results = [run.tests[test] for run in mine]
+def _line(mine: Sequence[StudyRun], name: str, sets: Sequence[str], against: str | None) -> SummaryLine:
+    """What the runs of an arm on a task came to on one test set, or in the mean of several, without the comparison.
+    Raises ConfigError where several are measured by different metrics."""
+    results = [[run.tests[one] for one in sets] for run in mine]
     first = results[0]
-    measure = main_metric(first.kind).name
-    majority = first.majority if isinstance(first, ChoiceResult | TagsResult) else None
+    measures = {main_metric(one.kind).name: test for test, one in zip(sets, first, strict=True)}
+    if len(measures) > 1:
+        known = ", ".join(f"'{test}' by {METRICS[measure].label}" for measure, test in measures.items())
+        raise ConfigError(f"means: '{name}': expected test sets that are measured alike, got {known}")
     return SummaryLine(
         task=mine[0].task,
-        test=test,
+        test=name,
         arm=mine[0].arm,
-        measure=measure,
-        rows=first.rows,
-        majority=majority.accuracy if majority is not None else None,
-        chance=first.chance if isinstance(first, MultipleChoiceResult) else None,
+        measure=next(iter(measures)),
+        rows=sum(one.rows for one in first),
+        majority=_mean_of([_majority(one) for one in first]),
+        chance=_mean_of([one.chance if isinstance(one, MultipleChoiceResult) else None for one in first]),
         seeds=[run.seed for run in mine],
         learning_rate=_middle([run.learning_rate for run in mine if run.learning_rate]) if mine[0].steps else None,
         figures={metric.name: _spread(results, metric.name) for metric in _BESIDE},
         costs=Costs(**{key: mean_interval([getattr(run, key) for run in mine]) for key in Costs.model_fields}),
         against=against,
         difference=None,
-        **mean_interval([_main(result) for result in results]).plain(),
+        **mean_interval([fmean(map(_main, of_run)) for of_run in results]).plain(),
     )
 
 
@@ -171,25 +178,48 @@ def _main(result: Result) -> float:
     return result.main
 
 
-def _spread(results: Sequence[Result], name: str) -> MeanInterval | None:
+def _majority(result: Result) -> float | None:
+    found = result.majority if isinstance(result, ChoiceResult | TagsResult) else None
+    return None if found is None else found.accuracy
+
+
+def _mean_of(values: Iterable[float | None]) -> float | None:
+    """None where one is missing."""
+    known = list(values)
+    return None if None in known else fmean(one for one in known if one is not None)
+
+
+def _spread(results: Sequence[Sequence[Result]], name: str) -> MeanInterval | None:
     """The mean of a metric with its interval; None where these test results do not have it."""
-    values = [value for result in results if (value := result.figures.get(name)) is not None]
+    means = [_mean_of(result.figures.get(name) for result in of_run) for of_run in results]
+    values = [value for value in means if value is not None]
     return mean_interval(values) if len(values) == len(results) else None
 
 
-def _difference(mine: Sequence[StudyRun], reference: Sequence[StudyRun], test: str) -> Difference | None:
+def _difference(mine: Sequence[StudyRun], reference: Sequence[StudyRun], sets: Sequence[str]) -> Difference | None:
     """The paired comparison over the seeds that both have; None where nothing can be paired.
 
-    Rows are paired where the measure is the share of those that are right; any other share is compared by seeds.
+    Rows are paired where the measure is the share of those that are right; any other share is compared by seeds. In a
+    mean of test sets a row of a small set counts more, so that each set counts as one.
     """
-    measured = [run.tests[test].kind for run in (*mine, *reference) if test in run.tests]
+    measured = [run.tests[test].kind for run in (*mine, *reference) for test in sets if test in run.tests]
     by_rows = all(map(counts_rows, measured))
     if not by_rows and not all(main_metric(kind).share for kind in measured):
         return None
+
+    def outcome(run: StudyRun) -> Any:
+        results: list[Any] = [run.tests.get(test) for test in sets]
+        if not by_rows:
+            return _mean_of(None if one is None else one.main for one in results)
+        rows = [one.correct for one in results if one is not None and one.correct is not None]
+        if len(rows) < len(sets):
+            return None
+        every = sum(map(len, rows))
+        return [float(right) * every / (len(sets) * len(of_set)) for of_set in rows for right in of_set]
+
     right: list[dict[int, Any]] = []
     for runs in (mine, reference):
-        found = {run.seed: run.tests.get(test) for run in runs}
-        by_seed = {seed: one and (one.correct if by_rows else one.main) for seed, one in found.items()}
+        by_seed = {run.seed: outcome(run) for run in runs}
         right.append({seed: value for seed, value in by_seed.items() if value is not None})
         if not by_seed or len(right[-1]) < len(by_seed):
             return None
