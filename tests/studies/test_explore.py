@@ -355,6 +355,17 @@ def test_a_first_run_that_fails_is_one(make_search: Make, pretend: Any) -> None:
     assert len(pretend.ran) == 1
 
 
+def test_a_search_that_ends_in_an_error_has_its_page(
+    make_search: Make, pretend: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pages: list[Path] = []
+    monkeypatch.setattr(whole, "write_explore_page", pages.append)
+    config = make_search("trials=2", "confirm=1", base=ACCURACY)
+    with pytest.raises(RunError, match="no mixed plan beside a uniform one"):
+        explore(config)
+    assert pages == [config.output]
+
+
 @pytest.mark.full
 def test_learning_rates_are_searched_and_uniform_plans_get_each(make_search: Make, pretend: Any) -> None:
     found = found_in(explore(make_search("trials=12", base=ACCURACY, learning_rates=[1e-3, 5e-3])))

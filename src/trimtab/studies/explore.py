@@ -21,12 +21,12 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from trimtab.config.search import ExploreConfig, load_explore, search_to_yaml
-from trimtab.errors import STOPS, Interrupted, RunError
+from trimtab.errors import STOPS, Interrupted, RunError, TrimtabError
 from trimtab.files import write_text
 from trimtab.hints import pasted
 from trimtab.models.load import empty_model
@@ -71,6 +71,11 @@ def explore(config: ExploreConfig, listener: SearchListener | None = None, *, on
                 f"interrupted; everything so far is in {config.output}\nGo on with: "
                 f"{pasted('explore', config.output / 'explore.yaml')}",
             ) from None
+        except TrimtabError:
+            with suppress(OSError, TrimtabError):  # the first error is the one to tell
+                search.write()
+                write_explore_page(config.output)
+            raise
     return config.output
 
 

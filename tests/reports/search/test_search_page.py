@@ -113,6 +113,12 @@ def test_without_what_is_missing(tmp_path: Path) -> None:
     assert "Not confirmed with new seeds" in page
 
 
+def test_a_rate_that_each_run_finds_for_itself_needs_no_column(tmp_path: Path) -> None:
+    trials = [{**one, "learning_rate": "auto"} for one in searched()["trials"]]
+    write_json(tmp_path / "explore.json", searched(trials=trials, learning_rates=["auto"]))
+    assert "mora 6, none; 20 parameters" in write_explore_page(tmp_path).read_text(encoding="utf-8")
+
+
 def test_the_lines_are_named_where_they_are() -> None:
     assert texts(draw_trials(record())) == ["uniform lora 4: 80.0 %", "uniform dora 5: 83.0 %", "best mixed: 85.0 %"]
     figure = draw_trials(record())

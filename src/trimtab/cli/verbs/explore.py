@@ -44,7 +44,7 @@ def command(
     from trimtab.studies.on_ray import place
 
     console = Terminal()
-    display = SearchDisplay(console, loaded.base.train.metric)
+    display = SearchDisplay(console, loaded.base.train.metric, loaded.rates)
     with display, place(on) as there:
         folder = explore(loaded, display, on=there)
 

@@ -91,7 +91,7 @@ def ranked_cells(search: SearchResults) -> list[tuple[Trial, list[str]]]:
 
     lines = []
     for row in sorted(own_runs(search), key=rank):
-        rate = [f"{row.learning_rate:g}"] * (len(search.learning_rates) > 1)
+        rate = [f"{row.learning_rate:g}"] if len(search.learning_rates) > 1 else []  # the one may be "auto"
         state = row.state if row.state != "complete" else "uniform" if row.kind == "uniform" else ""
         cells = [str(order[row.number]), *map(part_words, row.parts), words.count(row.parameters), *rate]
         lines.append((row, [*cells, score_words(search.improved, row.score), state]))
