@@ -126,6 +126,8 @@ def test_in_whatever_unit_the_numbers_of_a_regression_are_their_trials_choose_th
 def test_trials_as_good_as_equal_leave_the_likely_rate() -> None:
     flat = [trial(rate, 1.0 + wobble) for rate, wobble in ((5e-4, 0.001), (1e-3, 0.002), (2e-3, 0.0))]
     assert choose(flat, 1e-3) == pytest.approx(1e-3, rel=0.2)
+    assert "too little to go further from the likely rate" in rate_trials._why(1e-3, flat)
+    assert "highest rate of the last trials, 0.002, was the best" in rate_trials._why(2e-3, flat)
     steep = [trial(rate, loss) for rate, loss in ((5e-4, 1.5), (1e-3, 1.2), (2e-3, 1.0))]
     assert choose(steep, 1e-3) > 1.8e-3
 

@@ -150,10 +150,18 @@ def _narrow(
         lowest = trials[0]
         return lowest.rate / 10, f"far below {lowest.rate:g}, since every trial of {lowest.steps:,} steps diverged"
     rate = choose(trials, likely[-1], nats)
-    edge = {trials[0].rate: "lowest", trials[-1].rate: "highest"}.get(_rounded(rate, 0))
+    return rate, _why(rate, trials)
+
+
+def _why(rate: float, trials: list[RateTrial]) -> str:
+    """How ``choose`` came to ``rate``."""
+    best = min(trials, key=_cost)
+    if abs(math.log10(rate / best.rate)) > APART / 2:
+        return f"the losses of the last trials differ too little to go further from the likely rate than {rate:g}"
+    edge = {trials[0].rate: "lowest", trials[-1].rate: "highest"}.get(rate)
     if edge:
-        return rate, f"the {edge} rate of the last trials, {rate:g}, was the best of them"
-    return rate, f"the losses of the last trials are lowest at {rate:g}"
+        return f"the {edge} rate of the last trials, {rate:g}, was the best of them"
+    return f"the losses of the last trials are lowest at {rate:g}"
 
 
 def choose(trials: list[RateTrial], likely: float, nats: Callable[[float], float] = float) -> float:
