@@ -180,6 +180,21 @@ def test_other_kinds_are_refused_by_name(match: str, kind: str) -> None:
     assert "conv1d" in message
 
 
+@pytest.mark.parametrize(
+    ("rule", "told"),
+    [
+        ({"match": "r.weight_hh_l0"}, "r.weight_hh_l0 is a parameter, and how LSTM reads.*match='r', method='full'"),
+        ({"match": "*.bias"}, "l.bias is a parameter, and rules name modules: Rule.match='l', "),
+        ({"match": "r.weight_hh_l0", "method": "full"}, "match='r', tensors=.'weight_hh_l0'."),
+    ],
+)
+def test_parameters_that_are_no_targets_are_told_from_misspelt_names(rule: dict[str, Any], told: str) -> None:
+    model = nn.ModuleDict({"r": nn.LSTM(4, 4), "l": nn.Linear(4, 4)})
+    options = {} if rule.get("method") == "full" else {"method": "lora", "rank": 2}
+    with pytest.raises(trimtab.PlanError, match=told):
+        trimtab.attach(model, trimtab.Rule(**rule, **options))
+
+
 def test_other_kinds_beside_known_ones_are_passed_over() -> None:
     assert set(chosen({"match": "blocks.0.*"})) == {
         f"blocks.0.{name}" for name in ("attn.q_proj", "attn.v_proj", "mlp.up", "mlp.down")

@@ -6,7 +6,13 @@ both it and this package are there.
 
 from __future__ import annotations
 
-from trimtab.integrations import liger, transformers_model, transformers_resizing, transformers_trainer
+from trimtab.integrations import (
+    liger,
+    sentence_transformers,
+    transformers_model,
+    transformers_resizing,
+    transformers_trainer,
+)
 from trimtab.surgery.watchers import WATCHERS, Watcher
 
 WATCHERS.extend(
@@ -16,4 +22,5 @@ WATCHERS.extend(
     ]
 )
 transformers_trainer.teach_when_imported()
+sentence_transformers.teach_when_imported()
 liger.teach_when_imported()

@@ -266,9 +266,28 @@ def _why_none(rule: Rule, modules: _Modules) -> str:
             f". What such a module reads itself can be named: {read[0]!r}" if read and rule.sits_on == "weight" else ""
         )
         return f"it names {len(named)} {what} ({others}; such as {named[0][1]}){hint}{known}"
+    if parameter := _parameter_named_by(rule, modules):
+        return parameter
     candidates = [name for key, name in modules.every_name() if key in possible]
     near = _near_misses(rule, candidates) if candidates else f" The model has {none}"
     return f"nothing has such a name.{near}{known}"
+
+
+def _parameter_named_by(rule: Rule, modules: _Modules) -> str:
+    """The message about a rule that names a parameter of a module which keeps it to itself; empty if it names none."""
+    for key, name in modules.every_name():
+        module = modules.by_id[key]
+        for parameter in module._parameters:
+            if not any(fnmatch.fnmatchcase(f"{name}.{parameter}", glob) for glob in rule.match):
+                continue
+            if key in modules.handles[rule.sits_on]:
+                alone = f", tensors=[{parameter!r}]" if rule.sits_on == "module" else ""
+                return f"{name}.{parameter} is a parameter, and rules name modules: Rule(match={name!r}{alone}, ...)"
+            return (
+                f"{name}.{parameter} is a parameter, and how {bases.named(module)} reads it is not known. The module's "
+                f"tensors can be trained themselves: Rule(match={name!r}, method='full')"
+            )
+    return ""
 
 
 def _near_misses(rule: Rule, candidates: list[str]) -> str:
