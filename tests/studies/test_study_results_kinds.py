@@ -9,7 +9,7 @@ import pytest
 
 from trimtab.errors import ConfigError
 from trimtab.runs.results import ChoiceResult, EntitiesResult, NumberResult, Result
-from trimtab.studies.study_results import _difference, _summary
+from trimtab.studies.study_results import _difference, _doubts, _summary
 
 
 class Run:
@@ -88,3 +88,38 @@ def test_a_mean_is_of_test_sets_that_are_measured_alike() -> None:
     )
     assert found["both", "arm"].mean == pytest.approx(0.6)
     assert not any(test == "elsewhere" for test, _ in found), "no run of this task has the set 'three'"
+
+
+def test_rows_that_cannot_be_paired_are_not_compared_and_arms_without_a_test_set_have_no_line() -> None:
+    def runs(correct: str) -> Any:
+        return [Run(seed, choice(correct)) for seed in range(2)]
+
+    assert _difference(runs("101"), runs("1010"), ["t"]) is None
+    assert _difference(runs("1"), runs("0"), ["t"]) is None
+    lines = summary({}, {"reference": [{"t": choice("10"), "u": choice("10")}], "dora": [{"t": choice("11")}]})
+    assert set(lines) == {("t", "reference"), ("t", "dora"), ("u", "reference")}
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "files", "told"),
+    [
+        ("10", "11", ("a", "a"), []),
+        ("101", "11", ("a", "b"), ["t: dora was tested on 3 rows and lora on 2; they are not compared."]),
+        ("1", "0", ("a", "a"), ["t: one row is too few to compare dora with lora."]),
+        ("10", "11", ("a", "b"), ["t: dora and lora were tested on different files. They are compared row by row"]),
+    ],
+)
+def test_what_speaks_against_a_comparison_is_told(
+    mine: str, theirs: str, files: tuple[str, str], told: list[str]
+) -> None:
+    study: Any = SimpleNamespace(against=lambda arm: "lora" if arm == "dora" else None)
+    runs: Any = [
+        SimpleNamespace(task="all", arm=arm, tests={"t": choice(correct)})
+        for arm, correct in (("dora", mine), ("lora", theirs))
+    ]
+    tested = {
+        ("all", arm): {"t": {"file": f"{arm}.jsonl", "sha256": content}}
+        for arm, content in zip(("dora", "lora"), files, strict=True)
+    }
+    found = list(_doubts(study, runs, tested))
+    assert [one.startswith(start) for one, start in zip(found, told, strict=True)] == [True] * len(told)

@@ -199,7 +199,8 @@ class SummaryLine(FlatRecord, MeanInterval):
 class StudyResults(Record):
     """``results.json``: everything, so that the page and every number on it can be made again.
 
-    ``said``: the study's YAML, as `trimtab.config.study.StudyConfig` read it.
+    ``doubts``: what speaks against comparing some arms, a sentence each. ``said``: the study's YAML, as
+    `trimtab.config.study.StudyConfig` read it.
     """
 
     title: str
@@ -215,6 +216,7 @@ class StudyResults(Record):
     missing: list[MissingRun]
     failed: list[FailedRun]
     machines: list[StudyMachine]
+    doubts: list[str] = Field(default_factory=list)
     said: dict[str, Any]
 
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+from trimtab.config.study import ONE_TASK
 from trimtab.errors import ConfigError
 from trimtab.files import write_text
 from trimtab.metrics import KINDS, METRICS, compared, counts_rows, main_metric
@@ -67,6 +68,7 @@ def gather(study: Study, failed: Sequence[tuple[Cell, str]] = ()) -> StudyResult
     runs: list[StudyRun] = []
     missing: list[MissingRun] = []
     machines: list[StudyMachine] = []
+    tested: dict[tuple[str, str], Any] = {}
     for task in said.tasks:
         for arm in said.arms:
             chosen = chosen_runs(study, task, arm)
@@ -85,6 +87,7 @@ def gather(study: Study, failed: Sequence[tuple[Cell, str]] = ()) -> StudyResult
                     searches.append(TriedRate(**here, taken=taken, validation=record.kept))
                 else:
                     runs.append(StudyRun(**here, tests=record.tests))
+                    tested[task, arm] = record.identity.get("data", {}).get("test", {})
     return StudyResults(
         title=study.title,
         question=said.question,
@@ -102,8 +105,37 @@ def gather(study: Study, failed: Sequence[tuple[Cell, str]] = ()) -> StudyResult
             for cell, reason in failed
         ],
         machines=machines,
+        doubts=list(_doubts(study, runs, tested)),
         said=said.model_dump(mode="json"),
     )
+
+
+def _doubts(study: Study, runs: Sequence[StudyRun], tested: Mapping[tuple[str, str], Any]) -> Iterator[str]:
+    """What speaks against comparing an arm with its reference on a test set, a sentence each. ``tested``: by task and
+    arm, the test sets of a cell's identity."""
+    for (task, arm), mine in tested.items():
+        against = study.against(arm)
+        theirs = tested.get((task, against), {}) if against is not None else {}
+        for test in (name for name in mine if name in theirs):
+            place = test if task == ONE_TASK else f"{test} of {task}"
+            some = {run.arm: run.tests[test] for run in runs if run.task == task and test in run.tests}
+            rows, others = some[arm].rows, some[str(against)].rows
+            if rows != others:
+                yield f"{place}: {arm} was tested on {rows:,} rows and {against} on {others:,}; they are not compared."
+            elif rows < 2:
+                yield f"{place}: one row is too few to compare {arm} with {against}."
+            elif _content_of(mine[test]) != _content_of(theirs[test]):
+                yield (
+                    f"{place}: {arm} and {against} were tested on different files. They are compared row by row, which "
+                    "is right only where these are the same questions in the same order."
+                )
+
+
+def _content_of(sources: Any) -> list[Any]:
+    """What the test set ``sources`` of a cell's identity holds, wherever it lies and whatever it is called."""
+    listed = sources if isinstance(sources, list) else [sources]
+    places = [source.get("path", source) if isinstance(source, dict) else source for source in listed]
+    return [(one["sha256"], one["file"].partition("[")[2]) if isinstance(one, dict) else one for one in places]
 
 
 def _rate(cell: Cell, record: CellRecord | None) -> float | None:
@@ -133,7 +165,7 @@ def _summary(study: Study, runs: Sequence[StudyRun]) -> list[SummaryLine]:
         means = {name: sets for name, sets in study.said.means.items() if tests.keys() >= {*sets}}
         for name, sets in ({test: (test,) for test in tests} | means).items():
             for arm, mine in by_arm.items():
-                if mine:
+                if mine and all(one in run.tests for run in mine for one in sets):
                     against = study.against(arm)
                     lines.append(_line(mine, name, sets, against))
                     differences.append(_difference(mine, by_arm[against], sets) if against is not None else None)
@@ -230,4 +262,7 @@ def _difference(mine: Sequence[StudyRun], reference: Sequence[StudyRun], sets: S
         if not both:
             return None
         pair = [[of_arm[seed] for seed in both] for of_arm in right]
-    return paired_difference(*pair) if by_rows else difference_of_seeds(*pair)
+    if not by_rows:
+        return difference_of_seeds(*pair)
+    sizes = {tuple(run.tests[test].rows for test in sets) for run in (*mine, *reference)}
+    return paired_difference(*pair) if len(sizes) == 1 and sum(*sizes) > 1 else None

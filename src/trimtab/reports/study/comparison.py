@@ -46,7 +46,8 @@ def _references(results: StudyResults) -> list[str]:
 
 
 def findings(results: StudyResults) -> list[str]:
-    """What may be said: a sentence for each difference that the test holds up, and what it leaves open."""
+    """What may be said: a sentence for each difference that the test holds up, what it leaves open, and what speaks
+    against a comparison."""
     sentences = []
     one_reference = len(_references(results)) == 1
     for (task, test), lines in panels(results).items():
@@ -76,7 +77,7 @@ def findings(results: StudyResults) -> list[str]:
                 f"{place}: no difference from {reference_of(results)} can be told for {', '.join(unknown)}. In "
                 "brackets: what remains possible, in points."
             )
-    return sentences
+    return [*sentences, *results.doubts]
 
 
 def columns(lines: Sequence[SummaryLine], reference: str) -> dict[str, list[str]]:
