@@ -34,6 +34,39 @@ def write_t5(folder: Path) -> Path:
     return folder
 
 
+def write_marking(folder: Path, kind: str) -> Path:
+    """Write a model that marks texts with their languages, of the ``kind`` nllb, whose mark stands before a text, or
+    mbart, whose mark stands after it; or a blenderbot, with NLLB's tokenizer. Its vocabulary is the letters of
+    ``pair_rows``."""
+    import transformers
+
+    letters = sorted({*"".join(row["source"] + row["target"] for row in pair_rows(24))} - {" "})
+    sides = {f"{side}_{name}": 2 for side in ("encoder", "decoder") for name in ("layers", "attention_heads")}
+    sizes = {"d_model": 32, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 64, **sides}
+    sizes |= {"encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0, "dropout": 0.0}
+    tokenizer: Any
+    model: Any
+    torch.manual_seed(0)
+    if kind != "mbart":
+        vocabulary = ["<s>", "<pad>", "</s>", "<unk>", "\u2581", *letters]
+        languages = ["eng_Latn", "deu_Latn", "fra_Latn"]
+        tokenizer = transformers.NllbTokenizer(
+            vocab={token: number for number, token in enumerate(vocabulary)}, extra_special_tokens=languages
+        )
+        sizes |= {"vocab_size": len(tokenizer), "decoder_start_token_id": 2, "pad_token_id": 1, "eos_token_id": 2}
+        if kind == "nllb":
+            model = transformers.M2M100ForConditionalGeneration(transformers.M2M100Config(**sizes))
+        else:
+            model = transformers.BlenderbotForConditionalGeneration(transformers.BlenderbotConfig(**sizes))
+    else:
+        scores = [("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -1.0)]
+        tokenizer = transformers.MBartTokenizer(vocab=[*scores, *((letter, -2.0) for letter in letters)])
+        model = transformers.MBartForConditionalGeneration(transformers.MBartConfig(**sizes, vocab_size=len(tokenizer)))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def pair_rows(count: int) -> list[dict[str, Any]]:
     """Sources and targets of several lengths."""
     words = ["the", "report", "of", "a", "late", "ferry", "was", "written", "twice", "by", "hand"]

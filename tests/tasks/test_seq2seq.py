@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForSeq2SeqLM
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from run_fixtures import make_bare
 from tiny_runs import Kept, write_rows
-from tiny_seq2seq import pair_rows, seq2seq_config, write_t5
+from tiny_seq2seq import pair_rows, seq2seq_config, write_marking, write_t5
 from trimtab import tasks
 from trimtab.config.run import EvaluationConfig
 from trimtab.data import forms
 from trimtab.data.rows import Source
 from trimtab.errors import ConfigError, DataError, ModelError
+from trimtab.export import Wishes, export_format, hand_over
 from trimtab.memory.estimate import estimate_run
 from trimtab.models.model_files import load_tokenizer
 from trimtab.notes import Notes
 from trimtab.predicting import Predictor
+from trimtab.runs.load import with_tokens_of
 from trimtab.runs.named import Named
 from trimtab.runs.read import read_run
+from trimtab.tasks.seq2seq import _greedy, _read_before
 from trimtab.training.run import finetune
 
 TASK = tasks.find("seq2seq")
@@ -51,9 +55,11 @@ def test_an_encoder_with_a_decoder_speaks_for_the_task(place: Path) -> None:
     assert inputs.form == "source_target"
 
 
-def test_loss_and_gradients_are_those_of_the_model_itself(place: Path) -> None:
-    _, reader, inputs = read(place)
-    model: Any = AutoModelForSeq2SeqLM.from_pretrained(place / "t5").double()
+@pytest.mark.parametrize("kind", ["t5", "nllb", "mbart", "blenderbot"])
+def test_loss_and_gradients_are_those_of_the_model_itself(place: Path, kind: str) -> None:
+    folder = place / "t5" if kind == "t5" else write_marking(place / kind, kind)
+    _, reader, inputs = read(place, model=str(folder))
+    model: Any = AutoModelForSeq2SeqLM.from_pretrained(folder).double().eval()
     plain = copy.deepcopy(model)
     batch = TASK.collator(reader)([inputs.rows[at] for at in range(4)])
     loss = TASK.loss(model, batch)
@@ -131,6 +137,74 @@ def test_the_languages_that_a_tokenizer_marks_texts_with_are_told(place: Path) -
     assert not any("marks" in line for line in TASK.held(job, inputs, reader))
     reader.src_lang, reader.tgt_lang = "eng_Latn", None  # as NLLB's has them
     assert any("sources as eng_Latn and targets as eng_Latn" in line for line in TASK.held(job, inputs, reader))
+
+
+@pytest.mark.parametrize(
+    ("kind", "source", "target", "place_of_mark"),
+    [("nllb", "fra_Latn", "deu_Latn", 0), ("mbart", "fr_XX", "de_DE", -1)],
+)
+def test_texts_are_marked_with_the_languages_that_a_run_says(
+    place: Path, kind: str, source: str, target: str, place_of_mark: int
+) -> None:
+    """In training, in what is written before and after, and in a merged folder that transformers reads by itself."""
+    model = {"name": str(write_marking(place / kind, kind)), "source_language": source, "target_language": target}
+    train, plan = {"epochs": 20, "learning_rate": 0.01}, [{"match": "all-linear", "method": "full"}]
+    config = seq2seq_config(place, model=model, train=train, plan=plan, evaluation={"max_new_tokens": 24})
+    job = tasks.job_of(config)
+    reader: Any = load_tokenizer(job.source)
+    inputs = TASK.read(job, reader, Kept())
+    marks = [reader.convert_tokens_to_ids(one) for one in (source, target)]
+    assert [[row[key][place_of_mark] for row in inputs.rows] for key in ("input_ids", "labels")] == [
+        [mark] * len(inputs.rows) for mark in marks
+    ]
+    assert not any("marks" in line for line in TASK.held(job, inputs, reader))
+
+    head: Any = AutoModelForSeq2SeqLM.from_pretrained(place / kind)
+    batch = TASK.collator(reader)([inputs.rows[0]])
+    begins = _read_before(head, batch["labels"])[0]
+    with _greedy(head, reader, 4, [reader.eos_token_id]):
+        written = head.generate(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])[0]
+    known = 2 if place_of_mark == 0 else 1
+    assert written[:known].tolist() == begins[:known].tolist(), "the untrained model is asked as it will be trained"
+    assert marks[1] in written[:known]
+
+    run = finetune(config)
+    texts = [row["source"] for row in pair_rows(6)]
+    predictor = Predictor(Named.find(str(run.path)))
+    ours = [answer.text for _, answer in predictor.answers([predictor.row(text) for text in texts])]
+    alone = with_tokens_of(run.adapter, replace(job.source, languages=None))
+    assert alone.languages == (source, target), "an adapter without its run has them, too"
+    hand_over(export_format("merged"), run.path, place / "merged", Wishes())
+    theirs: Any = AutoTokenizer.from_pretrained(place / "merged")
+    assert (theirs.src_lang, theirs.tgt_lang) == (source, target)
+    plain: Any = AutoModelForSeq2SeqLM.from_pretrained(place / "merged").eval()
+    begin = {} if place_of_mark == 0 else {"decoder_start_token_id": marks[1]}  # as mBART's users give it
+    out = [
+        plain.generate(**theirs(text, return_tensors="pt"), max_new_tokens=24, num_beams=1, **begin) for text in texts
+    ]
+    assert [theirs.decode(one[0], skip_special_tokens=True).strip() for one in out] == ours
+    assert any(ours)
+
+
+@pytest.mark.parametrize(
+    ("languages", "told"),
+    [
+        (("eng_Latn", "deu_Lat"), r"model\.target_language: the tokenizer has no language 'deu_Lat'\. .*'deu_Latn'"),
+        (("en", "deu_Latn"), r"model\.source_language: the tokenizer has no language 'en'"),
+        (("eng_Latn", None), r"target_language: missing; name the languages of sources and of targets, or neither"),
+    ],
+)
+def test_languages_that_a_tokenizer_does_not_have_are_refused(place: Path, languages: Any, told: str) -> None:
+    said = dict(zip(("source_language", "target_language"), languages, strict=True))
+    model = {"name": str(write_marking(place / "nllb", "nllb")), **said}
+    with pytest.raises(ConfigError, match=told):
+        load_tokenizer(tasks.job_of(seq2seq_config(place, model=model)).source)
+
+
+def test_languages_are_refused_where_texts_are_not_marked(place: Path) -> None:
+    model = {"name": str(place / "t5"), "source_language": "en", "target_language": "de"}
+    with pytest.raises(ConfigError, match=r"model\.source_language: this tokenizer marks no languages"):
+        load_tokenizer(tasks.job_of(seq2seq_config(place, model=model)).source)
 
 
 def test_targets_that_cannot_be_written_to_their_end_are_told(place: Path) -> None:

@@ -240,7 +240,8 @@ def source_of(config: RunConfig, head: ModelHead | None = None) -> Source:
     """Where the model of ``config`` comes from, read for ``head``; by default as a causal language model."""
     said = config.model
     source = locate(said.name, revision=said.revision, trust_remote_code=said.trust_remote_code)
-    source = replace(source, add_tokens=said.add_tokens, chat_template=said.chat_template or "")
+    languages = (said.source_language, said.target_language) if said.source_language and said.target_language else None
+    source = replace(source, add_tokens=said.add_tokens, chat_template=said.chat_template or "", languages=languages)
     return source if head is None else replace(source, head=head)
 
 

@@ -79,6 +79,22 @@ class ModelConfig(Section):
         description="The chat template, also in place of the tokenizer's own: its Jinja text, a file that holds it, or "
         "chatml. It is kept with the run, its adapter and the merged model. null: the tokenizer's own.",
     )
+    source_language: str | None = Field(
+        None,
+        min_length=1,
+        description="The language that the tokenizer marks sources with, as it calls it: eng_Latn in NLLB, en_XX in "
+        "mBART, en in M2M100. Kept as the chat template is. null: as the tokenizer has it.",
+    )
+    target_language: str | None = Field(
+        None, min_length=1, description="The same of targets, which then begin with it; with source_language."
+    )
+
+    @model_validator(mode="after")
+    def _both_languages(self) -> Self:
+        if (self.source_language is None) != (self.target_language is None):
+            missing = "target_language" if self.target_language is None else "source_language"
+            raise ValueError(f"{missing}: missing; name the languages of sources and of targets, or neither")
+        return self
 
 
 class DataConfig(Section):

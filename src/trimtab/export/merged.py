@@ -17,6 +17,7 @@ from trimtab.export._carried import carry
 from trimtab.export._export_format import ExportFormat, Written
 from trimtab.export._subject import Subject
 from trimtab.models.chat_template import turn_end
+from trimtab.models.languages import first_of_targets
 from trimtab.models.locate import Source
 from trimtab.surgery.merge import merge
 
@@ -134,6 +135,8 @@ def _ending(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, turn: in
     kept, texts = model.generation_config, model.config.get_text_config()
     config = _valid(kept)
     config.eos_token_id = ends if len(ends) > 1 else next(iter(ends), None)
+    if (mark := first_of_targets(tokenizer)) is not None:
+        config.forced_bos_token_id = mark
     config.update(_from_model_config=False)  # transformers 4 would make one of config.json again, with its one end
     before = tokenizer.eos_token, getattr(texts, "eos_token_id", None)
     model.generation_config = config

@@ -64,6 +64,8 @@ class Source:
     """Tokens to add to its vocabulary."""
     chat_template: str = ""
     """The Jinja text of a chat template in place of the tokenizer's own; empty for that."""
+    languages: tuple[str, str] | None = None
+    """Those that the tokenizer marks sources and targets with; None for its own."""
     head: ModelHead = ModelHead()
     """What the model is read for."""
     advice: str = ""

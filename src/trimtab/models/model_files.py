@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from transformers.utils import logging as transformers_logging
 
 from trimtab.errors import ModelError, machine_refusal
+from trimtab.models import languages
 from trimtab.models.chat_template import checked_template
 from trimtab.models.gguf import dequantised_folder, gguf_config
 from trimtab.models.heads import Family, family
@@ -127,6 +128,8 @@ class ModelFiles:
         tokenizer.add_tokens(list(source.add_tokens))
         if source.chat_template:
             tokenizer.chat_template = checked_template(source.chat_template, tokenizer)
+        if source.languages is not None:
+            languages.mark(tokenizer, *source.languages)
         tokenizer.padding_side = "right"
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token

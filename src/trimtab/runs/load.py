@@ -148,8 +148,9 @@ def doubt_of(adapter: Path | str, source: Source) -> str | None:
 
 
 def with_tokens_of(adapter: Path | None, source: Source) -> Source:
-    """``source`` with the tokens and the chat template of the tokenizer that was handed over with ``adapter``, if one
-    was: the adapter was trained on them. Raises AdapterError where one of its own tokens has another number there."""
+    """``source`` with the tokens, the chat template and the languages of the tokenizer that was handed over with
+    ``adapter``, if one was: it was trained on them. Raises AdapterError where one of its own tokens has another number
+    there."""
     if adapter is None or not (adapter / "tokenizer.json").is_file():
         return source
     beside = load_tokenizer(Source(str(adapter), "folder", str(adapter.absolute())))
@@ -165,4 +166,6 @@ def with_tokens_of(adapter: Path | None, source: Source) -> Source:
             )
     changed = isinstance(template, str) and template != own.chat_template
     tokens = (*source.add_tokens, *(word for _, word in added))
-    return replace(source, add_tokens=tokens, chat_template=template if changed else "")
+    marks: list[Any] = [(getattr(one, "src_lang", None), getattr(one, "tgt_lang", None)) for one in (beside, own)]
+    languages = marks[0] if None not in marks[0] and marks[0] != marks[1] else None
+    return replace(source, add_tokens=tokens, chat_template=template if changed else "", languages=languages)

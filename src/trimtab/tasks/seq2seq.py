@@ -34,6 +34,7 @@ from trimtab.evaluation.generation import Generated
 from trimtab.metrics import measure
 from trimtab.models.causal_head import IGNORED
 from trimtab.models.heads import Family
+from trimtab.models.languages import first_of_targets
 from trimtab.models.locate import ModelHead
 from trimtab.models.model_files import require_rows
 from trimtab.notes import Notes, rows as counted
@@ -85,7 +86,7 @@ class Seq2Seq(_task.Task):
         logits: Tensor = head(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
-            decoder_input_ids=head.prepare_decoder_input_ids_from_labels(labels=batch["labels"]),
+            decoder_input_ids=_read_before(head, batch["labels"]),
             use_cache=False,
         ).logits
         return logits
@@ -174,11 +175,11 @@ class Seq2Seq(_task.Task):
                     f"{wanted} tokens, which cannot be written to its end"
                 )
         require_rows(job.config.model.name, reader, (), job.embedding_rows, used)
-        if source := getattr(reader, "src_lang", None):
+        if job.source.languages is None and (source := getattr(reader, "src_lang", None)):
             target = getattr(reader, "tgt_lang", None) or source
             found.append(
                 f"the tokenizer marks sources as {source} and targets as {target}; where they are in other languages, "
-                "the model's tokenizer_config.json says it (src_lang, tgt_lang)"
+                "say model.source_language and model.target_language"
             )
         return found
 
@@ -337,7 +338,7 @@ def _greedy(model: Any, reader: Any, max_new_tokens: int, ends: list[int]) -> It
         eos_token_id=ends or None,
         pad_token_id=reader.pad_token_id,
         decoder_start_token_id=_start(model, reader),
-        forced_bos_token_id=kept.forced_bos_token_id,
+        forced_bos_token_id=kept.forced_bos_token_id if (mark := first_of_targets(reader)) is None else mark,
     )
     try:
         yield
@@ -346,9 +347,21 @@ def _greedy(model: Any, reader: Any, max_new_tokens: int, ends: list[int]) -> It
 
 
 def _start(model: Any, reader: Any) -> int:
-    """What a target begins with: as the model's settings say it, else as it begins in training (mBART, T5Gemma)."""
-    for said in (model.generation_config, model.config):
+    """What a target begins with: as the model's settings say it, else as it begins in training (mBART, T5Gemma), and
+    always so where the language of targets is known, which some begin with."""
+    for said in () if getattr(reader, "tgt_lang", None) else (model.generation_config, model.config):
         if (start := getattr(said, "decoder_start_token_id", None)) is not None:
             return int(start)
     labels = torch.tensor([reader(text_target="a")["input_ids"]], device=model.device)
-    return int(model.prepare_decoder_input_ids_from_labels(labels=labels)[0, 0])
+    return int(_read_before(model, labels)[0, 0])
+
+
+def _read_before(model: Any, labels: Tensor) -> Tensor:
+    """What the decoder reads while it learns ``labels``: the token before each. Some models have a way of their own to
+    say it; the others begin with a token of their configuration (M2M100, NLLB, Blenderbot, SeamlessM4T)."""
+    if (own := getattr(model, "prepare_decoder_input_ids_from_labels", None)) is not None:
+        read: Tensor = own(labels=labels)
+        return read
+    start, padding = model.config.decoder_start_token_id, model.config.pad_token_id
+    shifted = torch.cat([labels.new_full((len(labels), 1), start), labels[:, :-1]], 1)
+    return shifted.masked_fill(shifted == IGNORED, padding)

@@ -319,7 +319,8 @@ class _Run:
             self.folder.forget_evaluation(name, "after")
         self.work.save(self.folder.adapter)
         # So that the adapter can be used without this run's configuration.
-        if self.job.source.add_tokens or self.job.source.chat_template:
+        source = self.job.source
+        if source.add_tokens or source.chat_template or source.languages:
             self.work.reader.save_pretrained(self.folder.adapter)
         self._note(trained=True)
         self._write_summary()
