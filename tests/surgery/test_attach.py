@@ -357,3 +357,17 @@ def test_what_comes_in_inference_mode_can_be_trained(method: str, tmp_path: Path
     for one in (model, other):
         one(torch.randn(5, 4)).square().sum().backward()
         assert all(parameter.grad is not None for parameter in trimtab.trainable_parameters(one).values())
+
+
+def test_the_parts_of_pefts_layers_are_no_targets() -> None:
+    """``all-linear`` would put adapters on the factors of PEFT's own."""
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(
+        nn.ModuleDict({"q": nn.Linear(4, 4), "v": nn.Linear(4, 4)}), LoraConfig(target_modules=["q"])
+    )
+    before = portrait(model)
+    with pytest.raises(trimtab.SurgeryError, match=r"q\.base_layer is a part of one of PEFT's layers.*unload"):
+        trimtab.attach(model, lora("all-linear"))
+    assert_unchanged(model, before)
+    assert trimtab.attach(model, lora("*.v")).counts["modules"] == 1

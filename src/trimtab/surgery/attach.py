@@ -16,7 +16,7 @@ from trimtab.surgery.attach_report import AttachReport, describe
 from trimtab.surgery.carrier import DEFAULT
 from trimtab.surgery.install import install, remove_adapters
 from trimtab.surgery.names import require_new_name
-from trimtab.surgery.plan import Plan, Rule
+from trimtab.surgery.plan import Plan, Rule, Target
 from trimtab.surgery.sharded import put_away, require_open, require_same_mesh, whole_tensors
 from trimtab.surgery.targets import find_targets
 from trimtab.surgery.wrappers import unwrapped, without_wrappers
@@ -58,6 +58,7 @@ def attach(model: nn.Module, plan: Plan | Rule | list[Rule], name: str = DEFAULT
             "for instance torch.nn.Sequential(layer)"
         )
     targets = find_targets(model, plan)
+    _require_none_of_peft(model, targets)
     install(model, targets, name)
     if drawn := _drawn_and_frozen(model):
         warnings.warn(
@@ -67,6 +68,21 @@ def attach(model: nn.Module, plan: Plan | Rule | list[Rule], name: str = DEFAULT
             stacklevel=2,
         )
     return describe(model, plan.rules, name)
+
+
+def _require_none_of_peft(model: nn.Module, targets: list[Target]) -> None:
+    """Raise SurgeryError if a target lies inside a layer of PEFT's: its base, or the factors of its adapter."""
+    names = {id(target.module): target.name for target in targets}
+    for module in model.modules():
+        if bases.is_instance_by_name(module, "peft.tuners.tuners_utils", "BaseTunerLayer"):
+            for inside in module.modules():
+                if id(inside) in names:
+                    raise SurgeryError(
+                        f"attach: {names[id(inside)]} is a part of one of PEFT's layers ({type(module).__name__}), "
+                        "which has an adapter already. Attach to the bare model (peft_model.unload()), or to one with "
+                        "PEFT's adapter in it (peft_model.merge_and_unload()); trimtab.load_adapter reads PEFT's folders, "
+                        "and trimtab.speed_up keeps PEFT's layers"
+                    )
 
 
 def _drawn_and_frozen(model: Any) -> list[str]:
