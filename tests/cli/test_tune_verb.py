@@ -99,7 +99,7 @@ def test_a_rate_that_cannot_be_written_is_said(cli: Any, make_yaml: Callable[...
 
 @pytest.mark.usefixtures("found")
 def test_the_folder_of_a_run_is_tuned_beside_it_for_a_run_of_its_own(
-    cli: Any, make_yaml: Callable[..., Path], tmp_path: Path
+    cli: Any, make_yaml: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "v1.5"
     assert cli("finetune", make_yaml(train={"max_steps": 1}), f"output={run}").code == 0
@@ -111,6 +111,10 @@ def test_the_folder_of_a_run_is_tuned_beside_it_for_a_run_of_its_own(
     tuned = load_config(tmp_path / "v1.5-tuned.yaml")
     assert (tuned.train.rate, tuned.output) == (0.00123, tmp_path / "v1.5-tuned")
     assert tuned.data == load_config(run).data
+    monkeypatch.chdir(run)
+    result = cli("tune", ".", "train.epochs=2", "--out", tmp_path / "again.yaml")
+    assert result.code == 0, result.err
+    assert load_config(tmp_path / "again.yaml").output == tmp_path / "v1.5-tuned"
 
 
 @pytest.mark.usefixtures("found")

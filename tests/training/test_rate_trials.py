@@ -370,9 +370,11 @@ def test_a_run_too_short_for_trials_takes_the_likely_rate_and_says_so(make_yaml:
     assert any("too short" in note for note in kept.notes)
 
 
-def test_a_damaged_file_of_trials_is_an_error_of_ours(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rate", ["quick", 0, -1e-3])
+def test_a_damaged_file_of_trials_is_an_error_of_ours(tmp_path: Path, rate: Any) -> None:
     file = tmp_path / "rate.json"
-    file.write_text(json.dumps({"rate": "quick"}), encoding="utf-8")
+    whole = {"rate": rate, "likely": 1e-3, "run_steps": 9, "rows": 0, "cost": 0.0, "trials": []}
+    file.write_text(json.dumps(whole), encoding="utf-8")
     with pytest.raises(RunError, match="remove it"):
         read_rate(file)
 

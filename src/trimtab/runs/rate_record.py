@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from trimtab.errors import RunError
 from trimtab.files import read_json
@@ -16,8 +16,8 @@ class RateTrial(Record):
     """One short training. ``loss`` is that at its end, in the unit of the task; None: it diverged."""
 
     round: int
-    rate: float
-    steps: int
+    rate: float = Field(gt=0)
+    steps: int = Field(gt=0)
     loss: float | None
     seconds: float
 
@@ -41,7 +41,7 @@ class ChosenRate(Record):
         why: in a sentence, how the rate was chosen.
     """
 
-    rate: float | None
+    rate: float | None = Field(gt=0)
     likely: float
     run_steps: int
     rows: int

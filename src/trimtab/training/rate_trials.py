@@ -145,7 +145,7 @@ def _narrow(
         # Where all have diverged, the next round goes as far below them as it can without a gap.
         centre = places[best] if math.isfinite(_cost(trials[best])) else places[0] - 2
     if not trials:
-        return None, "the likely one; the run is too short for trials"
+        return None, "the likely one; the run is too short for trials within their budget"
     if not any(math.isfinite(_cost(trial)) for trial in trials):
         lowest = trials[0]
         return lowest.rate / 10, f"far below {lowest.rate:g}, since every trial of {lowest.steps:,} steps diverged"

@@ -48,7 +48,7 @@ def command(
             raise ConfigError(
                 f"{run.config}: says what the run in its folder began with, and stays so; leave --in-place away"
             )
-        config, beside = run.config, seen_from_here(run.path.resolve())
+        config, beside = run.config, run.path.resolve()
         settings.insert(0, f"output={json.dumps(str(beside.with_name(f'{beside.name}-tuned')), ensure_ascii=False)}")
     loaded = load_config(config, [*settings, "train.learning_rate=auto"])
     if not loaded.train.epochs:
@@ -70,8 +70,7 @@ def command(
         target = next(file for file in _beside(config) if not file.exists())
         say_note(f"these settings have no place of their own in {config}, so it stays, and {target} says all of them")
     place = target.resolve()  # a link stays a link
-    if run is None and not in_place and (place.parent != config.resolve().parent or edited(config, settings) is None):
-        say_note(f"{target} says every setting of {config} in full, without its comments")
+    kept = place.parent == config.resolve().parent and edited(config, settings) is not None
     try:
         mode = place.stat().st_mode if place.exists() else None
         write_text(place, with_settings(config, settings, beside=place))
@@ -82,8 +81,10 @@ def command(
             f"{machine_refusal(error, target) or f'{target}: cannot be written ({error.strerror})'}. The rate that was "
             f"found is {found.rate:g}: write it there by hand (train.learning_rate)"
         ) from error
-    say(f"written: {target}")
-    say(f"train with it: {pasted('finetune', target)}")
+    if run is None and not in_place and not kept:
+        say_note(f"{target} says every setting of {config} in full, without its comments")
+    say(f"written: {seen_from_here(target)}")
+    say(f"train with it: {pasted('finetune', seen_from_here(target))}")
 
 
 def _beside(config: Path) -> Iterator[Path]:
