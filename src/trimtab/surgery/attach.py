@@ -80,8 +80,8 @@ def _require_none_of_peft(model: nn.Module, targets: list[Target]) -> None:
                     raise SurgeryError(
                         f"attach: {names[id(inside)]} is a part of one of PEFT's layers ({type(module).__name__}), "
                         "which has an adapter already. Attach to the bare model (peft_model.unload()), or to one with "
-                        "PEFT's adapter in it (peft_model.merge_and_unload()); trimtab.load_adapter reads PEFT's folders, "
-                        "and trimtab.speed_up keeps PEFT's layers"
+                        "that adapter in it (peft_model.merge_and_unload()); trimtab.load_adapter reads PEFT's "
+                        "folders, and trimtab.speed_up keeps PEFT's layers"
                     )
 
 
