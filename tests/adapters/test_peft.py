@@ -81,10 +81,16 @@ def test_starts_that_change_the_base_are_refused(start: str, saved: tuple[nn.Mod
         trimtab.load_adapter(tiny_llama(), saved[1])
 
 
-@pytest.mark.parametrize("kind", ["LOHA", "ADALORA", "IA3", "PROMPT_TUNING", None, 7, ["LORA"]])
+@pytest.mark.parametrize("kind", ["LOHA", "ADALORA", "IA3", "PROMPT_TUNING", 7, ["LORA"]])
 def test_other_kinds_of_adapter_are_refused(kind: Any, saved: tuple[nn.Module, Path], tiny_llama: Make) -> None:
     edit_json(saved[1] / PEFT_FILES[0], peft_type=kind)
     with pytest.raises(AdapterError, match="only LORA"):
+        trimtab.load_adapter(tiny_llama(), saved[1])
+
+
+def test_a_configuration_that_is_not_pefts_is_told(saved: tuple[nn.Module, Path], tiny_llama: Make) -> None:
+    (saved[1] / PEFT_FILES[0]).write_text('{"fine_tune_type": "lora", "lora_parameters": {"rank": 8}}', "utf-8")
+    with pytest.raises(AdapterError, match=r"no peft_type.*no configuration of PEFT's .mlx-lm"):
         trimtab.load_adapter(tiny_llama(), saved[1])
 
 
@@ -329,7 +335,8 @@ def test_the_first_pattern_decides_and_ranks_are_read_alike(saved: tuple[nn.Modu
         use_rslora=True,
     )
     fresh = tiny_llama()
-    trimtab.load_adapter(fresh, folder)
+    with pytest.warns(UserWarning, match="alpha_pattern has several values for 2 modules"):
+        trimtab.load_adapter(fresh, folder)
     assert {name: one.alpha for name, one in options(fresh).items()} == {
         "0.q_proj": 4.5,
         "0.v_proj": 5,

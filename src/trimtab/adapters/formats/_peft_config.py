@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -38,15 +39,27 @@ def options(config: dict[str, Any], modules: dict[str, dict[str, Tensor]]) -> di
     }
     kind = methods.options_class(method)
     found = {}
+    undecided: dict[str, list[Any]] = {}
     for place, own in modules.items():
         name = target_of(place)
+        said = list(alphas(name)) or [alpha]
+        if any(one != said[0] for one in said):
+            undecided[name] = said
         numbers: dict[str, Any] = {
             "rank": _rank(list(ranks(name)), rank, own.get("A")),
-            "alpha": next(alphas(name), alpha),
+            "alpha": said[0],
             "bias": B_BIAS in own or "bias" in own,
         }
         numbers |= {"added_bias": True} if B_BIAS in own else {}
         found[place] = method, kind(**numbers, **common)
+    if undecided:
+        name, said = next(iter(undecided.items()))
+        warnings.warn(
+            f"alpha_pattern has several values for {len(undecided)} modules, such as {shown(said)} for {shown(name)}. "
+            f"As in PEFT, the first is taken, {shown(said[0])}; but PEFT sorts patterns when it saves them, so that "
+            "the adapter may have been trained with another. A pattern for each module says it for certain",
+            stacklevel=2,
+        )
     return found
 
 

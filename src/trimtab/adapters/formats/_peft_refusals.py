@@ -54,6 +54,11 @@ _METHODS = {
 def refuse(path: Path, config: dict[str, Any]) -> None:
     """Raise AdapterError for a configuration that asks for something that we do not support."""
     kind = config.get("peft_type")
+    if kind is None:
+        raise AdapterError(
+            f"{path}: it has no peft_type, so it is no configuration of PEFT's (mlx-lm, for one, writes a file of that "
+            "name, too). Adapters in PEFT's format and in trimtab's own can be loaded"
+        )
     if kind != "LORA":
         known = _METHODS.get(kind, "") if isinstance(kind, str) else ""
         raise AdapterError(
