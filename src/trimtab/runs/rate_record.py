@@ -60,6 +60,13 @@ class ChosenRate(Record):
         """Whether some trial of the last round did not diverge."""
         return any(trial.loss is not None for trial in self.last_round)
 
+    @property
+    def is_in_sight(self) -> bool:
+        """Whether the rate lies among those of the last round, or not far from them: it is the run's, and theirs are
+        those of shorter trainings."""
+        tried = [trial.rate for trial in self.last_round]
+        return self.rate is not None and bool(tried) and tried[0] / 2 < self.rate < 2 * tried[-1]
+
 
 def read_rate(file: Path) -> ChosenRate | None:
     """What ``rate.json`` says; None where there is none. Raises RunError if it is damaged."""

@@ -240,12 +240,11 @@ class _Run:
 
     def find_rate(self) -> None:
         """Let the trials of ``train.learning_rate: auto`` find the rate; the run then goes on with it."""
-        before = self.opening.summary
-        if before is not None and before.learning_rate and not self.folder.rate.is_file():
-            self.config = at_rate(self.config, before.learning_rate)
-            self._note(learning_rate=before.learning_rate)
-            return
-        self.config = self.work.find_rate(self.folder.rate)
+        known = (self.opening.summary or Summary()).learning_rate
+        if self.config.train.learning_rate == "auto" and known and not self.folder.rate.is_file():
+            self.config = at_rate(self.config, known)
+        else:
+            self.config = self.work.find_rate(self.folder.rate)
         self._note(learning_rate=self.config.train.rate)
 
     def attached(self, report: AttachReport) -> None:

@@ -289,6 +289,9 @@ def test_a_rate_that_was_found_is_shown_with_its_trials(run: Path) -> None:
     assert "The learning rate 0.0012: the best. The trials cost as much as 7 of the run's 48 steps" in text
     assert "it would have been 0.002" in text
     assert 'id="trials-' in (run / "report.html").read_text()
+    assert "The dashed line is at the rate of the run" in text
+    chosen.updated(rate=1e-4).write_to(run / "rate.json")
+    assert "dashed line" not in page(run).text.partition("All trials")[0].partition("The learning rate")[2]
 
 
 def test_trials_that_all_diverged_are_listed_without_a_picture_of_nothing(run: Path) -> None:

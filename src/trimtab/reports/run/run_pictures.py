@@ -86,8 +86,8 @@ def draw_trials(name: str, chosen: ChosenRate, unit: str) -> Markup:
     ticks = [trial.rate for trial in chosen.last_round]
     axes.set_xticks(ticks, [f"{rate:g}" for rate in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
-    if chosen.rate is not None and ticks[0] / 2 < chosen.rate < 2 * ticks[-1]:
-        axes.axvline(chosen.rate, color=INK, linewidth=1.5, linestyle=(0, (4, 3)), zorder=2)
+    if chosen.is_in_sight:
+        axes.axvline(chosen.rate or 0.0, color=INK, linewidth=1.5, linestyle=(0, (4, 3)), zorder=2)
     _title(axes, f"loss ({unit})")
     told = ", ".join(f"{trial.told} at {trial.rate:g}" for trial in finite)
     return svg(figure, name, f"Losses of the trials: {told}")
