@@ -343,6 +343,19 @@ def test_a_model_whose_head_reads_the_last_position_answers_alike_in_any_batch(
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)  # float32, sums of other lengths
 
 
+def test_a_model_without_a_table_of_tokens_knows_any(said: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    """Canine hashes characters."""
+    from transformers import CanineConfig, CanineModel
+
+    configuration = said(labelled(12))
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    local = {"num_hash_buckets": 50, "num_hash_functions": 4, "local_transformer_stride": 8}
+    CanineModel(CanineConfig(**sizes, **local)).save_pretrained(tmp_path / "canine")
+    AutoTokenizer.from_pretrained(tmp_path / "encoder").save_pretrained(tmp_path / "canine")
+    configuration["model"]["name"] = str(tmp_path / "canine")
+    assert not any("row for" in line for line in check(configuration))
+
+
 def test_texts_of_which_an_encoder_with_a_decoder_finds_no_single_end_are_refused(
     said: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Collection, Sequence
@@ -24,7 +25,7 @@ from trimtab.models.heads import learn_in_units
 from trimtab.models.load import beside_the_plan, empty_model
 from trimtab.models.locate import ModelHead, Source, locate
 from trimtab.models.model_files import ModelFiles
-from trimtab.models.positions import Positions, positions_of
+from trimtab.models.positions import Positions, positions_of, words_of
 from trimtab.surgery.adapted import bare_modules
 from trimtab.surgery.attach import attach
 from trimtab.surgery.attach_report import AttachReport
@@ -96,9 +97,9 @@ class Job:
     @property
     def embedding_rows(self) -> int:
         """How many tokens the model knows, added ones included."""
-        weight = getattr(self._empty.get_input_embeddings(), "weight", None)
-        if weight is None:  # Perceiver gives something else
-            return int(self._empty.config.get_text_config().vocab_size)
+        weight = getattr(words_of(self._empty), "weight", None)
+        if weight is None:  # Perceiver gives something else, and Canine has no table: it reads any character
+            return int(getattr(self._empty.config.get_text_config(), "vocab_size", sys.maxsize))
         return len(weight)
 
     @cached_property

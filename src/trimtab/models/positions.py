@@ -49,7 +49,7 @@ def positions_of(model: Any) -> Positions:
     if trained is None:
         return Positions()
     limits = [trained] if config.model_type in _MADE_IN_PASSING else []
-    words = _words_of(model)
+    words = words_of(model)
     for module in model.modules():
         is_table = isinstance(module, nn.Embedding) and module is not words
         if is_table and 0 <= module.num_embeddings - trained <= _SPARE:
@@ -63,8 +63,8 @@ def positions_of(model: Any) -> Positions:
     return Positions(trained, min(limits, default=None))
 
 
-def _words_of(model: Any) -> nn.Module | None:
-    """The embedding of the tokens of ``model``; None for one of pictures, which may not say what its inputs meet."""
+def words_of(model: Any) -> nn.Module | None:
+    """The embedding of the tokens of ``model``; None for one that has no table of them, as of pictures or Canine."""
     with suppress(NotImplementedError):
         return bare(model.get_input_embeddings())
     return None
