@@ -10,4 +10,4 @@ def seen_through() -> bool:
     compiler sees our functions as they are."""
     if torch.compiler.is_compiling():
         return False
-    return torch._C._functorch.maybe_current_level() is not None or torch._C._get_tracing_state() is not None
+    return torch._C._are_functorch_transforms_active() or torch._C._is_tracing()
