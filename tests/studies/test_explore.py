@@ -473,7 +473,8 @@ def test_published_results_without_the_search_are_begun_anew(make_search: Make, 
     pretend.done.clear()
     again = found_in(explore(load_explore(config.output / "explore.yaml")))
     assert len(pretend.ran) == 3
-    assert again["trials"] == before["trials"]
+    first, second = ([{**trial, "seconds": 0} for trial in found["trials"]] for found in (before, again))
+    assert first == second
 
 
 class Backwards:
