@@ -22,7 +22,7 @@ TESTED = {
     "_raw_saved_tensors",
     *("_backward_hooks", "_backward_pre_hooks", "_version", "_schema", "_make_wrapper_subclass"),
     *("_conv_forward", "_reversed_padding_repeated_twice", "_tied_weights_keys"),
-    *("_disabled_torch_function_impl", "_get_tracing_state", "_C", "_is_tracing", "_are_functorch_transforms_active"),
+    *("_disabled_torch_function_impl", "_C", "_is_tracing", "_are_functorch_transforms_active"),
     *("_compiled_call_impl", "_call_impl", "_dynamo", "_functorch", "_subclasses", "_python_dispatch"),
     *("_is_avx512_bf16_supported", "_is_amx_tile_supported", "_cdata", "_local_scalar_dense", "_unsafe_view"),
     *("_NormBase", "_non_persistent_buffers_set"),
@@ -185,7 +185,6 @@ def test_what_a_tensor_of_our_own_is_made_of() -> None:
     argument = torch.ops.aten.add_.Tensor._schema.arguments[0]
     assert argument.alias_info.is_write, without("torch", "OpOverload._schema, which says what is written to,")
     assert callable(torch._C._disabled_torch_function_impl), without("torch", "_disabled_torch_function_impl")
-    assert torch._C._get_tracing_state() is None, without("torch", "_get_tracing_state")
     assert not torch._C._is_tracing(), without("torch", "_is_tracing")
     assert not torch._C._are_functorch_transforms_active(), without("torch", "_are_functorch_transforms_active")
     active = torch.func.vmap(lambda x: x * torch._C._are_functorch_transforms_active())(torch.ones(2))

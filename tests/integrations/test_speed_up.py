@@ -283,6 +283,19 @@ def test_what_is_no_plain_product_with_one_adapter_is_pefts_own(ours: list[str])
     assert len(ours) == 2
 
 
+def test_transforms_of_torch_func_see_pefts_own(ours: list[str]) -> None:
+    """With its dropout, which ours cannot draw there."""
+    model = made("linear", use_dora=True, lora_dropout=0.5).train()
+    trimtab.speed_up(model)
+    tensors = {name: one.detach() for name, one in model.named_parameters() if one.requires_grad}
+    layer = model.base_model.model.linear
+    x = torch.randn(3, layer.in_features, dtype=layer.base_layer.weight.dtype)
+    own = {name.split("linear.", 1)[1]: one for name, one in tensors.items() if ".linear." in name}
+    grads = torch.func.grad(lambda these: torch.func.functional_call(layer, these, (x,)).square().sum())(own)
+    assert grads.keys() == own.keys()
+    assert not ours
+
+
 def test_a_dispatched_model_is_sped_up_before_and_after(ours: list[str]) -> None:
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 

@@ -20,6 +20,7 @@ from trimtab.bases import WeightBase
 from trimtab.errors import PlanError
 from trimtab.integrations.peft_layer_adapter import PeftAdapter
 from trimtab.ops.ratio import HALF
+from trimtab.ops.traced import seen_through
 
 _KEPT = "_trimtab_kept"
 _DORA = (
@@ -241,8 +242,7 @@ def _usable(layer: Any, x: Tensor) -> Kept | None:
             return None
         kept = keep(layer)
     trained = weight.requires_grad and torch.is_grad_enabled()
-    traced = torch._C._get_tracing_state() is not None
-    if trained or traced or x.device != weight.device or getattr(layer, "_is_replica", False):
+    if trained or seen_through() or x.device != weight.device or getattr(layer, "_is_replica", False):
         return None
     return kept if kept.base is not None else None
 
