@@ -156,11 +156,11 @@ def on_its_device(program: Callable[..., Any]) -> Callable[..., Any]:
     on several devices need not be at."""
 
     @wraps(program)
-    def started(first: Tensor, *others: Any) -> Any:
+    def started(first: Tensor, *others: Any, **named: Any) -> Any:
         if first.device.type == "cpu":
-            return program(first, *others)
+            return program(first, *others, **named)
         with torch.get_device_module(first.device).device(first.device):
-            return program(first, *others)
+            return program(first, *others, **named)
 
     return started
 
@@ -234,7 +234,8 @@ def _forward_pass(
 
 def _fold(weight: Tensor, ratio: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
     total = torch.empty_like(weight)
-    _forward_pass(weight, total, b, a.t(), scale, ratio, None, False, True)
+    said = {"scale": scale, "ratio": ratio, "bias": None, "keeps": False, "by_rows": True}
+    _forward_pass(weight, total, b, a.t(), **said)
     return total
 
 
