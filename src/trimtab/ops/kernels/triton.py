@@ -234,8 +234,7 @@ def _forward_pass(
 
 def _fold(weight: Tensor, ratio: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
     total = torch.empty_like(weight)
-    said = {"scale": scale, "ratio": ratio, "bias": None, "keeps": False, "by_rows": True}
-    _forward_pass(weight, total, b, a.t(), **said)
+    _forward_pass(weight, total, b, a.t(), scale=scale, ratio=ratio, bias=None, keeps=False, by_rows=True)
     return total
 
 
