@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -236,6 +238,40 @@ def test_what_is_passed_over_is_told(
     with pytest.warns(UserWarning, match=told):
         trimtab.load_adapter(fresh, folder)
     assert same_tensors(adapter_tensors(fresh), adapter_tensors(model))
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({}, "of model.layers.1.self_attn.q_proj and 1 more, which"),
+        ({"target_modules": ["q_proj", "layers.0.self_attn.v_proj"]}, "of model.layers.1.self_attn.q_proj, which"),
+        ({"layers_to_transform": [0, 1], "layers_pattern": ["layers"]}, "and 1 more"),
+        ({"layers_to_transform": [0]}, None),
+        ({"layers_to_transform": 0, "layers_pattern": "layers"}, None),
+        ({"exclude_modules": ["layers.1.self_attn.q_proj", "v_proj"]}, None),
+        (
+            {"target_modules": ["q_proj", "v_proj", "self_attn"], "modules_to_save": ["layers.1"]},
+            "is stored of layers.1",
+        ),
+        ({"target_modules": r".*\.(q|v)_proj"}, None),
+    ],
+    ids=str,
+)
+def test_modules_that_the_configuration_names_and_nothing_is_stored_of_are_told(
+    changes: dict[str, Any], told: str | None, saved: tuple[nn.Module, Path], tiny_llama: Make
+) -> None:
+    _, folder = saved
+    layer = Q0.replace("0.self_attn.q_proj", "1.self_attn")
+    gone = {f"{layer}.{name}.lora_{kind}.weight": None for name in ("q_proj", "v_proj") for kind in "AB"}
+    gone |= {f"{layer}.{name}.lora_magnitude_vector": None for name in ("q_proj", "v_proj")}
+    edit_tensors(folder / PEFT_FILES[1], gone, header=NO_HEADER)
+    edit_json(folder / PEFT_FILES[0], **changes)
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        trimtab.load_adapter(tiny_llama(), folder)
+    said = [str(one.message) for one in heard if "nothing is stored of" in str(one.message)]
+    assert len(said) == (told is not None), said
+    assert told is None or re.search(told, said[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

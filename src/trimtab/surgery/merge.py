@@ -119,7 +119,8 @@ def _require_mergeable(model: nn.Module) -> list[tuple[str, Adapted]]:
             f"({', '.join(methods.names('weight'))})"
         )
     for name, module in adapted:
-        if any(parameter.is_meta for parameter in module.parameters()):
+        weights = [module.handle.at_hand()] if isinstance(module.handle, WeightBase) else []
+        if any(tensor.is_meta for tensor in (*module.current_adapter.parameters(), *weights)):
             raise SurgeryError(
                 f"merge: {name} is on the meta device, without numbers. Nothing was changed; load the model's weights "
                 "and its adapter first"

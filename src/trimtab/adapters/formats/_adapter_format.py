@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import ClassVar
 
@@ -33,3 +34,7 @@ class AdapterFormat(ABC):
     @abstractmethod
     def load(self, folder: Path) -> dict[str, StoredAdapter]:
         """The stored adapter of each module. Raises AdapterError for files that are damaged or not supported."""
+
+    def left_out(self, folder: Path, modules: Mapping[str, nn.Module], stored: Collection[str]) -> list[str]:
+        """Those ``modules`` of a model that the description names beside those that are ``stored``."""
+        return []

@@ -25,13 +25,14 @@ import json
 import re
 import warnings
 from collections import Counter
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from trimtab import methods
-from trimtab.adapters.formats import _peft_config, _peft_names, _peft_own
+from trimtab.adapters.formats import _peft_config, _peft_names, _peft_own, _peft_targets
 from trimtab.adapters.formats._adapter_format import AdapterFormat
 from trimtab.adapters.formats._peft_refusals import refuse
 from trimtab.adapters.record import StoredAdapter
@@ -150,6 +151,9 @@ class PeftFormat(AdapterFormat):
             )
             for place, own in modules.items()
         } | _peft_own.stored_own(config, whole, in_header)
+
+    def left_out(self, folder: Path, modules: Mapping[str, nn.Module], stored: Collection[str]) -> list[str]:
+        return _peft_targets.left_out(read_description(folder / self.files[0]), modules, stored)
 
 
 def _updated(adapted: dict[str, Adapted]) -> dict[str, Adapted]:
