@@ -317,6 +317,7 @@ def test_lines_of_windows_are_asked_without_their_ends(cli: Any, run: Path, tmp_
     assert [json.loads(line)["prompt"] for line in result.out.splitlines()] == ["fog?", "wind?"]
 
 
+@pytest.mark.filterwarnings("ignore:.*nothing is stored of")  # it has more layers
 def test_an_adapter_of_another_model_is_told(cli: Any, run: Path, tmp_path: Path) -> None:
     other = write_model(tmp_path / "other", initializer_range=0.3)
     data = write_rows(tmp_path / "few.jsonl", rows(4))

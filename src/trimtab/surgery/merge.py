@@ -119,8 +119,9 @@ def _require_mergeable(model: nn.Module) -> list[tuple[str, Adapted]]:
             f"({', '.join(methods.names('weight'))})"
         )
     for name, module in adapted:
-        weights = [module.handle.at_hand()] if isinstance(module.handle, WeightBase) else []
-        if any(tensor.is_meta for tensor in (*module.current_adapter.parameters(), *weights)):
+        handle = module.handle
+        nowhere = isinstance(handle, WeightBase) and handle.parameter.is_meta and handle.at_hand().is_meta
+        if nowhere or any(tensor.is_meta for tensor in module.current_adapter.parameters()):
             raise SurgeryError(
                 f"merge: {name} is on the meta device, without numbers. Nothing was changed; load the model's weights "
                 "and its adapter first"
