@@ -7,7 +7,6 @@ elsewhere in the model has no place in such a checkpoint, and is refused before 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +17,7 @@ from trimtab.adapters.store import load_adapter
 from trimtab.bases import is_instance_by_name
 from trimtab.errors import AdapterError
 from trimtab.integrations.on_import import on_import
+from trimtab.integrations.wrapping import wrap_methods
 from trimtab.surgery.adapted import carriers
 from trimtab.surgery.attach import trainable_parameters
 from trimtab.surgery.names import known_adapter
@@ -31,15 +31,8 @@ def teach_when_imported() -> None:
 
 def teach(trainer: Any) -> None:
     """Wrap the methods of the class ``trainer``, unless they are."""
-    for name, wrapper in (
-        ("_load_from_checkpoint", _loading_a_checkpoint),
-        ("create_optimizer", _creating_the_optimizer),
-    ):
-        method = getattr(trainer, name)
-        if not hasattr(method, "trimtab_wraps_sentences"):
-            wrapped = functools.wraps(method)(wrapper(method))
-            wrapped.trimtab_wraps_sentences = method  # type: ignore[attr-defined]
-            setattr(trainer, name, wrapped)
+    wrappers = {"_load_from_checkpoint": _loading_a_checkpoint, "create_optimizer": _creating_the_optimizer}
+    wrap_methods(trainer, wrappers, mark="trimtab_wraps_sentences")
 
 
 def _inside(model: Any) -> nn.Module | None:

@@ -8,7 +8,6 @@ For a model without our adapters they do what they did.
 
 from __future__ import annotations
 
-import functools
 import re
 import shutil
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from trimtab.adapters.store import load_adapter, save_adapter
 from trimtab.adapters.unfrozen import require_savable
 from trimtab.errors import AdapterError
 from trimtab.integrations.on_import import on_import
+from trimtab.integrations.wrapping import wrap_methods
 from trimtab.surgery.adapted import carriers
 from trimtab.surgery.names import known_adapter
 from trimtab.surgery.wrappers import unwrapped
@@ -41,18 +41,14 @@ def teach_when_imported() -> None:
 
 def teach(trainer: Any) -> None:
     """Wrap the methods of the class ``trainer``, unless they are."""
-    for name, wrapper in (
-        ("_save", _saving),
-        ("_load_from_checkpoint", _loading_a_checkpoint),
-        ("_load_best_model", _loading_the_best),
-        ("create_optimizer", _creating_the_optimizer),
-        ("_push_from_checkpoint", _pushing_a_checkpoint),
-    ):
-        method = getattr(trainer, name)
-        if not hasattr(method, "trimtab_wraps"):
-            wrapped = functools.wraps(method)(wrapper(method))
-            wrapped.trimtab_wraps = method  # type: ignore[attr-defined]
-            setattr(trainer, name, wrapped)
+    wrappers = {
+        "_save": _saving,
+        "_load_from_checkpoint": _loading_a_checkpoint,
+        "_load_best_model": _loading_the_best,
+        "create_optimizer": _creating_the_optimizer,
+        "_push_from_checkpoint": _pushing_a_checkpoint,
+    }
+    wrap_methods(trainer, wrappers, mark="trimtab_wraps")
 
 
 def _adapted(model: Any) -> nn.Module | None:

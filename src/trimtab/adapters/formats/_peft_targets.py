@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from trimtab.adapters.formats._peft_own import is_declared
 from trimtab.surgery.adapted import bare
 
 
@@ -22,10 +23,10 @@ def left_out(config: Mapping[str, Any], modules: Mapping[str, nn.Module], stored
         return []
     adapted = [bare(modules[name]) for name in stored if name in modules]
     kinds, seen = {type(module) for module in adapted}, {id(module) for module in adapted}
-    stacks = {_stack(name) for name in stored}
+    stacks, ends = {_stack(name) for name in stored}, {*map(str, targets)}
     found = []
     for name, module in modules.items():
-        meant = _ends_with(name, targets) and not _is_excluded(config, name) and _in_layers(config, name)
+        meant = ends_with(name, ends) and not _is_excluded(config, name) and _in_layers(config, name)
         if meant and _stack(name) in stacks and type(bare(module)) in kinds and id(bare(module)) not in seen:
             seen.add(id(bare(module)))
             found.append(name)
@@ -38,15 +39,16 @@ def _stack(name: str) -> str:
     return ".".join(parts[: next((at for at, part in enumerate(parts) if part.isdecimal()), 0)])
 
 
-def _ends_with(name: str, ends: Collection[Any]) -> bool:
-    return any(name == end or name.endswith(f".{end}") for end in ends)
+def ends_with(name: str, ends: Collection[str]) -> bool:
+    """Whether ``name``, or what follows one of its dots, is among ``ends``: as PEFT compares names."""
+    parts = name.split(".")
+    return any(".".join(parts[place:]) in ends for place in range(len(parts)))
 
 
 def _is_excluded(config: Mapping[str, Any], name: str) -> bool:
     excluded = config.get("exclude_modules") or []
-    saved = config.get("modules_to_save") or []
-    within = any(f".{one}." in f".{name}." for one in saved)  # which is stored whole
-    return within or not isinstance(excluded, list) or _ends_with(name, excluded)
+    whole = is_declared(config, name, "weight")  # by modules_to_save
+    return whole or not isinstance(excluded, list) or ends_with(name, [*map(str, excluded)])
 
 
 def _in_layers(config: Mapping[str, Any], name: str) -> bool:

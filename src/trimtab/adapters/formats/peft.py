@@ -251,15 +251,9 @@ def _targets(model: nn.Module, adapted: dict[str, Adapted]) -> list[str] | str:
     others = [name for name in names if name not in wanted]  # attention that PEFT wraps around what is adapted in it
     tails = {name.rsplit(".", 1)[-1] for name in wanted}
     for candidate in (tails, wanted):
-        if not any(end in candidate for name in others for end in _ends(name)):
+        if not any(_peft_targets.ends_with(name, candidate) for name in others):
             return sorted(candidate)
     return "|".join(re.escape(name) for name in sorted(wanted))
-
-
-def _ends(name: str) -> list[str]:
-    """``a.b.c`` -> ``a.b.c``, ``b.c``, ``c``."""
-    parts = name.split(".")
-    return [".".join(parts[place:]) for place in range(len(parts))]
 
 
 def _options_in_header(header: dict[str, str]) -> dict[str, tuple[str, methods.Options]]:
