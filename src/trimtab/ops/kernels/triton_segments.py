@@ -188,11 +188,7 @@ class TrainedSegments(Segments):
 
     def _weight_gradients(self, inner: Tensor, rows: Tensor) -> Tensor:
         """``h^T x [segments, largest rank, in]``."""
-        tiles, spans = self._walked(rows)
-        parts = call(torch.ops.trimtab.outer_segments, gradients.outer, (inner, rows, self._order, tiles))
-        sums: Tensor = call(torch.ops.trimtab.add_up_segments, gradients.add_up, (parts, spans))
-        factors: Tensor = sums.unflatten(1, (self._rank, rows.shape[1]))
-        return factors
+        return outer(inner, rows, self._order, self._walked(rows))
 
     def _walked(self, like: Tensor) -> tuple[Tensor, Tensor]:
         return walked(self._sizes, _WALKED, like)
@@ -263,12 +259,8 @@ class _Squares:
     def weight_gradients(self, collected: Tensor, rows: Tensor) -> Tensor:
         """``[segments, side, side]``."""
         gathered = self._update.gathered(self._mine(rows), self._order).flatten(0, 1)
-        tiles, spans = walked(self._sizes, _WALKED * self._update.groups, rows)
-        given = (collected.contiguous().flatten(0, 1), gathered, None, tiles)
-        parts = call(torch.ops.trimtab.outer_segments, gradients.outer, given)
-        sums: Tensor = call(torch.ops.trimtab.add_up_segments, gradients.add_up, (parts, spans))
-        matrices: Tensor = sums.unflatten(1, (self._update.side, self._update.side))
-        return matrices
+        tiles = walked(self._sizes, _WALKED * self._update.groups, rows)
+        return outer(collected.contiguous().flatten(0, 1), gathered, None, tiles)
 
     def _mine(self, rows: Tensor) -> Tensor:
         return rows if self._order is not None else rows[self._part]
@@ -305,6 +297,15 @@ def walked(sizes: tuple[int, ...], tall: int, like: Tensor) -> tuple[Tensor, Ten
     """Tiles of many rows, each of which a program walks through; and which of them a segment has."""
     made = _spans_of.__wrapped__ if is_fake(like) else _spans_of
     return tiles_of(sizes, tuple(range(len(sizes))), tall, like), made(sizes, tall, like.device)
+
+
+def outer(inner: Tensor, rows: Tensor, order: Tensor | None, tiles_and_spans: tuple[Tensor, Tensor]) -> Tensor:
+    """``h^T x [segments, width, in]`` for ``inner = h [tokens, width]``, sorted; the tiles as ``walked`` gives them."""
+    tiles, spans = tiles_and_spans
+    parts = call(torch.ops.trimtab.outer_segments, gradients.outer, (inner, rows, order, tiles))
+    sums: Tensor = call(torch.ops.trimtab.add_up_segments, gradients.add_up, (parts, spans))
+    products: Tensor = sums.unflatten(1, (inner.shape[1], rows.shape[1]))
+    return products
 
 
 @lru_cache(maxsize=32)
