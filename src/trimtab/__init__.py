@@ -26,6 +26,7 @@ _PUBLIC = {
     "RunError": "errors",
     "SurgeryError": "errors",
     "TrimtabError": "errors",
+    "TrimtabWarning": "errors",
     "WeightChange": "ops.decomposition",
     "active_adapter": "surgery.names",
     "adapters": "adapters",
@@ -82,6 +83,7 @@ if TYPE_CHECKING:  # what the lazy names are, for type checkers and editors; `as
         RunError as RunError,
         SurgeryError as SurgeryError,
         TrimtabError as TrimtabError,
+        TrimtabWarning as TrimtabWarning,
     )
     from trimtab.integrations.speed_up import speed_up as speed_up
     from trimtab.ops.decomposition import (

@@ -32,6 +32,14 @@ class TrimtabError(Exception):
         super().__init__(*(printable(one) if isinstance(one, str) else one for one in said))
 
 
+class TrimtabWarning(UserWarning):
+    """What a user should know although nothing failed: every warning of trimtab's. The command line prints it as a
+    note; a program silences it by `warnings.simplefilter("ignore", trimtab.TrimtabWarning)`, or makes it an error."""
+
+    def __init__(self, said: str) -> None:
+        super().__init__(printable(said))
+
+
 class ConfigError(TrimtabError):
     """A key or a value in a YAML file or an override is not what it should be."""
 

@@ -235,7 +235,7 @@ def test_what_is_passed_over_is_told(
     model, folder = saved
     edit_json(folder / PEFT_FILES[0], **changes)
     fresh = tiny_llama()
-    with pytest.warns(UserWarning, match=told):
+    with pytest.warns(trimtab.TrimtabWarning, match=told):
         trimtab.load_adapter(fresh, folder)
     assert same_tensors(adapter_tensors(fresh), adapter_tensors(model))
 
@@ -371,7 +371,7 @@ def test_the_first_pattern_decides_and_ranks_are_read_alike(saved: tuple[nn.Modu
         use_rslora=True,
     )
     fresh = tiny_llama()
-    with pytest.warns(UserWarning, match="alpha_pattern has several values for 2 modules"):
+    with pytest.warns(trimtab.TrimtabWarning, match="alpha_pattern has several values for 2 modules"):
         trimtab.load_adapter(fresh, folder)
     assert {name: one.alpha for name, one in options(fresh).items()} == {
         "0.q_proj": 4.5,

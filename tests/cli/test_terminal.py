@@ -8,6 +8,7 @@ import os
 import shlex
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -19,7 +20,9 @@ from rich.console import Console
 from rich.table import Table
 
 from tiny_runs import write_rows
+from trimtab import TrimtabWarning
 from trimtab.cli.displays.progress import ProgressLine
+from trimtab.cli.exits import exit_code
 from trimtab.cli.terminal import make_safe
 
 TEXT = "ψ שלום 🚢 done ✗ 81.2 ± 1.3 é"
@@ -171,3 +174,18 @@ def test_a_run_whose_rows_the_terminal_cannot_show(
     assert end.value.code == 0, capfd.readouterr().err
     assert "\\u0627" in said
     assert "try it: trimtab generate" in said
+
+
+@pytest.mark.filterwarnings("always")
+def test_what_we_warn_of_is_a_note_that_is_said_once_and_what_a_library_warns_of_stays_a_warning(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def warning() -> None:
+        for said in ("two layers stay as they are", "\x1b[2J is no setting", "two layers stay as they are"):
+            warnings.warn(said, TrimtabWarning, stacklevel=1)
+        warnings.warn("a library's own", UserWarning, stacklevel=1)
+
+    with pytest.warns(UserWarning, match="a library's own") as others:
+        assert exit_code(warning) == 0
+    assert capsys.readouterr().err == "note: two layers stay as they are\nnote: \\x1b[2J is no setting\n"
+    assert len(others) == 1

@@ -331,7 +331,7 @@ def test_a_variant_that_we_lack_is_left_and_told(ours: list[str]) -> None:
     model = made("linear")
     config = LoraConfig(r=2, target_modules=["linear"], alora_invocation_tokens=[1], task_type="CAUSAL_LM")
     model.add_adapter("invoked", config)
-    with pytest.warns(UserWarning, match="ALoraLinear, a variant of LoRA"):
+    with pytest.warns(trimtab.TrimtabWarning, match="ALoraLinear, a variant of LoRA"):
         report = trimtab.speed_up(model)
     assert len(report.layers) == 2
     (left,) = report.left
@@ -344,7 +344,7 @@ def test_a_variant_that_we_lack_is_left_and_told(ours: list[str]) -> None:
 def test_dora_with_dropout_in_half_precision_trains_as_in_peft_and_it_is_told(ours: list[str]) -> None:
     model = made("linear", dtype=torch.bfloat16, use_dora=True, lora_dropout=0.3)
     right = outcome(model)
-    with pytest.warns(UserWarning, match="DoRA with dropout"):
+    with pytest.warns(trimtab.TrimtabWarning, match="DoRA with dropout"):
         report = trimtab.speed_up(model)
     assert len(report.layers) == len(report.left) == 2
     assert "base_model.model.bare (adapter default, in training)" in report.left
@@ -359,7 +359,7 @@ def test_a_layer_that_we_cannot_speed_up_is_left_and_told() -> None:
         {"sparse": nn.Embedding(5, 4, sparse=True), "wide": nn.Conv1d(4, 4, 3, dilation=2), "fine": nn.Linear(4, 4)}
     )
     model = get_peft_model(net, LoraConfig(target_modules=["sparse", "wide", "fine"]))
-    with pytest.warns(UserWarning, match="dilation") as told:
+    with pytest.warns(trimtab.TrimtabWarning, match="dilation") as told:
         report = trimtab.speed_up(model)
     assert len(told) == 1
     assert report.layers == ("base_model.model.fine",)

@@ -328,7 +328,7 @@ def test_a_triton_that_cannot_be_imported_is_told_once(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(kernels, "import_module", broken)
     monkeypatch.setattr(kernels, "_works", {})
-    with pytest.warns(RuntimeWarning, match=r"libcuda\.so\.1.*[Ii]nstall the triton"):
+    with pytest.warns(trimtab.TrimtabWarning, match=r"libcuda\.so\.1.*[Ii]nstall the triton"):
         assert not kernels._imports("triton")
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -318,7 +318,7 @@ def test_an_adapter_that_is_loaded_where_no_memory_is_says_so(tmp_path: Path) ->
     trimtab.save_adapter(adapted(METHODS["lora"], scale=3.0), tmp_path)
     with torch.device("meta"):
         model = fresh(5)
-    with pytest.warns(UserWarning, match=f"{NOWHERE}.*not its numbers"):
+    with pytest.warns(trimtab.TrimtabWarning, match=f"{NOWHERE}.*not its numbers"):
         trimtab.load_adapter(model, tmp_path)
 
 

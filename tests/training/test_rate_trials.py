@@ -225,6 +225,17 @@ def test_labels_of_a_step_are_what_carries_loss_in_it(row: dict[str, Any], label
 AUTO = {"learning_rate": "auto", "max_steps": 30, "epochs": 10, "tune": {"budget": 1.0}}
 
 
+class _Watched(Kept):
+    """Keeps how each trial goes along."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tried: list[tuple[float, int, int]] = []
+
+    def trying(self, rate: float, step: int, steps: int) -> None:
+        self.tried.append((rate, step, steps))
+
+
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch, bare_runs: None) -> None:
     """Trials of two steps are enough to see that they are made."""
@@ -233,12 +244,13 @@ def quick(monkeypatch: pytest.MonkeyPatch, bare_runs: None) -> None:
 
 def test_a_run_finds_its_rate_and_is_then_the_run_that_is_told_it(make_yaml: Callable[..., Path], quick: None) -> None:
     data = {"validation": 0.25}
-    kept = Kept()
+    kept = _Watched()
     found = finetune(load_config(make_yaml("auto", data=data, train=AUTO)), listener=kept)
     chosen = read_rate(found.rate)
     assert chosen is not None
     assert [sum(one.round == turn for one in chosen.trials) for turn in (1, 2)] == [5, 3]
     assert any(f"{chosen.rate:g}" in note for note in kept.notes)
+    assert kept.tried == [(one.rate, step, one.steps) for one in chosen.trials for step in range(one.steps + 1)]
     summary = found.read_summary()
     assert summary is not None
     assert summary.learning_rate == chosen.rate

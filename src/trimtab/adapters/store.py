@@ -21,7 +21,7 @@ from trimtab.adapters.safe_read import shown
 from trimtab.adapters.unfrozen import Unfrozen, statistics, unfrozen
 from trimtab.adapters.whole import written_by_one
 from trimtab.bases import WeightBase
-from trimtab.errors import AdapterError, PlanError, machine_refusal
+from trimtab.errors import AdapterError, PlanError, TrimtabWarning, machine_refusal
 from trimtab.ops.spread import alone, write
 from trimtab.surgery.adapted import Adapted, bare_modules, require_adapted
 from trimtab.surgery.attach_report import AttachReport, describe
@@ -132,6 +132,7 @@ def load_adapter(model: nn.Module, folder: Path | str, name: str = DEFAULT) -> A
         more = f" and {len(left_out) - 1} more" if left_out[1:] else ""
         warnings.warn(
             f"{place}: nothing is stored of {left_out[0]}{more}, which its description names. They stay as they are",
+            TrimtabWarning,
             stacklevel=2,
         )
     rules, number = _rules(stored)
@@ -182,6 +183,7 @@ def _fill(
             f"load_adapter: {len(nowhere)} modules of the model, such as {nowhere[0]}, are on the meta device, without "
             f"memory, so that they have the shapes of {place} and not its numbers. Load it again once the model has "
             "its weights",
+            TrimtabWarning,
             stacklevel=3,
         )
 

@@ -10,10 +10,21 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 from trimtab.cli.terminal import make_safe
-from trimtab.errors import STOPS, EndedElsewhere, Interrupted, TrimtabError, machine_refusal, printable
+from trimtab.errors import (
+    STOPS,
+    EndedElsewhere,
+    Interrupted,
+    TrimtabError,
+    TrimtabWarning,
+    machine_refusal,
+    printable,
+)
 from trimtab.launching import speaks
 from trimtab.machine import keep_few_products
 from trimtab.signals import listening
@@ -65,7 +76,8 @@ def exit_code(work: Callable[[], int | None]) -> int:
     for name in _CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
-        return work() or 0
+        with _warnings_as_notes():
+            return work() or 0
     except Interrupted as stopped:
         if speaks():
             say(f"\n{stopped}", error=True)
@@ -88,3 +100,22 @@ def exit_code(work: Callable[[], int | None]) -> int:
             raise
         say(f"trimtab: {said}", error=True)
         return 1
+
+
+@contextmanager
+def _warnings_as_notes() -> Iterator[None]:
+    """While open, our warnings are printed as notes, each of them once; those of libraries as ever."""
+    as_ever, told = warnings.showwarning, set[str]()
+
+    def show(message: Warning | str, category: type[Warning], *place: Any) -> None:
+        if not issubclass(category, TrimtabWarning):
+            as_ever(message, category, *place)
+        elif (sentence := str(message)) not in told:
+            told.add(sentence)
+            say_note(sentence)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = as_ever

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from trimtab.errors import SurgeryError
+from trimtab.errors import SurgeryError, TrimtabWarning
 from trimtab.surgery.adapted import Adapted
 from trimtab.surgery.wrappers import unwrapped
 
@@ -88,7 +88,7 @@ def speed_up(peft_model: nn.Module) -> SpeedUpReport:
     if not taken:
         raise SurgeryError(f"speed_up: none of {len(found)} LoRA layers takes it. {' '.join(report.reasons())}")
     if left:
-        warnings.warn(f"speed_up: {report}", stacklevel=2)
+        warnings.warn(f"speed_up: {report}", TrimtabWarning, stacklevel=2)
     return report
 
 

@@ -39,6 +39,9 @@ class Listener:
     def evaluated(self, result: dict[str, Any]) -> None:
         """A test set is evaluated; ``result`` is what its file in the run folder holds."""
 
+    def trying(self, rate: float, step: int, steps: int) -> None:
+        """``step`` of the ``steps`` of a trial of ``train.learning_rate: auto`` at ``rate`` are made."""
+
     def evaluating(self, name: str, done: int, total: int) -> None:
         """``done`` of ``total`` rows of the set called ``name`` are evaluated."""
 
@@ -63,6 +66,9 @@ class Steps(Listener):
 
     def training_ended(self) -> None:
         self._listener.training_ended()
+
+    def trying(self, rate: float, step: int, steps: int) -> None:
+        self._listener.trying(rate, step, steps)
 
     def evaluating(self, name: str, done: int, total: int) -> None:
         self._listener.evaluating(name, done, total)

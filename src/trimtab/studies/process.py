@@ -23,7 +23,7 @@ from trimtab.errors import STOPS, Interrupted, RunError, TrimtabError, machine_r
 from trimtab.machine import keep_few_products
 from trimtab.runs.events import Listener
 
-TOLD = ("stage", "note", "training_began", "step", "metrics", "training_ended", "evaluated", "evaluating")
+TOLD = ("stage", "note", "training_began", "step", "metrics", "training_ended", "evaluated", "evaluating", "trying")
 """The methods of a listener that are called where another process does the run."""
 
 

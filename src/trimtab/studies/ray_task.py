@@ -143,6 +143,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "training_ended": (),
     "evaluated": (dict,),
     "evaluating": (str, int, int),
+    "trying": (float, int, int),
 }
 
 

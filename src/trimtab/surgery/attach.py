@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab import bases, methods
-from trimtab.errors import PlanError, SurgeryError, nearest
+from trimtab.errors import PlanError, SurgeryError, TrimtabWarning, nearest
 from trimtab.surgery.adapted import Adapted, AdaptedBlock, adapted_modules, bare, bare_modules, require_adapted
 from trimtab.surgery.attach_report import AttachReport, describe
 from trimtab.surgery.carrier import DEFAULT
@@ -65,6 +65,7 @@ def attach(model: nn.Module, plan: Plan | Rule | list[Rule], name: str = DEFAULT
             f"attach: the files of this {type(model).__name__} had no weights for {' and '.join(drawn)}, which no rule "
             "trains whole: what was drawn for them stays, and no adapter holds it. Let the last rule train them, "
             f'Rule(match={drawn}, method="full"), or unfreeze them',
+            TrimtabWarning,
             stacklevel=2,
         )
     return describe(model, plan.rules, name)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from trimtab.errors import TrimtabWarning
 from trimtab.surgery.adapted import carriers, require_adapted
 from trimtab.surgery.names import trained_beside
 from trimtab.surgery.wrappers import unwrapped
@@ -52,6 +53,7 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
         warnings.warn(
             f"disable_adapter: {len(trained)} tensors outside of the adapters are trained themselves, such as "
             f"{trained[0]}, and keep their trained values. Train them by a rule of method full to switch them off, too",
+            TrimtabWarning,
             stacklevel=3,
         )
     before = [module.adapters_disabled for module in adapted]

@@ -36,6 +36,19 @@ class Telling(TrainerCallback):
         self._listener.step(state.global_step, state.max_steps)
 
 
+class Trying(TrainerCallback):
+    """Tells the listener how far a trial at ``rate`` has come."""
+
+    def __init__(self, listener: Listener, rate: float) -> None:
+        self._listener, self._rate = listener, rate
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._listener.trying(self._rate, 0, state.max_steps)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._listener.trying(self._rate, state.global_step, state.max_steps)
+
+
 class Idle(TrainerCallback):
     """Watches which adapted modules no step has reached: what they compute is no part of any loss."""
 

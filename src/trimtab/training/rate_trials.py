@@ -40,6 +40,7 @@ from trimtab.runs.records import MetricsLine
 from trimtab.surgery.attach import detach
 from trimtab.surgery.plan import Rule
 from trimtab.tasks import Inputs
+from trimtab.training.callbacks import Trying
 from trimtab.training.rate_plan import TrialPlan, plan_trials
 from trimtab.training.rate_prior import SPREAD, labels_of_step, likely_rate
 from trimtab.training.trainer import AdapterTrainer, Diverged
@@ -277,6 +278,7 @@ class _Search:
                 reader=self._reader,
                 folder=Path(folder),
                 record=lines.append,
+                callbacks=[Trying(self._listener, train.rate)],
             )
             trainer.args.save_strategy = "no"
             trainer.train()

@@ -16,6 +16,7 @@ from trimtab import methods
 from trimtab.adapters.formats._peft_names import parameters, target_of
 from trimtab.adapters.record import B_BIAS
 from trimtab.adapters.safe_read import shown
+from trimtab.errors import TrimtabWarning
 
 # A pattern can be made to take hours. Honest ones are short, and all of a configuration take next to no time.
 _SECONDS_FOR_PATTERNS = 10.0
@@ -58,6 +59,7 @@ def options(config: dict[str, Any], modules: dict[str, dict[str, Tensor]]) -> di
             f"alpha_pattern has several values for {len(undecided)} modules, such as {shown(said)} for {shown(name)}. "
             f"As in PEFT, the first is taken, {shown(said[0])}; but PEFT sorts patterns when it saves them, so that "
             "the adapter may have been trained with another. A pattern for each module says it for certain",
+            TrimtabWarning,
             stacklevel=2,
         )
     return found

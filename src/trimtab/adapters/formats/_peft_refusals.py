@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.adapters.safe_read import shown
-from trimtab.errors import AdapterError
+from trimtab.errors import AdapterError, TrimtabWarning
 
 # Settings of a PEFT configuration that change what the adapter computes, and that we do not support.
 _REFUSED = {
@@ -74,6 +74,7 @@ def refuse(path: Path, config: dict[str, Any]) -> None:
         warnings.warn(
             f"{path}: settings that are not known here are passed over ({', '.join(sorted(unknown))}). If a newer PEFT "
             "computes something else by them, this adapter does not",
+            TrimtabWarning,
             stacklevel=2,
         )
     start = config.get("init_lora_weights")

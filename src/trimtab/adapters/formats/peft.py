@@ -39,7 +39,7 @@ from trimtab.adapters.record import StoredAdapter
 from trimtab.adapters.safe_read import damage_in, parse_description, read_description, read_tensors, shown
 from trimtab.adapters.stored_head import head_header, task_type
 from trimtab.bases import WeightBase
-from trimtab.errors import AdapterError
+from trimtab.errors import AdapterError, TrimtabWarning
 from trimtab.files import write_json, write_tensors
 from trimtab.methods import lora
 from trimtab.surgery.adapted import Adapted, owners
@@ -117,6 +117,7 @@ class PeftFormat(AdapterFormat):
             warnings.warn(
                 f"{weights}: nothing is stored of {shown(', '.join(gone))}, which {self.files[0]} says was trained as "
                 "a whole (modules_to_save). What the model has of it stays as it is",
+                TrimtabWarning,
                 stacklevel=2,
             )
         with damage_in(path, "configuration"):

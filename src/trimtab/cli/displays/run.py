@@ -30,6 +30,7 @@ class RunDisplay(Listener):
         self._steps = 0
         self._counted = "tokens"
         self._training = False
+        self._along = ""
 
     def __enter__(self) -> Self:
         return self
@@ -81,13 +82,22 @@ class RunDisplay(Listener):
     def evaluated(self, result: dict[str, Any]) -> None:
         self.note(", ".join(_figures(result)))
 
+    def trying(self, rate: float, step: int, steps: int) -> None:
+        self._gone_along(f"trial at {rate:g}", step, steps)
+
     def evaluating(self, name: str, done: int, total: int) -> None:
         if self._training:  # a validation: the training bar stays
             self._bar.update(f"validating, {done:,} of {total:,} rows")
-            return
-        if not self._bar.drawn:
+        else:
+            self._gone_along(name, done, total)
+
+    def _gone_along(self, name: str, done: int, total: int) -> None:
+        """Draw how far what has a bar of its own has come; the bar goes at its end."""
+        if not self._bar.drawn or name != self._along:  # a trial that diverges does not come to its end
+            self._along = name
             self._bar.start(name, 0, total)
-        self._bar.update(self._bar.left(done, total), done=done)
+        if done:
+            self._bar.update(self._bar.left(done, total), done=done)
         if done >= total:
             self._bar.stop()
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trimtab.errors import TrimtabWarning
 from trimtab.ops.kernels import channels, plain
 from trimtab.ops.kernels.contract import KernelSet
 
@@ -115,9 +116,9 @@ def _imports(name: str) -> bool:
         except Exception as error:  # whatever a package does that was built for another torch
             _works[name] = False
             warnings.warn(
-                f"trimtab: the fused kernels are left out, and layers take longer: {name} cannot be used here "
+                f"the fused kernels are left out, and layers take longer: {name} cannot be used here "
                 f"({type(error).__name__}: {error}). Install the triton that belongs to this torch",
-                RuntimeWarning,
+                TrimtabWarning,
                 stacklevel=2,
             )
     return _works[name]
