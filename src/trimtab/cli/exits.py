@@ -107,9 +107,9 @@ def _warnings_as_notes() -> Iterator[None]:
     """While open, our warnings are printed as notes, each of them once; those of libraries as ever."""
     as_ever, told = warnings.showwarning, set[str]()
 
-    def show(message: Warning | str, category: type[Warning], *place: Any) -> None:
+    def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
         if not issubclass(category, TrimtabWarning):
-            as_ever(message, category, *place)
+            as_ever(message, category, *place, **more)
         elif (sentence := str(message)) not in told:
             told.add(sentence)
             say_note(sentence)
