@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from scipy.stats import ttest_rel
 
 from trimtab.errors import ConfigError
 from trimtab.runs.results import ChoiceResult, EntitiesResult, NumberResult, Result
@@ -25,6 +26,10 @@ def entities(f1: float, correct: str) -> EntitiesResult:
     return EntitiesResult(kind="entities", rows=4, choices=["O"], words=9, figures={"entity_f1": f1}, correct=correct)
 
 
+def number(rmse: float, rows: int = 2) -> NumberResult:
+    return NumberResult(kind="number", rows=rows, spread=1.0, figures={"rmse": rmse})
+
+
 def test_an_f1_differs_by_itself_and_not_by_its_rows() -> None:
     mine = [Run(seed, entities(f1, "1111")) for seed, f1 in enumerate((0.90, 0.92, 0.91))]
     other = [Run(seed, entities(f1, "0000")) for seed, f1 in enumerate((0.88, 0.89, 0.90))]
@@ -33,9 +38,15 @@ def test_an_f1_differs_by_itself_and_not_by_its_rows() -> None:
     assert (found.seeds, found.rows) == (3, 0)
 
 
-def test_numbers_are_not_compared_and_accuracy_by_rows() -> None:
-    numbers = [Run(0, NumberResult(kind="number", rows=2, spread=1.0, figures={"rmse": 1.0}))] * 2
-    assert _difference(numbers, numbers, "t") is None  # type: ignore[arg-type]
+def test_an_error_is_compared_by_the_seeds_and_accuracy_by_rows() -> None:
+    mine, other = (
+        [Run(seed, number(rmse)) for seed, rmse in enumerate(each)] for each in ((21.5, 20.5, 22.0), (23.0, 22.5, 23.0))
+    )
+    found: Any = _difference(mine, other, ["t"])  # type: ignore[arg-type]
+    assert (found.mean, found.seeds, found.rows) == (-1.5, 3, 0)
+    assert found.p == pytest.approx(ttest_rel([21.5, 20.5, 22.0], [23.0, 22.5, 23.0]).pvalue)
+    assert _difference(mine[:1], other[:1], ["t"]) is None  # type: ignore[arg-type]
+    assert _difference(mine, [Run(seed, number(1.0, rows=3)) for seed in range(3)], ["t"]) is None  # type: ignore[arg-type]
     figures = {"accuracy": 0.5}
     made = {"choices": ["a", "b"], "confusion": [[2, 0], [2, 0]], "figures": figures, "rows": 4}
     choices = [Run(0, ChoiceResult(kind="choice", correct="1010", **made))]

@@ -122,7 +122,7 @@ def _doubts(study: Study, runs: Sequence[StudyRun], tested: Mapping[tuple[str, s
             rows, others = some[arm].rows, some[str(against)].rows
             if rows != others:
                 yield f"{place}: {arm} was tested on {rows:,} rows and {against} on {others:,}; they are not compared."
-            elif rows < 2:
+            elif rows < 2 and all(counts_rows(result.kind) for result in some.values()):
                 yield f"{place}: one row is too few to compare {arm} with {against}."
             elif _content_of(mine[test]) != _content_of(theirs[test]):
                 yield (
@@ -231,12 +231,13 @@ def _spread(results: Sequence[Sequence[Result]], name: str) -> MeanInterval | No
 def _difference(mine: Sequence[StudyRun], reference: Sequence[StudyRun], sets: Sequence[str]) -> Difference | None:
     """The paired comparison over the seeds that both have; None where nothing can be paired.
 
-    Rows are paired where the measure is the share of those that are right; any other share is compared by seeds. In a
-    mean of test sets a row of a small set counts more, so that each set counts as one.
+    Rows are paired where the measure is the share of those that are right; any other figure, such as an F1, an error or
+    a perplexity, is compared by seeds. In a mean of test sets a row of a small set counts more, so that each set counts
+    as one.
     """
-    measured = [run.tests[test].kind for run in (*mine, *reference) for test in sets if test in run.tests]
-    by_rows = all(map(counts_rows, measured))
-    if not by_rows and not all(main_metric(kind).share for kind in measured):
+    tested = [[run.tests[test] for test in sets if test in run.tests] for run in (*mine, *reference)]
+    by_rows = all(counts_rows(result.kind) for results in tested for result in results)
+    if len({tuple(result.rows for result in results) for results in tested}) > 1:
         return None
 
     def outcome(run: StudyRun) -> Any:
@@ -264,5 +265,4 @@ def _difference(mine: Sequence[StudyRun], reference: Sequence[StudyRun], sets: S
         pair = [[of_arm[seed] for seed in both] for of_arm in right]
     if not by_rows:
         return difference_of_seeds(*pair)
-    sizes = {tuple(run.tests[test].rows for test in sets) for run in (*mine, *reference)}
-    return paired_difference(*pair) if len(sizes) == 1 and sum(*sizes) > 1 else None
+    return paired_difference(*pair) if sum(result.rows for result in tested[0]) > 1 else None

@@ -56,6 +56,13 @@ def figure(metric: Metric, value: float | None) -> str:
     return percent(value) if metric.share else number(value)
 
 
+def change(metric: Metric, value: float) -> str:
+    """A difference in that metric, with its sign: of shares in points, of any other as a number."""
+    if metric.share:
+        return signed(100 * value, 1)
+    return number(value) if not value else ("+" if value > 0 else "−") + number(abs(value))
+
+
 def number(value: float | None) -> str:
     """A positive figure such as a loss or a perplexity, with three or four significant figures."""
     if value is None or not math.isfinite(value):

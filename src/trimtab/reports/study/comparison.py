@@ -59,23 +59,28 @@ def findings(results: StudyResults) -> list[str]:
                 continue
             if difference.p_holm < 0.05:
                 side = "above" if difference.mean > 0 else "below"
+                far = words.change(line.metric, abs(difference.mean)).lstrip("+")
+                away = f"{far} points {side} {line.against}"
+                if not line.metric.share:
+                    away = f"{far} {side} {line.against} in {line.metric.label}"
                 sentences.append(
-                    f"{place}: {line.arm} is {100 * abs(difference.mean):.1f} points {side} {line.against} "
-                    f"(95 % interval {_ends(difference)}; p {_p(difference.p_holm, '= ')} after correction)."
+                    f"{place}: {line.arm} is {away} (95 % interval {_ends(line, difference)}; "
+                    f"p {_p(difference.p_holm, '= ')} after correction)."
                 )
                 continue
             compared = line.arm if one_reference else f"{line.arm} against {line.against}"
             beside_zero = difference.low > 0 or difference.high < 0
-            (near if beside_zero else unknown).append(f"{compared} ({_ends(difference)})")
+            (near if beside_zero else unknown).append(f"{compared} ({_ends(line, difference)})")
         if near:
             sentences.append(
                 f"{place}: for {', '.join(near)} the interval of the difference leaves zero out, but among so many "
                 "comparisons that may be chance."
             )
         if unknown:
+            counted = "points" if lines[0].metric.share else lines[0].metric.label
             sentences.append(
                 f"{place}: no difference from {reference_of(results)} can be told for {', '.join(unknown)}. In "
-                "brackets: what remains possible, in points."
+                f"brackets: what remains possible, in {counted}."
             )
     return [*sentences, *results.doubts]
 
@@ -89,7 +94,7 @@ def columns(lines: Sequence[SummaryLine], reference: str) -> dict[str, list[str]
 
 def _cells(line: SummaryLine, reference: str) -> dict[str, str]:
     costs, difference, rate = line.costs, line.difference, line.learning_rate
-    above = f"{words.signed(100 * difference.mean, 1)} ({_ends(difference)})" if difference else ""
+    above = f"{words.change(line.metric, difference.mean)} ({_ends(line, difference)})" if difference else ""
     return {
         "arm": line.arm,
         "trained": words.parameters(costs.trainable_parameters.mean),
@@ -117,8 +122,8 @@ def _with_interval(mean: MeanInterval | None, times: int) -> str:
     return text if mean.ends is None else f"{text} ± {times * (mean.ends[1] - mean.mean):.{digits}f}"
 
 
-def _ends(difference: CorrectedDifference) -> str:
-    return f"{words.signed(100 * difference.low, 1)} to {words.signed(100 * difference.high, 1)}"
+def _ends(line: SummaryLine, difference: CorrectedDifference) -> str:
+    return f"{words.change(line.metric, difference.low)} to {words.change(line.metric, difference.high)}"
 
 
 def _p(p: float, equals: str = "") -> str:

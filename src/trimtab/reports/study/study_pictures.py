@@ -118,22 +118,23 @@ def draw_differences(results: StudyResults) -> Figure | None:
     left: list[str] = []  # the names on the panel to the left
     for number, (axes, ((task, test), compared)) in enumerate(zip(grid, shown.items(), strict=True)):
         lines = [line for line, _ in compared]
+        metric = lines[0].metric
         plain(axes)
         axes.axvline(0, color=MUTED, linewidth=1, zorder=1)
         for place, (_, difference) in enumerate(compared):
-            mean, low, high = (100 * value for value in (difference.mean, difference.low, difference.high))
+            mean, low, high = (metric.scale * at for at in (difference.mean, difference.low, difference.high))
             told = difference.p_holm < 0.05
             axes.plot([low, high], [place, place], color=INK, linewidth=1.4, zorder=2)
             face = INK if told else PAGE
             axes.plot(mean, place, "o", color=INK, markerfacecolor=face, markersize=_DOT, zorder=3)
-            at_row(axes, place, words.signed(mean, 1), bold=told)
+            at_row(axes, place, words.change(metric, difference.mean), bold=told)
         others = {line.against for line in lines}
         names = [line.arm if len(others) == 1 else f"{line.arm} − {line.against}" for line in lines]
         named_rows(axes, [] if number % 2 and names == left else names, len(lines))
         left = names
-        label = lines[0].metric.label
+        label = metric.label
         above = f"{label} above {others.pop()}" if len(others) == 1 else f"difference in {label}"
-        axes.set_xlabel(f"{above}, points")
+        axes.set_xlabel(f"{above}, points" if metric.share else above)
         headed(axes, panel_name(task, test))
     return figure
 
