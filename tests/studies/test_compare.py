@@ -159,9 +159,12 @@ def test_a_cell_that_fails_does_not_stop_the_others(make_study: Callable[..., Pa
     assert "rule 1" in reason
     results = write_results(study, [(cell, reason)])
     assert [run.arm for run in results.runs] == ["lora"]
+    assert write_results(study).failed == results.failed, "it is still not done, and why is still told"
+    other = load_study(make_study(arms={"lora": arms["lora"]}, seeds=[0]))
     page = write_study_page(study.folder).read_text(encoding="utf-8")
     assert "broken on all, seed 0" in page
     assert "ends with no module" in page
+    assert write_results(other).failed == [], "an arm that the study has no more"
 
 
 def test_an_arm_whose_search_fails_is_not_run(make_study: Callable[..., Path], ran: list[str]) -> None:

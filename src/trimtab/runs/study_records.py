@@ -127,7 +127,7 @@ class MissingRun(_Trained):
 
 
 class FailedRun(_Place):
-    """A run that failed in this call."""
+    """A run that failed the last time, and is not done."""
 
     searching: bool
     reason: str

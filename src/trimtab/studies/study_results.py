@@ -13,9 +13,10 @@ from statistics import fmean
 from typing import Any
 
 from trimtab.config.study import ONE_TASK
-from trimtab.errors import ConfigError
+from trimtab.errors import ConfigError, RunError
 from trimtab.files import write_text
 from trimtab.metrics import KINDS, METRICS, compared, counts_rows, main_metric
+from trimtab.runs.read import read_study_results
 from trimtab.runs.results import ChoiceResult, MultipleChoiceResult, Result, TagsResult
 from trimtab.runs.study_records import (
     CellRecord,
@@ -46,8 +47,10 @@ _BESIDE = [metric for metric in compared() if metric not in map(main_metric, KIN
 
 
 def write_results(study: Study, failed: Sequence[tuple[Cell, str]] = ()) -> StudyResults:
-    """Write both files into the study's folder; return what ``results.json`` holds. ``failed``: as `compare` gives."""
+    """Write both files into the study's folder; return what ``results.json`` holds. ``failed``: as `compare` gives;
+    what failed in an earlier call and is not done yet stays told."""
     results = gather(study, failed)
+    results = results.updated(failed=[*results.failed, *_failed_before(study, results)])
     results.write_to(study.folder / "results.json")
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -59,6 +62,20 @@ def write_results(study: Study, failed: Sequence[tuple[Cell, str]] = ()) -> Stud
             writer.writerow([run.task, run.arm, run.seed, run.learning_rate, name, result.rows, *figures, *facts])
     write_text(study.folder / "results.csv", text.getvalue())
     return results
+
+
+def _failed_before(study: Study, now: StudyResults) -> Iterator[FailedRun]:
+    """The failures that the results on disk name, of runs that are not done and did not fail again."""
+    try:
+        before = read_study_results(study.folder).failed
+    except RunError:  # no results yet, or damaged ones, which are about to be replaced
+        return
+    open_runs = {_place(run) for run in now.missing} - {_place(run) for run in now.failed}
+    yield from (run for run in before if _place(run) in open_runs)
+
+
+def _place(run: MissingRun | FailedRun) -> tuple[str, str, int, bool]:
+    return run.task, run.arm, run.seed, run.searching
 
 
 def gather(study: Study, failed: Sequence[tuple[Cell, str]] = ()) -> StudyResults:
