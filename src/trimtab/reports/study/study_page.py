@@ -40,12 +40,20 @@ def write_study_page(folder: Path) -> Path:
             for (task, test), lines in panels(results).items()
         ],
         "rates": _rates(results),
+        "found_rates": _finds_rates(results),
         "cells": cells,
         "precisions": list(dict.fromkeys(run.precision for run in cells)),
         "seconds": sum(run.total_seconds for run in cells),
         "yaml": write_yaml(results.said),
     }
     return write_page(folder / "results.html", "study/study.html", values)
+
+
+def _finds_rates(results: StudyResults) -> bool:
+    """Whether runs of the study find their own learning rates."""
+    said = results.said
+    sections = (said["base"], *said["tasks"].values(), *said["arms"].values())
+    return any((section.get("train") or {}).get("learning_rate") == "auto" for section in sections)
 
 
 def _rates(results: StudyResults) -> tuple[list[list[str]], list[str]]:
