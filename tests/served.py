@@ -73,7 +73,8 @@ class FakeTicket:
                 if engine.failing is not None and number > engine.after:
                     raise engine.failing
                 top = (Likely(number, word, word.encode(), -0.5), Likely(0, "\ufffd", b"\xe2", float("-inf")))
-                chosen = Chosen(number, word, word.encode(), -0.5, top[: self.request.logprobs or 0])
+                offset = sum(map(len, engine.words[: number - 1]))
+                chosen = Chosen(number, word, word.encode(), -0.5, top[: self.request.logprobs or 0], offset)
                 told = (chosen,) if self.request.logprobs is not None else ()
                 reason = None if number < most else engine.reason or ("length" if most < len(engine.words) else "stop")
                 yield Piece(word, told, reason, read, number)

@@ -55,6 +55,23 @@ def tiny_tokenizer(template: str | None = CHATML) -> Any:
     return tokenizer
 
 
+def spaced_tokenizer() -> Any:
+    """A unigram model as SentencePiece makes it, whose decoder drops the space that a text begins with."""
+    from tokenizers import Tokenizer
+    from tokenizers.decoders import Metaspace as MetaspaceDecoder
+    from tokenizers.models import Unigram
+    from tokenizers.pre_tokenizers import Metaspace
+    from tokenizers.trainers import UnigramTrainer
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(Unigram())
+    backend.pre_tokenizer, backend.decoder = Metaspace(), MetaspaceDecoder()
+    special = ["<unk>", "<pad>", "</s>"]
+    trainer = UnigramTrainer(vocab_size=120, special_tokens=special, unk_token="<unk>", show_progress=False)
+    backend.train_from_iterator([_TEXT] * 8, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
+
+
 def tiny_model(vocabulary: int = 400, **changes: Any) -> Any:
     """A random Llama of two blocks (width 32), its embedding tied to its head as in SmolLM2."""
     import torch

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tiny_runs import tiny_tokenizer
+from tiny_runs import spaced_tokenizer, tiny_tokenizer
 from trimtab.data.detokenizer import Detokenizer
 
 
@@ -24,6 +24,21 @@ def test_pieces_are_the_text_and_end_with_whole_characters(tokenizer: Any, text:
     assert text.startswith("".join(pieces))
     assert "\ufffd" in text or not any("\ufffd" in piece for piece in pieces)
     assert "".join(pieces) + made.finish() == text
+
+
+def test_what_goes_on_from_a_text_keeps_the_space_at_its_beginning() -> None:
+    spaced = spaced_tokenizer()
+    ids = spaced("fog over berth seven").input_ids
+    for cut in range(len(ids)):
+        made = Detokenizer(spaced, before=ids[:cut])
+        said = "".join(made.add(token) for token in ids[cut:]) + made.finish()
+        assert spaced.decode(ids[:cut]) + said == "fog over berth seven"
+
+
+def test_a_character_that_was_begun_before_is_told_whole(tokenizer: Any) -> None:
+    ids = tokenizer("a €").input_ids
+    made = Detokenizer(tokenizer, before=ids[:-1])
+    assert made.add(ids[-1]) + made.finish() == "€"
 
 
 def test_bytes_by_chance_come_as_they_are_decoded_whole(tokenizer: Any) -> None:

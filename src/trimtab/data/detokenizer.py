@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 _PART = "\ufffd"  # what a tokenizer shows for a part of a character
@@ -17,12 +17,19 @@ class Detokenizer:
 
     Args:
         silent: tokens that are no text, such as those that end an answer. Special tokens are none either.
+        before: tokens whose text this one goes on from, without being told: a space at its beginning stays then.
     """
 
-    def __init__(self, tokenizer: Any, silent: Collection[int] = ()) -> None:
-        self.ids: list[int] = []
+    def __init__(self, tokenizer: Any, silent: Collection[int] = (), before: Sequence[int] = ()) -> None:
+        self.ids = [*before]
         self._tokenizer, self._silent = tokenizer, frozenset(silent)
-        self._from, self._whole, self._told = 0, 0, 0
+        self._from, self._whole = 0, len(self.ids)
+        self._told = len(self._decoded(0).rstrip(_PART)) if before else 0
+
+    @property
+    def began(self) -> bool:
+        """Whether there is any text before the next token's."""
+        return self._told > 0
 
     def add(self, *ids: int) -> str:
         """The text that is sure now."""

@@ -127,6 +127,7 @@ class Asking(BaseModel):
                 logprobs=self.likeliest,
                 ignore_end=bool(self.ignore_eos),
                 seconds=seconds,
+                same_text=isinstance(self, CompletionAsking),
             )
             for place, prompt in enumerate(prompts)
             for number in range(self.count)

@@ -173,7 +173,7 @@ class CompletionReply:
 
     def whole(self, rows: Sequence[Row], total: Json) -> Json:
         """The body of an answer that does not stream."""
-        choices = [self._choice(index, row, row.text, row.chosen, 0) for index, row in enumerate(rows)]
+        choices = [self._choice(index, row, row.text, row.chosen) for index, row in enumerate(rows)]
         return {**self._head, "choices": choices, "usage": total}
 
     def chunk(self, choices: list[Json], total: Json | None, *, with_usage: bool) -> Json:
@@ -189,11 +189,10 @@ class CompletionReply:
         text = "".join(one for one in said if isinstance(one, str))
         if not text and not chosen and row.reason is None:
             return None
-        before = sum(len(one.text) for one in row.chosen[: len(row.chosen) - len(chosen)])
-        return self._choice(index, row, text, chosen, before)
+        return self._choice(index, row, text, chosen)
 
-    def _choice(self, index: int, row: Row, text: str, chosen: Sequence[Chosen], offset: int) -> Json:
-        logprobs = _completion_logprobs(chosen, offset) if self._logprobs else None
+    def _choice(self, index: int, row: Row, text: str, chosen: Sequence[Chosen]) -> Json:
+        logprobs = _completion_logprobs(chosen) if self._logprobs else None
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": row.finish_reason}
 
 
@@ -209,17 +208,13 @@ def _told(one: Likely) -> Json:
     return {"token": one.text, "logprob": _finite(one.logprob), "bytes": list(one.raw)}
 
 
-def _completion_logprobs(chosen: Sequence[Chosen], offset: int) -> Json:
-    offsets = []
-    for one in chosen:
-        offsets.append(offset)
-        offset += len(one.text)
+def _completion_logprobs(chosen: Sequence[Chosen]) -> Json:
     tops: list[dict[str, float]] = [{_name(other): _finite(other.logprob) for other in one.top} for one in chosen]
     return {
         "tokens": [_name(one) for one in chosen],
         "token_logprobs": [_finite(one.logprob) for one in chosen],
         "top_logprobs": tops,
-        "text_offset": offsets,
+        "text_offset": [one.offset for one in chosen],
     }
 
 

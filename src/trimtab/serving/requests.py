@@ -76,6 +76,8 @@ class Request:
             likeliest tokens at each place. They are the model's own, whatever the temperature.
         ignore_end: go on over end tokens, up to the limit (to measure speed).
         seconds: the time the request may take in all; None: the server's limit.
+        same_text: the answer goes on in the text of the prompt, so that a space at its beginning is part of it; else it
+            is a text of its own.
     """
 
     model: str
@@ -89,6 +91,7 @@ class Request:
     logprobs: int | None = None
     ignore_end: bool = False
     seconds: float | None = None
+    same_text: bool = False
 
 
 @dataclass(frozen=True)
@@ -104,9 +107,11 @@ class Likely:
 
 @dataclass(frozen=True)
 class Chosen(Likely):
-    """The token that was taken, and the likeliest ones at its place, the likeliest first."""
+    """The token that was taken, and the likeliest ones at its place, the likeliest first. ``offset``: where its text
+    begins in the answer's."""
 
     top: tuple[Likely, ...] = ()
+    offset: int = 0
 
 
 @dataclass(frozen=True)

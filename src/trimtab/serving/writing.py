@@ -14,6 +14,10 @@ from trimtab.serving.requests import Chosen, FinishReason, Likely, OutOfTime, Pi
 from trimtab.serving.sampling import draw
 from trimtab.serving.ticket import Ticket
 
+_BEFORE = 8
+"""So many tokens of a prompt are looked at for the text that an answer goes on from."""
+_SPACE = "\u2581"  # how SentencePiece writes a space
+
 
 class Row:
     """A request in the queue and in the batch.
@@ -45,10 +49,11 @@ class Row:
         self.failed: Exception | None = None
         self._deadline = None if seconds is None else self.submitted + seconds
         self._ends = frozenset(ends)
-        self._tokenizer, self._text = tokenizer, Detokenizer(tokenizer, ends)
+        before = self.request.prompt[-_BEFORE:] if self.request.same_text else ()
+        self._tokenizer, self._text = tokenizer, Detokenizer(tokenizer, ends, before)
         self._numbers = random.Random(self.request.seed)
         self._held, self._length = "", 0  # text that may be the beginning of a stop string; all that came before it
-        self._chosen: list[tuple[int, Chosen]] = []  # tokens that were not told yet, each with where its text begins
+        self._chosen: list[Chosen] = []  # tokens that were not told yet
 
     @property
     def prompt_tokens(self) -> int:
@@ -80,7 +85,7 @@ class Row:
             self.first_token = time.monotonic()
         ends = token in self._ends and not asked.ignore_end
         if asked.logprobs is not None and not ends:
-            self._chosen.append((self._length + len(self._held), self._likely(logits, token, asked.logprobs)))
+            self._chosen.append(self._likely(logits, token, asked.logprobs))
         if ends:
             self._tell(self._text.finish(), "stop")
         elif self.written >= self.limit:
@@ -123,8 +128,8 @@ class Row:
         told, self._held = self._held[:sure], self._held[sure:]
         self._length += sure
         # Tokens of a stop string are told as little as its text.
-        chosen = tuple(one for start, one in self._chosen if start < self._length or (over and found is None))
-        self._chosen = [(start, one) for start, one in self._chosen if start >= self._length]
+        chosen = tuple(one for one in self._chosen if one.offset < self._length or (over and found is None))
+        self._chosen = [one for one in self._chosen if one.offset >= self._length]
         self.over = over
         if told or over:
             counts = {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.written}
@@ -135,10 +140,10 @@ class Row:
         values, ids = said.topk(min(count, said.shape[-1]))
         top = [self._as_said(one, value) for one, value in zip(ids.tolist(), values.tolist(), strict=True)]
         own = self._as_said(token, float(said[token]))
-        return Chosen(own.token, own.text, own.raw, own.logprob, tuple(top))
+        return Chosen(own.token, own.text, own.raw, own.logprob, tuple(top), self._length + len(self._held))
 
     def _as_said(self, token: int, logprob: float) -> Likely:
-        text = self._tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        text = token_text(self._tokenizer, token, first=not self._text.began)
         return Likely(token, text, token_bytes(self._tokenizer, token, text), logprob)
 
 
@@ -166,6 +171,18 @@ def take(rows: list[Row], logits: Tensor) -> None:
             row.choose(own, token)
         except Exception as error:  # such as a tokenizer's, at a token that it does not know
             row.fail(RequestFailed(f"the text of this request's answer cannot be told: {error!r}"))
+
+
+def token_text(tokenizer: Any, token: int, *, first: bool) -> str:
+    """The text of a token; ``first``: where a text begins, at which some decoders drop a space."""
+
+    def decoded(*tokens: int) -> str:
+        return str(tokenizer.decode([*tokens], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    text = decoded(token)
+    if first or text.startswith(" ") or not (tokenizer.convert_ids_to_tokens(token) or "").startswith(_SPACE):
+        return text
+    return decoded(token, token).removeprefix(text)
 
 
 def token_bytes(tokenizer: Any, token: int, text: str) -> bytes:
