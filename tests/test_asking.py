@@ -6,7 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM, MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    Lfm2Config,
+    Lfm2ForCausalLM,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MiniMaxConfig,
+    MiniMaxForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 import trimtab
 from tiny_runs import tiny_model, tiny_tokenizer
@@ -70,7 +80,25 @@ def mamba() -> Any:
     return MambaForCausalLM(config).eval()
 
 
-@pytest.mark.parametrize("make", [llama, adapted, windowed, mamba])
+def mixed() -> Any:
+    """Layers of attention beside such that sum up what they have seen."""
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    torch.manual_seed(5)
+    config = Lfm2Config(vocab_size=400, initializer_range=0.3, layer_types=["conv", "full_attention"], **sizes, **heads)
+    return Lfm2ForCausalLM(config).eval()
+
+
+def minimax() -> Any:
+    """A cache of its own kind."""
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
+    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 2}
+    kinds: dict[str, Any] = {"layer_types": ["linear_attention", "full_attention"], "block_size": 8}
+    torch.manual_seed(4)
+    return MiniMaxForCausalLM(MiniMaxConfig(vocab_size=400, initializer_range=0.3, **sizes, **heads, **kinds)).eval()
+
+
+@pytest.mark.parametrize("make", [llama, adapted, windowed, mamba, mixed, minimax])
 def test_what_is_kept_changes_no_answer(make: Any, tokenizer: Any) -> None:
     model = make()
     assert [answer.text for answer in talked(model, tokenizer)] == without_keeping(model, tokenizer)
@@ -131,6 +159,19 @@ def test_an_interrupt_between_two_layers(tokenizer: Any) -> None:
     fresh = Conversation(Asked(model, tokenizer), GREEDY)
     fresh.messages = list(conversation.messages)
     assert conversation.ask(TURNS[2], quiet).text == fresh.ask(TURNS[2], quiet).text
+
+
+def test_a_prompt_that_was_read_by_half_is_read_again(tokenizer: Any) -> None:
+    model = mixed()
+    asked = Asked(model, tokenizer)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    handle = model.model.layers[1].register_forward_pre_hook(interrupt)
+    assert asked.write(TURNS[0], GREEDY, quiet).stopped
+    handle.remove()
+    assert asked.write(TURNS[0], GREEDY, quiet).text == Asked(model, tokenizer).write(TURNS[0], GREEDY, quiet).text
 
 
 def test_letters_of_several_tokens_are_said_whole(tokenizer: Any) -> None:

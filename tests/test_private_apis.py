@@ -28,7 +28,7 @@ TESTED = {
     *("_NormBase", "_non_persistent_buffers_set"),
     *("_get_fsdp_state", "_fsdp_param_groups", "_execution_engine"),
     *("_n_gpu",),
-    *("_is_hf_initialized", "_init_weights", "_attn_implementation"),
+    *("_is_hf_initialized", "_init_weights", "_attn_implementation", "_supports_default_dynamic_cache"),
     *("_conv_forward", "_reversed_padding_repeated_twice", "_tied_weights_keys"),
     *("_make_wrapper_subclass", "_foreach_lerp_", "_convert_weight_packed_for_cpu_inverse"),
 }
@@ -371,3 +371,10 @@ def test_where_a_model_says_how_it_computes_attention() -> None:
 def test_how_a_function_is_marked_whose_result_a_compiler_may_keep() -> None:
     marked = torch.compiler.assume_constant_result(lambda: 1)
     assert marked._dynamo_marked_constant is True, without("torch", "_dynamo_marked_constant")
+
+
+def test_which_models_have_a_cache_of_their_own() -> None:
+    from transformers import LlamaForCausalLM, MiniMaxForCausalLM
+
+    kinds = [kind._supports_default_dynamic_cache() for kind in (LlamaForCausalLM, MiniMaxForCausalLM)]
+    assert kinds == [True, False], without("transformers", "_supports_default_dynamic_cache")

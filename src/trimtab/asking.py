@@ -114,7 +114,7 @@ class Asked:
         kept = self._keep(ids)
         speaking = _Speaking(self.tokenizer, self.ends, say)
         batch = torch.tensor([ids], device=self.model.device)
-        stopped = False
+        stopped, whole_passes = False, False
         try:
             with torch.inference_mode(), for_inference(self.model), self._set_to(drawing, room) as settings:
                 self.model.generate(
@@ -124,6 +124,7 @@ class Asked:
                     streamer=speaking,
                     **({"past_key_values": self._cache} if self._cache is not None else {}),
                 )
+            whole_passes = True
         except KeyboardInterrupt:
             stopped = True
             speaking.finish()
@@ -131,7 +132,7 @@ class Asked:
             # The last token was written and not read; before the first, only what was kept is whole.
             whole = len(ids) + len(speaking.ids) - 1 if speaking.ids else kept
             self._seen = [*ids, *speaking.ids][:whole]
-            self._trim(whole)
+            self._trim(whole, torn=not whole_passes)
         ended = bool(speaking.ids) and speaking.ids[-1] in self.ends
         written = len(speaking.ids)
         return Answer(speaking.text, written, ended, stopped, full=written == room, read=len(ids) - kept)
@@ -142,19 +143,21 @@ class Asked:
         same = next((at for at, (one, other) in enumerate(pairs) if one != other), min(len(self._seen), len(ids) - 1))
         if not self._trim(same):
             self._cache, same = None, 0
-        if self._cache is None and "past_key_values" in signature(self.model.forward).parameters:
+        own = not self.model._supports_default_dynamic_cache()  # such as MiniMax's, which generate() makes anew
+        if self._cache is None and not own and "past_key_values" in signature(self.model.forward).parameters:
             self._cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
         self._seen = self._seen[:same]
         return same if self._cache is not None else 0
 
-    def _trim(self, length: int) -> bool:
+    def _trim(self, length: int, *, torn: bool = False) -> bool:
         """Shorten the cache to ``length`` tokens; whether that could be done. States that sum up all they have seen,
-        and windows that have moved on, cannot go back."""
+        and windows that have moved on, cannot go back; ``torn``: a pass was interrupted, so that some of its layers may
+        have moved on and others not."""
         if self._cache is None:
             return not length
         layers = [layer for layer in self._cache.layers if type(layer) is DynamicLayer]
         if len(layers) < len(self._cache.layers):
-            if self._cache.get_seq_length() == length:
+            if not torn and self._cache.get_seq_length() == length:
                 return True
             self._cache, self._seen = None, []
             return False
