@@ -14,7 +14,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tiny_gguf import SPECIAL, TOKENS
+from trimtab.errors import ModelError
 from trimtab.export import _gguf_file as files
+from trimtab.export.gguf import _untied
 from trimtab.export.gguf_lora import _ARCHITECTURES, order_of
 
 HIDDEN, HEADS, KEYS, INNER = 64, 4, 2, 96
@@ -123,6 +125,21 @@ def write(path: Path, model: Any) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+@pytest.mark.parametrize(("kind", "has_head"), [("gemma", False), ("gemma2", False), ("gemma3_text", True)])
+def test_a_changed_embedding_is_refused_where_the_head_cannot_have_a_matrix_of_its_own(
+    kind: str, has_head: bool, tmp_path: Path
+) -> None:
+    model = tiny(kind)
+    write(tmp_path / "model.gguf", model)
+    file, held = files.GgufFile(tmp_path / "model.gguf"), files.parameters(model)
+    places = {"model.embed_tokens.weight": files.Place("token_embd.weight", files.Order())}
+    if has_head:
+        assert _untied("model.embed_tokens", places, held, file)["lm_head.weight"].tensor == "output.weight"
+        return
+    with pytest.raises(ModelError, match=f"one matrix for the embedding and the output head of every {kind}"):
+        _untied("model.embed_tokens", places, held, file)
 
 
 QUICK = ("gemma", "granite", "qwen2")

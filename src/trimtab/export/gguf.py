@@ -59,7 +59,7 @@ class MergedGguf(ExportFormat):
         report = merge(model)
         held = files.parameters(model)
         for name in report.untied:  # what was one with another module has values of its own now
-            places |= _untied(name, places, held)
+            places |= _untied(name, places, held, file)
         copy = _Copy(file, held, wanted)
         for name, place in places.items():
             copy.replace(name, place)
@@ -132,13 +132,18 @@ def _places(file: GgufFile, model: Any, *, exact: bool) -> dict[str, Place]:
     return found
 
 
-def _untied(module: str, places: dict[str, Place], held: dict[str, Tensor]) -> dict[str, Place]:
+def _untied(module: str, places: dict[str, Place], held: dict[str, Tensor], file: GgufFile) -> dict[str, Place]:
     """The places after ``module`` got a weight of its own: an output head that was the embedding is a new tensor."""
     head, embedding = f"{module}.weight", "token_embd.weight"
     shared = [name for name, place in places.items() if place.tensor == embedding]
     other = [name for name, tensor in held.items() if name.endswith("lm_head.weight")]
     if not shared or not other:
         raise ModelError(f"{head}: was tied to another module, and has no tensor of its own in the file")
+    if file.names.get_name(other[0], try_suffixes=(".weight",)) is None:
+        raise ModelError(
+            f"{head}: was tied to another module, and is not any more; llama.cpp has one matrix for the embedding and "
+            f"the output head of every {file.architecture}. `trimtab export RUN OUT --to merged` hands over both"
+        )
     return {other[0]: Place("output.weight", files.Order())}
 
 
