@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from trimtab.adapters.formats import all_formats
 from trimtab.adapters.placing import format_of
 from trimtab.adapters.store import load_adapter, save_adapter
 from trimtab.errors import SurgeryError
+from trimtab.evaluation.agreement import Passages, agreement
 from trimtab.export._card import base_of
 from trimtab.export._export_format import ExportFormat, Written
 from trimtab.export._plain_lora import make_plain, plain_factors
 from trimtab.export._subject import Subject
 from trimtab.files import read_json, write_json
 from trimtab.models.locate import hub_id
+from trimtab.notes import Notes
 from trimtab.surgery.adapted import bare
 from trimtab.surgery.attach import detach
 
@@ -58,9 +62,45 @@ class PeftLora(ExportFormat):
             write_json(folder / REPORT, plain.report.plain())
         detach(subject.model)
         load_adapter(subject.model, folder)  # what is compared with the run is what the files say
-        loads = "PEFT, vLLM and others load" if served and subject.is_causal else "PEFT loads"
-        done = [*plain.done, f"wrote a LoRA that {loads}"]
-        return Written(done, plain.notes, _use(subject, name, served))
+        loads = "that PEFT, vLLM and others load" if served and subject.is_causal else "that PEFT loads"
+        if problem := _problem_in_peft(subject, folder):
+            loads = "in PEFT's format"
+        done = [*plain.done, f"wrote a LoRA {loads}"]
+        return Written(done, [*plain.notes, *filter(None, [problem])], _use(subject, name, served))
+
+
+def _problem_in_peft(subject: Subject, folder: Path) -> str:
+    """What PEFT, where it is installed, does with ``folder`` but compute what was trained; empty for nothing. It leaves
+    PEFT's layers in ``subject.model``, whose outputs are then those that PEFT's users get."""
+    try:
+        from peft import PeftModel, __version__
+    except ImportError:
+        return ""
+    model = subject.model
+    told = Passages.random(model).comparison if subject.is_causal else subject.comparison(Notes())
+    if told is None or subject.config.quantisation != "none":
+        return ""
+    ours = told.of(model)
+    detach(model)
+    elsewhere = "`trimtab export RUN OUT --to merged` hands it over exactly"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            PeftModel.from_pretrained(model, str(folder))
+        apart = agreement(ours, told.of(model), told).difference
+    except Exception as error:  # whatever PEFT, or the model among its layers, fails at
+        subject.load_anew()
+        detach(subject.model)
+        load_adapter(subject.model, folder)
+        said = " ".join(str(error).split())[:300]
+        return f"PEFT {__version__} does not load it onto this model ({said}); {elsewhere}"
+    if apart <= (1e-3 if model.dtype == torch.float32 else 0.1):
+        return ""
+    return (
+        f"PEFT {__version__} computes something else from it: its outputs are {apart:.0%} apart. It leaves out layers "
+        "whose weight a model reads without calling them (state spaces, latent attention), and takes layers that are "
+        f"called as the experts of a mixture are for these (gate_proj of a shared expert); {elsewhere}"
+    )
 
 
 def _served(model: Any) -> str:
