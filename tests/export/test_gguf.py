@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -18,6 +19,7 @@ from tiny_runs import tiny_model, tiny_tokenizer
 from trimtab.errors import ModelError, SurgeryError
 from trimtab.export import Wishes, export_format, hand_over
 from trimtab.export._gguf_file import GgufFile, Order, kind_for, orders, write_copy
+from trimtab.export._gguf_tokens import _grown
 from trimtab.export._modelfile import modelfile, pieces_of
 from trimtab.export._subject import Subject
 
@@ -86,6 +88,21 @@ def test_new_tokens_stand_in_the_file(trained: Any, tmp_path: Path) -> None:
     assert len(tokens) == len(file.field("tokenizer.ggml.token_type")) == file.values("token_embd.weight").shape[0]
     assert file.field("llama.vocab_size") == len(tokens)
     assert said.agreement.kl < 1e-6
+
+
+def test_new_tokens_take_the_names_of_rows_that_the_file_has_to_spare() -> None:
+    tokenizer = tiny_tokenizer()
+    count = len(tokenizer)
+    tokenizer.add_tokens(["<tool>"])
+    tokens = [*tokenizer.convert_ids_to_tokens(range(count)), f"[PAD{count}]", f"[PAD{count + 1}]"]
+    held = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": [1] * len(tokens)}
+    file: Any = SimpleNamespace(path=Path("m.gguf"), architecture="llama", field=held.get)
+    assert _grown(file, tokenizer, count + 2, []) == {}
+    found = _grown(file, tokenizer, count + 2, ["<tool>"])
+    assert found == {
+        "tokenizer.ggml.tokens": [*tokens[:count], "<tool>", tokens[-1]],
+        "tokenizer.ggml.token_type": [*[1] * count, 4, 1],
+    }
 
 
 def test_types_that_gguf_cannot_write_become_the_nearest_finer_one() -> None:

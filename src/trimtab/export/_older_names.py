@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from trimtab.files import read_json, write_json
 from trimtab.models.load import side_files
@@ -28,9 +28,7 @@ _OWN = {
 def use_older_names(config: PretrainedConfig, folder: Path, base: Source) -> None:
     """Add to ``folder/config.json``, which holds ``config``, the older names of what it says: as the base's own file
     has them, and where it has none, as they follow from the new ones. Left out if transformers would then read
-    something else. In ``tokenizer_config.json`` the older names stand in place of the new ones: transformers 5 reads
-    both, and 4 would refuse those."""
-    _rename_tokenizer(folder / "tokenizer_config.json")
+    something else."""
     file = folder / "config.json"
     origin = side_files(base) if base.kind != "gguf" else None
     before = read_json(origin / file.name) if origin is not None and (origin / file.name).is_file() else {}
@@ -42,7 +40,11 @@ def use_older_names(config: PretrainedConfig, folder: Path, base: Source) -> Non
         write_json(file, said)
 
 
-def _rename_tokenizer(file: Path) -> None:
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write ``tokenizer`` with the older names in place of the new ones: transformers 5 reads both, and 4 would refuse
+    those."""
+    tokenizer.save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
     said = {name: value for name, value in read_json(file).items() if name not in ("is_local", "local_files_only")}
     if said.get("tokenizer_class") == "TokenizersBackend":
         said["tokenizer_class"] = "PreTrainedTokenizerFast"

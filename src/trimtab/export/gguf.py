@@ -64,7 +64,8 @@ class MergedGguf(ExportFormat):
         for name, place in places.items():
             copy.replace(name, place)
         copy.rest(model.config, everything=not own)
-        fields = head_fields(file, subject.tokenizer, model, chat=subject.chat)
+        new = subject.source.add_tokens
+        fields = head_fields(file, subject.tokenizer, model, chat=subject.chat, new=new)
         kind = wanted.name.lower() if wanted is not None else None
         files.write_copy(file, folder / NAME, tensors=copy.tensors, fields=fields, kind=kind)
         text, told = modelfile(subject.tokenizer, model, f"./{NAME}", system=subject.wishes.system)

@@ -17,6 +17,7 @@ from trimtab.errors import SurgeryError
 from trimtab.evaluation.agreement import Passages, agreement
 from trimtab.export._card import base_of
 from trimtab.export._export_format import ExportFormat, Written
+from trimtab.export._older_names import save_tokenizer
 from trimtab.export._plain_lora import make_plain, plain_factors
 from trimtab.export._subject import Subject
 from trimtab.files import read_json, write_json
@@ -57,7 +58,7 @@ class PeftLora(ExportFormat):
         name = hub_id(subject.source) or base_of(subject.source)
         config = folder / all_formats()[0].files[0]
         write_json(config, read_json(config) | {"base_model_name_or_path": name})
-        subject.tokenizer.save_pretrained(folder)
+        save_tokenizer(subject.tokenizer, folder)
         if plain.report is not None:
             write_json(folder / REPORT, plain.report.plain())
         detach(subject.model)

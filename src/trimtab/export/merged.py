@@ -15,7 +15,7 @@ from trimtab.evaluation.generation import end_tokens
 from trimtab.export._card import ASKED
 from trimtab.export._carried import carry
 from trimtab.export._export_format import ExportFormat, Written
-from trimtab.export._older_names import use_older_names
+from trimtab.export._older_names import save_tokenizer, use_older_names
 from trimtab.export._subject import Subject
 from trimtab.models.chat_template import turn_end
 from trimtab.models.languages import first_of_targets
@@ -107,7 +107,7 @@ def save(
     turn = turn_end(tokenizer) if chat and model.can_generate() else None
     with _ending(model, tokenizer, turn.token if turn is not None else None):
         model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder)
         if base is not None:
             use_older_names(model.config, folder, base)
         return carry(base, tokenizer, folder) if base is not None else []

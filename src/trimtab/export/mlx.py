@@ -19,6 +19,7 @@ from torch import Tensor
 from trimtab.errors import SurgeryError
 from trimtab.export._card import base_of
 from trimtab.export._export_format import ExportFormat, Written
+from trimtab.export._older_names import save_tokenizer
 from trimtab.export._plain_lora import Factors, Plain, make_plain, plain_factors
 from trimtab.export._subject import Subject
 from trimtab.files import write_json, write_tensors
@@ -60,7 +61,7 @@ class MlxAdapter(ExportFormat):
         layers = int(model.config.get_text_config().num_hidden_layers)
         kind = {"fine_tune_type": "dora" if dora else "lora", "num_layers": layers, "lora_parameters": parameters}
         write_json(folder / "adapter_config.json", {"model": base, **kind})
-        subject.tokenizer.save_pretrained(folder)
+        save_tokenizer(subject.tokenizer, folder)
         _read_back(folder / _TENSORS, factors, dora=dora)
         method = "DoRA" if dora else "LoRA"
         done = [*plain.done, f"wrote {method} of rank {rank} for {len(factors)} modules"]
