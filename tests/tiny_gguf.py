@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,11 @@ def _as_llama_cpp_orders_it(weight: np.ndarray, heads: int) -> np.ndarray:
     return weight.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
 
 
-def write_gguf(path: Path, pre: str = "smollm") -> LlamaForCausalLM:
-    """A tiny Llama with Q4_1 blocks, as llama.cpp writes one; gives the model with the values the blocks stand for."""
+def write_gguf(
+    path: Path, pre: str = "smollm", *, more: Callable[[gguf.GGUFWriter], None] | None = None, without: str = "-"
+) -> LlamaForCausalLM:
+    """A tiny Llama with Q4_1 blocks, as llama.cpp writes one; gives the model with the values the blocks stand for.
+    ``more`` adds to the file; tensors with ``without`` in their names are left out."""
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=HIDDEN,
@@ -71,6 +75,8 @@ def write_gguf(path: Path, pre: str = "smollm") -> LlamaForCausalLM:
     writer.add_chat_template(TEMPLATE)
 
     def add(name: str, module: Any, heads: int | None = None) -> None:
+        if without in name:
+            return
         kind = gguf.GGMLQuantizationType.Q4_1
         weight = module.weight.detach().numpy()
         if weight.ndim == 1:
@@ -89,6 +95,8 @@ def write_gguf(path: Path, pre: str = "smollm") -> LlamaForCausalLM:
         for name, short in NAMES.items():
             heads = {"attn_q": HEADS, "attn_k": KEY_HEADS}.get(short)
             add(f"blk.{number}.{short}.weight", layer.get_submodule(name), heads)
+    if more is not None:
+        more(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -13,10 +13,11 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+import gguf
 import torch
 import transformers
 from gguf import GGUFReader
@@ -26,6 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from trimtab.errors import ModelError
 from trimtab.files import write_folder
 from trimtab.machine import GIB, check_fits
+from trimtab.models.gguf_positions import scale_positions
 from trimtab.models.untrusted import check_settings
 from trimtab.reading import panics
 
@@ -35,7 +37,7 @@ from trimtab.reading import panics
 DTYPE = torch.float32
 
 # Part of each cached folder's name. Raise it when the conversion changes.
-_VERSION = 1
+_VERSION = 2
 
 # Vocabularies that split numbers into single digits. A file says how text is split in its "tokenizer.ggml.pre", which
 # transformers (5.23) ignores for these: it gives other tokens where spaces come before a digit.
@@ -96,6 +98,7 @@ def gguf_config(file: Path) -> PretrainedConfig:
         with _reading(file):
             config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
             check_settings(config.to_dict(), file)
+            scale_positions(config, GGUFReader(file), file)
     return config
 
 
@@ -140,17 +143,46 @@ def _dequantised(file: Path, reader: GGUFReader) -> Any:
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     # Its progress bar cannot be switched off, and belongs on a terminal but not in a log.
     with contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO()):
-        read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, output_loading_info=True, **options
+        )
+    read, found = loaded
+    _require_all(file, reader, read, found["missing_keys"])
     # transformers refuses to save a model that it read from GGUF, so its values move into a new model.
     config = read.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    scale_positions(config, reader, file)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=DTYPE)
     model.load_state_dict(read.state_dict(), assign=True)
     model.tie_weights()
     model.generation_config = read.generation_config
     return model
+
+
+def _require_all(file: Path, reader: GGUFReader, model: Any, missing: Collection[str]) -> None:
+    """Raise ModelError where transformers found no tensor for a parameter, which is random then, or left biases out."""
+    architecture = reader.get_field("general.architecture")
+    name = architecture.contents() if architecture is not None else "?"
+    elsewhere = "Take the model as a folder (its hub id, or what `trimtab merge` and others write)"
+    if missing:
+        raise ModelError(
+            f"{file}: transformers {transformers.__version__} finds no tensor for {len(missing)} parameters of a "
+            f"{type(model).__name__}, such as {sorted(missing)[0]}, so it does not read this kind of '{name}' "
+            f"(with experts, for instance). {elsewhere}"
+        )
+    known = {one: kind for kind, one in gguf.MODEL_ARCH_NAMES.items()}
+    if name not in known:
+        return
+    table = gguf.get_tensor_name_map(known[name], model.config.get_text_config().num_hidden_layers)
+    read = {table.get_name(parameter, (".weight", ".bias")) for parameter in model.state_dict()}
+    left = [one.name for one in reader.tensors if one.name.endswith(".bias") and one.name not in read]
+    if left := [one for one in left if one.removesuffix("bias") + "weight" in read]:
+        raise ModelError(
+            f"{file}: transformers {transformers.__version__} leaves out {len(left)} biases of this '{name}', such as "
+            f"{left[0]}, so it would compute something else. {elsewhere}"
+        )
 
 
 def _tokenizer(file: Path, reader: GGUFReader) -> PreTrainedTokenizerBase:
