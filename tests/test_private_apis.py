@@ -19,7 +19,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "trimtab"
 # The tests below hold these.
 TESTED = {
     *("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks", "_apply"),
-    "_raw_saved_tensors",
+    *("_raw_saved_tensors", "_grouped_mm"),
     *("_backward_hooks", "_backward_pre_hooks", "_version", "_schema", "_make_wrapper_subclass"),
     *("_conv_forward", "_reversed_padding_repeated_twice", "_tied_weights_keys"),
     *("_disabled_torch_function_impl", "_C", "_is_tracing", "_are_functorch_transforms_active"),
@@ -273,7 +273,7 @@ def test_what_the_estimate_of_a_run_is_traced_with() -> None:
     assert x.untyped_storage()._cdata != torch.zeros(1).untyped_storage()._cdata
 
 
-@pytest.mark.parametrize("name", ["_local_scalar_dense", "_unsafe_view"])
+@pytest.mark.parametrize("name", ["_local_scalar_dense", "_unsafe_view", "_grouped_mm"])
 def test_operations_of_torch(name: str) -> None:
     assert hasattr(torch.ops.aten, name), without("torch", f"operation aten.{name}")
     whole = torch.ops.aten._unsafe_view(torch.arange(6), [2, 3])

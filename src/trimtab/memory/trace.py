@@ -48,6 +48,13 @@ class _Pass:
     stretches: list[_Stretch] = field(default_factory=list)
 
 
+def _grouped_product(one: Tensor, other: Tensor, offs: Tensor | None = None, *_: Any) -> Tensor:
+    """In the shape of a product of experts' rows, of any dtype: torch's own for fake tensors knows bfloat16 alone."""
+    if one.dim() == other.dim() == 2 and offs is not None:
+        return one.new_empty(len(offs), one.shape[0], other.shape[1])
+    return one.new_empty(*one.shape[-3 if other.dim() == 3 else -2 : -1], other.shape[-1])
+
+
 class Trace:
     """A model made ready to be traced, once.
 
@@ -83,6 +90,7 @@ class Trace:
                 # `Head` probes what a model does around its output head: whether a tensor was handed on as it is.
                 aten.equal.default: lambda one, other: one.untyped_storage()._cdata == other.untyped_storage()._cdata,
                 aten.allclose.default: lambda *_: True,
+                aten._grouped_mm.default: _grouped_product,
                 torch.ops.prim.device.default: lambda _: self._device,  # half of all calls: a quick way
             }
         )
