@@ -17,14 +17,15 @@ from inspect import signature
 from typing import Any
 
 import torch
-from transformers import DynamicCache, GenerationConfig
+from transformers import DynamicCache, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.cache_utils import DynamicLayer
 from transformers.generation.streamers import BaseStreamer
 
-from trimtab.data.detokenizer import Detokenizer
+from trimtab.data.detokenizer import Detokenizer, begun
 from trimtab.data.tokens import encode_prompt
 from trimtab.errors import DataError
 from trimtab.evaluation.generation import end_tokens
+from trimtab.models.chat_template import spelled_end
 from trimtab.models.positions import positions_of
 from trimtab.questions import Message, rendered, system_message
 from trimtab.surgery.contexts import for_inference
@@ -86,7 +87,7 @@ class Asked:
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        self.ends = end_tokens(model, tokenizer)
+        self.ends, self._spelled = end_tokens(model, tokenizer), spelled_end(tokenizer)
         self.positions = positions_of(model).limit() or sys.maxsize
         self._cache: DynamicCache | None = None
         self._seen: list[int] = []
@@ -112,7 +113,7 @@ class Asked:
         ids = self.encode(prompt)
         room = self.positions - len(ids)
         kept = self._keep(ids)
-        speaking = _Speaking(self.tokenizer, self.ends, say)
+        speaking = _Speaking(self.tokenizer, self.ends, say, self._spelled)
         batch = torch.tensor([ids], device=self.model.device)
         stopped, whole_passes = False, False
         try:
@@ -122,6 +123,7 @@ class Asked:
                     attention_mask=torch.ones_like(batch),
                     generation_config=settings,
                     streamer=speaking,
+                    stopping_criteria=StoppingCriteriaList([_Over(speaking)]),
                     **({"past_key_values": self._cache} if self._cache is not None else {}),
                 )
             whole_passes = True
@@ -133,7 +135,7 @@ class Asked:
             whole = len(ids) + len(speaking.ids) - 1 if speaking.ids else kept
             self._seen = [*ids, *speaking.ids][:whole]
             self._trim(whole, torn=not whole_passes)
-        ended = bool(speaking.ids) and speaking.ids[-1] in self.ends
+        ended = speaking.over or (bool(speaking.ids) and speaking.ids[-1] in self.ends)
         written = len(speaking.ids)
         return Answer(speaking.text, written, ended, stopped, full=written == room, read=len(ids) - kept)
 
@@ -178,11 +180,12 @@ class Asked:
 
 
 class _Speaking(BaseStreamer):
-    """Says the text of tokens as they come."""
+    """Says the text of tokens as they come, up to the text ``end``, if that is not empty."""
 
-    def __init__(self, tokenizer: Any, ends: list[int], say: Say) -> None:
-        self.text = ""
-        self._spelled, self._say = Detokenizer(tokenizer, ends), say
+    def __init__(self, tokenizer: Any, ends: list[int], say: Say, end: str = "") -> None:
+        self.text, self.over = "", False
+        self._spelled, self._say, self._end = Detokenizer(tokenizer, ends), say, end
+        self._held = ""  # what may be the beginning of the end
         self._prompted = False
 
     @property
@@ -200,12 +203,30 @@ class _Speaking(BaseStreamer):
 
     def finish(self) -> None:
         """Say what was held back, too."""
-        self._tell(self._spelled.finish())
+        self._tell(self._spelled.finish(), last=True)
 
-    def _tell(self, text: str) -> None:
-        if text:
-            self.text += text
-            self._say(text)
+    def _tell(self, text: str, *, last: bool = False) -> None:
+        if self.over:
+            return
+        self._held += text
+        sure = self._held.find(self._end) if self._end else -1
+        self.over = sure >= 0
+        if not self.over:
+            sure = len(self._held) - (0 if last or not self._end else begun(self._held, [self._end]))
+        told, self._held = self._held[:sure], self._held[sure:]
+        if told:
+            self.text += told
+            self._say(told)
+
+
+class _Over(StoppingCriteria):
+    """Stops where what is said has come to its end."""
+
+    def __init__(self, speaking: _Speaking) -> None:
+        self._speaking = speaking
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> Any:
+        return torch.full((input_ids.shape[0],), self._speaking.over, device=input_ids.device, dtype=torch.bool)
 
 
 class Conversation:

@@ -53,3 +53,12 @@ class Detokenizer:
     def _decoded(self, start: int) -> str:
         ids = [one for one in self.ids[start:] if one not in self._silent]
         return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def begun(text: str, stops: Collection[str]) -> int:
+    """The length of the longest end of ``text`` with which one of ``stops`` begins."""
+    longest = max((len(stop) - 1 for stop in stops), default=0)
+    for length in range(min(longest, len(text)), 0, -1):
+        if any(stop.startswith(text[-length:]) for stop in stops):
+            return length
+    return 0

@@ -23,7 +23,7 @@ from trimtab.data.rows import Example
 from trimtab.data.tokens import encode_prompt
 from trimtab.errors import DataError, ModelError
 from trimtab.models.causal_head import Head
-from trimtab.models.chat_template import turn_end
+from trimtab.models.chat_template import spelled_end, turn_end
 from trimtab.processes import divided
 
 STATIC_WIDTH = 64
@@ -79,8 +79,7 @@ def generate_answers(
     prefix = len(encode_prompt("", tokenizer))
     prompts = [_prompt(example, tokenizer, prefix, max_length, max_new_tokens) for example in examples]
     ends = end_tokens(head.model, tokenizer)
-    turn = turn_end(tokenizer)
-    spelled = turn.text if turn is not None and turn.token is None else ""  # an end that is no token, but text
+    spelled = spelled_end(tokenizer)
     answers: dict[int, Generated] = {}
 
     def write(batch: list[int]) -> Any:

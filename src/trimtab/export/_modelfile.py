@@ -14,7 +14,7 @@ from typing import Any
 
 from trimtab.errors import ModelError
 from trimtab.evaluation.generation import end_tokens
-from trimtab.models.chat_template import render, turn_end
+from trimtab.models.chat_template import render, spelled_end
 
 _SYSTEM, _USER, _ANSWER = "Zsy", "Zus", "Zas"  # words that no template writes itself
 Turn = tuple[str, str]
@@ -190,7 +190,5 @@ def modelfile(
 def _stops(tokenizer: Any, model: Any) -> list[str]:
     """The texts that end an answer."""
     found = [str(tokenizer.convert_ids_to_tokens(token)) for token in end_tokens(model, tokenizer)]
-    turn = turn_end(tokenizer)
-    if turn is not None and turn.token is None:
-        found.append(turn.text)
+    found.append(spelled_end(tokenizer))
     return [stop for stop in dict.fromkeys(found) if stop.strip() and '"' not in stop and "\n" not in stop]

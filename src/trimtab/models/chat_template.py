@@ -75,6 +75,12 @@ def turn_end(tokenizer: Any) -> TurnEnd | None:
     return TurnEnd(rest, None)
 
 
+def spelled_end(tokenizer: Any) -> str:
+    """The text with which the chat template ends a turn, where that is no token of ``tokenizer``; empty for none."""
+    turn = turn_end(tokenizer)
+    return turn.text if turn is not None and turn.token is None else ""
+
+
 def template_text(said: str, root: Path) -> str:
     """The Jinja text that a configuration means by ``said``: itself, one of ``NAMED``, or what the file of that path
     (from ``root``) holds. Raises ConfigError if there is no such file, or if it holds no template."""

@@ -150,7 +150,8 @@ class Engine:
                     raise QueueFull(f"{len(self._queue)} requests wait already; come again later")
                 seconds = min((one for one in (request.seconds, self.limits.seconds) if one is not None), default=None)
                 ticket = Ticket(request)
-                row = Row(ticket, adapter, reads.speller, ends=reads.ends, limit=limit, seconds=seconds)
+                stops = reads.stops(request)
+                row = Row(ticket, adapter, reads.speller, ends=reads.ends, stops=stops, limit=limit, seconds=seconds)
                 self._queue.append(row)
                 self._changed.notify_all()
                 return ticket

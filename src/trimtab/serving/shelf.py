@@ -13,11 +13,12 @@ from trimtab.adapters.formats import file_names
 from trimtab.adapters.placing import local_folder
 from trimtab.errors import AdapterError, did_you_mean
 from trimtab.evaluation.generation import end_tokens
+from trimtab.models.chat_template import spelled_end
 from trimtab.models.locate import Source
 from trimtab.models.model_files import load_tokenizer
 from trimtab.runs.folder import RunFolder
 from trimtab.runs.load import is_run, load_finite, with_tokens_of
-from trimtab.serving.requests import Limits, Model, UnknownModel
+from trimtab.serving.requests import Limits, Model, Request, UnknownModel
 from trimtab.surgery.names import delete_adapter, entries
 
 
@@ -30,16 +31,24 @@ class Reads:
         speller: a copy of it that the engine's thread writes with; a tokenizer is not made for several threads.
         form: the form of the run's rows; None where it is not known.
         ends: tokens that end an answer.
+        spelled: the text that ends one in a chat, where the template ends turns with no token; empty for none.
     """
 
     tokenizer: Any
     speller: Any
     form: str | None
     ends: tuple[int, ...]
+    spelled: str
 
     @classmethod
     def of(cls, model: Any, tokenizer: Any, form: str | None) -> Reads:
-        return cls(tokenizer, copy.deepcopy(tokenizer), form, tuple(end_tokens(model, tokenizer)))
+        ends = tuple(end_tokens(model, tokenizer))
+        return cls(tokenizer, copy.deepcopy(tokenizer), form, ends, spelled_end(tokenizer))
+
+    def stops(self, request: Request) -> tuple[str, ...]:
+        """The texts that end an answer to ``request``."""
+        chat = bool(self.spelled) and not request.same_text and not request.ignore_end
+        return (*request.stop, self.spelled) if chat else request.stop
 
 
 _Files = tuple[tuple[Path, int, int, int], ...]

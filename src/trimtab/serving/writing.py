@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from trimtab.data.detokenizer import Detokenizer
+from trimtab.data.detokenizer import Detokenizer, begun
 from trimtab.serving.requests import Chosen, FinishReason, Likely, OutOfTime, Piece, RequestFailed
 from trimtab.serving.sampling import draw
 from trimtab.serving.ticket import Ticket
@@ -27,6 +27,7 @@ class Row:
         adapter: the adapter that it goes through; None: the bare model.
         tokenizer: whose text the tokens are.
         ends: tokens that end an answer.
+        stops: texts before which it ends.
         limit: most new tokens.
         seconds: that it may take from now; None: any number.
     """
@@ -38,6 +39,7 @@ class Row:
         tokenizer: Any,
         *,
         ends: Collection[int],
+        stops: Collection[str],
         limit: int,
         seconds: float | None,
     ) -> None:
@@ -48,7 +50,7 @@ class Row:
         self.over: FinishReason | None = None
         self.failed: Exception | None = None
         self._deadline = None if seconds is None else self.submitted + seconds
-        self._ends = frozenset(ends)
+        self._ends, self._stops = frozenset(ends), stops
         before = self.request.prompt[-_BEFORE:] if self.request.same_text else ()
         self._tokenizer, self._text = tokenizer, Detokenizer(tokenizer, ends, before)
         self._numbers = random.Random(self.request.seed)
@@ -120,11 +122,11 @@ class Row:
     def _tell(self, text: str, over: FinishReason | None) -> None:
         """Tell ``text`` with what was held back, up to a stop string, or to what may become one."""
         self._held += text
-        found = min((at for at in map(self._held.find, self.request.stop) if at >= 0), default=None)
+        found = min((at for at in map(self._held.find, self._stops) if at >= 0), default=None)
         if found is not None:
             sure, over = found, "stop"
         else:
-            sure = len(self._held) - (0 if over else _begun(self._held, self.request.stop))
+            sure = len(self._held) - (0 if over else begun(self._held, self._stops))
         told, self._held = self._held[:sure], self._held[sure:]
         self._length += sure
         # Tokens of a stop string are told as little as its text.
@@ -145,15 +147,6 @@ class Row:
     def _as_said(self, token: int, logprob: float) -> Likely:
         text = token_text(self._tokenizer, token, first=not self._text.began)
         return Likely(token, text, token_bytes(self._tokenizer, token, text), logprob)
-
-
-def _begun(text: str, stops: Collection[str]) -> int:
-    """The length of the longest end of ``text`` with which one of ``stops`` begins."""
-    longest = max((len(stop) - 1 for stop in stops), default=0)
-    for length in range(min(longest, len(text)), 0, -1):
-        if any(stop.startswith(text[-length:]) for stop in stops):
-            return length
-    return 0
 
 
 def take(rows: list[Row], logits: Tensor) -> None:
