@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tiny_runs import tiny_tokenizer
+from trimtab.export._older_names import use_older_names
 from trimtab.export.merged import save
 from trimtab.files import read_json, write_json
 from trimtab.models.locate import Source
@@ -72,6 +73,16 @@ def test_they_follow_from_the_new_ones_where_the_base_has_none(tmp_path: Path) -
     save(model, tiny_tokenizer(), tmp_path / "out", base=base)
     written = read_json(tmp_path / "out" / "config.json")
     assert (written["rope_theta"], written["rope_scaling"]) == (500000.0, LLAMA3)
+
+
+@pytest.mark.parametrize("kind", ["gemma4_text", "lfm3", "deepseek_v4", "beam"])
+def test_a_configuration_that_does_not_take_them_stays_as_it_is(kind: str, tmp_path: Path) -> None:
+    config = AutoConfig.for_model(kind)
+    for folder in ("base", "out"):
+        config.save_pretrained(tmp_path / folder)
+    before = read_json(tmp_path / "out" / "config.json")
+    use_older_names(config, tmp_path / "out", Source("base", "folder", str(tmp_path / "base")))
+    assert read_json(tmp_path / "out" / "config.json") == before
 
 
 def test_mlx_lm_turns_positions_as_the_model_does(tmp_path: Path) -> None:

@@ -33,10 +33,14 @@ def use_older_names(config: PretrainedConfig, folder: Path, base: Source) -> Non
     origin = side_files(base) if base.kind != "gguf" else None
     before = read_json(origin / file.name) if origin is not None and (origin / file.name).is_file() else {}
     said, kind = read_json(file), type(config)
-    plain = kind.from_pretrained(folder).to_dict()
-    write_json(file, dict(sorted(_with_older(said, before, config).items())))
-    again = kind.from_pretrained(folder).to_dict()
-    if any(again.get(name) != value for name, value in plain.items()):
+    try:
+        plain = kind.from_pretrained(folder).to_dict()
+        write_json(file, dict(sorted(_with_older(said, before, config).items())))
+        again = kind.from_pretrained(folder).to_dict()
+        same = all(again.get(name) == value for name, value in plain.items())
+    except Exception:  # whatever a configuration raises that does not take them
+        same = False
+    if not same:
         write_json(file, said)
 
 
@@ -57,13 +61,13 @@ def _with_older(said: Mapping[str, Any], before: Mapping[str, Any], config: Any)
     own = _OWN.get(str(said.get("model_type")), {})
     older = {own.get(name, name): value for name, value in _rotary(said.get("rope_parameters")).items()}
     older |= {name: before[name] for name in (*_ROPE, *own.values()) if before.get(name) is not None}
-    other = getattr(config, "attribute_map", {}).keys() & before.keys()
-    older |= {name: getattr(config, name) for name in other}
+    other = getattr(config, "attribute_map", {})
+    older |= {name: said[now] for name, now in other.items() if name in before and now in said}
     older |= {"torch_dtype": said["dtype"]} if said.get("dtype") else {}
     within = {
         name: _with_older(value, before.get(name) or {}, getattr(config, name))
         for name, value in said.items()
-        if isinstance(getattr(config, name, None), PretrainedConfig) and isinstance(value, dict)
+        if isinstance(value, dict) and isinstance(getattr(config, name, None), PretrainedConfig)
     }
     return {**older, **said, **within}
 
@@ -73,7 +77,7 @@ def _rotary(said: Any) -> dict[str, Any]:
     for those with a window."""
     if not isinstance(said, dict):
         return {}
-    wide = said.get("full_attention", said)
+    wide = said.get("full_attention") or said
     theta, kind = wide.get("rope_theta"), wide.get("rope_type", "default")
     if theta is None:
         return {}
