@@ -114,13 +114,16 @@ def test_step_zero_is_bit_for_bit_the_layer(kind: str, dtype: torch.dtype) -> No
     assert torch.equal(model(x), start)
 
 
-@pytest.mark.parametrize("kind", ["2d, uneven kernel", "2d, groups", "2d, circular"])
+@pytest.mark.parametrize("kind", ["2d, uneven kernel", "2d, groups", "2d, circular", "2d, pointwise", "2d, reflected"])
 @pytest.mark.parametrize("method", ["lora", "dora", "mora"])
 def test_the_order_in_memory_is_that_of_the_bare_layer(kind: str, method: str) -> None:
     make, places = LAYERS[kind]
     layer = make().to(memory_format=torch.channels_last)
     model: Any = nn.Sequential(layer)
+    x = torch.randn(2, layer.in_channels, *places)
+    start = model(x)
     trimtab.attach(model, trimtab.Rule(match="0", method=method, rank=2))
+    assert method == "dora" or torch.equal(model(x), start)
     stir(model)
     for form in (torch.channels_last, torch.contiguous_format):
         x = torch.randn(2, layer.in_channels, *places).contiguous(memory_format=form).requires_grad_()
@@ -261,6 +264,22 @@ def test_gradients_of_a_depthwise_kernel_are_torchs_own(layer: Any, places: tupl
     through = handle.through
     got = through.weight_gradient(through.product_gradient(upstream), through.rows(x), handle.shape)
     torch.testing.assert_close(got, want.flatten(1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "mora"])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_batch_of_no_images(kind: str, method: str) -> None:
+    make, places = LAYERS[kind]
+    model: Any = nn.Sequential(make())
+    shape = model(torch.zeros(0, model[0].in_channels, *places)).shape
+    trimtab.attach(model, trimtab.Rule(match="0", method=method, rank=2))
+    x = torch.zeros(0, model[0].in_channels, *places, requires_grad=True)
+    output = model(x)
+    assert output.shape == shape
+    output.sum().backward()
+    for tensor in (x, *trimtab.trainable_parameters(model).values()):
+        assert tensor.grad is not None
+        assert not bool(tensor.grad.any())
 
 
 @pytest.mark.parametrize("magnitude", [False, True])

@@ -165,6 +165,21 @@ def test_checkpointing_and_copies(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_norm_that_another_dtype_asked_for_is_not_kept(kind: str) -> None:
+    model = Holder(layer(kind))
+    trimtab.attach(model, trimtab.Rule(match="layer", method="dora", rank=2))
+    with torch.no_grad():
+        for parameter in trimtab.trainable_parameters(model).values():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        x = torch.randn(5, 128)
+        before = model(x)
+        twin = copy.deepcopy(model)
+        with torch.autocast("cpu"):
+            twin(x)
+        assert torch.equal(twin(x), before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_bare_layer_multiplies_with_its_dequantised_weight(kind: str) -> None:
     """In training and when evaluated, as often as one likes: bitsandbytes' own would quantise the batch or repack the
     weight."""

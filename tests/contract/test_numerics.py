@@ -377,17 +377,42 @@ def test_a_model_cast_after_attaching(base: str, dtype: torch.dtype, options: di
 
 @pytest.mark.parametrize("method", methods.names("weight"))
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_adapters_in_half_precision(method: str, dtype: str) -> None:
-    """``dtype`` stores the trained tensors in half precision; the effective weight is still computed in full digits
-    from what is stored."""
-    said = {"rank": 2} if "rank" in methods.options_class(method).model_fields else {}
+@pytest.mark.parametrize("base", ["linear", "convolution"])
+def test_adapters_in_half_precision(method: str, dtype: str, base: str) -> None:
+    """``dtype`` stores the trained tensors in half precision; what they do is still computed in full digits from what
+    is stored."""
+    fields = methods.options_class(method).model_fields
+    said = {name: value for name, value in {"rank": 2, "alpha": 5.0}.items() if name in fields}
     said = said if method == "dora" else {**said, "magnitude": True}
-    case = Case(method, (*said.items(), ("dtype", dtype)), "linear", True, torch.float32, (13, 17))
+    case = Case(method, (*said.items(), ("dtype", dtype)), base, True, torch.float32, (12, 20))
     model = case.trained()
     assert {str(p.dtype) for p in trimtab.trainable_parameters(model).values()} == {f"torch.{dtype}"}
     plain = Reference(model.adapted, case)
     assert_close(trimtab.effective_weight(model, "layer"), plain.effective().detach(), 4 * EPS)
-    x = case.input()
-    assert_close(model(x), plain(x), 4 * torch.finfo(getattr(torch, dtype)).eps)
+    x = case.input().requires_grad_()
+    output, expected = model(x), plain(x)
+    assert_close(output, expected, 16 * EPS, "output")
+    upstream = torch.randn_like(output)
+    got, want = torch.autograd.grad(output, x, upstream), torch.autograd.grad(expected, x, upstream.double())
+    assert_close(got[0], want[0], 16 * EPS, "gradient of the input")
     trimtab.merge(model)
-    assert_close(model.layer.weight, plain.effective().detach(), EPS)
+    assert_close(model.layer.weight.flatten(1), plain.effective().detach(), EPS)
+
+
+@pytest.mark.parametrize("method", ["lora", "mora"])
+def test_dropout_before_an_adapter_in_half_precision(method: str) -> None:
+    """Its factor is not rounded to the digits of what is trained: what is kept goes through the update as it is."""
+    model = Case(
+        method, (("rank", 2), ("dropout", 0.4), ("dtype", "bfloat16")), "linear", True, torch.float32, (12, 20)
+    ).fresh()
+    stir(model)
+    adapter, x = model.adapted.adapter, torch.eye(20)
+    drawn = adapter.draw(x)
+    assert drawn is not None
+    adapter.__dict__["draw"] = lambda _: drawn
+    kept = drawn.of(x).double().diagonal() * drawn.scale
+    handle: Any = model.adapted.handle
+    delta = trimtab.effective_weight(model, "layer").double() - handle.weight().double()
+    assert_close(
+        model.train()(x) - model.eval()(torch.zeros(20)), (handle.weight().double() + delta * kept).t(), 16 * EPS
+    )

@@ -86,3 +86,16 @@ def test_a_layer_without_a_bias_gets_one_where_it_is_asked_for() -> None:
     output = model(torch.zeros(1, 4).bfloat16())
     assert output.dtype == torch.bfloat16
     assert output.tolist() == [[2.0] * 3]
+
+
+@pytest.mark.parametrize("options", METHODS[:2], ids=str)
+def test_a_look_up_adds_the_one_that_it_gets(options: dict[str, Any]) -> None:
+    model = nn.Sequential(nn.Embedding(5, 3))
+    ids = torch.tensor([[1, 4], [0, 1]])
+    start = model(ids)
+    trimtab.attach(model, Rule(match="0", bias=True, added_bias=True, **options))
+    with torch.no_grad():
+        model[0].adapter.bias.fill_(2.0)
+    torch.testing.assert_close(model(ids), start + 2)
+    model(ids).sum().backward()
+    assert model[0].adapter.bias.grad.tolist() == [4.0] * 3

@@ -37,8 +37,7 @@ class Convolution:
         self.groups, self.padding = layer.groups, padding
         self.dimensions = len(self.kernel)
         order = {2: torch.channels_last, 3: torch.channels_last_3d}.get(self.dimensions, torch.contiguous_format)
-        lies_so = layer.weight.is_contiguous(memory_format=order) and not layer.weight.is_contiguous()
-        self.order = order if lies_so else torch.contiguous_format
+        self.order = order if _lies_in(layer.weight, order) else torch.contiguous_format
 
     @property
     def takes_factors(self) -> bool:
@@ -58,8 +57,11 @@ class Convolution:
 
     def _shaped(self, weight: Tensor) -> Tensor:
         """A kernel in the order in which the layer has its own, which the output takes over."""
-        shaped = weight.reshape(weight.shape[0], -1, *self.kernel)
-        return shaped.contiguous(memory_format=self.order)
+        rows, features, size = weight.shape[0], weight.shape[1] // math.prod(self.kernel), math.prod(self.kernel)
+        if self.order != torch.contiguous_format and 1 in (features, size):
+            # The numbers lie in one order either way, and the strides say which is meant.
+            return weight.reshape(rows, *self.kernel, features).contiguous().movedim(-1, 1)
+        return weight.reshape(rows, features, *self.kernel).contiguous(memory_format=self.order)
 
     def _how(self) -> dict[str, Any]:
         return {"stride": self.stride, "padding": self.padding, "dilation": self.dilation, "groups": self.groups}
@@ -102,7 +104,8 @@ class Convolution:
         target.add_(self.input_gradient(grad, weight, target.shape))
 
     def weight_gradient(self, grad: Tensor, rows: Tensor, shape: Sequence[int]) -> Tensor:
-        if grad.device.type == "cpu" and grad.dtype == torch.float32 and rows.shape[1] == self.groups > 1:
+        depthwise = rows.shape[1] == self.groups > 1
+        if depthwise and grad.numel() and grad.device.type == "cpu" and grad.dtype == torch.float32:
             return self._depthwise_gradient(grad, rows)
         weight = grad.new_empty(1).expand(shape[0], shape[1] // math.prod(self.kernel), *self.kernel)
         return self._backward(grad, rows, weight, [False, True, False])[1].flatten(1)
@@ -125,6 +128,16 @@ class Convolution:
         for axis, length in enumerate(self.kernel, 1):  # places at the end that no stride reaches
             found = found.narrow(axis, 0, length)
         return found.flatten(1)
+
+
+def _lies_in(weight: Tensor, order: torch.memory_format) -> bool:
+    """Whether torch takes ``weight`` for one that lies in ``order``; its strides decide where sides of one leave it
+    open."""
+    if not (weight.is_contiguous() and weight.is_contiguous(memory_format=order)):
+        return weight.is_contiguous(memory_format=order)
+    orders = torch.contiguous_format, order
+    usual, other = (torch.empty(weight.shape, device="meta", memory_format=one).stride() for one in orders)
+    return usual != weight.stride() == other
 
 
 class ConvolutionBase(_base.WeightBase):

@@ -56,7 +56,8 @@ class LookUp:
 
     def product(self, rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         by_frequency = self.by_frequency
-        return self._scaled(F.embedding(rows, weight.t(), padding_idx=self.padding, scale_grad_by_freq=by_frequency))
+        found = self._scaled(F.embedding(rows, weight.t(), padding_idx=self.padding, scale_grad_by_freq=by_frequency))
+        return found if bias is None else found + bias
 
     def output(self, product: Tensor, shape: Sequence[int]) -> Tensor:
         # Not a view: autograd refuses to change a view that a custom function returned in place, and models do.

@@ -27,6 +27,7 @@ Mark = tuple[torch.dtype, torch.Size, int] | Tensor
 class KeptNorm(NamedTuple):
     marks: tuple[Mark, ...] | None  # None: no comparison is needed while the trained tensors are held
     squares: Tensor  # those of the frozen weight that the norm belongs to
+    dtype: torch.dtype  # the one that the weight was read in, which of a quantised one is that of the input
     norm: Tensor
     ratios: dict[torch.dtype, Ratio]
 

@@ -189,7 +189,7 @@ class WeightMethod(_method.Method):
         if torch.compiler.is_compiling() or self._is_replica:
             return None
         kept = self._kept
-        if kept is not None and kept.squares is not squares:
+        if kept is not None and (kept.squares is not squares or kept.dtype != weight.dtype):
             kept = None
         tensors = None if self._holds else self.weight_tensors()
         # An accelerator would be waited for at each comparison, which costs more than the norm.
@@ -198,7 +198,7 @@ class WeightMethod(_method.Method):
             return None
         if kept is None or not same_values(kept.marks, tensors):
             norm = self.squared_norms(weight, squares).sqrt()
-            self._kept = kept = KeptNorm(marks_of(tensors), squares, norm, {})
+            self._kept = kept = KeptNorm(marks_of(tensors), squares, weight.dtype, norm, {})
         return kept
 
     def hold(self) -> None:

@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from trimtab.ops.autocast import cast
+from trimtab.ops.autocast import cast, scaled_to
 from trimtab.ops.cost import Work
 from trimtab.ops.kernels.contract import BackwardPass
 from trimtab.ops.linear_map import LinearMap
@@ -40,7 +40,7 @@ class AcrossGroups(Update):
 
     def _b(self, b: Tensor, dtype: torch.dtype) -> Tensor:
         """``s B [groups, out / groups, rank / groups]``."""
-        cut: Tensor = cast(b * self.scale, dtype).unflatten(0, (self.groups, -1))
+        cut: Tensor = scaled_to(b, self.scale, dtype).unflatten(0, (self.groups, -1))
         return cut
 
     def add_product(self, product: Tensor, rows: Tensor, tensors: tuple[Tensor, ...], through: LinearMap) -> None:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trimtab.ops.autocast import cast
+from trimtab.ops.autocast import cast, scaled_to
 from trimtab.ops.kernels import kernels_for
 from trimtab.ops.kernels.contract import BackwardPass, Thin
 from trimtab.ops.ratio import HALF, Ratio
@@ -94,7 +94,7 @@ class StackMap:
         """``c (p + s h B^T)``. Afterwards ``product`` holds ``p + s h B^T``, or with ``in_place`` the output."""
         if thin is not None:
             inner, b, scale = thin
-            product.add_(self.times(inner, cast(b * scale, inner.dtype).mT))
+            product.add_(self.times(inner, scaled_to(b, scale, inner.dtype).mT))
         return product if ratio is None else self._of_rows(ratio, product).times(product, in_place)
 
     def backward(
@@ -118,7 +118,7 @@ class StackMap:
             return BackwardPass(grad, None, witnessed)
         inner, b, scale = thin
         factor = scale if ratio is None else (scale * ratio.values).unsqueeze(-1)
-        grad_inner = self.times(grad, cast(b * factor, grad.dtype))
+        grad_inner = self.times(grad, scaled_to(b, factor, grad.dtype))
         grad_b = self.outer(grad, inner) * factor
         return BackwardPass(grad, None, witnessed, grad_inner, cast(grad_b, b.dtype))
 

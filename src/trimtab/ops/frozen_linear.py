@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from trimtab.ops.autocast import autocast_dtype, without_autocast
+from trimtab.ops.autocast import autocast_dtype, scaled_to, without_autocast
 from trimtab.ops.cost import Compute, counted, folds_gradient, folds_output, full_digits_for_few, may_fold_output
 from trimtab.ops.dropout import Drawn, drawn_again
 from trimtab.ops.expert_rows import StackMap
@@ -96,15 +96,16 @@ def _kernels(through: LinearMap, product: Tensor) -> Passes:
 def _dropped(operands: Operands, keep: Drawn, rows: Tensor, x: Tensor) -> tuple[Tensor, Operands]:
     """What the update reads, and ``operands`` with how it does that and dropout's factor. ``x`` are the rows as they
     were given."""
-    update, through, tensors = operands.update, operands.through, _scaled(operands.tensors, keep)
+    update, through, tensors = operands.update, operands.through, _scaled(operands.tensors, keep, rows.dtype)
     seen = keep.inside(rows, through, len(tensors[0])) if update is not None and update.is_thin else through
     fed = through.rows(keep.of(x)) if seen is through else rows
     return fed, operands._replace(tensors=tensors, seen=seen)
 
 
-def _scaled(tensors: tuple[Tensor, ...], keep: Drawn | None) -> tuple[Tensor, ...]:
-    """``tensors`` so that dropout's factor is in ``dV``, where it costs nothing."""
-    return tensors if keep is None else (*tensors[:-1], tensors[-1] * keep.scale)
+def _scaled(tensors: tuple[Tensor, ...], keep: Drawn, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """``tensors`` so that dropout's factor is in ``dV``, where it costs nothing; in no fewer digits than ``dtype``."""
+    *others, last = tensors
+    return *others, scaled_to(last, keep.scale, torch.promote_types(last.dtype, dtype))
 
 
 def _compute(x: Tensor, operands: Operands, settings: Settings) -> tuple[Computed, Tensor, bool]:
@@ -240,7 +241,10 @@ class _FrozenLinear(torch.autograd.Function):
             # What came through dropout goes back through it, and so is gathered apart.
             apart = keep is not None and seen is through
             target = None if folds or grad_rows is None else torch.zeros_like(grad_rows) if apart else grad_rows
-            grads = _scaled(update.add_gradient(target, passed, fed, operands.tensors, seen), keep)
+            grads = update.add_gradient(target, passed, fed, operands.tensors, seen)
+            if keep is not None:
+                *others, last = grads
+                grads = *others, scaled_to(last, keep.scale, tensors[-1].dtype)
             if grad_rows is not None and target is not None and keep is not None and apart:
                 grad_rows.add_(keep.of(target))
         grad_x = None if grad_rows is None else grad_rows.reshape(ctx.shape)

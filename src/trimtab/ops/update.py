@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from trimtab.ops.autocast import cast
 from trimtab.ops.cost import Work
 from trimtab.ops.kernels.contract import BackwardPass, Thin
 from trimtab.ops.linear_map import LinearMap
@@ -88,7 +89,8 @@ class BuiltUpdate(Update):
         self.work, self.fold = update.work, update.fold  # type: ignore[method-assign]
 
     def add_product(self, product: Tensor, rows: Tensor, tensors: tuple[Tensor, ...], through: LinearMap) -> None:
-        product.add_(through.product(rows, self.delta(tensors).to(product.dtype)))
+        delta = self.delta(_at_least(product.dtype, tensors))
+        product.add_(through.product(rows, delta.to(product.dtype)))
 
     def add_gradient(
         self,
@@ -98,11 +100,18 @@ class BuiltUpdate(Update):
         tensors: tuple[Tensor, ...],
         through: LinearMap,
     ) -> tuple[Tensor, ...]:
-        delta = self.delta(tensors)
+        full = _at_least(after.grad.dtype, tensors)
+        delta = self.delta(full)
         if grad_rows is not None:
             through.add_input_gradient(grad_rows, after.grad, delta.to(after.grad.dtype))
         grad_delta = through.weight_gradient(after.grad, rows, delta.shape)
-        return self.delta_gradient(grad_delta.to(delta.dtype), tensors)
+        grads = self.delta_gradient(grad_delta.to(delta.dtype), full)
+        return tuple(cast(grad, tensor.dtype) for grad, tensor in zip(grads, tensors, strict=True))
+
+
+def _at_least(dtype: torch.dtype, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """``tensors`` with no fewer digits than ``dtype`` has."""
+    return tuple(cast(tensor, torch.promote_types(tensor.dtype, dtype)) for tensor in tensors)
 
 
 class WithoutColumn(Update):

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from trimtab.ops.autocast import cast
+from trimtab.ops.autocast import cast, scaled_to
 from trimtab.ops.kernels.contract import BackwardPass, Thin
 from trimtab.ops.kernels.plain import fold as fold, squared_norms as squared_norms
 from trimtab.ops.ratio import Ratio
@@ -16,7 +16,7 @@ def forward(product: Tensor, *, thin: Thin | None, ratio: Ratio | None, bias: Te
     """``c (p + s B h) + bias``. Afterwards ``product`` holds ``p + s B h``, or with ``in_place`` the output."""
     if thin is not None:
         inner, b, scale = thin
-        scaled = cast(b * scale, inner.dtype).expand(len(inner), *b.shape)
+        scaled = scaled_to(b, scale, inner.dtype).expand(len(inner), *b.shape)
         if inner.dtype == product.dtype:
             product.baddbmm_(scaled, inner)
         else:
@@ -43,6 +43,6 @@ def backward(
         return BackwardPass(grad, bias, witnessed)
     inner, b, scale = thin
     factor = scale if ratio is None else (scale * ratio.values).unsqueeze(1)
-    grad_inner = torch.matmul(cast(b * factor, grad.dtype).t(), grad)
+    grad_inner = torch.matmul(scaled_to(b, factor, grad.dtype).t(), grad)
     grad_b = torch.bmm(grad, inner.transpose(1, 2)).sum(0) * factor
     return BackwardPass(grad, bias, witnessed, grad_inner, cast(grad_b, b.dtype))

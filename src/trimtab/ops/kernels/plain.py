@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trimtab.ops.autocast import cast
+from trimtab.ops.autocast import cast, scaled_to
 from trimtab.ops.decomposition import row_blocks
 from trimtab.ops.kernels.contract import BackwardPass, Thin
 from trimtab.ops.ratio import HALF, Ratio
@@ -21,7 +21,7 @@ def forward(product: Tensor, *, thin: Thin | None, ratio: Ratio | None, bias: Te
     if thin is not None:
         inner, b, scale = thin
         if inner.dtype == product.dtype:
-            product.addmm_(inner, cast(b * scale, inner.dtype).t())
+            product.addmm_(inner, scaled_to(b, scale, inner.dtype).t())
         else:  # a copy is quicker than adding two dtypes
             product.copy_(cast(product, inner.dtype).add_(F.linear(inner, cast(b, inner.dtype)), alpha=scale))
     output = product if ratio is None else ratio.times(product, in_place)
@@ -46,7 +46,7 @@ def backward(
         return BackwardPass(grad, bias, witnessed)
     inner, b, scale = thin
     factor = scale if ratio is None else (scale * ratio.values).unsqueeze(1)
-    grad_inner = grad.mm(cast(b * factor, grad.dtype))
+    grad_inner = grad.mm(scaled_to(b, factor, grad.dtype))
     grad_b = inner.t().mm(grad).t() * factor  # transposed, it is up to twice as fast
     return BackwardPass(grad, bias, witnessed, grad_inner, cast(grad_b, b.dtype))
 
