@@ -168,7 +168,7 @@ def test_all_modules_have_one_rank_and_the_scale_1() -> None:
 
 def test_the_model_stays_as_it_is_in_all_else() -> None:
     model = stirred(network(), {"match": "*", "method": "dora", "rank": 3})
-    model[0].base.weight.requires_grad_(True)  # unfrozen by hand
+    model[0].base.bias.requires_grad_(True)  # unfrozen by hand
     model.train()
     model[2].eval()
     trimtab.convert_to_lora(model, 4, inputs(2))
@@ -176,7 +176,7 @@ def test_the_model_stays_as_it_is_in_all_else() -> None:
     assert model[0].adapter.training
     assert not model[2].training
     names = set(trimtab.trainable_parameters(model))
-    assert names == {"0.base.weight"} | {f"{at}.adapter.{factor}" for at in (0, 2, 4) for factor in "AB"}
+    assert names == {"0.base.bias"} | {f"{at}.adapter.{factor}" for at in (0, 2, 4) for factor in "AB"}
     model(inputs(1)[0]).sum().backward()
     trimtab.detach(model)
     for one, other in zip(model.parameters(), network().parameters(), strict=True):

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.checkpoint import checkpoint
 
 import trimtab
@@ -412,6 +413,49 @@ def test_an_assigned_weight_is_the_frozen_one() -> None:
         assert layer.base.weight is not tensor
         assert torch.equal(layer.base.weight, tensor)
         assert torch.allclose(layer(x), F.linear(x, trimtab.effective_weight(model, "0"), layer.bias), atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_a_weight_that_may_have_the_adapter_in_it_is_not_assigned_in_silence(method: str) -> None:
+    """What torch.nn.utils.fusion does to a layer and the batch norm behind it would have the adapter act twice."""
+    norm = nn.BatchNorm2d(4)
+    with torch.no_grad():
+        for tensor in (norm.running_mean, norm.running_var, norm.weight):
+            assert tensor is not None
+            tensor.uniform_(0.5, 2)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), norm).eval()
+    trimtab.attach(model, trimtab.Rule(match="0", method=method, rank=2))
+    with torch.no_grad():
+        for parameter in trimtab.trainable_parameters(model).values():
+            parameter.add_(0.1 * torch.rand_like(parameter))
+    x = torch.randn(2, 3, 5, 5)
+    expected = model(x)
+    with pytest.warns(trimtab.TrimtabWarning, match=r"Conv2d \[4, 3, 3, 3\].*acts twice: call trimtab.merge before"):
+        fuse_conv_bn_eval(model[0], model[1])
+    trimtab.merge(model)
+    torch.testing.assert_close(fuse_conv_bn_eval(model[0], model[1])(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_tensor_that_is_trained_whole_is_not_replaced() -> None:
+    model: Any = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4))
+    trimtab.attach(model, trimtab.Rule(match="0", method="full"))
+    with pytest.raises(
+        trimtab.SurgeryError, match="the weight of this LayerNorm is trained by an adapter of method full"
+    ):
+        model[0].weight = nn.Parameter(torch.ones(4))
+
+
+def test_a_weight_that_asks_for_a_gradient_under_an_adapter_is_told_of() -> None:
+    model: Any = nn.Sequential(nn.Linear(4, 4))
+    trimtab.attach(model, trimtab.Rule(match="0", method="lora", rank=2))
+    model.requires_grad_(True)
+    with torch.no_grad():
+        model(torch.randn(2, 4))
+    with pytest.warns(
+        trimtab.TrimtabWarning, match=r"Linear \[4, 4\] under an adapter of method lora.*gets none"
+    ) as told:
+        model(torch.randn(2, 4)), model(torch.randn(2, 4))
+    assert len(told) == 1
 
 
 def test_a_stand_in_is_a_tensor_of_its_own_kind() -> None:

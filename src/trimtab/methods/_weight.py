@@ -75,6 +75,9 @@ class WeightMethod(_method.Method):
     magnitude: nn.Parameter | None
     bias: nn.Parameter | None
     stack_pass: _stack.StackPass | None = None
+    was_read = False
+    """Whether somebody has read the numbers of the effective weight, who may assign what was computed from them."""
+    told_of_no_gradient = False
     kept_since = 0
     """How often what was kept of the trained tensors has been dropped."""
     sits_on = "weight"
@@ -340,6 +343,7 @@ class WeightMethod(_method.Method):
     def acting_weight(self, base: WeightBase) -> Tensor:
         """``W'`` in the dtype and the layout in which the module stores its weight, differentiable in the trained
         tensors as the output is (``detach_norm``)."""
+        self.was_read = True
         return base.as_stored(self.formula(base, _method.full_dtype(base), detach_norm=self.options.detach_norm)).to(
             base.dtype
         )

@@ -19,6 +19,7 @@ from trimtab.surgery.holding import own_class
 from trimtab.surgery.hooks import call_with_hooks, has_hooks
 from trimtab.surgery.mixing import mixed_call, mixed_layer
 from trimtab.surgery.row_plan import Group
+from trimtab.surgery.weight_of_own import tell_of_no_gradient, tell_of_twice, trained_already
 from trimtab.surgery.wrappers import unwrapped
 
 
@@ -137,6 +138,8 @@ class AdaptedLayer(Adapted):
         (x,) = args or kwargs.values()
         if self.off:
             return self.handle.multiply(x)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            tell_of_no_gradient(self)
         try:
             return self.current_adapter(x, self.handle)
         except (RuntimeError, NotImplementedError):
@@ -175,6 +178,8 @@ class AdaptedLayer(Adapted):
     def __setattr__(self, name: str, value: Any) -> None:
         # What the frozen layer has belongs to it: its weight and bias, and numbers such as out_features.
         if not name.startswith("_") and name not in _OWN and _has(self.__dict__.get("_modules", {}).get("base"), name):
+            if name == "weight":
+                tell_of_twice(self, value)
             setattr(self.base, name, value)
         else:
             super().__setattr__(name, value)
@@ -267,6 +272,11 @@ class AdaptedModule(Adapted):
         if "_hf_hook" in self.base.__dict__:
             bases.stay(self.base)  # accelerate would put the module's own tensors over the trained ones
         return self.current_adapter(self.handle, args, kwargs)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, Tensor) and any(_trains(self.adapter_of(one), name) for one in self._slots):
+            raise trained_already(self, name)
+        super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
         if name not in self.__dict__.get("_modules", (name,)):

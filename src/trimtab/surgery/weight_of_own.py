@@ -1,0 +1,52 @@
+"""What a user is told who takes the weight of an adapted module for one of its own, to be trained or replaced."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from trimtab.errors import SurgeryError, TrimtabWarning
+
+
+def tell_of_no_gradient(layer: Any) -> None:
+    """Warn, once, where the frozen weight of an adapted ``layer`` asks for a gradient that it does not get."""
+    adapter = layer.current_adapter
+    if not layer.handle.parameter.requires_grad or adapter.trains_base or adapter.told_of_no_gradient:
+        return
+    adapter.told_of_no_gradient = True
+    warnings.warn(
+        f"the weight of {_named(layer)} under an adapter of method {layer.method} asks for a gradient (requires_grad) "
+        "and gets none: it stays as it is. To train the weight itself, use method full, or leave the layer out of the "
+        "plan; else freeze it (requires_grad_(False))",
+        TrimtabWarning,
+        stacklevel=2,
+    )
+
+
+def tell_of_twice(layer: Any, value: Any) -> None:
+    """Warn where ``value``, assigned to the weight of an adapted ``layer``, may have been computed from one that has
+    the adapter in it."""
+    adapter = layer.current_adapter
+    if layer.off or not adapter.was_read or value is layer.handle.parameter:
+        return
+    adapter.was_read = False
+    warnings.warn(
+        f"the weight assigned to {_named(layer)} is its frozen one, and the adapter ({layer.method}) acts on top. If "
+        "it was computed from the layer's weight, which has the adapter in it, the adapter acts twice: call "
+        "trimtab.merge before what fuses or rewrites weights (torch.nn.utils.fusion, for instance), or read "
+        "layer.base.weight",
+        TrimtabWarning,
+        stacklevel=2,
+    )
+
+
+def trained_already(module: Any, name: str) -> SurgeryError:
+    """The refusal to replace the tensor ``name`` of an adapted ``module``."""
+    return SurgeryError(
+        f"the {name} of this {type(module.base).__name__} is trained by an adapter of method {module.method}, and "
+        "cannot be replaced. Change the tensors of the adapter (module.adapter), or call trimtab.merge first"
+    )
+
+
+def _named(layer: Any) -> str:
+    return f"an adapted {type(layer.base).__name__} {list(layer.handle.parameter.shape)}"
