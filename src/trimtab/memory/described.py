@@ -35,7 +35,7 @@ def describe_run(job: Job, length: int | None = None, check: Check | None = None
     """
     job, inputs, sizes, origin = _measured(job)
     if length is not None and not sizes.shape:
-        sizes, origin = replace(sizes, length=length, labels=length - 1), "--length"
+        sizes, origin = replace(sizes, length=length, labels=length - 1, tested=0, tested_labels=0), "--length"
     memory, free = estimate_run(job, sizes), room(job)
     fits = memory.hardest.needed <= free
     host = memory.host

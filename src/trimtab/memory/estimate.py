@@ -186,8 +186,9 @@ def _holes(passing: int, logits: int, parameters: int) -> int:
 def _evaluated(config: RunConfig, sizes: RowSizes) -> Batch | None:
     if not sizes.evaluated:
         return None
-    rows = max(1, min(config.evaluation.batch_size, TOKENS // sizes.length))
-    return Batch(rows, sizes.length, rows * sizes.labels, sizes.shape)
+    length, labels = sizes.tested or sizes.length, sizes.tested_labels or sizes.labels
+    rows = max(1, min(config.evaluation.batch_size, TOKENS // length))
+    return Batch(rows, length, rows * labels, sizes.shape)
 
 
 @dataclass(frozen=True)

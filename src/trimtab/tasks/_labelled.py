@@ -41,7 +41,7 @@ from trimtab.tasks._answer import Answer, of_logits
 from trimtab.tasks._encoded import Tensors, token_ids
 from trimtab.tasks._inputs import Inputs, gather
 from trimtab.tasks._labelled_rows import LabelledRows
-from trimtab.tasks._sizes import RowSizes
+from trimtab.tasks._sizes import RowSizes, with_most_characters
 from trimtab.tasks._task import Measurement, Task
 
 
@@ -277,7 +277,11 @@ class LabelledTask(Task):
         """Pieces of a row as the model sees it, each with whether it is what is learnt."""
 
     def sizes(self, job: Job, inputs: Inputs) -> RowSizes:
-        return RowSizes(max(inputs.rows.lengths), 1, bool(inputs.validation or inputs.tests))
+        measured = [row for rows in (inputs.validation, *inputs.tests.values()) for row in rows]
+        few = with_most_characters(measured, lambda row: len(row.text) + len(row.pair or "") + len(" ".join(row.words)))
+        encoded = self.encode(few, job.reader, inputs.choices, job.reading_length) if few else []
+        tested = max(map(self.tokens, encoded), default=0)
+        return RowSizes(max(inputs.rows.lengths), 1, bool(measured), tested=tested)
 
     def largest(self, job: Job) -> RowSizes:
         data = job.config.data

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import heapq
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
+
+One = TypeVar("One")
+
+LOOKED_AT = 64
+"""Of rows that are evaluated, so many are read for how long the longest is: those with the most characters."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +38,8 @@ class RowSizes:
         evaluated: whether there are validation or test rows.
         generates: whether their answers are generated.
         shape: of a picture, as in `Batch`.
+        tested: tokens of the longest validation or test row, with what is written to it; 0: as many as ``length``.
+        tested_labels: positions of such a row that carry loss; 0: as many as ``labels``.
     """
 
     length: int
@@ -37,3 +47,10 @@ class RowSizes:
     evaluated: bool = False
     generates: bool = False
     shape: tuple[int, ...] = ()
+    tested: int = 0
+    tested_labels: int = 0
+
+
+def with_most_characters(rows: Sequence[One], characters: Callable[[One], int]) -> list[One]:
+    """The few of ``rows`` among which the one of most tokens is looked for."""
+    return heapq.nlargest(LOOKED_AT, rows, key=characters)

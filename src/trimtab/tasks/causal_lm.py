@@ -27,7 +27,7 @@ from trimtab.outcomes import Outcomes
 from trimtab.runs.events import Listener
 from trimtab.surgery.contexts import evaluating
 from trimtab.tasks import _inputs, _task
-from trimtab.tasks._sizes import Batch, RowSizes
+from trimtab.tasks._sizes import Batch, RowSizes, with_most_characters
 from trimtab.tasks._texts import read_inputs
 
 
@@ -120,11 +120,19 @@ class CausalLM(_task.Task):
         longest = sorted(range(len(lengths)), key=lambda row: -lengths[row])[: job.config.train.batch_size]
         labels = sum(label != IGNORED for row in longest for label in inputs.rows[row]["labels"])
         tested = [example for rows in inputs.tests.values() for example in rows]
+        generates = not inputs.scored and any(example.answer is not None for example in tested)
+        new = job.config.evaluation.max_new_tokens if generates else 0
+        measured = [
+            _measured(inputs.validation, job.reader, inputs.choices, limit=job.max_length),
+            _measured(tested, job.reader, inputs.choices, limit=job.reading_length, new=new),
+        ]
         return RowSizes(
             max(lengths),
             math.ceil(labels / len(longest)),
             bool(inputs.validation or tested),
-            not inputs.scored and any(example.answer is not None for example in tested),
+            generates,
+            tested=max(length for length, _ in measured),
+            tested_labels=max(labels for _, labels in measured),
         )
 
     def sample(self, model: Any, batch: Batch) -> dict[str, Tensor]:
@@ -140,3 +148,23 @@ class CausalLM(_task.Task):
         if generates:  # keys and values are kept
             return head.model(input_ids=batch["input_ids"], use_cache=True, logits_to_keep=1)
         return super().foresee(head, batch, generates=generates)
+
+
+def _measured(
+    rows: Sequence[Example], reader: Any, choices: Sequence[str] | None, *, limit: int | None, new: int = 0
+) -> tuple[int, int]:
+    """Tokens of the longest of ``rows``, with the ``new`` ones that are written to it, as far as ``limit`` goes; and
+    how many tokens of such a row carry loss."""
+    if not rows:
+        return 0, 0
+
+    def longest(row: Example) -> str:
+        return max(row.text, row.prompt + max(row.choices or choices or ("",), key=len), key=len)
+
+    few = with_most_characters(rows, lambda row: len(longest(row)))
+    whole = reader([longest(row) for row in few], verbose=False)["input_ids"]
+    prompts = reader([row.prompt for row in few], verbose=False)["input_ids"]
+    sizes = [(len(ids) + 1, len(prompt)) for ids, prompt in zip(whole, prompts, strict=True)]  # 1 for an end
+    length = max(max(tokens, prompt + new) for tokens, prompt in sizes)
+    labels = max(tokens - prompt for tokens, prompt in sizes)
+    return (length, labels) if limit is None else (min(length, limit), min(labels, limit))

@@ -46,7 +46,7 @@ from trimtab.tasks import _read_text, _task
 from trimtab.tasks._answer import Answer
 from trimtab.tasks._encoded import EncodedTensors, Tensors, token_ids
 from trimtab.tasks._inputs import Answers, Inputs, Rows, gather
-from trimtab.tasks._sizes import Batch, RowSizes
+from trimtab.tasks._sizes import Batch, RowSizes, with_most_characters
 
 
 class Seq2Seq(_task.Task):
@@ -235,10 +235,21 @@ class Seq2Seq(_task.Task):
         return Preview(tuple(shown))
 
     def sizes(self, job: Job, inputs: Inputs) -> RowSizes:
-        measured = bool(inputs.validation or inputs.tests)
-        sources = max(len(row["input_ids"]) for row in inputs.rows)
-        targets = max(len(row["labels"]) for row in inputs.rows)
-        return RowSizes(sources, targets, measured, bool(inputs.tests))
+        measured = [row for rows in (inputs.validation, *inputs.tests.values()) for row in rows]
+        few = with_most_characters(measured, lambda row: len(row.prompt) + len(str(row.answer)))
+        encoded = _encoded(few, job.reader, job.reading_length)
+
+        def longest(key: str, rows: Any) -> int:
+            return max((len(row[key]) for row in rows), default=0)
+
+        return RowSizes(
+            longest("input_ids", inputs.rows),
+            longest("labels", inputs.rows),
+            bool(measured),
+            bool(inputs.tests),
+            tested=longest("input_ids", encoded),
+            tested_labels=longest("labels", encoded),
+        )
 
     def largest(self, job: Job) -> RowSizes:
         data = job.config.data
