@@ -126,6 +126,12 @@ def empty_file(world: World) -> list[str]:
     return world.run()
 
 
+def an_adapter(w: Any) -> list[str]:
+    (w.path / "adapter").mkdir()
+    (w.path / "adapter" / "adapter_config.json").write_text("{}")
+    return ["generate", str(w.path / "adapter"), "hello"]
+
+
 def two_of_one_name(world: World) -> list[str]:
     (world.path / "a").mkdir()
     return ["evaluate", str(world.model), "--data", str(world.rows(name="a/x.jsonl")), "--data",
@@ -232,6 +238,10 @@ CASES: dict[str, Case] = {
         lambda w: ["generate", str(w.path), "hello"],
         r"not a run folder \(it has no config\.yaml\), and not a model's.*name the output of trimtab finetune",
     ),
+    "generate of an adapter": (
+        an_adapter,
+        r"adapter: an adapter without its model; name the model, and this folder by",
+    ),
     "merge of no run": (lambda w: ["merge", str(w.path), str(w.path / "out")], r"not a run folder"),
     "merge of a file": (
         lambda w: ["merge", w.run()[1], str(w.path / "out")],
@@ -299,3 +309,9 @@ def test_wrong_usage_has_exit_code_2(cli: Any, said: list[str]) -> None:
     assert result.code == 2
     assert result.err
     assert "Traceback" not in result.err
+
+
+def test_a_seed_that_torch_does_not_take(cli: Any) -> None:
+    for verb in (["generate", "model", "hello"], ["chat", "model"], ["combine", "a", "--out", "b"]):
+        told = cli(*verb, "--seed", str(2**64))
+        assert (told.code, "--seed" in told.err) == (2, True)

@@ -51,4 +51,5 @@ On = Annotated[
         show_default=False,
     ),
 ]
-Seed = Annotated[int, typer.Option(help="Seed of the draw when temperature is above 0.")]
+MOST_SEED = 2**32 - 1
+Seed = Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Seed of the draw when temperature is above 0.")]

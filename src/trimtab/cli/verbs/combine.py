@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from trimtab.cli.exits import say
-from trimtab.cli.verbs._arguments import Overwrite
+from trimtab.cli.verbs._arguments import MOST_SEED, Overwrite
 
 
 class Way(StrEnum):
@@ -52,7 +52,7 @@ def command(
         float | None,
         typer.Option(help="The share of numbers that ties and dare keep. Default: 0.5.", show_default=False),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of what dare draws.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Of what dare draws.")] = 0,
     model: Annotated[
         str | None,
         typer.Option(
