@@ -14,11 +14,13 @@ from typing import Any
 import gguf
 import pytest
 import torch
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import BPE
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from tiny_gguf import HIDDEN, INTERMEDIATE, KEY_HEADS, TEMPLATE, write_gguf
-from trimtab.errors import ModelError
-from trimtab.models.gguf import cache_folder, dequantised_folder, gguf_config
+from trimtab.errors import ModelError, TrimtabWarning
+from trimtab.models.gguf import _as_sentencepiece, cache_folder, dequantised_folder, gguf_config
 from trimtab.models.load import load_model
 from trimtab.models.locate import locate
 from trimtab.models.model_files import load_config_only, load_tokenizer
@@ -76,6 +78,39 @@ def test_digits_are_split_off_first_where_the_vocabulary_was_learned_so(
     write_gguf(tmp_path / "tiny.gguf", pre)
     tokenizer = load_tokenizer(locate("tiny.gguf", tmp_path))
     assert [tokenizer.decode([i]) for i in tokenizer("  12")["input_ids"]] == expected
+
+
+def test_a_way_to_split_text_that_is_not_known_is_told(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf", pre="deepseek-llm")
+    with pytest.warns(TrimtabWarning, match="how its vocabulary splits text .'deepseek-llm'. is not known"):
+        load_tokenizer(locate("tiny.gguf", tmp_path))
+
+
+def test_the_tokenizer_is_read_as_it_was_written(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf")
+    said = json.loads((dequantised_folder(tmp_path / "tiny.gguf") / "tokenizer_config.json").read_text())
+    assert said["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
+@pytest.mark.parametrize(
+    ("prefix", "text", "pieces"),
+    [
+        (True, "the", ["\u2581", "t", "h", "e"]),
+        (True, " the", ["\u2581", "\u2581", "t", "h", "e"]),
+        (True, "<s>the", ["<s>", "\u2581", "t", "h", "e"]),
+        (False, "the", ["t", "h", "e"]),
+        (False, " the", ["\u2581", "t", "h", "e"]),
+    ],
+)
+def test_spaces_of_sentencepiece_stand_where_llama_cpp_has_them(prefix: bool, text: str, pieces: list[str]) -> None:
+    vocabulary = {piece: number for number, piece in enumerate(["<unk>", "<s>", "\u2581", "t", "h", "e"])}
+    backend = Tokenizer(BPE(vocabulary, [], unk_token="<unk>"))
+    backend.add_special_tokens(["<s>"])
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)  # as transformers has it
+    _as_sentencepiece(backend, prefix=prefix)
+    encoded = backend.encode(text)
+    assert encoded.tokens == pieces
+    assert backend.decode(encoded.ids) == text.removeprefix("<s>")
 
 
 def test_the_configuration_alone_writes_nothing(tmp_path: Path, cache: Path) -> None:

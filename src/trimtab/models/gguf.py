@@ -13,6 +13,7 @@ import logging
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,11 @@ import gguf
 import torch
 import transformers
 from gguf import GGUFReader
-from tokenizers import pre_tokenizers
+from tokenizers import decoders, normalizers, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from trimtab.errors import ModelError
-from trimtab.files import write_folder
+from trimtab.errors import ModelError, TrimtabWarning
+from trimtab.files import read_json, write_folder, write_json
 from trimtab.machine import GIB, check_fits
 from trimtab.models.gguf_positions import scale_positions
 from trimtab.models.untrusted import check_settings
@@ -37,11 +38,12 @@ from trimtab.reading import panics
 DTYPE = torch.float32
 
 # Part of each cached folder's name. Raise it when the conversion changes.
-_VERSION = 2
+_VERSION = 3
 
-# Vocabularies that split numbers into single digits. A file says how text is split in its "tokenizer.ggml.pre", which
-# transformers (5.23) ignores for these: it gives other tokens where spaces come before a digit.
-_DIGITS_APART = ("smollm", "starcoder", "refact", "command-r", "codeshell")
+# How a vocabulary splits text stands in its "tokenizer.ggml.pre". transformers (5.23) knows some and takes GPT-2's way
+# for all others. These split numbers into single digits first, which gives other tokens where spaces come before one.
+_DIGITS_APART = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
+_AS_GPT2 = ("gpt-2", "mpt", "olmo", "phi-2", "jina-v2-code", "trillion", "gigachat")
 
 _log = logging.getLogger(__name__)
 
@@ -73,6 +75,7 @@ def dequantised_folder(file: Path) -> Path:
         def fill(folder: Path) -> None:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
+            _as_it_is(folder / "tokenizer_config.json")
 
         try:
             damaged = target.exists() and not _is_complete(target)
@@ -185,14 +188,44 @@ def _require_all(file: Path, reader: GGUFReader, model: Any, missing: Collection
         )
 
 
+def _as_it_is(file: Path) -> None:
+    """Have tokenizer.json read as it is; a class of its own, such as GPT2Tokenizer, would make a part of it anew."""
+    write_json(file, {**read_json(file), "tokenizer_class": "PreTrainedTokenizerFast"})
+
+
 def _tokenizer(file: Path, reader: GGUFReader) -> PreTrainedTokenizerBase:
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    backend = tokenizer.backend_tokenizer
     field = reader.get_field("tokenizer.ggml.pre")
-    if field is not None and field.contents() in _DIGITS_APART:
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+    pre = (
+        field.contents() if field is not None and isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel) else None
+    )
+    if pre in _DIGITS_APART:
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
             [
                 pre_tokenizers.Digits(individual_digits=True),
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
             ]
         )
+    elif pre is not None and pre not in _AS_GPT2:
+        warnings.warn(
+            f"{file}: how its vocabulary splits text ('{pre}') is not known here, and GPT-2's way is taken, so that "
+            "numbers, spaces and signs may become other tokens than in llama.cpp. The model's folder has its own",
+            TrimtabWarning,
+            stacklevel=2,
+        )
+    if (kind := reader.get_field("tokenizer.ggml.model")) is not None and kind.contents() == "llama":
+        prefix = reader.get_field("tokenizer.ggml.add_space_prefix")
+        _as_sentencepiece(backend, prefix=prefix is None or bool(prefix.contents()))
     return tokenizer
+
+
+def _as_sentencepiece(backend: Any, *, prefix: bool) -> None:
+    """Let ``backend`` treat spaces as the model was trained to, and as llama.cpp does: one is put in front of every
+    text and of what follows a special token, if ``prefix``. transformers (5.23) does that whatever the file says, not
+    after special tokens, and not where there is a space already."""
+    spaces = normalizers.Replace(" ", "\u2581")
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), spaces]) if prefix else spaces
+    backend.pre_tokenizer = None
+    told = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence([*told, decoders.Strip(" ", 1, 0)] if prefix else told)
