@@ -11,12 +11,12 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaForCausalLM
 
 from run_fixtures import own_cache
 from tiny_gguf import HEADS, HIDDEN, write_gguf
 from trimtab.errors import ModelError
-from trimtab.models.gguf import dequantised_folder, gguf_config
+from trimtab.models.gguf import _complete, dequantised_folder, gguf_config
 
 __all__ = ["own_cache"]
 
@@ -95,3 +95,12 @@ def test_what_would_be_left_out_in_silence_is_refused(more: Any, without: str, s
     write_gguf(tmp_path / "tiny.gguf", more=more, without=without)
     with pytest.raises(ModelError, match=said):
         dequantised_folder(tmp_path / "tiny.gguf")
+
+
+@pytest.mark.parametrize(("layers", "expected"), [(26, 256), (46, 144)], ids=["2B", "27B"])
+def test_gemma_divides_queries_as_llama_cpp_does(layers: int, expected: int, tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf")
+    config = Gemma2Config(hidden_size=4608, num_attention_heads=32, head_dim=256, num_hidden_layers=layers)
+    config.query_pre_attn_scalar = 1
+    _complete(config, gguf.GGUFReader(tmp_path / "tiny.gguf"), tmp_path / "tiny.gguf")
+    assert config.query_pre_attn_scalar == expected

@@ -45,6 +45,9 @@ _VERSION = 3
 _DIGITS_APART = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
 _AS_GPT2 = ("gpt-2", "mpt", "olmo", "phi-2", "jina-v2-code", "trillion", "gigachat")
 
+_GEMMA_27B = (46, 62)
+"""Layers of Gemma 2 27B and Gemma 3 27B."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -101,7 +104,7 @@ def gguf_config(file: Path) -> PretrainedConfig:
         with _reading(file):
             config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
             check_settings(config.to_dict(), file)
-            scale_positions(config, GGUFReader(file), file)
+            _complete(config, GGUFReader(file), file)
     return config
 
 
@@ -155,13 +158,22 @@ def _dequantised(file: Path, reader: GGUFReader) -> Any:
     config = read.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    scale_positions(config, reader, file)
+    _complete(config, reader, file)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=DTYPE)
     model.load_state_dict(read.state_dict(), assign=True)
     model.tie_weights()
     model.generation_config = read.generation_config
     return model
+
+
+def _complete(config: PretrainedConfig, reader: GGUFReader, file: Path) -> None:
+    """Put into ``config`` what transformers leaves out. Raises ModelError as `scale_positions` does."""
+    scale_positions(config, reader, file)
+    text = config.get_text_config()
+    if hasattr(text, "query_pre_attn_scalar"):  # of Gemma; no file says it, and llama.cpp knows the 27B by its layers
+        large = text.num_hidden_layers in _GEMMA_27B
+        text.query_pre_attn_scalar = text.hidden_size // text.num_attention_heads if large else text.head_dim
 
 
 def _require_all(file: Path, reader: GGUFReader, model: Any, missing: Collection[str]) -> None:
