@@ -11,7 +11,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaForCausalLM, StableLmConfig
 
 from run_fixtures import own_cache
 from tiny_gguf import HEADS, HIDDEN, write_gguf
@@ -104,3 +104,10 @@ def test_gemma_divides_queries_as_llama_cpp_does(layers: int, expected: int, tmp
     config.query_pre_attn_scalar = 1
     _complete(config, gguf.GGUFReader(tmp_path / "tiny.gguf"), tmp_path / "tiny.gguf")
     assert config.query_pre_attn_scalar == expected
+
+
+def test_as_much_of_a_head_is_turned_as_the_file_says(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf")
+    config = StableLmConfig(hidden_size=HIDDEN, num_attention_heads=HEADS // 2)  # heads of twice the width
+    _complete(config, gguf.GGUFReader(tmp_path / "tiny.gguf"), tmp_path / "tiny.gguf")
+    assert config.rope_parameters["partial_rotary_factor"] == 0.5

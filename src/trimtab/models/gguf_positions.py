@@ -1,8 +1,9 @@
 """How the positions of a model in a GGUF file are scaled, which transformers (5.23) passes over: a Llama 3.1 would turn
 them as Llama 3 does, in silence.
 
-llama.cpp has it in the head (``rope.scaling.*``), or as the numbers by which each frequency is divided: ``rope_freqs``,
-and ``rope_factors_short`` and ``rope_factors_long`` for texts up to the length of the pretraining and beyond.
+llama.cpp has it in the head (``rope.scaling.*``; ``rope.dimension_count``: how much of a head is turned), or as the
+numbers by which each frequency is divided: ``rope_freqs``, and ``rope_factors_short`` and ``rope_factors_long`` for
+texts up to the length of the pretraining and beyond.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ def scale_positions(config: PretrainedConfig, reader: GGUFReader, file: Path) ->
     text = config.get_text_config()
     said = getattr(text, "rope_parameters", None)
     rope = said.get("full_attention", said) if isinstance(said, dict) else {}
+    if "partial_rotary_factor" in rope and (turned := _field(reader, "rope.dimension_count")):
+        head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        rope["partial_rotary_factor"] = int(turned) / head
     if rope.get("rope_type", "default") != "default" or not rope.get("rope_theta"):
         return
     scaling = _scaling(text, float(rope["rope_theta"]), reader, file)
