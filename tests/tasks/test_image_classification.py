@@ -19,8 +19,10 @@ from trimtab import tasks
 from trimtab.adapters.placing import read_adapter
 from trimtab.config.read import build_config
 from trimtab.errors import DataError, ModelError
+from trimtab.export import Wishes, export_format, hand_over
 from trimtab.memory.estimate import estimate_run
 from trimtab.runs.events import Listener
+from trimtab.runs.load import load_run
 from trimtab.runs.read import read_run
 from trimtab.training.rate_trials import _Search
 from trimtab.training.run import finetune
@@ -103,6 +105,23 @@ def test_a_folder_for_each_label_is_learnt(place: Path, model: str) -> None:
     assert all(line.tokens_per_second for line in run.metrics if line.kind == "train")  # each counts its own batch
     assert run.plan is not None
     assert {"full", "dora"} == set(run.plan.methods)
+
+
+@pytest.mark.parametrize("form", ["merged", "lora"])
+def test_it_is_handed_over(place: Path, form: str) -> None:
+    from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+    folder = finetune(config(place, train={"max_steps": 2, "learning_rate": 0.01, "precision": "float32"}))
+    handed = hand_over(export_format(form), folder.path, place / "out", Wishes())
+    assert handed.agreement.kl < 1e-9
+    loaded = load_run(folder.path)
+    batch = AutoImageProcessor.from_pretrained(place / "out")(images=[picture("red", 3)], return_tensors="pt")
+    torch.testing.assert_close(
+        batch["pixel_values"], loaded.reader(images=[picture("red", 3)], return_tensors="pt")["pixel_values"]
+    )
+    if form == "merged":
+        plain = AutoModelForImageClassification.from_pretrained(place / "out")
+        torch.testing.assert_close(plain(**batch).logits, loaded.model(**batch).logits, atol=1e-5, rtol=0)
 
 
 def test_a_table_may_hold_the_bytes(place: Path) -> None:

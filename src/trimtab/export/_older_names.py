@@ -49,6 +49,8 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     those."""
     tokenizer.save_pretrained(folder)
     file = folder / "tokenizer_config.json"
+    if not file.is_file():  # it reads pictures
+        return
     said = {name: value for name, value in read_json(file).items() if name not in ("is_local", "local_files_only")}
     if said.get("tokenizer_class") == "TokenizersBackend":
         said["tokenizer_class"] = "PreTrainedTokenizerFast"
