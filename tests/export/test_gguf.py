@@ -135,6 +135,13 @@ def _trained_on(folder: Path, root: Path, plan: Any) -> Path:
     return finetune(load_config(yaml)).path
 
 
+def test_a_file_of_a_model_of_another_size_is_told_by_its_shapes(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf")
+    file = GgufFile(tmp_path / "tiny.gguf")
+    with pytest.raises(ModelError, match=r"attn_q\.weight has 64 x 64 numbers, and .*q_proj\.weight of .* 32 x 32"):
+        file.place("model.layers.0.self_attn.q_proj.weight", torch.zeros(32, 32), TURNED, exact=False)
+
+
 @pytest.mark.usefixtures("bare_runs")
 def test_a_gguf_file_of_the_same_model_takes_the_merged_weights(tmp_path: Path) -> None:
     folder, file = _folder_of_gguf(tmp_path)

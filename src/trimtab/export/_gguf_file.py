@@ -173,6 +173,12 @@ class GgufFile:
                 best, order = distance / size, tried
             if exact and best <= _EXACT:  # no other is nearer, and a large matrix takes a second for each
                 break
+        if best == np.inf:
+            shapes = " x ".join(map(str, theirs.shape)), " x ".join(map(str, values.shape))
+            raise ModelError(
+                f"{self.path}: {tensor} has {shapes[0]} numbers, and {parameter} of the run's base {shapes[1]}. Name the "
+                "GGUF file that was made of the same model"
+            )
         if best > (_EXACT if exact else _SAME):
             raise ModelError(
                 f"{self.path}: {tensor} is not {parameter} of the run's base in any known order of rows (the nearest "

@@ -147,8 +147,10 @@ def plain_factors(model: Any, what: str) -> list[Factors]:
             raise SurgeryError(f"{name}: a trained bias cannot be said in {what}; export --to merged holds it")
         shapes = (adapter.A.ndim, adapter.B.ndim, len(one.handle.shape))
         if shapes != (2, 2, 2) or tuple(one.handle.shape) != (adapter.B.shape[0], adapter.A.shape[1]):
-            kind = type(one.base).__name__
-            raise SurgeryError(f"{name}: the adapter of a {kind} cannot be said in {what}; export --to merged holds it")
+            shape = " x ".join(map(str, one.handle.shape))
+            raise SurgeryError(
+                f"{name}: an adapter on a weight of {shape} numbers cannot be said in {what}; export --to merged holds it"
+            )
         if not (torch.isfinite(adapter.A).all() and torch.isfinite(adapter.B).all()):
             raise SurgeryError(f"{name}: the adapter holds NaN or infinity, so there is nothing to hand over")
         found.append(Factors(name, adapter, one.handle))
