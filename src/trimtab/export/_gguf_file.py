@@ -176,8 +176,8 @@ class GgufFile:
         if best == np.inf:
             shapes = " x ".join(map(str, theirs.shape)), " x ".join(map(str, values.shape))
             raise ModelError(
-                f"{self.path}: {tensor} has {shapes[0]} numbers, and {parameter} of the run's base {shapes[1]}. Name the "
-                "GGUF file that was made of the same model"
+                f"{self.path}: {tensor} has {shapes[0]} numbers, and {parameter} of the run's base {shapes[1]}. Name "
+                "the GGUF file that was made of the same model"
             )
         if best > (_EXACT if exact else _SAME):
             raise ModelError(

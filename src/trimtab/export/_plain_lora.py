@@ -149,7 +149,8 @@ def plain_factors(model: Any, what: str) -> list[Factors]:
         if shapes != (2, 2, 2) or tuple(one.handle.shape) != (adapter.B.shape[0], adapter.A.shape[1]):
             shape = " x ".join(map(str, one.handle.shape))
             raise SurgeryError(
-                f"{name}: an adapter on a weight of {shape} numbers cannot be said in {what}; export --to merged holds it"
+                f"{name}: an adapter on a weight of {shape} numbers cannot be said in {what}; export --to merged holds "
+                "it"
             )
         if not (torch.isfinite(adapter.A).all() and torch.isfinite(adapter.B).all()):
             raise SurgeryError(f"{name}: the adapter holds NaN or infinity, so there is nothing to hand over")
