@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -112,6 +113,18 @@ def test_a_copy_is_under_no_promise(model: nn.Module, compared: list[object]) ->
         output(other)
         output(other)
     assert len(compared) == 4
+
+
+@pytest.mark.parametrize("context", [trimtab.disable_adapter, lambda one: trimtab.per_row(one, [None, "default"])])
+def test_a_copy_is_in_no_context_of_the_model(context: Callable[[nn.Module], Any], model: nn.Module) -> None:
+    start = output(model)
+    with context(model):
+        other = copy.deepcopy(model)
+        assert not torch.allclose(output(model), start)
+        assert torch.equal(output(other), start)
+    assert torch.equal(output(other), start)
+    with trimtab.per_row(other, ["default", None]):
+        assert torch.allclose(output(other)[0], start[0], atol=1e-6)
 
 
 def test_training_goes_on_as_ever(model: nn.Module) -> None:

@@ -223,6 +223,21 @@ def test_memory_is_counted_over_both_stacks(place: Path) -> None:
     assert {estimate.moment for estimate in memory.moments} == {"loading", "evaluating", "training"}
 
 
+def test_memory_is_that_of_writing_or_of_the_loss_after_it(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job, _, inputs = read(place)
+    seen, foresee = set(), TASK.foresee
+
+    def looked_at(head: Any, batch: Any, *, generates: bool) -> Any:
+        seen.add(generates)
+        return foresee(head, batch, generates=generates)
+
+    monkeypatch.setattr(type(TASK), "foresee", staticmethod(looked_at))
+    sizes = TASK.sizes(job, inputs)
+    assert sizes.generates
+    estimate_run(job, sizes)
+    assert seen == {True, False}
+
+
 @pytest.mark.parametrize(
     ("sections", "error", "told"),
     [

@@ -59,6 +59,10 @@ class Carrier(nn.Module):
         self.put_adapter(name, slot, adapter)
         self.switch_adapter(name)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # What disable_adapter or per_row does to this module ends with their context, and would never end for a copy.
+        return {name: one for name, one in self.__dict__.items() if name not in ("_rows", "adapters_disabled")}
+
     @staticmethod
     def kind_for(handle: Base) -> type[Carrier]:
         """The kind of module that an adapter on the module of ``handle`` asks for."""
