@@ -180,6 +180,25 @@ def test_a_norm_that_another_dtype_asked_for_is_not_kept(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", [None, *methods.names("weight")])
+def test_a_bias_may_have_more_digits_than_the_input(kind: str, method: str | None) -> None:
+    model = Holder(layer(kind))
+    if method is not None:
+        options = {"magnitude": True} if method == "full" else {"rank": 2, "bias": True}
+        trimtab.attach(model, trimtab.Rule(match="layer", method=method, **options))
+    x = torch.randn(5, 128)
+    expected = model(x)
+    output = model(x.bfloat16())
+    assert output.dtype == torch.bfloat16
+    assert_close(output, expected, 4 * torch.finfo(torch.bfloat16).eps)
+    output.sum().backward()
+    bias = model.layer.bias if method is None else model.adapted.adapter.bias
+    assert bias is not None
+    assert bias.grad is not None
+    assert bias.grad.tolist() == [5.0] * 24
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_bare_layer_multiplies_with_its_dequantised_weight(kind: str) -> None:
     """In training and when evaluated, as often as one likes: bitsandbytes' own would quantise the batch or repack the
     weight."""

@@ -108,8 +108,8 @@ def draw_keep(x: Tensor, probability: float) -> Drawn | None:
     threshold = min(round(probability * levels), levels - 1)
     if threshold == 0:
         return None
+    mask = torch.empty(x.shape, dtype=torch.int8)  # first, since it stays: what goes leaves no hole below it
     drawn = _random_words(1 + x.numel() * kind.itemsize // 8).view(kind)[: x.numel()].view(x.shape)
-    mask = torch.empty(x.shape, dtype=torch.int8)
     return Keep(torch.ge(drawn, threshold - levels // 2, out=mask).neg_(), levels / (levels - threshold))
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from trimtab.ops.autocast import autocast_dtype, scaled_to, without_autocast
+from trimtab.ops.autocast import autocast_dtype, cast, scaled_to, without_autocast
 from trimtab.ops.cost import Compute, counted, folds_gradient, folds_output, full_digits_for_few, may_fold_output
 from trimtab.ops.dropout import Drawn, drawn_again
 from trimtab.ops.expert_rows import StackMap
@@ -335,7 +335,8 @@ def frozen_linear(
     dtype = autocast_dtype(weight) if through.follows_autocast else None
     if dtype is not None and weight.dtype != torch.float64:  # which it leaves alone, for a plain linear layer too
         x, weight = x.to(dtype) if x.is_floating_point() else x, weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+    # A weight that is dequantised is in the dtype of the input, and its layer's bias need not be.
+    bias = None if bias is None else cast(bias, weight.dtype)
     if update is None:
         keep = None  # there is nobody to see less of x
     elif update.only_built or not (

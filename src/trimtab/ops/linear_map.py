@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trimtab.ops.autocast import cast
 from trimtab.ops.traced import seen_through
 
 
@@ -115,5 +116,6 @@ MATRIX = MatrixMap()
 
 
 def multiply(through: LinearMap, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x W^T + bias`` as the layer gives it, differentiable in all three."""
+    """``x W^T + bias`` as the layer gives it, in the dtype of the weight; differentiable in all three."""
+    bias = None if bias is None else cast(bias, weight.dtype)
     return through.output(through.product(through.rows(x), weight, bias), x.shape)
