@@ -6,6 +6,10 @@ import random
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteFallback, Fuse, Sequence
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
 
 from tiny_runs import spaced_tokenizer, tiny_tokenizer
 from trimtab.data.detokenizer import Detokenizer
@@ -33,6 +37,16 @@ def test_what_goes_on_from_a_text_keeps_the_space_at_its_beginning() -> None:
         made = Detokenizer(spaced, before=ids[:cut])
         said = "".join(made.add(token) for token in ids[cut:]) + made.finish()
         assert spaced.decode(ids[:cut]) + said == "fog over berth seven"
+
+
+def test_what_goes_on_from_bytes_tells_none_of_them() -> None:
+    vocabulary = {**{f"<0x{byte:02X}>": byte for byte in range(256)}, "a": 256}
+    backend = Tokenizer(BPE(vocabulary, [], byte_fallback=True))
+    backend.decoder = Sequence([ByteFallback(), Fuse()])  # which shows a run of bytes whole, or none of it
+    spelling = PreTrainedTokenizerFast(tokenizer_object=backend)
+    for text in ("🙂日日", "日🙂🙂", "🙂" * 20):
+        made = Detokenizer(spelling, before=spelling(text).input_ids)
+        assert made.add(256) + made.finish() == "a"
 
 
 def test_a_character_that_was_begun_before_is_told_whole(tokenizer: Any) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 _PART = "\ufffd"  # what a tokenizer shows for a part of a character
+_BEFORE = (8, 32, 128)
+"""So many of the tokens before a text are looked at for how it goes on."""
 
 
 class Detokenizer:
@@ -21,10 +23,16 @@ class Detokenizer:
     """
 
     def __init__(self, tokenizer: Any, silent: Collection[int] = (), before: Sequence[int] = ()) -> None:
-        self.ids = [*before]
+        self.ids: list[int] = []
         self._tokenizer, self._silent = tokenizer, frozenset(silent)
-        self._from, self._whole = 0, len(self.ids)
-        self._told = len(self._decoded(0).rstrip(_PART)) if before else 0
+        self._from, self._whole, self._told = 0, 0, 0
+        for count in _BEFORE if before else ():  # as few as do not begin inside of a character
+            self.ids = [*before[-count:]]
+            if not (text := self._decoded(0)).startswith(_PART):
+                self._whole, self._told = len(self.ids), len(text.rstrip(_PART))
+                break
+        else:
+            self.ids = []
 
     @property
     def began(self) -> bool:

@@ -14,8 +14,6 @@ from trimtab.serving.requests import Chosen, FinishReason, Likely, OutOfTime, Pi
 from trimtab.serving.sampling import draw
 from trimtab.serving.ticket import Ticket
 
-_BEFORE = 8
-"""So many tokens of a prompt are looked at for the text that an answer goes on from."""
 _SPACE = "\u2581"  # how SentencePiece writes a space
 
 
@@ -51,7 +49,7 @@ class Row:
         self.failed: Exception | None = None
         self._deadline = None if seconds is None else self.submitted + seconds
         self._ends, self._stops = frozenset(ends), stops
-        before = self.request.prompt[-_BEFORE:] if self.request.same_text else ()
+        before = self.request.prompt if self.request.same_text else ()
         self._tokenizer, self._text = tokenizer, Detokenizer(tokenizer, ends, before)
         self._numbers = random.Random(self.request.seed)
         self._held, self._length = "", 0  # text that may be the beginning of a stop string; all that came before it
