@@ -13,6 +13,7 @@ from tiny_runs import CHATML, spaced_tokenizer, tiny_model, tiny_tokenizer
 from trimtab.asking import Asked, Conversation, Drawing, _Speaking
 from trimtab.data.tokens import encode_prompt
 from trimtab.questions import rendered
+from trimtab.serving.bodies import CompletionAsking, read_body
 from trimtab.serving.requests import Chosen, Request
 from trimtab.serving.shelf import Reads
 from trimtab.serving.ticket import Ticket
@@ -21,9 +22,11 @@ from trimtab.serving.writing import Row
 TEXT = "fog over berth seven and the crane is free"
 
 
-def written(tokenizer: Any, prompt: list[int], answer: list[int], *, same_text: bool) -> tuple[str, list[Chosen]]:
+def written(
+    tokenizer: Any, prompt: list[int], answer: list[int], *, same_text: bool, spaces: int = 0
+) -> tuple[str, list[Chosen]]:
     """What a row tells whose model writes ``answer``."""
-    request = Request("base", tuple(prompt), logprobs=2, same_text=same_text)
+    request = Request("base", tuple(prompt), logprobs=2, same_text=same_text, spaces=spaces)
     ticket = Ticket(request)
     row = Row(ticket, None, tokenizer, ends=(), stops=(), limit=len(answer), seconds=None)
     for token in answer:
@@ -43,6 +46,15 @@ def test_an_answer_goes_on_in_the_text_of_its_prompt(cut: int) -> None:
     assert "".join(one.text for one in chosen) == said
     assert [said[one.offset :][: len(one.text)] for one in chosen] == [one.text for one in chosen]
     assert all(one.top[0].text == one.text for one in chosen)
+
+
+@pytest.mark.parametrize(("spaces", "said"), [(0, " berth"), (1, "berth"), (2, "berth")])
+def test_spaces_that_a_prompt_ends_with_are_not_said_again(spaces: int, said: str) -> None:
+    tokenizer = tiny_tokenizer()
+    answer = tokenizer(" berth").input_ids
+    assert written(tokenizer, tokenizer("fog").input_ids, answer, same_text=True, spaces=spaces)[0] == said
+    asked = read_body(CompletionAsking, b'{"model": "base", "prompt": ["fog  ", "fog"], "n": 2}')
+    assert [one.spaces for one in asked.requests([[1], [1]], None)] == [2, 2, 0, 0]
 
 
 def test_an_answer_that_is_a_text_of_its_own_begins_with_its_first_word() -> None:

@@ -111,6 +111,10 @@ class Asking(BaseModel):
         """Whether a stream ends with the numbers of tokens."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
+    def spaces(self, place: int) -> int:
+        """How many spaces the text of a prompt ends with."""
+        return 0
+
     def requests(self, prompts: list[list[int]], seconds: float | None) -> list[Request]:
         """What the engine is asked: ``count`` answers for each prompt, each by a seed of its own."""
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
@@ -128,6 +132,7 @@ class Asking(BaseModel):
                 ignore_end=bool(self.ignore_eos),
                 seconds=seconds,
                 same_text=isinstance(self, CompletionAsking),
+                spaces=self.spaces(place),
             )
             for place, prompt in enumerate(prompts)
             for number in range(self.count)
@@ -167,6 +172,10 @@ class CompletionAsking(Asking):
     @property
     def likeliest(self) -> int | None:
         return self.logprobs
+
+    def spaces(self, place: int) -> int:
+        prompt = self.prompts[place]
+        return len(prompt) - len(prompt.rstrip(" ")) if isinstance(prompt, str) else 0
 
     @property
     def prompts(self) -> list[str | list[int]]:

@@ -78,6 +78,8 @@ class Request:
         seconds: the time the request may take in all; None: the server's limit.
         same_text: the answer goes on in the text of the prompt, so that a space at its beginning is part of it; else it
             is a text of its own.
+        spaces: so many that the prompt's text ends with are none of its tokens, since a word has its own; as many are
+            left out where the answer begins.
     """
 
     model: str
@@ -92,6 +94,7 @@ class Request:
     ignore_end: bool = False
     seconds: float | None = None
     same_text: bool = False
+    spaces: int = 0
 
 
 @dataclass(frozen=True)

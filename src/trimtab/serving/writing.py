@@ -53,6 +53,7 @@ class Row:
         self._tokenizer, self._text = tokenizer, Detokenizer(tokenizer, ends, before)
         self._numbers = random.Random(self.request.seed)
         self._held, self._length = "", 0  # text that may be the beginning of a stop string; all that came before it
+        self._spaces = self.request.spaces  # that are left out yet
         self._chosen: list[Chosen] = []  # tokens that were not told yet
 
     @property
@@ -119,6 +120,9 @@ class Row:
 
     def _tell(self, text: str, over: FinishReason | None) -> None:
         """Tell ``text`` with what was held back, up to a stop string, or to what may become one."""
+        if self._spaces and text:
+            left = text.lstrip(" ")
+            text, self._spaces = text[min(self._spaces, len(text) - len(left)) :], 0
         self._held += text
         found = min((at for at in map(self._held.find, self._stops) if at >= 0), default=None)
         if found is not None:
