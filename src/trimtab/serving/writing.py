@@ -144,7 +144,8 @@ class Row:
         values, ids = said.topk(min(count, said.shape[-1]))
         top = [self._as_said(one, value) for one, value in zip(ids.tolist(), values.tolist(), strict=True)]
         own = self._as_said(token, float(said[token]))
-        return Chosen(own.token, own.text, own.raw, own.logprob, tuple(top), self._length + len(self._held))
+        offset = self._length + len(self._held)
+        return Chosen(own.token, own.text, own.raw, own.logprob, top=tuple(top), offset=offset)
 
     def _as_said(self, token: int, logprob: float) -> Likely:
         text = token_text(self._tokenizer, token, first=not self._text.began)
