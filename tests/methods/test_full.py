@@ -247,3 +247,18 @@ def test_layers_with_one_bias_between_them_train_one_copy_of_it() -> None:
     trimtab.attach(model, trimtab.Rule(match="*", method="full", magnitude=True))
     assert model[0].adapter.bias is model[1].adapter.bias
     assert model[0].adapter.weight is not model[1].adapter.weight
+
+
+@pytest.mark.parametrize("table", [nn.Embedding, nn.EmbeddingBag])
+def test_a_table_with_sparse_gradients_is_trained_in_another_dtype(table: Any) -> None:
+    model = nn.Sequential(table(5, 3, sparse=True).bfloat16())
+    trimtab.attach(model, trimtab.Rule(match="0", method="full"))
+    output = model(torch.tensor([[1, 4], [4, 0]]))
+    output.sum().backward()
+    (trained,) = trimtab.trainable_parameters(model).values()
+    assert trained.dtype == torch.float32
+    assert trained.grad is not None
+    share = 1.0 if table is nn.Embedding else 0.5
+    assert trained.grad[:, 0].tolist() == [share, share, 0.0, 0.0, 2 * share]
+    bare: Any = model[0].base
+    assert bare.sparse

@@ -7,6 +7,7 @@ module inside that can be called is one of its own.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -37,7 +38,11 @@ class AnyModuleBase(_base.ModuleBase):
         return dict(_base.own_parameters(self.module)) | dict(_buffers(self.module))
 
     def call(self, tensors: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        return functional_call(self.module, dict(tensors), args, dict(kwargs), tie_weights=False)
+        module: Any = self.module
+        if getattr(module, "sparse", False) and not isinstance(tensors.get("weight"), nn.Parameter):
+            module = copy.copy(module)  # a gradient that is stored sparsely cannot be cast to the dtype of the copy
+            module.sparse = False
+        return functional_call(module, dict(tensors), args, dict(kwargs), tie_weights=False)
 
     def hang(self, name: str, parameter: nn.Parameter) -> None:
         place, _, own = name.rpartition(".")
