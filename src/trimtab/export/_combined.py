@@ -18,6 +18,7 @@ from trimtab.adapters.stored_head import read_head
 from trimtab.errors import ConfigError, ModelError, RunError
 from trimtab.export._card import base_of
 from trimtab.export._hand_over import write_whole
+from trimtab.export._older_names import save_tokenizer
 from trimtab.files import read_json, write_json, write_text
 from trimtab.models.locate import hub_id
 from trimtab.models.model_files import load_config_only
@@ -109,7 +110,7 @@ def combine_folders(
         if config.is_file():
             known = hub_id(named.source) or base_of(named.source)
             write_json(config, read_json(config) | {"base_model_name_or_path": known})
-        reader.save_pretrained(folder)
+        save_tokenizer(reader, folder)
         of = {name: part.weight for name, part in zip(_names(parts), parts, strict=True)}
         write_json(folder / REPORT, {"of": of, **report.plain()})
         write_text(folder / "README.md", _card(target.name, parts, named, report))
