@@ -15,7 +15,7 @@ import torch
 from transformers import LlamaConfig
 
 from tiny_gguf import write_gguf
-from tiny_runs import tiny_model, tiny_tokenizer
+from tiny_runs import CHATML, tiny_model, tiny_tokenizer
 from trimtab.errors import ModelError, SurgeryError
 from trimtab.export import Wishes, export_format, hand_over
 from trimtab.export._gguf_file import GgufFile, Order, kind_for, orders, write_copy
@@ -133,6 +133,14 @@ def _trained_on(folder: Path, root: Path, plan: Any) -> Path:
 
     yaml = write_config(root / "run.yaml", folder, write_rows(root / "rows.jsonl", rows(8)), plan=plan)
     return finetune(load_config(yaml)).path
+
+
+def test_a_system_message_that_the_template_would_leave_out_is_refused() -> None:
+    silent = CHATML.replace("for message in messages %}", "for message in messages if message['role'] != 'system' %}")
+    tokenizer, model = tiny_tokenizer(silent), tiny_model(400)
+    assert "SYSTEM" not in modelfile(tokenizer, model, "m.gguf")[0]
+    with pytest.raises(ModelError, match="no place for a system message"):
+        modelfile(tokenizer, model, "m.gguf", system="Be brief.")
 
 
 def test_a_file_of_a_model_of_another_size_is_told_by_its_shapes(tmp_path: Path) -> None:

@@ -173,6 +173,8 @@ def modelfile(
     if adapter is not None:
         lines.append(f"ADAPTER {adapter}")
     pieces = pieces_of(tokenizer)
+    if system and pieces is not None and pieces.system is None:
+        raise ModelError("--system: the chat template has no place for a system message, so Ollama would leave it out")
     if pieces is not None and '"""' not in pieces.in_go():
         lines.append(f'TEMPLATE """{pieces.in_go()}"""')
         system = system if system is not None else pieces.default
