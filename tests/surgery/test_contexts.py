@@ -115,6 +115,47 @@ def test_a_copy_is_under_no_promise(model: nn.Module, compared: list[object]) ->
     assert len(compared) == 4
 
 
+@pytest.mark.parametrize(
+    "change_of_base",
+    [
+        lambda layer: layer.base.weight.mul_(2),
+        lambda layer: setattr(layer.base, "weight", nn.Parameter(torch.randn(20, 20), requires_grad=False)),
+        lambda layer: setattr(layer.base, "bias", nn.Parameter(torch.randn(20), requires_grad=False)),
+        lambda layer: layer.load_state_dict({"base.weight": torch.randn(20, 20)}, strict=False),
+        lambda layer: layer.load_state_dict({"base.weight": torch.randn(20, 20)}, strict=False, assign=True),
+    ],
+)
+@pytest.mark.parametrize(
+    "context", [trimtab.for_inference, lambda one: trimtab.per_row(one, ["default", None])], ids=["held", "by rows"]
+)
+def test_a_frozen_weight_that_changes_in_it_is_seen(
+    context: Callable[[nn.Module], Any], change_of_base: Callable[[Any], object], model: nn.Module
+) -> None:
+    """The promise is about what is trained."""
+    with context(model):
+        before = output(model)
+        for layer in (model[0], model[2]):
+            with torch.no_grad():
+                change_of_base(layer)
+        found = output(model)
+    other = copy.deepcopy(model)
+    with context(other):
+        torch.testing.assert_close(found, output(other))
+    assert not torch.allclose(found, before)
+
+
+def test_a_model_that_was_made_in_inference_mode() -> None:
+    with torch.inference_mode():
+        made = nn.Sequential(nn.Linear(20, 20))
+    trimtab.attach(made, trimtab.Rule(match="0", method="dora", rank=2))
+    start = output(made)
+    with trimtab.per_row(made, ["default", None]):
+        assert torch.allclose(output(made), start, atol=1e-6)
+        assert torch.allclose(output(made), start, atol=1e-6)
+    with trimtab.for_inference(made):
+        assert torch.allclose(output(made), start, atol=1e-6)
+
+
 @pytest.mark.parametrize("context", [trimtab.disable_adapter, lambda one: trimtab.per_row(one, [None, "default"])])
 def test_a_copy_is_in_no_context_of_the_model(context: Callable[[nn.Module], Any], model: nn.Module) -> None:
     start = output(model)

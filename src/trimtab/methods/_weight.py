@@ -243,7 +243,8 @@ class WeightMethod(_method.Method):
         own = Operands(
             weight=weight, bias=self.bias_of(base), ratio=ratio, update=None, tensors=(), through=base.through
         )
-        return FewTokensLinear(own._replace(update=update, tensors=tensors))
+        operands = own._replace(update=update, tensors=tensors)
+        return FewTokensLinear(operands, base.parameter, base.stored_bias)
 
     def ratio(self, weight: Tensor, base: WeightBase) -> Tensor | None:
         """``m / n`` along the magnitude's axis, differentiable; None without a magnitude."""
@@ -282,7 +283,7 @@ class WeightMethod(_method.Method):
         drops = self.drops(x)
         held = self._holds and not (turned or self._is_replica)
         if held and not (drops or torch.is_grad_enabled() or torch.compiler.is_compiling()):
-            if self._few_tokens is None:
+            if self._few_tokens is None or not self._few_tokens.is_of(base.parameter, base.stored_bias):
                 self._few_tokens = self._for_few_tokens(base)
             if self._few_tokens is not None and self._few_tokens.takes(x):
                 return self._few_tokens(x)

@@ -10,17 +10,30 @@ from torch import Tensor
 
 from trimtab.ops.autocast import autocast_dtype
 from trimtab.ops.frozen_linear import Operands, factored
+from trimtab.ops.stamp import version_of
 
 TOKENS = 16
 """The most tokens of such a pass. For so few, forming an effective weight costs more than a product with the update."""
 
 
 class FewTokensLinear:
-    """``c * (x W^T + x dV^T) + bias``, as ``frozen_linear`` does it without gradients, for a plain matrix W."""
+    """``c * (x W^T + x dV^T) + bias``, as ``frozen_linear`` does it without gradients, for a plain matrix W.
 
-    def __init__(self, operands: Operands) -> None:
+    Args:
+        operands: what rows are multiplied with.
+        weight, bias: the layer's own, as they are stored, of which the operands were made.
+    """
+
+    def __init__(self, operands: Operands, weight: Tensor, bias: Tensor | None) -> None:
         self._operands, self._dtype = operands, operands.weight.dtype
         self._out, self._in = operands.weight.shape
+        self._of, self._version = (weight, bias), version_of(weight)
+
+    def is_of(self, weight: Tensor, bias: Tensor | None) -> bool:
+        """Whether the layer still has the weight and the bias that this was made for, and nobody has written to the
+        weight."""
+        own = self._of
+        return weight is own[0] and bias is own[1] and version_of(weight) == self._version
 
     def takes(self, x: Tensor) -> bool:
         """Whether ``x [..., in]`` is for it: a few tokens, in the dtype of the weight, and no autocast."""

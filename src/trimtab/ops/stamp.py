@@ -62,7 +62,7 @@ def _history(tensor: Tensor) -> tuple[Any, ...] | None:
     if inference and tensor.device.type != "cpu":
         return None
     try:
-        version = -1 if inference else tensor._version
+        version = version_of(tensor)
         # Its number in Python, and no reference to it: torch.utils.swap_tensors refuses a tensor that has one.
         return id(tensor), version, tensor.data_ptr(), tensor.dtype, tensor.shape
     except RuntimeError:  # subclasses whose numbers lie elsewhere
@@ -72,6 +72,11 @@ def _history(tensor: Tensor) -> tuple[Any, ...] | None:
 def is_fake(tensor: Tensor) -> bool:
     """Whether ``tensor`` is one of those with which a step is traced: it lies nowhere and has no numbers."""
     return type(tensor).__name__ == "FakeTensor"
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often ``tensor`` was written to; -1 for those of inference mode, which do not count it."""
+    return -1 if tensor.is_inference() else tensor._version
 
 
 def address_of(tensor: Tensor) -> int:

@@ -19,7 +19,7 @@ from trimtab.ops.kernels import segments_for
 from trimtab.ops.linear_map import MATRIX
 from trimtab.ops.mixed_rows import MixedProduct, Order, Part
 from trimtab.ops.mixed_training import mixed_training, trains_together
-from trimtab.ops.stamp import address_of
+from trimtab.ops.stamp import address_of, version_of
 from trimtab.surgery.row_plan import Group, RowPlan
 
 FEW_TOKENS = 128
@@ -33,9 +33,10 @@ class _Decided(NamedTuple):
     product: MixedProduct
 
     @staticmethod
-    def reasons(plan: RowPlan, adapters: Mapping[str | None, Any], weight: Tensor, x: Tensor) -> tuple[Any, ...]:
-        kept = [adapter.kept_since for adapter in adapters.values() if adapter is not None]
-        return (plan.batch, x.shape, x.dtype, id(weight), weight._version, address_of(weight), *kept)
+    def reasons(plan: RowPlan, adapters: Mapping[str | None, Any], base: WeightBase, x: Tensor) -> tuple[Any, ...]:
+        weight, kept = base.weight(), [adapter.kept_since for adapter in adapters.values() if adapter is not None]
+        own = id(weight), version_of(weight), address_of(weight), id(base.stored_bias)
+        return (plan.batch, x.shape, x.dtype, *own, *kept)
 
 
 def mixed_layer(
@@ -52,7 +53,7 @@ def mixed_layer(
     few = plain and base.stored_dense and through is MATRIX and x.numel() <= FEW_TOKENS * x.shape[-1]
     if few and all(adapter is None or isinstance(adapter, WeightMethod) for adapter in adapters.values()):
         weight = base.weight()
-        reasons = _Decided.reasons(plan, adapters, weight, x)
+        reasons = _Decided.reasons(plan, adapters, base, x)
         decided: _Decided | None = plan.decided.get(id(base))
         if decided is not None and decided.by == reasons:
             return through.output(decided.product(through.rows(x), weight, through), x.shape)
@@ -72,7 +73,7 @@ def mixed_layer(
             slices, order = plan.order(groups, each, x.device)
             product = MixedProduct([Part(*both) for both in zip(slices, shared, strict=True)], order)
             if few:
-                plan.decided[id(base)] = _Decided(_Decided.reasons(plan, adapters, weight, x), product)
+                plan.decided[id(base)] = _Decided(_Decided.reasons(plan, adapters, base, x), product)
             return through.output(product(through.rows(padded), weight, through), padded.shape)
 
     elif torch.is_grad_enabled() and not torch.compiler.is_compiling() and segments_for(through.rows(x)) is not None:
