@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 from trimtab.data.forms._chat_template import ChatTemplate
@@ -11,6 +12,7 @@ from trimtab.models.chat_template import render
 from trimtab.serving.bodies import ChatAsking, FieldError
 
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+_LOOKED_AT = 4  # of the system messages
 _SETTLED = frozenset(
     {
         *(
@@ -58,7 +60,30 @@ class Conversations:
         text = _rendered(tokenizer, messages, asked, tools)
         if tools and text == _rendered(tokenizer, messages, asked, None):
             raise FieldError(f"tools: the chat template of {asked.model} has no place for tools", "tools")
+        for at, what, without in _doubtful(messages):
+            try:
+                same = _rendered(tokenizer, without, asked, tools) == text
+            except FieldError:
+                continue
+            if same:
+                raise FieldError(
+                    f"messages.{at}: the chat template of {asked.model} leaves {what} out here, so the model would not "
+                    "read this; say it in a message of the user",
+                    "messages",
+                )
         return text
+
+
+def _doubtful(messages: list[dict[str, Any]]) -> Iterator[tuple[int, str, list[dict[str, Any]]]]:
+    """What some templates leave out, where it stands, and the messages without it."""
+    said = [(at, one) for at, one in enumerate(messages) if one.get("content")]
+    systems = [at for at, one in said if one["role"] == "system"]
+    results = [at for at, one in said if one["role"] == "tool"]
+    for at in systems[:_LOOKED_AT] + results[:1]:
+        yield at, f"messages of the role '{messages[at]['role']}'", [*messages[:at], *messages[at + 1 :]]
+    for at in [at for at, one in enumerate(messages) if one.get("tool_calls")][:1]:
+        bare = {key: value for key, value in messages[at].items() if key != "tool_calls"}
+        yield at, "calls of tools", [*messages[:at], {"content": "", **bare}, *messages[at + 1 :]]
 
 
 def _rendered(
