@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from tiny_runs import rows, tiny_tokenizer, write_rows
-from trimtab.errors import DataError
+from tiny_runs import CHATML, rows, tiny_tokenizer, write_rows
+from trimtab.errors import DataError, TrimtabWarning
 from trimtab.questions import prompt_of, questions_in
 
 
@@ -46,6 +46,14 @@ def test_a_row_with_a_system_turn_is_asked_as_it_was_trained(tokenizer: Any, tmp
     assert question.text == "is berth seven free ?"
     assert question.prompt(None, tokenizer, None) == example.prompt
     assert question.prompt("chat", tokenizer, "another") == example.prompt  # the row's own comes first
+
+
+def test_system_messages_of_rows_that_the_template_leaves_out_are_told(tmp_path: Path) -> None:
+    silent = CHATML.replace("for message in messages %}", "for message in messages if message['role'] != 'system' %}")
+    turns = [{"role": "system", "content": "You are a clerk."}, {"role": "user", "content": "is berth seven free ?"}]
+    (question,) = questions_in(str(write_rows(tmp_path / "rows.jsonl", [{"messages": turns}])))
+    with pytest.warns(TrimtabWarning, match="leaves the system messages of the rows out"):
+        question.prompt("chat", tiny_tokenizer(silent), None)
 
 
 def test_questions_of_a_text_and_of_rows(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ questions_in("rows.jsonl")          # what each row asks; its answer, where it h
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from trimtab.data.forms.chat import Chat
 from trimtab.data.opening import is_table
 from trimtab.data.rows import Row
 from trimtab.data.sources import read_rows
-from trimtab.errors import DataError
+from trimtab.errors import DataError, TrimtabWarning
 
 Message = dict[str, Any]
 
@@ -46,7 +47,14 @@ class Question:
                 return trained
             return prompt_of(form, self.text, tokenizer, self.system or system)
         own = self.messages[0].get("role") == "system"
-        return rendered(self.messages, tokenizer, None if own else system)
+        prompt = rendered(self.messages, tokenizer, None if own else system)
+        if own and self.messages[1:] and prompt == rendered(self.messages[1:], tokenizer):
+            warnings.warn(
+                "the chat template leaves the system messages of the rows out, so the model does not read them",
+                TrimtabWarning,
+                stacklevel=2,
+            )
+        return prompt
 
 
 def prompt_of(form: str | None, text: str, tokenizer: Any, system: str | None = None) -> str:
