@@ -143,6 +143,20 @@ def test_a_system_message_that_the_template_would_leave_out_is_refused() -> None
         modelfile(tokenizer, model, "m.gguf", system="Be brief.")
 
 
+def test_an_adapter_for_programs_that_load_no_gguf_file_says_beside_what_it_trained(
+    trained: Any, tmp_path: Path
+) -> None:
+    run = trained("small", LORA, on_gguf=True, **SMALL)
+    for form in ("lora", "mlx"):
+        told = handed(form, run, tmp_path / form).notes
+        assert any("trained beside the weights of tiny.gguf" in one for one in told)
+        card = (tmp_path / form / "README.md").read_text()
+        used = card[card.index("## How it is used") :]
+        assert "BASE" in used
+        assert "tiny.gguf" not in used
+    assert not any("trained beside the weights" in one for one in handed("gguf-lora", run, tmp_path / "own").notes)
+
+
 def test_a_file_of_a_model_of_another_size_is_told_by_its_shapes(tmp_path: Path) -> None:
     write_gguf(tmp_path / "tiny.gguf")
     file = GgufFile(tmp_path / "tiny.gguf")

@@ -72,6 +72,11 @@ def base_of(source: Source) -> str:
     return hub_id(source) or (Path(source.location).name if source.kind != "hub" else source.location)
 
 
+def loaded_as(source: Source) -> str:
+    """By what an example loads the base; a GGUF file is none that PEFT or mlx-lm load, so ``BASE`` stands there."""
+    return "BASE" if source.kind == "gguf" else base_of(source)
+
+
 def _made(subject: Subject, run: Run, base: str) -> Iterator[str]:
     train, summary = subject.config.train, subject.summary
     yield f"base: {base}" + (

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 from trimtab.errors import ConfigError, ModelError, machine_refusal
 from trimtab.evaluation.agreement import Agreement, agreement
-from trimtab.export._card import card
+from trimtab.export._card import base_of, card
 from trimtab.export._export_format import ExportFormat, Written
 from trimtab.export._subject import Subject, Wishes
 from trimtab.files import write_folder, write_text
@@ -82,6 +82,13 @@ def hand_over(
                 f"the run trained beside weights that are quantised ({quantised}), and is compared beside them: beside "
                 "other forms of the base its answers are off by the quantisation error. Load the base quantised alike; "
                 "or `trimtab export RUN OUT --to merged` hands over both as one"
+            )
+            made = replace(made, notes=[*made.notes, note])
+        if form.relation == "adapter" and form.library is not None and subject.source.kind == "gguf":
+            note = (
+                f"the run trained beside the weights of {base_of(subject.source)}, and is compared beside them: beside "
+                "the model's folder (BASE) its answers are off by what the file's types round. `trimtab export RUN OUT "
+                "--to merged` hands over both as one, and `--to gguf-lora` an adapter for the file"
             )
             made = replace(made, notes=[*made.notes, note])
         written.append(made)

@@ -15,7 +15,7 @@ from trimtab.adapters.placing import format_of
 from trimtab.adapters.store import load_adapter, save_adapter
 from trimtab.errors import SurgeryError
 from trimtab.evaluation.agreement import Passages, agreement
-from trimtab.export._card import base_of
+from trimtab.export._card import base_of, loaded_as
 from trimtab.export._export_format import ExportFormat, Written
 from trimtab.export._older_names import save_tokenizer
 from trimtab.export._plain_lora import make_plain, plain_factors
@@ -67,7 +67,7 @@ class PeftLora(ExportFormat):
         if problem := _problem_in_peft(subject, folder):
             loads = "in PEFT's format"
         done = [*plain.done, f"wrote a LoRA {loads}"]
-        return Written(done, [*plain.notes, *filter(None, [problem])], _use(subject, name, served))
+        return Written(done, [*plain.notes, *filter(None, [problem])], _use(subject, loaded_as(subject.source), served))
 
 
 def _problem_in_peft(subject: Subject, folder: Path) -> str:

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from trimtab.errors import SurgeryError
-from trimtab.export._card import base_of
+from trimtab.export._card import base_of, loaded_as
 from trimtab.export._export_format import ExportFormat, Written
 from trimtab.export._older_names import save_tokenizer
 from trimtab.export._plain_lora import Factors, Plain, make_plain, plain_factors
@@ -65,7 +65,7 @@ class MlxAdapter(ExportFormat):
         _read_back(folder / _TENSORS, factors, dora=dora)
         method = "DoRA" if dora else "LoRA"
         done = [*plain.done, f"wrote {method} of rank {rank} for {len(factors)} modules"]
-        return Written(done, plain.notes, _USE.replace("BASE", base))
+        return Written(done, plain.notes, _USE.replace("BASE", loaded_as(subject.source)))
 
 
 _USE = """
