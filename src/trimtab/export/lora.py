@@ -75,7 +75,7 @@ def _problem_in_peft(subject: Subject, folder: Path) -> str:
     PEFT's layers in ``subject.model``, whose outputs are then those that PEFT's users get."""
     try:
         from peft import PeftModel, __version__
-    except ImportError:
+    except Exception:  # it is not there, or does not go with the transformers that is
         return ""
     model = subject.model
     told = Passages.random(model).comparison if subject.is_causal else subject.comparison(Notes())
