@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from trimtab.errors import SurgeryError
+from trimtab.errors import ModelError, SurgeryError
 from trimtab.export import Wishes, export_format, hand_over
 from trimtab.runs.load import load_run
 
@@ -62,3 +62,11 @@ def test_what_is_outside_of_the_layers_is_refused(trained: Callable[..., Path], 
     with pytest.raises(SurgeryError, match="lm_head: mlx-lm adapts what is inside the layers"):
         hand_over(export_format("mlx"), run, tmp_path / "out", Wishes())
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_mlx_lm_is_not_taken_for_one_of_peft(trained: Callable[..., Path], tmp_path: Path) -> None:
+    run = trained("mlx-lora", MIXED)
+    hand_over(export_format("mlx"), run, tmp_path / "out", Wishes())
+    with pytest.raises(ModelError, match="something other than a model"):
+        hand_over(export_format("lora"), run, tmp_path / "out", Wishes(), overwrite=True)
+    hand_over(export_format("mlx"), run, tmp_path / "out", Wishes(), overwrite=True)

@@ -39,7 +39,7 @@ class PeftLora(ExportFormat):
 
     summary = "a PEFT folder of plain LoRA: adapter_config.json, adapter_model.safetensors and the tokenizer"
     takes = frozenset({"rank", "error"})
-    marks = ("adapter_config.json",)
+    marks = ("adapter_model.*",)  # mlx-lm's folders have an adapter_config.json, too
     library = "peft"
     relation = "adapter"
 
