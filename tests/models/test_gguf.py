@@ -80,6 +80,13 @@ def test_digits_are_split_off_first_where_the_vocabulary_was_learned_so(
     assert [tokenizer.decode([i]) for i in tokenizer("  12")["input_ids"]] == expected
 
 
+@pytest.mark.parametrize("pre", ["qwen2", "stablelm2", "hunyuan"])
+def test_some_split_numbers_and_words_as_qwen_does(tmp_path: Path, pre: str) -> None:
+    write_gguf(tmp_path / "tiny.gguf", pre)
+    splitting = load_tokenizer(locate("tiny.gguf", tmp_path)).backend_tokenizer.pre_tokenizer
+    assert [piece for piece, _ in splitting.pre_tokenize_str("a 12 I'LL\n")] == ["a", "Ġ", "1", "2", "ĠI", "'LL", "Ċ"]
+
+
 def test_a_way_to_split_text_that_is_not_known_is_told(tmp_path: Path) -> None:
     write_gguf(tmp_path / "tiny.gguf", pre="deepseek-llm")
     with pytest.warns(TrimtabWarning, match="how its vocabulary splits text .'deepseek-llm'. is not known"):

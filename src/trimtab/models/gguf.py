@@ -22,7 +22,7 @@ import gguf
 import torch
 import transformers
 from gguf import GGUFReader
-from tokenizers import decoders, normalizers, pre_tokenizers
+from tokenizers import Regex, decoders, normalizers, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from trimtab.errors import ModelError, TrimtabWarning
@@ -43,6 +43,7 @@ _VERSION = 3
 # How a vocabulary splits text stands in its "tokenizer.ggml.pre". transformers (5.23) knows some and takes GPT-2's way
 # for all others. These split numbers into single digits first, which gives other tokens where spaces come before one.
 _DIGITS_APART = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
+_AS_QWEN2 = ("stablelm2", "hunyuan")
 _AS_GPT2 = ("gpt-2", "mpt", "olmo", "phi-2", "jina-v2-code", "trillion", "gigachat")
 
 _GEMMA_27B = (46, 62)
@@ -217,6 +218,15 @@ def _tokenizer(file: Path, reader: GGUFReader) -> PreTrainedTokenizerBase:
             [
                 pre_tokenizers.Digits(individual_digits=True),
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+            ]
+        )
+    elif pre in _AS_QWEN2:
+        from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(GGUF_PRE_TOKENIZER_SPLITS["qwen2"]), behavior="isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
             ]
         )
     elif pre is not None and pre not in _AS_GPT2:
