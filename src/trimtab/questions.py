@@ -21,6 +21,7 @@ from trimtab.data.opening import is_table
 from trimtab.data.rows import Row
 from trimtab.data.sources import read_rows
 from trimtab.errors import DataError, TrimtabWarning
+from trimtab.models.chat_template import is_left_out
 
 Message = dict[str, Any]
 
@@ -46,9 +47,10 @@ class Question:
             if trained is not None and (system is None or self.system is not None):
                 return trained
             return prompt_of(form, self.text, tokenizer, self.system or system)
-        own = self.messages[0].get("role") == "system"
+        first, *others = self.messages
+        own = first.get("role") == "system"
         prompt = rendered(self.messages, tokenizer, None if own else system)
-        if own and self.messages[1:] and prompt == rendered(self.messages[1:], tokenizer):
+        if own and others and is_left_out(str(first.get("content")), prompt, rendered(others, tokenizer)):
             warnings.warn(
                 "the chat template leaves the system messages of the rows out, so the model does not read them",
                 TrimtabWarning,
@@ -105,7 +107,7 @@ def rendered(messages: Sequence[Message], tokenizer: Any, system: str | None = N
     chat = forms.find("chat")
     assert isinstance(chat, Chat)
     prompt = chat.render([*system_message(system), *messages], tokenizer)
-    if system and prompt == chat.render([*messages], tokenizer):
+    if system and is_left_out(system, prompt, chat.render([*messages], tokenizer)):
         raise DataError(
             "the chat template leaves the system message out, so the model would not read it; put it at the beginning "
             "of the question"

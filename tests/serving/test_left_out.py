@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from tiny_runs import CHATML, tiny_tokenizer
+from trimtab.questions import prompt_of
 from trimtab.serving.bodies import ChatAsking, FieldError
 from trimtab.serving.conversation import Conversations
 
@@ -43,3 +44,9 @@ def test_what_is_left_out_is_told(template: str, messages: list[dict[str, Any]],
 def test_what_is_written_is_taken(messages: list[dict[str, Any]]) -> None:
     text = written(CHATML, *messages)
     assert all(message["content"] in text for message in messages)
+
+
+def test_a_system_message_that_the_template_has_as_its_own_is_written() -> None:
+    own = "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\\nBe brief.<|im_end|>\\n' }}{% endif %}"
+    assert written(own + CHATML, SYSTEM, USER) == written(own + CHATML, USER)
+    assert prompt_of("chat", USER["content"], tiny_tokenizer(own + CHATML), SYSTEM["content"]).count("Be brief.") == 1

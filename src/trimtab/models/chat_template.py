@@ -81,6 +81,12 @@ def spelled_end(tokenizer: Any) -> str:
     return turn.text if turn is not None and turn.token is None else ""
 
 
+def is_left_out(content: str, text: str, without: str) -> bool:
+    """Whether a template left a message of that ``content`` out of ``text``, which it wrote ``without`` it as well. A
+    system message that the template has as its own stands in both."""
+    return text == without and content.strip() not in text
+
+
 def template_text(said: str, root: Path) -> str:
     """The Jinja text that a configuration means by ``said``: itself, one of ``NAMED``, or what the file of that path
     (from ``root``) holds. Raises ConfigError if there is no such file, or if it holds no template."""

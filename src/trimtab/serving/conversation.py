@@ -8,7 +8,7 @@ from typing import Any
 
 from trimtab.data.forms._chat_template import ChatTemplate
 from trimtab.errors import ModelError
-from trimtab.models.chat_template import render
+from trimtab.models.chat_template import is_left_out, render
 from trimtab.serving.bodies import ChatAsking, FieldError
 
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function")
@@ -62,10 +62,11 @@ class Conversations:
             raise FieldError(f"tools: the chat template of {asked.model} has no place for tools", "tools")
         for at, what, without in _doubtful(messages):
             try:
-                same = _rendered(tokenizer, without, asked, tools) == text
+                bare = _rendered(tokenizer, without, asked, tools)
             except FieldError:
                 continue
-            if same:
+            whole = len(without) < len(messages)
+            if is_left_out(str(messages[at]["content"]), text, bare) if whole else text == bare:
                 raise FieldError(
                     f"messages.{at}: the chat template of {asked.model} leaves {what} out here, so the model would not "
                     "read this; say it in a message of the user",
