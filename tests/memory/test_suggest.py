@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,8 @@ def fake(job: Job, sizes: RowSizes) -> RunMemory:
     size //= 2 if config.train.gradient_checkpointing else 1
     size //= 2 if config.train.precision == "bfloat16" else 1
     size //= {"none": 1, "int8": 2, "nf4": 4}[config.quantisation]
-    return RunMemory((MemoryEstimate(size),), NOTHING)
+    evaluated = MemoryEstimate(100 * config.evaluation.batch_size * sizes.tested, moment="evaluating")
+    return RunMemory((MemoryEstimate(size, moment="training"), evaluated), NOTHING)
 
 
 def test_what_is_needed_leaves_out_what_is_there_or_goes_back() -> None:
@@ -84,6 +86,17 @@ def test_the_mildest_changes_that_fit(
     told = [suggestion.overrides for suggestion in found]
     for text in expected:
         assert any(line.startswith(text) for line in told), told
+
+
+def test_fewer_rows_are_evaluated_at_once_where_that_takes_most(monkeypatch: pytest.MonkeyPatch, job: Job) -> None:
+    monkeypatch.setattr("trimtab.memory.estimate.estimate_run", fake)
+    sizes = replace(SIZES, evaluated=True, tested=2000)
+    needed = fake(job, SIZES).hardest.needed
+    assert fake(job, sizes).hardest.needed > needed
+    assert [one.overrides for one in suggest(job, sizes, needed)] == ["evaluation.batch_size=2"]
+    (both,) = suggest(job, sizes, needed // 2)
+    assert "evaluation.batch_size=1" in both.overrides
+    assert "train.batch_size=" in both.overrides
 
 
 def test_nothing_helps(monkeypatch: pytest.MonkeyPatch, job: Job) -> None:

@@ -267,8 +267,9 @@ def _attempts(job: Job, sizes: RowSizes) -> Iterator[list[list[Change]]]:
     smaller = list(_smaller_batches(train.batch_size, train.gradient_accumulation))
     kinds = [] if config.quantisation != "none" or job.trains_base else bases.quantised_by_size()
     packed: list[Change] = [{"quantisation": kind} for kind in kinds]
+    few: list[Change] = [{"evaluation.batch_size": rows} for rows in _halves(config.evaluation.batch_size)]
     together = [change for change in (recompute, halve) if change]
-    yield [*([change] for change in together), smaller, packed]
+    yield [few if sizes.evaluated else [], *([change] for change in together), smaller, packed]
     both: Change = {**recompute, **halve}
     if both:
         yield [[both], [{**both, **batch} for batch in smaller], [{**both, **kind} for kind in packed]]
@@ -276,15 +277,22 @@ def _attempts(job: Job, sizes: RowSizes) -> Iterator[list[list[Change]]]:
     if packed:
         yield [[{**least, **batch} for batch in smaller]]
     least = {**least, **(smaller[-1] if smaller else {})}
+    if few and sizes.evaluated:
+        least = {**least, **few[-1]}
+        yield [[least]]
     yield [[{**least, "data.max_length": length} for length in _shorter(sizes.length)]]
 
 
 def _smaller_batches(rows: int, accumulation: int) -> Iterator[Change]:
     """Half the rows, then half of those, and so on, with as many more passes to a step."""
-    size = rows
-    while size > 1:
-        size //= 2
+    for size in _halves(rows):
         yield {"train.batch_size": size, "train.gradient_accumulation": -(-rows * accumulation // size)}
+
+
+def _halves(rows: int) -> Iterator[int]:
+    while rows > 1:
+        rows //= 2
+        yield rows
 
 
 def _shorter(length: int) -> Iterator[int]:
@@ -295,8 +303,10 @@ def _shorter(length: int) -> Iterator[int]:
 def _with(job: Job, sizes: RowSizes, change: Change) -> RunMemory:
     """The estimate after ``change``."""
     config = job.config
-    train = {key.removeprefix("train."): value for key, value in change.items() if key.startswith("train.")}
-    changed: dict[str, Any] = {"train": config.train.model_copy(update=train)}
+    changed: dict[str, Any] = {}
+    for name in ("train", "evaluation"):
+        said = {key.removeprefix(f"{name}."): value for key, value in change.items() if key.startswith(f"{name}.")}
+        changed[name] = getattr(config, name).model_copy(update=said)
     if (quantisation := change.get("quantisation")) is not None:
         changed["quantisation"] = quantisation
     config = config.model_copy(update=changed)
