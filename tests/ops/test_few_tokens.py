@@ -21,7 +21,7 @@ def operands() -> Operands:
 
 
 def test_it_takes_a_few_tokens_of_the_weights_dtype(operands: Operands) -> None:
-    layer = FewTokensLinear(operands, operands.weight, operands.bias)
+    layer = FewTokensLinear(operands, {"weight": operands.weight, "bias": operands.bias})
     assert layer.takes(torch.empty(TOKENS, 3, dtype=torch.float64))
     assert layer.takes(torch.empty(1, 1, 3, dtype=torch.float64))
     assert not layer.takes(torch.empty(TOKENS + 1, 3, dtype=torch.float64))
@@ -38,5 +38,8 @@ def test_it_gives_the_formula(operands: Operands) -> None:
     total = (operands.weight + 0.5 * b @ a) * operands.ratio.values[:, None]
     expected = x @ total.T + operands.bias
     torch.testing.assert_close(
-        FewTokensLinear(operands, operands.weight, operands.bias)(x), expected, rtol=1e-12, atol=1e-12
+        FewTokensLinear(operands, {"weight": operands.weight, "bias": operands.bias})(x),
+        expected,
+        rtol=1e-12,
+        atol=1e-12,
     )

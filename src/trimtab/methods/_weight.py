@@ -232,7 +232,8 @@ class WeightMethod(_method.Method):
         options = self.options
         if options.compute == "folded" or options.magnitude_axis == "input":
             return None
-        if not (base.stored_dense and base.through.reads_features):
+        layer = base.module._parameters
+        if not (base.stored_dense and base.through.reads_features) or layer.get("weight") is None:
             return None
         weight, ratio = base.weight(), None
         update, tensors = self.factors()
@@ -244,7 +245,7 @@ class WeightMethod(_method.Method):
             weight=weight, bias=self.bias_of(base), ratio=ratio, update=None, tensors=(), through=base.through
         )
         operands = own._replace(update=update, tensors=tensors)
-        return FewTokensLinear(operands, base.parameter, base.stored_bias)
+        return FewTokensLinear(operands, layer)
 
     def ratio(self, weight: Tensor, base: WeightBase) -> Tensor | None:
         """``m / n`` along the magnitude's axis, differentiable; None without a magnitude."""
@@ -283,7 +284,7 @@ class WeightMethod(_method.Method):
         drops = self.drops(x)
         held = self._holds and not (turned or self._is_replica)
         if held and not (drops or torch.is_grad_enabled() or torch.compiler.is_compiling()):
-            if self._few_tokens is None or not self._few_tokens.is_of(base.parameter, base.stored_bias):
+            if self._few_tokens is None or not self._few_tokens.is_true:
                 self._few_tokens = self._for_few_tokens(base)
             if self._few_tokens is not None and self._few_tokens.takes(x):
                 return self._few_tokens(x)

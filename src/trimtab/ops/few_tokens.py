@@ -6,6 +6,8 @@ arithmetic to do takes longer. Where nobody wants a gradient and no trained tens
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
 from trimtab.ops.autocast import autocast_dtype
@@ -21,19 +23,22 @@ class FewTokensLinear:
 
     Args:
         operands: what rows are multiplied with.
-        weight, bias: the layer's own, as they are stored, of which the operands were made.
+        layer: the layer's own parameters by name, ``weight`` among them, of which the operands were made.
     """
 
-    def __init__(self, operands: Operands, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, operands: Operands, layer: Mapping[str, Tensor | None]) -> None:
         self._operands, self._dtype = operands, operands.weight.dtype
         self._out, self._in = operands.weight.shape
-        self._of, self._version = (weight, bias), version_of(weight)
+        self._layer, self._weight, self._bias = layer, layer["weight"], layer.get("bias")
+        self._version = version_of(operands.weight)
 
-    def is_of(self, weight: Tensor, bias: Tensor | None) -> bool:
-        """Whether the layer still has the weight and the bias that this was made for, and nobody has written to the
+    @property
+    def is_true(self) -> bool:
+        """Whether the layer still has the weight and the bias that this was made of, and nobody has written to the
         weight."""
-        own = self._of
-        return weight is own[0] and bias is own[1] and version_of(weight) == self._version
+        weight, layer = self._weight, self._layer
+        same = layer.get("weight") is weight and layer.get("bias") is self._bias
+        return same and weight is not None and version_of(weight) == self._version
 
     def takes(self, x: Tensor) -> bool:
         """Whether ``x [..., in]`` is for it: a few tokens, in the dtype of the weight, and no autocast."""
