@@ -10,7 +10,7 @@ import pytest
 import sampling
 
 TESTS = Path(__file__).parent
-CASES = 40_000 if sampling.everything else 9_050
+CASES = 40_000 if sampling.everything else 9_200
 INTERPRETERS = 32
 """Places where a test starts a Python of its own, which takes seconds to import what this process has."""
 
