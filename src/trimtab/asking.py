@@ -21,7 +21,7 @@ from transformers import DynamicCache, GenerationConfig, StoppingCriteria, Stopp
 from transformers.cache_utils import DynamicLayer
 from transformers.generation.streamers import BaseStreamer
 
-from trimtab.data.detokenizer import Detokenizer, begun
+from trimtab.data.detokenizer import Detokenizer, before_stops
 from trimtab.data.tokens import encode_prompt
 from trimtab.errors import DataError
 from trimtab.evaluation.generation import end_tokens
@@ -184,7 +184,7 @@ class _Speaking(BaseStreamer):
 
     def __init__(self, tokenizer: Any, ends: list[int], say: Say, end: str = "") -> None:
         self.text, self.over = "", False
-        self._spelled, self._say, self._end = Detokenizer(tokenizer, ends), say, end
+        self._spelled, self._say, self._stops = Detokenizer(tokenizer, ends), say, (end,) if end else ()
         self._held = ""  # what may be the beginning of the end
         self._prompted = False
 
@@ -209,10 +209,7 @@ class _Speaking(BaseStreamer):
         if self.over:
             return
         self._held += text
-        sure = self._held.find(self._end) if self._end else -1
-        self.over = sure >= 0
-        if not self.over:
-            sure = len(self._held) - (0 if last or not self._end else begun(self._held, [self._end]))
+        sure, self.over = before_stops(self._held, self._stops, last=last)
         told, self._held = self._held[:sure], self._held[sure:]
         if told:
             self.text += told

@@ -21,7 +21,7 @@ from trimtab.data.opening import is_table
 from trimtab.data.rows import Row
 from trimtab.data.sources import read_rows
 from trimtab.errors import DataError, TrimtabWarning
-from trimtab.models.chat_template import is_left_out
+from trimtab.models.chat_template import is_in
 
 Message = dict[str, Any]
 
@@ -50,7 +50,7 @@ class Question:
         first, *others = self.messages
         own = first.get("role") == "system"
         prompt = rendered(self.messages, tokenizer, None if own else system)
-        if own and others and is_left_out(str(first.get("content")), prompt, rendered(others, tokenizer)):
+        if own and others and not is_in(str(first.get("content")), prompt) and prompt == rendered(others, tokenizer):
             warnings.warn(
                 "the chat template leaves the system messages of the rows out, so the model does not read them",
                 TrimtabWarning,
@@ -107,7 +107,7 @@ def rendered(messages: Sequence[Message], tokenizer: Any, system: str | None = N
     chat = forms.find("chat")
     assert isinstance(chat, Chat)
     prompt = chat.render([*system_message(system), *messages], tokenizer)
-    if system and is_left_out(system, prompt, chat.render([*messages], tokenizer)):
+    if system and not is_in(system, prompt) and prompt == chat.render([*messages], tokenizer):
         raise DataError(
             "the chat template leaves the system message out, so the model would not read it; put it at the beginning "
             "of the question"

@@ -63,7 +63,16 @@ class Detokenizer:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
-def begun(text: str, stops: Collection[str]) -> int:
+def before_stops(text: str, stops: Collection[str], *, last: bool) -> tuple[int, bool]:
+    """How much of ``text`` is sure to stand before all of ``stops``, and whether one of them is in it. What may become
+    one is held back, unless nothing follows (``last``)."""
+    found = min((at for at in map(text.find, stops) if at >= 0), default=None)
+    if found is not None:
+        return found, True
+    return len(text) - (0 if last else _begun(text, stops)), False
+
+
+def _begun(text: str, stops: Collection[str]) -> int:
     """The length of the longest end of ``text`` with which one of ``stops`` begins."""
     longest = max((len(stop) - 1 for stop in stops), default=0)
     for length in range(min(longest, len(text)), 0, -1):

@@ -20,7 +20,6 @@ from trimtab.export._card import base_of
 from trimtab.export._hand_over import write_whole
 from trimtab.export._older_names import save_tokenizer
 from trimtab.files import read_json, write_json, write_text
-from trimtab.models.locate import hub_id
 from trimtab.models.model_files import load_config_only
 from trimtab.runs.load import is_run, load_fitting, load_run_model, with_tokens_of
 from trimtab.runs.named import Named
@@ -108,7 +107,7 @@ def combine_folders(
         label.append(format_of(folder).label or "trimtab")
         config = folder / all_formats()[0].files[0]
         if config.is_file():
-            known = hub_id(named.source) or base_of(named.source)
+            known = base_of(named.source)
             write_json(config, read_json(config) | {"base_model_name_or_path": known})
         save_tokenizer(reader, folder)
         of = {name: part.weight for name, part in zip(_names(parts), parts, strict=True)}

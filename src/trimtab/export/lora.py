@@ -21,7 +21,6 @@ from trimtab.export._older_names import save_tokenizer
 from trimtab.export._plain_lora import make_plain, plain_factors
 from trimtab.export._subject import Subject
 from trimtab.files import read_json, write_json
-from trimtab.models.locate import hub_id
 from trimtab.notes import Notes
 from trimtab.surgery.adapted import bare
 from trimtab.surgery.attach import detach
@@ -55,7 +54,7 @@ class PeftLora(ExportFormat):
                 f"{''.join(f'; {name}: {why}' for name, why in left.items())}. `trimtab export RUN OUT --to merged` "
                 "hands it over exactly"
             )
-        name = hub_id(subject.source) or base_of(subject.source)
+        name = base_of(subject.source)
         config = folder / all_formats()[0].files[0]
         write_json(config, read_json(config) | {"base_model_name_or_path": name})
         save_tokenizer(subject.tokenizer, folder)

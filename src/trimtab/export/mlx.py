@@ -23,7 +23,6 @@ from trimtab.export._older_names import save_tokenizer
 from trimtab.export._plain_lora import Factors, Plain, make_plain, plain_factors
 from trimtab.export._subject import Subject
 from trimtab.files import write_json, write_tensors
-from trimtab.models.locate import hub_id
 from trimtab.surgery.names import entries, known_adapter
 
 _TENSORS = "adapters.safetensors"
@@ -56,7 +55,7 @@ class MlxAdapter(ExportFormat):
             if dora:
                 tensors[f"{one.module}.m"] = one.adapter.magnitude.detach().float().clone()
         write_tensors(folder / _TENSORS, tensors, {"format": "mlx"})
-        base = hub_id(subject.source) or base_of(subject.source)
+        base = base_of(subject.source)
         parameters = {"rank": rank, "scale": 1.0, "dropout": 0.0, "keys": keys}
         layers = int(model.config.get_text_config().num_hidden_layers)
         kind = {"fine_tune_type": "dora" if dora else "lora", "num_layers": layers, "lora_parameters": parameters}

@@ -267,9 +267,10 @@ def _attempts(job: Job, sizes: RowSizes) -> Iterator[list[list[Change]]]:
     smaller = list(_smaller_batches(train.batch_size, train.gradient_accumulation))
     kinds = [] if config.quantisation != "none" or job.trains_base else bases.quantised_by_size()
     packed: list[Change] = [{"quantisation": kind} for kind in kinds]
-    few: list[Change] = [{"evaluation.batch_size": rows} for rows in _halves(config.evaluation.batch_size)]
+    rows_at_once = _halves(config.evaluation.batch_size) if sizes.evaluated else ()
+    few: list[Change] = [{"evaluation.batch_size": rows} for rows in rows_at_once]
     together = [change for change in (recompute, halve) if change]
-    yield [few if sizes.evaluated else [], *([change] for change in together), smaller, packed]
+    yield [few, *([change] for change in together), smaller, packed]
     both: Change = {**recompute, **halve}
     if both:
         yield [[both], [{**both, **batch} for batch in smaller], [{**both, **kind} for kind in packed]]
@@ -277,7 +278,7 @@ def _attempts(job: Job, sizes: RowSizes) -> Iterator[list[list[Change]]]:
     if packed:
         yield [[{**least, **batch} for batch in smaller]]
     least = {**least, **(smaller[-1] if smaller else {})}
-    if few and sizes.evaluated:
+    if few:
         least = {**least, **few[-1]}
         yield [[least]]
     yield [[{**least, "data.max_length": length} for length in _shorter(sizes.length)]]

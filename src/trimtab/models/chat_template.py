@@ -81,10 +81,10 @@ def spelled_end(tokenizer: Any) -> str:
     return turn.text if turn is not None and turn.token is None else ""
 
 
-def is_left_out(content: str, text: str, without: str) -> bool:
-    """Whether a template left a message of that ``content`` out of ``text``, which it wrote ``without`` it as well. A
-    system message that the template has as its own stands in both."""
-    return text == without and content.strip() not in text
+def is_in(content: str, text: str) -> bool:
+    """Whether ``text``, which a template wrote, has a message of that ``content``. Templates strip what they are given,
+    and may have a system message of their own that says the same."""
+    return content.strip() in text
 
 
 def template_text(said: str, root: Path) -> str:

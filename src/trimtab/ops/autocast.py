@@ -25,7 +25,12 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype is dtype else tensor.to(dtype=dtype)
 
 
+def at_least(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor`` with no fewer digits than ``dtype`` has."""
+    return cast(tensor, torch.promote_types(tensor.dtype, dtype))
+
+
 def scaled_to(tensor: Tensor, factor: float | Tensor, dtype: torch.dtype) -> Tensor:
     """``tensor * factor`` in ``dtype``, computed in the wider of the two dtypes: numbers that are trained in fewer
     digits than a layer has are not rounded to these once more."""
-    return cast(cast(tensor, torch.promote_types(tensor.dtype, dtype)) * factor, dtype)
+    return cast(at_least(tensor, dtype) * factor, dtype)

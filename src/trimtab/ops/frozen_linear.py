@@ -96,16 +96,18 @@ def _kernels(through: LinearMap, product: Tensor) -> Passes:
 def _dropped(operands: Operands, keep: Drawn, rows: Tensor, x: Tensor) -> tuple[Tensor, Operands]:
     """What the update reads, and ``operands`` with how it does that and dropout's factor. ``x`` are the rows as they
     were given."""
-    update, through, tensors = operands.update, operands.through, _scaled(operands.tensors, keep, rows.dtype)
+    update, through = operands.update, operands.through
+    tensors = _scaled(operands.tensors, keep, torch.promote_types(operands.tensors[-1].dtype, rows.dtype))
     seen = keep.inside(rows, through, len(tensors[0])) if update is not None and update.is_thin else through
     fed = through.rows(keep.of(x)) if seen is through else rows
     return fed, operands._replace(tensors=tensors, seen=seen)
 
 
 def _scaled(tensors: tuple[Tensor, ...], keep: Drawn, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """``tensors`` so that dropout's factor is in ``dV``, where it costs nothing; in no fewer digits than ``dtype``."""
+    """``tensors`` so that dropout's factor is in ``dV``, where it costs nothing: in the last of them, which is given in
+    ``dtype``."""
     *others, last = tensors
-    return *others, scaled_to(last, keep.scale, torch.promote_types(last.dtype, dtype))
+    return *others, scaled_to(last, keep.scale, dtype)
 
 
 def _compute(x: Tensor, operands: Operands, settings: Settings) -> tuple[Computed, Tensor, bool]:
@@ -243,8 +245,7 @@ class _FrozenLinear(torch.autograd.Function):
             target = None if folds or grad_rows is None else torch.zeros_like(grad_rows) if apart else grad_rows
             grads = update.add_gradient(target, passed, fed, operands.tensors, seen)
             if keep is not None:
-                *others, last = grads
-                grads = *others, scaled_to(last, keep.scale, tensors[-1].dtype)
+                grads = _scaled(grads, keep, tensors[-1].dtype)
             if grad_rows is not None and target is not None and keep is not None and apart:
                 grad_rows.add_(keep.of(target))
         grad_x = None if grad_rows is None else grad_rows.reshape(ctx.shape)

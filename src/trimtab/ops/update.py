@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from trimtab.ops.autocast import cast
+from trimtab.ops.autocast import at_least, cast
 from trimtab.ops.cost import Work
 from trimtab.ops.kernels.contract import BackwardPass, Thin
 from trimtab.ops.linear_map import LinearMap
@@ -89,7 +89,7 @@ class BuiltUpdate(Update):
         self.work, self.fold = update.work, update.fold  # type: ignore[method-assign]
 
     def add_product(self, product: Tensor, rows: Tensor, tensors: tuple[Tensor, ...], through: LinearMap) -> None:
-        delta = self.delta(_at_least(product.dtype, tensors))
+        delta = self.delta(tuple(at_least(tensor, product.dtype) for tensor in tensors))
         product.add_(through.product(rows, delta.to(product.dtype)))
 
     def add_gradient(
@@ -100,18 +100,13 @@ class BuiltUpdate(Update):
         tensors: tuple[Tensor, ...],
         through: LinearMap,
     ) -> tuple[Tensor, ...]:
-        full = _at_least(after.grad.dtype, tensors)
+        full = tuple(at_least(tensor, after.grad.dtype) for tensor in tensors)
         delta = self.delta(full)
         if grad_rows is not None:
             through.add_input_gradient(grad_rows, after.grad, delta.to(after.grad.dtype))
         grad_delta = through.weight_gradient(after.grad, rows, delta.shape)
         grads = self.delta_gradient(grad_delta.to(delta.dtype), full)
         return tuple(cast(grad, tensor.dtype) for grad, tensor in zip(grads, tensors, strict=True))
-
-
-def _at_least(dtype: torch.dtype, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """``tensors`` with no fewer digits than ``dtype`` has."""
-    return tuple(cast(tensor, torch.promote_types(tensor.dtype, dtype)) for tensor in tensors)
 
 
 class WithoutColumn(Update):

@@ -8,7 +8,7 @@ from typing import Any
 
 from trimtab.data.forms._chat_template import ChatTemplate
 from trimtab.errors import ModelError
-from trimtab.models.chat_template import is_left_out, render
+from trimtab.models.chat_template import is_in, render
 from trimtab.serving.bodies import ChatAsking, FieldError
 
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function")
@@ -60,13 +60,12 @@ class Conversations:
         text = _rendered(tokenizer, messages, asked, tools)
         if tools and text == _rendered(tokenizer, messages, asked, None):
             raise FieldError(f"tools: the chat template of {asked.model} has no place for tools", "tools")
-        for at, what, without in _doubtful(messages):
+        for at, what, without in _doubtful(messages, text):
             try:
-                bare = _rendered(tokenizer, without, asked, tools)
+                same = _rendered(tokenizer, without, asked, tools) == text
             except FieldError:
                 continue
-            whole = len(without) < len(messages)
-            if is_left_out(str(messages[at]["content"]), text, bare) if whole else text == bare:
+            if same:
                 raise FieldError(
                     f"messages.{at}: the chat template of {asked.model} leaves {what} out here, so the model would not "
                     "read this; say it in a message of the user",
@@ -75,12 +74,14 @@ class Conversations:
         return text
 
 
-def _doubtful(messages: list[dict[str, Any]]) -> Iterator[tuple[int, str, list[dict[str, Any]]]]:
-    """What some templates leave out, where it stands, and the messages without it."""
+def _doubtful(messages: list[dict[str, Any]], text: str) -> Iterator[tuple[int, str, list[dict[str, Any]]]]:
+    """What some templates leave out and is not in ``text``, where it stands, and the messages without it."""
     said = [(at, one) for at, one in enumerate(messages) if one.get("content")]
     systems = [at for at, one in said if one["role"] == "system"]
     results = [at for at, one in said if one["role"] == "tool"]
     for at in systems[:_LOOKED_AT] + results[:1]:
+        if is_in(str(messages[at]["content"]), text):
+            continue
         yield at, f"messages of the role '{messages[at]['role']}'", [*messages[:at], *messages[at + 1 :]]
     for at in [at for at, one in enumerate(messages) if one.get("tool_calls")][:1]:
         bare = {key: value for key, value in messages[at].items() if key != "tool_calls"}

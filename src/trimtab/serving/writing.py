@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from trimtab.data.detokenizer import Detokenizer, begun
+from trimtab.data.detokenizer import Detokenizer, before_stops
 from trimtab.serving.requests import Chosen, FinishReason, Likely, OutOfTime, Piece, RequestFailed
 from trimtab.serving.sampling import draw
 from trimtab.serving.ticket import Ticket
@@ -124,15 +124,12 @@ class Row:
             left = text.lstrip(" ")
             text, self._spaces = text[min(self._spaces, len(text) - len(left)) :], 0
         self._held += text
-        found = min((at for at in map(self._held.find, self._stops) if at >= 0), default=None)
-        if found is not None:
-            sure, over = found, "stop"
-        else:
-            sure = len(self._held) - (0 if over else begun(self._held, self._stops))
+        sure, stopped = before_stops(self._held, self._stops, last=over is not None)
+        over = "stop" if stopped else over
         told, self._held = self._held[:sure], self._held[sure:]
         self._length += sure
         # Tokens of a stop string are told as little as its text.
-        chosen = tuple(one for one in self._chosen if one.offset < self._length or (over and found is None))
+        chosen = tuple(one for one in self._chosen if one.offset < self._length or (over and not stopped))
         self._chosen = [one for one in self._chosen if one.offset >= self._length]
         self.over = over
         if told or over:
