@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from run_fixtures import make_bare
-from tiny_runs import Kept, write_rows
+from tiny_runs import Kept, tiny_tokenizer, write_rows
 from tiny_seq2seq import pair_rows, seq2seq_config, write_marking, write_t5
 from trimtab import tasks
 from trimtab.config.run import EvaluationConfig
@@ -96,6 +96,9 @@ def test_a_run_trains_and_is_measured(place: Path) -> None:
     run = read_run(folder.path)
     assert run.summary is not None
     assert run.summary.task == "seq2seq"
+    tokenizer = tiny_tokenizer(None)
+    texts = [text for row in pair_rows(24) for text in (row["source"], row["target"])]
+    assert run.summary.train_tokens == sum(len(tokenizer(text)["input_ids"]) for text in texts)
     before, after = run.sets[0].before, run.sets[0].after
     assert before is not None
     assert after is not None

@@ -128,6 +128,14 @@ def test_weighed_labels_are_those_of_a_plain_formula(said: Callable[..., dict[st
     torch.testing.assert_close(task.loss(model, batch).double(), expected, rtol=1e-5, atol=0)
 
 
+def test_labels_are_balanced_as_often_as_their_rows_come(said: Callable[..., dict[str, Any]]) -> None:
+    once = said(labelled(16))
+    parts = [{"path": "train.jsonl[:4]", "weight": 5.0}, {"path": "train.jsonl[4:]", "weight": 0.5}]
+    inputs, _, _ = read({**once, "data": {**once["data"], "train": parts}, "train": {"class_weights": "balanced"}})
+    counted = [sum(row["weight"] for row in inputs.rows if row["labels"] == at) for at in range(3)]
+    assert counted == pytest.approx([len(inputs.rows) / 3] * 3)
+
+
 def test_weights_of_labels_that_are_not_there_are_refused(said: Callable[..., dict[str, Any]]) -> None:
     with pytest.raises(ConfigError, match=r"class_weights: 'rain' is not a label; expected some of calm, fog, storm"):
         read(said(labelled(8), class_weights={"rain": 2.0}))

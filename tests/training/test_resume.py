@@ -65,6 +65,57 @@ def test_a_resumed_run_ends_as_one_that_was_not_interrupted(make_config: Callabl
     assert seconds == sorted(seconds)
 
 
+def test_a_run_that_was_interrupted_at_its_last_step_is_not_trained_further(make_config: Callable[..., Any]) -> None:
+    # In the middle of an epoch, where there would be more rows.
+    whole, parts = (make_config(name, train={"epochs": 2, "max_steps": 4}) for name in ("whole", "parts"))
+    finetune(whole)
+    interrupt(parts, step=4)
+    finetune(parts, resume=True)
+    assert metrics_of(parts) == metrics_of(whole)
+    wanted, found = adapter_of(whole), adapter_of(parts)
+    assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+    assert read_json(parts.output / "summary.json")["steps"] == 4
+
+
+@pytest.mark.parametrize("how", ["interrupted", "without its adapter"])
+def test_a_run_that_stopped_early_is_not_trained_further(
+    make_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    found = iter([(0.5, 0.8), (0.9, 0.7), (0.1, 0.9)])
+    monkeypatch.setattr(Work, "validation", lambda *_: dict(zip(("loss", "accuracy"), next(found), strict=True)))
+    config = make_config(count=30, data={"validation": 0.2}, train={"epochs": 5, "early_stopping": 1})
+    if how == "interrupted":
+        interrupt(config, step=12)
+    else:
+        finetune(config)
+        for file in (config.output / "adapter").iterdir():
+            file.unlink()
+        write_json(config.output / "summary.json", {**read_json(config.output / "summary.json"), "trained": False})
+    finetune(config, resume=True)
+    summary = read_json(config.output / "summary.json")
+    assert (summary["steps"], summary["best_step"]) == (12, 6)
+
+
+@pytest.mark.parametrize("step", [7, 10, 11])
+def test_a_line_after_an_interruption_is_the_mean_since_the_line_before(
+    make_config: Callable[..., Any], step: int
+) -> None:
+    whole, parts = (make_config(name, train={"epochs": 3, "log_every": 5}) for name in ("whole", "parts"))
+    finetune(whole)
+    interrupt(parts, step=step)
+    finetune(parts, resume=True)
+    assert metrics_of(parts) == metrics_of(whole)
+
+
+def test_how_often_a_resumed_run_writes_may_change(make_config: Callable[..., Any]) -> None:
+    config = make_config(train={"epochs": 2, "log_every": 6, "save_every": 6, "keep_checkpoints": 9})
+    interrupt(config, step=7)
+    said = ["train.log_every=2", "train.save_every=4"]
+    finetune(load_config(RunFolder(config.output).config, said), resume=True)
+    assert [line["step"] for line in metrics_of(config)] == [1, 6, 8, 10, 12]
+    assert checkpoints_of(config) == [6, 7, 8, 12]
+
+
 def test_a_second_signal_is_obeyed_at_once(make_config: Callable[..., Any]) -> None:
     config = make_config(train={"epochs": 2, "save_every": 2})
     interrupt(config, step=5, times=2)

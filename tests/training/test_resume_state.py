@@ -21,7 +21,7 @@ from trimtab.config.read import load_config
 from trimtab.config.run import RunConfig
 from trimtab.errors import Interrupted, MachineError
 from trimtab.files import read_json, write_json
-from trimtab.runs.checkpoints import COMPLETE, STATE, _sum, numbered
+from trimtab.runs.checkpoints import COMPLETE, STATE, UNLOGGED, _sum, numbered
 from trimtab.runs.events import Listener
 from trimtab.surgery.attach import trainable_parameters
 from trimtab.surgery.attach_report import AttachReport
@@ -249,6 +249,12 @@ CHANGES: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "a short generator of torch's": (GENERATORS, at("cpu", value=torch.zeros(5, dtype=torch.uint8))),
     "a generator of other numbers": (GENERATORS, at("cpu", value=torch.zeros(5056))),
     "another generator of numpy's": (GENERATORS, at("numpy", value=("PCG64", [1], 0, 0, 0.0))),
+    # Losses that no line has yet.
+    "losses in a list": (UNLOGGED, lambda found: [found]),
+    "a loss that is none": (UNLOGGED, at("loss", value=float("nan"))),
+    "a loss in a text": (UNLOGGED, at("loss", value="1.5")),
+    "losses of more steps": (UNLOGGED, at("steps", value=7)),
+    "losses of half a step": (UNLOGGED, at("steps", value=0.5)),
     # The counts.
     "counts in a list": (STATE, lambda found: [found]),
     "counts of another step": (STATE, at("global_step", value=3)),

@@ -17,6 +17,7 @@ import trimtab
 from adapter_tools import trained
 from tiny_runs import Kept, tiny_model, tiny_tokenizer, write_rows
 from trimtab import tasks
+from trimtab.config.run import TrainConfig
 from trimtab.data.batches import Collator
 from trimtab.data.forms import read_examples
 from trimtab.data.tokens import EncodedRows, encode_all
@@ -224,6 +225,19 @@ def test_a_warmup_that_is_a_fraction_is_one_of_all_steps(make_config: Callable[.
     assert listener.column("learning_rate")[:7] == pytest.approx([0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
 
 
+def test_steps_are_counted_without_what_rounding_adds() -> None:
+    train = TrainConfig(epochs=1.1, batch_size=1, warmup=0.07)  # in floating point: 11.000000000000002
+    assert train.total_steps(10) == 11
+    assert TrainConfig(epochs=1.11, batch_size=1).total_steps(10) == 12
+    assert [train.warmup_steps(steps) for steps in (99, 100, 101)] == [7, 7, 8]
+
+
+def test_a_run_of_one_step_trains(make_config: Callable[..., Any]) -> None:
+    listener = Kept()
+    finetune(make_config(train={"max_steps": 1, "warmup": 0.03, "learning_rate": 0.5}), listener=listener)
+    assert listener.column("learning_rate") == [0.5]
+
+
 def test_the_average_is_the_mean_over_the_last_steps(
     make_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -298,6 +312,20 @@ def test_early_stopping(make_config: Callable[..., Any], monkeypatch: pytest.Mon
     summary = folder.read_summary()
     assert (summary.status, summary.steps, summary.best_step) == ("finished", 24, 12)
     assert listener.column("step") == list(range(1, 25))
+
+
+def test_a_run_that_ends_before_there_is_an_average_says_so(
+    make_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _validations(monkeypatch, (1.0, 0.5), (1.1, 0.4))
+    train = {"epochs": 5, "early_stopping": 1, "average": 0.3}
+    folder = finetune(make_config(count=30, data={"validation": 0.2}, train=train))
+    assert (
+        "train.average: none of the 12 steps that were made is among the last 0.3 of 30, so nothing is averaged"
+        in folder.read_summary().notes
+    )
+    # A mean of its last steps was taken.
+    assert not finetune(make_config("mean", train={"epochs": 1, "average": 0.3})).read_summary().notes
 
 
 def test_every_run_has_a_first_and_a_last_loss(

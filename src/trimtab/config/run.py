@@ -276,8 +276,13 @@ class TrainConfig(Section):
 
     def total_steps(self, rows: int) -> int:
         """Optimiser steps of the whole run."""
-        whole = math.ceil(self.epochs * self.epoch_steps(rows))
+        whole = _up(self.epochs * self.epoch_steps(rows))
         return max(1, whole if self.max_steps is None else min(whole, self.max_steps))
+
+    def warmup_steps(self, steps: int) -> int:
+        """Those of all ``steps`` in which the learning rate rises. The first of them has none, so where the warmup is a
+        fraction, a step is left for training."""
+        return self.warmup if isinstance(self.warmup, int) else min(_up(self.warmup * steps), steps - 1)
 
     def steps_between(self, every: Literal["epoch"] | int | float, rows: int) -> int:
         """Optimiser steps from one validation or checkpoint to the next, where they come ``every`` so often."""
@@ -291,6 +296,11 @@ class TrainConfig(Section):
         if self.learning_rate == "auto":
             raise ConfigError("train.learning_rate: auto is not found yet; `trimtab tune` finds it, or name a number")
         return self.learning_rate
+
+
+def _up(steps: float) -> int:
+    """``steps`` rounded up, but for what multiplying them has left in the last digits: 1.1 times 10 is 11."""
+    return math.ceil(round(steps, 9))
 
 
 class EvaluationConfig(Section):

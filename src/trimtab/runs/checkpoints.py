@@ -22,6 +22,8 @@ from trimtab.reading import open_file, read_text
 SAVING = ".saving"
 COMPLETE = "complete.json"
 STATE = "trainer_state.json"
+UNLOGGED = "unlogged.json"
+"""The losses since the last line of metrics: their sum, and of how many steps."""
 
 
 def numbered(folder: Path, kind: str = "checkpoint") -> list[tuple[int, Path]]:

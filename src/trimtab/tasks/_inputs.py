@@ -82,8 +82,9 @@ class Rows(ABC, Generic[OneAnswered]):
         """Raise DataError, which names the row, unless ``rows`` can be measured."""
 
     @abstractmethod
-    def encode(self, training: list[OneAnswered], answers: Answers, notes: Notes) -> Any:
-        """The training rows as tensors: an `EncodedRows`, or what has all that it has."""
+    def encode(self, training: list[OneAnswered], times: Sequence[int], answers: Answers, notes: Notes) -> Any:
+        """The training rows, each of which comes so many ``times`` in an epoch, as tensors: an `EncodedRows`, or what
+        has all that it has."""
 
     def check_metric(self, answers: Answers) -> None:
         """Raise ConfigError unless validation rows of such answers have ``train.metric``."""
@@ -147,7 +148,7 @@ def _gather(rows: Rows[Any], notes: Notes) -> Inputs:
                 f"{again[0].place}), so figures of them do not tell how the model does on rows that it has not seen"
             )
 
-    encoded = rows.encode(training, answers, notes)
+    encoded = rows.encode(training, times, answers, notes)
     for source, number, reason in encoded.dropped:
         notes.row(f"{source}, row {number}", f"left out of training ({reason})")
     return Inputs(

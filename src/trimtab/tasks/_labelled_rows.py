@@ -118,8 +118,8 @@ class LabelledRows(Rows[Labelled]):
                 f"{', '.join(known)}"
             )
 
-    def encode(self, training: list[Labelled], answers: Answers, notes: Notes) -> EncodedTensors:
-        weights = self._weights(training, answers)
+    def encode(self, training: list[Labelled], times: Sequence[int], answers: Answers, notes: Notes) -> EncodedTensors:
+        weights = self._weights(training, times, answers)
         rows = self.task.encode(training, self.reader, answers.choices, self.job.max_length)
         for example, row in zip(training, rows, strict=True):
             if weights:
@@ -142,14 +142,17 @@ class LabelledRows(Rows[Labelled]):
         tell_unknown(told, self.reader, notes, written=False)
         return EncodedTensors(rows, training, cut, self.task.tokens)
 
-    def _weights(self, training: list[Labelled], answers: Answers) -> dict[str, float]:
-        """What a row of each label counts, 1 on average over the rows; empty where all count alike."""
+    def _weights(self, training: list[Labelled], times: Sequence[int], answers: Answers) -> dict[str, float]:
+        """What a row of each label counts, 1 on average over the rows of an epoch; empty where all count alike."""
         said = self.config.train.class_weights
         if said is None:
             return {}
         if answers.choices is None or not self.task.weighs:
             raise ConfigError(f"train.class_weights: the rows of {self.task.name} have no classes to weigh")
-        counts = Counter(label for row in training for label in row.labels)
+        counts: Counter[str] = Counter()
+        for row, count in zip(training, times, strict=True):
+            for label in row.labels:
+                counts[label] += count
         if said == "balanced":
             weights = {label: 1 / counts[label] if counts[label] else 0.0 for label in answers.choices}
         else:

@@ -197,6 +197,10 @@ class Task(ABC):
         """What a row of a batch counts in the speed of training."""
         return len(row["input_ids"])
 
+    def tokens_of_all(self, rows: Any) -> int:
+        """What all ``rows`` of a run's `Inputs` count together."""
+        return sum(rows.lengths)
+
     @abstractmethod
     def sizes(self, job: Job, inputs: Inputs) -> RowSizes:
         """All that the rows mean for the memory of a run."""

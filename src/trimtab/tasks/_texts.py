@@ -78,7 +78,7 @@ class TextRows(Rows[Example]):
                 f"{' or '.join(known[::-1])}"
             )
 
-    def encode(self, training: list[Example], answers: Answers, notes: Notes) -> EncodedRows:
+    def encode(self, training: list[Example], times: Sequence[int], answers: Answers, notes: Notes) -> EncodedRows:
         encoded = encode_once(training, self.tokenizer, self.max_length, cache_folder().with_name("tokens"))
         if encoded.cut:
             is_all = self.config.data.max_length == "auto" and self.max_length < LONGEST_ROW

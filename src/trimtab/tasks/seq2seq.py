@@ -226,6 +226,9 @@ class Seq2Seq(_task.Task):
     def tokens(self, row: Mapping[str, Any]) -> int:
         return len(row["input_ids"]) + len(row["labels"])
 
+    def tokens_of_all(self, rows: Any) -> int:
+        return sum(map(self.tokens, rows))
+
     def preview(self, inputs: Inputs, reader: Any) -> Preview:
         shown = []
         for (source, number), row in list(zip(inputs.rows.origins, inputs.rows, strict=True))[:2]:
@@ -297,7 +300,7 @@ class _PairRows(Rows[Example]):
         if self.config.train.metric not in ("auto", "loss"):
             raise ConfigError(f"train.metric: {self.config.train.metric} is not measured for seq2seq; choose loss")
 
-    def encode(self, training: list[Example], answers: Answers, notes: Notes) -> EncodedTensors:
+    def encode(self, training: list[Example], times: Sequence[int], answers: Answers, notes: Notes) -> EncodedTensors:
         rows = _encoded(training, self.reader, self.max_length)
         cut = sum(row.pop("cut") for row in rows)
         if cut:

@@ -124,23 +124,26 @@ class Averaging(TrainerCallback):
 
     The steps near the end wander about a good place, and their mean lies nearer to it than the last of them does
     (stochastic weight averaging, arXiv 1803.05407). It costs one copy of the adapter.
+
+    Attributes:
+        count: of how many steps there is a mean.
     """
 
     def __init__(self, model: nn.Module, fraction: float) -> None:
         self._parameters = trainable_parameters(model)
         self._fraction = fraction
         self._means: dict[str, torch.Tensor] = {}
-        self._count = 0
+        self.count = 0
 
     @torch.no_grad()
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if not self._fraction or state.global_step <= self._begins(state.max_steps):
             return
-        if not self._count:
+        if not self.count:
             self._means = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
-        self._count += 1
+        self.count += 1
         means = [self._means[name] for name in self._parameters]
-        torch._foreach_lerp_(means, list(self._parameters.values()), 1 / self._count)
+        torch._foreach_lerp_(means, list(self._parameters.values()), 1 / self.count)
 
     def _begins(self, steps: int) -> int:
         """After which of ``steps`` steps the mean is taken."""
@@ -158,7 +161,7 @@ class Averaging(TrainerCallback):
     def keep(self) -> None:
         """Leave the mean on the model for good."""
         self._swap()
-        self._means, self._count = {}, 0
+        self._means, self.count = {}, 0
 
     @torch.no_grad()
     def _swap(self) -> None:
@@ -169,8 +172,8 @@ class Averaging(TrainerCallback):
 
     def save(self, folder: Path) -> None:
         """Write the mean into a checkpoint."""
-        if self._count:
-            metadata = {"count": str(self._count)}
+        if self.count:
+            metadata = {"count": str(self.count)}
             write_atomically(folder / AVERAGE_FILE, lambda path: write_tensors(path, self._means, metadata))
 
     def load(self, folder: Path, steps: int) -> None:
@@ -178,7 +181,7 @@ class Averaging(TrainerCallback):
         for longer than it was to begins to average later."""
         if (folder / AVERAGE_FILE).is_file() and step_of(folder) > self._begins(steps):
             with safe_open(folder / AVERAGE_FILE, framework="pt") as stored:
-                self._count = int(stored.metadata()["count"])
+                self.count = int(stored.metadata()["count"])
                 self._means = {
                     name: stored.get_tensor(name).to(parameter.device) for name, parameter in self._parameters.items()
                 }

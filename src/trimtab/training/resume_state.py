@@ -27,7 +27,7 @@ from transformers.trainer_pt_utils import safe_globals
 from trimtab.adapters.placing import read_adapter
 from trimtab.config.run import TrainConfig
 from trimtab.errors import AdapterError
-from trimtab.runs.checkpoints import STATE, best_folder, damage, numbered, prune, set_aside, step_of
+from trimtab.runs.checkpoints import STATE, UNLOGGED, best_folder, damage, numbered, prune, set_aside, step_of
 from trimtab.surgery.attach import trainable_parameters
 from trimtab.training.callbacks import AVERAGE_FILE
 from trimtab.training.optimizer import make_optimizer
@@ -102,6 +102,8 @@ def why_not(
         _check_generators(_load(checkpoint / _GENERATORS))
         if averaged:
             _check_average(checkpoint / AVERAGE_FILE, averaged)
+        if (checkpoint / UNLOGGED).is_file():  # an earlier version has none
+            _check_unlogged(checkpoint / UNLOGGED, step)
         read_adapter(checkpoint)
         if keeps_best and best is not None:
             read_adapter(best_folder(checkpoint.parent, best))
@@ -251,14 +253,25 @@ def _check_average(file: Path, averaged: Mapping[str, nn.Parameter]) -> None:
         raise DamageError(f"{file.name} cannot be read ({_first_line(error)})") from None
 
 
-def _check_counts(file: Path, step: int, patience: int | None) -> int | None:
-    """Look at ``trainer_state.json``; gives the step of the best validation."""
+def _check_unlogged(file: Path, step: int) -> None:
+    found = _small_json(file)
+    _expect(_is_plain(found, {"loss": 0.0, "steps": 0}), file.name, "it holds no losses")
+    _expect(_is_plain(found["loss"], 0.0) and type(found["steps"]) is int, file.name, "they are no numbers")
+    _expect(0 <= found["steps"] <= step, file.name, f"it is of {found['steps']} steps")
+
+
+def _small_json(file: Path) -> Any:
     try:
         if file.stat().st_size > _LARGEST_STATE:
             raise DamageError(f"{file.name} is damaged: it has {file.stat().st_size:,} bytes")
-        found = json.loads(file.read_text(encoding="utf-8"))
+        return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise DamageError(f"{file.name} cannot be read ({_first_line(error)})") from None
+
+
+def _check_counts(file: Path, step: int, patience: int | None) -> int | None:
+    """Look at ``trainer_state.json``; gives the step of the best validation."""
+    found = _small_json(file)
     callbacks: list[ExportableState] = [TrainerControl()]
     if patience is not None:
         callbacks.append(EarlyStoppingCallback(patience))

@@ -183,7 +183,7 @@ class _Run:
             choices=inputs.choices,
             train_rows=len(inputs.rows),
             validation_rows=len(inputs.validation),
-            train_tokens=sum(inputs.rows.lengths),
+            train_tokens=task.tokens_of_all(inputs.rows),
             counted=task.counted,
             loss_unit=task.loss_unit,
             versions=versions(),
@@ -296,6 +296,11 @@ class _Run:
             self.remark(
                 f"no step reached {len(idle):,} of the adapted modules, the first of them {idle[0]}: these rows make "
                 "no use of them, and they are as they were. A narrower match leaves them out"
+            )
+        if train.average is not None and not self.work.averaged:
+            self.remark(
+                f"train.average: none of the {self.work.steps} steps that were made is among the last "
+                f"{train.average:g} of {train.total_steps(len(self.inputs.rows))}, so nothing is averaged"
             )
         if self.inputs.validation and train.keep_best:
             self._note(best_step=step)

@@ -12,12 +12,20 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
 
 from trimtab.adapters.store import load_adapter, save_adapter
 from trimtab.config.run import TrainConfig
 from trimtab.data.batches import LengthGroupedBatches
 from trimtab.errors import RunError
+from trimtab.files import read_json, write_json
 from trimtab.machine import device
 from trimtab.metrics import METRICS, Metric
 from trimtab.processes import here
@@ -70,7 +78,7 @@ def training_arguments(train: TrainConfig, rows: int, folder: Path, best: Metric
         max_steps=steps,
         learning_rate=train.rate,
         lr_scheduler_type=train.schedule if train.schedule != "constant" else "constant_with_warmup",
-        warmup_steps=train.warmup if isinstance(train.warmup, int) else math.ceil(train.warmup * steps),
+        warmup_steps=train.warmup_steps(steps),
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
         activation_checkpointing=train.gradient_checkpointing,
@@ -161,6 +169,8 @@ class AdapterTrainer(LogsAtOnce, Trainer):
         arguments = training_arguments(train, len(rows), folder, best if validate is not None else None)
         _use_one(arguments, next(model.parameters()).device)
         self._best_loss = _best_loss(earlier, best)
+        self._validated = max((line.step for line in earlier if line.kind == "validation"), default=0)
+        self._is_over = False
         self.throughput = Throughput()
         self._collated: deque[int] = deque()  # tokens of batches that are made and not trained on: one is made ahead
         self._adapted = model
@@ -236,6 +246,39 @@ class AdapterTrainer(LogsAtOnce, Trainer):
         self.throughput.add(self._collated.popleft())
         with self._steady.small_batch(is_last=self.accelerator.sync_gradients):
             return super().training_step(*args, **kwargs)
+
+    def _init_training_state(
+        self, max_steps: int, steps_an_epoch: int, epochs: int, checkpoint: str | None, trial: Any
+    ) -> tuple[int, int]:
+        done = super()._init_training_state(max_steps, steps_an_epoch, epochs, checkpoint, trial)
+        # A checkpoint has those of the settings that it was written under.
+        self.state.compute_steps(self.args, max_steps)
+        self._is_over = checkpoint is not None and self._ended_at(Path(checkpoint))
+        return done
+
+    def _ended_at(self, checkpoint: Path) -> bool:
+        """Whether nothing is left to train after ``checkpoint``: it was written at the last step, or at a validation
+        that ended a run of as many steps early."""
+        step, steps = self.state.global_step, self.args.max_steps
+        stopping = [one for one in self.callback_handler.callbacks if isinstance(one, EarlyStoppingCallback)]
+        exhausted = any(one.early_stopping_patience_counter >= one.early_stopping_patience for one in stopping)
+        before = TrainerState.load_from_json(str(checkpoint / checkpoints.STATE)).max_steps
+        return step >= steps or (exhausted and step == self._validated and before == steps)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self._is_over:
+            self.control.should_training_stop = True
+            return
+        if kwargs["resume_from_checkpoint"] is not None and kwargs["epoch"] == kwargs["epochs_trained"]:
+            self._take_up_loss(Path(kwargs["resume_from_checkpoint"]))
+        super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def _take_up_loss(self, checkpoint: Path) -> None:
+        """Go on with the losses since the last line of metrics, of which the next one has the mean."""
+        if (checkpoint / checkpoints.UNLOGGED).is_file():  # else an earlier version wrote it
+            unlogged = read_json(checkpoint / checkpoints.UNLOGGED)
+            self._tr_loss += unlogged["loss"] if here().leads else 0.0
+            self._globalstep_last_logged -= unlogged["steps"]
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -329,10 +372,15 @@ class AdapterTrainer(LogsAtOnce, Trainer):
         if finite and not torch.stack(finite).all():  # asked once, since an accelerator waits for each answer
             raise self._diverged()
         generators = here().gathered(torch.get_rng_state())
+        unlogged = {
+            "loss": here().summed(self._tr_loss.item()),
+            "steps": self.state.global_step - self._globalstep_last_logged,
+        }
         try:
             if here().leads:
                 super()._save_checkpoint(model, trial)
                 written = self._folder / checkpoints.SAVING / f"checkpoint-{self.state.global_step}"
+                write_json(written / checkpoints.UNLOGGED, unlogged)
                 for rank, state in enumerate(generators[1:], 1):
                     torch.save(state, written / checkpoints.generator_of(rank))
                 checkpoints.put(self._folder, self.state.global_step, self._train_config.keep_checkpoints)
@@ -375,6 +423,11 @@ class AdapterTrainer(LogsAtOnce, Trainer):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate
             scheduler.load_state_dict({**scheduler.state_dict(), "_last_lr": rates})
+
+    @property
+    def averaged(self) -> int:
+        """Of how many steps there is a mean."""
+        return self._averaging.count
 
     def settle(self, *, keep_best: bool) -> int | None:
         """Leave the model with the adapter that training ends with: the average, where there is one, or with

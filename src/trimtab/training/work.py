@@ -46,7 +46,7 @@ class Work:
     Attributes:
         steps, epochs: how far training has come.
         job: the run's, with nothing left open that its device decides; ``told``: what that was, a sentence each.
-        idle: the adapted modules that no step has reached.
+        idle: the adapted modules that no step has reached; ``averaged``: of how many steps the adapter is a mean.
         at_once: whether the user would not wait for a good end.
     """
 
@@ -67,6 +67,7 @@ class Work:
         self._inside: Callable[[Callable[[], Any]], Any] = lambda work: work()
         self.steps, self.epochs, self.at_once = 0, 0.0, False
         self.idle: list[str] = []
+        self.averaged = 0
         if here().size > 1:
             _require_divisible(self.model)
 
@@ -176,7 +177,7 @@ class Work:
             finally:
                 self.at_once = heard()
                 self.listener.training_ended()
-                self.idle = idle.names
+                self.idle, self.averaged = idle.names, trainer.averaged
                 self.steps, self.epochs = trainer.state.global_step, round(trainer.state.epoch or 0.0, 4)
         if interrupting.stop is not None:
             raise interrupting.stop
