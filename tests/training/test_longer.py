@@ -72,6 +72,17 @@ def test_the_rate_goes_on_as_in_a_run_of_all_the_steps(make_config: Callable[...
     assert load_config(RunFolder(parts.output).config).train.epochs == 4
 
 
+def test_more_epochs_than_there_are_steps_for_are_told(make_config: Callable[..., Any]) -> None:
+    config = make_config(train={"epochs": 1, "max_steps": 3})
+    finetune(config)
+    before = metrics_of(config)
+    finetune(longer(config, 2), resume=True)
+    assert metrics_of(config) == before
+    summary = read_json(config.output / "summary.json")
+    assert (summary["status"], summary["steps"]) == ("finished", 3)
+    assert "nothing is left to train: train.epochs and train.max_steps come to 3 steps, as before" in summary["notes"]
+
+
 def test_a_run_that_stopped_early_goes_on(make_config: Callable[..., Any]) -> None:
     config = make_config(
         count=16, data={"validation": 0.2}, train={"epochs": 1, "early_stopping": 5, "validate_every": 2}

@@ -14,7 +14,7 @@ from tiny_runs import rows, write_rows
 from trimtab.config.read import load_config
 from trimtab.config.run import RunConfig
 from trimtab.errors import Interrupted, RunError
-from trimtab.files import read_json, read_jsonl, write_json
+from trimtab.files import read_json, read_jsonl, write_json, write_jsonl
 from trimtab.runs.beginning import opened
 from trimtab.runs.checkpoints import numbered
 from trimtab.runs.events import Listener
@@ -180,6 +180,31 @@ def test_a_run_that_was_killed_while_it_wrote(make_config: Callable[..., Any]) -
     (folder.checkpoints / "checkpoint-9").mkdir()  # begun, and without its state
     finetune(config, resume=True)
     assert [row["step"] for row in metrics_of(config)] == list(range(1, 13))
+
+
+def test_events_of_steps_that_are_made_again_are_shown_once(make_config: Callable[..., Any]) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = make_config(train={"epochs": 2, "save_every": 4, "tensorboard": True})
+    interrupt(config, step=7, times=2)  # at once: steps 5 to 7 are lost
+    finetune(config, resume=True)
+    events = EventAccumulator(str(config.output / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 13))
+
+
+def test_the_time_of_a_run_that_was_killed_counts(make_config: Callable[..., Any]) -> None:
+    config = make_config(train={"epochs": 2})
+    interrupt(config, step=3)
+    summary, metrics = config.output / "summary.json", config.output / "metrics.jsonl"
+    # Killed, it cannot write down how long it took; its last line says it.
+    write_json(summary, {**read_json(summary), "training_seconds": 0.0, "total_seconds": 0.0})
+    lines = list(read_jsonl(metrics))
+    write_jsonl(metrics, [*lines[:-1], {**lines[-1], "seconds": 1000.0}])
+    finetune(config, resume=True)
+    seconds = [row["seconds"] for row in read_jsonl(metrics)]
+    assert seconds == sorted(seconds)
+    assert 1000 < read_json(summary)["training_seconds"] <= read_json(summary)["total_seconds"]
 
 
 def test_a_run_that_trains_nothing_and_was_killed_at_its_end(make_config: Callable[..., Any], tmp_path: Path) -> None:

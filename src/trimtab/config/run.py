@@ -259,7 +259,7 @@ class TrainConfig(Section):
     )
     keep_best: bool = Field(True, description="End with the adapter of the best validation, not of the last step.")
     early_stopping: int | None = Field(
-        None, ge=1, description="Stop after so many validations without improvement; null: never."
+        None, ge=1, description="Stop after so many validations without improvement of the metric; null: never."
     )
     save_every: Annotated[Literal["epoch"] | int, BeforeValidator(values.save_every)] = Field(
         "epoch", description="When to write a checkpoint: epoch, or a number of steps."

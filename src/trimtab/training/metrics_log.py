@@ -40,7 +40,8 @@ class Recorder:
         path: ``metrics.jsonl``; lines are added to it.
         listener: is told of each line.
         tensorboard: a folder for events, or None for none.
-        earlier: seconds that the run was trained for before it was interrupted.
+        earlier: seconds that the run was trained for before it was interrupted; ``done``: how many of its steps are
+            kept. Events after those are shown no more.
         device: where it trains.
     """
 
@@ -50,6 +51,7 @@ class Recorder:
         listener: Listener,
         tensorboard: Path | None,
         earlier: float = 0.0,
+        done: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
         self._listener = listener
@@ -60,7 +62,7 @@ class Recorder:
         if tensorboard is not None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._events = SummaryWriter(str(tensorboard))
+            self._events = SummaryWriter(str(tensorboard), purge_step=done + 1)
 
     def record(self, line: MetricsLine) -> None:
         """Add one line, with the time since training began and, for training, the memory in use."""

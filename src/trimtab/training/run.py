@@ -274,6 +274,10 @@ class _Run:
         train = self.config.train
         at = step_of(checkpoint) if checkpoint is not None else 0
         earlier = self.folder.cut_metrics(at)
+        # What a run that was killed could not write into its summary.
+        lost = max((line.seconds or 0.0 for line in earlier), default=0.0) - self._earlier_seconds[0]
+        training, total = (seconds + max(0.0, lost) for seconds in self._earlier_seconds)
+        self._earlier_seconds = training, total
         if checkpoint is not None:
             self.listener.note(f"resuming at step {at}")
         if checkpoint is not None and self.opening.changes.longer:
@@ -281,6 +285,8 @@ class _Run:
             self.remark(
                 f"trained further, from step {at} to step {steps}: the learning rate goes on as in a run of {steps} "
                 "steps"
+                if steps > at
+                else f"nothing is left to train: train.epochs and train.max_steps come to {steps} steps, as before"
             )
         began = time.perf_counter()
         self.listener.stage("Training")

@@ -24,6 +24,7 @@ from trimtab.evaluation.evaluate import Evaluation
 from trimtab.models.load import load_model
 from trimtab.models.model_files import quiet_libraries
 from trimtab.processes import here, together
+from trimtab.runs.checkpoints import step_of
 from trimtab.runs.events import Listener
 from trimtab.runs.folder import RunFolder
 from trimtab.runs.records import MetricsLine, RowsDigest
@@ -150,8 +151,10 @@ class Work:
         if train.early_stopping is not None:
             callbacks.append(EarlyStoppingCallback(train.early_stopping))
         events = folder.tensorboard if train.tensorboard else None
-        device = self.job.device
-        recording = Recorder(folder.metrics, self.listener, events, seconds, device) if group.leads else nullcontext()
+        done, device = step_of(checkpoint) if checkpoint is not None else 0, self.job.device
+        recording: Any = nullcontext()
+        if group.leads:
+            recording = Recorder(folder.metrics, self.listener, events, seconds, done, device)
         with recording as recorder:
             trainer = AdapterTrainer(
                 self.model,
