@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-from trimtab.reading import open_text, read_text
+from trimtab.reading import open_file, open_text, read_text
 
 
 def write_atomically(path: Path | str, write: Callable[[Path], object]) -> None:
@@ -186,6 +186,18 @@ def write_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: Map
         if len(text) == size:
             file.seek(8)
             file.write(text)
+
+
+def content_digest(path: Path) -> str:
+    """The SHA-256 of what a file holds. One that has not changed since this process looked at it is not read again."""
+    stat = path.stat()
+    return _content_digest(path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+
+
+@cache
+def _content_digest(path: Path, *as_it_is: int) -> str:
+    with open_file(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_json(path: Path | str) -> Any:

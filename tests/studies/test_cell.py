@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from tiny_runs import Kept, cell_of, rows, write_rows
 from trimtab.errors import Interrupted, RunError
@@ -172,6 +173,25 @@ def test_rows_may_be_several_files_or_a_part_of_one(make_config: Callable[..., A
     assert digest(pattern) != before
     with pytest.raises(RunError, match=r"nosuch\*: the rows cannot be read"):
         digest(make_config(data={"train": f"{folder}/nosuch*"}))
+
+
+def test_pictures_that_rows_name_are_known_by_what_they_hold(
+    make_config: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("red", "blue", "unnamed"):
+        Image.new("RGB", (4, 4), "red").save(tmp_path / f"{name}.png")
+    named = [{"picture": f"{name}.png", "label": name} for name in ("red", "blue", "gone")]
+    said: Any = {"data": {"train": str(write_rows(tmp_path / "named.jsonl", named)), "columns": {"image": "picture"}}}
+    config = make_config(**said, task="image_classification")
+    before = digest(config)
+    Image.new("RGB", (4, 4), "blue").save(tmp_path / "unnamed.png")
+    assert digest(config) == before
+    Image.new("RGB", (4, 4), "blue").save(tmp_path / "blue.png")
+    assert (other := digest(config)) != before
+    # All of it is read once, however often it is asked for.
+    monkeypatch.setattr("trimtab.files.open_file", None)
+    monkeypatch.setattr("trimtab.studies.cell.pictures_of", None)
+    assert digest(config) == other
 
 
 @pytest.mark.usefixtures("here")

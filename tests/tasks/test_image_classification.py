@@ -18,7 +18,7 @@ from tiny_runs import Kept
 from trimtab import tasks
 from trimtab.adapters.placing import read_adapter
 from trimtab.config.read import build_config
-from trimtab.errors import DataError, ModelError
+from trimtab.errors import DataError, ModelError, RunError
 from trimtab.export import Wishes, export_format, hand_over
 from trimtab.memory.estimate import estimate_run
 from trimtab.runs.events import Listener
@@ -105,6 +105,24 @@ def test_a_folder_for_each_label_is_learnt(place: Path, model: str) -> None:
     assert all(line.tokens_per_second for line in run.metrics if line.kind == "train")  # each counts its own batch
     assert run.plan is not None
     assert {"full", "dora"} == set(run.plan.methods)
+
+
+def test_a_run_does_not_go_on_with_other_pictures_under_the_same_names(place: Path) -> None:
+    said: dict[str, Any] = {"data": {"train": "rows.jsonl", "validation": None, "test": "rows.jsonl"}}
+    folder = finetune(config(place, **said))
+    picture("red", 7).save(place / "train" / "blue" / "0.png")
+    longer = config(place, **said)
+    longer = longer.model_copy(update={"train": longer.train.model_copy(update={"epochs": 4})})
+    with pytest.raises(RunError, match=r"the training rows are not those .*8 rows as then, but their pictures are"):
+        finetune(longer, resume=True)
+
+    # What an earlier version wrote says nothing of pictures.
+    summary = json.loads(folder.summary.read_text())
+    summary["digests"]["train"] = summary["digests"]["train"].split()[0]
+    folder.summary.write_text(json.dumps(summary))
+    listener = Kept()
+    finetune(longer, resume=True, listener=listener)
+    assert any("the test rows of 'rows' are others" in line for line in listener.remarks)
 
 
 @pytest.mark.parametrize("form", ["merged", "lora"])

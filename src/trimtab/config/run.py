@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -141,6 +142,12 @@ class DataConfig(Section):
         description="Longest row in tokens; what is beyond is cut. Higher: more memory. auto: 1024, or as many as the "
         "model has positions for, where it has a table of them (GPT-2).",
     )
+
+    @property
+    def sources(self) -> list[Source]:
+        """All that rows are read from: to train, to validate and to test."""
+        validation = self.validation if isinstance(self.validation, tuple) else ()
+        return [*self.train, *validation, *chain(*self.test.values())]
 
     def settled(self, sources: Sequence[Source]) -> list[Source]:
         """``sources`` with the form and the columns that they leave to this section."""

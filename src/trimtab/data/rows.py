@@ -7,9 +7,12 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, Protocol, TypedDict, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
+
+from trimtab.files import content_digest
 
 
 class Source(BaseModel):
@@ -127,11 +130,15 @@ OneAnswered = TypeVar("OneAnswered", bound=Answered)
 
 
 def digest(examples: Sequence[Answered], times: Sequence[int] | None = None) -> str:
-    """By which the same rows are known again, in their order and each so many ``times``, wherever they lie."""
-    found = hashlib.sha256()
+    """By which the same rows are known again, in their order and each so many ``times``, wherever they lie. Where they
+    name pictures, what those hold stands behind a blank."""
+    found, pictures = hashlib.sha256(), []
     for index, example in enumerate(examples):
         found.update(_told([_said(example, "image"), times[index] if times is not None else 1]))
-    return found.hexdigest()
+        if (picture := getattr(example, "image", "")) and not getattr(example, "content", b""):
+            pictures.append(content_digest(Path(picture)))
+    digests = [found, hashlib.sha256("".join(pictures).encode())] if pictures else [found]
+    return " ".join(one.hexdigest() for one in digests)
 
 
 def fingerprint(example: Answered) -> bytes:

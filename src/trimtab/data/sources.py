@@ -32,6 +32,25 @@ def rows_of(source: Source, *, root: Path) -> Iterator[Row]:
     return (_renamed(row, source.columns) for row in rows) if source.columns else rows
 
 
+def pictures_of(source: Source, *, root: Path) -> Iterator[Path]:
+    """The files of pictures that the rows of ``source`` name under ``image``, up to the first row that has nothing
+    there. Whether they are there is not looked at. Raises DataError as reading the rows does."""
+    for row in rows_of(source, root=root):
+        image = row.value.get("image")
+        if isinstance(image, dict):
+            image = None if image.get("bytes") else image.get("path")
+        if isinstance(image, str):
+            yield folder_of(row, root) / Path(image).expanduser()
+        elif row.value.get("image") is None:
+            return
+
+
+def folder_of(row: Row, root: Path) -> Path:
+    """The folder that the paths in a row start from."""
+    place = root / Path(row.source).expanduser()
+    return place if place.is_dir() else place.parent
+
+
 def name_of(path: str) -> str:
     """A short name for the rows of a source, as that of a file may be: the file's own, without its endings."""
     place = Path(_sliced(path)[0])

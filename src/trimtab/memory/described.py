@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +86,7 @@ def _read(job: Job) -> tuple[Job, Inputs | None, str]:
     and a word on where their length is from: the longest of them, or else ``data.max_length``."""
     data, source = job.config.data, job.source
     why = f"the cap data.max_length = {job.max_length}, since"
-    measured = [*(data.validation if isinstance(data.validation, tuple) else ()), *chain(*data.test.values())]
-    if missing := [source.path for source in (*data.train, *measured) if not is_local(source.path, Path.cwd())]:
+    if missing := [source.path for source in data.sources if not is_local(source.path, Path.cwd())]:
         return job, None, f"{why} {missing[0]} is not here"
     if source.kind == "gguf" and not is_dequantised(Path(source.location)):
         return job, None, f"{why} the tokenizer is still in {Path(source.location).name}"

@@ -26,7 +26,7 @@ from trimtab.runs.checkpoints import numbered
 from trimtab.runs.folder import RECORD, RunFolder
 from trimtab.runs.load import changed_base, doubt_of
 from trimtab.runs.lock import locked
-from trimtab.runs.records import BeganFrom, RowsDigest, SourceRecord, Summary
+from trimtab.runs.records import BeganFrom, RowsDigest, SourceRecord, Summary, same_rows
 
 # Each with all that is below it. None of these changes what is trained.
 _FREE = (
@@ -208,13 +208,16 @@ class Opening:
                 )
             return Rows(now, [])
         then = before.digests
-        if trains and (then.train, then.validation) != (now.train, now.validation):
-            which = "training" if then.train != now.train else "validation"
+        pairs = {"training": (then.train, now.train), "validation": (then.validation, now.validation)}
+        which = next((which for which, digests in pairs.items() if not same_rows(*digests)), None)
+        if trains and which is not None:
             then_rows, now_rows = (sum(source.rows for source in told) for told in (before.sources, sources))
             if which == "validation":
                 told = "other rows, or another order"
             elif then_rows != now_rows:
                 told = f"{then_rows:,} rows were read then, {now_rows:,} now"
+            elif then.train.split()[0] == now.train.split()[0]:
+                told = f"{now_rows:,} rows as then, but their pictures are others"
             else:
                 told = f"{now_rows:,} rows as then, but others, or in another order"
             named = ", ".join(source.path for source in sources)
@@ -224,7 +227,7 @@ class Opening:
                 f"train on the new rows in a run of its own: "
                 f"{pasted('finetune', folder / 'config.yaml', 'output=NEW')}"
             )
-        changed = sorted(name for name, digest in now.test.items() if then.test.get(name, digest) != digest)
+        changed = sorted(name for name, rows in now.test.items() if not same_rows(then.test.get(name, rows), rows))
         # What was trained on is kept as it was, whatever the files hold now.
         return Rows(then.updated(test=now.test) if self.trained else now, changed)
 

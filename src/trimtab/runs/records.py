@@ -121,6 +121,13 @@ class RowsDigest(Record):
     test: dict[str, str] = {}
 
 
+def same_rows(then: str | None, now: str | None) -> bool:
+    """Whether two digests say the same. What pictures hold, in the second part, earlier versions did not record."""
+    if then is None or now is None:
+        return then == now
+    return all(before == after for before, after in zip(then.split(), now.split(), strict=False))
+
+
 class RuleRecord(Record):
     """One rule of a plan and what it came to."""
 

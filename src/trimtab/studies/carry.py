@@ -18,12 +18,11 @@ import socket
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from trimtab.config.run import RunConfig
-from trimtab.data.sources import local_files, rows_of
+from trimtab.data.sources import local_files, pictures_of
 from trimtab.errors import RunError, TrimtabError
 from trimtab.files import write_folder
 from trimtab.machine import GIB
@@ -87,28 +86,17 @@ def files_of(config: RunConfig) -> list[Carried]:
     Raises RunError for a file that cannot be read.
     """
     data = config.data
-    sources = [*data.train, *(data.validation if isinstance(data.validation, tuple) else ())]
-    sources += [source for test in data.test.values() for source in test]
     found: dict[Path, None] = {}
     try:
-        for source in data.settled(sources):
-            files = local_files(source.path, Path.cwd())
-            found |= dict.fromkeys(_below(files))
-            if len(files) > 0 and _names_pictures(row.value for row in islice(rows_of(source, root=Path.cwd()), 1)):
-                rows = (row.value.get("image") for row in rows_of(source, root=Path.cwd()))
-                named = (image.get("path") if isinstance(image, dict) else image for image in rows)
-                folder = files[0] if files[0].is_dir() else files[0].parent
-                found |= dict.fromkeys(folder / Path(name).expanduser() for name in named if isinstance(name, str))
+        for source in data.settled(data.sources):
+            if files := local_files(source.path, Path.cwd()):
+                found |= dict.fromkeys([*_below(files), *pictures_of(source, root=Path.cwd())])
         for name in (config.model.name, config.adapter or ""):
             if Path(name).is_absolute():
                 found |= dict.fromkeys(_below([Path(name)]))
         return [Carried(str(path), path.stat().st_size, mark(path)) for path in found if path.is_file()]
     except (OSError, TrimtabError) as error:
         raise RunError(f"what the run reads cannot be carried ({error})") from None
-
-
-def _names_pictures(rows: Iterable[dict[str, Any]]) -> bool:
-    return any(isinstance(row.get("image"), (str, dict)) for row in rows)
 
 
 def _below(places: Iterable[Path]) -> Iterator[Path]:

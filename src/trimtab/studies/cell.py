@@ -19,17 +19,19 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import ValidationError
 
 from trimtab.config.run import RunConfig
-from trimtab.data.sources import local_files
-from trimtab.errors import AdapterError, ModelError, RunError
-from trimtab.files import read_json, remove_leftovers
+from trimtab.data.rows import Source
+from trimtab.data.sources import local_files, pictures_of
+from trimtab.errors import AdapterError, DataError, ModelError, RunError
+from trimtab.files import content_digest, read_json, remove_leftovers
 from trimtab.models.known_again import model_digest
 from trimtab.models.locate import locate
 from trimtab.runs.events import Listener
@@ -153,11 +155,21 @@ def _model_changed_since(cell: CellRecord, config: RunConfig) -> str | None:
 
 
 def identity(config: RunConfig) -> dict[str, Any]:
-    """What decides a cell's results, ready for JSON: ``config`` without ``output``, local data by name and content.
+    """What decides a cell's results, ready for JSON: ``config`` without ``output``, local data by name and content,
+    that of the pictures which rows name with it.
 
     Raises RunError where a data file cannot be read.
     """
     said = config.model_dump(mode="json", exclude={"output"})
+    data = config.data
+    try:
+        known = {path: _content(path) for source in data.sources if (path := Path(source.path)).is_absolute()}
+        named: dict[Path, dict[str, None]] = {path: {} for path in known}
+        for source in data.settled(data.sources):
+            if (path := Path(source.path)) in known:
+                named[path] |= dict.fromkeys(_pictures(source.model_dump_json(), known[path]))
+    except OSError as error:
+        raise RunError(f"{error.filename}: the rows cannot be read ({error.strerror})") from None
 
     def by_content(value: Any) -> Any:
         if isinstance(value, dict):
@@ -165,12 +177,10 @@ def identity(config: RunConfig) -> dict[str, Any]:
         if isinstance(value, list):
             return [by_content(item) for item in value]
         path = Path(value) if isinstance(value, str) else None
-        if path is None or not path.is_absolute():  # a fraction, none, or a hub id
+        if path not in known:  # a fraction, none, or a hub id
             return value
-        try:
-            return {"file": path.name, "sha256": _content(path)}
-        except OSError as error:
-            raise RunError(f"{path}: the rows cannot be read ({error.strerror})") from None
+        pictures = {"pictures": _together(map(Path, named[path]))} if named[path] else {}
+        return {"file": path.name, "sha256": known[path], **pictures}
 
     for key in ("train", "validation", "test"):
         said["data"][key] = by_content(said["data"][key])
@@ -182,13 +192,33 @@ def _content(path: Path) -> str:
     contents."""
     files = local_files(str(path), Path(path.anchor)) or [path]
     if len(files) == 1 and not files[0].is_dir():
-        return hashlib.sha256(files[0].read_bytes()).hexdigest()
+        return content_digest(files[0])
     found = hashlib.sha256()
     for place in files:
         inside = sorted(file for file in place.rglob("*") if file.is_file()) if place.is_dir() else [place]
         for file in inside:
             name = file.relative_to(place) if place.is_dir() else file.name
-            found.update(f"{name}\0{hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+            found.update(f"{name}\0{content_digest(file)}\n".encode())
+    return found.hexdigest()
+
+
+@cache
+def _pictures(source: str, content: str) -> tuple[str, ...]:
+    """The pictures that the rows of ``source``, as JSON, name, where its files hold ``content``; none of a folder,
+    whose content they are, and of rows that cannot be read, of which the run will tell."""
+    said = Source.model_validate_json(source)
+    root = Path(Path(said.path).anchor)
+    with suppress(DataError):
+        if not any(place.is_dir() for place in local_files(said.path, root)):
+            return tuple(map(str, pictures_of(said, root=root)))
+    return ()
+
+
+def _together(files: Iterable[Path]) -> str:
+    """The SHA-256 of what files hold, in their order; of one that is not there, nothing."""
+    found = hashlib.sha256()
+    for file in files:
+        found.update((content_digest(file) if file.is_file() else "").encode() + b"\n")
     return found.hexdigest()
 
 

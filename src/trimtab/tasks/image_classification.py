@@ -19,6 +19,7 @@ from trimtab.config.resolve import Job
 from trimtab.data.labelled import Labelled, name_of_label
 from trimtab.data.pictures import left_out, opened, picture_of
 from trimtab.data.rows import Row, Source
+from trimtab.data.sources import folder_of
 from trimtab.errors import ModelError
 from trimtab.evaluation.answers import Judged
 from trimtab.models.heads import Family
@@ -44,8 +45,7 @@ class ImageClassification(_labelled.LabelledTask):
         return family == "image"
 
     def example(self, row: Row) -> Labelled:
-        told = Path(row.source)
-        image, content = picture_of(row.value.get("image"), row.place, told if told.is_dir() else told.parent)
+        image, content = picture_of(row.value.get("image"), row.place, folder_of(row, Path()))
         label = name_of_label(row.value.get("label"), row.place)
         named = row.value["image"] if isinstance(row.value["image"], str) else image
         return Labelled(
