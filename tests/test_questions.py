@@ -56,6 +56,15 @@ def test_system_messages_of_rows_that_the_template_leaves_out_are_told(tmp_path:
         question.prompt("chat", tiny_tokenizer(silent), None)
 
 
+def test_what_the_template_leaves_out_of_messages_is_told_and_tools_are_put(tmp_path: Path) -> None:
+    template = CHATML + "{% if tools %}{{ tools[0].function.name }}{% endif %}"
+    turns = [{"role": "user", "content": "is berth seven free ?", "name": "ada"}]
+    tools = [{"type": "function", "function": {"name": "look_up"}}]
+    (question,) = questions_in(str(write_rows(tmp_path / "rows.jsonl", [{"messages": turns, "tools": tools}])))
+    with pytest.warns(TrimtabWarning, match="leaves 'name' of messages of the role 'user' of the rows out"):
+        assert question.prompt("chat", tiny_tokenizer(template), None).endswith("look_up")
+
+
 def test_questions_of_a_text_and_of_rows(tmp_path: Path) -> None:
     text = tmp_path / "questions.txt"
     text.write_text("\ufeffis it calm?\n\n  fog שלום\r\n", encoding="utf-8")

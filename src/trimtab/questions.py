@@ -11,11 +11,13 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from trimtab.data import forms
 from trimtab.data.forms._reading import Reading
+from trimtab.data.forms._turns import with_less
 from trimtab.data.forms.chat import Chat
 from trimtab.data.opening import is_table
 from trimtab.data.rows import Row
@@ -49,13 +51,14 @@ class Question:
             return prompt_of(form, self.text, tokenizer, self.system or system)
         first, *others = self.messages
         own = first.get("role") == "system"
-        prompt = rendered(self.messages, tokenizer, None if own else system)
-        if own and others and not is_in(str(first.get("content")), prompt) and prompt == rendered(others, tokenizer):
-            warnings.warn(
-                "the chat template leaves the system messages of the rows out, so the model does not read them",
-                TrimtabWarning,
-                stacklevel=2,
-            )
+        ask = partial(rendered, tokenizer=tokenizer, system=None if own else system, row=self.row)
+        prompt = ask(self.messages)
+        silent = [what for what, less in with_less(self.messages) if ask(less) == prompt]
+        if own and others and not is_in(str(first.get("content")), prompt) and prompt == ask(others):
+            silent.append("the system messages")
+        for what in silent:
+            told = f"the chat template leaves {what} of the rows out, so the model does not read them"
+            warnings.warn(told, TrimtabWarning, stacklevel=2)
         return prompt
 
 
@@ -98,16 +101,17 @@ def system_message(text: str | None) -> list[Message]:
     return [{"role": "system", "content": text}] if text else []
 
 
-def rendered(messages: Sequence[Message], tokenizer: Any, system: str | None = None) -> str:
-    """A conversation after a ``system`` message as its template writes it, up to where the assistant speaks.
+def rendered(messages: Sequence[Message], tokenizer: Any, system: str | None = None, row: Row | None = None) -> str:
+    """A conversation after a ``system`` message as its template writes it, up to where the assistant speaks; with the
+    tools of the ``row`` that it is from.
 
     Raises DataError without a template, or where that leaves the system message out.
     """
     require_template(tokenizer)
     chat = forms.find("chat")
     assert isinstance(chat, Chat)
-    prompt = chat.render([*system_message(system), *messages], tokenizer)
-    if system and not is_in(system, prompt) and prompt == chat.render([*messages], tokenizer):
+    prompt = chat.render([*system_message(system), *messages], tokenizer, row)
+    if system and not is_in(system, prompt) and prompt == chat.render([*messages], tokenizer, row):
         raise DataError(
             "the chat template leaves the system message out, so the model would not read it; put it at the beginning "
             "of the question"
@@ -146,7 +150,7 @@ def question_of(said: Row) -> Question:
         while messages and messages[-1].get("role") == "assistant":
             messages = messages[:-1]
         if messages:
-            return Question(str(messages[-1].get("content")), tuple(messages))
+            return Question(str(messages[-1].get("content")), tuple(messages), row=said)
     for key in _ASKING:
         if isinstance(text := row.get(key), str) and text.strip():
             extra = row.get("input") if key == "instruction" else None

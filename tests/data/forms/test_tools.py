@@ -276,8 +276,29 @@ def test_thoughts_that_the_template_does_not_know_are_told(read: Callable[..., A
     example, notes = read({"messages": [QUESTION, turn, QUESTION, turn]})
     assert parts(example) == ["one<|im_end|>"] * 2
     assert notes == [
-        "keys that the chat template does not show: 'reasoning_content' of a message (1 row); the first row is "
-        "rows.jsonl, line 1"
+        "keys that the chat template does not show: 'reasoning_content' of messages of the role 'assistant' (1 "
+        "row); the first row is rows.jsonl, line 1"
+    ]
+
+
+def test_a_key_is_told_with_the_roles_that_the_template_leaves_it_out_of(read: Callable[..., Any]) -> None:
+    named = CHATML.replace("m['content']", "(m.name or '') + m['content']")
+    only_tools = named.replace("m.name or ''", "(m.name or '') if m.role == 'tool' else ''")
+    said = [{**QUESTION, "name": "ada"}, {"role": "tool", "name": "depth", "content": "2.5"}, ANSWER]
+    assert read({"messages": said}, named)[1] == []
+    example, notes = read({"messages": said}, only_tools)
+    assert "depth2.5" in example.text
+    (note,) = notes
+    assert note.startswith(
+        "keys that the chat template does not show: 'name' of messages of the role 'user' (1 row); the first row is"
+    )
+
+
+def test_messages_after_the_last_trained_turn_are_told(read: Callable[..., Any]) -> None:
+    example, notes = read({"messages": [QUESTION, ANSWER, QUESTION]})
+    assert example.text.count(QUESTION["content"]) == 1
+    assert notes == [
+        "rows whose messages after the last turn that is trained are left out: 1 row in rows.jsonl, line 1"
     ]
 
 

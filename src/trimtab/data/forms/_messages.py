@@ -65,7 +65,7 @@ def read_talk(row: Row, messages: Any, reading: Reading, *, key: str, context: i
         else:
             said = [{"role": "system", "content": system}, *said]
             trained = {at + 1 for at in trained}
-    return Talk(said, frozenset(trained), _tools(row), _options(row))
+    return Talk(said, frozenset(trained), tools_of(row), options_of(row))
 
 
 def _message(place: str, message: Any, row: Row, reading: Reading) -> tuple[int, dict[str, Any]]:
@@ -193,7 +193,7 @@ def name_of(call: dict[str, Any]) -> Any:
     return inner.get("name") if isinstance(inner, dict) else call.get("name")
 
 
-def _tools(row: Row) -> list[dict[str, Any]] | None:
+def tools_of(row: Row) -> list[dict[str, Any]] | None:
     """The row's tools, or the ``functions`` that it has in their place, in OpenAI's first spelling."""
     tools, functions = _schemas(row, "tools"), _schemas(row, "functions")
     if tools and functions:
@@ -227,7 +227,8 @@ def _schemas(row: Row, key: str) -> list[dict[str, Any]]:
     return schemas
 
 
-def _options(row: Row) -> dict[str, Any] | None:
+def options_of(row: Row) -> dict[str, Any] | None:
+    """The row's ``chat_template_kwargs``."""
     options = row.value.get("chat_template_kwargs")
     if options is None:
         return None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -42,7 +42,9 @@ def follow(talk: Talk, row: Row, reading: Reading) -> Example | None:
         reading.tell(row.place, "rows left out, since none of their turns is to be trained")
         return None
     template = reading.template
-    talk = talk.upto(max(talk.trained) + 1)
+    if len(talk.messages) > (end := max(talk.trained) + 1):
+        reading.tell(row.place, "rows whose messages after the last turn that is trained are left out")
+    talk = talk.upto(end)
     folded = template.folded(talk.messages)
     if (fewer := len(talk.messages) - len(folded)) > 0:
         what = "system texts put at the beginning of the first user message, since the chat template takes no other"
@@ -186,13 +188,26 @@ def _look_for_what_is_dropped(talk: Talk, text: str, reading: Reading, place: st
                     f"{', '.join(ROLES)}."
                 )
             reading.tell(place, f"messages of the role '{role}' that the chat template leaves out")
-        for key in message.keys() - _OWN:
-            others = [*talk.messages[:index], _without(message, key), *talk.messages[index + 1 :]]
-            _offer(f"'{key}' of a message", replace(talk, messages=others), text, reading, place)
+    for what, others in with_less(talk.messages):
+        _offer(what, replace(talk, messages=others), text, reading, place)
     if talk.tools:
         _offer("'tools'", replace(talk, tools=None), text, reading, place)
     if talk.options:
         _offer("'chat_template_kwargs'", replace(talk, options=None), text, reading, place)
+
+
+def with_less(messages: Sequence[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """What messages hold beside their role, their content and calls of tools, in words, and the messages without it.
+    A template may show it with some roles and leave it out with others."""
+    held = {
+        (message.get("role"), key): None
+        for message in messages
+        for key, value in message.items()
+        if key not in _OWN and value is not None
+    }
+    for role, key in held:
+        less = [_without(message, key) if message.get("role") == role else message for message in messages]
+        yield f"'{key}' of messages of the role '{role}'", less
 
 
 def _without(message: dict[str, Any], key: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from trimtab.data.forms import _form, _turns
 from trimtab.data.forms._chat_template import ChatTemplate
-from trimtab.data.forms._messages import Talk, read_talk, unfolded
+from trimtab.data.forms._messages import Talk, options_of, read_talk, tools_of, unfolded
 from trimtab.data.forms._reading import Reading
 from trimtab.data.rows import Example, Row
 from trimtab.errors import DataError
@@ -61,10 +61,11 @@ class Chat(_form.Form):
         said = [{"role": "system", "content": system}] if system else []
         return self.render([*said, {"role": "user", "content": text}], tokenizer)
 
-    def render(self, messages: _form.Messages, tokenizer: Any) -> str:
-        """The text after which the model writes its answer to ``messages``."""
+    def render(self, messages: _form.Messages, tokenizer: Any, row: Row | None = None) -> str:
+        """The text after which the model writes its answer to ``messages``, those of ``row`` with its tools."""
         template = ChatTemplate(tokenizer)
-        return template.render(template.folded(messages), "the conversation", generation=True)
+        beside: dict[str, Any] = {} if row is None else {"tools": tools_of(row), "options": options_of(row)}
+        return template.render(template.folded(messages), "the conversation", generation=True, **beside)
 
 
 def _name(tokenizer: Any) -> str:
