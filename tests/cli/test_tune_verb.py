@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from trimtab.config.read import load_config
-from trimtab.training import rate_plan
+from trimtab.runs.rate_record import RateTrial
+from trimtab.training import rate_plan, rate_trials
 
 pytestmark = pytest.mark.usefixtures("bare_runs")
 
@@ -36,6 +37,33 @@ def test_tune_shows_its_trials_and_writes_a_yaml_that_trains_with_the_rate(
     again = cli("tune", yaml)
     assert again.code == 1
     assert "--out" in again.err
+
+
+def test_a_tune_that_was_stopped_goes_on_from_the_trials_that_are_done(
+    cli: Any, make_yaml: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(rate_plan, "SHORTEST", 2)
+    made: list[tuple[int, float]] = []
+
+    def trial(_: Any, rate: float, turn: int, steps: int) -> RateTrial:
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        made.append((turn, rate))
+        return RateTrial(round=turn, rate=rate, steps=steps, loss=1.0 + len(made) % 3, seconds=0.1)
+
+    monkeypatch.setattr(rate_trials._Search, "trial", trial)
+    yaml = make_yaml(train=TRAIN)
+    stopped = cli("tune", yaml)
+    assert stopped.code == 130
+    assert "the trials that are done are kept. Go on with the same command" in stopped.err
+    other = cli("tune", yaml, "train.seed=1")  # the trials of another run
+    assert other.code == 130
+    assert "kept" not in other.err
+    made.append((0, 0.0))
+    assert cli("tune", yaml).code == 0
+    assert len(made) == 1 + 8
+    assert len(set(made)) == len(made)  # none was made twice
+    assert not any((tmp_path / "cache").rglob("trials/*"))
 
 
 def test_tune_refuses_what_it_cannot_do_before_anything_is_loaded(cli: Any, make_yaml: Callable[..., Path]) -> None:
