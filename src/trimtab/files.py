@@ -22,14 +22,16 @@ if TYPE_CHECKING:
 from trimtab.reading import open_file, open_text, read_text
 
 
-def write_atomically(path: Path | str, write: Callable[[Path], object]) -> None:
+def write_atomically(path: Path | str, write: Callable[[Path], object], *, new: bool = False) -> None:
     """Let ``write`` make a file of the name of ``path`` in a temporary folder beside it, then move that into place in
-    one step."""
+    one step. ``new``: raise FileExistsError if another process has made one by then, which stays."""
     target = Path(path)
     with _named(target), temporary_folder(target.parent) as folder:
         fresh = folder / target.name
         write(fresh)
         open_to_readers(folder)
+        if new:
+            target.touch(exist_ok=False)
         fresh.replace(target)
 
 
@@ -158,9 +160,9 @@ def open_to_readers(folder: Path) -> None:
             file.chmod(mode)
 
 
-def write_text(path: Path | str, text: str) -> None:
-    """Write ``text`` as UTF-8."""
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+def write_text(path: Path | str, text: str, *, new: bool = False) -> None:
+    """Write ``text`` as UTF-8; ``new`` as in `write_atomically`."""
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"), new=new)
 
 
 def write_json(path: Path | str, value: Any) -> None:

@@ -171,6 +171,21 @@ def test_a_file_that_is_there_stays(here: Path) -> None:
     load_config(here / "run.yaml")
 
 
+@pytest.mark.usefixtures("fits")
+def test_a_file_that_another_process_writes_meanwhile_stays(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = drafting.draft
+
+    def meanwhile(*said: Any) -> Any:
+        (here / "run.yaml").write_text("theirs")
+        return whole(*said)
+
+    monkeypatch.setattr(drafting, "draft", meanwhile)
+    with pytest.raises(ConfigError, match="already there"):
+        run(*SAID)
+    assert (here / "run.yaml").read_text() == "theirs"
+    assert sorted(file.name for file in here.iterdir() if file.name.startswith(".saving")) == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [

@@ -125,6 +125,23 @@ def test_a_rate_that_cannot_be_written_is_said(cli: Any, make_yaml: Callable[...
     assert "The rate that was found is 0.00123" in result.err
 
 
+def test_a_file_that_another_process_writes_meanwhile_stays(
+    cli: Any, make_yaml: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    yaml = make_yaml()
+    tuned = yaml.with_name("run-tuned.yaml")
+
+    def meanwhile(*_: Any) -> Any:
+        tuned.write_text("theirs")
+        return SimpleNamespace(rate=0.00123)
+
+    monkeypatch.setattr("trimtab.training.tune.tune", meanwhile)
+    result = cli("tune", yaml)
+    assert result.code == 1
+    assert "another process has made it meanwhile. The rate that was found is 0.00123" in result.err.replace("\n", " ")
+    assert tuned.read_text() == "theirs"
+
+
 @pytest.mark.usefixtures("found")
 def test_the_folder_of_a_run_is_tuned_beside_it_for_a_run_of_its_own(
     cli: Any, make_yaml: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -67,7 +67,7 @@ def command(
     With --from, the settings are those of another tool's file, and what has no like here is said.
     """
     from trimtab.errors import ConfigError
-    from trimtab.files import write_atomically
+    from trimtab.files import write_text
 
     said = list(words or ())
     named = [word for word in said[:1] if "=" not in word or Path(word).suffix in (".yaml", ".yml")]
@@ -76,8 +76,9 @@ def command(
         key = text.partition("=")[0].strip()
         if option := _OPTIONS.get(key):
             raise ConfigError(f"{key}: say it with {option}")
+    taken = ConfigError(f"{file}: already there; name another file, or pass --overwrite")
     if file.exists() and not overwrite:
-        raise ConfigError(f"{file}: already there; name another file, or pass --overwrite")
+        raise taken
     if method is not None and other is not None:
         raise ConfigError(f"--method: expected none, since {other} says it, got '{method}'")
     if method is not None:
@@ -109,7 +110,12 @@ def command(
             from trimtab.drafting import Wish, draft
 
         made = draft(Wish(model, train, None if test == "none" else test, method, said), file)
-    write_atomically(file, lambda path: path.write_text(made.text, encoding="utf-8"))
+    try:
+        write_text(file, made.text, new=not overwrite)
+    except FileExistsError:
+        if not file.exists():  # a file in the way of its folder
+            raise
+        raise taken from None  # by another process, while the questions were asked
     for note in made.notes:
         say(f"  {note}")
     say(f"\n{made.text}")

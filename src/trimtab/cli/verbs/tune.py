@@ -73,13 +73,15 @@ def command(
     kept = place.parent == config.resolve().parent and edited(config, settings) is not None
     try:
         mode = place.stat().st_mode if place.exists() else None
-        write_text(place, with_settings(config, settings, beside=place))
+        write_text(place, with_settings(config, settings, beside=place), new=target is not config)
         if mode is not None:
             place.chmod(mode & 0o777)
     except OSError as error:
+        made = isinstance(error, FileExistsError) and target.exists()  # and not a file in the way of its folder
+        why = f"{target}: another process has made it meanwhile" if made else None
+        why = why or machine_refusal(error, target) or f"{target}: cannot be written ({error.strerror})"
         raise MachineError(
-            f"{machine_refusal(error, target) or f'{target}: cannot be written ({error.strerror})'}. The rate that was "
-            f"found is {found.rate:g}: write it there by hand (train.learning_rate)"
+            f"{why}. The rate that was found is {found.rate:g}: write it there by hand (train.learning_rate)"
         ) from error
     if run is None and not in_place and not kept:
         say_note(f"{target} says every setting of {config} in full, without its comments")
