@@ -14,6 +14,8 @@ from tiny_runs import rows, write_rows
 from trimtab.config.read import load_config, with_paths
 from trimtab.data.sources import local_files
 from trimtab.errors import RunError
+from trimtab.models import known_again
+from trimtab.models.known_again import mark
 from trimtab.studies import carry
 from trimtab.studies.carry import below, carried, files_of, header_of, lay_out, packed, unpacked, with_header
 
@@ -51,10 +53,10 @@ def test_what_a_source_reads(tmp_path: Path) -> None:
 
 
 def test_a_file_is_known_again_by_its_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(carry, "PIECE", 2**17)
+    monkeypatch.setattr(known_again, "WHOLE", 2**17)
     file = tmp_path / "weights"
     file.write_bytes(bytes(2**20))
-    known = carry.Carried(str(file), 2**20, carry.mark(file))
+    known = carry.Carried(str(file), 2**20, mark(file))
     assert known.is_here
     content = bytearray(2**20)
     content[2**19 : 2**19 + 2**16] = b"1" * 2**16  # in the middle of a file of which parts alone are read
@@ -74,7 +76,7 @@ def test_over_there_every_path_keeps_its_name(tmp_path: Path, make_config: Calla
 
 def test_a_file_is_linked_where_it_is_reached_and_else_fetched(tmp_path: Path) -> None:
     (tmp_path / "rows").write_text("abc")
-    file = carry.Carried(str(tmp_path / "rows"), 3, carry.mark(tmp_path / "rows"))
+    file = carry.Carried(str(tmp_path / "rows"), 3, mark(tmp_path / "rows"))
     lay_out(tmp_path / "one", [file], lambda path: [], links=True)
     assert below(tmp_path / "one", file.path).is_symlink()
     lay_out(tmp_path / "two", [file], lambda path: [b"a", b"bc"], links=False)

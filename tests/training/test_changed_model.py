@@ -1,17 +1,19 @@
-"""A model that is another when its run is used again: training is refused, everything else says so."""
+"""A model or an adapter that is another when its run is used again: training is refused, everything else says so."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tiny_runs import Kept, write_model
+from tiny_runs import Kept, rows, write_model, write_rows
 from trimtab.config.read import load_config
 from trimtab.errors import RunError
 from trimtab.export import Wishes, export_format, hand_over
+from trimtab.files import read_json, write_json
 from trimtab.runs.named import Named
 from trimtab.training.run import finetune
 
@@ -40,3 +42,39 @@ def test_another_model_in_the_place_of_the_runs_own(make_yaml: Callable[..., Pat
     shutil.copytree(tmp_path / "kept", model)
     assert finetune(longer, resume=True, listener=Kept()).read_summary().steps == 4
     assert Named.find(str(run)).doubt is None
+
+
+def test_the_adapter_of_another_run_in_the_place_of_the_runs_own(
+    make_yaml: Callable[..., Path], tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {
+        "train": {"max_steps": 2},
+        "data": {"test": str(write_rows(tmp_path / "t.jsonl", rows(3)))},
+    }
+    run, other = (finetune(load_config(make_yaml(name, **settings))) for name in ("mine", "other"))
+    assert Named.find(str(run.path)).doubt is None  # two runs of the same seed
+    other = finetune(load_config(make_yaml("third", **{**settings, "train": {"max_steps": 3}})))
+    own = shutil.copytree(run.adapter, tmp_path / "own")
+    shutil.rmtree(run.adapter)
+    shutil.copytree(other.adapter, run.adapter)
+
+    told = f"{run.adapter} holds another adapter than the one that {run.path} was trained to"
+    assert str(Named.find(str(run.path)).doubt).startswith(told)
+    assert Named.find(str(run.path), base=True).doubt is None
+    handed = hand_over(export_format("merged"), run.path, tmp_path / "merged", Wishes())
+    assert any(note.startswith(told) for note in handed.notes)
+    unfinished = {**read_json(run.summary), "status": "interrupted"}
+    shutil.rmtree(run.path / "evaluation")
+    write_json(run.summary, unfinished)
+    config = load_config(make_yaml("mine", **settings))
+    with pytest.raises(RunError, match=r"holds another adapter than .* Put the run's own back and resume; or remove"):
+        finetune(config, resume=True)
+
+    # A run of an earlier version did not write down which adapter it was.
+    write_json(run.summary, {key: value for key, value in unfinished.items() if key != "adapter_mark"})
+    assert Named.find(str(run.path)).doubt is None
+    write_json(run.summary, unfinished)
+    shutil.rmtree(run.adapter)
+    shutil.copytree(own, run.adapter)
+    finetune(config, resume=True)
+    assert Named.find(str(run.path)).doubt is None

@@ -17,7 +17,7 @@ from trimtab.export._subject import Subject, Wishes
 from trimtab.files import write_folder, write_text
 from trimtab.models.model_files import quiet_transformers
 from trimtab.notes import Notes
-from trimtab.runs.load import changed_base
+from trimtab.runs.load import changes_in
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def hand_over(
     _require_apart(target, subject)
     form.check(subject)
     notes = Notes()
-    if (changed := changed_base(subject.folder, subject.source)) is not None:
+    for changed in changes_in(subject.folder, subject.source):
         notes.add(changed)
     comparison = subject.comparison(notes)
     before = comparison.of(subject.model) if comparison is not None else None

@@ -1,4 +1,4 @@
-"""By which the files of a model are known again, without reading all of them.
+"""By which the files of a model, or of an adapter, are known again, without reading all of them.
 
 An adapter belongs to the weights beside which it was trained. Others of the same shapes take it without a word, such as
 those of a merged model that was written anew into the same folder.
@@ -30,13 +30,20 @@ def model_digest(source: Source) -> str | None:
             files = [place]
         else:
             files = sorted(file for file in place.iterdir() if file.suffix in _KINDS or file.name == "tokenizer.json")
-        digests = [_digest(file, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        digests = [bytes.fromhex(mark(file)) for file in files]
     except OSError:
         return None
     return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
-@lru_cache(maxsize=1000)
+def mark(file: Path) -> str:
+    """By which the content of a file is known: of a large one, by parts of it all over, since weights that differ do so
+    everywhere."""
+    stat = file.stat()
+    return _digest(file, stat.st_size, stat.st_mtime_ns).hex()
+
+
+@lru_cache(maxsize=10_000)
 def _digest(file: Path, size: int, modified: int) -> bytes:
     """Of one file, which is another once it is written anew (``modified``)."""
     found = hashlib.sha256()

@@ -24,7 +24,7 @@ from trimtab.hints import pasted
 from trimtab.models.locate import Source
 from trimtab.runs.checkpoints import numbered
 from trimtab.runs.folder import RECORD, RunFolder
-from trimtab.runs.load import changed_base, doubt_of
+from trimtab.runs.load import changed_adapter, changed_base, doubt_of
 from trimtab.runs.lock import locked
 from trimtab.runs.records import BeganFrom, RowsDigest, SourceRecord, Summary, same_rows
 
@@ -232,11 +232,17 @@ class Opening:
         return Rows(then.updated(test=now.test) if self.trained else now, changed)
 
     def require_same_model(self, source: Source) -> None:
-        """Raise RunError if there is training left to do, and the model at ``source`` is another than the run's."""
+        """Raise RunError if there is training left to do, and the model at ``source`` is another than the run's; or if
+        there is none, and the adapter is."""
         if self.resumes and not self.trained and (changed := changed_base(self.folder, source)) is not None:
             raise RunError(
                 f"{changed}. Put the model back and resume, or begin a run of its own on this one: "
                 f"{pasted('finetune', self.folder.path / 'config.yaml', 'output=NEW')}"
+            )
+        if self.resumes and self.trained and (changed := changed_adapter(self.folder)) is not None:
+            raise RunError(
+                f"{changed}. Put the run's own back and resume; or remove {self.folder.adapter}, and it is made again "
+                "from the last checkpoint"
             )
 
     def begin(self, config: RunConfig) -> None:

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from trimtab.adapters.placing import base_said_by
+from trimtab.adapters.placing import adapter_files, base_said_by
 from trimtab.adapters.store import load_adapter
 from trimtab.config.read import load_config
 from trimtab.config.resolve import precision_of, source_of
 from trimtab.config.run import RunConfig
 from trimtab.errors import AdapterError, ModelError, RunError
 from trimtab.machine import check_fits, device
-from trimtab.models.known_again import model_digest
+from trimtab.models.known_again import mark, model_digest
 from trimtab.models.load import empty_model, load_model
 from trimtab.models.locate import ModelHead, Source, hub_id
 from trimtab.models.model_files import ModelFiles, load_tokenizer
@@ -134,6 +134,32 @@ def changed_base(folder: RunFolder, source: Source) -> str | None:
         f"{source.name} holds another model than the one that {folder.path} was trained on: its weights or its "
         "tokenizer have changed, so what the run has learnt does not belong to it"
     )
+
+
+def adapter_mark(folder: RunFolder) -> str | None:
+    """By which the numbers of the run's adapter are known again, whatever its description says; None where there is
+    none."""
+    try:
+        return mark(adapter_files(folder.adapter)[1])
+    except (OSError, AdapterError):
+        return None
+
+
+def changed_adapter(folder: RunFolder) -> str | None:
+    """What the user should know of the run in ``folder`` where its adapter is another than the one that it wrote."""
+    summary = folder.read_summary()
+    then = summary.adapter_mark if summary is not None else None
+    if then is None or adapter_mark(folder) in (None, then):
+        return None
+    return (
+        f"{folder.adapter} holds another adapter than the one that {folder.path} was trained to, so what the run says "
+        "of itself, its settings and its results, are not of this one"
+    )
+
+
+def changes_in(folder: RunFolder, source: Source) -> list[str]:
+    """What the user should know of the run in ``folder`` before its adapter is used, a sentence each."""
+    return [told for told in (changed_base(folder, source), changed_adapter(folder)) if told is not None]
 
 
 def doubt_of(adapter: Path | str, source: Source) -> str | None:

@@ -23,7 +23,7 @@ from trimtab.models.model_files import ModelFiles, load_config_only
 from trimtab.runs.folder import RunFolder
 from trimtab.runs.load import (
     base_of_run,
-    changed_base,
+    changes_in,
     doubt_of,
     is_run,
     load_finite,
@@ -95,10 +95,13 @@ class Named:
 
     @property
     def doubt(self) -> str | None:
-        """What the user should know of the adapter, where it was made for another model than this one is."""
+        """What the user should know of the adapter, where it was made for another model than this one is, or is
+        another than the run's."""
         if self.adapter is None:
             return None
-        return doubt_of(self.adapter, self.source) if self.run is None else changed_base(self.run, self.source)
+        if self.run is None:
+            return doubt_of(self.adapter, self.source)
+        return "; ".join(changes_in(self.run, self.source)) or None
 
     def require_writer(self) -> None:
         """Raise ConfigError, which names the right verb, unless the model goes on from a text."""

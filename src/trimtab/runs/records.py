@@ -295,7 +295,7 @@ class Summary(Record):
         notes: what the user should know of the rows, the settings and the model, a sentence each.
         began_from: the adapter that training began with; None: a fresh one.
         sources: what was taken of each source of training rows; ``digests``: by which the rows are known again;
-            ``model_digest``: by which the model is.
+            ``model_digest``: by which the model is; ``adapter_mark``: by which the adapter is that training ended with.
         settings: those that decide what is trained, by their dotted keys.
     """
 
@@ -333,6 +333,7 @@ class Summary(Record):
     sources: list[SourceRecord] = []
     digests: RowsDigest | None = None
     model_digest: str | None = None
+    adapter_mark: str | None = None
     settings: dict[str, Any] = {}
 
     @property

@@ -11,13 +11,11 @@ of it is written: no name leads out of the run's folder, and no size is more tha
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import socket
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -26,6 +24,7 @@ from trimtab.data.sources import local_files, pictures_of
 from trimtab.errors import RunError, TrimtabError
 from trimtab.files import write_folder
 from trimtab.machine import GIB
+from trimtab.models.known_again import mark
 from trimtab.models.locate import locate
 
 CARRIED = 2 * GIB
@@ -37,7 +36,6 @@ BROUGHT = 8 * GIB
 PIECE = 64 * 2**20
 """A file is carried in pieces of this size."""
 
-_SAMPLES = 64
 _TEXTS = (".json", ".jsonl", ".yaml", ".html", ".md", ".txt", ".jinja", ".svg")
 
 
@@ -57,26 +55,6 @@ class Carried:
             return path.is_file() and path.stat().st_size == self.size and mark(path) == self.mark
         except OSError:
             return False
-
-
-def mark(path: Path) -> str:
-    """By which the content of a file is known: of a large one, by parts of it all over, since weights that differ do so
-    everywhere."""
-    stat = path.stat()
-    return _mark(str(path), stat.st_size, stat.st_mtime_ns)
-
-
-@lru_cache(maxsize=10_000)
-def _mark(path: str, size: int, modified: int) -> str:
-    found = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        if size <= PIECE:
-            found.update(file.read())
-        else:
-            for sample in range(_SAMPLES):
-                file.seek((size - 2**16) * sample // (_SAMPLES - 1))
-                found.update(file.read(2**16))
-    return found.hexdigest()
 
 
 def files_of(config: RunConfig) -> list[Carried]:

@@ -26,6 +26,7 @@ from trimtab.runs.beginning import Opening, Origin, Rows, begun, deciding, opene
 from trimtab.runs.checkpoints import step_of
 from trimtab.runs.events import Listener
 from trimtab.runs.folder import RunFolder
+from trimtab.runs.load import adapter_mark
 from trimtab.runs.records import HeadRecord, Machine, PlanRecord, Summary
 from trimtab.runs.results import OWN_ADAPTER, Measured
 from trimtab.surgery.attach_report import AttachReport
@@ -195,6 +196,7 @@ class _Run:
             digests=rows.digests,
             began_from=origin.record,
             model_digest=before.model_digest or model_digest(job.source),
+            adapter_mark=before.adapter_mark,
             settings=settings,
         )
 
@@ -332,7 +334,7 @@ class _Run:
         source = self.job.source
         if source.add_tokens or source.chat_template or source.languages:
             self.work.reader.save_pretrained(self.folder.adapter)
-        self._note(trained=True)
+        self._note(trained=True, adapter_mark=adapter_mark(self.folder))
         self._write_summary()
 
     def conclude(self) -> None:
