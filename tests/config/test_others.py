@@ -182,6 +182,33 @@ def test_mlx_lm(here: Path) -> None:
     assert "not carried over: val_batches: 25" in output
 
 
+def test_steps_are_as_many_as_there(here: Path) -> None:
+    """Where they say how many steps, their epochs have no say; ours end a run, too."""
+    (here / "other.jsonl").write_text('{"text": "b"}\n')
+    config, _ = converted(here, "ax.yml", AXOLOTL + "max_steps: 40\nwarmup_steps: 0\n")
+    assert (config.train.total_steps(6), config.train.validate_every, config.train.warmup) == (40, 0.1, 0.1)
+    config, _ = converted(here, "ax.yml", AXOLOTL + "max_steps: -1\nwarmup_steps: 9\n", "--overwrite")
+    assert (config.train.max_steps, config.train.epochs, config.train.warmup) == (None, 2, 9)
+    config, _ = converted(here, "lf.yaml", LLAMA_FACTORY + "max_steps: 30\n", "--overwrite")
+    assert config.train.total_steps(6) == 30
+    # mlx-lm counts passes, and trains after so many of them.
+    slower = "grad_accumulation_steps: 4\nsteps_per_eval: 20\nsave_every: 8\nsteps_per_report: 2\n"
+    train = converted(here, "mlx.yaml", MLX + slower, "--overwrite")[0].train
+    assert (train.total_steps(6), train.gradient_accumulation) == (17, 4)
+    assert (train.validate_every, train.save_every, train.log_every) == (5, 2, 1)
+    assert converted(here, "mlx.yaml", MLX, "--overwrite")[0].train.total_steps(6) == 70
+
+
+def test_rows_are_limited_in_each_set(here: Path) -> None:
+    (here / "data" / "dataset_info.json").write_text(
+        json.dumps({"mine": {"file_name": "../rows.jsonl"}, "hub": {"hf_hub_url": "o/n", "split": "part"}})
+    )
+    several = LLAMA_FACTORY.replace("dataset: mine", "dataset: mine,hub")
+    config, _ = converted(here, "lf.yaml", several)
+    assert [path.rpartition("/")[2] for path in paths(config.data.train)] == ["rows.jsonl[:20]", "n:part[:20]"]
+    assert config.data.train_limit is None
+
+
 def test_peft(here: Path) -> None:
     config, output = converted(here, "adapter_config.json", json.dumps(PEFT), "--train", "rows.jsonl")
     rule = {"match": ["*.q_proj", "*.v_proj"], "method": "dora", "rank": 8, "alpha": 32, "layers": "0,1", "bias": True}

@@ -12,6 +12,8 @@ from trimtab.config.yaml_text import show
 from trimtab.errors import ConfigError
 
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant", "constant_with_warmup": "constant"}
+EPOCHS = 1e6
+"""More than any run has: the steps decide."""
 ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw")
 
 
@@ -54,6 +56,20 @@ class Carried:
     def default(self, ours: str, value: Any) -> None:
         """What the tool does where its file says nothing, and we would do something else."""
         self.settings.setdefault(ours, (value, f"{self.tool}'s default"))
+
+    def steps(self, key: str, default: int | None = None, passes: int = 1) -> None:
+        """Train for as many steps as ``key`` says, each of so many ``passes`` that it counts, however many epochs these
+        are; -1 and the like say nothing."""
+        why = key if key in self.left else f"{self.tool}'s default"
+        if (count := self.take(key, default)) is not None and count > 0:
+            self.put("train.max_steps", max(1, count // passes), why)
+            self.put("train.epochs", EPOCHS, why)
+
+    def warmup(self) -> None:
+        """The warmup as transformers reads it: the steps where there are any, else the share."""
+        steps, share = self.take("warmup_steps"), self.take("warmup_ratio")
+        key, said = ("warmup_steps", steps) if steps or share is None else ("warmup_ratio", share)
+        self.put("train.warmup", said or 0, key if said is not None else f"{self.tool}'s default")
 
     def choose(self, key: str, ours: str, table: Mapping[Any, Any]) -> None:
         """Carry over one of several words, by ``table``; another one is told."""

@@ -28,7 +28,6 @@ class AxolotlConfig(OtherConfig):
                 "revision_of_model": "model.revision",
                 "trust_remote_code": "model.trust_remote_code",
                 "sequence_len": "data.max_length",
-                "max_steps": "train.max_steps",
                 "micro_batch_size": "train.batch_size",
                 "gradient_accumulation_steps": "train.gradient_accumulation",
                 "weight_decay": "train.weight_decay",
@@ -55,8 +54,7 @@ class AxolotlConfig(OtherConfig):
         carried.default("train.epochs", 1.0)
         carried.choose("lr_scheduler", "train.schedule", SCHEDULES)
         carried.default("train.schedule", "cosine")
-        carried.same({"warmup_steps": "train.warmup", "warmup_ratio": "train.warmup"})
-        carried.default("train.warmup", 0)
+        carried.warmup()
         carried.choose(
             "bf16", "train.precision", {True: "bfloat16", "true": "bfloat16", "auto": "auto", False: "float32"}
         )
@@ -71,6 +69,7 @@ class AxolotlConfig(OtherConfig):
             carried.forget(["use_wandb", "use_mlflow", "use_comet"])
         self._rows(carried)
         self._when(carried)
+        carried.steps("max_steps")  # whatever the epochs, of which _when makes fractions
         self._plan(carried)
         if carried.left.get("optimizer") in ADAMW:
             carried.forget(["optimizer"])

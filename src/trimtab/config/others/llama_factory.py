@@ -29,7 +29,6 @@ class LlamaFactoryConfig(OtherConfig):
                 "model_revision": "model.revision",
                 "trust_remote_code": "model.trust_remote_code",
                 "cutoff_len": "data.max_length",
-                "max_samples": "data.train_limit",
                 "per_device_train_batch_size": "train.batch_size",
                 "per_device_eval_batch_size": "evaluation.batch_size",
                 "gradient_accumulation_steps": "train.gradient_accumulation",
@@ -50,8 +49,7 @@ class LlamaFactoryConfig(OtherConfig):
                 "loraplus_lr_ratio": "train.b_learning_rate_ratio",
             }
         )
-        if (steps := carried.take("max_steps", -1)) > 0:
-            carried.put("train.max_steps", steps, "max_steps")
+        carried.steps("max_steps")
         for ours, value in (
             ("train.learning_rate", 5e-5),
             ("train.epochs", 3.0),
@@ -61,8 +59,7 @@ class LlamaFactoryConfig(OtherConfig):
         ):
             carried.default(ours, value)
         carried.choose("lr_scheduler_type", "train.schedule", SCHEDULES)
-        carried.same({"warmup_ratio": "train.warmup", "warmup_steps": "train.warmup"})
-        carried.default("train.warmup", 0)
+        carried.warmup()
         if carried.take("bf16"):
             carried.put("train.precision", "bfloat16", "bf16")
         if carried.take("train_on_prompt"):
@@ -91,11 +88,17 @@ class LlamaFactoryConfig(OtherConfig):
 
     def _rows(self, carried: Carried) -> None:
         folder = carried.file.parent / str(carried.left.get("dataset_dir") or "data")
+        most = carried.take("max_samples")
         for key, ours in (("dataset", "data.train"), ("eval_dataset", "data.validation")):
             said = carried.take(key) or []
             names = [name.strip() for name in said.split(",")] if isinstance(said, str) else said
             files = [self._file(carried, folder, key, name) for name in names]
-            if known := [file for file in files if file]:
+            known = [file for file in files if file]
+            if most and (len(known) > 1 or key == "eval_dataset"):  # so many of each
+                known = [f"{file}[:{most}]" for file in known]
+            elif most:
+                carried.put("data.train_limit", most, "max_samples")
+            if known:
                 carried.put(ours, known, key)
         carried.split_off("val_size")
 

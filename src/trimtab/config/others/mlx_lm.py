@@ -24,12 +24,7 @@ class MlxConfig(OtherConfig):
             {
                 "model": "model.name",
                 "batch_size": "train.batch_size",
-                "grad_accumulation_steps": "train.gradient_accumulation",
-                "iters": "train.max_steps",
                 "max_seq_length": "data.max_length",
-                "steps_per_report": "train.log_every",
-                "steps_per_eval": "train.validate_every",
-                "save_every": "train.save_every",
                 "grad_checkpoint": "train.gradient_checkpointing",
                 "seed": "train.seed",
             }
@@ -37,7 +32,6 @@ class MlxConfig(OtherConfig):
         carried.numbers({"learning_rate": "train.learning_rate"})
         for ours, value in (
             ("train.batch_size", 4),
-            ("train.max_steps", 1000),
             ("train.learning_rate", 1e-5),
             ("data.max_length", 2048),
             ("train.keep_best", False),
@@ -46,6 +40,7 @@ class MlxConfig(OtherConfig):
         if not carried.take("mask_prompt"):
             carried.put("train.prompt_loss_weight", 1.0, "mask_prompt")
         self._rows(carried)
+        self._steps(carried)
         self._schedule(carried)
         self._plan(carried)
         if carried.left.get("optimizer") == "adamw":
@@ -79,6 +74,20 @@ class MlxConfig(OtherConfig):
         carried.put("data.validation", [str(valid)] if valid.is_file() else None, "data")
         if test.is_file():
             carried.put("data.test", str(test), "data")
+
+    def _steps(self, carried: Carried) -> None:
+        """Steps, which are passes there: so many of them make one of ours."""
+        passes = carried.take("grad_accumulation_steps") or 1
+        if passes != 1:
+            carried.put("train.gradient_accumulation", passes, "grad_accumulation_steps")
+        for key, ours in (
+            ("steps_per_report", "train.log_every"),
+            ("steps_per_eval", "train.validate_every"),
+            ("save_every", "train.save_every"),
+        ):
+            if count := carried.take(key):
+                carried.put(ours, max(1, round(count / passes)), key)
+        carried.steps("iters", 1000, passes)
 
     def _schedule(self, carried: Carried) -> None:
         said = carried.take("lr_schedule")
