@@ -71,11 +71,16 @@ def read_adapter(folder: Path | str) -> dict[str, StoredAdapter]:
 
     Raises AdapterError if there is no adapter, or one that is damaged, not supported or empty.
     """
-    place = local_folder(folder)
-    stored = format_of(place).load(place)
+    return read_as(local_folder(folder))[1]
+
+
+def read_as(place: Path) -> tuple[AdapterFormat, dict[str, StoredAdapter]]:
+    """The format of the adapter in ``place``, and what `read_adapter` gives of it. Raises as that does."""
+    form = format_of(place)
+    stored = form.load(place)
     if not stored:
         raise AdapterError(f"{place}: the adapter is empty")
-    return stored
+    return form, stored
 
 
 def holds_adapter(folder: Path | str) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from trimtab import bases
 from trimtab.adapters.fitting import fitted_to
 from trimtab.adapters.formats import all_formats
-from trimtab.adapters.placing import format_of, local_folder, read_adapter, replacing
+from trimtab.adapters.placing import local_folder, read_as, replacing
 from trimtab.adapters.record import StoredAdapter
 from trimtab.adapters.safe_read import shown
 from trimtab.adapters.unfrozen import Unfrozen, statistics, unfrozen
@@ -125,10 +125,10 @@ def load_adapter(model: nn.Module, folder: Path | str, name: str = DEFAULT) -> A
     put_away(model)
     if name not in adapters(model):
         require_new_name(model, name, "load_adapter")
-    stored = read_adapter(place)
+    form, stored = read_as(place)
     known = dict(seen_by(model, name))
     stored = fitted_to(model, known, place, stored)
-    if left_out := format_of(place).left_out(place, known, stored):
+    if left_out := form.left_out(place, known, stored):
         more = f" and {len(left_out) - 1} more" if left_out[1:] else ""
         warnings.warn(
             f"{place}: nothing is stored of {left_out[0]}{more}, which its description names. They stay as they are",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -76,21 +76,8 @@ def hand_over(
 
     def fill(folder: Path) -> None:
         made = form.fill(subject, folder)
-        quantised = subject.config.quantisation
-        if form.relation == "adapter" and quantised != "none":
-            note = (
-                f"the run trained beside weights that are quantised ({quantised}), and is compared beside them: beside "
-                "other forms of the base its answers are off by the quantisation error. Load the base quantised alike; "
-                "or `trimtab export RUN OUT --to merged` hands over both as one"
-            )
-            made = replace(made, notes=[*made.notes, note])
-        if form.relation == "adapter" and form.library is not None and subject.source.kind == "gguf":
-            note = (
-                f"the run trained beside the weights of {base_of(subject.source)}, and is compared beside them: beside "
-                "the model's folder (BASE) its answers are off by what the file's types round. `trimtab export RUN OUT "
-                "--to merged` hands over both as one, and `--to gguf-lora` an adapter for the file"
-            )
-            made = replace(made, notes=[*made.notes, note])
+        if form.relation == "adapter":
+            made = replace(made, notes=[*made.notes, *_apart_from_the_base(form, subject)])
         written.append(made)
         if comparison is not None and before is not None:
             found.append(agreement(before, comparison.of(subject.model), comparison))
@@ -102,6 +89,23 @@ def hand_over(
 
     write_whole(target, fill, needed, overwrite=overwrite)
     return Handed(target, written[0].done, next(iter(found), None), [*written[0].notes, *notes])
+
+
+def _apart_from_the_base(form: ExportFormat, subject: Subject) -> Iterator[str]:
+    """What the user should know of an adapter whose base others load in another form than the run did."""
+    quantised = subject.config.quantisation
+    if quantised != "none":
+        yield (
+            f"the run trained beside weights that are quantised ({quantised}), and is compared beside them: beside "
+            "other forms of the base its answers are off by the quantisation error. Load the base quantised alike; "
+            "or `trimtab export RUN OUT --to merged` hands over both as one"
+        )
+    if form.library is not None and subject.source.kind == "gguf":
+        yield (
+            f"the run trained beside the weights of {base_of(subject.source)}, and is compared beside them: beside "
+            "the model's folder (BASE) its answers are off by what the file's types round. `trimtab export RUN OUT "
+            "--to merged` hands over both as one, and `--to gguf-lora` an adapter for the file"
+        )
 
 
 def _require_apart(target: Path, subject: Subject) -> None:

@@ -46,6 +46,21 @@ class Listener:
         """``done`` of ``total`` rows of the set called ``name`` are evaluated."""
 
 
+TOLD: dict[str, tuple[type, ...]] = {
+    "stage": (str,),
+    "note": (str,),
+    "counting": (str,),
+    "training_began": (int, int),
+    "step": (int, int),
+    "metrics": (dict,),
+    "training_ended": (),
+    "evaluated": (dict,),
+    "evaluating": (str, int, int),
+    "trying": (float, int, int),
+}
+"""The methods that are called where another process does the run, and the types of their arguments."""
+
+
 class Steps(Listener):
     """Passes on to ``listener`` how training goes, and keeps the rest of what one run of many would tell."""
 

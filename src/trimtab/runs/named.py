@@ -73,9 +73,9 @@ class Named:
             return cls(name, source, None if base else run.adapter, run, config, summary=summary)
         if base:
             raise ConfigError("--base goes with a run; a model named as it is has no adapter")
-        if any((Path(name) / one).is_file() for one in file_names()) and not (Path(name) / "config.json").is_file():
-            raise RunError(f"{name}: an adapter without its model; name the model, and this folder by --adapter")
         if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+            if any((Path(name) / one).is_file() for one in file_names()):
+                raise RunError(f"{name}: an adapter without its model; name the model, and this folder by --adapter")
             raise RunError(
                 f"{name}: not a run folder (it has no config.yaml), and not a model's (it has no config.json); name "
                 "the output of trimtab finetune, or a model"

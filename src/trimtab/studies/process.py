@@ -21,10 +21,7 @@ from typing import Any
 from trimtab.config.run import RunConfig
 from trimtab.errors import STOPS, Interrupted, RunError, TrimtabError, machine_refusal
 from trimtab.machine import keep_few_products
-from trimtab.runs.events import Listener
-
-TOLD = ("stage", "note", "training_began", "step", "metrics", "training_ended", "evaluated", "evaluating", "trying")
-"""The methods of a listener that are called where another process does the run."""
+from trimtab.runs.events import TOLD, Listener
 
 
 def run_apart(config: RunConfig, listener: Listener) -> None:

@@ -23,9 +23,9 @@ from trimtab.config.read import with_paths
 from trimtab.config.run import RunConfig
 from trimtab.errors import RunError, TrimtabError, machine_refusal
 from trimtab.files import temporary_folder
-from trimtab.runs.events import Listener
+from trimtab.runs.events import TOLD, Listener
 from trimtab.studies import carry
-from trimtab.studies.process import TOLD, run_apart
+from trimtab.studies.process import run_apart
 
 VERSION = metadata.version("trimtab")
 
@@ -133,18 +133,7 @@ def _scratch() -> Path:
     return folder
 
 
-_TYPES: dict[str, tuple[type, ...]] = {
-    "began": (str,),
-    "stage": (str,),
-    "note": (str,),
-    "training_began": (int, int),
-    "step": (int, int),
-    "metrics": (dict,),
-    "training_ended": (),
-    "evaluated": (dict,),
-    "evaluating": (str, int, int),
-    "trying": (float, int, int),
-}
+_TYPES = {"began": (str,), **TOLD}
 
 
 def word(line: Any) -> tuple[int, str, list[Any]] | None:
