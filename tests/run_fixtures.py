@@ -76,12 +76,13 @@ def counted_memory(config: Any) -> Any:
 
 
 def make_bare(patch: pytest.MonkeyPatch, *, page: bool = False) -> None:
-    """Runs without the estimate of their memory before, and with an empty page after (but for ``page``): a quarter of
-    the time, where neither is what is tested."""
+    """Runs without the estimate of their memory before, and with an empty page (but for ``page``) and no look at PEFT
+    after: a quarter of the time, where none is what is tested."""
     from trimtab.files import write_text
     from trimtab.surgery.attach_report import AttachReport
 
     patch.setattr("trimtab.training.checks.check_run", lambda *_: AttachReport((), (), 0, 0))
+    patch.setattr("trimtab.training.work.Work.problem_in_peft", lambda *_: "")
     if not page:
         writes = "trimtab.reports.run.run_page.write_run_page"
         patch.setattr(writes, lambda run, summary=None: write_text(run / "report.html", ""))

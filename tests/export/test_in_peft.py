@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tiny_runs import rows, tiny_tokenizer, write_config, write_rows
+from tiny_runs import Kept, rows, tiny_tokenizer, write_config, write_rows
 from trimtab.config.read import load_config
 from trimtab.export import export_format, hand_over
 from trimtab.export._subject import Wishes
+from trimtab.files import read_json
 from trimtab.training.run import finetune
 
 pytest.importorskip("peft")
@@ -28,7 +29,7 @@ STRONG = {"max_steps": 3, "learning_rate": 5e-2, "precision": "float32"}
     [
         ("dots1", DOTS, "all-linear", "computes something else"),
         ("dots1", DOTS, "*.q_proj", ""),
-        ("mamba", {"state_size": 4}, "all-linear", "does not load it"),
+        ("mamba", {"state_size": 4}, "all-linear", "does not load the adapter onto this model"),
     ],
 )
 def test_it_is_told_what_peft_makes_of_it(
@@ -40,7 +41,12 @@ def test_it_is_told_what_peft_makes_of_it(
     tokenizer.save_pretrained(tmp_path / "model")
     plan = [{"match": match, "method": "lora", "rank": 2, "alpha": 8}]
     data = write_rows(tmp_path / "rows.jsonl", rows(8))
-    run = finetune(load_config(write_config(tmp_path / "run.yaml", tmp_path / "model", data, plan=plan, train=STRONG)))
+    yaml, heard = write_config(tmp_path / "run.yaml", tmp_path / "model", data, plan=plan, train=STRONG), Kept()
+    run = finetune(load_config(yaml), listener=heard)
+    ours = [remark for remark in heard.remarks if "PEFT" in remark]
+    assert [said in remark for remark in ours] == ([True] if said else [])
+    assert ours == [note for note in read_json(run.summary)["notes"] if "PEFT" in note]
+    assert read_json(run.summary)["status"] == "finished"
     handed = hand_over(export_format("lora"), run.path, tmp_path / "out", Wishes())
     told = [note for note in handed.notes if "PEFT" in note]
     assert [said in note for note in told] == ([True] if said else [])

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from trimtab.adapters.formats import all_formats
 from trimtab.adapters.placing import format_of
 from trimtab.adapters.store import load_adapter, save_adapter
 from trimtab.errors import SurgeryError
-from trimtab.evaluation.agreement import Passages, agreement
+from trimtab.evaluation.agreement import Passages
+from trimtab.evaluation.in_peft import in_peft
 from trimtab.export._card import base_of, loaded_as
 from trimtab.export._export_format import ExportFormat, Written
 from trimtab.export._older_names import save_tokenizer
@@ -70,37 +69,18 @@ class PeftLora(ExportFormat):
 
 
 def _problem_in_peft(subject: Subject, folder: Path) -> str:
-    """What PEFT, where it is installed, does with ``folder`` but compute what was trained; empty for nothing. It leaves
-    PEFT's layers in ``subject.model``, whose outputs are then those that PEFT's users get."""
-    try:
-        from peft import PeftModel, __version__
-    except Exception:  # it is not there, or does not go with the transformers that is
-        return ""
+    """What PEFT does with ``folder`` but compute what was trained; empty for nothing. It leaves PEFT's layers in
+    ``subject.model``, whose outputs are then those that PEFT's users get."""
     model = subject.model
     told = Passages.random(model).comparison if subject.is_causal else subject.comparison(Notes())
     if told is None or subject.config.quantisation != "none":
         return ""
-    ours = told.of(model)
-    detach(model)
-    elsewhere = "`trimtab export RUN OUT --to merged` hands it over exactly"
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            PeftModel.from_pretrained(model, str(folder))
-        apart = agreement(ours, told.of(model), told).difference
-    except Exception as error:  # whatever PEFT, or the model among its layers, fails at
+    found = in_peft(model, folder, told)
+    if found.problem and not found.loads:
         subject.load_anew()
         detach(subject.model)
         load_adapter(subject.model, folder)
-        said = " ".join(str(error).split())[:300]
-        return f"PEFT {__version__} does not load it onto this model ({said}); {elsewhere}"
-    if apart <= (1e-3 if model.dtype == torch.float32 else 0.1):
-        return ""
-    return (
-        f"PEFT {__version__} computes something else from it: its outputs are {apart:.0%} apart. It leaves out layers "
-        "whose weight a model reads without calling them (state spaces, latent attention), and takes layers that are "
-        f"called as the experts of a mixture are for these (gate_proj of a shared expert); {elsewhere}"
-    )
+    return found.problem
 
 
 def _served(model: Any) -> str:

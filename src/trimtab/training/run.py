@@ -338,8 +338,12 @@ class _Run:
         self._write_summary()
 
     def conclude(self) -> None:
-        """Finish the run."""
+        """Finish the run; then nothing but the model is left to be lost in looking at what PEFT makes of it."""
         _conclude(self.folder, self._summarised("finished"))
+        trained = self.config.train.epochs and self.folder.has_adapter
+        if trained and (problem := self.work.problem_in_peft(self.folder.adapter)):
+            self.remark(problem)
+            _conclude(self.folder, self._summarised("finished"))
 
     def put_down(self) -> None:
         """Leave an interrupted run; without its page where the user will not wait."""

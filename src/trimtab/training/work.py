@@ -11,17 +11,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 
 from trimtab import tasks
+from trimtab.adapters.placing import format_of
 from trimtab.adapters.store import load_adapter
 from trimtab.config.resolve import Job
 from trimtab.config.run import RunConfig, TrainConfig
 from trimtab.errors import AdapterError, ModelError, RunError
+from trimtab.evaluation.agreement import Comparison, Passages
 from trimtab.evaluation.evaluate import Evaluation
+from trimtab.evaluation.in_peft import in_peft
 from trimtab.models.load import load_model
+from trimtab.models.locate import ModelHead
 from trimtab.models.model_files import quiet_libraries
 from trimtab.processes import here, together
 from trimtab.runs.checkpoints import step_of
@@ -39,6 +43,9 @@ from trimtab.training.on_device import fitted
 from trimtab.training.rate_trials import with_rate
 from trimtab.training.several import Inside, shard
 from trimtab.training.trainer import AdapterTrainer, save_from_one
+
+ROWS = 4
+"""Rows of the run's own on which PEFT's outputs are compared with ours, of a model with a head."""
 
 
 class Work:
@@ -115,6 +122,23 @@ class Work:
         progress = partial(self.listener.evaluating, name)
         how = Measurement(name, self.inputs.choices, self.job.config.evaluation, self.job.reading_length, progress)
         return self.task.evaluate(self.head, self.reader, self.inputs.tests[name], how)
+
+    def problem_in_peft(self, folder: Path) -> str:
+        """What PEFT does with the adapter in ``folder``, which the model carries, but compute what was trained; empty
+        for nothing, and where PEFT cannot be asked. The model is not to be used after it."""
+        few = next((rows for rows in (*self.inputs.tests.values(), self.inputs.validation) if rows), [])[:ROWS]
+        head, length = self.job.source.head, self.job.reading_length
+        known = head != ModelHead()
+        if here().size > 1 or self.job.config.quantisation != "none" or (known and not few):
+            return ""
+        if format_of(folder).label != "PEFT":
+            return ""
+
+        def of(model: Any) -> Tensor:
+            return self.task.compared(model, self.reader, few, head=head, length=length)
+
+        told = Comparison(of, "rows") if known else Passages.random(self.model).comparison
+        return in_peft(self.model, folder, told).problem
 
     def validation(self) -> Mapping[str, float]:
         """The metrics of the validation rows that can choose the best step: the loss, and where answers are scored,
