@@ -11,11 +11,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.checkpoint import checkpoint
 
 import trimtab
 from sampling import sample
+from trimtab.errors import SurgeryError
 from trimtab.ops.read_weight import ReadWeight
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -460,3 +462,18 @@ def test_a_weight_that_asks_for_a_gradient_under_an_adapter_is_told_of() -> None
 
 def test_a_stand_in_is_a_tensor_of_its_own_kind() -> None:
     assert isinstance(adapted(METHODS["lora"])[0].weight, ReadWeight)
+
+
+@every_method
+def test_what_would_keep_the_weight_among_the_layers_own_is_refused_and_nothing_changes(
+    options: dict[str, Any],
+) -> None:
+    model = adapted(options)
+    x, names = torch.randn(3, 6, dtype=torch.float64), list(model.state_dict())
+    before = model(x)
+    with pytest.raises(SurgeryError, match=r"cannot hold its weight as weight_orig: .* Call trimtab\.merge before"):
+        prune.l1_unstructured(model[0], "weight", amount=0.5)
+    assert list(model.state_dict()) == names
+    assert model(x).equal(before)
+    model[0].scale = nn.Parameter(torch.ones(1))  # what is no weight of its own may be added
+    assert model[0].scale.requires_grad

@@ -19,7 +19,7 @@ from trimtab.surgery.holding import own_class
 from trimtab.surgery.hooks import call_with_hooks, has_hooks
 from trimtab.surgery.mixing import mixed_call, mixed_layer
 from trimtab.surgery.row_plan import Group
-from trimtab.surgery.weight_of_own import tell_of_no_gradient, tell_of_twice, trained_already
+from trimtab.surgery.weight_of_own import require_not_its_weight, tell_of_no_gradient, tell_of_twice, trained_already
 from trimtab.surgery.wrappers import unwrapped
 
 
@@ -183,6 +183,10 @@ class AdaptedLayer(Adapted):
             setattr(self.base, name, value)
         else:
             super().__setattr__(name, value)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        require_not_its_weight(self, name, param)
+        super().register_parameter(name, param)
 
 
 _OWN = ("base", "adapters_disabled", "training", "forward")

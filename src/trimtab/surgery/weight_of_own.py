@@ -5,6 +5,8 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+from torch import Tensor, nn
+
 from trimtab.errors import SurgeryError, TrimtabWarning
 
 
@@ -45,6 +47,18 @@ def trained_already(module: Any, name: str) -> SurgeryError:
     return SurgeryError(
         f"the {name} of this {type(module.base).__name__} is trained by an adapter of method {module.method}, and "
         "cannot be replaced. Change the tensors of the adapter (module.adapter), or call trimtab.merge first"
+    )
+
+
+def require_not_its_weight(layer: Any, name: str, value: Tensor | None) -> None:
+    """Raise SurgeryError where ``value``, to be the parameter ``name`` of an adapted ``layer``, is the weight that the
+    layer acts with: what rewrites a weight in place keeps it so."""
+    if value is None or (isinstance(value, nn.Parameter) and all(value is not one for one in layer.parameters())):
+        return
+    raise SurgeryError(
+        f"{_named(layer)} cannot hold its weight as {name}: that weight has the adapter in it. Call trimtab.merge "
+        "before what rewrites weights in place (torch.nn.utils.prune, for instance), or do that before trimtab.attach "
+        "and make it permanent (prune.remove)"
     )
 
 
