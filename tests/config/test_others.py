@@ -184,7 +184,6 @@ def test_mlx_lm(here: Path) -> None:
 
 def test_steps_are_as_many_as_there(here: Path) -> None:
     """Where they say how many steps, their epochs have no say; ours end a run, too."""
-    (here / "other.jsonl").write_text('{"text": "b"}\n')
     config, _ = converted(here, "ax.yml", AXOLOTL + "max_steps: 40\nwarmup_steps: 0\n")
     assert (config.train.total_steps(6), config.train.validate_every, config.train.warmup) == (40, 0.1, 0.1)
     config, _ = converted(here, "ax.yml", AXOLOTL + "max_steps: -1\nwarmup_steps: 9\n", "--overwrite")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,23 @@ def test_a_line_after_an_interruption_is_the_mean_since_the_line_before(
     finetune(whole)
     interrupt(parts, step=step)
     finetune(parts, resume=True)
+    assert metrics_of(parts) == metrics_of(whole)
+
+
+def test_steps_that_float16_leaves_out_do_not_damage_a_checkpoint(
+    make_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # So large a scale lets the first gradients overflow, as on a GPU.
+    monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=2.0**22))
+    whole, parts = (make_config(name, train={"epochs": 2, "precision": "float16"}) for name in ("whole", "parts"))
+    finetune(whole)
+    norms = [line["grad_norm"] for line in metrics_of(whole)]
+    assert norms[:3] == [None] * 3
+    assert norms[-1] is not None
+    interrupt(parts, step=3)
+    interrupt(parts, resume=True, step=9)
+    finetune(parts, resume=True)
+    assert not [note for note in read_json(parts.output / "summary.json")["notes"] if "damaged" in note]
     assert metrics_of(parts) == metrics_of(whole)
 
 

@@ -66,6 +66,7 @@ def newest_whole(
             averaged=trained if averages else {},
             patience=train.early_stopping,
             keeps_best=validates and train.keep_best,
+            leaves_out=train.precision == "float16",
         )
         if reason is None:
             prune(folder, keep)
@@ -83,6 +84,7 @@ def why_not(
     averaged: Mapping[str, nn.Parameter],
     patience: int | None,
     keeps_best: bool,
+    leaves_out: bool = False,
 ) -> str | None:
     """Why training cannot go on from ``checkpoint``; None if it can.
 
@@ -91,14 +93,15 @@ def why_not(
         averaged: the trained tensors, if there has to be a mean of them by this step; empty if there has not.
         patience: of early stopping.
         keeps_best: whether the adapter of the best validation is needed at the end.
+        leaves_out: whether steps may have been left out, which neither the optimiser nor the schedule counts then.
     """
     step = step_of(checkpoint)
     if (reason := damage(checkpoint, (STATE, _OPTIMIZER, _SCHEDULER, _GENERATORS))) is not None:
         return reason
     try:
         best = _check_counts(checkpoint / STATE, step, patience)
-        _check_optimizer(_load(checkpoint / _OPTIMIZER), optimizer, step)
-        _check_schedule(_load(checkpoint / _SCHEDULER), optimizer, step)
+        _check_optimizer(_load(checkpoint / _OPTIMIZER), optimizer, step, leaves_out=leaves_out)
+        _check_schedule(_load(checkpoint / _SCHEDULER), optimizer, step, leaves_out=leaves_out)
         _check_generators(_load(checkpoint / _GENERATORS))
         if averaged:
             _check_average(checkpoint / AVERAGE_FILE, averaged)
@@ -153,7 +156,7 @@ def _is_plain(value: Any, like: Any) -> bool:
     return isinstance(like, dict) and isinstance(value, dict) and value.keys() == like.keys()
 
 
-def _check_optimizer(found: Any, optimizer: torch.optim.Optimizer, step: int) -> None:
+def _check_optimizer(found: Any, optimizer: torch.optim.Optimizer, step: int, *, leaves_out: bool) -> None:
     expected = optimizer.state_dict()
     _expect(isinstance(found, dict) and found.keys() == expected.keys(), _OPTIMIZER, "it holds no optimiser's state")
     groups, state = found["param_groups"], found["state"]
@@ -170,7 +173,7 @@ def _check_optimizer(found: Any, optimizer: torch.optim.Optimizer, step: int) ->
             _expect(same, _OPTIMIZER, f"'{key}' of a group is another")
     trained = dict(enumerate(tensor for group in optimizer.param_groups for tensor in group["params"]))
     _expect(isinstance(state, dict) and state.keys() <= trained.keys(), _OPTIMIZER, "it is of other tensors")
-    _expect(bool(state) or not trained, _OPTIMIZER, "its moments are missing")
+    _expect(bool(state) or leaves_out or not trained, _OPTIMIZER, "its moments are missing")
     for number, moments in state.items():
         _expect(
             isinstance(moments, dict) and moments.keys() == {"step", "exp_avg", "exp_avg_sq"},
@@ -181,7 +184,8 @@ def _check_optimizer(found: Any, optimizer: torch.optim.Optimizer, step: int) ->
             like = torch.empty((), device="meta") if key == "step" else trained[number]
             _expect(_is_like(tensor, like), _OPTIMIZER, f"'{key}' of tensor {number} is of another shape or kind")
             _expect(bool(tensor.isfinite().all()), _OPTIMIZER, f"'{key}' of tensor {number} is not a number")
-        _expect(0 < float(moments["step"]) <= step, _OPTIMIZER, f"tensor {number} is of another step")
+        first = 0 if leaves_out else 1
+        _expect(first <= float(moments["step"]) <= step, _OPTIMIZER, f"tensor {number} is of another step")
         _expect(bool((moments["exp_avg_sq"] >= 0).all()), _OPTIMIZER, f"a square of tensor {number} is negative")
 
 
@@ -205,13 +209,14 @@ def _is_like(tensor: Any, other: Tensor) -> bool:
     )
 
 
-def _check_schedule(found: Any, optimizer: torch.optim.Optimizer, step: int) -> None:
+def _check_schedule(found: Any, optimizer: torch.optim.Optimizer, step: int, *, leaves_out: bool) -> None:
     like = torch.optim.lr_scheduler.LambdaLR(_copy(optimizer), lambda _: 1.0).state_dict()
     _expect(isinstance(found, dict) and found.keys() == like.keys(), _SCHEDULER, "it holds no schedule's state")
     for key in like.keys() - {"lr_lambdas"}:
         _expect(_is_plain(found[key], like[key]), _SCHEDULER, f"'{key}' is {type(found[key]).__name__}")
     _expect(_same(found["base_lrs"], like["base_lrs"]), _SCHEDULER, "it is of other learning rates")
-    _expect(found["last_epoch"] == step, _SCHEDULER, f"it is of step {found['last_epoch']}")
+    first = 0 if leaves_out else step
+    _expect(first <= found["last_epoch"] <= step, _SCHEDULER, f"it is of step {found['last_epoch']}")
     lambdas = found["lr_lambdas"]
     _expect(isinstance(lambdas, list) and not any(lambdas), _SCHEDULER, "'lr_lambdas' is not empty")
 

@@ -85,6 +85,11 @@ def test_validation_alone_can_be_drawn() -> None:
             "validation macro F1 (%)",
             "The highest validation macro F1 is 75.0 %, at step 9.",
         ),
+        (  # of two that are as good the one that was kept
+            {"accuracy": (0.5, 0.5)},
+            "validation accuracy (%)",
+            "The highest validation accuracy is 50.0 %, at step 9.",
+        ),
         ({"perplexity": (3.0, 5.0)}, "validation perplexity", "The lowest validation perplexity is 3.000, at step 4."),
     ],
 )

@@ -146,7 +146,8 @@ def describe(data: Curves) -> str:
         step, low = min(data.validation, key=lambda point: point[1])
         parts.append(f"The lowest validation loss is {words.number(low)}, at step {step}.")
     if (metric := data.metric) is not None and data.scores:
-        step, best = min(data.scores, key=lambda point: metric.cost(point[1]))
+        # Of several that are equally good the one that was kept.
+        step, best = min(data.scores, key=lambda point: (metric.cost(point[1]), point[0] != data.best_step))
         side = "highest" if metric.higher_is_better else "lowest"
         parts.append(f"The {side} validation {metric.label} is {words.figure(metric, best)}, at step {step}.")
     return " ".join(parts)
