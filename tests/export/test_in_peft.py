@@ -13,6 +13,8 @@ from trimtab.config.read import load_config
 from trimtab.export import export_format, hand_over
 from trimtab.export._subject import Wishes
 from trimtab.files import read_json
+from trimtab.runs.events import Listener
+from trimtab.studies.process import run_here
 from trimtab.training.run import finetune
 
 pytest.importorskip("peft")
@@ -53,3 +55,22 @@ def test_it_is_told_what_peft_makes_of_it(
     assert ("that PEFT, vLLM and others load" in handed.done[-1]) == (not said)
     assert handed.agreement is not None
     assert (handed.agreement.difference > 1e-2) == (said == "computes something else")
+
+
+def test_a_run_is_finished_where_looking_at_peft_is_stopped_and_a_study_does_not_look(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Path] = []
+
+    def stopped(_: Any, folder: Path) -> str:
+        asked.append(folder)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("trimtab.training.work.Work.problem_in_peft", stopped)
+    data = write_rows(tmp_path / "rows.jsonl", rows(8))
+    config = load_config(write_config(tmp_path / "run.yaml", model_folder, data, train={"max_steps": 1}))
+    run_here(config.model_copy(update={"output": tmp_path / "cell"}), Listener())
+    assert asked == []
+    run = finetune(config)
+    assert asked == [run.adapter]
+    assert read_json(run.summary)["status"] == "finished"

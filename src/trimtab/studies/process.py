@@ -106,7 +106,7 @@ def run_here(config: RunConfig, listener: Listener) -> None:
     from trimtab.training.run import finetune
 
     resume = RunFolder(config.output).is_run
-    finetune(config, resume=resume, listener=listener)
+    finetune(config, resume=resume, asks_peft=False, listener=listener)
 
 
 class _Teller(Listener):

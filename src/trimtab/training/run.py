@@ -39,7 +39,12 @@ from trimtab.training.work import Work, follow
 
 
 def finetune(
-    config: RunConfig, *, resume: bool = False, overwrite: bool = False, listener: Listener | None = None
+    config: RunConfig,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    asks_peft: bool = True,
+    listener: Listener | None = None,
 ) -> RunFolder:
     """Do the whole run: read, attach, evaluate, train, evaluate again, write the report.
 
@@ -47,6 +52,8 @@ def finetune(
         config: what to do; its ``output`` is the run folder.
         resume: go on with the run in that folder from its newest checkpoint.
         overwrite: replace a run that is there.
+        asks_peft: where PEFT is installed, see once the run is finished whether it computes the same from the adapter,
+            which takes some seconds.
         listener: is told what happens.
 
     Raises:
@@ -66,10 +73,10 @@ def finetune(
                 job, inputs = tasks.inputs_of(job, Listener())
             follow(job, inputs)
             return RunFolder(config.output)
-        return _lead(job, listener or Listener(), began, resume=resume, overwrite=overwrite)
+        return _lead(job, listener or Listener(), began, resume=resume, overwrite=overwrite, asks_peft=asks_peft)
 
 
-def _lead(job: Job, listener: Listener, began: float, *, resume: bool, overwrite: bool) -> RunFolder:
+def _lead(job: Job, listener: Listener, began: float, *, resume: bool, overwrite: bool, asks_peft: bool) -> RunFolder:
     config = job.config
     with opened(config, resume=resume, overwrite=overwrite) as opening:
         folder = opening.folder
@@ -103,6 +110,9 @@ def _lead(job: Job, listener: Listener, began: float, *, resume: bool, overwrite
             if stopped is error:
                 raise
             raise stopped from None
+        if asks_peft:
+            with suppress(*STOPS), refused():  # the run is finished all the same
+                run.ask_peft()
     return folder
 
 
@@ -338,8 +348,11 @@ class _Run:
         self._write_summary()
 
     def conclude(self) -> None:
-        """Finish the run; then nothing but the model is left to be lost in looking at what PEFT makes of it."""
+        """Finish the run."""
         _conclude(self.folder, self._summarised("finished"))
+
+    def ask_peft(self) -> None:
+        """Tell of what PEFT makes of the adapter, if that is something else. The model is not to be used after it."""
         trained = self.config.train.epochs and self.folder.has_adapter
         if trained and (problem := self.work.problem_in_peft(self.folder.adapter)):
             self.remark(problem)
