@@ -18,7 +18,7 @@ from contract_cases import QUANTISED, Holder, assert_close, quantise
 from stored_weights import stored_weight
 from trimtab import bases, methods
 from trimtab.bases import _quantised
-from trimtab.errors import ModelError
+from trimtab.errors import ModelError, SurgeryError
 
 KINDS = sorted(QUANTISED)
 DTYPES = [torch.float32, torch.bfloat16]
@@ -331,3 +331,23 @@ def test_an_unknown_kind_names_the_nearest() -> None:
     with pytest.raises(ModelError, match=r"quantisation 'nf5': expected one of int8, nf4, torchao_int8.*'nf4'\?"):
         bases.quantised_base("nf5")
     assert bases.quantised_by_size() == ["int8", "nf4"], "one for each number of bits, the first by name"
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "mora"])
+def test_a_weight_that_is_quantised_under_its_adapter_is_told_where_the_adapter_cannot_compute(method: str) -> None:
+    torchao = pytest.importorskip("torchao.quantization")
+    model = nn.Sequential(nn.Linear(64, 64))
+    trimtab.attach(model, trimtab.Rule(match="0", method=method, rank=2))
+    torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
+    calls: list[Callable[[], Any]] = [
+        lambda: trimtab.effective_weight(model, "0"),
+        lambda: trimtab.convert_to_lora(model, rank=2),
+        lambda: trimtab.merge(model),
+    ]
+    if method == "dora":
+        calls.append(lambda: model(torch.randn(3, 64)))
+    else:
+        assert model(torch.randn(3, 64)).isfinite().all()
+    for call in calls:
+        with pytest.raises(SurgeryError, match=r"was quantised after its adapter .* Quantise the model before"):
+            call()

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from trimtab import bases
 from trimtab.bases import Base, BlockBase, HeldBase, HeldWeight, ModuleBase, WeightBase
 from trimtab.errors import SurgeryError
-from trimtab.methods import NO_MEMORY, Method
+from trimtab.methods import Method
 from trimtab.ops.read_weight import read_weight
+from trimtab.surgery import weight_of_own
 from trimtab.surgery.carrier import DEFAULT, Carrier, Slot, place_of
 from trimtab.surgery.holding import own_class
 from trimtab.surgery.hooks import call_with_hooks, has_hooks
 from trimtab.surgery.mixing import mixed_call, mixed_layer
 from trimtab.surgery.row_plan import Group
-from trimtab.surgery.weight_of_own import require_not_its_weight, tell_of_no_gradient, tell_of_twice, trained_already
 from trimtab.surgery.wrappers import unwrapped
 
 
@@ -139,16 +139,12 @@ class AdaptedLayer(Adapted):
         if self.off:
             return self.handle.multiply(x)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            tell_of_no_gradient(self)
+            weight_of_own.tell_of_no_gradient(self)
         try:
             return self.current_adapter(x, self.handle)
         except (RuntimeError, NotImplementedError):
-            self._require_memory()
+            weight_of_own.require_usable(self)
             raise
-
-    def _require_memory(self) -> None:
-        if not self.handle.parameter.is_meta and any(tensor.is_meta for tensor in self.current_adapter.parameters()):
-            raise SurgeryError(NO_MEMORY.format(method=self.method))
 
     @property
     def weight(self) -> Tensor:
@@ -179,13 +175,13 @@ class AdaptedLayer(Adapted):
         # What the frozen layer has belongs to it: its weight and bias, and numbers such as out_features.
         if not name.startswith("_") and name not in _OWN and _has(self.__dict__.get("_modules", {}).get("base"), name):
             if name == "weight":
-                tell_of_twice(self, value)
+                weight_of_own.tell_of_twice(self, value)
             setattr(self.base, name, value)
         else:
             super().__setattr__(name, value)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        require_not_its_weight(self, name, param)
+        weight_of_own.require_not_its_weight(self, name, param)
         super().register_parameter(name, param)
 
 
@@ -279,7 +275,7 @@ class AdaptedModule(Adapted):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, Tensor) and any(_trains(self.adapter_of(one), name) for one in self._slots):
-            raise trained_already(self, name)
+            raise weight_of_own.trained_already(self, name)
         super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:

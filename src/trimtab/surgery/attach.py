@@ -19,6 +19,7 @@ from trimtab.surgery.names import require_new_name
 from trimtab.surgery.plan import Plan, Rule, Target
 from trimtab.surgery.sharded import put_away, require_open, require_same_mesh, whole_tensors
 from trimtab.surgery.targets import find_targets
+from trimtab.surgery.weight_of_own import usable
 from trimtab.surgery.wrappers import unwrapped, without_wrappers
 
 
@@ -168,7 +169,7 @@ def effective_weight(model: nn.Module, name: str) -> Tensor:
             "state and no weight. Name a layer inside it"
         )
     if isinstance(module, Adapted):
-        with whole_tensors(module.current_adapter):
+        with whole_tensors(module.current_adapter), usable([module]):
             effective: Tensor = module.current_adapter.effective_weight(module.handle)
         return effective
     handle = bases.find(module) if module is not None else None

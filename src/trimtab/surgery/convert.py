@@ -25,6 +25,7 @@ from trimtab.surgery.exchange import Exchange, Successor
 from trimtab.surgery.install import require_no_rows
 from trimtab.surgery.names import entries, known_adapter
 from trimtab.surgery.row_passes import Rows
+from trimtab.surgery.weight_of_own import usable
 from trimtab.surgery.wrappers import synchronised_by, unwrapped
 
 _MOMENTS_AT_ONCE = 2**30  # bytes; what does not fit is gathered by further passes over the rows
@@ -91,7 +92,7 @@ def convert_to_lora(
     if not changes:
         name, why = next(iter(kept.items()))
         raise SurgeryError(f"convert_to_lora: nothing in this adapter can become LoRA; {name}: {why}")
-    with evaluating(model):
+    with evaluating(model), usable(carried.values()):
         inputs = None if rows is None else Rows(model, rows)
         known = _Known(inputs, dict(adapted_modules(model)))
         products = _products(changes, known, rank, error, progress)

@@ -29,6 +29,7 @@ from trimtab.surgery.merged_parts import merged_parts
 from trimtab.surgery.names import active_adapter, adapters, known_adapter
 from trimtab.surgery.sharded import put_away, whole_tensors
 from trimtab.surgery.ties import keep_other_ties, parameters_by_name
+from trimtab.surgery.weight_of_own import usable
 from trimtab.surgery.wrappers import unwrapped
 
 Onto = Literal["dequantised", "requantised"]
@@ -91,7 +92,8 @@ def merge(model: nn.Module, onto: Onto = "dequantised") -> MergeReport:
     for name, module in adapted:
         handle = module.handle
         wide = onto == "dequantised" and isinstance(handle, WeightBase) and not handle.stored_dense
-        _check_result(name, module, around or handle.dtype if wide else None)
+        with usable([module]):
+            _check_result(name, module, around or handle.dtype if wide else None)
     _require_ties_stay(adapted, _Elsewhere(model, adapted))
     for other in adapters(model):
         if other != active_adapter(model):

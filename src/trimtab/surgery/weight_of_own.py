@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
+from trimtab import bases
 from trimtab.errors import SurgeryError, TrimtabWarning
+from trimtab.methods import NO_MEMORY
 
 
 def tell_of_no_gradient(layer: Any) -> None:
@@ -60,6 +64,34 @@ def require_not_its_weight(layer: Any, name: str, value: Tensor | None) -> None:
         "before what rewrites weights in place (torch.nn.utils.prune, for instance), or do that before trimtab.attach "
         "and make it permanent (prune.remove)"
     )
+
+
+def require_usable(layer: Any) -> None:
+    """Raise SurgeryError, in words, for what a pass of ``layer``, or a look at its weight, can fail at: an adapter
+    without numbers, or a weight that is stored in another way than when the layer got its adapter."""
+    handle = layer.handle
+    if not isinstance(handle, bases.WeightBase):
+        return
+    if not handle.parameter.is_meta and any(tensor.is_meta for tensor in layer.current_adapter.parameters()):
+        raise SurgeryError(NO_MEMORY.format(method=layer.method))
+    now = bases.find(handle.module)
+    if isinstance(now, bases.QuantisedBase) and type(now) is not type(handle):
+        raise SurgeryError(
+            f"the weight of {_named(layer)} was quantised after its adapter ({layer.method}) was attached, and is a "
+            f"{type(handle.parameter).__name__} now, which the adapter cannot compute with. Quantise the model before "
+            "trimtab.attach or trimtab.load_adapter; an adapter that is trained can be saved here and loaded there"
+        )
+
+
+@contextmanager
+def usable(layers: Iterable[Any]) -> Iterator[None]:
+    """Tell in words of what torch does not compute with the weights of adapted ``layers``."""
+    try:
+        yield
+    except NotImplementedError:
+        for layer in layers:
+            require_usable(layer)
+        raise
 
 
 def _named(layer: Any) -> str:
