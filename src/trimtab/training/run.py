@@ -353,10 +353,10 @@ class _Run:
 
     def ask_peft(self) -> None:
         """Tell of what PEFT makes of the adapter, if that is something else. The model is not to be used after it."""
-        trained = self.config.train.epochs and self.folder.has_adapter
-        if trained and (problem := self.work.problem_in_peft(self.folder.adapter)):
+        finished, trained = self.folder.read_summary(), self.config.train.epochs and self.folder.has_adapter
+        if finished and trained and (problem := self.work.problem_in_peft(self.folder.adapter)):
             self.remark(problem)
-            _conclude(self.folder, self._summarised("finished"))
+            _conclude(self.folder, finished.updated(notes=self._summary.notes))  # the peaks are those before PEFT's
 
     def put_down(self) -> None:
         """Leave an interrupted run; without its page where the user will not wait."""
@@ -381,16 +381,13 @@ class _Run:
         self._summarised("interrupted").write_to(self.folder.summary)
 
     def _summarised(self, status: str) -> Summary:
-        adapter = (
-            sum(file.stat().st_size for file in self.folder.adapter.glob("*")) if self.folder.adapter.is_dir() else 0
-        )
         total = self._earlier_seconds[1] + time.perf_counter() - self._began
         return self._summary.updated(
             status=status,
             total_seconds=round(total, 2),
             peak_memory_gib=round(peak_memory_gib(), 3),
             **({} if (peak := peak_device_memory_gib(self.job.device)) is None else {"peak_device_memory_gib": peak}),
-            adapter_bytes=adapter,
+            adapter_bytes=sum(file.stat().st_size for file in self.folder.adapter.glob("*")),
         )
 
     @property
