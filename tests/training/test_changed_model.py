@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +12,11 @@ import pytest
 
 from tiny_runs import Kept, rows, write_model, write_rows
 from trimtab.config.read import load_config
-from trimtab.errors import RunError
+from trimtab.errors import RunError, TrimtabWarning
 from trimtab.export import Wishes, export_format, hand_over
+from trimtab.export._combined import combine_folders
 from trimtab.files import read_json, write_json
+from trimtab.runs.load import doubt_of
 from trimtab.runs.named import Named
 from trimtab.training.run import finetune
 
@@ -63,6 +66,12 @@ def test_the_adapter_of_another_run_in_the_place_of_the_runs_own(
     assert Named.find(str(run.path), base=True).doubt is None
     handed = hand_over(export_format("merged"), run.path, tmp_path / "merged", Wishes())
     assert any(note.startswith(told) for note in handed.notes)
+    combining = [f"{run.path}:0.5", f"{other.path}:0.5"]
+    with pytest.warns(TrimtabWarning, match=re.escape(told)):
+        combine_folders(combining, tmp_path / "both")
+    serving = Named.find(str(other.path)).source
+    assert str(doubt_of(run.path, serving)).startswith(told)
+    assert doubt_of(other.path, serving) is None
     unfinished = {**read_json(run.summary), "status": "interrupted"}
     shutil.rmtree(run.path / "evaluation")
     write_json(run.summary, unfinished)

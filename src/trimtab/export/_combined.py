@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -15,7 +16,7 @@ from trimtab.adapters.formats import all_formats
 from trimtab.adapters.placing import adapter_files, format_of, local_folder
 from trimtab.adapters.store import load_adapter, save_adapter
 from trimtab.adapters.stored_head import read_head
-from trimtab.errors import ConfigError, ModelError, RunError
+from trimtab.errors import ConfigError, ModelError, RunError, TrimtabWarning
 from trimtab.export._card import base_of
 from trimtab.export._hand_over import write_whole
 from trimtab.export._older_names import save_tokenizer
@@ -94,6 +95,9 @@ def combine_folders(
     named = _base(parts, folders, model)
     for folder in folders:
         with_tokens_of(folder, named.source)  # that all mean one word by one number
+    for part in parts:
+        if is_run(Path(part.place)) and (doubt := Named.find(part.place).doubt) is not None:
+            warnings.warn(doubt, TrimtabWarning, stacklevel=2)
     reader, loaded = named.reader(), _load(named)
     names = {part.place: part.weight for part in parts}
     new = next(name for name in map("combined {}".format, itertools.count()) if name not in names)

@@ -164,7 +164,10 @@ def changes_in(folder: RunFolder, source: Source) -> list[str]:
 
 def doubt_of(adapter: Path | str, source: Source) -> str | None:
     """What the user should know of ``adapter`` where it says that it was made for another model than that of
-    ``source``: the shapes may be the same, and the answers no good. None where it says none, or this one."""
+    ``source``: the shapes may be the same, and the answers no good; or where it is another than that of the run whose
+    folder is named. None where it says none, or this one."""
+    if is_run(Path(adapter)) and (changed := changed_adapter(RunFolder(Path(adapter)))) is not None:
+        return changed
     said = base_said_by(str(adapter))
     known = {Path(name).name.lower() for name in (source.name, source.location, hub_id(source)) if name}
     stem = Path(source.location).stem.lower()
