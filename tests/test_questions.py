@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,15 @@ def test_what_the_template_leaves_out_of_messages_is_told_and_tools_are_put(tmp_
     (question,) = questions_in(str(write_rows(tmp_path / "rows.jsonl", [{"messages": turns, "tools": tools}])))
     with pytest.warns(TrimtabWarning, match="leaves 'name' of messages of the role 'user' of the rows out"):
         assert question.prompt("chat", tiny_tokenizer(template), None).endswith("look_up")
+
+
+def test_a_key_that_the_template_does_not_do_without_is_not_tried(tmp_path: Path) -> None:
+    strict = "{% if not messages[0].name %}{{ raise_exception('who asks?') }}{% endif %}" + CHATML
+    turns = [{"role": "user", "content": "is berth seven free ?", "name": "ada"}]
+    (question,) = questions_in(str(write_rows(tmp_path / "rows.jsonl", [{"messages": turns}])))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert "is berth seven free ?" in question.prompt("chat", tiny_tokenizer(strict), None)
 
 
 def test_questions_of_a_text_and_of_rows(tmp_path: Path) -> None:

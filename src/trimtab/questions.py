@@ -53,8 +53,15 @@ class Question:
         own = first.get("role") == "system"
         ask = partial(rendered, tokenizer=tokenizer, system=None if own else system, row=self.row)
         prompt = ask(self.messages)
-        silent = [what for what, less in with_less(self.messages) if ask(less) == prompt]
-        if own and others and not is_in(str(first.get("content")), prompt) and prompt == ask(others):
+
+        def is_same(less: Sequence[Message]) -> bool:
+            try:
+                return ask(less) == prompt
+            except DataError:  # the template does not do without
+                return False
+
+        silent = [what for what, less in with_less(self.messages) if is_same(less)]
+        if own and others and not is_in(str(first.get("content")), prompt) and is_same(others):
             silent.append("the system messages")
         for what in silent:
             told = f"the chat template leaves {what} of the rows out, so the model does not read them"

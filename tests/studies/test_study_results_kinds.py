@@ -118,6 +118,7 @@ def test_rows_that_cannot_be_paired_are_not_compared_and_arms_without_a_test_set
         ("101", "11", ("a", "b"), ["t: dora was tested on 3 rows and lora on 2; they are not compared."]),
         ("1", "0", ("a", "a"), ["t: one row is too few to compare dora with lora."]),
         ("10", "11", ("a", "b"), ["t: dora and lora were tested on different files. They are compared row by row"]),
+        ("10", "11", ("a red", "a blue"), ["t: dora and lora were tested on different files."]),  # other pictures
     ],
 )
 def test_what_speaks_against_a_comparison_is_told(
@@ -129,7 +130,9 @@ def test_what_speaks_against_a_comparison_is_told(
         for arm, correct in (("dora", mine), ("lora", theirs))
     ]
     tested = {
-        ("all", arm): {"t": {"file": f"{arm}.jsonl", "sha256": content}}
+        ("all", arm): {
+            "t": {"file": f"{arm}.jsonl", **dict(zip(("sha256", "pictures"), content.split(), strict=False))}
+        }
         for arm, content in zip(("dora", "lora"), files, strict=True)
     }
     found = list(_doubts(study, runs, tested))

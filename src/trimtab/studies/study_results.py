@@ -152,7 +152,7 @@ def _content_of(sources: Any) -> list[Any]:
     """What the test set ``sources`` of a cell's identity holds, wherever it lies and whatever it is called."""
     listed = sources if isinstance(sources, list) else [sources]
     places = [source.get("path", source) if isinstance(source, dict) else source for source in listed]
-    return [(one["sha256"], one["file"].partition("[")[2]) if isinstance(one, dict) else one for one in places]
+    return [{**one, "file": one["file"].partition("[")[2]} if isinstance(one, dict) else one for one in places]
 
 
 def _rate(cell: Cell, record: CellRecord | None) -> float | None:
