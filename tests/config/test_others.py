@@ -188,6 +188,8 @@ def test_steps_are_as_many_as_there(here: Path) -> None:
     assert (config.train.total_steps(6), config.train.validate_every, config.train.warmup) == (40, 0.1, 0.1)
     config, _ = converted(here, "ax.yml", AXOLOTL + "max_steps: -1\nwarmup_steps: 9\n", "--overwrite")
     assert (config.train.max_steps, config.train.epochs, config.train.warmup) == (None, 2, 9)
+    config, _ = converted(here, "ax.yml", AXOLOTL.replace("warmup_ratio: 0.1", ""), "--overwrite")
+    assert config.train.warmup == 0.03
     config, _ = converted(here, "lf.yaml", LLAMA_FACTORY + "max_steps: 30\n", "--overwrite")
     assert config.train.total_steps(6) == 30
     # mlx-lm counts passes, and trains after so many of them.

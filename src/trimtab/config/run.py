@@ -180,7 +180,9 @@ class TrainConfig(Section):
     epochs: float = Field(
         3.0, ge=0, description="Passes over the training rows; 0: nothing is trained, the model is measured as it is."
     )
-    max_steps: int | None = Field(None, ge=1, description="Stop after so many steps, whatever epochs says.")
+    max_steps: int | None = Field(
+        None, ge=1, description="Stop after so many steps, where epochs do not end the run before."
+    )
     batch_size: int = Field(
         16,
         ge=1,
@@ -262,7 +264,9 @@ class TrainConfig(Section):
         "epoch", description="When to validate: epoch, a number of steps, or a fraction of all steps below 1."
     )
     metric: Annotated[str, AfterValidator(values.one_of(lambda: ["auto", *metrics.choosing()]))] = Field(
-        "auto", description="What decides which step was best. auto: accuracy where answers are closed, else loss."
+        "auto",
+        description="What decides which step was best. auto: accuracy where answers are closed (micro F1 where a row "
+        "has several labels, entity F1 where tags mark entities), else loss.",
     )
     keep_best: bool = Field(True, description="End with the adapter of the best validation, not of the last step.")
     early_stopping: int | None = Field(

@@ -65,11 +65,14 @@ class Carried:
             self.put("train.max_steps", max(1, count // passes), why)
             self.put("train.epochs", EPOCHS, why)
 
-    def warmup(self) -> None:
+    def warmup(self, default: float) -> None:
         """The warmup as transformers reads it: the steps where there are any, else the share."""
         steps, share = self.take("warmup_steps"), self.take("warmup_ratio")
         key, said = ("warmup_steps", steps) if steps or share is None else ("warmup_ratio", share)
-        self.put("train.warmup", said or 0, key if said is not None else f"{self.tool}'s default")
+        if said is None:
+            self.default("train.warmup", default)
+        else:
+            self.put("train.warmup", said or 0, key)
 
     def choose(self, key: str, ours: str, table: Mapping[Any, Any]) -> None:
         """Carry over one of several words, by ``table``; another one is told."""

@@ -54,7 +54,7 @@ class AxolotlConfig(OtherConfig):
         carried.default("train.epochs", 1.0)
         carried.choose("lr_scheduler", "train.schedule", SCHEDULES)
         carried.default("train.schedule", "cosine")
-        carried.warmup()
+        carried.warmup(0.03)  # of a long run at most 100 steps
         carried.choose(
             "bf16", "train.precision", {True: "bfloat16", "true": "bfloat16", "auto": "auto", False: "float32"}
         )

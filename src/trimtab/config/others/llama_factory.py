@@ -59,7 +59,7 @@ class LlamaFactoryConfig(OtherConfig):
         ):
             carried.default(ours, value)
         carried.choose("lr_scheduler_type", "train.schedule", SCHEDULES)
-        carried.warmup()
+        carried.warmup(0)
         if carried.take("bf16"):
             carried.put("train.precision", "bfloat16", "bf16")
         if carried.take("train_on_prompt"):
