@@ -22,7 +22,7 @@ from trimtab.data.batches import Collator
 from trimtab.data.forms import read_examples
 from trimtab.data.tokens import EncodedRows, encode_all
 from trimtab.processes import Processes, being
-from trimtab.training import trainer
+from trimtab.training import trainer_arguments
 from trimtab.training.callbacks import Averaging
 from trimtab.training.optimizer import make_optimizer, parameter_groups
 from trimtab.training.run import finetune
@@ -363,8 +363,8 @@ def test_checkpointing_of_activations_changes_no_loss(make_config: Callable[...,
 def test_batches_are_pinned_and_copied_alongside_on_a_gpu(
     make_config: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pins: bool
 ) -> None:
-    monkeypatch.setattr(trainer, "_pins", lambda: pins)
-    said = trainer.training_arguments(make_config().train, 16, tmp_path, None)
+    monkeypatch.setattr(trainer_arguments, "pins", lambda: pins)
+    said = trainer_arguments.training_arguments(make_config().train, 16, tmp_path, None)
     assert said.dataloader_pin_memory is said.accelerator_config.non_blocking is pins
 
 

@@ -178,7 +178,7 @@ class Work:
         done, device = step_of(checkpoint) if checkpoint is not None else 0, self.job.device
         recording: Any = nullcontext()
         if group.leads:
-            recording = Recorder(folder.metrics, self.listener, events, seconds, done, device)
+            recording = Recorder(folder.metrics, self.listener, events, earlier=seconds, done=done, device=device)
         with recording as recorder:
             trainer = AdapterTrainer(
                 self.model,
