@@ -16,7 +16,10 @@ SAID: dict[str, dict[str, Any]] = {
     # 21 rows in batches of 4: the last one has one row, and the second process none.
     "chosen": {
         "data": {"validation": 0.2},
-        "train": {"epochs": 2, "early_stopping": 3, "average": 0.4, "save_every": 3, "gradient_accumulation": 2},
+        "train": {
+            **{"epochs": 2, "early_stopping": 3, "average": 0.4, "save_every": 3, "gradient_accumulation": 2},
+            "log_every": 3,
+        },
     },
     "written": {
         "train": {"epochs": 1, "prompt_loss_weight": 0.1, "group_by_length": False},
