@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import TrainerState
 
+import trimtab
 from stopped_runs import StopAt, adapter_of, interrupt, metrics_of, signals_are_heard
-from tiny_runs import rows, write_rows
+from tiny_runs import rows, tiny_model, write_rows
 from trimtab.config.read import load_config
 from trimtab.config.run import RunConfig
 from trimtab.errors import Interrupted, RunError
@@ -20,6 +22,7 @@ from trimtab.runs.beginning import opened
 from trimtab.runs.checkpoints import numbered
 from trimtab.runs.events import Listener
 from trimtab.runs.folder import RunFolder
+from trimtab.training.callbacks import Idle
 from trimtab.training.run import finetune
 from trimtab.training.work import Work
 
@@ -123,6 +126,22 @@ def test_steps_that_float16_leaves_out_do_not_damage_a_checkpoint(
     finetune(parts, resume=True)
     assert not [note for note in read_json(parts.output / "summary.json")["notes"] if "damaged" in note]
     assert metrics_of(parts) == metrics_of(whole)
+
+
+def test_modules_that_were_reached_before_a_run_was_interrupted_are_not_idle() -> None:
+    model = tiny_model()
+    trimtab.attach(model, trimtab.Rule(match=["*.q_proj", "*.v_proj"], method="lora", rank=2))
+    trained = trimtab.trainable_parameters(model)
+    optimizer = torch.optim.AdamW(trained.values())
+    for name, parameter in trained.items():
+        parameter.grad = torch.zeros_like(parameter) if "q_proj" in name else None
+    optimizer.step()
+    optimizer.zero_grad()
+    idle = Idle(model)
+    assert idle.names == []
+    state: Any = TrainerState(global_step=3)
+    idle.on_train_begin(None, state, None, optimizer=optimizer)  # type: ignore[arg-type]
+    assert [name.rpartition(".")[2] for name in idle.names] == ["v_proj"] * 2
 
 
 def test_how_often_a_resumed_run_writes_may_change(make_config: Callable[..., Any]) -> None:

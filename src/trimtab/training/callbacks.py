@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -62,14 +62,24 @@ class Idle(TrainerCallback):
         """The names of these modules; none before the first step."""
         return list(self._left) if self._steps else []
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any = None, **_: Any
+    ) -> None:
+        self._steps = state.global_step
+        self._keep(lambda parameter: parameter not in optimizer.state)  # what the steps before a resume have reached
+
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         self._steps += 1
+        self._keep(lambda parameter: parameter.grad is None)
+
+    def _keep(self, unreached: Callable[[nn.Parameter], bool]) -> None:
+        """Watch on those modules alone all of whose parameters are ``unreached``."""
         self._left = {
             name: module
             for name, module in self._left.items()
-            if all(parameter.grad is None for parameter in module.current_adapter.parameters())
+            if all(map(unreached, module.current_adapter.parameters()))
         }
 
 
