@@ -21,7 +21,7 @@ from trimtab import tasks
 from trimtab.config.read import build_config
 from trimtab.data.labelled import Labelled
 from trimtab.data.rows import Row
-from trimtab.errors import DataError
+from trimtab.errors import ConfigError, DataError
 from trimtab.files import write_json
 from trimtab.models.load import load_model
 from trimtab.models.locate import ModelHead
@@ -243,6 +243,14 @@ def test_texts_that_are_numbers_are_used(label: object, number: float) -> None:
 def test_rows_of_one_number_have_nothing_to_learn(said: Callable[..., dict[str, Any]]) -> None:
     with pytest.raises(DataError, match=r"train.jsonl: every row has the number 2.5: nothing to learn"):
         run(said([{"text": word, "label": 2.5} for word in WORDS]))
+
+
+def test_a_correlation_with_one_number_is_refused(said: Callable[..., dict[str, Any]]) -> None:
+    configuration = said(numbered(8), metric="pearson")
+    write_rows(Path("one.jsonl"), [{"text": text, "label": 2.5} for text in ("calm", "fog")])
+    configuration["data"]["validation"] = "one.jsonl"
+    with pytest.raises(ConfigError, match=r"pearson needs validation rows with different numbers, .* \(2.5\)"):
+        run(configuration)
 
 
 def test_a_number_that_marks_a_place_without_label_is_learned_all_the_same(

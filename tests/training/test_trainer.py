@@ -304,6 +304,25 @@ def test_the_last_adapter_is_kept_where_the_best_is_not_wanted(
     assert folder.read_summary().best_step is None
 
 
+def test_a_validation_without_the_metric_is_never_the_best(
+    make_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a correlation is not there where all answers are alike."""
+    settings = {"count": 30, "data": {"validation": 0.2}}
+    found = iter([{"loss": 0.1}, {"loss": 0.9, "accuracy": 0.5}, {"loss": 0.2}, {"loss": 0.1}])
+    monkeypatch.setattr(Work, "validation", lambda *_: next(found))
+    summary = finetune(make_config("some", **settings, train={"epochs": 9, "early_stopping": 2})).read_summary()
+    assert (summary.steps, summary.best_step) == (24, 12)
+    monkeypatch.setattr(Work, "validation", lambda *_: {"loss": 0.1})
+    folder = finetune(make_config("none", **settings, train={"epochs": 2}))
+    summary = folder.read_summary()
+    assert (summary.steps, summary.best_step) == (12, None)
+    assert any("no validation has a figure of it" in note for note in summary.notes)
+    last = load_file(folder.checkpoints / "checkpoint-12" / "adapter_model.safetensors")
+    kept = load_file(folder.adapter / "adapter_model.safetensors")
+    assert all(torch.equal(kept[name], last[name]) for name in kept)
+
+
 def test_early_stopping(make_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     _validations(monkeypatch, (1.0, 0.5), (0.9, 0.9), (1.1, 0.8), (1.2, 0.7), (0.1, 1.0))
     config = make_config(count=30, data={"validation": 0.2}, train={"epochs": 5, "early_stopping": 2})

@@ -24,7 +24,7 @@ from torch import Tensor
 from trimtab.config.resolve import Job
 from trimtab.data.labelled import Labelled, is_broken, number_of, text_of
 from trimtab.data.rows import Row
-from trimtab.errors import DataError
+from trimtab.errors import ConfigError, DataError
 from trimtab.evaluation.answers import Judged, prediction
 from trimtab.metrics import Kind
 from trimtab.models.causal_head import IGNORED
@@ -83,6 +83,12 @@ class Regression(_labelled.LabelledTask):
 
     def read(self, job: Job, reader: Any, listener: Listener) -> Inputs:
         inputs = super().read(job, reader, listener)
+        metric = job.config.train.metric
+        if metric in ("pearson", "spearman") and len({row.label for row in inputs.validation}) == 1:
+            raise ConfigError(
+                f"train.metric: {metric} needs validation rows with different numbers, and these have one "
+                f"({inputs.validation[0].answer}); give other rows, or choose loss"
+            )
         centre, spread = _centre_and_spread(inputs)
         for row in inputs.rows:
             row["weight"] = 1 / spread**2

@@ -322,7 +322,13 @@ class _Run:
             )
         if self.inputs.validation and train.keep_best:
             self._note(best_step=step)
-            self.listener.note(f"kept the adapter of step {step}, the best in validation")
+            if step is None:
+                self.remark(
+                    f"train.metric: {train.metric}: no validation has a figure of it, so no step is the best, and the "
+                    "run ends with its last adapter"
+                )
+            else:
+                self.listener.note(f"kept the adapter of step {step}, the best in validation")
 
     def _checkpoint(self) -> Path | None:
         """The newest checkpoint that training can go on from."""

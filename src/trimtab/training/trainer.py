@@ -245,6 +245,10 @@ class AdapterTrainer(LogsAtOnce, Trainer):
         self._write_line("validation", loss=figures["loss"], figures=beside)
         metrics = {f"eval_{name}": value for name, value in figures.items()}
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, metrics)  # for trackers
+        # A correlation of answers that are all alike is not there, and no better than any.
+        metrics.setdefault(
+            f"eval_{self.args.metric_for_best_model}", -math.inf if self.args.greater_is_better else math.inf
+        )
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
@@ -252,6 +256,8 @@ class AdapterTrainer(LogsAtOnce, Trainer):
         """As transformers has it, but of two steps that are equally good by the metric the one with the lower loss is
         best."""
         key, loss = f"eval_{self.args.metric_for_best_model}", metrics["eval_loss"]
+        if not math.isfinite(metrics[key]):
+            return False
         ties = metrics[key] == self.state.best_metric and loss < self._best_loss
         is_best = super()._determine_best_metric(metrics, trial) or ties
         if is_best:
