@@ -92,7 +92,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Any:
         done: dict[str, Any] = {}  # noqa: RUF012
         hook: Callable[[str, int], None] = staticmethod(lambda name, step: None)
 
-        score: Callable[[Any], float] = staticmethod(
+        score: Callable[[Any], float | None] = staticmethod(
             lambda config: sum(rule["method"] == "mora" for rule in config.plan) / 4
         )
 
@@ -105,8 +105,9 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Any:
             lines = []
             for step in (1, 2, 3):
                 self.hook(name, step)
-                score = self.score(config) - (0.5 if step == 1 else 0)
-                lines.append({"kind": "validation", "step": step, "loss": 1.0, "accuracy": score})
+                score = self.score(config)
+                found = None if score is None else score - (0.5 if step == 1 else 0)
+                lines.append({"kind": "validation", "step": step, "loss": 1.0, "accuracy": found})
                 listener.metrics(lines[-1])
             self.done[name] = cell_of(lines)
             return self.done[name]
@@ -342,6 +343,15 @@ def test_a_run_that_fails_is_no_reason_to_stop(make_search: Make, pretend: Any) 
     failed = [row for row in found["trials"] if row["state"] == "failed"]
     assert failed[0]["why"] == "training has diverged"
     assert failed[0]["kind"] == "uniform"
+    assert found["runs"] == 8
+
+
+def test_a_plan_without_a_score_has_failed(make_search: Make, pretend: Any) -> None:
+    """As a correlation is not there where all answers are alike."""
+    pretend.score = lambda config: None if config.output.name.startswith("dora") else 0.5
+    found = found_in(explore(make_search("trials=8", base=ACCURACY)))
+    failed = [row for row in found["trials"] if row["state"] == "failed"]
+    assert failed[0]["why"].startswith("train.metric: accuracy: the validation has no figure of it")
     assert found["runs"] == 8
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from trimtab.config.run import RunConfig
+from trimtab.errors import RunError
 from trimtab.metrics import of_result
 from trimtab.runs.events import Listener, Steps
 from trimtab.runs.records import MetricsLine
@@ -65,7 +66,11 @@ def score(cell: CellRecord, metric: str) -> float:
 
 
 def validation_score(line: MetricsLine | None, metric: str) -> float:
-    """``metric`` of a validation."""
+    """``metric`` of a validation. Raises RunError where it has none."""
     score = line.figure(metric) if line is not None else None
-    assert score is not None, "plans are chosen by validation rows that have this metric"
+    if score is None:
+        raise RunError(
+            f"train.metric: {metric}: the validation has no figure of it, as where all answers are alike; choose "
+            "another, or give more validation rows"
+        )
     return score

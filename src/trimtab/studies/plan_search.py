@@ -235,6 +235,7 @@ class Search:
                 outcomes[number] = cell = run_cell(judge.config, judge, keep="adapters")
                 for validation in cell.validation:
                     judge.report(validation)
+                validation_score(cell.kept, self.metric)
             except _Pruned as pruned:
                 shutil.rmtree(RunFolder(judge.config.output / "run").checkpoints, ignore_errors=True)
                 outcomes[number] = pruned
@@ -316,8 +317,8 @@ class _Judge(Steps, Errand):
         self._tell(words)
 
     def report(self, line: MetricsLine) -> None:
-        """Tell optuna of a validation, once."""
-        if line.step not in self._reported:
+        """Tell optuna of a validation that has the metric, once."""
+        if line.step not in self._reported and line.figure(self._metric) is not None:
             self._reported.add(line.step)
             self.trial.report(validation_score(line, self._metric), line.step)
 
