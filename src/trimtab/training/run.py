@@ -32,7 +32,6 @@ from trimtab.runs.results import OWN_ADAPTER, Measured
 from trimtab.surgery.attach_report import AttachReport
 from trimtab.training.checks import checked_inputs
 from trimtab.training.rate_trials import at_rate
-from trimtab.training.resume_state import newest_whole
 from trimtab.training.several import require_fit, told_of
 from trimtab.training.tracking import trackers
 from trimtab.training.work import Work, follow
@@ -228,7 +227,7 @@ class _Run:
             self.evaluate("before", bare=not begins_from_adapter)
         if trains:
             if not self._has_taken_up():
-                self.train(self._checkpoint())
+                self.train(self.work.newest_checkpoint(self.config.train, self.folder.checkpoints, self.remark))
                 self._keep()
             self.folder.link_adapter()
             self.evaluate("after")
@@ -329,17 +328,6 @@ class _Run:
                 )
             else:
                 self.listener.note(f"kept the adapter of step {step}, the best in validation")
-
-    def _checkpoint(self) -> Path | None:
-        """The newest checkpoint that training can go on from."""
-        return newest_whole(
-            self.folder.checkpoints,
-            self.work.model,
-            self.config.train,
-            rows=len(self.inputs.rows),
-            validates=bool(self.inputs.validation),
-            tell=self.remark,
-        )
 
     def _keep(self) -> None:
         """Write the adapter that training ended with; what was measured of one before it does not hold any more."""

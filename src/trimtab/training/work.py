@@ -41,6 +41,7 @@ from trimtab.training.compiling import Compiling, choose
 from trimtab.training.metrics_log import Recorder
 from trimtab.training.on_device import fitted
 from trimtab.training.rate_trials import with_rate
+from trimtab.training.resume_state import newest_whole
 from trimtab.training.several import Inside, shard
 from trimtab.training.trainer import AdapterTrainer, save_from_one
 
@@ -153,6 +154,11 @@ class Work:
         )
 
     @together
+    def newest_checkpoint(self, train: TrainConfig, folder: Path, tell: Callable[[str], None]) -> Path | None:
+        """The newest checkpoint in ``folder`` that training can go on from; of those that are damaged it is told."""
+        rows, validates = len(self.inputs.rows), bool(self.inputs.validation)
+        return newest_whole(folder, self.model, train, rows=rows, validates=validates, tell=tell)
+
     def train(
         self, train: TrainConfig, checkpoint: Path | None, earlier: Sequence[MetricsLine], seconds: float
     ) -> int | None:
