@@ -153,12 +153,12 @@ class Work:
             progress=partial(self.listener.evaluating, "validation"),
         )
 
-    @together
     def newest_checkpoint(self, train: TrainConfig, folder: Path, tell: Callable[[str], None]) -> Path | None:
         """The newest checkpoint in ``folder`` that training can go on from; of those that are damaged it is told."""
         rows, validates = len(self.inputs.rows), bool(self.inputs.validation)
         return newest_whole(folder, self.model, train, rows=rows, validates=validates, tell=tell)
 
+    @together
     def train(
         self, train: TrainConfig, checkpoint: Path | None, earlier: Sequence[MetricsLine], seconds: float
     ) -> int | None:
