@@ -22,16 +22,23 @@ if TYPE_CHECKING:
 from trimtab.reading import open_file, open_text, read_text
 
 
+class MadeMeanwhileError(FileExistsError):
+    """Another process has made the file that was to be a new one."""
+
+
 def write_atomically(path: Path | str, write: Callable[[Path], object], *, new: bool = False) -> None:
     """Let ``write`` make a file of the name of ``path`` in a temporary folder beside it, then move that into place in
-    one step. ``new``: raise FileExistsError if another process has made one by then, which stays."""
+    one step. ``new``: raise MadeMeanwhileError if another process has made one by then, which stays."""
     target = Path(path)
     with _named(target), temporary_folder(target.parent) as folder:
         fresh = folder / target.name
         write(fresh)
         open_to_readers(folder)
         if new:
-            target.touch(exist_ok=False)
+            try:
+                target.touch(exist_ok=False)
+            except FileExistsError as error:
+                raise MadeMeanwhileError(error.errno, error.strerror, str(target)) from None
         fresh.replace(target)
 
 

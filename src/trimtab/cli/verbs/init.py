@@ -67,7 +67,7 @@ def command(
     With --from, the settings are those of another tool's file, and what has no like here is said.
     """
     from trimtab.errors import ConfigError
-    from trimtab.files import write_text
+    from trimtab.files import MadeMeanwhileError, write_text
 
     said = list(words or ())
     named = [word for word in said[:1] if "=" not in word or Path(word).suffix in (".yaml", ".yml")]
@@ -112,10 +112,8 @@ def command(
         made = draft(Wish(model, train, None if test == "none" else test, method, said), file)
     try:
         write_text(file, made.text, new=not overwrite)
-    except FileExistsError:
-        if not file.exists():  # a file in the way of its folder
-            raise
-        raise taken from None  # by another process, while the questions were asked
+    except MadeMeanwhileError:  # while the questions were asked
+        raise taken from None
     for note in made.notes:
         say(f"  {note}")
     say(f"\n{made.text}")

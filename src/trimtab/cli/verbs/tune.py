@@ -37,7 +37,7 @@ def command(
     from trimtab.config.read import load_config
     from trimtab.config.rewrite import edited, with_settings
     from trimtab.errors import ConfigError, MachineError, machine_refusal
-    from trimtab.files import write_text
+    from trimtab.files import MadeMeanwhileError, write_text
     from trimtab.runs.folder import run_at
 
     if in_place and out is not None:
@@ -77,8 +77,7 @@ def command(
         if mode is not None:
             place.chmod(mode & 0o777)
     except OSError as error:
-        made = isinstance(error, FileExistsError) and target.exists()  # and not a file in the way of its folder
-        why = f"{target}: another process has made it meanwhile" if made else None
+        why = f"{target}: another process has made it meanwhile" if isinstance(error, MadeMeanwhileError) else None
         why = why or machine_refusal(error, target) or f"{target}: cannot be written ({error.strerror})"
         raise MachineError(
             f"{why}. The rate that was found is {found.rate:g}: write it there by hand (train.learning_rate)"
