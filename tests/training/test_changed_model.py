@@ -47,6 +47,26 @@ def test_another_model_in_the_place_of_the_runs_own(make_yaml: Callable[..., Pat
     assert Named.find(str(run)).doubt is None
 
 
+def test_a_model_that_was_moved_is_named_at_a_resume(make_yaml: Callable[..., Path], tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model")
+    plan = [{"match": "all-linear", "method": "lora", "rank": 2}]
+    run = finetune(load_config(make_yaml(model={"name": str(model)}, plan=plan, train={"max_steps": 2})))
+    moved, other = model.rename(tmp_path / "moved"), write_model(tmp_path / "other", initializer_range=0.3)
+
+    def longer(name: Path) -> Any:
+        return load_config(make_yaml(model={"name": str(name)}, plan=plan, train={"max_steps": 4}))
+
+    with pytest.raises(RunError, match="holds another model than the one that"):
+        finetune(longer(other), resume=True)
+    summary = read_json(run.summary)
+    write_json(run.summary, {key: value for key, value in summary.items() if key != "model_digest"})
+    with pytest.raises(RunError, match=r"began with other settings: model\.name was"):
+        finetune(longer(moved), resume=True)
+    write_json(run.summary, summary)
+    assert finetune(longer(moved), resume=True).read_summary().steps == 4
+    assert load_config(run.config).model.name == str(moved)
+
+
 def test_the_adapter_of_another_run_in_the_place_of_the_runs_own(
     make_yaml: Callable[..., Path], tmp_path: Path
 ) -> None:

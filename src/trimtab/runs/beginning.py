@@ -47,16 +47,21 @@ class Changes:
     Attributes:
         longer: it is to be trained for more steps than before.
         moved: its training or validation rows lie elsewhere; whether they are the same is seen when they are read.
+        model_moved: its model lies elsewhere; whether it is the same is seen before it is loaded.
         measured_anew: the test sets whose results no longer say what the settings say.
     """
 
     longer: bool = False
     moved: bool = False
+    model_moved: bool = False
     measured_anew: frozenset[str] = frozenset()
 
 
-def changes(place: str, before: RunConfig, now: RunConfig, resume_command: str) -> Changes:
-    """What ``now`` changes of the run at ``place``, which began as ``before``.
+def changes(
+    place: str, before: RunConfig, now: RunConfig, resume_command: str, *, knows_model: bool = False
+) -> Changes:
+    """What ``now`` changes of the run at ``place``, which began as ``before``; ``knows_model``: whether it knows its
+    model again by what that holds, so that another folder or file may be named for it.
 
     Raises RunError if it may not; the message has each key with its old and its new value.
     """
@@ -64,6 +69,9 @@ def changes(place: str, before: RunConfig, now: RunConfig, resume_command: str) 
     moved = {key for key in _ROWS if key in found and _same_but_paths(*found[key])}
     for key in moved:
         del found[key]
+    model_moved = knows_model and "model.name" in found and Path(now.model.name).exists()
+    if model_moved:
+        del found["model.name"]
     refused = {
         key: values
         for key, values in found.items()
@@ -80,7 +88,7 @@ def changes(place: str, before: RunConfig, now: RunConfig, resume_command: str) 
     if any(key in found for key in _ALL_SETS):
         sets |= set(now.data.test)
     longer = any(key in found for key in _LONGER)
-    return Changes(longer=longer, moved=bool(moved), measured_anew=frozenset(sets))
+    return Changes(longer=longer, moved=bool(moved), model_moved=model_moved, measured_anew=frozenset(sets))
 
 
 def _plain(config: RunConfig) -> dict[str, Any]:
@@ -232,9 +240,10 @@ class Opening:
         return Rows(then.updated(test=now.test) if self.trained else now, changed)
 
     def require_same_model(self, source: Source) -> None:
-        """Raise RunError if there is training left to do, and the model at ``source`` is another than the run's; or if
-        there is none, and the adapter is."""
-        if self.resumes and not self.trained and (changed := changed_base(self.folder, source)) is not None:
+        """Raise RunError if there is training left to do, or the model was named anew, and the model at ``source`` is
+        another than the run's; or if there is no training left, and the adapter is."""
+        held = self.resumes and (not self.trained or self.changes.model_moved)
+        if held and (changed := changed_base(self.folder, source)) is not None:
             raise RunError(
                 f"{changed}. Put the model back and resume, or begin a run of its own on this one: "
                 f"{pasted('finetune', self.folder.path / 'config.yaml', 'output=NEW')}"
@@ -307,7 +316,8 @@ def _look(config: RunConfig, folder: RunFolder, *, resume: bool, overwrite: bool
     if resume:
         began = load_config(folder.config)
         _require_untouched(folder, began, summary)
-        changed = changes(str(folder.path), began, config, folder.resume_command)
+        knows_model = summary is not None and summary.model_digest is not None
+        changed = changes(str(folder.path), began, config, folder.resume_command, knows_model=knows_model)
         opening = Opening(folder, resumes=True, summary=summary, changes=changed)
         whole = opening.is_measured(config) and folder.is_linked and folder.report.is_file()
         if finished and whole:
