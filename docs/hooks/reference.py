@@ -6,10 +6,11 @@ its file, a metric from the table: a page cannot say what the code does not.
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from mkdocs.structure.files import File, Files
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
+
+from trimtab.config.run import RunConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -34,11 +37,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def _run_yaml() -> str:
-    from trimtab.config.run import RunConfig
     from trimtab.data.rows import Source
 
-    sources = ["", "## A source of rows", "", "What an entry of `data.train`, `data.validation` or `data.test` may be "]
-    sources += ["beside a path. [Rows from several places](../how-to/rows-from-several-places.md) has examples.", ""]
+    sources = ["", "## A source of rows", ""]
+    sources += ["What an entry of `data.train`, `data.validation` or `data.test` may say in place of a path. "]
+    sources += ["[Rows from several places](../how-to/rows-from-several-places.md) has examples.", ""]
     return _schema(
         "The run's YAML",
         "A run's file, `trimtab finetune run.yaml`. The smallest one names a model and some rows; every key can be "
@@ -68,8 +71,22 @@ def _schema(title: str, intro: str, model: type[BaseModel]) -> str:
     lines += ["## Top level", "", *_table(top), ""]
     for name, field in model.model_fields.items():
         if (section := _section(field)) is not None:
-            lines += [f"## `{name}`", "", field.description or "", "", *_table(section.model_fields, f"{name}."), ""]
+            lines += [f"## `{name}`", "", field.description or "", ""]
+            if section is RunConfig:  # the base of a search
+                lines += ["All keys are in [the run's YAML](run-yaml.md).", ""]
+                continue
+            inside = "NAME." if typing.get_origin(field.annotation) is dict else ""
+            lines += [*_table(dict(_spelt_out(section, inside)), f"{name}."), ""]
     return "\n".join(lines)
+
+
+def _spelt_out(section: type[BaseModel], before: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """The keys of a section, and of the sections in it."""
+    for name, field in section.model_fields.items():
+        if inspect.isclass(field.annotation) and issubclass(field.annotation, BaseModel):
+            yield from _spelt_out(field.annotation, f"{before}{name}.")
+        else:
+            yield before + name, field
 
 
 def _section(field: FieldInfo) -> type[BaseModel] | None:
@@ -109,8 +126,8 @@ def _kind(annotation: Any) -> str:
 
 def _default(field: FieldInfo) -> str:
     value = field.get_default(call_default_factory=True)
-    if value is PydanticUndefined:
-        return "required"
+    if value is PydanticUndefined:  # where the reader of the file has one, the meaning says it
+        return "see meaning" if "by default" in (field.description or "") else "required"
     if value is None:
         return "`null`"
     if isinstance(value, bool):
@@ -172,13 +189,15 @@ def _prose(doc: str) -> list[str]:
 
 
 def _rows() -> str:
+    from trimtab import listing
     from trimtab.data import forms
 
     lines = [
         "# Forms of rows",
         "",
         "Rows are recognised by their keys, and the form is printed. `data.form` names one where that is not enough. "
-        "Files may be jsonl, json, csv, tsv or parquet, or hub ids such as `owner/name:split`.",
+        "[Rows from several places](../how-to/rows-from-several-places.md) lists the kinds of file. These are the "
+        "forms of `causal_lm`; rows of the other tasks are [below](#rows-of-the-other-tasks).",
         "",
     ]
     for name in sorted(forms.names(), key=lambda one: forms.find(one).precedence):
@@ -188,6 +207,12 @@ def _rows() -> str:
         more = ", ".join(f"`{key}`" for key in (*form.optional, "weight"))
         used = f"Keys: {keys}. Used where they are there: {more}."
         lines += [f"## `{name}`", "", used, "", *_prose(inspect.getdoc(module) or ""), ""]
+    lines += ["## Rows of the other tasks", ""]
+    lines += ["They are read by their keys; `data.form` is for `seq2seq` alone, which takes the forms above, too.", ""]
+    for name in listing.names_of("tasks"):
+        if name != "causal_lm":
+            module = importlib.import_module(f"trimtab.tasks.{name}")
+            lines += [f"### `{name}`", "", *_prose(inspect.getdoc(module) or ""), ""]
     return "\n".join(lines)
 
 
@@ -197,7 +222,8 @@ def _command_line() -> str:
     lines = [
         "# Command line",
         "",
-        "`trimtab VERB --help` prints the same. Exit codes: 0 done, 1 an error, 2 wrong usage, 130 interrupted.",
+        "`trimtab VERB --help` prints the same. [Exit codes](files.md#exit-codes) and [variables of the environment]"
+        "(files.md#environment) are told beside the files.",
         "",
     ]
     verbs: Any = typer.main.get_command(app)
@@ -212,7 +238,7 @@ def _command_line() -> str:
 def _parameter(parameter: Any) -> str:
     """A row about an argument or an option."""
     if not hasattr(parameter, "is_flag"):
-        shown = (parameter.metavar or parameter.name.upper()).strip("[]")
+        shown = parameter.metavar or parameter.name.upper()
     else:
         shown = ", ".join([*parameter.opts, *parameter.secondary_opts])
         if not parameter.is_flag:
@@ -229,14 +255,15 @@ def _metrics() -> str:
     lines = [
         "# Metrics",
         "",
-        "One table in the library; `train.metric` takes those that can choose the best step.",
+        "One table in the library. `train.metric` takes those that can choose the best step.",
         "",
-        "| name | label | better | kinds of result |",
-        "| --- | --- | --- | --- |",
+        "| name | label | better | kinds of result | can choose |",
+        "| --- | --- | --- | --- | --- |",
     ]
     for metric in metrics.METRICS.values():
         better = "higher" if metric.higher_is_better else "lower"
-        lines.append(f"| `{metric.name}` | {metric.label} | {better} | {', '.join(metric.kinds)} |")
+        chooses = "yes" if metric.name in metrics.choosing() else ""
+        lines.append(f"| `{metric.name}` | {metric.label} | {better} | {', '.join(metric.kinds)} | {chooses} |")
     return "\n".join([*lines, ""])
 
 

@@ -265,8 +265,9 @@ class TrainConfig(Section):
     )
     metric: Annotated[str, AfterValidator(values.one_of(lambda: ["auto", *metrics.choosing()]))] = Field(
         "auto",
-        description="What decides which step was best. auto: accuracy where answers are closed (micro F1 where a row "
-        "has several labels, entity F1 where tags mark entities), else loss.",
+        description="The metric that decides which step was best: loss, accuracy, macro_f1, rmse and others. auto: "
+        "accuracy where answers are closed (micro F1 where a row has several labels, entity F1 where tags mark "
+        "entities), else loss.",
     )
     keep_best: bool = Field(True, description="End with the adapter of the best validation, not of the last step.")
     early_stopping: int | None = Field(
@@ -333,7 +334,8 @@ class RunConfig(Section):
 
     task: Annotated[str, AfterValidator(values.one_of(lambda: ["auto", *listing.names_of("tasks")]))] = Field(
         "auto",
-        description="What the model is asked for. auto: found from the model and the keys of the rows, and said.",
+        description="What the model is asked for: causal_lm, seq2seq, sequence_classification, token_classification, "
+        "regression or image_classification. auto: found from the model and the keys of the rows, and said.",
     )
 
     model: Annotated[ModelConfig, BeforeValidator(values.named)] = Field(

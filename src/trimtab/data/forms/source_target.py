@@ -1,4 +1,8 @@
-"""Rows ``{"source": ..., "target": ...}``: a text and what it becomes, such as its translation. Both as they stand."""
+"""Rows ``{"source": ..., "target": ...}``: a text and what it becomes, such as its translation.
+
+A model with an encoder reads the source as it stands; a causal language model reads it and a line break, and learns to
+write the target after that.
+"""
 
 from __future__ import annotations
 
