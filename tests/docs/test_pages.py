@@ -5,7 +5,7 @@ that it does not make (``runs/run``, ``runs/first``), it is there, and has its p
 
     ```yaml title="run.yaml"     is written to that file; so is any block with a title
     ```console                   each line that begins with ``$`` is run: trimtab in this process, make if it has such a
-                                 target; a line with a pipe in a shell; pip is not
+                                 target; a line with a pipe in a shell; pip and source are not
     ```python                    is run
     ```text                      is not
 """
@@ -25,6 +25,9 @@ from pathlib import Path
 import pytest
 
 from command_line import Result, cli
+from trimtab.config.read import load_config
+from trimtab.config.search import load_explore
+from trimtab.studies.study_cells import load_study
 
 __all__ = ["cli"]
 
@@ -85,8 +88,25 @@ def _run(line: str, cli: Callable[..., Result]) -> None:
         assert result.code == 0, f"{line}\n{result.out}\n{result.err}"
     elif program == "make":
         assert re.search(rf"^{words[0]}:", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE), line
-    else:
-        assert program == "pip", f"{line}: neither trimtab nor make nor pip"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_line_to_type_is_of_a_program_that_is_tried_here(page: str) -> None:
+    for kind, _, text in BLOCK.findall((DOCS / page).read_text("utf-8")):
+        for line in text.splitlines() if kind == "console" else ():
+            if line.startswith("$ ") and "|" not in line and ">" not in line:
+                assert shlex.split(line[2:])[0] in ("trimtab", "make", "pip", "source"), line
+
+
+@pytest.mark.parametrize("page", [*PAGES, "index.md"])
+def test_a_yaml_of_ours_says_what_can_be_said(page: str, tmp_path: Path) -> None:
+    """Also where no line of the page reads it."""
+    (tmp_path / "smollm2-135m").mkdir()
+    for kind, title, text in BLOCK.findall((DOCS / page).read_text("utf-8")):
+        if kind == "yaml" and title != "theirs.yml":
+            (file := tmp_path / title).write_text(text, "utf-8")
+            load = load_explore if "budget:" in text else load_study if "arms:" in text else load_config
+            load(file)
 
 
 def test_the_front_page_is_tried_on_rows_of_its_kind(cli: Callable[..., Result], tmp_path: Path) -> None:
