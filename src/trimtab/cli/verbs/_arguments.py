@@ -7,7 +7,10 @@ from typing import Annotated
 
 import typer
 
-ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="The run's YAML file.", show_default=False)]
+ConfigPath = Annotated[
+    Path,
+    typer.Argument(metavar="CONFIG", help="The run's YAML file, or the folder of a run.", show_default=False),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
@@ -18,10 +21,16 @@ Overrides = Annotated[
 ]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.", show_default=False)]
 Target = Annotated[
-    str, typer.Argument(metavar="RUN|MODEL", help="The folder of a run, or the name of a model.", show_default=False)
+    str,
+    typer.Argument(
+        metavar="RUN|MODEL",
+        help="The folder of a run, or a model: its folder, a .gguf file, a hub id, smollm2-135m or minilm.",
+        show_default=False,
+    ),
 ]
 Adapter = Annotated[
-    Path | None, typer.Option(help="An adapter to put onto a model named in place of a run.", show_default=False)
+    Path | None,
+    typer.Option(help="With MODEL: an adapter to put onto it, a run's or any folder of ours or PEFT's."),
 ]
 Bare = Annotated[bool, typer.Option("--base", help="Leave the run's adapter off: the model as it was before.")]
 BatchSize = Annotated[

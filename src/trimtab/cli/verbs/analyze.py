@@ -28,7 +28,8 @@ def command(
         bool, typer.Option(help="Singular values and effective rank of each update: most of the time on large weights.")
     ] = True,
 ) -> None:
-    """Compare the weights of tuned models with their base: dM, dD, their correlation, spectra, extreme rows."""
+    """Compare the weights of tuned models with their base: how far magnitudes (dM) and directions (dD) moved, how the
+    two go together, singular values, and the rows that grew and turned most."""
     from rich.progress import Progress
 
     from trimtab.analysis.changes import analyse

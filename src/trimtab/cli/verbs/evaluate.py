@@ -26,7 +26,10 @@ def command(
     ] = None,
     task: Annotated[
         list[str] | None,
-        typer.Option(help="A benchmark's task, such as finlora/fpb; may be given several times.", show_default=False),
+        typer.Option(
+            help="A benchmark's task, such as finlora/fpb (a wrong name lists all); may be given several times.",
+            show_default=False,
+        ),
     ] = None,
     generate: Annotated[
         bool, typer.Option("--generate", help="Let the model write its answer where a closed set would be scored.")
