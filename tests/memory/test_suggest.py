@@ -13,7 +13,7 @@ import pytest
 from trimtab.config.read import load_config
 from trimtab.config.resolve import Job
 from trimtab.data.rows import Source
-from trimtab.errors import ModelError
+from trimtab.errors import DataError, ModelError
 from trimtab.machine import GIB
 from trimtab.memory import estimate
 from trimtab.memory.described import describe_run
@@ -182,3 +182,10 @@ def test_files_are_counted_where_weights_are_converted(job: Job) -> None:
     whole, half = (estimate_run(each, SIZES).moments[0] for each in (job, halves))
     assert (whole.files, half.files) == (0, 2 * half.weights)
     assert half.process > estimate.BEYOND
+
+
+def test_rows_that_are_there_and_cannot_be_read_are_an_error_of_the_plan(job: Job, tmp_path: Path) -> None:
+    (bad := tmp_path / "bad.jsonl").write_text('{"frage": "one?", "antwort": "two"}\n')
+    unread = changed(job, data=job.config.data.model_copy(update={"train": (Source(path=str(bad)),)}))
+    with pytest.raises(DataError, match=r"bad\.jsonl, line 1: no known form has these keys: frage, antwort"):
+        describe_run(unread)

@@ -9,8 +9,8 @@ from typing import Any
 
 from trimtab import tasks
 from trimtab.config.resolve import Job
-from trimtab.data.sources import is_local
-from trimtab.errors import TrimtabError
+from trimtab.data.sources import is_local, local_files
+from trimtab.errors import ModelError, TrimtabError
 from trimtab.machine import GIB, available_memory, describe_device
 from trimtab.memory.estimate import RunMemory, estimate_run, room, suggest
 from trimtab.models.gguf import is_dequantised
@@ -83,7 +83,8 @@ def _measured(job: Job) -> tuple[Job, Inputs | None, RowSizes, str]:
 
 def _read(job: Job) -> tuple[Job, Inputs | None, str]:
     """``job`` with the head that its rows ask for, the rows, where their files and the tokenizer are there to be read,
-    and a word on where their length is from: the longest of them, or else ``data.max_length``."""
+    and a word on where their length is from: the longest of them, or else ``data.max_length``. Raises as the run would
+    for rows that are there and cannot be read."""
     data, source = job.config.data, job.source
     why = f"the cap data.max_length = {job.max_length}, since"
     if missing := [source.path for source in data.sources if not is_local(source.path, Path.cwd())]:
@@ -93,6 +94,8 @@ def _read(job: Job) -> tuple[Job, Inputs | None, str]:
     try:
         job, inputs = tasks.inputs_of(job, Listener())
     except TrimtabError as error:
+        if all(local_files(source.path, Path.cwd()) for source in data.sources) and not isinstance(error, ModelError):
+            raise
         return job, None, f"{why} the rows cannot be read ({error})"
     return job, inputs, "the longest row"
 
