@@ -87,16 +87,19 @@ def caller(
     model: Any, tokens: int, around: Callable[[], AbstractContextManager[Any]], **more: Any
 ) -> Callable[[], None]:
     """A function that takes the step of ``model`` in the context of ``around``, which is entered once before."""
+    from trimtab.models.earlier_tokens import cache_of, with_cache
+
     ids = torch.randint(0, 1000, (ROWS, CACHED + tokens), generator=torch.Generator().manual_seed(0))
     context = around()
     context.__enter__()
     with torch.no_grad():
-        cache = model(input_ids=ids[:, :CACHED], use_cache=True, **more).past_key_values
+        cache = cache_of(model(input_ids=ids[:, :CACHED], use_cache=True, **more))
     context.__exit__(None, None, None)
+    more |= with_cache(model, cache)
 
     @torch.no_grad()
     def run() -> None:
-        model(input_ids=ids[:, CACHED:], past_key_values=cache, use_cache=True, **more)
+        model(input_ids=ids[:, CACHED:], use_cache=True, **more)
         cache.crop(-tokens)
 
     return run

@@ -43,15 +43,17 @@ def adapted(model: Any, arm: str, rank: int) -> Any:
 
 def decoder(model: Any, new_tokens: int) -> Callable[[], None]:
     """A function that writes ``new_tokens`` tokens after a prompt of 16."""
+    from trimtab.models.earlier_tokens import cache_of, with_cache
+
     prompt = torch.arange(100, 116).unsqueeze(0)
 
     @torch.inference_mode()
     def run() -> None:
-        cache = model(input_ids=prompt, use_cache=True).past_key_values
+        cache = cache_of(model(input_ids=prompt, use_cache=True))
         token = prompt[:, -1:]
         for _ in range(new_tokens):
-            out = model(input_ids=token, past_key_values=cache, use_cache=True)
-            cache, token = out.past_key_values, out.logits[:, -1:].argmax(-1)
+            out = model(input_ids=token, use_cache=True, **with_cache(model, cache))
+            cache, token = cache_of(out), out.logits[:, -1:].argmax(-1)
 
     return run
 

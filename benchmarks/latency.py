@@ -62,13 +62,16 @@ def served(model: Any, arm: str, rule: dict[str, Any] | None) -> Any:
 
 def decoder(model: Any) -> Callable[[], None]:
     """A function that puts one token through, after ``CACHED`` that it has seen already."""
+    from trimtab.models.earlier_tokens import cache_of, with_cache
+
     hidden = torch.randn(1, CACHED + 1, model.config.hidden_size, dtype=model.dtype)
     with torch.inference_mode():
-        cache = model(inputs_embeds=hidden[:, :CACHED], use_cache=True).past_key_values
+        cache = cache_of(model(inputs_embeds=hidden[:, :CACHED], use_cache=True))
+    earlier = with_cache(model, cache)
 
     @torch.inference_mode()
     def run() -> None:
-        model(inputs_embeds=hidden[:, CACHED:], past_key_values=cache, use_cache=True)
+        model(inputs_embeds=hidden[:, CACHED:], use_cache=True, **earlier)
         cache.crop(-1)
 
     return run

@@ -13,12 +13,11 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from inspect import signature
 from typing import Any
 
 import torch
 from transformers import DynamicCache, GenerationConfig, StoppingCriteria, StoppingCriteriaList
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from transformers.generation.streamers import BaseStreamer
 
 from trimtab.data.detokenizer import Detokenizer, before_stops
@@ -26,6 +25,7 @@ from trimtab.data.tokens import encode_prompt
 from trimtab.errors import DataError
 from trimtab.evaluation.generation import end_tokens
 from trimtab.models.chat_template import spelled_end
+from trimtab.models.earlier_tokens import cache_argument, with_cache
 from trimtab.models.positions import positions_of
 from trimtab.questions import Message, rendered, system_message
 from trimtab.surgery.contexts import for_inference
@@ -124,7 +124,7 @@ class Asked:
                     generation_config=settings,
                     streamer=speaking,
                     stopping_criteria=StoppingCriteriaList([_Over(speaking)]),
-                    **({"past_key_values": self._cache} if self._cache is not None else {}),
+                    **with_cache(self.model, self._cache),
                 )
             whole_passes = True
         except KeyboardInterrupt:
@@ -145,11 +145,18 @@ class Asked:
         same = next((at for at, (one, other) in enumerate(pairs) if one != other), min(len(self._seen), len(ids) - 1))
         if not self._trim(same):
             self._cache, same = None, 0
-        own = not self.model._supports_default_dynamic_cache()  # such as MiniMax's, which generate() makes anew
-        if self._cache is None and not own and "past_key_values" in signature(self.model.forward).parameters:
-            self._cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
+        if self._cache is None:
+            self._cache = self._new_cache()
         self._seen = self._seen[:same]
         return same if self._cache is not None else 0
+
+    def _new_cache(self) -> DynamicCache | None:
+        """A cache that knows how many tokens it holds; None for a model whose own generate() has to make it, such as
+        MiniMax's, and for one whose layers all sum up what they have seen, as Mamba's."""
+        if cache_argument(self.model) is None or not self.model._supports_default_dynamic_cache():
+            return None
+        cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
+        return cache if any(isinstance(layer, CacheLayerMixin) for layer in cache.layers) else None
 
     def _trim(self, length: int, *, torn: bool = False) -> bool:
         """Shorten the cache to ``length`` tokens; whether that could be done. States that sum up all they have seen,

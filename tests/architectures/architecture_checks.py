@@ -370,7 +370,9 @@ def _tensors(output: Any) -> list[Tensor]:
     if isinstance(output, Tensor):
         return [output] if output.is_floating_point() and output.numel() else []
     if isinstance(output, dict):
-        kept = [value for name, value in output.items() if name not in ("past_key_values", "cache_params", "mems")]
+        kept = [
+            value for name, value in output.items() if name not in ("cache", "past_key_values", "cache_params", "mems")
+        ]
         return [tensor for value in kept for tensor in _tensors(value)]
     if isinstance(output, list | tuple):
         return [tensor for value in output for tensor in _tensors(value)]

@@ -12,6 +12,7 @@ from transformers import LlamaForCausalLM
 from tiny_runs import CHATML, spaced_tokenizer, tiny_model, tiny_tokenizer
 from trimtab.asking import Asked, Conversation, Drawing, _Speaking
 from trimtab.data.tokens import encode_prompt
+from trimtab.models import earlier_tokens
 from trimtab.questions import rendered
 from trimtab.serving.bodies import CompletionAsking, read_body
 from trimtab.serving.requests import Chosen, Request
@@ -113,7 +114,8 @@ class Scripted(LlamaForCausalLM):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         out = super().forward(*args, **kwargs)
-        at = kwargs["past_key_values"].get_seq_length() - self.read
+        cache = next(kwargs[name] for name in earlier_tokens.NAMES if name in kwargs)
+        at = cache.get_seq_length() - self.read
         out.logits[:] = 0
         out.logits[:, -1, self.script[min(at, len(self.script) - 1)]] = 5
         return out

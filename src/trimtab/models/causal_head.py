@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import masking_utils
 
+from trimtab.models.earlier_tokens import cache_of, with_cache
 from trimtab.models.head_loss import head_loss, wide
 from trimtab.surgery.contexts import evaluating
 
@@ -121,7 +122,7 @@ class Head:
         device = self.model.get_input_embeddings().weight.device
         with torch.no_grad():
             output = (self._body or self.model)(input_ids=torch.tensor([list(ids)], device=device), use_cache=True)
-        past = getattr(output, "past_key_values", None)
+        past = cache_of(output)
         return past if hasattr(past, "batch_repeat_interleave") else None
 
     def log_probabilities(
@@ -162,7 +163,7 @@ class Head:
     ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """Something per position, and the function that makes logits of it."""
         if self._body is None:
-            logits = self.model(input_ids=input_ids, past_key_values=past, use_cache=past is not None).logits
+            logits = self.model(input_ids=input_ids, use_cache=past is not None, **with_cache(self.model, past)).logits
             return logits.flatten(0, 1).index_select(0, positions), lambda picked: picked
         return self._hidden(self._body, input_ids, positions, past), self.model.get_output_embeddings()
 
@@ -171,7 +172,7 @@ class Head:
         body: nn.Module, input_ids: Tensor, positions: Tensor, past: Any | None = None, **layout: Any
     ) -> Tensor:
         with nullcontext() if layout else _rows_apart(input_ids):
-            output = body(input_ids=input_ids, past_key_values=past, use_cache=past is not None, **layout)
+            output = body(input_ids=input_ids, use_cache=past is not None, **with_cache(body, past), **layout)
         states: Tensor = output.last_hidden_state
         return states.flatten(0, 1).index_select(0, positions)
 

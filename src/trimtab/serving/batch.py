@@ -24,6 +24,7 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 
 from trimtab.errors import SurgeryError
 from trimtab.evaluation.generation import contiguous_input, padded_left
+from trimtab.models.earlier_tokens import cache_argument, with_cache
 from trimtab.serving.row_cache import RowCache
 from trimtab.serving.writing import Row
 from trimtab.surgery.contexts import for_inference
@@ -153,7 +154,7 @@ class Batch:
             taken["logits_to_keep"] = 1  # type: ignore[assignment]
         hook = self._ends_in_head.register_forward_pre_hook(contiguous_input)
         try:
-            output = self.model(**taken, past_key_values=cache, use_cache=True, return_dict=True)
+            output = self.model(**taken, **with_cache(self.model, cache), use_cache=True, return_dict=True)
         finally:
             hook.remove()
         logits: Tensor = output.logits[:, -1]
@@ -172,7 +173,7 @@ def why_alone(model: Any, make: Callable[[Any], Batch], longest: float = 0) -> s
     row what it gets alone is tried: with two rows of different lengths, of which one joins the other.
     """
     takes = inspect.signature(model.forward).parameters
-    lacking = [name for name in ("past_key_values", "attention_mask", "use_cache") if name not in takes]
+    lacking = [name for name in (cache_argument(model) or "cache", "attention_mask", "use_cache") if name not in takes]
     if lacking or not isinstance(model.get_output_embeddings(), nn.Module):
         return f"it takes no {' and no '.join(lacking) or 'output layer'}"
     try:
@@ -243,10 +244,10 @@ def _alone(model: Any, ids: list[int]) -> Iterable[Tensor]:
     """Logits of the last two of the tokens, by the model's own cache: as ``generate`` comes to them."""
     cache = _own_cache(model)
     before = torch.tensor([ids[:-1]], device=model.device)
-    yield model(input_ids=before, past_key_values=cache, use_cache=True).logits[:, -1].float()
+    yield model(input_ids=before, use_cache=True, **with_cache(model, cache)).logits[:, -1].float()
     last = torch.tensor([ids[-1:]], device=model.device)
     whole = torch.ones(1, len(ids), dtype=torch.long, device=model.device)
-    yield model(input_ids=last, attention_mask=whole, past_key_values=cache, use_cache=True).logits[:, -1].float()
+    yield model(input_ids=last, attention_mask=whole, use_cache=True, **with_cache(model, cache)).logits[:, -1].float()
 
 
 def _probed(batch: Batch, probes: list[list[int]]) -> Iterable[Tensor]:
