@@ -144,7 +144,7 @@ class Regression(_labelled.LabelledTask):
         if "weight" not in batch:
             return value
         share = value * batch["weight"][0].to(value.dtype)
-        return share + (value - share).detach()
+        return value.detach() + (share - share.detach())  # what is taken away is 0, however small the value
 
     def nats(self, loss: float) -> float:
         """Those of a normal distribution as wide as the errors. In whatever unit the numbers are, it is the same."""
