@@ -140,3 +140,9 @@ def test_a_figure_that_is_no_mean_over_rows_is_compared_by_seeds() -> None:
     assert once is not None
     assert once.mean == pytest.approx(-0.75)
     assert difference_of_seeds([0.1], [0.2]) is None
+
+
+def test_differences_that_are_equal_but_for_rounding_tell_nothing() -> None:
+    assert len({0.3 - 0.1, 0.6 - 0.4, 0.9 - 0.7}) > 1
+    assert difference_of_seeds([0.3, 0.6, 0.9], [0.1, 0.4, 0.7]) is None
+    assert difference_of_seeds([3e-9, 4e-9], [1e-9, 1e-9]) is not None  # small figures that do differ

@@ -11,6 +11,8 @@ from scipy import stats
 from trimtab.runs.study_records import Difference, MeanInterval
 
 LEVEL = 0.95
+_ROUNDING = 1e-12
+"""What floating point makes of equal differences, as a share of what is subtracted."""
 
 
 def mean_interval(values: Sequence[float]) -> MeanInterval:
@@ -68,7 +70,7 @@ def difference_of_seeds(arm: Sequence[float], reference: Sequence[float]) -> Dif
     test over the seeds. What other test rows would say is no part of it. One run, not trained, is compared with each
     of the others. None where fewer than two differences can be taken, or none differs from another."""
     d = np.array(arm) - np.array(reference)
-    if len(d) < 2 or not np.std(d):
+    if len(d) < 2 or np.ptp(d) <= _ROUNDING * max(np.abs(arm).max(), np.abs(reference).max()):
         return None
     found = mean_interval([float(one) for one in d])
     p = float(stats.ttest_1samp(d, 0.0).pvalue)
