@@ -136,7 +136,7 @@ def interval(share: float, rows: int) -> tuple[float, float]:
 
 
 # Letters of a prompt and of an answer in a terminal's row. The narrow columns leave the prompt room in 80 letters.
-_PROMPT_LETTERS, _ANSWER_LETTERS, _ANSWER_WIDTH = 120, 40, 17
+_PROMPT_LETTERS, _ANSWER_LETTERS, _ANSWER_WIDTH, _PROMPT_WIDTH = 120, 40, 17, 16
 MOST_CLASSES = 12
 """Classes whose confusion a terminal has room for."""
 
@@ -176,7 +176,7 @@ def answers_table(run: Run, count: int = 5) -> Table:
     if several:
         table.add_column("test set")
     table.add_column("row", justify="right")
-    table.add_column("prompt", ratio=1)
+    table.add_column("prompt", ratio=1, min_width=_PROMPT_WIDTH)
     for title in ("true answer", "before", "after") if compared else ("true answer", "after"):
         table.add_column(title, max_width=_ANSWER_WIDTH, overflow="fold")
     for place, one in enumerate(sets):
@@ -208,7 +208,7 @@ def evaluation_table(result: Result) -> Table:
     """The figures of one evaluation result, a line each."""
     table = _table()
     for title in (result.dataset, "value"):
-        table.add_column(_text(title), justify="right" if title == "value" else "left")
+        table.add_column(_text(title), justify="right" if title == "value" else "left", overflow="fold")
     lines = [(name, text) for name, text in (("model", result.model), ("adapter", result.adapter)) if text]
     lines.append(("rows", words.count(result.rows)))
     if result.cut:

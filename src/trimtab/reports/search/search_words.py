@@ -104,7 +104,7 @@ def trials_table(search: SearchResults) -> Table:
     columns = heads(search)
     for place, head in enumerate(columns):
         is_text = 0 < place <= len(search.groups) or place == len(columns) - 1
-        table.add_column(head, justify="left" if is_text else "right")
+        table.add_column(head, justify="left" if is_text else "right", no_wrap=not is_text)
     for row, cells in ranked_cells(search):
         table.add_row(*cells, style="bold" if row.number == search.best else "")
     return table
