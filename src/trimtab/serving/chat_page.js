@@ -151,7 +151,7 @@ async function ask(side, model, text, box) {
   if (wrong) box.insertBefore(element("p", wrong === STOPPED ? "fine" : "no", wrong), small);
   if (usage) {
     const seconds = (performance.now() - (first || started)) / 1000;
-    const parts = [`${usage.completion_tokens} tokens`];
+    const parts = [`${usage.completion_tokens} token${usage.completion_tokens === 1 ? "" : "s"}`];
     if (usage.completion_tokens > 1 && seconds > 0) parts.push(`${((usage.completion_tokens - 1) / seconds).toFixed(1)} a second`);
     if (first) parts.push(`first after ${((first - started) / 1000).toFixed(2)} s`);
     if (reason === "length") parts.push("cut off there");
@@ -172,11 +172,14 @@ async function send() {
     const box = element("article", "answer live");
     const words = element("div", "said-text");
     words.setAttribute("aria-live", "polite");
+    words.dir = "auto";
     box.append(element("h2", "", at(side).value), words, element("small", "", ""));
     return box;
   });
   pairing.append(...boxes);
-  turn.append(element("p", "asked", text), pairing);
+  const asking = element("p", "asked", text);
+  asking.dir = "auto";
+  turn.append(asking, pairing);
   at("talk").append(turn);
   at("message").value = "";
   busy(true);
