@@ -137,6 +137,29 @@ def test_every_checkpoint_of_a_run(make_yaml: Callable[..., Path], model_folder:
     assert correlations_table(analysis).row_count == 1
 
 
+def test_two_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    shared = {"state": "adapter", "method": "lora", "kind": "q", "block": 0, "effective_rank": 1.0, "relative": 0.1}
+    folders = ("runs/a/out", "runs/b/out")
+    analysis = {
+        "base": "tiny",
+        "changes": [
+            {**shared, "tuned": folder, "delta_magnitude": moved, "delta_direction": moved}
+            for folder, moved in zip(folders, (0.1, 0.3), strict=True)
+        ],
+        "correlations": [
+            {"tuned": folder, "method": "lora", "kind": None, "points": 1, "correlation": None} for folder in folders
+        ],
+    }
+    table = changes_table(analysis)
+    cells = [list(column.cells) for column in table.columns]
+    assert cells[0] == [str(Path("a", "out")), str(Path("b", "out"))]
+    assert cells[5] == ["0.1", "0.3"]  # and not their mean
+    assert list(correlations_table(analysis).columns[0].cells) == cells[0]
+    (tmp_path / "changes.json").write_text(json.dumps(analysis))
+    page = write_changes_page(tmp_path).read_text(encoding="utf-8")
+    assert all(f'<th scope="row">{name}</th>' in page and f">{name}, lora: correlation -<" in page for name in cells[0])
+
+
 def test_wrong_folders_are_named(model_folder: Path, tmp_path: Path) -> None:
     other = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=12, n_layer=1, n_head=2, n_positions=16))
     other.save_pretrained(tmp_path / "other")

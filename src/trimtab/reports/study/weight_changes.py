@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from rich.table import Table
 
 from trimtab.files import read_json
@@ -25,9 +26,10 @@ _DEPTH = matplotlib.colormaps["viridis"].with_extremes()
 
 def changes_table(analysis: Mapping[str, Any]) -> Table:
     """One line for each folder (where there are several), state and kind of projection: means over its weights."""
+    names = _names(analysis)
     groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = defaultdict(list)
     for row in analysis["changes"]:
-        groups[Path(row["tuned"]).name, row["state"], row["method"], row["kind"]].append(row)
+        groups[names[row["tuned"]], row["state"], row["method"], row["kind"]].append(row)
     first = 0 if len({key[0] for key in groups}) > 1 else 1
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("tuned", "state", "method", "kind")[first:]:
@@ -43,13 +45,25 @@ def changes_table(analysis: Mapping[str, Any]) -> Table:
 
 def correlations_table(analysis: Mapping[str, Any]) -> Table:
     """The correlation of dM and dD of each folder and method, over all weights and states."""
+    names = _names(analysis)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("tuned", "method", "points", "correlation of dM and dD"):
         table.add_column(name, justify="left" if name in ("tuned", "method") else "right")
     for row in analysis["correlations"]:
         if row["kind"] is None:
-            table.add_row(Path(row["tuned"]).name, row["method"], str(row["points"]), signed(row["correlation"]))
+            table.add_row(names[row["tuned"]], row["method"], str(row["points"]), signed(row["correlation"]))
     return table
+
+
+def _names(analysis: Mapping[str, Any]) -> dict[str, str]:
+    """Each folder that was analysed by as many of its last parts as tell it from the others: two runs of one name are
+    two."""
+    parts = {row["tuned"]: Path(row["tuned"]).parts or (row["tuned"],) for row in analysis["changes"]}
+    for count in range(1, max(map(len, parts.values()), default=0) + 1):
+        names = {folder: str(Path(*each[-count:])) for folder, each in parts.items()}
+        if len({*names.values()}) == len(names):
+            return names
+    return {folder: folder for folder in parts}
 
 
 def _mean(rows: Sequence[Mapping[str, Any]], key: str) -> float:
@@ -81,7 +95,9 @@ def scatter_changes(
 
 def depth_bar(figure: Figure, depth: Normalize, panels: Any, aspect: float) -> None:
     """What the colours of ``scatter_changes`` mean, beside ``panels``."""
-    bar = figure.colorbar(ScalarMappable(depth, _DEPTH), ax=panels, pad=0.01, aspect=aspect)
+    bar = figure.colorbar(
+        ScalarMappable(depth, _DEPTH), ax=panels, pad=0.01, aspect=aspect, ticks=MaxNLocator(integer=True)
+    )
     if bar.solids is not None:  # as an image, it would be refused by the security policy of a page
         bar.solids.set(rasterized=False, edgecolor="face")
     bar.set_label("block, first to last", fontsize=9, color=MUTED)
@@ -94,6 +110,7 @@ def draw(analysis: Mapping[str, Any]) -> Figure:
     for row in analysis["changes"]:
         groups[row["tuned"], row["method"]].append(row)
     correlations = {(row["tuned"], row["method"]): row for row in analysis["correlations"] if row["kind"] is None}
+    names = _names(analysis)
     blocks = [row["block"] for row in analysis["changes"] if row["block"] is not None]
     depth = Normalize(min(blocks, default=0), max(blocks, default=1))
     figure = blank(4.4 * len(groups) + 0.9, 4.4)
@@ -104,7 +121,7 @@ def draw(analysis: Mapping[str, Any]) -> Figure:
             mine = [row for row in rows if row["state"] == state]
             scatter_changes(axes, mine, depth, mark=MARKS[place % len(MARKS)], size=26, label=state)
         correlation = signed(correlations[key]["correlation"])
-        headed(axes, f"{Path(key[0]).name}, {key[1]}: correlation {correlation}", bold=False)
+        headed(axes, f"{names[key[0]]}, {key[1]}: correlation {correlation}", bold=False)
         axes.set_xlabel("dD: mean of 1 - cosine over the rows")
         axes.set_ylabel("dM: mean change of magnitude")
         plain(axes)
@@ -119,11 +136,12 @@ def draw(analysis: Mapping[str, Any]) -> Figure:
 def write_changes_page(folder: Path) -> Path:
     """Write ``changes.png``, ``changes.svg`` and ``changes.html`` beside the ``changes.json`` in ``folder``."""
     analysis = read_json(folder / "changes.json")
+    names = _names(analysis)
     values = {
         "base": analysis["base"],
         "picture": write_picture(draw(analysis), folder, "changes", "dM over dD of every weight"),
         "correlations": [
-            [Path(row["tuned"]).name, row["method"], row["kind"] or "all", row["points"], signed(row["correlation"])]
+            [names[row["tuned"]], row["method"], row["kind"] or "all", row["points"], signed(row["correlation"])]
             for row in analysis["correlations"]
         ],
     }
