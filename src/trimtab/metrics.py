@@ -37,7 +37,6 @@ class Metric:
         chooses: whether it can decide which step of a training was best.
         compared: whether studies gather it.
         full_label: its name where there is room to say how it is counted.
-        unit: what a number is counted in.
     """
 
     name: str
@@ -50,7 +49,6 @@ class Metric:
     chooses: bool = False
     compared: bool = False
     full_label: str = ""
-    unit: str = ""
 
     @property
     def scale(self) -> int:
@@ -65,8 +63,7 @@ class Metric:
     @property
     def axis(self) -> str:
         """What stands at an axis: ``accuracy (%)``."""
-        unit = "%" if self.share else self.unit
-        return f"{self.label} ({unit})" if unit else self.label
+        return f"{self.label} (%)" if self.share else self.label
 
     def cost(self, value: float) -> float:
         """``value`` so that less is better."""
@@ -222,7 +219,6 @@ _TABLE = (
         share=False,
         higher_is_better=False,
         chooses=True,
-        unit="nats per token",
     ),
 )
 

@@ -65,3 +65,13 @@ def test_a_name_and_a_value_stay_beside_each_other() -> None:
     table = Table("name", "value")
     table.add_row("perplexity", "a" * 50)
     assert "perplexity:" not in shown(30, table)
+
+
+def test_the_heading_of_what_is_not_wrapped_is_whole() -> None:
+    table = Table(box=None, pad_edge=False)
+    for title in ("state", "weights", "eff. rank"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_row("checkpoint-16", "2", "1.7")
+    said = shown(24, table)
+    assert "eff. rank" in said
+    assert "checkpoint-16" in said

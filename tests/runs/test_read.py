@@ -113,3 +113,18 @@ def test_two_kinds_of_result_for_one_test_set(run: Path) -> None:
     (run / "evaluation" / "kind.after.json").write_text(json.dumps(other))
     with pytest.raises(RunError, match=r"kind 'choice'.*kind 'perplexity'"):
         read_run(run)
+
+
+@pytest.mark.parametrize(
+    ("trained", "modules", "told"),
+    [
+        (700, 3, "3 modules adapted: 700 of 20,000,000 parameters trained (0.0035 %)"),
+        (500_000, 1, "1 module adapted: 500,000 of 20,000,000 parameters trained (2.50 %)"),
+        (0, 3, "3 modules adapted: 0 of 20,000,000 parameters trained (0.00 %)"),
+    ],
+)
+def test_a_plan_in_a_line_names_any_share(run: Path, trained: int, modules: int, told: str) -> None:
+    plan = read_run(run).plan
+    assert plan is not None
+    changed = {"trainable_parameters": trained, "total_parameters": 20_000_000, "modules": plan.modules[:modules]}
+    assert plan.updated(**changed).headline == told

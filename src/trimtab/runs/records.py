@@ -177,9 +177,10 @@ class PlanRecord(Record):
     def headline(self) -> str:
         """How many modules are adapted, and what share of the model is trained."""
         share = 100 * self.trainable_parameters / max(1, self.total_parameters)
+        told = f"{share:.2f}" if share >= 0.1 or not share else f"{share:.3g}"
         return (
-            f"{len(self.modules)} modules adapted: {self.trainable_parameters:,} of {self.total_parameters:,} "
-            f"parameters trained ({share:.2f} %)"
+            f"{len(self.modules)} module{'s' * (len(self.modules) != 1)} adapted: {self.trainable_parameters:,} of "
+            f"{self.total_parameters:,} parameters trained ({told} %)"
         )
 
     def remarks(self, *, usual: bool = True) -> list[str]:

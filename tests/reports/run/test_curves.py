@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 
 from trimtab.metrics import METRICS
 from trimtab.reports.run.curves import curves, describe, smoothed, thinned
-from trimtab.reports.run.run_page import validated
+from trimtab.reports.run.run_page import followed, validated
 from trimtab.reports.run.run_pictures import draw_curves as draw
-from trimtab.runs.records import MetricsLine
+from trimtab.runs.records import MetricsLine, Summary
 
 
 def _train(losses: list[float], **more: float) -> list[MetricsLine]:
@@ -70,7 +72,7 @@ def test_odd_runs_can_be_drawn(losses: list[float], width: int) -> None:
 
 def test_validation_alone_can_be_drawn() -> None:
     data = curves([MetricsLine(kind="validation", step=9, loss=0.7, figures={"accuracy": 1.0})], 9, METRICS["accuracy"])
-    assert "best: 0.700 at step 9" in draw("x", data, 880, describe(data))
+    assert "kept: 0.700 at step 9" in draw("x", data, 880, describe(data))
     assert (
         describe(data)
         == "The lowest validation loss is 0.700, at step 9. The highest validation accuracy is 100.0 %, at step 9."
@@ -105,3 +107,42 @@ def test_the_validations_are_drawn_by_the_metric_that_they_have(
     data = curves(lines, 9, validated(lines)[0])
     assert describe(data).endswith(sentence)
     assert title in draw("x", data, 880, describe(data))
+
+
+def _ticks(svg: str, axes: int) -> list[float]:
+    """The numbers beside the ticks of the y axis of the panel of that number."""
+    panel = re.split(r'<g id="x-axes_\d+">', svg)[axes]
+    _, _, upright = panel.partition('<g id="x-matplotlib.axis_')[2].partition('<g id="x-matplotlib.axis_')
+    return [float(said.replace("−", "-")) for said in re.findall(r">(−?[\d.]+)</text>", upright)]
+
+
+def test_correlations_below_zero_are_drawn_the_right_way_up() -> None:
+    lines = [
+        MetricsLine(kind="validation", step=step, loss=1.0, figures={"pearson": value})
+        for step, value in ((1, -0.4), (2, -0.1))
+    ]
+    svg = draw("x", curves(lines, 2, METRICS["pearson"]), 880, "")
+    low, high = -0.4 - 0.2 * 0.3, -0.1 + 0.2 * 0.3
+    ticks = _ticks(svg, 2)
+    assert ticks
+    assert all(low <= tick <= high for tick in ticks)
+    heights = [
+        float(y) for y in re.findall(r'<use href="#x-m[^"]+" x="[\d.]+" y="([\d.]+)" style="fill: var\(--warm\)', svg)
+    ]
+    first, last = heights[-2:]
+    assert first > last  # up is more
+
+
+def test_the_validations_are_drawn_by_the_metric_that_chose() -> None:
+    checked = [METRICS["rmse"], METRICS["pearson"]]
+    assert followed(checked, Summary(settings={"train.metric": "pearson"})) is METRICS["pearson"]
+    assert followed(checked, Summary(settings={"train.metric": "loss"})) is METRICS["rmse"]
+    assert followed(checked, Summary()) is METRICS["rmse"]
+    assert followed([], Summary()) is None
+
+
+def test_what_ticks_are_multiplied_with_stands_in_the_name_of_the_axis() -> None:
+    lines = [MetricsLine(kind="validation", step=step, loss=7e-15 / step, figures={"rmse": 8e-8}) for step in (1, 2)]
+    svg = draw("x", curves(lines, 2, METRICS["rmse"], "squared error"), 880, "")
+    assert ">loss (squared error) × 1e−15<" in svg
+    assert ">1e−15<" not in svg

@@ -155,7 +155,7 @@ def test_pictures_are_described_and_take_their_colours_from_the_page(run: Path) 
         "validation accuracy (%)",
         "learning rate",
         "step",
-        "best: 0.500 at step 20",
+        "kept: 0.500 at step 20",
         "epoch 1",
     ):
         assert f">{text}<" in pictures[1]

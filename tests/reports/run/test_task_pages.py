@@ -12,7 +12,7 @@ from PIL import Image
 
 from trimtab.evaluation.evaluate import Evaluation, write
 from trimtab.metrics import METRICS
-from trimtab.reports.run.run_page import pieces, write_run_page
+from trimtab.reports.run.run_page import confusion, pieces, write_run_page
 from trimtab.reports.run.run_tables import Measured
 from trimtab.runs.records import Summary
 from trimtab.runs.results import ChoiceResult, ClassScore, EntitiesResult, NumberResult, Prediction
@@ -95,3 +95,39 @@ def test_tagged_words_are_coloured_by_their_kind(tmp_path: Path) -> None:
     assert '<mark class="tag-1">Mary<small>VES</small></mark> Ann &lt;b&gt;' in page
     assert "Precision and recall of each kind of entity" in page
     assert "95 % interval" not in page  # which holds for shares of rows, and an F1 is none
+
+
+def test_points_that_a_picture_of_numbers_leaves_out_are_told(tmp_path: Path) -> None:
+    record = NumberResult(kind="number", rows=900, spread=1.0, figures={"rmse": 2.0})
+    rows = numbers(*(10.0 * at for at in range(1, 901)))
+    page = written(tmp_path, "after", record, rows, task="regression")
+    assert "300 of the 900 rows are drawn." in page
+    assert "outside of the picture" not in page
+    few = NumberResult(kind="number", rows=3, spread=1.0, figures={"rmse": 2.0})
+    write(Evaluation("test", few, numbers(-1e6, 18.0, 31.0)), tmp_path, "before")
+    page = written(tmp_path, "after", few, numbers(12.0, 18.0, 31.0), task="regression")
+    assert "1 point from before training lies outside of the picture." in page
+    assert "rows are drawn" not in page
+
+
+def test_a_confusion_table_counts_the_answers_that_cannot_be_used(tmp_path: Path) -> None:
+    scores = {name: ClassScore(precision=0.0, recall=0.0, f1=0.0, rows=4) for name in "ab"}
+    shares = {"accuracy": 0.25, "unusable": 0.375}
+    record = ChoiceResult(
+        kind="choice", rows=8, choices=["a", "b"], confusion=[[1, 0], [3, 1]], per_class=scores, figures=shares
+    )
+    first, second = confusion(record)
+    assert (first.rows, first.unusable, second.unusable) == (4, 3, 0)
+    assert first.cells[0].share == 0.25
+    page = written(tmp_path, "after", record, [])
+    assert '<th scope="col"><i>unusable</i></th>' in page
+    record = record.updated(confusion=[[4, 0], [3, 1]], figures={"accuracy": 0.625, "unusable": 0.0})
+    assert "<i>unusable</i>" not in written(tmp_path, "after", record, [])
+
+
+def test_one_of_a_thing_is_told_as_one(tmp_path: Path) -> None:
+    record = ChoiceResult(kind="choice", rows=1, choices=["a"], confusion=[[1]], figures={"accuracy": 1.0})
+    page = written(tmp_path, "after", record, [], steps=1, epochs=1.0, train_rows=1)
+    assert "<small>1 row, one of 1 answer</small>" in page
+    assert "1 epoch of 1 row<" in page
+    assert "the 95 % interval that 1 row allows." in page

@@ -105,6 +105,13 @@ def test_the_page_and_its_pictures(tmp_path: Path) -> None:
     assert page.count('<figure class="picture" tabindex="0"><svg') == 3
 
 
+def test_names_in_the_confirmation_keep_their_capitals(tmp_path: Path) -> None:
+    known = {**confirmation(-0.039, -0.02, -0.001), "on": ["FPB"]}
+    write_json(tmp_path / "explore.json", searched(metric="macro_f1", confirmation=known))
+    page = write_explore_page(tmp_path).read_text(encoding="utf-8")
+    assert "<p>Best mixed minus best uniform, macro F1 on FPB, 2 new seeds" in page
+
+
 def test_without_what_is_missing(tmp_path: Path) -> None:
     few = [one for one in searched()["trials"] if one["kind"] == "uniform"]
     write_json(tmp_path / "explore.json", searched(trials=few, best=1, best_mixed=None))

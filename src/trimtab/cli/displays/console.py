@@ -47,7 +47,8 @@ class Terminal(Console):
         for column in table.columns:
             known = [Measurement.get(self, wide, cell) for cell in (*column.cells, column.footer)]
             whole = column.no_wrap or column.justify == "right"
-            widths = [Measurement.get(self, wide, column.header).minimum, *(one[whole] for one in known)]
+            heading = Measurement.get(self, wide, column.header)
+            widths = [heading[column.no_wrap], *(one[whole] for one in known)]
             column.width, column.min_width = None, max(min(_WHOLE, max(widths)), column.min_width or 0)
             column.min_width = min(column.min_width, column.max_width or column.min_width)
             least.append(column.min_width)

@@ -8,15 +8,13 @@ from typing import Any, Self
 from trimtab.cli.displays.console import Terminal
 from trimtab.cli.displays.progress import ProgressLine
 from trimtab.metrics import compared
+from trimtab.reports.shared import words
 from trimtab.runs.events import Listener
 
 
 def _figures(row: dict[str, Any]) -> list[str]:
     shown = [(metric, value) for metric in compared() if (value := row.get(metric.name)) is not None]
-    return [
-        f"{metric.label} {100 * value:.1f} %" if metric.share else f"{metric.label} {value:.4g}"
-        for metric, value in shown
-    ]
+    return [f"{metric.label} {words.figure(metric, value)}" for metric, value in shown]
 
 
 class RunDisplay(Listener):

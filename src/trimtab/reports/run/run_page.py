@@ -19,13 +19,13 @@ from trimtab.hints import pasted
 from trimtab.metrics import METRICS, Metric, counts_rows
 from trimtab.reports.run.curves import curves, describe
 from trimtab.reports.run.pairs import answered, shown
-from trimtab.reports.run.run_pictures import draw_curves, draw_numbers, draw_trials, share_bars
+from trimtab.reports.run.run_pictures import Drawn, draw_curves, draw_numbers, draw_trials, share_bars
 from trimtab.reports.run.run_tables import baseline, headline, interval, measured
 from trimtab.reports.shared import words
 from trimtab.reports.shared.shell import write_page
 from trimtab.runs.read import Run, TestSet, read_run
 from trimtab.runs.records import MetricsLine, Summary
-from trimtab.runs.results import ChoiceResult, NumberResult
+from trimtab.runs.results import ChoiceResult, NumberResult, TagsResult
 
 _WIDE, _NARROW = 880, 358
 
@@ -44,7 +44,7 @@ def write_run_page(run: Path, summary: Summary | None = None) -> Path:
     measured_sets = [tests for tests in known.sets if tests.result]
     key_figures, checked = tiles(known, train), validated(validation)
     told = known.summary or Summary()
-    data = curves(known.metrics, told.best_step, checked[0] if checked else None, told.loss_unit)
+    data = curves(known.metrics, told.best_step, followed(checked, told), told.loss_unit)
     asking = "generate" if told.task in (None, "causal_lm") else "predict"
     curve_text = describe(data)
     values = {
@@ -91,6 +91,12 @@ def validated(validation: Sequence[MetricsLine]) -> list[Metric]:
     return [METRICS[name] for name in METRICS if name in taken]
 
 
+def followed(checked: Sequence[Metric], summary: Summary) -> Metric | None:
+    """The metric of the validations that is drawn: the one by which a step was to be kept, or else the main one."""
+    chosen = [metric for metric in checked if metric.name == summary.settings.get("train.metric")]
+    return next(iter([*chosen, *checked]), None)
+
+
 class Tile(NamedTuple):
     """One key figure: what it is, the figure, and a line that puts it in proportion."""
 
@@ -121,7 +127,7 @@ def tiles(run: Run, train: Sequence[MetricsLine]) -> list[Tile]:
         note = f"of {words.gib(whole, 1)}" if whole else ""
         if there is not None:
             note = f"{note} on {machine.device}; {words.gib(summary.peak_memory_gib, 1)} of the machine's".strip()
-        known.append(Tile("Peak memory", words.gib(peak, 1), note))
+        known.append(Tile("Peak memory", words.gib(peak, 2 if peak < 1 else 1), note))
     speeds = [measure.tokens_per_second for measure in train if measure.tokens_per_second]
     if speeds:
         counted = (summary.counted if summary else "tokens").capitalize()
@@ -136,7 +142,7 @@ def tiles(run: Run, train: Sequence[MetricsLine]) -> list[Tile]:
         if summary and summary.epochs is not None:
             parts.append(f"{summary.epochs:.4g} epoch{'' if summary.epochs == 1 else 's'}")
         if summary and summary.train_rows is not None:
-            parts.append(f"{words.count(summary.train_rows)} rows")
+            parts.append(words.counted(summary.train_rows, "row"))
         known.append(Tile("Steps", words.count(steps), " of ".join(parts)))
     return known
 
@@ -150,17 +156,27 @@ class Cell:
     right: bool
 
 
-def confusion(result: ChoiceResult) -> list[tuple[str, int, list[Cell]]]:
-    """Per true answer: its name, how many rows it has, and the cells in the order of the choices."""
+class Line(NamedTuple):
+    """A line of a confusion table: a true answer, how many rows have it, the cells in the order of the choices, and
+    how many rows were given an answer that cannot be used."""
+
+    answer: str
+    rows: int
+    cells: list[Cell]
+    unusable: int
+
+
+def confusion(result: ChoiceResult | TagsResult) -> list[Line]:
+    """A line for each true answer."""
     table = []
     for true, (answer, counts) in enumerate(zip(result.choices, result.confusion, strict=True)):
-        rows = sum(counts)
+        rows = max(sum(counts), result.per_class[answer].rows if answer in result.per_class else 0)
         cells = [Cell(count, count / rows if rows else 0.0, true == given) for given, count in enumerate(counts)]
-        table.append((answer, rows, cells))
+        table.append(Line(answer, rows, cells, rows - sum(counts)))
     return table
 
 
-def numbers(tests: TestSet, name: str) -> Markup | None:
+def numbers(tests: TestSet, name: str) -> Drawn | None:
     """The picture of numbers over the true ones; None where answers are no numbers."""
     if not isinstance(tests.result, NumberResult):
         return None
@@ -184,7 +200,7 @@ def bars(tests: TestSet, name: str) -> Markup | None:
         if side is not None and share is not None
     ]
     told = ", ".join(f"{title} {words.percent(share)}" for title, share, _ in sides)
-    label = f"{main.metric.label[:1].upper()}{main.metric.label[1:]}: {told}"
+    label = f"{words.headed(main.metric.label)}: {told}"
     guess = baseline(tests.result)
     if guess is not None:
         label += f"; {guess.name} {guess.told}"

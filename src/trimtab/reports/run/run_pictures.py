@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from markupsafe import Markup
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from trimtab.reports.run.curves import Curves, Points, thinned
@@ -93,9 +94,18 @@ def draw_trials(name: str, chosen: ChosenRate, unit: str) -> Markup:
     return svg(figure, name, f"Losses of the trials: {told}")
 
 
+class Drawn(NamedTuple):
+    """A picture, and what it leaves out: how many of the ``points`` of a side are shown at most, and how many of these
+    lie outside of it."""
+
+    picture: Markup
+    points: int
+    outside: int
+
+
 def draw_numbers(
     name: str, before: Sequence[tuple[float, float]], after: Sequence[tuple[float, float]], label: str
-) -> Markup:
+) -> Drawn:
     """Numbers that were given over the true ones, ``(true, given)``, before training pale and after it in colour; on
     the line both are equal."""
     width, height = 360.0, 300.0
@@ -109,16 +119,19 @@ def draw_numbers(
     margin = 0.04 * (high - low) or 1.0
     low, high = low - margin, high + margin
     axes.plot([low, high], [low, high], color=INK, linewidth=1.5, linestyle=(0, (4, 3)), zorder=2)
+    shown = outside = 0
     for points, colour in ((before, BEFORE), (after, ACCENT)):
         if points:
             some = points[:: -(-len(points) // _MOST_DOTS)]
+            shown = max(shown, len(some))
+            outside += sum(not low <= given <= high for _, given in some)
             axes.plot(*zip(*some, strict=True), color=colour, marker="o", markersize=4, linestyle="none", zorder=3)
     axes.set(xlim=(low, high), ylim=(low, high))
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.yaxis.set_major_locator(MaxNLocator(5))
-    axes.set_xlabel("true", fontsize=_TEXT, color=INK, labelpad=4)
-    _write(axes, 0, 1, "given", (-44, 8), xycoords="axes fraction", fontweight="bold")
-    return svg(figure, name, label)
+    axes.set_xlabel(f"true{_factor(axes.xaxis)}", fontsize=_TEXT, color=INK, labelpad=4)
+    _title(axes, "given")
+    return Drawn(svg(figure, name, label), shown, outside)
 
 
 def draw_curves(name: str, data: Curves, width: float, label: str) -> Markup:
@@ -150,7 +163,6 @@ def draw_curves(name: str, data: Curves, width: float, label: str) -> Markup:
 
 
 def _loss(axes: Axes, data: Curves) -> None:
-    _title(axes, f"loss ({data.unit})", 22 if data.epochs else 8)
     ends = []
     if data.train:
         if data.window > 1:
@@ -162,32 +174,38 @@ def _loss(axes: Axes, data: Curves) -> None:
         ends.append(Label("validation", data.validation[-1][1], colour=WARM, bold=True))
     axes.set_ylim(*data.limits)
     axes.yaxis.set_major_locator(MaxNLocator(5))
+    _title(axes, f"loss ({data.unit})", 22 if data.epochs else 8)
     _names(axes, ends)
     best = dict(data.validation).get(data.best_step) if data.best_step is not None else None
     if data.best_step is not None and best is not None:
         _ring(axes, data.best_step, best)
-        # On the side of the point where the training line is not.
+        # On the side of the point where the training line is not, and where there is room.
         near = min(data.smooth, key=lambda point: abs(point[0] - (data.best_step or 0)), default=(0, -math.inf))
-        rise, side = (12, "bottom") if near[1] <= best else (-12, "top")
-        late = data.best_step > 0.75 * max(step for step, _ in (*data.train, *data.validation))
-        text = f"best: {words.number(best)} at step {data.best_step}"
-        _write(axes, data.best_step, best, text, (0, rise), va=side, ha="right" if late else "center", zorder=7)
+        low, high = data.limits
+        room = (high - best) / (high - low) * axes.bbox.height
+        rise, side = (12, "bottom") if near[1] <= best and room > 26 else (-12, "top")
+        steps = [step for step, _ in (*data.train, *data.validation)]
+        place = (data.best_step - min(steps)) / (max(steps) - min(steps) or 1)
+        align = "right" if place > 0.75 else "left" if place < 0.25 else "center"
+        box = {"facecolor": PAGE, "edgecolor": "none", "pad": 1}
+        text = f"kept: {words.number(best)} at step {words.count(data.best_step)}"
+        _write(axes, data.best_step, best, text, (0, rise), va=side, ha=align, zorder=7, bbox=box)
 
 
 def _scores(axes: Axes, data: Curves) -> None:
     metric = data.metric
     assert metric is not None, "scores are those of a metric"
-    _title(axes, f"validation {metric.axis}")
     points = [(step, metric.scale * score) for step, score in data.scores]
     _validation(axes, points)
     values = [y for _, y in points]
     spread = max(values) - min(values)
     margin = max(2.0, 0.2 * spread) if metric.share else 0.2 * spread or 1.0
     low, high = min(values) - margin, max(values) + margin
-    axes.set_ylim(max(0.0, low), min(100.0, high) if metric.share else high)
+    may_be_negative = metric.higher_is_better and not metric.share  # a correlation
+    axes.set_ylim(low if may_be_negative else max(0.0, low), min(100.0, high) if metric.share else high)
     axes.yaxis.set_major_locator(MaxNLocator(3))
-    told = f"{values[-1]:.1f} %" if metric.share else words.number(values[-1])
-    _names(axes, [Label(told, values[-1], colour=WARM, bold=True)])
+    _title(axes, f"validation {metric.axis}")
+    _names(axes, [Label(words.figure(metric, data.scores[-1][1]), values[-1], colour=WARM, bold=True)])
     for step, y in points:
         if step == data.best_step:
             _ring(axes, step, y)
@@ -235,8 +253,18 @@ def _write(axes: Axes, x: float, y: float, text: str, shift: tuple[float, float]
 
 
 def _title(axes: Axes, text: str, rise: float = 8) -> None:
-    """Above the left end of a panel, ``rise`` pixels up: quicker to read than a turned label."""
-    _write(axes, 0, 1, text, (-44, rise), xycoords="axes fraction", fontweight="bold")
+    """Above the left end of a panel that is drawn, ``rise`` pixels up: quicker to read than a turned label."""
+    _write(axes, 0, 1, text + _factor(axes.yaxis), (-44, rise), xycoords="axes fraction", fontweight="bold")
+
+
+def _factor(axis: Axis) -> str:
+    """What the ticks of an axis are to be multiplied with, or added to, in words for its name: by itself it would
+    stand where another name does."""
+    axis.get_offset_text().set_visible(False)
+    ticks = axis.get_major_formatter()
+    ticks.set_locs(axis.get_majorticklocs().tolist())
+    factor = ticks.get_offset()
+    return f" × {factor}" if factor.startswith("1e") else f" {factor}".rstrip()
 
 
 def _names(axes: Axes, ends: Sequence[Label]) -> None:

@@ -14,6 +14,7 @@ from trimtab.reports.search.search_words import (
     plan_words,
     ranked_cells,
 )
+from trimtab.reports.shared import words
 from trimtab.reports.shared.figures import write_picture
 from trimtab.reports.shared.shell import write_page
 from trimtab.runs.read import read_search_results
@@ -37,7 +38,7 @@ def write_explore_page(folder: Path) -> Path:
             for kind in ("mixed", "uniform")
             if (row := search.numbered(getattr(search, f"best_{kind}")))
         ],
-        "confirmation": confirmation_words(search).capitalize() if search.confirmation else "",
+        "confirmation": words.headed(confirmation_words(search)) if search.confirmation else "",
         "heads": heads(search),
         "ranked": [cells for _, cells in ranked],
         "marked": [place for place, (row, _) in enumerate(ranked) if row.number == search.best],

@@ -138,4 +138,6 @@ def _headline(search: SearchResults) -> str:
         if (row := search.numbered(getattr(search, f"best_{kind}")))
     ]
     budget = words.count(search.budget)
-    return f"{', '.join(best).capitalize()}, among {search.runs} runs within {budget} trained parameters"
+    return (
+        f"{', '.join(best).capitalize()}, among {words.counted(search.runs, 'run')} within {budget} trained parameters"
+    )

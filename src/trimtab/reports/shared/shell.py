@@ -40,8 +40,9 @@ def _environment(folder: Path) -> jinja2.Environment:
         finalize=lambda value: type(value)(printable(value)) if isinstance(value, str) else value,
     )
     environment.filters.update(
-        {form.__name__: form for form in (words.percent, words.small_percent, words.count, words.number)},
-        **{form.__name__: form for form in (words.duration, words.listing, words.options, words.shorten)},
+        {form.__name__: form for form in (words.percent, words.small_percent, words.count, words.counted)},
+        **{form.__name__: form for form in (words.duration, words.listing, words.number)},
+        **{form.__name__: form for form in (words.headed, words.options, words.shorten)},
         date=words.date,
         glued=lambda text: text.replace(" %", "\u00a0%"),
     )

@@ -13,9 +13,20 @@ from trimtab.metrics import Metric
 DASH = "–"
 
 
+_NEARLY = 4
+"""Digits with which a share is told at most, where fewer would round it to none or to all."""
+
+
 def percent(share: float | None, digits: int = 1) -> str:
-    """``0.8534`` as ``85.3 %``."""
-    return DASH if share is None else f"{100 * share:.{digits}f} %"
+    """``0.8534`` as ``85.3 %``. What is not quite none or all is told with as many more digits as it takes: ``99.98 %``
+    where two of 10,000 rows are wrong."""
+    if share is None:
+        return DASH
+    for more in range(digits, _NEARLY + 1):
+        text = f"{100 * share:.{more}f}"
+        if float(text) not in (0, 100):
+            return f"{text} %"
+    return f"{abs(round(100 * share)):.{digits}f} %"
 
 
 def points(before: float | None, after: float | None) -> str:
@@ -25,8 +36,8 @@ def points(before: float | None, after: float | None) -> str:
 
 def signed(value: float, digits: int) -> str:
     """With its sign, and a true minus: ``+72.9``, ``−3.1``, ``0.0`` where nothing is left after rounding."""
-    text = f"{abs(value):.{digits}f}"
-    if not float(text):
+    text = f"{abs(value):,.{digits}f}"
+    if not text.strip("0."):
         return text
     return ("+" if value > 0 else "−") + text
 
@@ -41,6 +52,11 @@ def small_percent(part: int, whole: int) -> str:
 def count(value: int | None) -> str:
     """``4884480`` as ``4,884,480``."""
     return DASH if value is None else f"{value:,}"
+
+
+def counted(value: int, what: str) -> str:
+    """``1 row``, ``1,200 rows``."""
+    return f"{count(value)} {what}{'s' * (value != 1)}"
 
 
 def parameters(value: float) -> str:
@@ -64,18 +80,18 @@ def change(metric: Metric, value: float) -> str:
 
 
 def number(value: float | None) -> str:
-    """A positive figure such as a loss or a perplexity, with three or four significant figures."""
+    """A figure such as a loss, a perplexity or a correlation, with three or four significant figures."""
     if value is None or not math.isfinite(value):
         return DASH if value is None else str(value)
-    if abs(value) >= 1e6:
-        return f"{value:.2e}"
-    if abs(value) >= 1000:
-        return f"{value:,.0f}"
-    if abs(value) >= 100:
-        return f"{value:.1f}"
-    if abs(value) >= 10:
-        return f"{value:.2f}"
-    return f"{value:.3f}" if abs(value) >= 0.01 or value == 0 else f"{value:.2e}"
+    return form_of(value).format(abs(value)) if value >= 0 else "−" + form_of(value).format(-value)
+
+
+def form_of(value: float) -> str:
+    """The format in which `number` gives the size of ``value``, for others that stand beside it."""
+    for least, form in ((999_999.5, "{:.2e}"), (999.95, "{:,.0f}"), (99.995, "{:.1f}"), (9.9995, "{:.2f}")):
+        if abs(value) >= least:
+            return form
+    return "{:.3f}" if abs(value) >= 0.01 or value == 0 else "{:.2e}"
 
 
 def duration(seconds: float | None) -> str:
@@ -112,6 +128,11 @@ def size(count_of_bytes: int | None) -> str:
             break
         value, unit = value / 1000, larger
     return f"{value:,.0f} {unit}" if unit == "bytes" or value >= 99.95 else f"{value:.1f} {unit}"
+
+
+def headed(text: str) -> str:
+    """With a capital in front, as a sentence and a heading begin; a name with capitals of its own (chrF) stays."""
+    return text if any(letter.isupper() for letter in text.partition(" ")[0]) else text[:1].upper() + text[1:]
 
 
 def listing(value: str | Sequence[str]) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from trimtab.metrics import compared
+from trimtab.metrics import Metric, compared
 from trimtab.reports.shared import words
 from trimtab.runs.study_records import CorrectedDifference, MeanInterval, StudyResults, SummaryLine
 
@@ -53,6 +53,7 @@ def findings(results: StudyResults) -> list[str]:
     for (task, test), lines in panels(results).items():
         place = panel_name(task, test)
         near: list[str] = []
+        few: list[str] = []
         unknown: list[str] = []
         for line in lines:
             if (difference := line.difference) is None:
@@ -70,11 +71,17 @@ def findings(results: StudyResults) -> list[str]:
                 continue
             compared = line.arm if one_reference else f"{line.arm} against {line.against}"
             beside_zero = difference.low > 0 or difference.high < 0
-            (near if beside_zero else unknown).append(f"{compared} ({_ends(line, difference)})")
+            among = (near if difference.p < 0.05 else few) if beside_zero else unknown
+            among.append(f"{compared} ({_ends(line, difference)})")
         if near:
             sentences.append(
                 f"{place}: for {', '.join(near)} the interval of the difference leaves zero out, but among so many "
                 "comparisons that may be chance."
+            )
+        if few:
+            sentences.append(
+                f"{place}: for {', '.join(few)} the interval of the difference leaves zero out, but the exact test of "
+                "the rows that differ does not tell it from chance: they are too few."
             )
         if unknown:
             counted = "points" if lines[0].metric.share else lines[0].metric.label
@@ -100,9 +107,9 @@ def _cells(line: SummaryLine, reference: str) -> dict[str, str]:
         "trained": words.parameters(costs.trainable_parameters.mean),
         "rate": words.DASH if rate is None else f"{rate:g}",
         "runs": str(line.n),
-        line.metric.label: _with_interval(line, line.metric.scale),
+        line.metric.label: _with_interval(line.metric, line),
         **{
-            metric.label: _with_interval(line.figures.get(metric.name), metric.scale)
+            metric.label: _with_interval(metric, line.figures.get(metric.name))
             for metric in compared()
             if metric is not line.metric
         },
@@ -113,13 +120,15 @@ def _cells(line: SummaryLine, reference: str) -> dict[str, str]:
     }
 
 
-def _with_interval(mean: MeanInterval | None, times: int) -> str:
+def _with_interval(metric: Metric, known: MeanInterval | None) -> str:
     """``81.2 ± 1.3``: the mean and half its interval; the mean alone of one run; empty without one."""
-    if mean is None:
+    if known is None:
         return ""
-    digits = 3 if times == 1 and abs(mean.mean) < 1 else 1  # a correlation is told by its third digit
-    text = f"{times * mean.mean:.{digits}f}"
-    return text if mean.ends is None else f"{text} ± {times * (mean.ends[1] - mean.mean):.{digits}f}"
+    text = words.figure(metric, known.mean).removesuffix(" %")
+    if known.ends is None:
+        return text
+    form = "{:.1f}" if metric.share else words.form_of(known.mean)
+    return f"{text} ± {form.format(metric.scale * (known.ends[1] - known.mean))}"
 
 
 def _ends(line: SummaryLine, difference: CorrectedDifference) -> str:
@@ -127,7 +136,9 @@ def _ends(line: SummaryLine, difference: CorrectedDifference) -> str:
 
 
 def _p(p: float, equals: str = "") -> str:
-    return "< 0.001" if p < 0.001 else f"{equals}{p:.3f}" if p < 0.1 else f"{equals}{p:.2f}"
+    if p < 0.001 or 0.0495 <= p < 0.05:  # which would read as 0.050, though it is told as a difference
+        return "< 0.001" if p < 0.001 else "< 0.05"
+    return f"{equals}{p:.3f}" if p < 0.1 else f"{equals}{p:.2f}"
 
 
 def study_tables(results: StudyResults) -> list[Table]:
@@ -138,7 +149,7 @@ def study_tables(results: StudyResults) -> list[Table]:
         beside = [metric.label for metric in compared() if metric.name in lines[0].figures]
         for head in ("rate", "runs", *beside):  # on the page; a terminal has not the width
             cells.pop(head, None)
-        title = f"{panel_name(task, test)}, {words.count(lines[0].rows)} rows"
+        title = f"{panel_name(task, test)}, {words.counted(lines[0].rows, 'row')}"
         table = Table(
             box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold", title=title, title_justify="left"
         )

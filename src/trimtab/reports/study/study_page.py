@@ -75,5 +75,8 @@ def _rates(results: StudyResults) -> tuple[list[list[str]], list[str]]:
 def _tried(run: TriedRate) -> str:
     measured = run.validation
     scored = first_in(measured.figures)
-    score = f"{words.percent(measured.figures[scored.name])}, " if scored is not None else ""
-    return f"{'→ ' if run.taken else ''}{run.learning_rate:g}: {score}loss {measured.loss:.3f}"
+    score = ""
+    if scored is not None:  # a share needs no name: it is that of the tables above
+        name = "" if scored.share else f"{scored.label} "
+        score = f"{name}{words.figure(scored, measured.figures[scored.name])}, "
+    return f"{'→ ' if run.taken else ''}{run.learning_rate:g}: {score}loss {words.number(measured.loss)}"

@@ -38,7 +38,7 @@ def draw_scores(results: StudyResults) -> Figure:
     series = {arm.arm: arm.series for arm in results.arms}
     for axes, ((task, test), lines) in zip(grid, panels(results).items(), strict=True):
         _scores(axes, lines, series, results.reference)
-        headed(axes, f"{panel_name(task, test)} ({words.count(lines[0].rows)} test rows)")
+        headed(axes, f"{panel_name(task, test)} ({words.counted(lines[0].rows, 'test row')})")
     return figure
 
 
