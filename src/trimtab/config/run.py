@@ -119,8 +119,8 @@ class DataConfig(Section):
     )
     test: Annotated[dict[str, tuple[Source, ...]], BeforeValidator(values.test_sets)] = Field(
         default_factory=dict,
-        description="Rows to evaluate on, before and after: a source as of train, a list of them, or a mapping of "
-        "names to them. Without a name, a set is named by its file.",
+        description="Rows to evaluate on, before and after: one source, written as in train, a list of them, or a "
+        "mapping of names to them. Without a name, a set is named by its file.",
     )
     form: Annotated[str, AfterValidator(values.one_of(lambda: ["auto", *forms.names()]))] = Field(
         "auto",
@@ -246,7 +246,7 @@ class TrainConfig(Section):
     sharding: Literal["none", "full"] = Field(
         "none",
         description="Where several processes train (torchrun, accelerate launch): each with the whole model, or with "
-        "its part of the frozen weights of every block (full: FSDP2), which takes less memory and more talk.",
+        "its part of the frozen weights of every block (full: FSDP2), which takes less memory and more communication.",
     )
     compile: Literal["auto"] | bool = Field(
         "auto",
@@ -258,7 +258,7 @@ class TrainConfig(Section):
         None,
         gt=0,
         le=1,
-        description="Average the adapter over the last part of training: the fraction of steps; null for none.",
+        description="End with the mean of the adapter over the last steps, this fraction of all; null: no mean.",
     )
     validate_every: Annotated[Literal["epoch"] | int | float, BeforeValidator(values.validate_every)] = Field(
         "epoch", description="When to validate: epoch, a number of steps, or a fraction of all steps below 1."
@@ -343,7 +343,7 @@ class RunConfig(Section):
     )
     quantisation: Annotated[str, AfterValidator(values.quantisation)] = Field(
         "none",
-        description="What becomes of the frozen linear layers while the model is loaded. int8: half of bfloat16's "
+        description="How the frozen linear layers are stored in memory. none: as they are; int8: half of bfloat16's "
         "memory; nf4: about a quarter of it (4 bits a weight, doubly quantised scales); both need bitsandbytes. "
         "torchao_int8: as int8, in torchao's form, which it needs. The output head and the embedding stay as they are.",
     )

@@ -184,7 +184,7 @@ class WeightMethod(_method.Method):
 
     def _what_is_kept(self, weight: Tensor, squares: Tensor) -> KeptNorm | None:
         """What passes without gradients share, and all passes while tensors are held: the norm and the ratios made of
-        it, with a copy of the trained tensors that they belong to. Computed again when one of these or W has changed.
+        it, with marks of the trained tensors that they belong to. Computed again when one of these or W has changed.
         None where comparing would cost as much.
 
         Version counters of the tensors would not do: fused optimisers and ``parameter.data`` go round them.

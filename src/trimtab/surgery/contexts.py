@@ -22,9 +22,10 @@ def for_inference(model: nn.Module) -> Iterator[None]:
     """A context in which the caller promises that no trained tensor of ``model`` changes.
 
     Without gradients, an adapter with a magnitude keeps its norm (one number per output) from one pass to the next.
-    Each pass compares the trained tensors with a copy, so that an outdated norm is never used, but not in this context.
-    For passes of a few tokens, tensors are also prepared once, which speeds up writing one token at a time. If trained
-    tensors change in this context all the same, the outdated norm is used until it ends. Contexts may be nested.
+    Outside of this context each pass looks whether the trained tensors have changed, so that an outdated norm is never
+    used. For passes of a few tokens, tensors are also prepared once, which speeds up writing one token at a time. If
+    trained tensors change in this context all the same, the outdated norm is used until it ends. Contexts may be
+    nested.
     """
     adapters = [adapter for adapted in carriers(model) for adapter in adapted.every_adapter()]
     for adapter in adapters:

@@ -29,17 +29,16 @@ def per_row(model: nn.Module, names: Sequence[str | None]) -> Iterator[RowPlan]:
     """A context in which row i of each batch that ``model`` is called with goes through the adapter ``names[i]``; None:
     through none.
 
-    A row gets what it gets alone, to rounding. One product with each frozen weight serves all rows, and each adapter
-    adds its own to its rows, so a mixed batch costs little more than one through one adapter. Which adapter is active
-    does not matter, and stays as it is. Rows are on the first axis of all that the model's modules are called with
-    (``nn.MultiheadAttention`` may have them on the second). ``generate`` and its cache go as ever; where it makes
-    several rows of one (beams, ``num_return_sequences``), those go through the row's adapter.
+    A row gets the output that it would get alone, to rounding. One product with each frozen weight serves all rows, and
+    each adapter adds its own to its rows, so a mixed batch costs little more than one through one adapter. Which
+    adapter is active does not matter, and stays as it is. Rows are on the first axis of all that the model's modules
+    are called with (``nn.MultiheadAttention`` may have them on the second). ``generate`` and its cache go as ever;
+    where it makes several rows of one (beams, ``num_return_sequences``), those go through the row's adapter.
 
-    Gradients go to the adapters that ask for some, at the price of a pass for each adapter; on a GPU, LoRA and DoRA up
-    to rank 32 share theirs. As in
-    ``trimtab.for_inference``, norms are kept from one pass without gradients to the next; after a pass with gradients
-    they are computed again. Contexts may be nested: the inner one rules. The context gives the plan of its rows, which
-    a server can ``deal`` anew from one batch to the next.
+    Gradients go to the adapters that ask for some, at the price of a pass for each adapter; on a GPU, MoRA, and LoRA
+    and DoRA up to rank 32, share theirs. As in ``trimtab.for_inference``, norms are kept from one pass without
+    gradients to the next; after a pass with gradients they are computed again. Contexts may be nested: the inner one
+    rules. The context gives the plan of its rows, which a server can ``deal`` anew from one batch to the next.
 
     Raises SurgeryError if there is no adapter of such a name; for a batch with another number of rows than ``names``;
     and where rows cannot be told apart: experts that get their tokens in an order of their own, a weight that is read
