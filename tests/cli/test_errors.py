@@ -116,6 +116,12 @@ def taken_output(world: World) -> list[str]:
     return world.run("output=" + str(world.path / "run"))
 
 
+def run_without_its_model(w: World) -> list[str]:
+    (run := w.path / "old").mkdir()
+    (run / "config.yaml").write_text("# The run in this folder.\nmodel: ./gone\ndata: {train: train.jsonl}\n")
+    return ["finetune", str(run), "--resume"]
+
+
 def file_as_output(world: World) -> list[str]:
     (world.path / "out").write_text("")
     return world.run(output=str(world.path / "out"))
@@ -220,6 +226,10 @@ CASES: dict[str, Case] = {
         r"/proc/trimtab: the run folder cannot be written \(.*\); choose another output",
     ),
     "resume of nothing": (lambda w: [*w.run(), "--resume"], r"there is no run to resume; start it without --resume"),
+    "resume of a run whose model was moved": (
+        run_without_its_model,
+        r"old: the model of this run is not where it was, .*gone\. If it was moved, say where to: model\.name=WHERE",
+    ),
     "adapter of another model": (another_model, r"adapter: this adapter was made for another model: .*q_proj"),
     "adapter that is not there": (
         lambda w: ["evaluate", str(w.model), "--data", str(w.rows()), "--adapter", str(w.path / "none")],

@@ -150,6 +150,11 @@ def _load(config: str, finlora: Path | None, overrides: Sequence[str]) -> RunCon
             raise RunError(f"{config}: this folder holds no run; name a run's YAML file, or the folder of a run")
         return load_config(config, overrides)
     loaded = load_config(run.config, overrides)
+    if (model := Path(loaded.model.name)).is_absolute() and not model.exists():
+        raise RunError(
+            f"{run.path}: the model of this run is not where it was, {model}. If it was moved, say where to: "
+            "model.name=WHERE"
+        )
     elsewhere = any(text.strip().startswith("output=") for text in overrides)
     # What an earlier version wrote names the folder that the run began in, which may be another by now.
     return loaded if elsewhere else loaded.model_copy(update={"output": run.path.absolute()})
