@@ -3,13 +3,14 @@ neither grows unseen. ``python benchmarks/traffic.py`` prints the same for a who
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
 import pytest
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-from traffic import METHODS, by_rows, measure
+from traffic import METHODS, _attention, block, by_rows, measure
 
 TOKENS, WIDTH = 4096, 4096
 VECTORS = 4 * 4 * WIDTH
@@ -67,3 +68,23 @@ def test_eight_adapters_in_one_batch_share_their_launches(methods: list[str], tr
     """(In training, each norm takes its own.)"""
     pytest.importorskip("triton")
     assert by_rows(methods, 64, 1, segments=True, trains=trains).launches <= most
+
+
+@pytest.mark.full
+def test_the_page_of_the_kernels_says_what_is_counted() -> None:
+    pytest.importorskip("triton")
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register("counted", _attention)
+    page = (Path(__file__).parents[2] / "docs" / "explanation" / "kernels.md").read_text("utf-8")
+    pair = r"([\d.]+) / ([\d.]+) \|"
+    lines = re.findall(rf"^\| ([\w, ]+) \| {pair} {pair} {pair}$", page, re.MULTILINE)
+    assert {name.lower() for name, *_ in lines} == METHODS.keys() - {"frozen"}
+    floor = block(None, TOKENS, kernels="plain").seconds
+    for name, *told in lines:
+        said = {**METHODS[name.lower()], "rank": 16}
+        plain, triton = (block(said, TOKENS, kernels=kernels) for kernels in ("plain", "triton"))
+        counted = [f"{one.launches}" for one in (plain, triton)]
+        counted += [f"{one.seconds / floor:.2f}" for one in (plain, triton)]
+        counted += [f"{one.kept / 2**20:.0f}" for one in (plain, triton)]
+        assert told == counted, name
