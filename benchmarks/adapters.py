@@ -93,7 +93,7 @@ def caller(
     context = around()
     context.__enter__()
     with torch.no_grad():
-        cache = cache_of(model(input_ids=ids[:, :CACHED], use_cache=True, **more))
+        cache: Any = cache_of(model(input_ids=ids[:, :CACHED], use_cache=True, **more))
     context.__exit__(None, None, None)
     more |= with_cache(model, cache)
 

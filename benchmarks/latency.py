@@ -66,7 +66,7 @@ def decoder(model: Any) -> Callable[[], None]:
 
     hidden = torch.randn(1, CACHED + 1, model.config.hidden_size, dtype=model.dtype)
     with torch.inference_mode():
-        cache = cache_of(model(inputs_embeds=hidden[:, :CACHED], use_cache=True))
+        cache: Any = cache_of(model(inputs_embeds=hidden[:, :CACHED], use_cache=True))
     earlier = with_cache(model, cache)
 
     @torch.inference_mode()
