@@ -18,6 +18,11 @@ EDGE = 0.3
 """Nats a token: as far as the picture of ``auto`` goes."""
 
 _COLOURS = ("#1f5fa8", "#c2571a", "#3a7d44", "#7a4fa3", "#8a6d1f", "#a33b5e")
+# Arms that stand in several pictures have one colour in all of them.
+_SHARED = dict(zip(("full", "LoRA r8", "DoRA r8", "MoRA r8", "LoRA r1", "LoRA r64"), _COLOURS, strict=True))
+_HIGHEST = 1.5
+"""Nats a token: as high as the pictures of losses go."""
+
 _PICTURES = {
     "methods": ["full", "LoRA r8", "DoRA r8", "MoRA r8"],
     "ranks": ["LoRA r1", "LoRA r8", "LoRA r64", "MoRA r1", "MoRA r8", "MoRA r64"],
@@ -42,7 +47,8 @@ def write_rates_page(folder: Path, results: Mapping[str, Any], auto: Mapping[str
         [arm["task"], arm["arm"], told(arm["best"]), "at the edge: undecided" if arm["edge"] else "", _share(arm)]
         for arm in results["arms"]
     ]
-    values = {"results": results, "pictures": pictures, "questions": questions, "best": best, "auto": auto}
+    values: dict[str, Any] = {"results": results, "pictures": pictures, "questions": questions, "best": best}
+    values |= {"auto": auto, "highest": _HIGHEST}
     if auto is not None:
         values["against"] = [_held(setting) for setting in auto["settings"]]
         pictures["auto"] = write_picture(
@@ -62,8 +68,13 @@ def told(known: Mapping[str, Any] | None) -> str:
     """A rate or a ratio with its interval."""
     if known is None:
         return "–"
-    interval = f" ({known['low']:.2g} to {known['high']:.2g})" if known["low"] is not None else ", one seed"
-    return f"{known['rate']:.2g}{interval}"
+    interval = f" ({_two(known['low'])} to {_two(known['high'])})" if known["low"] is not None else ", one seed"
+    return f"{_two(known['rate'])}{interval}"
+
+
+def _two(value: float) -> str:
+    """To two figures, without an exponent where it is large."""
+    return f"{value:.2g}" if value < 99.5 else f"{float(f'{value:.2g}'):,.0f}"
 
 
 def _line(row: Mapping[str, Any]) -> list[str]:
@@ -73,7 +84,7 @@ def _line(row: Mapping[str, Any]) -> list[str]:
             verdict = "one seed: no interval"
         else:
             verdict = "not told from the same" if ratio["low"] <= 1 <= ratio["high"] else "another"
-    known = f"{ratio['rate']:.2g}" if ratio is not None and ratio["low"] is None else told(ratio)
+    known = _two(ratio["rate"]) if ratio is not None and ratio["low"] is None else told(ratio)
     return [row["task"], row["arm"], row["against"], known, verdict]
 
 
@@ -110,6 +121,12 @@ def _draw_held(settings: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
+def _coloured(names: Sequence[str]) -> dict[str, str]:
+    """A colour for each arm of a picture."""
+    free = iter([colour for colour in _COLOURS if colour not in {_SHARED.get(name) for name in names}])
+    return {name: _SHARED[name] if name in _SHARED else next(free) for name in names}
+
+
 def _draw(arms: Mapping[tuple[str, str], Mapping[str, Any]], tasks: Sequence[str], names: Sequence[str]) -> Figure:
     """Loss over the rate: a panel a task, a line an arm."""
     shown = [task for task in tasks if any((task, name) in arms for name in names)]
@@ -117,7 +134,7 @@ def _draw(arms: Mapping[tuple[str, str], Mapping[str, Any]], tasks: Sequence[str
     for place, task in enumerate(shown):
         axes = figure.add_subplot(1, len(shown), place + 1)
         plain(axes)
-        for colour, name in zip(_COLOURS, names, strict=False):
+        for name, colour in _coloured(names).items():
             curve = arms.get((task, name), {"curve": []})["curve"]
             points = [(point["rate"], point["loss"]) for point in curve if point["loss"] is not None]
             if not points:
@@ -128,7 +145,7 @@ def _draw(arms: Mapping[tuple[str, str], Mapping[str, Any]], tasks: Sequence[str
             axes.fill_between(rates, low, high, color=colour, alpha=0.15, linewidth=0)
         axes.set_xscale("log")
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_ylim(0, 1.5)
+        axes.set_ylim(0, _HIGHEST)
         axes.set_title(task, fontsize=9)
         axes.set_xlabel("learning rate", fontsize=8)
         axes.set_ylabel("validation loss (nats a token)", fontsize=8)

@@ -55,6 +55,8 @@ def test_a_loss_that_is_no_number_is_left_out_and_counted() -> None:
 def test_epochs_end_where_they_end() -> None:
     measures = [MetricsLine(kind="train", step=step, loss=1.0, epoch=step / 16) for step in range(10, 41, 10)]
     assert curves(measures, None, None).epochs == [(1, pytest.approx(16.0)), (2, pytest.approx(32.0))]
+    of_one_step = [MetricsLine(kind="train", step=step, loss=1.0, epoch=step) for step in (1, 2)]
+    assert curves(of_one_step, None, None).epochs == [(1, 1.0), (2, 2.0)]
 
 
 def test_one_spike_does_not_flatten_the_rest() -> None:

@@ -15,7 +15,7 @@ import pytest
 import auto_check
 import rates_cell
 from fit_prior import bests, lines, mean_losses, smooth_best
-from rates_page import write_rates_page
+from rates_page import _PICTURES, _coloured, told, write_rates_page
 from rates_results import arm_results, best_place, compared, restore, write_results
 from rates_rows import _orders
 from rates_study import RateCell, RatesStudy, at_lattice, lattice_index, load_rates_study
@@ -120,6 +120,22 @@ def test_what_is_not_done_is_no_result_and_the_page_shows_what_there_is(study: R
     assert "7 of 567 cells" in page
     assert len(list(study.output.glob("*.png"))) == 4
     assert (study.output / "rates.csv").read_text(encoding="utf-8").count("\n") == 8
+
+
+def test_an_arm_has_one_colour_in_every_picture_and_each_of_a_picture_its_own() -> None:
+    colours: dict[str, set[str]] = {}
+    for names in _PICTURES.values():
+        found = _coloured(names)
+        assert len({*found.values()}) == len(names)
+        for name, colour in found.items():
+            colours.setdefault(name, set()).add(colour)
+    assert all(len(of_arm) == 1 for of_arm in colours.values())
+
+
+def test_a_ratio_is_told_without_an_exponent() -> None:
+    assert told({"rate": 24.1, "low": 1.62, "high": 352.0}) == "24 (1.6 to 350)"
+    assert told({"rate": 4.64e-5, "low": None, "high": None}) == "4.6e-05, one seed"
+    assert told(None) == "–"
 
 
 def test_a_cell_of_other_settings_is_refused(study: RatesStudy) -> None:

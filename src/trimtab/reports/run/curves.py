@@ -128,7 +128,7 @@ def _epochs(metrics: Sequence[MetricsLine]) -> list[tuple[int, float]]:
     """Where each epoch ended, between two logged steps in proportion."""
     known = [(measure.epoch, float(measure.step)) for measure in metrics if measure.epoch is not None]
     ends = []
-    for (earlier, left), (later, right) in pairwise(sorted(known)):
+    for (earlier, left), (later, right) in pairwise([(0.0, 0.0), *sorted(known)]):
         for epoch in range(math.floor(earlier) + 1, math.floor(later) + 1):
             ends.append((epoch, left + (right - left) * (epoch - earlier) / (later - earlier)))
     return ends
