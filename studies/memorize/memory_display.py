@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
-from rich.console import Group
+from rich.console import Group, JustifyMethod, OverflowMethod
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -106,7 +106,9 @@ class MemoryDisplay(MemoryListener):
     def _picture(self) -> Group:
         table = Table(box=None, pad_edge=False, header_style="bold")
         for title in ("method", "rank", "trained", "latest", "character accuracy over steps", ""):
-            table.add_column(title, justify="right" if title in ("rank", "trained", "") else "left", no_wrap=True)
+            justify: JustifyMethod = "right" if title in ("rank", "trained", "") else "left"
+            overflow: OverflowMethod = "crop" if title.startswith("character") else "ellipsis"  # the curve may be cut
+            table.add_column(title, justify=justify, overflow=overflow, no_wrap=True)
         for arm, count in self._parameters.items():
             cell, accuracies = self._curves.get(arm, (None, []))
             table.add_row(

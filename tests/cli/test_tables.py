@@ -75,3 +75,15 @@ def test_the_heading_of_what_is_not_wrapped_is_whole() -> None:
     said = shown(24, table)
     assert "eff. rank" in said
     assert "checkpoint-16" in said
+
+
+def test_what_may_be_cut_and_bars_keep_their_lines() -> None:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("method", no_wrap=True)
+    table.add_column("over steps", no_wrap=True, overflow="crop")
+    table.add_column("right", justify="right", no_wrap=True)
+    table.add_row("MoRA", "#" * 90, "81.2 %")
+    assert re.fullmatch(r"MoRA +#{20,} +81.2 %", shown(40, table).splitlines()[1].strip())
+    bar = Table.grid(padding=(0, 1))
+    bar.add_row("training", "#" * 20, "1/1200", "loss 6.0673  720 tokens/s  0:01 left  0.51 GiB")
+    assert shown(40, bar).startswith("training #")

@@ -39,24 +39,28 @@ class Terminal(Console):
 
     def _fitted(self, table: Table, options: ConsoleOptions) -> RenderableType:
         """``table`` with its figures whole, its texts wrapped between words; where there is no room for that, the rows
-        one below the other."""
-        if len(table.columns) <= 2:  # a name and a value: told line by line as it is
+        one below the other. A column whose ``overflow`` is crop may be cut."""
+        if len(table.columns) <= 2 or not table.show_header:  # a name and a value; a bar
             return table
         wide = options.update(width=1000)
-        least, most = [], []
+        least, words, most = [], [], []
         for column in table.columns:
             known = [Measurement.get(self, wide, cell) for cell in (*column.cells, column.footer)]
             whole = column.no_wrap or column.justify == "right"
             heading = Measurement.get(self, wide, column.header)
             widths = [heading[column.no_wrap], *(one[whole] for one in known)]
+            if column.overflow == "crop":
+                widths = [heading.minimum]
             column.width, column.min_width = None, max(min(_WHOLE, max(widths)), column.min_width or 0)
             column.min_width = min(column.min_width, column.max_width or column.min_width)
             least.append(column.min_width)
+            word = max(column.min_width, heading.minimum, *(one.minimum for one in known))
+            words.append(min(word, column.max_width or word))
             most.append(max(column.min_width, *(one.maximum for one in known)))
         natural = table.__rich_measure__(self, wide)
         if natural.maximum <= options.max_width:
             return table
-        spare = options.max_width - natural.minimum
+        spare = options.max_width - sum(least) - (natural.minimum - sum(words))  # of what stands between columns, too
         if spare >= 0:
             if not table.expand:
                 for column, width in zip(table.columns, _shared(spare, least, most), strict=True):
