@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from trimtab.metrics import METRICS
-from trimtab.reports.study.comparison import _p, _with_interval, findings
+from trimtab.reports.study.comparison import _p, _told, _with_interval, findings
 from trimtab.reports.study.study_page import _tried
 from trimtab.runs.records import MetricsLine
-from trimtab.runs.study_records import MeanInterval, StudyResults, SummaryLine, TriedRate
+from trimtab.runs.study_records import CorrectedDifference, MeanInterval, StudyResults, SummaryLine, TriedRate
 
 ONE = {"mean": 1.0, "low": None, "high": None, "n": 1}
 COSTS = dict.fromkeys(("trainable_parameters", "training_seconds", "peak_memory_gib"), ONE)
@@ -77,3 +77,20 @@ def test_a_rate_that_was_tried_is_told_by_its_metric() -> None:
         where: dict[str, Any] = {"task": "all", "arm": "lora", "seed": 0, "precision": "float32"}
         run = TriedRate(**facts, **seconds, **where, learning_rate=0.01, taken=True, validation=kept)
         assert _tried(run) == expected
+
+
+@pytest.mark.parametrize(
+    ("measure", "difference", "expected"),
+    [
+        ("rmse", (0.0033, -0.0453, 0.0519), ["+0.003", "−0.045", "+0.052"]),
+        ("rmse", (-43.414, -45.63, -0.0004), ["−43.41", "−45.63", "0.00"]),
+        ("rmse", (3.3e-9, -1e-9, 7.6e-9), ["+3.30e-09", "−1.00e-09", "+7.60e-09"]),
+        ("accuracy", (0.0033, -0.0453, 0.0519), ["+0.3", "−4.5", "+5.2"]),
+    ],
+)
+def test_a_difference_and_its_interval_have_the_same_digits(
+    measure: str, difference: tuple[float, float, float], expected: list[str]
+) -> None:
+    mean, low, high = difference
+    known = CorrectedDifference(mean=mean, low=low, high=high, p=0.5, p_holm=0.5, seeds=2, rows=0)
+    assert _told(SummaryLine.read({**line("dora", None), "measure": measure}), known) == expected

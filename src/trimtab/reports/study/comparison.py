@@ -60,7 +60,7 @@ def findings(results: StudyResults) -> list[str]:
                 continue
             if difference.p_holm < 0.05:
                 side = "above" if difference.mean > 0 else "below"
-                far = words.change(line.metric, abs(difference.mean)).lstrip("+")
+                far = _told(line, difference)[0].lstrip("+−")
                 away = f"{far} points {side} {line.against}"
                 if not line.metric.share:
                     away = f"{far} {side} {line.against} in {line.metric.label}"
@@ -101,7 +101,7 @@ def columns(lines: Sequence[SummaryLine], reference: str) -> dict[str, list[str]
 
 def _cells(line: SummaryLine, reference: str) -> dict[str, str]:
     costs, difference, rate = line.costs, line.difference, line.learning_rate
-    above = f"{words.change(line.metric, difference.mean)} ({_ends(line, difference)})" if difference else ""
+    above = f"{_told(line, difference)[0]} ({_ends(line, difference)})" if difference else ""
     return {
         "arm": line.arm,
         "trained": words.parameters(costs.trainable_parameters.mean),
@@ -131,8 +131,20 @@ def _with_interval(metric: Metric, known: MeanInterval | None) -> str:
     return f"{text} ± {form.format(metric.scale * (known.ends[1] - known.mean))}"
 
 
+def _told(line: SummaryLine, difference: CorrectedDifference) -> list[str]:
+    """The mean of a difference and both ends of its interval, with the digits of the largest."""
+    known = (difference.mean, difference.low, difference.high)
+    if line.metric.share:
+        return [words.change(line.metric, value) for value in known]
+    form = words.form_of(max(map(abs, known)))
+    texts = [form.format(abs(value)) for value in known]
+    return [
+        ("−" if value < 0 else "+") * bool(text.strip("0.,")) + text for value, text in zip(known, texts, strict=True)
+    ]
+
+
 def _ends(line: SummaryLine, difference: CorrectedDifference) -> str:
-    return f"{words.change(line.metric, difference.low)} to {words.change(line.metric, difference.high)}"
+    return " to ".join(_told(line, difference)[1:])
 
 
 def _p(p: float, equals: str = "") -> str:
