@@ -131,3 +131,16 @@ def test_one_of_a_thing_is_told_as_one(tmp_path: Path) -> None:
     assert "<small>1 row, one of 1 answer</small>" in page
     assert "1 epoch of 1 row<" in page
     assert "the 95 % interval that 1 row allows." in page
+
+
+def test_paths_of_pictures_are_told_whole(tmp_path: Path) -> None:
+    rows = [
+        Prediction(row=at, prompt=f"C:/seen/p {at} <b>.png", answer="a", predicted="b", correct=False)
+        for at in range(1, 7)
+    ]
+    record = ChoiceResult(
+        kind="choice", rows=6, choices=["a", "b"], confusion=[[0, 6], [0, 0]], figures={"accuracy": 0.0}
+    )
+    page = written(tmp_path, "after", record, rows, task="image_classification", counted="pictures")
+    assert '<p dir="auto">C:/seen/p 3 &lt;b&gt;.png</p>' in page
+    assert "A prompt in full" not in page

@@ -217,10 +217,10 @@ class Answered:
         return chosen[:count]
 
 
-def answered(sets: Sequence[TestSet]) -> list[Answered]:
-    """The test sets that have predictions."""
+def answered(sets: Sequence[TestSet], *, pictures: bool = False) -> list[Answered]:
+    """The test sets that have predictions. The prompts of ``pictures`` are their paths, which have no template."""
     return [
-        Answered(tests, grouped, template([pair.shown.prompt for pair in pairs(tests)]))
+        Answered(tests, grouped, template([] if pictures else [pair.shown.prompt for pair in pairs(tests)]))
         for tests in sets
         if (grouped := groups(tests))
     ]

@@ -74,7 +74,7 @@ def write_run_page(run: Path, summary: Summary | None = None) -> Path:
             if data.any
         ],
         "trials": draw_trials("trials", known.rate, told.loss_unit) if known.rate and known.rate.decided else None,
-        "answered": answered(known.sets),
+        "answered": answered(known.sets, pictures=told.counted == "pictures"),
         "shown": shown,
         "commands": {
             "resume": pasted("finetune", Path(run) / "config.yaml", "--resume"),

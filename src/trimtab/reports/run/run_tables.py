@@ -169,7 +169,7 @@ def answers_table(run: Run, count: int = 5) -> Table:
 
     Several test sets share the rows, at least one each.
     """
-    sets = answered(run.sets)
+    sets = answered(run.sets, pictures=run.summary is not None and run.summary.counted == "pictures")
     several = len(sets) > 1
     compared = any(one.tests.rows_before for one in sets)
     table = _table(expand=True)
