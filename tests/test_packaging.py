@@ -13,6 +13,9 @@ from typing import Any
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 import trimtab
 
@@ -35,13 +38,28 @@ def test_the_changelog_has_this_version() -> None:
     assert any(title.startswith(f"## {trimtab.__version__}") for title in titles)
 
 
-def test_what_the_tests_need_is_pinned() -> None:
-    lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
-    pinned = {line.split("==")[0].lower().replace("_", "-") for line in lines if "==" in line}
+def pins(file: str) -> dict[str, Version]:
+    lines = (ROOT / file).read_text("utf-8").splitlines()
+    pairs = (line.split("==") for line in lines if "==" in line)
+    return {canonicalize_name(name): Version(version) for name, version in pairs}
+
+
+def bounds(*left_out: str) -> dict[str, Version]:
+    """The lowest version of each package that pyproject.toml asks for, without some of the extras."""
     extras = project()["optional-dependencies"]
-    wanted = [*project()["dependencies"], *(line for name in extras for line in extras[name])]
-    names = {line.split("[")[0].split(">")[0].lower().replace("_", "-") for line in wanted}
-    assert names - {"trimtab"} <= pinned
+    lines = [*project()["dependencies"], *(line for name in extras if name not in left_out for line in extras[name])]
+    wanted = [Requirement(line) for line in lines if not line.startswith(("trimtab[", "types-"))]
+    return {canonicalize_name(one.name): min(Version(part.version) for part in one.specifier) for one in wanted}
+
+
+def test_what_the_tests_need_is_pinned() -> None:
+    pinned = pins("constraints.txt")
+    assert bounds().keys() <= pinned.keys()
+    assert all(lowest <= pinned[name] for name, lowest in bounds().items())
+
+
+def test_the_bounds_are_the_oldest_versions_that_are_tested() -> None:
+    assert pins("constraints-oldest.txt") == bounds("docs", "dev")
 
 
 @pytest.fixture(scope="module")
