@@ -21,9 +21,10 @@ setup: $(VENV)/.ready
 # -qq: of pip's own words only errors.
 PIP := PIP_ROOT_USER_ACTION=ignore $(BIN)/python -m pip --disable-pip-version-check install -qq
 
-# Where $(PYTHON) has a torch that is built for CUDA, that is taken as it is, with its triton: no wheel of ours fits its
-# driver better. A line in a .pth file shows it to the environment, also where $(PYTHON) is of an environment itself.
-STANDING = $(PYTHON) -c 'import os, torch; assert torch.version.cuda; print(os.path.dirname(os.path.dirname(torch.__file__)))'
+# Where $(PYTHON) has a torch that is built for CUDA and not too old, that is taken as it is, with its triton: no wheel
+# of ours fits its driver better. A line in a .pth file shows it to the environment, also where $(PYTHON) is of an
+# environment itself.
+STANDING = $(PYTHON) -c 'import os, torch; assert torch.version.cuda and torch.__version__ >= "2.13"; print(os.path.dirname(os.path.dirname(torch.__file__)))'
 PINS := $(VENV)/constraints.txt
 
 # What mypy knows of the libraries is kept with the environment: read anew for every checkout, it would take most of a

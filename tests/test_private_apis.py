@@ -26,7 +26,7 @@ TESTED = {
     *("_compiled_call_impl", "_call_impl", "_dynamo", "_functorch", "_subclasses", "_python_dispatch"),
     *("_is_avx512_bf16_supported", "_is_amx_tile_supported", "_cdata", "_local_scalar_dense", "_unsafe_view"),
     *("_NormBase", "_non_persistent_buffers_set"),
-    *("_get_fsdp_state", "_fsdp_param_groups", "_fsdp_param_group", "_execution_engine"),
+    *("_get_fsdp_state", "_fsdp_param_groups", "_execution_engine"),
     *("_n_gpu",),
     *("_is_hf_initialized", "_init_weights", "_attn_implementation", "_supports_default_dynamic_cache"),
     *("_conv_forward", "_reversed_padding_repeated_twice", "_tied_weights_keys"),
@@ -102,12 +102,10 @@ def test_what_fsdp2_keeps_of_its_parameters(tmp_path: Path) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    from trimtab.surgery.sharded import parameter_groups
-
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'one'}", rank=0, world_size=1)
     layer: Any = fully_shard(nn.Linear(2, 3), mesh=init_device_mesh("cpu", (1,)))
     layer(torch.ones(1, 2))
-    held = [one for group in parameter_groups(layer) for one in group.fsdp_params]
+    held = [one for group in layer._get_fsdp_state()._fsdp_param_groups for one in group.fsdp_params]
     assert len(held) == 2, without("torch", "FSDPModule._get_fsdp_state()._fsdp_param_groups")
     assert all(one._unsharded_param.requires_grad for one in held), without("torch", "FSDPParam._unsharded_param")
     layer.reshard()

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 from traffic import METHODS, _attention, block, by_rows, measure
@@ -68,8 +67,6 @@ def test_fused_passes_are_one_launch_each(method: str, most: int) -> None:
 def test_eight_adapters_in_one_batch_share_their_launches(methods: list[str], trains: bool, most: int) -> None:
     """(In training, each norm takes its own.)"""
     pytest.importorskip("triton")
-    if trains and torch.__version__ < torch.torch_version.TorchVersion("2.13"):
-        pytest.skip("torch 2.11 launches some copies more")
     assert by_rows(methods, 64, 1, segments=True, trains=trains).launches <= most
 
 

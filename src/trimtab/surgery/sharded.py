@@ -133,18 +133,10 @@ def follow_trained(model: nn.Module) -> None:
     """Let what FSDP2 gathers for a pass ask for gradients where the parts of it do: it notes that once, at the first
     pass, and would compute gradients of what was frozen since."""
     for module in sharded_modules(model):
-        for group in parameter_groups(module):
+        for group in module._get_fsdp_state()._fsdp_param_groups:
             for held in group.fsdp_params:
                 if (gathered := getattr(held, "_unsharded_param", None)) is not None:
                     gathered.requires_grad_(held.sharded_param.requires_grad)
-
-
-def parameter_groups(module: Any) -> list[Any]:
-    """The groups in which FSDP2 keeps the parameters of a module that it has wrapped: in torch 2.11 one at most."""
-    state = module._get_fsdp_state()
-    if hasattr(state, "_fsdp_param_groups"):
-        return list(state._fsdp_param_groups)
-    return [state._fsdp_param_group] if state._fsdp_param_group is not None else []
 
 
 @contextmanager
