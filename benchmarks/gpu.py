@@ -13,8 +13,8 @@ what was left out is said in words. At the end stand the tables, and the bars th
 
 What it needs: Python 3.11 or newer, torch 2.13 or newer built for CUDA (with triton, which comes with it), and what
 `pip install trimtab` brings; PEFT and bitsandbytes for the arms that are about them. `make setup PYTHON=python3` takes
-such a torch that the interpreter has already, and leaves it as it is. Without an installation torch 2.11 does, too: what
-is not right with it, compiled blocks and outputs that are changed in place, is not part of this.
+such a torch that the interpreter has already, and leaves it as it is. Without an installation torch 2.11 does, too:
+what is not right with it, compiled blocks and outputs that are changed in place, is not part of this.
 
 On a machine that no package registry can be reached from, carry the wheels there. Where there is a registry, once, for
 the Python (312) and the CUDA (130) of that machine:
