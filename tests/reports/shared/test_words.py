@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from trimtab.reports.shared import words
 
-
 FORMS = [
     (words.percent(0.8534), "85.3 %"),
     (words.percent(None), "–"),
