@@ -17,12 +17,14 @@ def cache_argument(model: Any) -> str | None:
     return next((name for name in NAMES if name in takes), None)
 
 
+def cache_name(model: Any) -> str:
+    """The argument to hand a cache to ``model`` by. A forward of ``**kwargs`` alone gets transformers' own name."""
+    return cache_argument(model) or next(name for name in NAMES if hasattr(BaseModelOutputWithPast, name))
+
+
 def with_cache(model: Any, cache: Any | None) -> dict[str, Any]:
-    """The argument that hands ``cache`` to ``model``; nothing for a cache that is None. A forward of ``**kwargs`` alone
-    gets transformers' own name."""
-    if cache is None:
-        return {}
-    return {cache_argument(model) or next(name for name in NAMES if hasattr(BaseModelOutputWithPast, name)): cache}
+    """The argument that hands ``cache`` to ``model``; nothing for a cache that is None."""
+    return {} if cache is None else {cache_name(model): cache}
 
 
 def cache_of(output: Any) -> Any | None:

@@ -24,7 +24,7 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 
 from trimtab.errors import SurgeryError
 from trimtab.evaluation.generation import contiguous_input, padded_left
-from trimtab.models.earlier_tokens import cache_argument, with_cache
+from trimtab.models.earlier_tokens import cache_argument, cache_name, with_cache
 from trimtab.serving.row_cache import RowCache
 from trimtab.serving.writing import Row
 from trimtab.surgery.contexts import for_inference
@@ -89,6 +89,7 @@ class Batch:
         self.model, self.rows = model, list[Row]()
         self._through = through
         self._takes = set(inspect.signature(model.forward).parameters)
+        self._cache_name = cache_name(model)
         self._layers = len(_own_cache(model).layers)
         self._cache = RowCache(self._layers)
         self._ends_in_head = model.get_output_embeddings()
@@ -154,7 +155,7 @@ class Batch:
             taken["logits_to_keep"] = 1  # type: ignore[assignment]
         hook = self._ends_in_head.register_forward_pre_hook(contiguous_input)
         try:
-            output = self.model(**taken, **with_cache(self.model, cache), use_cache=True, return_dict=True)
+            output = self.model(**taken, **{self._cache_name: cache}, use_cache=True, return_dict=True)
         finally:
             hook.remove()
         logits: Tensor = output.logits[:, -1]
