@@ -148,8 +148,10 @@ def _ends(line: SummaryLine, difference: CorrectedDifference) -> str:
 
 
 def _p(p: float, equals: str = "") -> str:
-    if p < 0.001 or 0.0495 <= p < 0.05:  # which would read as 0.050, though it is told as a difference
-        return "< 0.001" if p < 0.001 else "< 0.05"
+    if p < 0.001:
+        return "< 0.001"
+    if 0.0495 <= p < 0.05:  # it would read as 0.050, though it is told as a difference
+        return "< 0.05"
     return f"{equals}{p:.3f}" if p < 0.1 else f"{equals}{p:.2f}"
 
 
