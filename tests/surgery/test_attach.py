@@ -371,3 +371,15 @@ def test_the_parts_of_pefts_layers_are_no_targets() -> None:
         trimtab.attach(model, lora("all-linear"))
     assert_unchanged(model, before)
     assert trimtab.attach(model, lora("*.v")).counts["modules"] == 1
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_pefts_layers_inside_of_adapted_ones_are_refused(method: str) -> None:
+    """As a trainer's ``peft_config`` puts them there: PEFT freezes the adapters, and the pass would train its own."""
+    from peft import LoraConfig, get_peft_model
+
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    trimtab.attach(model, trimtab.Rule(match="*", method=method, **({"rank": 2} if method == "lora" else {})))
+    get_peft_model(model, LoraConfig(target_modules=["base"], r=2))
+    with pytest.raises(trimtab.SurgeryError, match=r"PEFT put one of its layers under an adapter.*peft_config"):
+        model(torch.randn(1, 4))

@@ -1,5 +1,5 @@
-"""What the report of an attachment says besides the adapted modules: ranks that were lowered, and what no rule
-reached."""
+"""What the report of an attachment says besides the adapted modules: ranks that were lowered, what no rule
+reached, and layers that are tied to an adapted one."""
 
 from __future__ import annotations
 
@@ -178,3 +178,36 @@ def test_a_layer_without_memory_is_not_told_to_have_rows_of_zeros() -> None:
         model = nn.Sequential(nn.Linear(4, 3))
         report = trimtab.attach(model, trimtab.Rule(match="0", method="dora", rank=1))
     assert report.zero_rows == {}
+
+
+# Ties ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_layer_that_is_tied_to_an_adapted_one_and_left_out_is_told(tiny_llama: Make, tmp_path: Path) -> None:
+    """Loading tells it, too."""
+    words, head = "model.embed_tokens", "lm_head"
+    each: list[dict[str, Any]] = [{"method": "dora", "rank": 2}, {"method": "full"}]
+    for settings in each:
+        for match, left in [(words, {head: words}), (head, {words: head})]:
+            model = tiny_llama(tie_word_embeddings=True)
+            report = trimtab.attach(model, Rule(match=match, **settings))
+            assert report.frozen_ties == report.to_dict()["frozen_ties"] == left
+            (line,) = [line for line in PlanRecord.of(report).remarks(usual=False) if "weight of" in line]
+            assert line.startswith("lm_head has" if match == words else "model.embed_tokens has")
+            trimtab.save_adapter(model, tmp_path)
+            assert trimtab.load_adapter(tiny_llama(tie_word_embeddings=True), tmp_path).frozen_ties == left
+        both = trimtab.attach(tiny_llama(tie_word_embeddings=True), Rule(match=[words, head], **settings))
+        alone = trimtab.attach(tiny_llama(tie_word_embeddings=False), Rule(match=words, **settings))
+        assert both.frozen_ties == alone.frozen_ties == {}
+
+
+def test_what_lies_inside_of_an_adapted_module_is_tied_to_nothing(tiny_llama: Make) -> None:
+    rules = [Rule(match="*.mlp", method="full"), Rule(match="*.self_attn", method="serial", bottleneck=2)]
+    assert trimtab.attach(tiny_llama(tie_word_embeddings=True), rules).frozen_ties == {}
+    for match in ("attention", "*.in_proj_weight", "*.out_proj", "words"):
+        assert trimtab.attach(Mixed(), Rule(match=match, method="lora", rank=2)).frozen_ties == {}
+
+
+def test_one_module_of_two_names_is_not_tied_to_itself() -> None:
+    model = nn.ModuleDict({"one": (layer := nn.Linear(4, 4)), "other": nn.ModuleDict({"same": layer})})
+    assert trimtab.attach(model, Rule(match="other.same", method="lora", rank=2)).frozen_ties == {}

@@ -63,7 +63,7 @@ def describe_run(job: Job, length: int | None = None, check: Check | None = None
         ],
     }
     attached = memory.attached
-    told = {"lowered_ranks": attached.lowered_ranks, "unreached": attached.unreached}
+    told = {name: getattr(attached, name) for name in ("lowered_ranks", "unreached", "frozen_ties")}
     notes = [*(inputs.notes if inputs is not None else ()), *(check(job, inputs, attached) if check else ())]
     return {**PlanRecord.of(attached).plain(), **told, "memory": described, "rows": _rows(inputs), "notes": notes}
 

@@ -160,6 +160,7 @@ class PlanRecord(Record):
     # Said when the plan is made, and not written: they follow from the model and the rules.
     lowered_ranks: dict[str, int] = Field({}, exclude=True)
     unreached: dict[str, int] = Field({}, exclude=True)
+    frozen_ties: dict[str, str] = Field({}, exclude=True)
     rules: list[RuleRecord]
     modules: list[ModuleRecord] = []
 
@@ -184,8 +185,8 @@ class PlanRecord(Record):
         )
 
     def remarks(self, *, usual: bool = True) -> list[str]:
-        """What the user should know of the plan, a line each: rows of zeros, ranks that were lowered, and what no rule
-        reached.
+        """What the user should know of the plan, a line each: rows of zeros, ranks that were lowered, layers
+        that are tied to an adapted one, and what no rule reached.
 
         ``usual``: also where that is what most plans leave alone, the embedding and the output head.
         """
@@ -197,6 +198,10 @@ class PlanRecord(Record):
             lines.append(f"{rows} rows of zeros in {len(self.zero_rows)} modules keep their output at zero")
         if self.lowered_ranks:
             lines.append(f"rank lowered to the largest that fits: {_some(self.lowered_ranks)}")
+        lines += [
+            f"{name} has the weight of {adapted} and not its adapter: one rule that matches both trains it for both"
+            for name, adapted in self.frozen_ties.items()
+        ]
         if self.unreached and self.modules and (usual or not all(map(usually_frozen, self.unreached))):
             kinds = f"{len(self.unreached)} kind{'s' * (len(self.unreached) > 1)}"
             numbers = sum(self.unreached.values())
@@ -282,7 +287,7 @@ class Summary(Record):
     """``summary.json``; a run that was stopped early leaves parts of it out.
 
     Attributes:
-        status: ``interrupted`` until the run is ``finished``.
+        status: ``interrupted`` until the run is ``finished``, or has ``diverged``.
         trained: whether training is over and its adapter written; None in what an earlier version wrote.
         precision: what the run computed in.
         best_step: whose adapter the run ended with; None: that of the last one.

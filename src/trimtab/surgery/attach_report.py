@@ -55,6 +55,8 @@ class AttachReport:
         lowered_ranks: module name -> the rank it took, where ``all-linear`` met a matrix that its rank does not fit.
         unreached: kind of module -> how many numbers it has in matrices (of two axes or more) that no rule reached and
             that are not trained. A kind is the name of a class, or ``output head``; the largest comes first.
+        frozen_ties: module without an adapter -> the adapted module with which it shares its weight, and whose adapter
+            it does not see: an output head that is tied to an embedding, where the plan names the embedding alone.
     """
 
     modules: tuple[ModuleReport, ...]
@@ -62,6 +64,7 @@ class AttachReport:
     trainable_parameters: int
     total_parameters: int
     unreached: dict[str, int] = field(default_factory=dict)
+    frozen_ties: dict[str, str] = field(default_factory=dict)
 
     @property
     def lowered_ranks(self) -> dict[str, int]:
@@ -88,6 +91,7 @@ class AttachReport:
             "zero_rows": self.zero_rows,
             "lowered_ranks": self.lowered_ranks,
             "unreached": self.unreached,
+            "frozen_ties": self.frozen_ties,
             "rules": [self._rule(number, rule) for number, rule in enumerate(self.rules, 1)],
             "modules": [
                 {
@@ -150,7 +154,22 @@ def describe(model: nn.Module, rules: tuple[Rule, ...], called: str = DEFAULT) -
     sizes = {id(parameter): tuple(shapes.get(id(parameter), parameter.shape)) for parameter in model.parameters()}
     carried = {id(one) for module in carriers(model) for every in module.every_adapter() for one in every.parameters()}
     numbers = sum(math.prod(size) for key, size in sizes.items() if key not in carried)
-    return AttachReport(tuple(reports), rules, trainable, numbers, _unreached(model, sizes, entries.values()))
+    unreached = _unreached(model, sizes, entries.values())
+    return AttachReport(tuple(reports), rules, trainable, numbers, unreached, _frozen_ties(model, entries))
+
+
+def _frozen_ties(model: nn.Module, entries: dict[str, Adapted]) -> dict[str, str]:
+    """`AttachReport.frozen_ties`; ``entries``: the modules with an adapter, by every name."""
+    sharing = {id(one): name for name, entry in reversed(entries.items()) for one in entry.handle.shared}
+    with_adapter = {id(entry.handle.owner) for entry in entries.values()}
+    with_adapter |= {id(inner) for entry in entries.values() for inner in entry.base.modules()}
+    return {
+        name: sharing[id(parameter)]
+        for name, module in bare_modules(model)
+        if id(own := bare(module)) not in with_adapter
+        for parameter in own._parameters.values()
+        if id(parameter) in sharing
+    }
 
 
 def _unreached(model: nn.Module, sizes: dict[int, tuple[int, ...]], entries: Iterable[Adapted]) -> dict[str, int]:

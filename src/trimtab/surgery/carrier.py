@@ -191,6 +191,12 @@ class Carrier(nn.Module):
         assert base is not None
         handle = kind(base) if type(base) is type(slot.handle.module) else bases.find(base, slot.handle.kind)
         if handle is None:
+            if bases.is_instance_by_name(base, "peft.tuners.tuners_utils", "BaseTunerLayer"):
+                raise SurgeryError(
+                    f"PEFT put one of its layers under an adapter of method {slot.method}, and froze that adapter "
+                    "(get_peft_model, or peft_config=... of a trainer). The model has adapters to train already: "
+                    "leave PEFT's out; or trimtab.merge(model) first, and let PEFT adapt the result"
+                )
             raise SurgeryError(
                 f"the module under an adapter of method {slot.method} was replaced by a {type(base).__name__}, which "
                 "no base knows; put back one of a kind that the adapter can sit on"
