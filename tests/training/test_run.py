@@ -222,11 +222,13 @@ def test_a_run_that_diverges(make_config: Callable[..., Any]) -> None:
     with pytest.raises(RunError, match=r"diverged.*Lower train\.learning_rate"):
         finetune(config)
     summary = read_json(config.output / "summary.json")
-    assert summary["status"] == "interrupted"
+    assert summary["status"] == "diverged"
     assert summary["steps"] >= 1
     assert (config.output / "report.html").is_file()
     for line in (config.output / "metrics.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    lower = ["train.learning_rate=1e-4", "train.epochs=1"]  # as its page says to begin again
+    assert finetune(load_config(config.output / "config.yaml", lower), overwrite=True).status == "finished"
 
 
 @pytest.mark.full

@@ -185,7 +185,8 @@ class RunFolder:
 
     @property
     def status(self) -> str | None:
-        """``interrupted`` or ``finished``; None where there is no run. Raises as ``read_summary`` does."""
+        """``interrupted``, ``diverged`` or ``finished``; None where there is no run. Raises as ``read_summary``
+        does."""
         summary = self.read_summary()
         return summary.status if summary is not None else None
 

@@ -59,7 +59,7 @@ class Run:
     @property
     def interrupted(self) -> bool:
         """Whether the run ended before its time; a run without a summary did not reach its end either."""
-        return self.summary is None or self.summary.status == "interrupted"
+        return self.summary is None or self.summary.status != "finished"
 
     def measures(self, kind: str) -> list[MetricsLine]:
         """The metrics of one kind: ``train`` or ``validation``."""

@@ -34,6 +34,7 @@ from trimtab.training.checks import checked_inputs
 from trimtab.training.rate_trials import at_rate
 from trimtab.training.several import require_fit, told_of
 from trimtab.training.tracking import trackers
+from trimtab.training.trainer import Diverged
 from trimtab.training.work import Work, follow
 
 
@@ -102,7 +103,7 @@ def _lead(job: Job, listener: Listener, began: float, *, resume: bool, overwrite
         except (*STOPS, TrimtabError) as error:
             stopped = here().reason(error)
             with suppress(*STOPS, TrimtabError), refused():  # the first error is the one to tell
-                run.put_down()
+                run.put_down("diverged" if isinstance(stopped, Diverged) else "interrupted")
             if isinstance(stopped, STOPS):
                 said = f"interrupted; everything so far is in {folder.path}\nGo on with: {folder.resume_command}"
                 raise Interrupted.by(stopped, said) from None
@@ -352,10 +353,10 @@ class _Run:
             self.remark(problem)
             _conclude(self.folder, finished.updated(notes=self._summary.notes))  # the peaks are those before PEFT's
 
-    def put_down(self) -> None:
-        """Leave an interrupted run; without its page where the user will not wait."""
+    def put_down(self, status: str) -> None:
+        """Leave a run before its end; without its page where the user will not wait."""
         if self.folder.is_run:
-            self._write_summary()
+            self._write_summary(status)
             if not self.work.at_once:
                 from trimtab.reports.run.run_page import write_run_page
 
@@ -370,9 +371,9 @@ class _Run:
         """Keep ``values`` for the summary."""
         self._summary = self._summary.updated(**values)
 
-    def _write_summary(self) -> None:
+    def _write_summary(self, status: str = "interrupted") -> None:
         """Write what is known by now, so that a run which is killed can be gone on with."""
-        self._summarised("interrupted").write_to(self.folder.summary)
+        self._summarised(status).write_to(self.folder.summary)
 
     def _summarised(self, status: str) -> Summary:
         total = self._earlier_seconds[1] + time.perf_counter() - self._began

@@ -329,6 +329,16 @@ def test_an_interrupted_run_says_how_to_go_on(run: Path, change) -> None:  # typ
     assert "None" not in text
 
 
+def test_a_diverged_run_says_how_to_begin_again(run: Path, change) -> None:  # type: ignore[no-untyped-def]
+    """Going on with it would diverge once more."""
+    change("summary.json", status="diverged", steps=17, learning_rate=0.3)
+    text = page(run).text
+    assert "This run diverged by step 17: its loss, or its adapter, was not a number any more." in text
+    assert f"trimtab finetune {run}/config.yaml --overwrite train.learning_rate=0.1" in text
+    assert "--resume" not in text
+    assert "interrupted" not in text
+
+
 def test_only_after(run: Path) -> None:
     (run / "evaluation" / "kind.before.json").unlink()
     (run / "predictions" / "kind.before.jsonl").unlink()

@@ -77,12 +77,19 @@ def write_run_page(run: Path, summary: Summary | None = None) -> Path:
         "answered": answered(known.sets, pictures=told.counted == "pictures"),
         "shown": shown,
         "commands": {
+            "anew": _anew(Path(run), told) if told.status == "diverged" else "",
             "resume": pasted("finetune", Path(run) / "config.yaml", "--resume"),
             "ask": pasted(asking, run, text="picture.png" if told.counted == "pictures" else "your prompt"),
             "merge": pasted("merge", run, "OUT"),
         },
     }
     return write_page(Path(run) / "report.html", "run/run.html", values)
+
+
+def _anew(run: Path, summary: Summary) -> str:
+    """The command that begins a diverged run again, at a third of its rate."""
+    lower = [f"train.learning_rate={summary.learning_rate / 3:.1g}"] if summary.learning_rate else []
+    return pasted("finetune", run / "config.yaml", "--overwrite", *lower)
 
 
 def validated(validation: Sequence[MetricsLine]) -> list[Metric]:
