@@ -154,8 +154,14 @@ def describe(model: nn.Module, rules: tuple[Rule, ...], called: str = DEFAULT) -
     sizes = {id(parameter): tuple(shapes.get(id(parameter), parameter.shape)) for parameter in model.parameters()}
     carried = {id(one) for module in carriers(model) for every in module.every_adapter() for one in every.parameters()}
     numbers = sum(math.prod(size) for key, size in sizes.items() if key not in carried)
-    unreached = _unreached(model, sizes, entries.values())
-    return AttachReport(tuple(reports), rules, trainable, numbers, unreached, _frozen_ties(model, entries))
+    return AttachReport(
+        tuple(reports),
+        rules,
+        trainable,
+        numbers,
+        unreached=_unreached(model, sizes, entries.values()),
+        frozen_ties=_frozen_ties(model, entries),
+    )
 
 
 def _frozen_ties(model: nn.Module, entries: dict[str, Adapted]) -> dict[str, str]:
