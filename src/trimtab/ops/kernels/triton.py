@@ -55,8 +55,9 @@ def forward_sizes(tokens: int) -> Sizes:
 
 def backward_sizes(tokens: int, rank: int) -> Sizes:
     """Wide blocks, since each leaves ``4 * rank`` bytes a token to add up beside the ``6 * columns`` it moves; 128
-    columns are what registers hold without spilling (``python tests/tools/compiled_kernels.py``)."""
-    return Sizes(16 if tokens <= 16 else 32, 128, 4 if rank <= 16 else 8)
+    columns are what the registers of eight warps hold, but for a few bytes in float32 (``python
+    tests/tools/compiled_kernels.py``)."""
+    return Sizes(16 if tokens <= 16 else 32, 128, 8)
 
 
 def norm_sizes(itemsize: int) -> Sizes:
