@@ -56,8 +56,8 @@ def explore(config: ExploreConfig, listener: SearchListener | None = None, *, on
     groups = find_groups(model, said or default_groups(model, config.outer))
     space = Space(groups, config.methods, config.budget, config.at_least)
     _introduce(space, listener)
-    with _alone(config), _database_told(config.output / "study.db"):
-        search = Search(config, space, listener, on)
+    with _alone(config), _database(config.output / "study.db") as database:
+        search = Search(config, space, database, listener, on)
         search.require_same_files()
         try:
             search.run()
@@ -89,13 +89,20 @@ def _introduce(space: Space, listener: SearchListener) -> None:
 
 
 @contextmanager
-def _database_told(file: Path) -> Iterator[None]:
-    """Turn what SQLite raises of the database ``file`` into a RunError that says what to do."""
+def _database(file: Path) -> Iterator[Any]:
+    """The database ``file`` as optuna's storage, closed at the end. What SQLite raises of it becomes a RunError that
+    says what to do."""
     from optuna.exceptions import StorageInternalError
+    from optuna.storages import RDBStorage
     from sqlalchemy.exc import SQLAlchemyError
 
     try:
-        yield
+        database = RDBStorage(f"sqlite:///{file}")
+        try:
+            yield database
+        finally:
+            database.remove_session()
+            database.engine.dispose()
     except (StorageInternalError, SQLAlchemyError) as error:
         cause = error.__cause__ if isinstance(error, StorageInternalError) else error
         said = str(getattr(cause, "orig", None) or cause or error)

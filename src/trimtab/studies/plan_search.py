@@ -27,7 +27,7 @@ from trimtab.runs.records import MetricsLine
 from trimtab.runs.study_records import CellRecord, Confirmation, Trial
 from trimtab.studies.cell import changed_since, run_cell
 from trimtab.studies.confirm import confirm, validation_score
-from trimtab.studies.places import HERE, Errand, Place
+from trimtab.studies.places import Errand, Place
 from trimtab.studies.search_results import best_of, is_over, ran, search_results, trial_record
 from trimtab.studies.search_space import Part, Proposal, Space
 
@@ -55,9 +55,10 @@ class _Pruned(Interrupted):
 
 
 class Search:
-    """A search in progress. What is known of a trial is in optuna's study; everything else is made from that."""
+    """A search in progress. What is known of a trial is in optuna's study, in ``database``; everything else is made
+    from that."""
 
-    def __init__(self, config: ExploreConfig, space: Space, listener: SearchListener, on: Place = HERE) -> None:
+    def __init__(self, config: ExploreConfig, space: Space, database: Any, listener: SearchListener, on: Place) -> None:
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -68,7 +69,7 @@ class Search:
         self.metric = config.base.train.metric
         self.states = optuna.trial.TrialState
         self.study = optuna.create_study(
-            storage=f"sqlite:///{config.output / 'study.db'}",
+            storage=database,
             study_name="explore",
             direction="maximize" if METRICS[self.metric].higher_is_better else "minimize",
             load_if_exists=True,

@@ -53,10 +53,9 @@ def forward_sizes(tokens: int) -> Sizes:
     return Sizes(16, 128, 4) if tokens <= 16 else Sizes(64, 64, 4)
 
 
-def backward_sizes(tokens: int, rank: int) -> Sizes:
+def backward_sizes(tokens: int) -> Sizes:
     """Wide blocks, since each leaves ``4 * rank`` bytes a token to add up beside the ``6 * columns`` it moves; 128
-    columns are what the registers of eight warps hold, but for a few bytes in float32 (``python
-    tests/tools/compiled_kernels.py``)."""
+    columns are what the registers of eight warps hold, or all but (``python tests/tools/compiled_kernels.py``)."""
     return Sizes(16 if tokens <= 16 else 32, 128, 8)
 
 
@@ -264,7 +263,7 @@ def _backward_pass(
         for one in found:
             one.zero_()
         return found
-    sizes = backward_sizes(tokens, rank)
+    sizes = backward_sizes(tokens)
     column_blocks, row_tiles = math.ceil(out / sizes.columns), math.ceil(tokens / sizes.rows)
     steps = 1 << max(0, math.floor(math.log2(max(1, column_blocks * row_tiles / _PROGRAMS_ENOUGH))))
     steps = min(steps, 16)
