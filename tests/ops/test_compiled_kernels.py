@@ -16,8 +16,8 @@ EVERY = [
     *([name, rank, part] for name in ("bfloat16", "float16", "float32") for rank in (16, 32) for part in (80, 90)),
 ]
 SHARED, REGISTERS = {80: 163 * 1024, 90: 227 * 1024}, 65_536
-FEW = 32
-"""Bytes a thread: a handful of registers, written and read once, which is nothing beside what a block moves."""
+SPILLED = {"bfloat16": 0, "float16": 0, "float32": 32}
+"""Bytes a thread at most: in float32 a handful of registers, which is nothing beside what a block moves."""
 
 
 def test_the_programs_compile_for_gpus_and_fit_their_multiprocessors() -> None:
@@ -29,6 +29,6 @@ def test_the_programs_compile_for_gpus_and_fit_their_multiprocessors() -> None:
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert {(row["dtype"], row["rank"], row["architecture"]) for row in rows} == {tuple(case) for case in cases}
     for row in rows:
-        assert row["spilled"] <= FEW, row
+        assert row["spilled"] <= SPILLED[row["dtype"]], row
         assert row["shared"] <= SHARED[row["architecture"]] / 2, row
         assert row["registers"] * 32 * row["warps"] <= REGISTERS, row

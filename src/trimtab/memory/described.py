@@ -16,7 +16,6 @@ from trimtab.memory.estimate import RunMemory, estimate_run, room, suggest
 from trimtab.models.gguf import is_dequantised
 from trimtab.processes import here
 from trimtab.runs.events import Listener
-from trimtab.runs.records import PlanRecord
 from trimtab.surgery.attach_report import AttachReport
 from trimtab.tasks import Inputs, RowSizes
 
@@ -63,9 +62,8 @@ def describe_run(job: Job, length: int | None = None, check: Check | None = None
         ],
     }
     attached = memory.attached
-    told = {name: getattr(attached, name) for name in ("lowered_ranks", "unreached", "frozen_ties")}
     notes = [*(inputs.notes if inputs is not None else ()), *(check(job, inputs, attached) if check else ())]
-    return {**PlanRecord.of(attached).plain(), **told, "memory": described, "rows": _rows(inputs), "notes": notes}
+    return {**attached.to_dict(), "memory": described, "rows": _rows(inputs), "notes": notes}
 
 
 def planned_memory(job: Job) -> RunMemory:

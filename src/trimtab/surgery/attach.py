@@ -13,7 +13,7 @@ from trimtab import bases, methods
 from trimtab.errors import PlanError, SurgeryError, TrimtabWarning, nearest
 from trimtab.surgery.adapted import Adapted, AdaptedBlock, adapted_modules, bare, bare_modules, require_adapted
 from trimtab.surgery.attach_report import AttachReport, describe
-from trimtab.surgery.carrier import DEFAULT
+from trimtab.surgery.carrier import DEFAULT, is_of_peft
 from trimtab.surgery.install import install, remove_adapters
 from trimtab.surgery.names import require_new_name
 from trimtab.surgery.plan import Plan, Rule, Target
@@ -76,7 +76,7 @@ def _require_none_of_peft(model: nn.Module, targets: list[Target]) -> None:
     """Raise SurgeryError if a target lies inside a layer of PEFT's: its base, or the factors of its adapter."""
     names = {id(target.module): target.name for target in targets}
     for module in model.modules():
-        if bases.is_instance_by_name(module, "peft.tuners.tuners_utils", "BaseTunerLayer"):
+        if is_of_peft(module):
             for inside in module.modules():
                 if id(inside) in names:
                     raise SurgeryError(

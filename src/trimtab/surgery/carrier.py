@@ -37,6 +37,11 @@ def place_of(name: str) -> str:
     return "adapter" if name == DEFAULT else f"adapter_{quote(name, safe='').replace('.', '%2E')}"
 
 
+def is_of_peft(module: nn.Module) -> bool:
+    """Whether ``module`` is one of PEFT's layers, which have adapters of their own."""
+    return bases.is_instance_by_name(module, "peft.tuners.tuners_utils", "BaseTunerLayer")
+
+
 class Carrier(nn.Module):
     """A frozen module ``base``, and beside it the adapters that it has under several names. At most one is active, and
     what kind of adapted module this is follows from it. Attributes that it lacks are looked up on the module."""
@@ -191,7 +196,7 @@ class Carrier(nn.Module):
         assert base is not None
         handle = kind(base) if type(base) is type(slot.handle.module) else bases.find(base, slot.handle.kind)
         if handle is None:
-            if bases.is_instance_by_name(base, "peft.tuners.tuners_utils", "BaseTunerLayer"):
+            if is_of_peft(base):
                 raise SurgeryError(
                     f"PEFT put one of its layers under an adapter of method {slot.method}, and froze that adapter "
                     "(get_peft_model, or peft_config=... of a trainer). The model has adapters to train already: "
